@@ -1,0 +1,162 @@
+"""What a varlen attention kernel is, what it may say about itself, and how it refuses."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar, Final, NamedTuple
+
+import torch
+
+from backends.metadata import VarlenMetadata
+from reference.case import MAX_HEAD_DIM, Case
+from reference.profile import Profile
+
+FLOAT_DTYPES: Final = ("fp32", "bf16", "fp16")
+HALF_DTYPES: Final = ("bf16", "fp16")
+
+
+class UnsupportedCase(Exception):
+    """A backend declares that it does not take this case; the message says which part, in one sentence."""
+
+
+class BackendUnavailable(Exception):
+    """A backend cannot run on this machine; the message says why, in one sentence."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a kernel takes. Whatever is not declared here is refused before the kernel sees it."""
+
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[str, ...] = FLOAT_DTYPES
+    max_head_dim: int = MAX_HEAD_DIM
+    head_dim_multiple: int = 1
+    gqa: bool = True
+    """Fewer K/V heads than query heads."""
+    noncausal: bool = True
+    causal: bool = True
+    causal_needs_equal_lengths: bool = False
+    """Top-left causal: right only where every document has as many queries as keys."""
+    window: bool = True
+    """Sliding windows of any (left, right)."""
+    softcap: bool = True
+    empty_documents: bool = True
+    """Documents with neither queries nor keys."""
+    queries_without_keys: bool = True
+    """Rows that see no key: documents without keys, or causal ones with more queries than keys."""
+    keys_without_queries: bool = True
+    """Documents with keys and no queries; their dK and dV are zero."""
+    memories: tuple[str, ...] = ("contiguous", "fused", "head_major", "sliced", "misaligned")
+    """Memory layouts (reference/memory.py) that the kernel takes."""
+    repeatable: bool = True
+    """The same call twice gives the same bits, forward and backward."""
+    repeatable_backward: bool = True
+    covers_all_rows: bool = True
+    """Rows outside the documents get zeros; False: the kernel leaves them unwritten."""
+
+    def refusal(self, case: Case, device: str, pairs: Sequence[tuple[int, int]]) -> str | None:
+        """Why the kernel does not take a case, or None.
+
+        Args:
+            case: the options asked for.
+            device: ``cpu`` or ``cuda``.
+            pairs: (queries, keys) of every document of every call that the case makes.
+        """
+        left, right = case.window
+        blind = any(q > 0 and (k == 0 or (case.effective_window[1] == 0 and q > k)) for q, k in pairs)
+        rules = (
+            (device in self.devices, f"device {device}"),
+            (case.dtype in self.dtypes, f"dtype {case.dtype}"),
+            (case.head_dim <= self.max_head_dim, f"head_dim {case.head_dim}, above {self.max_head_dim}"),
+            (
+                case.head_dim % self.head_dim_multiple == 0,
+                f"head_dim {case.head_dim}, no multiple of {self.head_dim_multiple}",
+            ),
+            (self.gqa or case.heads == case.kv_heads, "fewer kv_heads than heads"),
+            (
+                self.causal if case.causal else self.noncausal,
+                "causal attention" if case.causal else "non-causal attention",
+            ),
+            (
+                not (self.causal_needs_equal_lengths and case.causal) or all(q == k for q, k in pairs),
+                "causal documents with different numbers of queries and keys",
+            ),
+            (self.window or (left < 0 and right < 0), "a sliding window"),
+            (self.softcap or case.softcap == 0, "softcap"),
+            (self.empty_documents or all(q or k for q, k in pairs), "empty documents"),
+            (self.queries_without_keys or not blind, "queries without a key"),
+            (self.keys_without_queries or all(q or not k for q, k in pairs), "documents with keys and no queries"),
+            (case.memory in self.memories, f"memory layout {case.memory}"),
+        )
+        return next((what for holds, what in rules if not holds), None)
+
+
+class Attended(NamedTuple):
+    """What a kernel gives back."""
+
+    out: torch.Tensor
+    """``[tokens_q, heads, head_dim]``, differentiable with respect to q, k and v."""
+    lse: torch.Tensor | None
+    """``[heads, tokens_q]`` float32 natural-log row sums, or None where the kernel keeps them."""
+    path: str
+    """Which implementation ran, for the check that the intended one did."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """The options of one varlen call, in this project's conventions."""
+
+    scale: float
+    causal: bool
+    window: tuple[int, int] = (-1, -1)
+    """(left, right), the query's own key excluded, -1 for no bound; causal closes the right side."""
+    softcap: float = 0.0
+
+    @classmethod
+    def of(cls, case: Case) -> AttentionOptions:
+        return cls(scale=case.softmax_scale, causal=case.causal, window=case.window, softcap=case.softcap)
+
+    @property
+    def effective_window(self) -> tuple[int, int]:
+        """(left, right) with causality folded in."""
+        return (self.window[0], 0) if self.causal else self.window
+
+
+class Kernel(abc.ABC):
+    """A varlen attention function with a backward.
+
+    One subclass per file of ``backends/kernels``; the file's name is the backend's name. Third-party packages are
+    imported inside ``why_unavailable`` and ``attend`` only, so that a backend costs nothing until it is asked for.
+    """
+
+    name: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+    profile: ClassVar[Profile] = Profile()
+
+    def profile_on(self, device: str) -> Profile:
+        """How the kernel computes on ``cpu`` or ``cuda``."""
+        return self.profile
+
+    def why_unavailable(self, device: str) -> str | None:
+        """One line on why the backend cannot run on ``cpu`` or ``cuda`` here, or None when it can."""
+        if device not in self.capabilities.devices:
+            return f"runs on {' and '.join(self.capabilities.devices)} only"
+        if device == "cuda" and not torch.cuda.is_available():
+            return "there is no CUDA device"
+        return None
+
+    @abc.abstractmethod
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        """Attention over packed documents.
+
+        Args:
+            q: ``[tokens_q, heads, head_dim]``.
+            k: ``[tokens_k, kv_heads, head_dim]``.
+            v: as ``k``.
+            metadata: where the documents lie.
+            options: scale, masks, softcap.
+        """

@@ -1,0 +1,52 @@
+"""FlashAttention 2 through the flash-attn package."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from backends.kernel import HALF_DTYPES, AttentionOptions, Attended, Capabilities, Kernel
+from backends.metadata import VarlenMetadata
+from reference.profile import Profile
+
+
+class Flash(Kernel):
+    """``flash_attn.flash_attn_varlen_func``."""
+
+    name = "flash"
+    capabilities = Capabilities(
+        devices=("cuda",), dtypes=HALF_DTYPES, max_head_dim=256, repeatable_backward=False, covers_all_rows=False
+    )
+    profile = Profile(tanh_error=2.0**-11)
+
+    def why_unavailable(self, device: str) -> str | None:
+        if reason := super().why_unavailable(device):
+            return reason
+        if importlib.util.find_spec("flash_attn") is None:
+            return "the package flash-attn is not installed"
+        return None
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        from flash_attn import flash_attn_varlen_func
+
+        out, lse, _ = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            metadata.cu_seqlens_q,
+            metadata.cu_seqlens_k,
+            metadata.max_seqlen_q,
+            metadata.max_seqlen_k,
+            softmax_scale=options.scale,
+            causal=options.causal,
+            window_size=options.effective_window if options.causal else options.window,
+            softcap=options.softcap,
+            return_attn_probs=True,
+        )
+        return Attended(out, lse, "flash_attn_varlen_func")
+
+
+KERNEL = Flash()

@@ -1,0 +1,25 @@
+"""CPU stand-in for the flash kernels: one document after another, unwritten rows left as they are."""
+
+from __future__ import annotations
+
+import torch
+
+from backends.kernel import AttentionOptions, Attended, Capabilities, Kernel
+from backends.loop import Loop, attend
+from backends.metadata import VarlenMetadata
+
+
+class LoopKernel(Kernel):
+    """Runs on any device, but one document at a time."""
+
+    name = "loop"
+    capabilities = Capabilities(covers_all_rows=False)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        out, lse = attend(Loop(), q, k, v, metadata, options)
+        return Attended(out, lse, "loop")
+
+
+KERNEL = LoopKernel()

@@ -1,0 +1,42 @@
+"""torch's scaled_dot_product_attention over the whole packed sequence with an explicit bottom-right mask."""
+
+from __future__ import annotations
+
+import torch
+
+from backends.kernel import AttentionOptions, Attended, Capabilities, Kernel
+from backends.metadata import VarlenMetadata
+from reference.profile import Profile
+
+
+def dense_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+) -> torch.Tensor:
+    """SDPA with a mask; K/V are expanded to the query heads, since torch's fused kernels need equal heads."""
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        attn_mask=metadata.allowed(options.effective_window)[None, None],
+        scale=options.scale,
+    )
+    return out[0].transpose(0, 1)
+
+
+class SdpaDense(Kernel):
+    """Whatever kernel torch's dispatcher picks for an explicit mask."""
+
+    name = "sdpa_dense"
+    capabilities = Capabilities(softcap=False, queries_without_keys=False)
+    profile = Profile(expands_kv=True)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        return Attended(dense_attention(q, k, v, metadata, options), None, "dense")
+
+
+KERNEL = SdpaDense()

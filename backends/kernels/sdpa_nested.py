@@ -1,0 +1,65 @@
+"""torch's scaled_dot_product_attention on jagged tensors: documents as batch elements, no mask."""
+
+from __future__ import annotations
+
+import torch
+
+from backends.kernel import AttentionOptions, Attended, Capabilities, Kernel
+from backends.kernels.sdpa_dense import dense_attention
+from backends.metadata import VarlenMetadata
+from reference.profile import Profile
+
+
+def _jagged(x: torch.Tensor, cu_seqlens: torch.Tensor, shortest: int, longest: int) -> torch.Tensor:
+    """``[tokens, heads, d]`` to jagged ``[documents, heads, *, d]``; given lengths spare a host sync."""
+    # Jagged tensors take int64 offsets only.
+    jagged = torch.nested.nested_tensor_from_jagged(x, cu_seqlens.long(), min_seqlen=shortest, max_seqlen=longest)
+    return jagged.transpose(1, 2)
+
+
+_UNFUSED = Profile(
+    scales_inputs=True,
+    scales_gradients=True,
+    rounds_scores=True,
+    rounds_dp=True,
+    delta_from_probabilities=True,
+    stores_probabilities=True,
+    expands_kv=True,
+)
+
+
+class SdpaNested(Kernel):
+    """Jagged SDPA, with the dense mask wherever its causal mask does not fit.
+
+    ``is_causal`` on jagged tensors is top-left in the memory-efficient kernel, so a document with more keys than queries
+    needs the explicit mask. On CPU jagged tensors have no causal mask at all.
+    """
+
+    name = "sdpa_nested"
+    capabilities = Capabilities(softcap=False, window=False, queries_without_keys=False, empty_documents=False)
+    profile = Profile(expands_kv=True)
+
+    def profile_on(self, device: str) -> Profile:
+        # On CPU jagged tensors take the unfused composition, every step of it in the storage dtype.
+        return _UNFUSED if device == "cpu" else self.profile
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        if options.causal and (metadata.straddling or q.device.type == "cpu"):
+            return Attended(dense_attention(q, k, v, metadata, options), None, "dense")
+        group = q.shape[1] // k.shape[1]
+        if group > 1:
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        m = metadata
+        out = torch.nn.functional.scaled_dot_product_attention(
+            _jagged(q, m.cu_seqlens_q, m.min_seqlen_q, m.max_seqlen_q),
+            _jagged(k, m.cu_seqlens_k, m.min_seqlen_k, m.max_seqlen_k),
+            _jagged(v, m.cu_seqlens_k, m.min_seqlen_k, m.max_seqlen_k),
+            is_causal=options.causal,
+            scale=options.scale,
+        )
+        return Attended(out.transpose(1, 2).values(), None, "nested")
+
+
+KERNEL = SdpaNested()

@@ -1,0 +1,56 @@
+"""torch's own varlen attention (``torch.nn.attention.varlen``), a build of FlashAttention 2 inside torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+
+import torch
+
+from backends.kernel import HALF_DTYPES, AttentionOptions, Attended, Capabilities, Kernel
+from backends.metadata import VarlenMetadata
+
+
+class TorchVarlen(Kernel):
+    """``varlen_attn``; causal is the window (left, 0), which it aligns bottom-right."""
+
+    name = "torch_varlen"
+    capabilities = Capabilities(
+        devices=("cuda",),
+        dtypes=HALF_DTYPES,
+        max_head_dim=256,
+        softcap=False,
+        repeatable_backward=False,
+        covers_all_rows=False,
+    )
+
+    def why_unavailable(self, device: str) -> str | None:
+        if reason := super().why_unavailable(device):
+            return reason
+        if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+            return "this torch has no torch.nn.attention.varlen"
+        return None
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        from torch.nn.attention.varlen import varlen_attn
+
+        # Newer releases ask for grouped heads explicitly; older ones take them as they are.
+        grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        out = varlen_attn(
+            q,
+            k,
+            v,
+            metadata.cu_seqlens_q,
+            metadata.cu_seqlens_k,
+            metadata.max_seqlen_q,
+            metadata.max_seqlen_k,
+            scale=options.scale,
+            window_size=options.effective_window,
+            **grouped,
+        )
+        return Attended(out, None, "varlen_attn")
+
+
+KERNEL = TorchVarlen()

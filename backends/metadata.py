@@ -1,0 +1,166 @@
+"""Where documents lie in a varlen call, computed on the device from host lengths, without host syncs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import torch
+
+
+def prefix_sums(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int32 ``[len(lengths) + 1]`` starting at 0."""
+    sums = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=device)
+    if lengths:
+        sums[1:] = torch.tensor(list(lengths), dtype=torch.int32).to(device, non_blocking=True).cumsum(0)
+    return sums
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VarlenMetadata:
+    """Documents of one varlen call. Everything host-side is known from lengths; tensors are made when first asked for."""
+
+    lengths_q: tuple[int, ...]
+    """Queries of each document."""
+    lengths_k: tuple[int, ...]
+    """Keys of each document."""
+    device: torch.device
+    first_key_row: int = 0
+    """Row of the key tensor where the first document starts; 0 in canonical metadata."""
+
+    @functools.cached_property
+    def cu_seqlens_q(self) -> torch.Tensor:
+        """int32 ``[documents + 1]``."""
+        return prefix_sums(self.lengths_q, self.device)
+
+    @functools.cached_property
+    def cu_seqlens_k(self) -> torch.Tensor:
+        """int32 ``[documents + 1]``; starts at ``first_key_row``."""
+        return prefix_sums(self.lengths_k, self.device) + self.first_key_row
+
+    @functools.cached_property
+    def document_index_q(self) -> torch.Tensor:
+        """int32 ``[tokens_q]``, counted from 1."""
+        return self._index(self.cu_seqlens_q, sum(self.lengths_q))
+
+    @functools.cached_property
+    def document_index_k(self) -> torch.Tensor:
+        """int32 ``[first_key_row + tokens_k]``, counted from 1; 0 stands before the first document."""
+        return self._index(self.cu_seqlens_k, self.first_key_row + sum(self.lengths_k))
+
+    def _index(self, cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
+        rows = torch.arange(tokens, dtype=torch.int32, device=self.device)
+        return torch.searchsorted(cu_seqlens, rows, right=True, out_int32=True)
+
+    @property
+    def max_seqlen_q(self) -> int:
+        return max(self.lengths_q)
+
+    @property
+    def max_seqlen_k(self) -> int:
+        return max(self.lengths_k)
+
+    @property
+    def min_seqlen_q(self) -> int:
+        return min(self.lengths_q)
+
+    @property
+    def min_seqlen_k(self) -> int:
+        return min(self.lengths_k)
+
+    @property
+    def straddling(self) -> bool:
+        """Whether some document has other numbers of queries and keys, so that causal alignment matters."""
+        return self.lengths_q != self.lengths_k
+
+    def allowed(self, window: tuple[int, int]) -> torch.Tensor:
+        """The explicit bottom-right mask, bool ``[tokens_q, tokens_k]``, True where a query sees a key.
+
+        Args:
+            window: (left, right) with causality folded in, -1 for no bound.
+        """
+        index_q, index_k = self.document_index_q.long(), self.document_index_k.long()
+        mask = index_q[:, None] == index_k[None, :]
+        left, right = window
+        if left < 0 and right < 0:
+            return mask
+        # Rows counted from the end of their own document are aligned by definition of bottom-right.
+        from_end_q = self.cu_seqlens_q[index_q] - torch.arange(len(index_q), device=self.device)
+        from_end_k = self.cu_seqlens_k[index_k] - torch.arange(len(index_k), device=self.device)
+        distance = from_end_k[None, :] - from_end_q[:, None]
+        if left >= 0:
+            mask &= distance <= left
+        if right >= 0:
+            mask &= -distance <= right
+        return mask
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MicroSequenceMetadata:
+    """What the layer knows of one micro-sequence: the varlen call over its active extent, and positions."""
+
+    begin: int
+    end: int
+    first_document_begin: int
+    """Where the first active document starts in the packed sequence; rows before it are dead."""
+    varlen: VarlenMetadata
+    """Canonical: prefix sums start at 0 and describe K/V rows ``[first_document_begin, end)``."""
+
+    @property
+    def past_length(self) -> int:
+        """K/V rows already in the buffer."""
+        return self.begin
+
+    @functools.cached_property
+    def position_index(self) -> torch.Tensor:
+        """int32 ``[end - begin]``: position of every query token within its document."""
+        device = self.varlen.device
+        rows = torch.arange(self.past_length, self.end, dtype=torch.int32, device=device) - self.first_document_begin
+        documents = self.varlen.document_index_k[rows.long()].long()
+        return rows - self.varlen.cu_seqlens_k[documents - 1]
+
+
+def preprocess(
+    lengths: Sequence[int], begin: int, end: int, *, causal: bool, device: torch.device
+) -> MicroSequenceMetadata:
+    """Metadata of the micro-sequence ``[begin, end)`` of a packed sequence.
+
+    Args:
+        lengths: of all documents of the packed sequence; padding counts as a last document.
+        begin: first token of the micro-sequence, which is also the past length.
+        end: one past its last token.
+        causal: whether queries only look back.
+        device: where tensors are made.
+
+    Raises:
+        ValueError: when the window is no part of the sequence, or non-causal attention would need keys behind it.
+    """
+    total = sum(lengths)
+    if not 0 <= begin < end <= total:
+        raise ValueError(f"micro-sequence [{begin}, {end}) is no part of a sequence of {total} tokens")
+    lengths_q: list[int] = []
+    lengths_k: list[int] = []
+    first_document_begin = begin
+    document_begin = 0
+    for length in lengths:
+        document_end = document_begin + length
+        cropped_begin, cropped_end = max(document_begin, begin), min(document_end, end)
+        # An empty document belongs where it stands; one at the very end closes the last micro-sequence.
+        empty_here = length == 0 and (begin <= document_begin < end or document_begin == end == total)
+        if cropped_end > cropped_begin or empty_here:
+            if not lengths_q:
+                first_document_begin = document_begin
+            lengths_q.append(cropped_end - cropped_begin)
+            lengths_k.append(cropped_end - document_begin)
+            if not causal and document_end > end:
+                raise ValueError(
+                    f"non-causal attention needs whole documents, but [{begin}, {end}) cuts one that ends at {document_end}"
+                )
+        document_begin = document_end
+    return MicroSequenceMetadata(
+        begin=begin,
+        end=end,
+        first_document_begin=first_document_begin,
+        varlen=VarlenMetadata(lengths_q=tuple(lengths_q), lengths_k=tuple(lengths_k), device=device),
+    )

@@ -1,0 +1,151 @@
+"""How much error correct arithmetic may make, per element, for one document.
+
+Variances of independent roundings, propagated once through the formulas of attention.py; sums run over allowed pairs.
+With u the unit roundoff of the storage dtype, eta its subnormal spacing and a the accumulation error (profile.py):
+
+    rvar(x)  = 0.18 u^2 x^2 for normal x, eta^2 / 12 for subnormal x, 0 for x = 0
+    vs_ij    = g_ij^2 a^2 (scale^2 sum_c q^2 k^2 + 1) + a^2 (cap t)^2 [+ rvar(s_ij)]         error of a (capped) score
+    V(o_ic)  = sum_j rvar(p_ij) v_jc^2 + sum_j p_ij^2 vs_ij (v_jc - o_ic)^2 + a^2 sum_j p_ij v_jc^2 + rvar(o_ic)
+    V(D_i)   = sum_c do_ic^2 V(o_ic) + a^2 sum_c (do_ic o_ic)^2
+    V(dS_ij) = rvar(dS_ij) + p_ij^2 vs_ij (dP_ij - D_i)^2 + p_ij^2 (a^2 sum_c do_ic^2 v_jc^2 [+ rvar(dP_ij)])
+    V(L_i)   = sum_j p_ij^2 vs_ij                                       error of a row's normaliser, common to its keys
+    V(dq_ic) = scale^2 sum_j V(dS_ij) k_jc^2 + V(D_i) (scale sum_j p_ij g_ij k_jc)^2 + V(L_i) dq_ic^2 + rvar(dq_ic)
+    V(dk_jc) = scale^2 sum_i (V(dS_ij) + p_ij^2 g_ij^2 V(D_i) + V(L_i) dS_ij^2) q_ic^2 + rvar(dk_jc)
+    V(dv_jc) = sum_i (rvar(p_ij) + p_ij^2 (vs_ij + V(L_i))) do_ic^2 + rvar(dv_jc)
+
+0.18 is E[eps^2] / u^2 of round-to-nearest for mantissas spread as 1/x. Bracketed terms apply where the backend's
+profile says so. The margin between z = 1 and the verdict's z = 10 is measured, not assumed: see docs/oracle.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from reference.attention import Forward, sum_groups
+from reference.profile import ACCUMULATION, SMALLEST_NORMAL, SUBNORMAL_SPACING, UNIT_ROUNDOFF, Profile
+
+ROUNDING_SECOND_MOMENT = 0.18
+
+
+class Variances(NamedTuple):
+    """Error variances of one document's results, shaped as the results (dk, dv per K/V head)."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
+
+
+def rounding_variance(x: torch.Tensor, dtype: str) -> torch.Tensor:
+    """rvar: the error variance of storing ``x`` in ``dtype``."""
+    magnitude = x.abs()
+    normal = (ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[dtype] ** 2) * x.square()
+    subnormal = torch.full_like(x, SUBNORMAL_SPACING[dtype] ** 2 / 12)
+    # A float64 result that should be 0 comes out near 1e-17 of its terms; it is a zero as far as rounding goes.
+    stored = torch.where(magnitude >= SMALLEST_NORMAL[dtype], normal, subnormal)
+    return torch.where(magnitude == 0, torch.zeros_like(x), stored)
+
+
+def attention_variances(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    result: Forward,
+    *,
+    scale: float,
+    softcap: float,
+    group: int,
+    dtype: str,
+    profile: Profile,
+) -> Variances:
+    """The budget of one document, for K/V with one head per query head.
+
+    Args:
+        q: ``[..., heads, q, d]`` float64, as rounded to ``dtype``.
+        k: ``[..., heads, k, d]``, expanded to the query heads.
+        v: as ``k``.
+        dout: as ``q``.
+        result: of ``attention.forward`` on them.
+        scale: softmax scale.
+        softcap: 0 for none.
+        group: query heads per K/V head.
+        dtype: storage dtype.
+        profile: how the backend computes.
+    """
+    a2 = ACCUMULATION**2
+
+    def rvar(x: torch.Tensor) -> torch.Tensor:
+        return rounding_variance(x, dtype)
+
+    p, slope, out = result.probabilities, result.slope, result.out
+    p2, q2, k2, v2, dout2 = p.square(), q.square(), k.square(), v.square(), dout.square()
+    products = scale**2 * (q2 @ k2.transpose(-1, -2))
+    raw = a2 * (products + 1)
+    if profile.scales_inputs:
+        raw = raw + 2 * ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[dtype] ** 2 * products
+    if profile.rounds_scores:
+        raw = raw + rvar(scale * (q @ k.transpose(-1, -2)))
+    vs = raw
+    if softcap:
+        vs = slope.square() * raw + (a2 + profile.tanh_error**2) * softcap**2 * (1 - slope)
+    w = p2 * vs
+    # A row's normaliser moves with all its scores: the relative error that its probabilities have in common.
+    shared = w.sum(-1, keepdim=True)
+    rp = rvar(p)
+    # sum_j w (v - o)^2, multiplied out; the difference of squares cannot go below zero by more than its own rounding.
+    spread = w @ v2 - 2 * out * (w @ v) + out.square() * shared
+    var_out = rp @ v2 + spread.clamp_min(0) + a2 * (p @ v2) + rvar(out)
+    # Stored LSE: the error of its scores, and of a float32 logarithm and sum.
+    lse = result.lse.masked_fill(~result.lse.isfinite(), 0.0)
+    var_lse = shared[..., 0] + a2 * (1 + lse.square())
+
+    dp = dout @ v.transpose(-1, -2)
+    delta = (dout * out).sum(-1, keepdim=True)
+    var_dp = a2 * (dout2 @ v2.transpose(-1, -2))
+    if profile.rounds_dp:
+        var_dp = var_dp + rvar(dp)
+    var_delta = torch.zeros_like(delta)
+    if profile.delta_from_output:
+        var_delta = (
+            var_delta + (dout2 * var_out).sum(-1, keepdim=True) + a2 * (dout * out).square().sum(-1, keepdim=True)
+        )
+    if profile.delta_from_probabilities:
+        relative = p2 * var_dp + (w + a2 * p2) * dp.square()
+        if profile.stores_probabilities:
+            relative = relative + rp * dp.square()
+        var_delta = var_delta + relative.sum(-1, keepdim=True)
+    ds = p * (dp - delta) * slope
+    slope2 = slope.square()
+    # float32 storage of D and dP - D: cancellation leaves a share of their own size even where dS is 0.
+    cancelled = a2 * p2 * (dp.square() + delta.square())
+    var_ds = rvar(ds) + slope2 * (w * (dp - delta).square() + p2 * var_dp + cancelled)
+    if profile.stores_probabilities:
+        var_ds = var_ds + slope2 * rp * (dp - delta).square()
+    if softcap:
+        # 1 - t^2 moves with the score's own error and the tanh's.
+        var_slope = 4 * (1 - slope) * (slope2 * raw / softcap**2 + (a2 + profile.tanh_error**2) * (1 - slope))
+        var_ds = var_ds + (p * (dp - delta)).square() * var_slope
+    pg = p * slope
+    dq, dk, dv = scale * (ds @ k), scale * (ds.transpose(-1, -2) @ q), p.transpose(-1, -2) @ dout
+    ds2 = ds.square()
+    var_dq = (
+        scale**2 * (var_ds @ k2 + var_delta * (pg @ k).square() + a2 * (ds2 @ k2)) + shared * dq.square() + rvar(dq)
+    )
+    by_key = (var_ds + pg.square() * var_delta + (a2 + shared) * ds2).transpose(-1, -2)
+    var_dk_head = scale**2 * (by_key @ q2)
+    var_dv_head = (rp + w + (a2 + shared) * p2).transpose(-1, -2) @ dout2
+    if profile.scales_gradients:
+        var_dq, var_dk_head = var_dq + rvar(dq), var_dk_head + rvar(dk)
+    if profile.expands_kv and group > 1:
+        var_dk_head, var_dv_head = var_dk_head + rvar(dk), var_dv_head + rvar(dv)
+    return Variances(
+        out=var_out,
+        lse=var_lse,
+        dq=var_dq,
+        dk=sum_groups(var_dk_head, group) + rvar(sum_groups(dk, group)),
+        dv=sum_groups(var_dv_head, group) + rvar(sum_groups(dv, group)),
+    )

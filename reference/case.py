@@ -1,0 +1,298 @@
+"""The case: one frozen, JSON-round-tripping value that says everything about an experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+from reference.layout import cut_inside_document
+
+LEVELS: Final = ("kernel", "layer")
+DTYPES: Final = ("fp32", "bf16", "fp16")
+NORMS: Final = ("none", "rms")
+ROTARIES: Final = ("none", "default", "proportional")
+VALUES: Final = ("gaussian", "large", "offset", "tiny")
+WEIGHTS: Final = ("gaussian", "selection")
+MEMORIES: Final = ("contiguous", "fused", "head_major", "sliced", "misaligned")
+MAX_HEAD_DIM: Final = 320
+# Keeps row and channel counters inside the fields of the value generator (values.py).
+MAX_TOKENS: Final = 1 << 24
+MAX_HEADS: Final = 1 << 10
+
+
+class CaseError(ValueError):
+    """A case that cannot exist; the message is one sentence for the person who wrote it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """Everything that decides an experiment; the same case gives the same tensors on every machine.
+
+    A ``layer`` case is a packed sequence that a buffered-K/V layer sees one micro-sequence after another. A ``kernel``
+    case is a single varlen call, where every document may have its own number of keys.
+
+    Missing JSON keys take the defaults below and unknown ones are errors, so a saved case survives new fields.
+    """
+
+    level: str = "layer"
+    """``layer`` or ``kernel``."""
+    lengths: tuple[int, ...] = (1,)
+    """Tokens of each document, zero allowed; at kernel level its queries."""
+    key_lengths: tuple[int, ...] | None = None
+    """Kernel level only: keys of each document; None means as many as queries."""
+    padding: int = 0
+    """Layer level only: padding tokens behind the last document; they form one last document of their own."""
+    cuts: tuple[int, ...] = ()
+    """Layer level only: where the packed sequence is cut into micro-sequences, increasing, ends excluded."""
+    ranks: int = 1
+    """Layer level only: sequence-data-parallel ranks that share each micro-sequence's queries."""
+    document_ids: tuple[int, ...] | None = None
+    """Names that key the documents' values, so that a document keeps them when others are shrunk away; None: 0, 1, ..."""
+    heads: int = 1
+    """Query heads."""
+    kv_heads: int = 1
+    """Key/value heads; must divide ``heads``. Query head h reads K/V head ``h // (heads // kv_heads)``."""
+    head_dim: int = 16
+    """Channels per head, 1 to 320."""
+    hidden: int = 16
+    """Layer level only: channels of the layer's input and output."""
+    causal: bool = True
+    """Bottom-right causal: query i of a document with q queries and k keys sees keys ``<= i + k - q``."""
+    window: tuple[int, int] = (-1, -1)
+    """Keys seen to the left and right of the query's own, that one excluded; -1 means no bound."""
+    scale: float | None = None
+    """Softmax scale; None means ``head_dim ** -0.5``."""
+    softcap: float = 0.0
+    """Scores become ``softcap * tanh(score / softcap)``; 0 means off."""
+    query_norm: str = "none"
+    """Layer level only: ``none`` or ``rms``, over each head's channels, before rotary."""
+    key_norm: str = "none"
+    """Layer level only: as ``query_norm``, for keys."""
+    value_norm: str = "none"
+    """Layer level only: as ``query_norm``, for values."""
+    shared_key_value: bool = False
+    """Layer level only: one projection serves as key and value (each with its own norm; only keys are rotated)."""
+    rotary: str = "none"
+    """Layer level only: ``none``, ``default``, or ``proportional`` (only a leading share of the channels turns)."""
+    rotary_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rotary_fraction: float = 0.5
+    """Share of the channel pairs that turn with ``proportional``."""
+    dtype: str = "fp32"
+    """``fp32``, ``bf16`` or ``fp16``: what inputs, weights and K/V are stored in."""
+    values: str = "gaussian"
+    """Value mode of inputs and output gradients (reference/values.py)."""
+    weights: str = "gaussian"
+    """Layer level only: ``gaussian``, or ``selection`` (each projection copies channels: exact in every dtype)."""
+    seed: int = 0
+    """Value seed."""
+    memory: str = "contiguous"
+    """How the tensors handed to the kernel lie in memory (reference/memory.py)."""
+    capacity: int = 0
+    """Layer level only: rows of the K/V buffer beyond the packed sequence."""
+
+    def __post_init__(self) -> None:
+        for name in ("lengths", "key_lengths", "cuts", "document_ids", "window"):
+            value = getattr(self, name)
+            if value is not None:
+                if isinstance(value, str) or not hasattr(value, "__iter__"):
+                    raise CaseError(f"{name} must be a list of whole numbers, not {value!r}")
+                object.__setattr__(self, name, tuple(value))
+        _check_types(self)
+        _check_ranges(self)
+        _check_combinations(self)
+
+    @property
+    def tokens(self) -> int:
+        """Query tokens of the packed sequence, padding included."""
+        return sum(self.lengths) + self.padding
+
+    @property
+    def packed_lengths(self) -> tuple[int, ...]:
+        """Lengths of all documents; padding counts as a last one."""
+        return (*self.lengths, self.padding) if self.padding else self.lengths
+
+    @property
+    def packed_key_lengths(self) -> tuple[int, ...]:
+        """Keys of all documents, in the order of ``packed_lengths``."""
+        return self.packed_lengths if self.key_lengths is None else self.key_lengths
+
+    @property
+    def packed_ids(self) -> tuple[int, ...]:
+        """Value names of all documents; the padding's is one that no document can have."""
+        ids = tuple(range(len(self.lengths))) if self.document_ids is None else self.document_ids
+        return (*ids, MAX_TOKENS) if self.padding else ids
+
+    @property
+    def softmax_scale(self) -> float:
+        """The scale in effect."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def effective_window(self) -> tuple[int, int]:
+        """(left, right) with causality folded in: what decides which keys a query sees."""
+        return (self.window[0], 0) if self.causal else self.window
+
+    def replace(self, **changes: Any) -> Case:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, level and lengths always, ready for JSON."""
+        result: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("level", "lengths") or value != field.default:
+                result[field.name] = list(value) if isinstance(value, tuple) else value
+        return result
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Case:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            CaseError: for anything that is not a possible case.
+        """
+        if not isinstance(data, Mapping):
+            raise CaseError(f"a case is a JSON object, not {type(data).__name__}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(str(key) for key in data if key not in known):
+            raise CaseError(f"unknown key {unknown[0]!r} in case; known keys are {', '.join(sorted(known))}")
+        return cls(**data)
+
+    @classmethod
+    def from_json(cls, text: str) -> Case:
+        """The inverse of ``to_json``.
+
+        Raises:
+            CaseError: for malformed JSON and impossible cases.
+        """
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise CaseError(f"the case is not valid JSON: {error}") from None
+        return cls.from_dict(data)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+_INTEGERS = ("padding", "ranks", "heads", "kv_heads", "head_dim", "hidden", "seed", "capacity")
+_INTEGER_LISTS = ("lengths", "key_lengths", "cuts", "document_ids", "window")
+_BOOLEANS = ("causal", "shared_key_value")
+_NUMBERS = ("scale", "softcap", "rotary_theta", "rotary_fraction")
+_CHOICES = {
+    "level": LEVELS,
+    "query_norm": NORMS,
+    "key_norm": NORMS,
+    "value_norm": NORMS,
+    "rotary": ROTARIES,
+    "dtype": DTYPES,
+    "values": VALUES,
+    "weights": WEIGHTS,
+    "memory": MEMORIES,
+}
+
+
+def _check_types(case: Case) -> None:
+    for name in _INTEGERS:
+        if not _is_integer(value := getattr(case, name)):
+            raise CaseError(f"{name} must be a whole number, not {value!r}")
+    for name in _INTEGER_LISTS:
+        if (value := getattr(case, name)) is not None and not all(_is_integer(item) for item in value):
+            raise CaseError(f"{name} must be a list of whole numbers, not {list(value)!r}")
+    for name in _BOOLEANS:
+        if not isinstance(value := getattr(case, name), bool):
+            raise CaseError(f"{name} must be true or false, not {value!r}")
+    for name in _NUMBERS:
+        if not _is_number(value := getattr(case, name)) and not (name == "scale" and value is None):
+            raise CaseError(f"{name} must be a finite number, not {value!r}")
+    for name, choices in _CHOICES.items():
+        if (value := getattr(case, name)) not in choices:
+            raise CaseError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _check_ranges(case: Case) -> None:
+    if not case.lengths:
+        raise CaseError("lengths is empty: a case has at least one document")
+    if min(case.lengths) < 0 or case.padding < 0 or case.capacity < 0:
+        raise CaseError("lengths, padding and capacity cannot be negative")
+    if not 1 <= case.tokens <= MAX_TOKENS or len(case.lengths) >= MAX_TOKENS:
+        raise CaseError(f"a case has between 1 and {MAX_TOKENS} tokens, this one has {case.tokens}")
+    if not 1 <= case.head_dim <= MAX_HEAD_DIM:
+        raise CaseError(f"head_dim must be between 1 and {MAX_HEAD_DIM}, not {case.head_dim}")
+    if not 1 <= case.heads < MAX_HEADS or case.kv_heads < 1 or case.heads % case.kv_heads:
+        raise CaseError(f"kv_heads must divide heads, but {case.heads} heads cannot share {case.kv_heads} kv_heads")
+    if len(case.window) != 2 or min(case.window) < -1:
+        raise CaseError(f"window is [left, right], each -1 or more, not {list(case.window)}")
+    if case.softcap < 0:
+        raise CaseError(f"softcap cannot be negative, but it is {case.softcap}")
+    if case.hidden < 1 or case.ranks < 1:
+        raise CaseError("hidden and ranks must be at least 1")
+    if not 0 <= case.seed < 1 << 32:
+        raise CaseError(f"seed must be between 0 and {(1 << 32) - 1}, not {case.seed}")
+    if case.rotary_theta <= 1 or not 0 < case.rotary_fraction <= 1:
+        raise CaseError("rotary_theta must exceed 1 and rotary_fraction must lie in (0, 1]")
+
+
+def _check_combinations(case: Case) -> None:
+    if case.causal and case.window[1] > 0:
+        raise CaseError(f"a causal case sees no keys to the right, but window asks for {case.window[1]}")
+    if case.rotary != "none" and case.head_dim % 2:
+        raise CaseError(f"rotary turns pairs of channels, but head_dim {case.head_dim} is odd")
+    if case.document_ids is not None:
+        ids = case.document_ids
+        if len(ids) != len(case.lengths) or len(set(ids)) != len(ids) or not all(0 <= i < MAX_TOKENS for i in ids):
+            raise CaseError("document_ids must name every document once, with numbers from 0")
+    if case.level == "kernel":
+        _check_kernel(case)
+    else:
+        _check_layer(case)
+
+
+_LAYER_ONLY = (
+    "padding cuts ranks hidden query_norm key_norm value_norm shared_key_value rotary rotary_theta rotary_fraction "
+    "weights capacity"
+).split()
+
+
+def _check_kernel(case: Case) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(case)}
+    for name in _LAYER_ONLY:
+        if getattr(case, name) != defaults[name]:
+            raise CaseError(f"{name} belongs to layer cases, but this is a kernel case")
+    if case.key_lengths is not None:
+        if len(case.key_lengths) != len(case.lengths) or min(case.key_lengths) < 0:
+            raise CaseError("key_lengths must give every document its number of keys, zero or more")
+        if sum(case.key_lengths) > MAX_TOKENS:
+            raise CaseError(f"a case has at most {MAX_TOKENS} keys")
+
+
+def _check_layer(case: Case) -> None:
+    if case.key_lengths is not None:
+        raise CaseError("key_lengths belongs to kernel cases; in a layer case keys come from cuts")
+    bounds = (0, *case.cuts, case.tokens)
+    if any(begin >= end for begin, end in zip(bounds, bounds[1:], strict=False)):
+        raise CaseError(
+            f"cuts must increase strictly between 0 and {case.tokens} tokens, but they are {list(case.cuts)}"
+        )
+    if not case.causal and (cut := cut_inside_document(case.packed_lengths, case.cuts)) is not None:
+        raise CaseError(
+            f"a non-causal micro-sequence must end where a document ends, but the cut at {cut} is inside a document"
+        )
+    if any((end - begin) % case.ranks for begin, end in zip(bounds, bounds[1:], strict=False)):
+        raise CaseError(f"{case.ranks} ranks must divide the tokens of every micro-sequence")
+    if case.weights == "selection" and case.hidden < 2:
+        raise CaseError("selection weights need at least 2 hidden channels")

@@ -1,0 +1,81 @@
+"""Documents, cuts and micro-sequences as ranges of tokens: plain integers, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from reference.case import Case
+
+
+class Span(NamedTuple):
+    """Rows ``[begin, end)``."""
+
+    begin: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.begin
+
+
+class Segment(NamedTuple):
+    """The part of one document that one call works on."""
+
+    document: int
+    """Index in the packed sequence; padding is the last document."""
+    queries: Span
+    """Rows of the query tensor."""
+    keys: Span
+    """Rows of the key tensor."""
+
+
+def document_spans(lengths: Sequence[int]) -> tuple[Span, ...]:
+    """Where each document lies in the packed sequence."""
+    spans, begin = [], 0
+    for length in lengths:
+        spans.append(Span(begin, begin + length))
+        begin += length
+    return tuple(spans)
+
+
+def cut_inside_document(lengths: Sequence[int], cuts: Sequence[int]) -> int | None:
+    """The first cut that is no document boundary, or None."""
+    boundaries = {span.end for span in document_spans(lengths)}
+    return next((cut for cut in cuts if cut not in boundaries), None)
+
+
+def micro_sequences(case: Case) -> tuple[Span, ...]:
+    """The micro-sequences of a layer case, in forward order."""
+    bounds = (0, *case.cuts, case.tokens)
+    return tuple(Span(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False))
+
+
+def segments(lengths: Sequence[int], micro_sequence: Span) -> tuple[Segment, ...]:
+    """The documents that are active in a micro-sequence, with their queries and keys in packed rows.
+
+    A document's keys reach from its own beginning to the end of its queries in this micro-sequence. Empty documents
+    belong to the micro-sequence in which they stand; at the very end of the sequence, to the last one.
+    """
+    begin, end = micro_sequence
+    total = sum(lengths)
+    active = []
+    for index, span in enumerate(document_spans(lengths)):
+        inside = begin <= span.begin < end or span.begin == end == total
+        if (span.length == 0 and inside) or (span.length and span.begin < end and span.end > begin):
+            stop = min(span.end, end)
+            active.append(Segment(index, Span(max(span.begin, begin), stop), Span(span.begin, stop)))
+    return tuple(active)
+
+
+def active_extent(lengths: Sequence[int], micro_sequence: Span) -> Span:
+    """K/V rows ``[first_document_begin, end)`` that a micro-sequence may read; all others are dead to it."""
+    return Span(segments(lengths, micro_sequence)[0].keys.begin, micro_sequence.end)
+
+
+def call_segments(case: Case) -> tuple[Segment, ...]:
+    """Queries and keys of every document of a kernel case."""
+    queries = document_spans(case.packed_lengths)
+    keys = document_spans(case.packed_key_lengths)
+    return tuple(Segment(index, q, k) for index, (q, k) in enumerate(zip(queries, keys, strict=True)))

@@ -1,0 +1,44 @@
+"""How a backend computes: the roundings of its arithmetic, stated as reviewed facts and never as thresholds."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+UNIT_ROUNDOFF: Final = {"fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
+"""Half the spacing at 1, u."""
+
+SMALLEST_NORMAL: Final = {"fp32": 2.0**-126, "bf16": 2.0**-126, "fp16": 2.0**-14}
+
+SUBNORMAL_SPACING: Final = {"fp32": 2.0**-149, "bf16": 2.0**-133, "fp16": 2.0**-24}
+"""eta, the spacing below the smallest normal number."""
+
+ACCUMULATION: Final = 8 * 2.0**-24
+"""a: relative error of a float32 accumulation with a hardware exponential, per square root of the summed squares."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Which intermediate values a kernel rounds to the storage dtype, beyond those that all of them round.
+
+    The defaults describe FlashAttention: scores, dP and the softmax in float32, P and dS rounded for their products.
+    """
+
+    scales_inputs: bool = False
+    """q and k are multiplied by the root of the scale and stored before their product."""
+    scales_gradients: bool = False
+    """dq and dk are stored, then multiplied by (the root of) the scale and stored again."""
+    rounds_scores: bool = False
+    """S = q k^T is stored in the dtype before the softmax."""
+    rounds_dp: bool = False
+    """dP = dO v^T is stored in the dtype before dS is formed."""
+    delta_from_output: bool = True
+    """D = rowsum(dO * O) of the stored O, whose rounding enters."""
+    delta_from_probabilities: bool = False
+    """D = rowsum(P * dP), where dP's rounding enters. Both hold for a backend that takes one of two ways."""
+    stores_probabilities: bool = False
+    """The backward uses P as stored in the dtype rather than recomputing it in float32."""
+    expands_kv: bool = False
+    """K/V are repeated over their group: every query head's dK and dV are rounded before they are summed."""
+    tanh_error: float = 0.0
+    """Largest relative error of the tanh behind softcap (2**-11 for the hardware approximation)."""

@@ -1,0 +1,136 @@
+"""Tensors from counters: integer arithmetic only, so that every machine and device draws the same bits.
+
+An element is a hash of (value seed, tensor name, document name, position in the document, head, channel). Removing,
+adding or growing other documents, heads or channels leaves it as it was.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Final, TypeVar
+
+import torch
+
+from reference.case import MAX_HEAD_DIM, Case
+
+DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_MASK = 0xFFFFFFFF
+_Bits = TypeVar("_Bits", int, torch.Tensor)
+
+# Heads are counted in steps of this, so that a change of head_dim moves no other head's channels.
+_HEAD_STRIDE = 1 << MAX_HEAD_DIM.bit_length()
+
+
+def _mix(bits: _Bits) -> _Bits:
+    """A 32-bit finaliser (Wellons' lowbias32), on Python integers and int64 tensors alike.
+
+    int64 products wrap in two's complement on every device, and only their low 32 bits are kept.
+    """
+    bits = bits & _MASK
+    bits = bits ^ (bits >> 16)
+    bits = (bits * 0x7FEB352D) & _MASK
+    bits = bits ^ (bits >> 15)
+    bits = (bits * 0x846CA68B) & _MASK
+    return bits ^ (bits >> 16)
+
+
+def _stream(seed: int, name: str) -> int:
+    return _mix(_mix(seed) ^ zlib.crc32(name.encode()))
+
+
+def _elements(stream: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """One 32-bit hash per (row key, column): int64 ``[len(rows), len(columns)]``."""
+    return _mix(_mix(rows ^ stream)[:, None] + columns * 0x9E3779B1)
+
+
+def _bell(bits: torch.Tensor) -> torch.Tensor:
+    """Integers in [-131070, 131070], the sum of four 16-bit uniforms: near enough to a normal, and exact."""
+    second = _mix(bits + 0x632BE59B)
+    total = (bits & 0xFFFF) + (bits >> 16) + (second & 0xFFFF) + (second >> 16)
+    return total - 131070
+
+
+# Standard deviation of _bell: sqrt(4 * (2**32 - 1) / 12) before centring.
+_BELL_SD = ((2**32 - 1) / 3) ** 0.5
+
+
+def document_rows(ids: Sequence[int], lengths: Sequence[int], device: torch.device | str) -> torch.Tensor:
+    """A key per row from its document's name and its position there: int64 ``[sum(lengths)]``."""
+    counts = torch.tensor(list(lengths), dtype=torch.int64)
+    names = torch.repeat_interleave(torch.tensor(list(ids), dtype=torch.int64), counts)
+    begins = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    positions = torch.arange(len(names), dtype=torch.int64) - begins
+    return _mix(_mix(names * 0x85EBCA6B + 1) + positions).to(device)
+
+
+def columns(heads: int, channels: int, device: torch.device | str) -> torch.Tensor:
+    """A counter per (head, channel), channels fastest: int64 ``[heads * channels]``."""
+    head = torch.arange(heads, dtype=torch.int64, device=device) * _HEAD_STRIDE
+    return (head[:, None] + torch.arange(channels, dtype=torch.int64, device=device)).flatten()
+
+
+def _shape_values(mode: str, name: str, bell: torch.Tensor) -> torch.Tensor:
+    """Bell integers to float64 in the case's value mode (one multiplication and at most one addition: exact twins)."""
+    unit = bell.double() * (1.0 / _BELL_SD)
+    if mode == "large" and name in ("q", "k", "x"):
+        # Scores with a spread of about 9: softmax rows that are close to one-hot, as trained models have.
+        return unit * 3.0
+    if mode == "offset" and name in ("k", "v", "x"):
+        # A common offset cancels in the softmax and in dP - D: what is left must survive the cancellation.
+        return unit * 0.25 + 2.0
+    if mode == "tiny":
+        # 2**-12: squares and gradients reach fp16's subnormals.
+        return unit * 2.0**-12
+    return unit
+
+
+def draw(
+    case: Case, name: str, heads: int, channels: int, device: torch.device | str, *, keys: bool = False
+) -> torch.Tensor:
+    """A token-major tensor of the case, contiguous, in the case's dtype.
+
+    Args:
+        case: decides seed, value mode, documents and dtype.
+        name: the tensor's name, part of every element's key.
+        heads: heads per token.
+        channels: channels per head.
+        device: where to compute; the bits do not depend on it.
+        keys: take the key side of a kernel case's documents rather than the query side.
+
+    Returns:
+        ``[tokens, heads, channels]``.
+    """
+    lengths = case.packed_key_lengths if keys else case.packed_lengths
+    rows = document_rows(case.packed_ids, lengths, device)
+    bell = _bell(_elements(_stream(case.seed, name), rows, columns(heads, channels, device)))
+    values = _shape_values(case.values, name, bell)
+    return values.float().to(DTYPES[case.dtype]).view(len(rows), heads, channels)
+
+
+def draw_weight(case: Case, name: str, rows: int, channels: int, device: torch.device | str) -> torch.Tensor:
+    """A projection ``[rows, channels]`` in the case's dtype, for ``y = x @ weight.T``.
+
+    ``selection`` puts a single power of two, of either sign, in every row: the projection is exact in every dtype.
+    """
+    stream = _stream(case.seed, name)
+    row_keys = _mix(torch.arange(rows, dtype=torch.int64, device=device) + 0x51ED270B)
+    if case.weights == "selection":
+        bits = _mix(row_keys ^ stream)
+        weight = torch.zeros(rows, channels, dtype=torch.float64, device=device)
+        sign = 1.0 - 2.0 * ((bits >> 8) & 1).double()
+        # Neighbouring rows read neighbouring channels, so no two rows of a narrow head coincide.
+        channel = (torch.arange(rows, dtype=torch.int64, device=device) + stream) % channels
+        weight[torch.arange(rows, device=device), channel] = sign
+    else:
+        bell = _bell(_elements(stream, row_keys, torch.arange(channels, dtype=torch.int64, device=device)))
+        weight = bell.double() * (channels**-0.5 / _BELL_SD)
+    return weight.float().to(DTYPES[case.dtype])
+
+
+def draw_norm(case: Case, name: str, device: torch.device | str) -> torch.Tensor:
+    """A norm's weight ``[head_dim]`` around 1, in the case's dtype."""
+    keys = _mix(torch.arange(case.head_dim, dtype=torch.int64, device=device))
+    bell = _bell(_mix(keys ^ _stream(case.seed, name)))
+    return (bell.double() * (0.25 / _BELL_SD) + 1.0).float().to(DTYPES[case.dtype])
