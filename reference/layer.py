@@ -1,0 +1,198 @@
+"""The whole attention layer over a packed sequence: projections, norms, rotary, attention, output projection.
+
+Each document is computed on its own, in float64, with closed-form gradients; micro-sequences appear only as the places
+where a buffered implementation rounds partial sums. A leading dimension holds simulated roundings (arithmetic.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from reference.answer import Expected
+from reference.arithmetic import Arithmetic
+from reference.case import Case
+from reference.layout import document_spans, micro_sequences
+from reference.profile import Profile
+from reference.simulated import SimulatedAttention
+from reference.values import draw
+from reference.weights import NORM_EPSILON, layer_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerInputs:
+    """The tensors of a layer case, in its dtype."""
+
+    x: torch.Tensor
+    """``[tokens, hidden]``"""
+    dout: torch.Tensor
+    """``[tokens, hidden]``"""
+    weights: dict[str, torch.Tensor]
+
+
+def layer_inputs(case: Case, device: torch.device | str) -> LayerInputs:
+    """The tensors of a layer case."""
+    x, dout = (draw(case, name, 1, case.hidden, device)[:, 0] for name in ("x", "dout"))
+    return LayerInputs(x, dout, layer_weights(case, device))
+
+
+def rotary_angles(case: Case, positions: torch.Tensor) -> torch.Tensor:
+    """Angle by which each channel pair turns, float64 ``[tokens, head_dim // 2]``; pair c is channels (c, c + d/2).
+
+    ``theta ** (-2 c / head_dim)`` per position (Su et al., 2021); ``proportional`` leaves the pairs behind the leading
+    ``rotary_fraction`` at angle 0.
+    """
+    pairs = case.head_dim // 2
+    frequency = case.rotary_theta ** (-torch.arange(pairs, dtype=torch.float64, device=positions.device) / pairs)
+    if case.rotary == "proportional":
+        frequency[math.ceil(case.rotary_fraction * pairs) :] = 0
+    return positions.double()[:, None] * frequency
+
+
+def _rotate(x: torch.Tensor, angles: torch.Tensor, sign: float) -> torch.Tensor:
+    """Turns ``[..., tokens, heads, d]``."""
+    real, imaginary = x.chunk(2, -1)
+    cos, sin = angles.cos()[:, None], sign * angles.sin()[:, None]
+    return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1)
+
+
+class _Layer:
+    """One evaluation; every method is one stage and its gradient."""
+
+    def __init__(self, case: Case, inputs: LayerInputs, profile: Profile) -> None:
+        self.case, self.profile = case, profile
+        device = inputs.x.device
+        self.arithmetic = Arithmetic(case.dtype, device, case.seed)
+        self.weights = {name: self.arithmetic.exact(weight) for name, weight in inputs.weights.items()}
+        self.spans = document_spans(case.packed_lengths)
+        self.parts = micro_sequences(case)
+        positions = torch.cat([torch.arange(span.length, device=device) for span in self.spans])
+        self.angles = rotary_angles(case, positions)
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    # Projections.
+
+    def project(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``x @ weight.T``, not yet stored."""
+        if self.case.weights == "selection":
+            return x @ weight.transpose(-1, -2)
+        return self.arithmetic.accumulate(x @ weight.transpose(-1, -2), x[0].square() @ weight[0].square().T)
+
+    def stored_projection(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """A projection's output in the dtype; a selection of stored values needs no rounding."""
+        y = self.project(x, weight)
+        return y if self.case.weights == "selection" else self.arithmetic.store(y)
+
+    def project_back(self, dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``dy @ weight``, not yet stored."""
+        return self.arithmetic.accumulate(dy @ weight, dy[0].square() @ weight[0].square())
+
+    def sum_over_parts(self, name: str, terms: list[torch.Tensor]) -> None:
+        """A parameter gradient: each micro-sequence's is stored, their sum is float32."""
+        self.gradients[name] = torch.stack([self.arithmetic.store(term) for term in terms]).sum(0)
+
+    def weight_gradient(self, name: str, dy: torch.Tensor, x: torch.Tensor) -> None:
+        """``dy.T @ x`` per micro-sequence."""
+        terms = []
+        for part in self.parts:
+            dy_part, x_part = dy[:, slice(*part)].transpose(-1, -2), x[:, slice(*part)]
+            squares = dy_part[0].square() @ x_part[0].square()
+            terms.append(self.arithmetic.accumulate(dy_part @ x_part, squares))
+        self.sum_over_parts(name, terms)
+
+    # Norms over head channels, [..., tokens, heads, d].
+
+    def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        if name not in self.weights:
+            return x
+        r = (x.square().mean(-1, keepdim=True) + NORM_EPSILON).rsqrt()
+        y = x * r * self.weights[name]
+        return self.arithmetic.store(self.arithmetic.accumulate(y, y[0].square()))
+
+    def norm_back(self, name: str, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+        if name not in self.weights:
+            return dy
+        r = (x.square().mean(-1, keepdim=True) + NORM_EPSILON).rsqrt()
+        normed = x * r
+        product = dy * normed
+        terms = [product[:, slice(*part)].sum((1, 2)) for part in self.parts]
+        squares = [product[0, slice(*part)].square().sum((0, 1)) for part in self.parts]
+        self.sum_over_parts(
+            name, [self.arithmetic.accumulate(term, square) for term, square in zip(terms, squares, strict=True)]
+        )
+        g = dy * self.weights[name]
+        dx = r * (g - normed * (g * normed).mean(-1, keepdim=True))
+        # The two terms may cancel; each carries float32's relative error.
+        return self.arithmetic.store(self.arithmetic.accumulate(dx, (r * g)[0].square()))
+
+    # Rotary.
+
+    def rotary(self, x: torch.Tensor, sign: float = 1.0) -> torch.Tensor:
+        if self.case.rotary == "none":
+            return x
+        y = _rotate(x, self.angles, sign)
+        # cos and sin are float32; each output mixes both channels of a pair.
+        pair = x[0].square()
+        mixed = pair + torch.cat(pair.chunk(2, -1)[::-1], -1)
+        return self.arithmetic.store(self.arithmetic.accumulate(y, mixed))
+
+    # The whole.
+
+    def evaluate(self, inputs: LayerInputs) -> dict[str, Expected]:
+        case, arithmetic = self.case, self.arithmetic
+        x, dout = arithmetic.exact(inputs.x), arithmetic.exact(inputs.dout)
+        q0 = self.stored_projection(x, self.weights["query"]).unflatten(-1, (case.heads, case.head_dim))
+        kv0 = self.stored_projection(x, self.weights["key_value"]).unflatten(-1, (-1, case.head_dim))
+        k0, v0 = (kv0, kv0) if case.shared_key_value else kv0.chunk(2, -2)
+        q = self.rotary(self.norm("query_norm", q0))
+        k = self.rotary(self.norm("key_norm", k0))
+        v = self.norm("value_norm", v0)
+        documents = [
+            SimulatedAttention(case, self.profile, arithmetic, span, *(t[:, slice(*span)] for t in (q, k, v)))
+            for span in self.spans
+            if span.length
+        ]
+        context = arithmetic.store(torch.cat([document.forward() for document in documents], 1))
+        flat = context.flatten(-2)
+        out = self.project(flat, self.weights["dense"])
+
+        self.weight_gradient("dense", dout, flat)
+        dcontext = arithmetic.store(self.project_back(dout, self.weights["dense"])).unflatten(-1, (case.heads, -1))
+        pieces = [
+            document.backward(context[:, slice(*document.span)], dcontext[:, slice(*document.span)], self.parts)
+            for document in documents
+        ]
+        dq, dk, dv = (torch.cat([piece[index] for piece in pieces], 1) for index in range(3))
+        dq0 = self.norm_back("query_norm", q0, self.rotary(dq, -1.0))
+        # The buffer's own slice goes back to the storage dtype before rotary and projection see it.
+        dk0 = self.norm_back("key_norm", k0, self.rotary(arithmetic.store(dk), -1.0))
+        dv0 = self.norm_back("value_norm", v0, arithmetic.store(dv))
+        dkv0 = arithmetic.store(dk0 + dv0) if case.shared_key_value else torch.cat([dk0, dv0], -2)
+        self.weight_gradient("query", dq0.flatten(-2), x)
+        self.weight_gradient("key_value", dkv0.flatten(-2), x)
+        dx_q = arithmetic.store(self.project_back(dq0.flatten(-2), self.weights["query"]))
+        dx_kv = arithmetic.store(self.project_back(dkv0.flatten(-2), self.weights["key_value"]))
+        results = {"out": (out, True), "k": (k, True), "v": (v, True), "dk": (dk, False), "dv": (dv, False)}
+        results |= {"dx": (dx_q + dx_kv, True)}
+        results |= {f"d_{name}": (gradient, False) for name, gradient in self.gradients.items()}
+        return {
+            name: Expected(result[0], arithmetic.variance(result, stored=stored))
+            for name, (result, stored) in results.items()
+        }
+
+
+def layer_answer(case: Case, inputs: LayerInputs, profile: Profile) -> dict[str, Expected]:
+    """What a layer case should give, with budgets.
+
+    Args:
+        case: a layer case.
+        inputs: its tensors.
+        profile: the roundings of the backend under test.
+
+    Returns:
+        ``out`` and ``dx [tokens, hidden]``; the K/V buffer's ``k, v [tokens, kv_heads, head_dim]`` (keys rotated) and
+        its gradients ``dk, dv``, summed over micro-sequences; ``d_<weight>`` for every parameter.
+    """
+    return _Layer(case, inputs, profile).evaluate(inputs)
