@@ -1,16 +1,56 @@
-"""Which backends there are. A backend is imported only when it is asked for."""
+"""Which backends there are, by name. A backend is imported only when it is asked for.
+
+``KERNEL`` is the buffered layer around that kernel, and the kernel by itself; ``legacy:KERNEL`` is the known-bad layer
+around it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
+from collections.abc import Callable
+
+import torch
 
 from backends import kernels
 from backends.kernel import Kernel
+from backends.layer import BufferedLayer, Layer
+from backends.legacy import LegacyLayer
+from reference.case import Case
+from reference.layout import call_segments, micro_sequences, segments
+
+LEGACY = "legacy:"
 
 
 class UnknownBackend(LookupError):
     """No backend of that name; the message lists those there are."""
+
+
+LayerFactory = Callable[[dict[str, torch.Tensor], Case, Kernel], Layer]
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A system under test."""
+
+    name: str
+    kernel: Kernel
+    layer: LayerFactory = BufferedLayer
+    levels: tuple[str, ...] = ("kernel", "layer")
+
+    def refusal(self, case: Case, device: str) -> str | None:
+        """What about a case the backend does not take, or None."""
+        if case.level not in self.levels:
+            return f"{case.level} cases"
+        if case.level == "layer":
+            if case.ranks > 1:
+                return "more than one rank"
+            calls = [segments(case.packed_lengths, part) for part in micro_sequences(case)]
+        else:
+            calls = [call_segments(case)]
+        pairs = [(segment.queries.length, segment.keys.length) for call in calls for segment in call]
+        return self.kernel.capabilities.refusal(case, device, pairs)
 
 
 def kernel_names() -> tuple[str, ...]:
@@ -18,14 +58,18 @@ def kernel_names() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(kernels.__path__)))
 
 
-def load_kernel(name: str) -> Kernel:
-    """The adapter of that name.
+def load(name: str) -> Backend:
+    """The backend of that name.
 
     Raises:
         UnknownBackend: when there is none.
     """
-    if name not in kernel_names():
-        raise UnknownBackend(f"unknown backend {name!r}; known backends are {', '.join(kernel_names())}")
-    kernel = importlib.import_module(f"backends.kernels.{name}").KERNEL
+    legacy = name.startswith(LEGACY)
+    kernel_name = name.removeprefix(LEGACY)
+    if kernel_name not in kernel_names():
+        raise UnknownBackend(
+            f"unknown backend {name!r}; known backends are {', '.join(kernel_names())}, and {LEGACY}NAME for each"
+        )
+    kernel = importlib.import_module(f"backends.kernels.{kernel_name}").KERNEL
     assert isinstance(kernel, Kernel)
-    return kernel
+    return Backend(name, kernel, LegacyLayer, ("layer",)) if legacy else Backend(name, kernel)

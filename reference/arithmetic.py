@@ -13,6 +13,10 @@ from reference.budget import rounding_variance
 from reference.profile import ACCUMULATION
 
 SAMPLES = 8
+"""Enough to pass a clean case; its own noise can mimic a 10 sigma error about once in 1e5 independent elements."""
+
+CONFIRMING_SAMPLES = 64
+"""For a second look at a suspect: Student's t with 64 degrees of freedom exceeds 10 with probability 1e-14."""
 
 
 class Arithmetic:
@@ -22,10 +26,11 @@ class Arithmetic:
         dtype: storage dtype.
         device: where the reference runs.
         seed: of the simulated noise; budgets depend on it, answers do not.
+        samples: how many noisy evaluations accompany the exact one.
     """
 
-    def __init__(self, dtype: str, device: torch.device | str, seed: int) -> None:
-        self._dtype = dtype
+    def __init__(self, dtype: str, device: torch.device | str, seed: int, samples: int = SAMPLES) -> None:
+        self._dtype, self._samples = dtype, samples
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def exact(self, x: torch.Tensor) -> torch.Tensor:
@@ -33,7 +38,7 @@ class Arithmetic:
         return x.double()[None]
 
     def _noise(self, x: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-        noise = torch.randn((SAMPLES + 1, *x.shape[1:]), dtype=x.dtype, device=x.device, generator=self._generator)
+        noise = torch.randn((self._samples + 1, *x.shape[1:]), dtype=x.dtype, device=x.device, generator=self._generator)
         noise[0] = 0
         return x + noise * variance.sqrt()
 

@@ -12,7 +12,7 @@ import math
 import torch
 
 from reference.answer import Expected
-from reference.arithmetic import Arithmetic
+from reference.arithmetic import SAMPLES, Arithmetic
 from reference.case import Case
 from reference.layout import document_spans, micro_sequences
 from reference.profile import Profile
@@ -61,10 +61,10 @@ def _rotate(x: torch.Tensor, angles: torch.Tensor, sign: float) -> torch.Tensor:
 class _Layer:
     """One evaluation; every method is one stage and its gradient."""
 
-    def __init__(self, case: Case, inputs: LayerInputs, profile: Profile) -> None:
+    def __init__(self, case: Case, inputs: LayerInputs, profile: Profile, samples: int) -> None:
         self.case, self.profile = case, profile
         device = inputs.x.device
-        self.arithmetic = Arithmetic(case.dtype, device, case.seed)
+        self.arithmetic = Arithmetic(case.dtype, device, case.seed, samples)
         self.weights = {name: self.arithmetic.exact(weight) for name, weight in inputs.weights.items()}
         self.spans = document_spans(case.packed_lengths)
         self.parts = micro_sequences(case)
@@ -183,16 +183,19 @@ class _Layer:
         }
 
 
-def layer_answer(case: Case, inputs: LayerInputs, profile: Profile) -> dict[str, Expected]:
+def layer_answer(
+    case: Case, inputs: LayerInputs, profile: Profile, samples: int = SAMPLES
+) -> dict[str, Expected]:
     """What a layer case should give, with budgets.
 
     Args:
         case: a layer case.
         inputs: its tensors.
         profile: the roundings of the backend under test.
+        samples: noisy evaluations behind the budgets.
 
     Returns:
         ``out`` and ``dx [tokens, hidden]``; the K/V buffer's ``k, v [tokens, kv_heads, head_dim]`` (keys rotated) and
         its gradients ``dk, dv``, summed over micro-sequences; ``d_<weight>`` for every parameter.
     """
-    return _Layer(case, inputs, profile).evaluate(inputs)
+    return _Layer(case, inputs, profile, samples).evaluate(inputs)

@@ -1,0 +1,27 @@
+"""The oracle: named checks, each a function from a trial to the symptoms it sees.
+
+Adding a check is writing one such function and listing it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from attn_fuzz.checks.budget import within_budget, worst_errors
+from attn_fuzz.checks.dead_rows import dead_rows_zero
+from attn_fuzz.checks.memory import buffer_intact, inputs_intact, results_complete, unwritten_unread
+from attn_fuzz.symptoms import Symptom
+from attn_fuzz.trial import Trial
+
+Check = Callable[[Trial], Iterable[Symptom]]
+
+CHECKS: tuple[Check, ...] = (
+    results_complete,
+    unwritten_unread,
+    dead_rows_zero,
+    buffer_intact,
+    inputs_intact,
+    within_budget,
+)
+
+__all__ = ["CHECKS", "Check", "worst_errors"]

@@ -1,0 +1,105 @@
+"""Budget: every element of every result is within the error that correct arithmetic may make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+
+from attn_fuzz.symptoms import Place, Symptom, wrong
+from attn_fuzz.trial import Trial
+from reference.answer import Expected
+from reference.case import Case
+
+LIMIT: Final = 10.0
+"""Standard deviations. The largest error of correct tensor-core kernels over 4e9 elements was 8.6 (docs/oracle.md)."""
+
+_LARGEST: Final = {"fp32": 3.4e38, "bf16": 3.3e38, "fp16": 65504.0}
+
+
+def deviations(case: Case, got: torch.Tensor, expected: Expected) -> torch.Tensor:
+    """z per element, ``|got - value| / sqrt(variance)``; inf where equality was owed or a finite value is missing.
+
+    Elements whose true value does not fit the dtype owe nothing.
+    """
+    value = expected.value
+    error = (got.double() - value).abs()
+    z = error / expected.variance.sqrt()
+    # Covers equal infinities (the LSE of rows without keys) and 0 / 0.
+    z = torch.where(got.double() == value, 0.0, z)
+    z = torch.where(z.isnan(), torch.inf, z)
+    return torch.where(value.isfinite() & (value.abs() > 0.5 * _LARGEST[case.dtype]), 0.0, z)
+
+
+def worst_errors(trial: Trial) -> dict[str, float]:
+    """Largest z per result over all observations."""
+    worst: dict[str, float] = {}
+    for observation in trial.observations:
+        for name, got in observation.results.items():
+            expected = trial.answer.get(name)
+            if expected is not None and got.shape == expected.value.shape and got.numel():
+                z = deviations(trial.case, got, expected).max().item()
+                worst[name] = max(z, worst.get(name, 0.0))
+    return worst
+
+
+def _suspects(trial: Trial, answer: dict[str, Expected]) -> dict[str, torch.Tensor]:
+    """z of the results that exceed the limit, by name; non-finite observations belong to other checks' runs."""
+    found: dict[str, torch.Tensor] = {}
+    for observation in trial.observations:
+        for name, got in observation.results.items():
+            expected = answer.get(name)
+            if expected is None or got.shape != expected.value.shape or name in found:
+                continue
+            z = deviations(trial.case, got, expected)
+            owed_zero = (expected.variance == 0) & (expected.value == 0)
+            # Dead rows have a check of their own, which names them.
+            z = torch.where(owed_zero & (name in ("dk", "dv", "dq")), 0.0, z)
+            if z.numel() and z.max() > LIMIT:
+                found[name] = z
+    return found
+
+
+def place_of(trial: Trial, name: str, flat_index: int, shape: torch.Size) -> Place:
+    """Document, row, head and channel of an element."""
+    index = [int(i) for i in torch.unravel_index(torch.tensor(flat_index), shape)]
+    if name == "lse":
+        index = [index[0], index[1], 0]
+    document, row = trial.document_of(name, index[0])
+    return Place(document, row, index[1] if len(index) == 3 else None, index[-1] if len(index) > 1 else 0)
+
+
+def within_budget(trial: Trial) -> Iterator[Symptom]:
+    """Fails beyond LIMIT on two independent value seeds of the same layout, judged by careful budgets."""
+    if not _suspects(trial, trial.answer):
+        return
+    suspects = _suspects(trial, trial.careful_answer)
+    if not suspects:
+        return
+    again = _suspects(trial.second, trial.second.careful_answer)
+    for name, z in suspects.items():
+        if name not in again:
+            continue
+        worst = int(z.argmax())
+        expected = trial.careful_answer[name].value
+        got = next(o.results[name] for o in trial.observations if _is_source(trial, o.results[name], name, z))
+        place = place_of(trial, name, worst, z.shape)
+        wrong_rows = (z > LIMIT).flatten(1).any(1).nonzero()[:, 0].tolist() if z.dim() > 1 else []
+        documents = sorted({d for row in wrong_rows if (d := trial.document_of(name, row)[0]) is not None})
+        of_documents = f" in documents {documents}" if documents else ""
+        yield wrong(name)(
+            "budget",
+            name,
+            f"{place}: got {got.flatten()[worst].item():.6g}, expected {expected.flatten()[worst].item():.6g}, "
+            f"z = {z.flatten()[worst].item():.3g}; {int((z > LIMIT).sum())} of {z.numel()} elements wrong{of_documents}",
+            z=z.flatten()[worst].item(),
+        )
+
+
+def _is_source(trial: Trial, got: torch.Tensor, name: str, z: torch.Tensor) -> bool:
+    """Whether ``z`` was measured on this result."""
+    worst = int(z.argmax())
+    expected = trial.careful_answer[name]
+    mine = deviations(trial.case, got, expected).flatten()[worst]
+    return bool(mine == z.flatten()[worst])

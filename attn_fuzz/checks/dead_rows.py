@@ -1,0 +1,39 @@
+"""Dead rows: what no query attends to, and what attends to nothing, has a gradient of exactly zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from attn_fuzz.symptoms import DeadRowsNotZero, Symptom
+from attn_fuzz.trial import Trial
+
+
+def dead_rows_zero(trial: Trial) -> Iterator[Symptom]:
+    """dQ, dK and dV rows with no partner are 0, and each backward leaves gradient rows outside its extent alone."""
+    for observation in trial.observations:
+        for name in ("dq", "dk", "dv"):
+            got, expected = observation.results.get(name), trial.answer.get(name)
+            if got is None or expected is None or got.shape != expected.value.shape:
+                continue
+            dead = ((expected.value == 0) & (expected.variance == 0)).flatten(1).all(1)
+            alive = dead & (got != 0).flatten(1).any(1)
+            if rows := alive.nonzero()[:, 0].tolist():
+                document, row = trial.document_of(name, rows[0])
+                value = got[rows[0]].flatten()
+                yield DeadRowsNotZero(
+                    "dead_rows",
+                    name,
+                    f"document {document}, row {row} has no partner, but its gradient holds "
+                    f"{value[value != 0][0].item():.6g} ({len(rows)} such rows)",
+                )
+        for stray in observation.strays:
+            if stray.tensor in ("dk", "dv"):
+                yield DeadRowsNotZero(
+                    "dead_rows",
+                    stray.tensor,
+                    f"the {stray.step} changed rows {_ranges(stray.rows)} outside its active extent, to {stray.value:.6g}",
+                )
+
+
+def _ranges(rows: tuple[int, ...]) -> str:
+    return f"{rows[0]}" if len(rows) == 1 else f"{rows[0]}..{rows[-1]} ({len(rows)} rows)"

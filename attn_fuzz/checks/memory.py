@@ -1,0 +1,75 @@
+"""Memory: what is handed out unwritten is not read, what is handed in is not written, results are all there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from attn_fuzz.execute import differing
+from attn_fuzz.symptoms import InputsChanged, MissingResult, PoisonLeaked, Symptom, WroteOutside
+from attn_fuzz.trial import Trial
+
+_BACKWARD = ("dq", "dk", "dv", "dx")
+
+
+def results_complete(trial: Trial) -> Iterator[Symptom]:
+    """Every result has the shape it should have; at kernel level none but the LSE may be absent."""
+    observation = trial.observations[0]
+    optional = {"lse"} if trial.case.level == "kernel" else {"k", "v", "dk", "dv"}
+    for name, expected in trial.answer.items():
+        got = observation.results.get(name)
+        if got is None:
+            if name not in optional:
+                yield MissingResult("complete", name, "there is no such result")
+        elif got.shape != expected.value.shape:
+            yield MissingResult(
+                "complete", name, f"its shape is {list(got.shape)}, but should be {list(expected.value.shape)}"
+            )
+
+
+def unwritten_unread(trial: Trial) -> Iterator[Symptom]:
+    """NaN poison comes out nowhere, and where the backend repeats itself both poisons give the same bits."""
+    by_poison = {observation.poison: observation for observation in trial.observations}
+    if (nan_run := by_poison.get("nan")) is not None:
+        for name, got in nan_run.results.items():
+            expected = trial.answer.get(name)
+            if expected is None or got.shape != expected.value.shape:
+                continue
+            leaked = got.isnan() & ~expected.value.isnan()
+            if not leaked.any():
+                continue
+            rows = leaked.reshape(len(leaked), -1).any(1).nonzero()[:, 0].tolist()
+            document, row = trial.document_of(name, rows[0])
+            where = f"row {row}" if document is None else f"document {document}, row {row}"
+            yield PoisonLeaked(
+                "unwritten", name, f"{where} is NaN: {int(leaked.sum())} elements in {len(rows)} rows hold unwritten memory"
+            )
+    if len(trial.observations) == 2:
+        for name in differing(*trial.observations):
+            if _repeats(trial, name) and not trial.observations[0].results[name].isnan().any():
+                yield PoisonLeaked(
+                    "unwritten", name, "its bits change with the contents of memory that nobody has written"
+                )
+
+
+def _repeats(trial: Trial, name: str) -> bool:
+    capabilities = trial.backend.kernel.capabilities
+    backward = name in _BACKWARD or name.startswith("d_")
+    return capabilities.repeatable and (capabilities.repeatable_backward or not backward)
+
+
+def inputs_intact(trial: Trial) -> Iterator[Symptom]:
+    """Inputs, weights, metadata and the guard margins around them keep their bits."""
+    for what in dict.fromkeys(what for observation in trial.observations for what in observation.changed):
+        yield InputsChanged("inputs_intact", what, "its bits changed")
+
+
+def buffer_intact(trial: Trial) -> Iterator[Symptom]:
+    """A forward writes its own slice of the K/V buffer and no other row."""
+    for observation in trial.observations:
+        for stray in observation.strays:
+            if stray.tensor in ("k", "v"):
+                yield WroteOutside(
+                    "buffer_intact",
+                    stray.tensor,
+                    f"the {stray.step} changed rows {list(stray.rows)[:8]} outside its slice, to {stray.value:.6g}",
+                )

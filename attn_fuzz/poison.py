@@ -1,0 +1,110 @@
+"""Memory that nobody has written yet, filled on purpose.
+
+What a backend leaves unwritten holds whatever the allocator had there: zeros on a lucky day. Every case therefore runs
+under two poisons, NaN and a large finite value. Equal bits under both prove that nothing unwritten was read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+POISONS: Final = ("nan", "finite")
+
+FINITE_BYTE: Final = 0x5A
+"""As fp16 203, as bf16 and fp32 1.5e16: conspicuous in each, and no product of two overflows float32."""
+
+# Sizes that together reach into every bin of the CUDA caching allocator that a narrow case uses (512 B to 20 MiB).
+_PRIMED: Final = tuple((1 << exponent, 24) for exponent in range(9, 20)) + ((1 << 20, 16), (20 << 20, 2))
+
+_ALLOCATIONS: Final = frozenset(
+    {
+        torch.ops.aten.empty.memory_format,
+        torch.ops.aten.empty_like.default,
+        torch.ops.aten.empty_strided.default,
+        torch.ops.aten.new_empty.default,
+        torch.ops.aten.new_empty_strided.default,
+    }
+)
+
+
+class _FillAllocations(TorchDispatchMode):
+    """Fills what Python code and autograd functions allocate without values."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _ALLOCATIONS and type(result) is torch.Tensor and result.device.type in ("cpu", "cuda"):
+            result.untyped_storage().fill_(FINITE_BYTE)
+        return result
+
+
+def _prime_cuda(device: torch.device) -> None:
+    """Leaves finite poison in the caching allocator's free blocks, so that kernels' own allocations get it."""
+    blocks = [
+        torch.empty(size, dtype=torch.uint8, device=device).fill_(FINITE_BYTE)
+        for size, count in _PRIMED
+        for _ in range(count)
+    ]
+    del blocks
+
+
+@contextlib.contextmanager
+def _nan_poison() -> Iterator[None]:
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        # Operators without a deterministic version say so; that is not what this mode is for.
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@contextlib.contextmanager
+def _finite_poison(device: torch.device) -> Iterator[None]:
+    if device.type == "cuda":
+        _prime_cuda(device)
+    with _FillAllocations():
+        yield
+
+
+@contextlib.contextmanager
+def _no_poison() -> Iterator[None]:
+    yield
+
+
+def poisoned(poison: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """A context in which unwritten memory holds ``nan``, ``finite`` poison, or (``none``) what it happens to hold.
+
+    Raises:
+        ValueError: for an unknown poison.
+    """
+    kinds: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+        "nan": _nan_poison,
+        "finite": lambda: _finite_poison(device),
+        "none": _no_poison,
+    }
+    if poison not in kinds:
+        raise ValueError(f"unknown poison {poison!r}; there are {', '.join(kinds)}")
+    return kinds[poison]()
+
+
+def filler(poison: str) -> float:
+    """What guard margins and gaps hold under a poison."""
+    return torch.nan if poison == "nan" else 203.0

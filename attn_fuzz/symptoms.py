@@ -1,0 +1,150 @@
+"""One exception type per symptom, so that Hypothesis reports and shrinks each by itself.
+
+A shrink that may pass from one failure to another ends at whichever is easiest to reach; distinct types forbid that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a wrong element is, in words of the case."""
+
+    document: int | None
+    row: int
+    """Row within the document; within the tensor where there is no document."""
+    head: int | None
+    channel: int
+
+    def __str__(self) -> str:
+        parts = [] if self.document is None else [f"document {self.document}"]
+        parts += [f"row {self.row}"] + ([] if self.head is None else [f"head {self.head}"])
+        return ", ".join([*parts, f"channel {self.channel}"])
+
+
+class Symptom(AssertionError):
+    """Something that a correct backend does not do.
+
+    Args:
+        check: name of the check that saw it.
+        tensor: what is wrong.
+        message: one sentence.
+        z: error in standard deviations of the budget, where that is what was measured.
+    """
+
+    rank: ClassVar[int] = 0
+    """Of several symptoms the one with the lowest rank names the finding."""
+
+    def __init__(self, check: str, tensor: str, message: str, z: float | None = None) -> None:
+        super().__init__(f"{type(self).__name__} [{check}] {tensor}: {message}")
+        self.check, self.tensor, self.message, self.z = check, tensor, message, z
+
+
+class Crashed(Symptom):
+    """The backend raised, or its process died."""
+
+    rank = 0
+
+
+class Hung(Symptom):
+    """The backend did not come back in time."""
+
+    rank = 0
+
+
+class PoisonLeaked(Symptom):
+    """A result depends on memory that nobody wrote."""
+
+    rank = 1
+
+
+class DeadRowsNotZero(Symptom):
+    """Rows that no query attended to have a gradient."""
+
+    rank = 2
+
+
+class WroteOutside(Symptom):
+    """Buffer rows changed that this step does not own."""
+
+    rank = 3
+
+
+class InputsChanged(Symptom):
+    """An input, its metadata or the guard margin around it no longer has its bits."""
+
+    rank = 4
+
+
+class WrongOutput(Symptom):
+    """The forward output is outside its budget."""
+
+    rank = 5
+
+
+class WrongLse(Symptom):
+    """The log-sum-exp is outside its budget."""
+
+    rank = 6
+
+
+class WrongBuffer(Symptom):
+    """The K/V buffer does not hold the keys and values it should."""
+
+    rank = 5
+
+
+class WrongGradQ(Symptom):
+    """dQ is outside its budget."""
+
+    rank = 7
+
+
+class WrongGradK(Symptom):
+    """dK is outside its budget."""
+
+    rank = 8
+
+
+class WrongGradV(Symptom):
+    """dV is outside its budget."""
+
+    rank = 9
+
+
+class WrongInputGradient(Symptom):
+    """The layer's input gradient is outside its budget."""
+
+    rank = 10
+
+
+class WrongParameterGradient(Symptom):
+    """A parameter's gradient is outside its budget."""
+
+    rank = 11
+
+
+class MissingResult(Symptom):
+    """A result is absent, or has the wrong shape or dtype."""
+
+    rank = 0
+
+
+WRONG_TENSOR: dict[str, type[Symptom]] = {
+    "out": WrongOutput,
+    "lse": WrongLse,
+    "k": WrongBuffer,
+    "v": WrongBuffer,
+    "dq": WrongGradQ,
+    "dk": WrongGradK,
+    "dv": WrongGradV,
+    "dx": WrongInputGradient,
+}
+
+
+def wrong(tensor: str) -> type[Symptom]:
+    """The symptom of a tensor outside its budget."""
+    return WRONG_TENSOR.get(tensor, WrongParameterGradient)

@@ -1,0 +1,137 @@
+"""One case on one backend: run it under both poisons, compute the answer, ask every check."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from attn_fuzz.execute import Observation, require_support, run_kernel, run_layer
+from attn_fuzz.poison import POISONS
+from attn_fuzz.symptoms import Crashed, Symptom
+from backends.kernel import UnsupportedCase
+from backends.registry import Backend
+from reference.answer import Expected, Inputs, kernel_answer, kernel_inputs
+from reference.arithmetic import CONFIRMING_SAMPLES, SAMPLES
+from reference.case import Case
+from reference.layer import LayerInputs, layer_answer, layer_inputs
+from reference.layout import document_spans
+
+# Second value seed of a layout: an error that is a property of the layout shows under both.
+_SECOND_SEED = 0x9E3779B9
+
+
+@dataclasses.dataclass
+class Trial:
+    """A case, what the backend made of it, and what it should have made; checks are functions of this."""
+
+    case: Case
+    backend: Backend
+    device: torch.device
+    poisons: Sequence[str] = POISONS
+
+    @functools.cached_property
+    def inputs(self) -> Inputs | LayerInputs:
+        return (kernel_inputs if self.case.level == "kernel" else layer_inputs)(self.case, self.device)
+
+    @functools.cached_property
+    def observations(self) -> tuple[Observation, ...]:
+        """One run per poison."""
+        return tuple(self.observe(poison) for poison in self.poisons)
+
+    def observe(self, poison: str) -> Observation:
+        """A run of its own."""
+        if isinstance(self.inputs, Inputs):
+            return run_kernel(self.backend, self.case, self.inputs, poison)
+        return run_layer(self.backend, self.case, self.inputs, poison)
+
+    def answer_with(self, samples: int) -> dict[str, Expected]:
+        """The reference's answer; ``samples`` matter to layer budgets only."""
+        profile = self.backend.kernel.profile_on(self.device.type)
+        if isinstance(self.inputs, Inputs):
+            return kernel_answer(self.case, self.inputs, profile)
+        return layer_answer(self.case, self.inputs, profile, samples)
+
+    @functools.cached_property
+    def answer(self) -> dict[str, Expected]:
+        return self.answer_with(SAMPLES)
+
+    @functools.cached_property
+    def careful_answer(self) -> dict[str, Expected]:
+        """The answer with budgets good enough to accuse somebody."""
+        return self.answer_with(CONFIRMING_SAMPLES)
+
+    @functools.cached_property
+    def second(self) -> Trial:
+        """The same layout with other values."""
+        return dataclasses.replace(self, case=self.case.replace(seed=self.case.seed ^ _SECOND_SEED))
+
+    def document_of(self, tensor: str, row: int) -> tuple[int | None, int]:
+        """(document, row within it) of a tensor's row; parameters have no documents."""
+        if tensor.startswith("d_"):
+            return None, row
+        on_keys = self.case.level == "kernel" and tensor in ("dk", "dv")
+        lengths = self.case.packed_key_lengths if on_keys else self.case.packed_lengths
+        for index, span in enumerate(document_spans(lengths)):
+            if span.begin <= row < span.end:
+                return index, row - span.begin
+        return None, row
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the checks said."""
+
+    symptoms: tuple[Symptom, ...]
+    """In order of rank; empty for a clean case."""
+    worst_z: dict[str, float]
+    """Largest error per tensor in budget standard deviations."""
+    paths: frozenset[str]
+
+    @property
+    def first(self) -> Symptom | None:
+        """The symptom that names the finding."""
+        return self.symptoms[0] if self.symptoms else None
+
+    @property
+    def checks(self) -> tuple[str, ...]:
+        """Names of the checks that failed, in order of rank."""
+        return tuple(dict.fromkeys(symptom.check for symptom in self.symptoms))
+
+
+def examine(case: Case, backend: Backend, device: torch.device | str, poisons: Sequence[str] = POISONS) -> Verdict:
+    """Runs a case and asks every check.
+
+    Raises:
+        UnsupportedCase: when the backend declares that it does not take the case.
+    """
+    from attn_fuzz.checks import CHECKS, worst_errors
+
+    device = torch.device(device)
+    require_support(backend, case, device)
+    trial = Trial(case, backend, device, poisons)
+    try:
+        observations = trial.observations
+    except UnsupportedCase:
+        raise
+    except (Exception, AssertionError) as error:
+        if _is_out_of_memory(error):
+            raise
+        return Verdict((Crashed("runs", "call", f"{type(error).__name__}: {_one_line(error)}"),), {}, frozenset())
+
+    def symptoms() -> Iterator[Symptom]:
+        for check in CHECKS:
+            yield from check(trial)
+
+    found = sorted(symptoms(), key=lambda symptom: symptom.rank)
+    return Verdict(tuple(found), worst_errors(trial), frozenset().union(*(o.paths for o in observations)))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["(no message)"])[0][:300]

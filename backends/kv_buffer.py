@@ -1,0 +1,94 @@
+"""The K/V buffer that all micro-sequences of a packed sequence share, and its gradient."""
+
+from __future__ import annotations
+
+import torch
+
+
+def key_value_views(
+    rows: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, memory: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unwritten K and V ``[rows, kv_heads, head_dim]`` that lie in memory as a layer would lay them.
+
+    Args:
+        rows: capacity.
+        kv_heads: K/V heads.
+        head_dim: channels per head.
+        dtype: storage dtype.
+        device: where.
+        memory: ``contiguous`` K and V apart; ``fused`` both in one row; ``head_major`` heads outermost; ``sliced``
+            rows and heads wider than they are used; ``misaligned`` one element off the allocation's alignment.
+
+    Raises:
+        ValueError: for an unknown layout.
+    """
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    shape = (rows, kv_heads, head_dim)
+    match memory:
+        case "contiguous":
+            return empty(*shape), empty(*shape)
+        case "fused":
+            k, v = empty(rows, 2 * kv_heads, head_dim).chunk(2, 1)
+            return k, v
+        case "head_major":
+            k, v = empty(2 * kv_heads, rows, head_dim).transpose(0, 1).chunk(2, 1)
+            return k, v
+        case "sliced":
+            wide = empty(rows, 2 * kv_heads + 1, head_dim + 8)
+            return wide[:, :kv_heads, :head_dim], wide[:, kv_heads : 2 * kv_heads, :head_dim]
+        case "misaligned":
+            k, v = (empty(rows * kv_heads * head_dim + 1)[1:].view(shape) for _ in range(2))
+            return k, v
+    raise ValueError(f"unknown memory layout {memory!r}")
+
+
+class KeyValueBuffer:
+    """K and V of a packed sequence in the storage dtype, and their gradients in float32.
+
+    Args:
+        rows: capacity, at least the packed sequence's tokens.
+        kv_heads: K/V heads.
+        head_dim: channels per head.
+        dtype: storage dtype.
+        device: where.
+        memory: layout of K and V in memory.
+    """
+
+    def __init__(
+        self, rows: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, memory: str
+    ) -> None:
+        self.k, self.v = key_value_views(rows, kv_heads, head_dim, dtype, device, memory)
+        self.dk, self.dv = torch.zeros(2, rows, kv_heads, head_dim, dtype=torch.float32, device=device)
+        self.frontier = 0
+
+    def write(self, begin: int, end: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Writes rows ``[begin, end)`` in place; they must be the next ones.
+
+        Raises:
+            ValueError: when they are not, or the buffer is full.
+        """
+        if begin != self.frontier or end > len(self.k):
+            raise ValueError(f"rows [{begin}, {end}) do not continue a buffer filled to {self.frontier} of {len(self.k)}")
+        self.k[begin:end] = k
+        self.v[begin:end] = v
+        self.frontier = end
+
+    def read(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of rows ``[begin, end)``, in place.
+
+        Later micro-sequences write other rows of the same memory. ``data`` gives each view its own version counter, so
+        that autograd does not mistake those writes for changes to what was saved.
+        """
+        return self.k.data[begin:end], self.v.data[begin:end]
+
+    def accumulate(self, begin: int, end: int, dk: torch.Tensor, dv: torch.Tensor) -> None:
+        """Adds a micro-sequence's gradients over the extent that it attended to."""
+        self.dk[begin:end] += dk
+        self.dv[begin:end] += dv
+
+    def gradients(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Accumulated gradients of rows ``[begin, end)`` in the storage dtype."""
+        return self.dk[begin:end].to(self.k.dtype), self.dv[begin:end].to(self.v.dtype)

@@ -1,0 +1,196 @@
+"""The buffered attention layer under test: projections, norms, rotary, K/V buffer, kernel, output projection.
+
+A packed sequence is fed one micro-sequence after another; backward takes them in reverse. Past K/V is attended in place,
+without concatenation, and its gradient is accumulated in a shared buffer, over exactly the rows that were attended to.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+
+import torch
+
+from backends.kernel import AttentionOptions, Kernel
+from backends.kv_buffer import KeyValueBuffer
+from backends.metadata import MicroSequenceMetadata, preprocess
+from backends.rotary import Rotary
+from reference.case import Case
+from reference.weights import NORM_EPSILON
+
+
+class Layer(abc.ABC):
+    """What the harness asks of an attention layer over a packed sequence.
+
+    Built from the weights (``reference/weights.py`` names them) and the case, which is read as configuration.
+    """
+
+    @abc.abstractmethod
+    def forward(self, x: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """Output ``[end - begin, hidden]`` of the next micro-sequence's input of that shape."""
+
+    @abc.abstractmethod
+    def backward(self, dout: torch.Tensor) -> torch.Tensor:
+        """Input gradient ``[tokens, hidden]`` of the last micro-sequence not yet taken back."""
+
+    @abc.abstractmethod
+    def parameter_gradients(self) -> dict[str, torch.Tensor]:
+        """Gradients by weight name, float32."""
+
+    @abc.abstractmethod
+    def key_value(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The live buffer ``[rows, kv_heads, head_dim]`` of K (after rotary) and V, or None where there is none."""
+
+    @abc.abstractmethod
+    def key_value_gradients(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """K/V gradients accumulated so far, shaped as the buffer, or None where there are none to see."""
+
+    def paths(self) -> frozenset[str]:
+        """Which kernel implementations ran."""
+        return frozenset()
+
+
+class Projection(torch.autograd.Function):
+    """``x @ weight.T``; the weight's gradient is added to a float32 accumulator, as training frameworks keep them."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.gradient = gradient  # type: ignore[attr-defined]
+        return x @ weight.T
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, dy: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        ctx.gradient.add_(dy.T @ x)  # type: ignore[attr-defined]
+        return dy @ weight, None, None
+
+
+class BufferRegion(torch.autograd.Function):
+    """Everything that touches the shared buffer, out of autograd's sight: write, narrow, attend; accumulate, take."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: BufferedLayer,
+        metadata: MicroSequenceMetadata,
+    ) -> torch.Tensor:
+        buffer = layer.buffer
+        buffer.write(metadata.begin, metadata.end, k, v)
+        past_and_own = buffer.read(metadata.first_document_begin, metadata.end)
+        with torch.enable_grad():
+            leaves = tuple(x.detach().requires_grad_() for x in (q, *past_and_own))
+            attended = layer.kernel.attend(*leaves, metadata.varlen, layer.options)
+        layer.ran.add(attended.path)
+        ctx.leaves, ctx.out = leaves, attended.out  # type: ignore[attr-defined]
+        ctx.buffer, ctx.extent = buffer, metadata  # type: ignore[attr-defined]
+        return attended.out.detach()
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, dout: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        buffer, metadata = ctx.buffer, ctx.extent  # type: ignore[attr-defined]
+        dq, dk, dv = torch.autograd.grad(ctx.out, ctx.leaves, dout)  # type: ignore[attr-defined]
+        del ctx.out, ctx.leaves  # type: ignore[attr-defined]
+        buffer.accumulate(metadata.first_document_begin, metadata.end, dk, dv)
+        return (dq, *buffer.gradients(metadata.begin, metadata.end), None, None)
+
+
+class BufferedLayer(Layer):
+    """The canonical implementation.
+
+    Args:
+        weights: parameters, in the case's dtype.
+        case: a layer case, read as configuration.
+        kernel: the varlen attention to use.
+    """
+
+    def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> None:
+        self.case, self.kernel, self.weights = case, kernel, weights
+        self.device = weights["query"].device
+        self.options = AttentionOptions.of(case)
+        self.lengths: Sequence[int] = case.packed_lengths
+        self.rotary = Rotary(case, max(self.lengths), self.device)
+        self.gradients = {
+            name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items() if weight.dim() == 2
+        }
+        self.norms = {
+            name: weight.float().requires_grad_() for name, weight in weights.items() if name not in self.gradients
+        }
+        self.buffer = KeyValueBuffer(
+            case.tokens + case.capacity,
+            case.kv_heads,
+            case.head_dim,
+            weights["query"].dtype,
+            self.device,
+            case.memory,
+        )
+        self.ran: set[str] = set()
+        self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def preprocess(self, begin: int, end: int) -> MicroSequenceMetadata:
+        """Metadata of one micro-sequence."""
+        return preprocess(self.lengths, begin, end, causal=self.case.causal, device=self.device)
+
+    def project(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """One projection."""
+        return Projection.apply(x, self.weights[name], self.gradients[name])
+
+    def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """RMS norm over head channels in float32, where the case has it."""
+        if name not in self.norms:
+            return x
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + NORM_EPSILON) * self.norms[name]
+        return y.to(x.dtype)
+
+    def query_key_value(self, x: torch.Tensor, position_index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """q, k, v of one micro-sequence, ready for attention."""
+        case = self.case
+        q = self.project(x, "query").unflatten(-1, (case.heads, case.head_dim))
+        key_value = self.project(x, "key_value").unflatten(-1, (-1, case.head_dim))
+        k, v = (key_value, key_value) if case.shared_key_value else key_value.chunk(2, 1)
+        q, k, v = self.norm(q, "query_norm"), self.norm(k, "key_norm"), self.norm(v, "value_norm")
+        return self.rotary(q, position_index), self.rotary(k, position_index), v
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: MicroSequenceMetadata
+    ) -> torch.Tensor:
+        """Attention of one micro-sequence to its active extent."""
+        return BufferRegion.apply(q, k, v, self, metadata)
+
+    def forward(self, x: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        metadata = self.preprocess(begin, end)
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            q, k, v = self.query_key_value(leaf, metadata.position_index)
+            out = self.project(self.attend(q, k, v, metadata).flatten(1), "dense")
+        self._pending.append((leaf, out))
+        return out.detach()
+
+    def backward(self, dout: torch.Tensor) -> torch.Tensor:
+        leaf, out = self._pending.pop()
+        out.backward(dout)
+        assert leaf.grad is not None
+        return leaf.grad
+
+    def parameter_gradients(self) -> dict[str, torch.Tensor]:
+        norms = {name: leaf.grad for name, leaf in self.norms.items() if leaf.grad is not None}
+        return {**self.gradients, **norms}
+
+    def key_value(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return self.buffer.k, self.buffer.v
+
+    def key_value_gradients(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return self.buffer.dk, self.buffer.dv
+
+    def paths(self) -> frozenset[str]:
+        return frozenset(self.ran)

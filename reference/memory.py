@@ -1,0 +1,79 @@
+"""How tensors lie in memory, with guard margins around them whose bits are compared afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+import torch
+
+MARGIN: Final = 128
+"""Guard elements on each side: more than the widest vector access, and a multiple of every alignment in use."""
+
+_INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers, for comparisons in which NaN equals itself and -0 differs from 0."""
+    return x.contiguous().view(_INTEGERS[x.element_size()])
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same bits."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A tensor inside a larger allocation of its own."""
+
+    tensor: torch.Tensor
+    """The view to hand over."""
+    storage: torch.Tensor
+    """The whole allocation, flat."""
+    before: torch.Tensor
+    """Its bits when the tensor was placed."""
+
+    def changed(self) -> str | None:
+        """``values`` or ``guard margins`` if their bits are no longer what they were, else None."""
+        if torch.equal(bits(self.storage), self.before):
+            return None
+        offset, shape, stride = self.tensor.storage_offset(), self.tensor.shape, self.tensor.stride()
+        original = self.before.as_strided(shape, stride, offset)
+        return "guard margins" if torch.equal(bits(self.tensor), original.contiguous()) else "values"
+
+
+def _strides(shape: tuple[int, ...], memory: str) -> tuple[tuple[int, ...], int]:
+    """(strides, extent in elements) of a token-major tensor."""
+    rows, heads, channels = shape
+    match memory:
+        case "fused":
+            # A slice of [rows, 2 * heads, channels], as the K of a key-value projection is.
+            strides = (2 * heads * channels, channels, 1)
+        case "head_major":
+            strides = (channels, rows * channels, 1)
+        case "sliced":
+            strides = ((heads + 1) * (channels + 8), channels + 8, 1)
+        case _:
+            strides = (heads * channels, channels, 1)
+    extent = 1 + sum((max(size, 1) - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    return strides, extent
+
+
+def place(x: torch.Tensor, memory: str, filler: float) -> Placed:
+    """Copies a tensor into memory of the given layout, between guard margins.
+
+    Args:
+        x: ``[rows, heads, channels]``, or any contiguous shape for ``contiguous`` and ``misaligned``.
+        memory: a case's memory layout.
+        filler: what margins and gaps hold; nothing may read them.
+    """
+    if x.dim() == 3:
+        strides, extent = _strides((x.shape[0], x.shape[1], x.shape[2]), memory)
+    else:
+        strides, extent = x.contiguous().stride(), x.numel()
+    offset = MARGIN + (1 if memory == "misaligned" else 0)
+    storage = torch.full((offset + extent + MARGIN,), filler, dtype=x.dtype, device=x.device)
+    view = storage.as_strided(x.shape, strides, offset)
+    view.copy_(x)
+    return Placed(view, storage, bits(storage).clone())
