@@ -20,7 +20,10 @@ FINITE_BYTE: Final = 0x5A
 """As fp16 203, as bf16 and fp32 1.5e16: conspicuous in each, and no product of two overflows float32."""
 
 # Sizes that together reach into every bin of the CUDA caching allocator that a narrow case uses (512 B to 20 MiB).
-_PRIMED: Final = tuple((1 << exponent, 24) for exponent in range(9, 20)) + ((1 << 20, 16), (20 << 20, 2))
+_PRIMED: Final = tuple((1 << exponent, 24) for exponent in range(9, 20)) + (
+    (1 << 20, 16),
+    (20 << 20, 2),
+)
 
 _ALLOCATIONS: Final = frozenset(
     {
@@ -44,7 +47,11 @@ class _FillAllocations(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in _ALLOCATIONS and type(result) is torch.Tensor and result.device.type in ("cpu", "cuda"):
+        if (
+            func in _ALLOCATIONS
+            and type(result) is torch.Tensor
+            and result.device.type in ("cpu", "cuda")
+        ):
             result.untyped_storage().fill_(FINITE_BYTE)
         return result
 
@@ -89,7 +96,9 @@ def _no_poison() -> Iterator[None]:
     yield
 
 
-def poisoned(poison: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
+def poisoned(
+    poison: str, device: torch.device
+) -> contextlib.AbstractContextManager[None]:
     """A context in which unwritten memory holds ``nan``, ``finite`` poison, or (``none``) what it happens to hold.
 
     Raises:

@@ -1,17 +1,15 @@
-"""One case on one backend: run it under both poisons, compute the answer, ask every check."""
+"""A trial: one case on one backend, what came out and what should have."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from attn_fuzz.execute import Observation, require_support, run_kernel, run_layer
+from attn_fuzz.execute import Observation, run_kernel, run_layer
 from attn_fuzz.poison import POISONS
-from attn_fuzz.symptoms import Crashed, Symptom
-from backends.kernel import UnsupportedCase
 from backends.registry import Backend
 from reference.answer import Expected, Inputs, kernel_answer, kernel_inputs
 from reference.arithmetic import CONFIRMING_SAMPLES, SAMPLES
@@ -34,7 +32,9 @@ class Trial:
 
     @functools.cached_property
     def inputs(self) -> Inputs | LayerInputs:
-        return (kernel_inputs if self.case.level == "kernel" else layer_inputs)(self.case, self.device)
+        return (kernel_inputs if self.case.level == "kernel" else layer_inputs)(
+            self.case, self.device
+        )
 
     @functools.cached_property
     def observations(self) -> tuple[Observation, ...]:
@@ -66,7 +66,9 @@ class Trial:
     @functools.cached_property
     def second(self) -> Trial:
         """The same layout with other values."""
-        return dataclasses.replace(self, case=self.case.replace(seed=self.case.seed ^ _SECOND_SEED))
+        return dataclasses.replace(
+            self, case=self.case.replace(seed=self.case.seed ^ _SECOND_SEED)
+        )
 
     def document_of(self, tensor: str, row: int) -> tuple[int | None, int]:
         """(document, row within it) of a tensor's row; parameters have no documents."""
@@ -78,60 +80,3 @@ class Trial:
             if span.begin <= row < span.end:
                 return index, row - span.begin
         return None, row
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What the checks said."""
-
-    symptoms: tuple[Symptom, ...]
-    """In order of rank; empty for a clean case."""
-    worst_z: dict[str, float]
-    """Largest error per tensor in budget standard deviations."""
-    paths: frozenset[str]
-
-    @property
-    def first(self) -> Symptom | None:
-        """The symptom that names the finding."""
-        return self.symptoms[0] if self.symptoms else None
-
-    @property
-    def checks(self) -> tuple[str, ...]:
-        """Names of the checks that failed, in order of rank."""
-        return tuple(dict.fromkeys(symptom.check for symptom in self.symptoms))
-
-
-def examine(case: Case, backend: Backend, device: torch.device | str, poisons: Sequence[str] = POISONS) -> Verdict:
-    """Runs a case and asks every check.
-
-    Raises:
-        UnsupportedCase: when the backend declares that it does not take the case.
-    """
-    from attn_fuzz.checks import CHECKS, worst_errors
-
-    device = torch.device(device)
-    require_support(backend, case, device)
-    trial = Trial(case, backend, device, poisons)
-    try:
-        observations = trial.observations
-    except UnsupportedCase:
-        raise
-    except (Exception, AssertionError) as error:
-        if _is_out_of_memory(error):
-            raise
-        return Verdict((Crashed("runs", "call", f"{type(error).__name__}: {_one_line(error)}"),), {}, frozenset())
-
-    def symptoms() -> Iterator[Symptom]:
-        for check in CHECKS:
-            yield from check(trial)
-
-    found = sorted(symptoms(), key=lambda symptom: symptom.rank)
-    return Verdict(tuple(found), worst_errors(trial), frozenset().union(*(o.paths for o in observations)))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError))
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["(no message)"])[0][:300]

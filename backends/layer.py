@@ -55,7 +55,10 @@ class Projection(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor
+        ctx: torch.autograd.function.FunctionCtx,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        gradient: torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.gradient = gradient  # type: ignore[attr-defined]
@@ -113,17 +116,23 @@ class BufferedLayer(Layer):
         kernel: the varlen attention to use.
     """
 
-    def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> None:
+    def __init__(
+        self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel
+    ) -> None:
         self.case, self.kernel, self.weights = case, kernel, weights
         self.device = weights["query"].device
         self.options = AttentionOptions.of(case)
         self.lengths: Sequence[int] = case.packed_lengths
         self.rotary = Rotary(case, max(self.lengths), self.device)
         self.gradients = {
-            name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items() if weight.dim() == 2
+            name: torch.zeros_like(weight, dtype=torch.float32)
+            for name, weight in weights.items()
+            if weight.dim() == 2
         }
         self.norms = {
-            name: weight.float().requires_grad_() for name, weight in weights.items() if name not in self.gradients
+            name: weight.float().requires_grad_()
+            for name, weight in weights.items()
+            if name not in self.gradients
         }
         self.buffer = KeyValueBuffer(
             case.tokens + case.capacity,
@@ -138,7 +147,9 @@ class BufferedLayer(Layer):
 
     def preprocess(self, begin: int, end: int) -> MicroSequenceMetadata:
         """Metadata of one micro-sequence."""
-        return preprocess(self.lengths, begin, end, causal=self.case.causal, device=self.device)
+        return preprocess(
+            self.lengths, begin, end, causal=self.case.causal, device=self.device
+        )
 
     def project(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """One projection."""
@@ -149,20 +160,36 @@ class BufferedLayer(Layer):
         if name not in self.norms:
             return x
         y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + NORM_EPSILON) * self.norms[name]
+        y = (
+            y
+            * torch.rsqrt(y.square().mean(-1, keepdim=True) + NORM_EPSILON)
+            * self.norms[name]
+        )
         return y.to(x.dtype)
 
-    def query_key_value(self, x: torch.Tensor, position_index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def query_key_value(
+        self, x: torch.Tensor, position_index: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         """q, k, v of one micro-sequence, ready for attention."""
         case = self.case
         q = self.project(x, "query").unflatten(-1, (case.heads, case.head_dim))
         key_value = self.project(x, "key_value").unflatten(-1, (-1, case.head_dim))
-        k, v = (key_value, key_value) if case.shared_key_value else key_value.chunk(2, 1)
-        q, k, v = self.norm(q, "query_norm"), self.norm(k, "key_norm"), self.norm(v, "value_norm")
+        k, v = (
+            (key_value, key_value) if case.shared_key_value else key_value.chunk(2, 1)
+        )
+        q, k, v = (
+            self.norm(q, "query_norm"),
+            self.norm(k, "key_norm"),
+            self.norm(v, "value_norm"),
+        )
         return self.rotary(q, position_index), self.rotary(k, position_index), v
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: MicroSequenceMetadata
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        metadata: MicroSequenceMetadata,
     ) -> torch.Tensor:
         """Attention of one micro-sequence to its active extent."""
         return BufferRegion.apply(q, k, v, self, metadata)
@@ -183,7 +210,11 @@ class BufferedLayer(Layer):
         return leaf.grad
 
     def parameter_gradients(self) -> dict[str, torch.Tensor]:
-        norms = {name: leaf.grad for name, leaf in self.norms.items() if leaf.grad is not None}
+        norms = {
+            name: leaf.grad
+            for name, leaf in self.norms.items()
+            if leaf.grad is not None
+        }
         return {**self.gradients, **norms}
 
     def key_value(self) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -22,7 +22,10 @@ class AttachGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor, copy: torch.Tensor, record: torch.Tensor
+        ctx: torch.autograd.function.FunctionCtx,
+        x: torch.Tensor,
+        copy: torch.Tensor,
+        record: torch.Tensor,
     ) -> torch.Tensor:
         ctx.copy, ctx.record = copy, record  # type: ignore[attr-defined]
         return x.view_as(x)
@@ -40,16 +43,24 @@ class AttachGrad(torch.autograd.Function):
 class LegacyLayer(BufferedLayer):
     """Presents are detached leaves; each micro-sequence concatenates the last one with its own K/V."""
 
-    def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> None:
+    def __init__(
+        self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel
+    ) -> None:
         super().__init__(weights, case, kernel)
         self._present: torch.Tensor | None = None
         self._record = torch.zeros(
-            case.tokens + case.capacity, 2 * case.kv_heads, case.head_dim, dtype=torch.float32, device=self.device
+            case.tokens + case.capacity,
+            2 * case.kv_heads,
+            case.head_dim,
+            dtype=torch.float32,
+            device=self.device,
         )
 
     def preprocess(self, begin: int, end: int) -> MicroSequenceMetadata:
         metadata = super().preprocess(begin, end)
-        shifted = dataclasses.replace(metadata.varlen, first_key_row=metadata.first_document_begin)
+        shifted = dataclasses.replace(
+            metadata.varlen, first_key_row=metadata.first_document_begin
+        )
         # Positions come from the canonical metadata; only the kernel sees the shifted prefix sums.
         return dataclasses.replace(metadata, varlen=shifted)
 
@@ -64,7 +75,9 @@ class LegacyLayer(BufferedLayer):
                 key_value = torch.cat([self._present, key_value], 0)
             self._present = key_value.detach().requires_grad_()
             key_value = AttachGrad.apply(key_value, self._present, self._record)
-            attended = self.kernel.attend(q, *key_value.chunk(2, 1), metadata.varlen, self.options)
+            attended = self.kernel.attend(
+                q, *key_value.chunk(2, 1), metadata.varlen, self.options
+            )
             self.ran.add(attended.path)
             out = self.project(attended.out.flatten(1), "dense")
         self._pending.append((leaf, out))

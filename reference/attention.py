@@ -35,7 +35,9 @@ class Gradients(NamedTuple):
     dv: torch.Tensor
 
 
-def allowed_keys(queries: int, keys: int, window: tuple[int, int], device: torch.device | str = "cpu") -> torch.Tensor:
+def allowed_keys(
+    queries: int, keys: int, window: tuple[int, int], device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """Which keys each query sees, bool ``[queries, keys]``.
 
     Args:
@@ -65,18 +67,27 @@ def sum_groups(x: torch.Tensor, group: int) -> torch.Tensor:
     return x.unflatten(-3, (-1, group)).sum(-3)
 
 
-def softmax_rows(scores: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def softmax_rows(
+    scores: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(probabilities, lse) over the allowed keys; rows without any give zeros and -inf."""
     if scores.shape[-1] == 0:
         return scores, scores.new_full(scores.shape[:-1], -torch.inf)
     masked = scores.masked_fill(~mask, -torch.inf)
     lse = torch.logsumexp(masked, -1)
-    probabilities = torch.exp(masked - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    probabilities = torch.exp(
+        masked - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
+    )
     return probabilities, lse
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float, softcap: float = 0.0
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
 ) -> Forward:
     """Attention of one document.
 
@@ -98,7 +109,12 @@ def forward(
 
 
 def backward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, scale: float, result: Forward
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    scale: float,
+    result: Forward,
 ) -> Gradients:
     """Closed-form gradients of ``forward`` for the output gradient ``dout [..., heads, q, d]``."""
     dp = dout @ v.transpose(-1, -2)

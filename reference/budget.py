@@ -24,7 +24,13 @@ from typing import NamedTuple
 import torch
 
 from reference.attention import Forward, sum_groups
-from reference.profile import ACCUMULATION, SMALLEST_NORMAL, SUBNORMAL_SPACING, UNIT_ROUNDOFF, Profile
+from reference.profile import (
+    ACCUMULATION,
+    SMALLEST_NORMAL,
+    SUBNORMAL_SPACING,
+    UNIT_ROUNDOFF,
+    Profile,
+)
 
 ROUNDING_SECOND_MOMENT = 0.18
 
@@ -82,7 +88,13 @@ def attention_variances(
         return rounding_variance(x, dtype)
 
     p, slope, out = result.probabilities, result.slope, result.out
-    p2, q2, k2, v2, dout2 = p.square(), q.square(), k.square(), v.square(), dout.square()
+    p2, q2, k2, v2, dout2 = (
+        p.square(),
+        q.square(),
+        k.square(),
+        v.square(),
+        dout.square(),
+    )
     products = scale**2 * (q2 @ k2.transpose(-1, -2))
     raw = a2 * (products + 1)
     if profile.scales_inputs:
@@ -91,7 +103,9 @@ def attention_variances(
         raw = raw + rvar(scale * (q @ k.transpose(-1, -2)))
     vs = raw
     if softcap:
-        vs = slope.square() * raw + (a2 + profile.tanh_error**2) * softcap**2 * (1 - slope)
+        vs = slope.square() * raw + (a2 + profile.tanh_error**2) * softcap**2 * (
+            1 - slope
+        )
     w = p2 * vs
     # A row's normaliser moves with all its scores: the relative error that its probabilities have in common.
     shared = w.sum(-1, keepdim=True)
@@ -111,7 +125,9 @@ def attention_variances(
     var_delta = torch.zeros_like(delta)
     if profile.delta_from_output:
         var_delta = (
-            var_delta + (dout2 * var_out).sum(-1, keepdim=True) + a2 * (dout * out).square().sum(-1, keepdim=True)
+            var_delta
+            + (dout2 * var_out).sum(-1, keepdim=True)
+            + a2 * (dout * out).square().sum(-1, keepdim=True)
         )
     if profile.delta_from_probabilities:
         relative = p2 * var_dp + (w + a2 * p2) * dp.square()
@@ -127,13 +143,23 @@ def attention_variances(
         var_ds = var_ds + slope2 * rp * (dp - delta).square()
     if softcap:
         # 1 - t^2 moves with the score's own error and the tanh's.
-        var_slope = 4 * (1 - slope) * (slope2 * raw / softcap**2 + (a2 + profile.tanh_error**2) * (1 - slope))
+        var_slope = (
+            4
+            * (1 - slope)
+            * (slope2 * raw / softcap**2 + (a2 + profile.tanh_error**2) * (1 - slope))
+        )
         var_ds = var_ds + (p * (dp - delta)).square() * var_slope
     pg = p * slope
-    dq, dk, dv = scale * (ds @ k), scale * (ds.transpose(-1, -2) @ q), p.transpose(-1, -2) @ dout
+    dq, dk, dv = (
+        scale * (ds @ k),
+        scale * (ds.transpose(-1, -2) @ q),
+        p.transpose(-1, -2) @ dout,
+    )
     ds2 = ds.square()
     var_dq = (
-        scale**2 * (var_ds @ k2 + var_delta * (pg @ k).square() + a2 * (ds2 @ k2)) + shared * dq.square() + rvar(dq)
+        scale**2 * (var_ds @ k2 + var_delta * (pg @ k).square() + a2 * (ds2 @ k2))
+        + shared * dq.square()
+        + rvar(dq)
     )
     by_key = (var_ds + pg.square() * var_delta + (a2 + shared) * ds2).transpose(-1, -2)
     var_dk_head = scale**2 * (by_key @ q2)

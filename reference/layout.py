@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -49,7 +50,7 @@ def cut_inside_document(lengths: Sequence[int], cuts: Sequence[int]) -> int | No
 def micro_sequences(case: Case) -> tuple[Span, ...]:
     """The micro-sequences of a layer case, in forward order."""
     bounds = (0, *case.cuts, case.tokens)
-    return tuple(Span(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False))
+    return tuple(Span(begin, end) for begin, end in itertools.pairwise(bounds))
 
 
 def segments(lengths: Sequence[int], micro_sequence: Span) -> tuple[Segment, ...]:
@@ -63,9 +64,15 @@ def segments(lengths: Sequence[int], micro_sequence: Span) -> tuple[Segment, ...
     active = []
     for index, span in enumerate(document_spans(lengths)):
         inside = begin <= span.begin < end or span.begin == end == total
-        if (span.length == 0 and inside) or (span.length and span.begin < end and span.end > begin):
+        if (span.length == 0 and inside) or (
+            span.length and span.begin < end and span.end > begin
+        ):
             stop = min(span.end, end)
-            active.append(Segment(index, Span(max(span.begin, begin), stop), Span(span.begin, stop)))
+            active.append(
+                Segment(
+                    index, Span(max(span.begin, begin), stop), Span(span.begin, stop)
+                )
+            )
     return tuple(active)
 
 
@@ -78,4 +85,7 @@ def call_segments(case: Case) -> tuple[Segment, ...]:
     """Queries and keys of every document of a kernel case."""
     queries = document_spans(case.packed_lengths)
     keys = document_spans(case.packed_key_lengths)
-    return tuple(Segment(index, q, k) for index, (q, k) in enumerate(zip(queries, keys, strict=True)))
+    return tuple(
+        Segment(index, q, k)
+        for index, (q, k) in enumerate(zip(queries, keys, strict=True))
+    )

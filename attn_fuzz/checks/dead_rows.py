@@ -36,4 +36,6 @@ def dead_rows_zero(trial: Trial) -> Iterator[Symptom]:
 
 
 def _ranges(rows: tuple[int, ...]) -> str:
-    return f"{rows[0]}" if len(rows) == 1 else f"{rows[0]}..{rows[-1]} ({len(rows)} rows)"
+    return (
+        f"{rows[0]}" if len(rows) == 1 else f"{rows[0]}..{rows[-1]} ({len(rows)} rows)"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from backends.kernel import AttentionOptions, Attended, Capabilities, Kernel
+from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from backends.metadata import VarlenMetadata
 from reference.profile import Profile
 
@@ -23,16 +23,25 @@ class Backup(Kernel):
     )
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        metadata: VarlenMetadata,
+        options: AttentionOptions,
     ) -> Attended:
         tokens_q, heads, head_dim = q.shape
         kv_heads = k.shape[1]
         group = heads // kv_heads
         # [kv_heads, tokens_q * group, d]: the group's heads ride along as rows, so K/V need no expansion.
-        grouped = q.unflatten(1, (kv_heads, group)).transpose(0, 1).reshape(kv_heads, tokens_q * group, head_dim)
-        scores = torch.baddbmm(q.new_zeros(()), grouped, k.permute(1, 2, 0), beta=0, alpha=options.scale).view(
-            kv_heads, tokens_q, group, len(k)
+        grouped = (
+            q.unflatten(1, (kv_heads, group))
+            .transpose(0, 1)
+            .reshape(kv_heads, tokens_q * group, head_dim)
         )
+        scores = torch.baddbmm(
+            q.new_zeros(()), grouped, k.permute(1, 2, 0), beta=0, alpha=options.scale
+        ).view(kv_heads, tokens_q, group, len(k))
         mask = metadata.allowed(options.effective_window)[:, None, :]
         weights = scores.float()
         if options.softcap:
@@ -41,7 +50,11 @@ class Backup(Kernel):
         weights = torch.where(mask, weights, torch.finfo(torch.float32).min).softmax(-1)
         weights = torch.where(mask, weights, 0.0).to(q.dtype)
         out = torch.bmm(weights.flatten(1, 2), v.transpose(0, 1))
-        return Attended(out.view(kv_heads, tokens_q, group, head_dim).transpose(0, 1).flatten(1, 2), None, "baddbmm")
+        return Attended(
+            out.view(kv_heads, tokens_q, group, head_dim).transpose(0, 1).flatten(1, 2),
+            None,
+            "baddbmm",
+        )
 
 
 KERNEL = Backup()

@@ -6,7 +6,13 @@ import importlib.util
 
 import torch
 
-from backends.kernel import HALF_DTYPES, AttentionOptions, Attended, Capabilities, Kernel
+from backends.kernel import (
+    HALF_DTYPES,
+    Attended,
+    AttentionOptions,
+    Capabilities,
+    Kernel,
+)
 from backends.metadata import VarlenMetadata
 from reference.profile import Profile
 
@@ -16,7 +22,11 @@ class Flash(Kernel):
 
     name = "flash"
     capabilities = Capabilities(
-        devices=("cuda",), dtypes=HALF_DTYPES, max_head_dim=256, repeatable_backward=False, covers_all_rows=False
+        devices=("cuda",),
+        dtypes=HALF_DTYPES,
+        max_head_dim=256,
+        repeatable_backward=False,
+        covers_all_rows=False,
     )
     profile = Profile(tanh_error=2.0**-11)
 
@@ -28,7 +38,12 @@ class Flash(Kernel):
         return None
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        metadata: VarlenMetadata,
+        options: AttentionOptions,
     ) -> Attended:
         from flash_attn import flash_attn_varlen_func
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from backends.kernel import AttentionOptions, Attended, Capabilities, Kernel
+from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from backends.loop import Loop, attend
 from backends.metadata import VarlenMetadata
 
@@ -16,7 +16,12 @@ class LoopKernel(Kernel):
     capabilities = Capabilities(covers_all_rows=False)
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        metadata: VarlenMetadata,
+        options: AttentionOptions,
     ) -> Attended:
         out, lse = attend(Loop(), q, k, v, metadata, options)
         return Attended(out, lse, "loop")

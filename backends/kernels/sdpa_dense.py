@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from backends.kernel import AttentionOptions, Attended, Capabilities, Kernel
+from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from backends.metadata import VarlenMetadata
 from reference.profile import Profile
 
 
 def dense_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    metadata: VarlenMetadata,
+    options: AttentionOptions,
 ) -> torch.Tensor:
     """SDPA with a mask; K/V are expanded to the query heads, since torch's fused kernels need equal heads."""
     group = q.shape[1] // k.shape[1]
@@ -34,7 +38,12 @@ class SdpaDense(Kernel):
     profile = Profile(expands_kv=True)
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        metadata: VarlenMetadata,
+        options: AttentionOptions,
     ) -> Attended:
         return Attended(dense_attention(q, k, v, metadata, options), None, "dense")
 

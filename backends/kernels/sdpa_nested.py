@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from backends.kernel import AttentionOptions, Attended, Capabilities, Kernel
+from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from backends.kernels.sdpa_dense import dense_attention
 from backends.metadata import VarlenMetadata
 from reference.profile import Profile
 
 
-def _jagged(x: torch.Tensor, cu_seqlens: torch.Tensor, shortest: int, longest: int) -> torch.Tensor:
+def _jagged(
+    x: torch.Tensor, cu_seqlens: torch.Tensor, shortest: int, longest: int
+) -> torch.Tensor:
     """``[tokens, heads, d]`` to jagged ``[documents, heads, *, d]``; given lengths spare a host sync."""
     # Jagged tensors take int64 offsets only.
-    jagged = torch.nested.nested_tensor_from_jagged(x, cu_seqlens.long(), min_seqlen=shortest, max_seqlen=longest)
+    jagged = torch.nested.nested_tensor_from_jagged(
+        x, cu_seqlens.long(), min_seqlen=shortest, max_seqlen=longest
+    )
     return jagged.transpose(1, 2)
 
 
@@ -36,7 +40,9 @@ class SdpaNested(Kernel):
     """
 
     name = "sdpa_nested"
-    capabilities = Capabilities(softcap=False, window=False, queries_without_keys=False, empty_documents=False)
+    capabilities = Capabilities(
+        softcap=False, window=False, queries_without_keys=False, empty_documents=False
+    )
     profile = Profile(expands_kv=True)
 
     def profile_on(self, device: str) -> Profile:
@@ -44,7 +50,12 @@ class SdpaNested(Kernel):
         return _UNFUSED if device == "cpu" else self.profile
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        metadata: VarlenMetadata,
+        options: AttentionOptions,
     ) -> Attended:
         if options.causal and (metadata.straddling or q.device.type == "cpu"):
             return Attended(dense_attention(q, k, v, metadata, options), None, "dense")

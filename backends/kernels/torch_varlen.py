@@ -7,7 +7,13 @@ import inspect
 
 import torch
 
-from backends.kernel import HALF_DTYPES, AttentionOptions, Attended, Capabilities, Kernel
+from backends.kernel import (
+    HALF_DTYPES,
+    Attended,
+    AttentionOptions,
+    Capabilities,
+    Kernel,
+)
 from backends.metadata import VarlenMetadata
 
 
@@ -32,12 +38,21 @@ class TorchVarlen(Kernel):
         return None
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        metadata: VarlenMetadata,
+        options: AttentionOptions,
     ) -> Attended:
         from torch.nn.attention.varlen import varlen_attn
 
         # Newer releases ask for grouped heads explicitly; older ones take them as they are.
-        grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        grouped = (
+            {"enable_gqa": True}
+            if "enable_gqa" in inspect.signature(varlen_attn).parameters
+            else {}
+        )
         out = varlen_attn(
             q,
             k,

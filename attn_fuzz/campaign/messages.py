@@ -1,0 +1,97 @@
+"""What a worker is told, and what it tells."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from attn_fuzz.findings import Finding
+from attn_fuzz.poison import POISONS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """One worker's job: one backend on one device."""
+
+    backend: str
+    device: str
+    seed: int
+    levels: tuple[str, ...] = ("layer", "kernel")
+    dtypes: tuple[str, ...] = ()
+    """None: all that the backend takes."""
+    cases: int | None = None
+    """Stop after so many cases in all levels together."""
+    seconds: float | None = None
+    """Stop after so long."""
+    poisons: tuple[str, ...] = POISONS
+    stop_at_first: bool = False
+    """End the assignment with the first finding."""
+
+
+@dataclasses.dataclass
+class Tally:
+    """What has been done so far."""
+
+    cases: int = 0
+    documents: int = 0
+    straddling: int = 0
+    """Layer cases in which a document straddles a cut."""
+    refused: int = 0
+    """Draws that the backend declares it does not take."""
+    repeated: int = 0
+    """Failing cases that showed a symptom already found."""
+    seconds: float = 0.0
+    by_kind: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Cases by ``level dtype``."""
+    worst_z: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Largest error of clean cases in budget standard deviations, by ``level dtype tensor``."""
+    paths: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Cases by implementation that ran."""
+
+    def add(self, other: Tally) -> None:
+        """Takes another worker's share in."""
+        for name in ("cases", "documents", "straddling", "refused", "repeated"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.seconds = max(self.seconds, other.seconds)
+        for mine, theirs in ((self.by_kind, other.by_kind), (self.paths, other.paths)):
+            for key, count in theirs.items():
+                mine[key] = mine.get(key, 0) + count
+        for key, z in other.worst_z.items():
+            self.worst_z[key] = max(z, self.worst_z.get(key, 0.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trying:
+    """The case that is about to run: all that is left of it if the process dies."""
+
+    case: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """So much has been done."""
+
+    tally: Tally
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A shrunk finding."""
+
+    finding: Finding
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """The assignment is done."""
+
+    tally: Tally
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """The worker cannot do what was asked; one sentence."""
+
+    reason: str
+
+
+Message = Trying | Progress | Found | Finished | Failed

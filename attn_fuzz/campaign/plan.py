@@ -1,0 +1,109 @@
+"""Who does what: backends and shards to assignments, so that every core has work and time is shared evenly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from attn_fuzz.campaign.messages import Assignment
+from attn_fuzz.poison import POISONS
+from backends import registry
+from backends.kernel import BackendUnavailable
+
+MAX_CUDA_WORKERS = 16
+"""Processes that share one GPU: beyond this they only wait for one another."""
+
+
+def default_device() -> str:
+    """``cuda`` where there is one, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def available_backends(device: str) -> tuple[str, ...]:
+    """Kernels that run on this device here."""
+    return tuple(
+        name
+        for name in registry.kernel_names()
+        if registry.load(name).kernel.why_unavailable(device) is None
+    )
+
+
+def require_available(names: Sequence[str], device: str) -> None:
+    """Checks backends before anything starts.
+
+    Raises:
+        UnknownBackend: for a name that does not exist.
+        BackendUnavailable: for one that cannot run on the device here.
+    """
+    for name in names:
+        if (reason := registry.load(name).kernel.why_unavailable(device)) is not None:
+            raise BackendUnavailable(
+                f"backend {name} cannot run on {device} here: {reason}"
+            )
+
+
+def default_workers(device: str) -> int:
+    """Processes at a time."""
+    cores = os.cpu_count() or 1
+    return min(cores, MAX_CUDA_WORKERS) if device.startswith("cuda") else cores
+
+
+def devices_in_turn(device: str) -> tuple[str, ...]:
+    """All GPUs for ``cuda``; otherwise the device itself."""
+    if device == "cuda" and torch.cuda.device_count() > 1:
+        return tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+    return (device,)
+
+
+def plan(
+    names: Sequence[str],
+    device: str,
+    *,
+    workers: int,
+    seed: int,
+    seconds: float | None,
+    cases: int | None,
+    levels: Sequence[str],
+    dtypes: Sequence[str],
+    poisons: Sequence[str] = POISONS,
+) -> list[Assignment]:
+    """Assignments for all backends.
+
+    Args:
+        names: backends.
+        device: ``cpu``, ``cuda`` (all GPUs in turn) or ``cuda:N``.
+        workers: processes at a time.
+        seed: of the campaign; every shard derives its own.
+        seconds: wall-clock time of the whole campaign.
+        cases: per backend, all shards together.
+        levels: ``layer``, ``kernel``.
+        dtypes: to draw from; none for all.
+        poisons: memory contents to run every case under.
+    """
+    shards = max(1, workers // len(names))
+    if cases is not None:
+        shards = min(shards, max(1, cases // 50))
+    # With more backends than workers, each gets its share of the time.
+    share = (
+        None if seconds is None else seconds * min(1.0, workers / (len(names) * shards))
+    )
+    places = devices_in_turn(device)
+    assignments = []
+    for shard in range(shards):
+        for index, name in enumerate(names):
+            part = None if cases is None else cases // shards + (shard < cases % shards)
+            assignments.append(
+                Assignment(
+                    backend=name,
+                    device=places[len(assignments) % len(places)],
+                    seed=seed * 1009 + shard * len(names) + index,
+                    levels=tuple(levels),
+                    dtypes=tuple(dtypes),
+                    cases=part,
+                    seconds=share,
+                    poisons=tuple(poisons),
+                )
+            )
+    return assignments

@@ -1,0 +1,225 @@
+"""The parent of a campaign: starts workers, outlives them, and loses none of their findings."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Final
+
+from attn_fuzz.campaign.messages import (
+    Assignment,
+    Failed,
+    Finished,
+    Found,
+    Message,
+    Progress,
+    Tally,
+    Trying,
+)
+from attn_fuzz.campaign.worker import hunt
+from attn_fuzz.environment import environment
+from attn_fuzz.findings import Finding
+from reference.case import Case
+
+HANG_SECONDS: Final = 180.0
+"""Silence after which a worker counts as hung: compilers of JIT backends take up to half a minute for one case."""
+
+RESTARTS: Final = 3
+"""How often a worker that died is started again; every death is a finding of its own."""
+
+
+class CampaignError(RuntimeError):
+    """A campaign cannot do what was asked; the message is one sentence."""
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a campaign brought, per backend."""
+
+    tallies: dict[str, Tally]
+    findings: list[Finding]
+    seconds: float = 0.0
+    interrupted: bool = False
+
+
+def _serve(assignment: Assignment, connection: Connection) -> None:
+    """Main function of a worker process."""
+    try:
+        hunt(assignment, connection.send)
+    except KeyboardInterrupt:
+        pass
+    except BrokenPipeError:
+        # The parent is gone; so is anybody who could read this.
+        pass
+    finally:
+        connection.close()
+
+
+@dataclasses.dataclass
+class _Worker:
+    assignment: Assignment
+    process: SpawnProcess
+    connection: Connection
+    restarts: int
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    heard: float = dataclasses.field(default_factory=time.monotonic)
+    trying: str | None = None
+    tally: Tally = dataclasses.field(default_factory=Tally)
+    finished: bool = False
+
+
+class Pool:
+    """Runs assignments, so many at a time.
+
+    Args:
+        assignments: what to do.
+        workers: processes at a time.
+        on_progress: called with all tallies by backend whenever something changed.
+        on_finding: called with each finding as it arrives, so that an interruption loses none.
+    """
+
+    def __init__(
+        self,
+        assignments: Sequence[Assignment],
+        workers: int,
+        on_progress: Callable[[dict[str, Tally]], None],
+        on_finding: Callable[[Finding], None],
+    ) -> None:
+        self._waiting = deque((assignment, 0) for assignment in assignments)
+        self._limit = workers
+        self._on_progress, self._on_finding = on_progress, on_finding
+        self._context = multiprocessing.get_context("spawn")
+        self._running: list[_Worker] = []
+        self._done: list[_Worker] = []
+        self._findings: dict[tuple[str, str], Finding] = {}
+        self._names = tuple(
+            dict.fromkeys(assignment.backend for assignment in assignments)
+        )
+
+    def _start(self, assignment: Assignment, restarts: int) -> None:
+        ours, theirs = self._context.Pipe(duplex=False)
+        process = self._context.Process(
+            target=_serve, args=(assignment, theirs), daemon=True
+        )
+        process.start()
+        theirs.close()
+        self._running.append(_Worker(assignment, process, ours, restarts))
+
+    def _tallies(self) -> dict[str, Tally]:
+        totals = {name: Tally() for name in self._names}
+        for worker in (*self._done, *self._running):
+            totals[worker.assignment.backend].add(worker.tally)
+        return totals
+
+    def _keep(self, finding: Finding) -> None:
+        """One finding per backend and symptom: the smallest."""
+        key = (finding.backend, finding.symptom)
+        other = self._findings.get(key)
+        if other is None or finding.case.tokens < other.case.tokens:
+            self._findings[key] = finding
+            self._on_finding(finding)
+
+    def _take(self, worker: _Worker, message: Message) -> None:
+        match message:
+            case Trying(case):
+                worker.trying = case
+            case Progress(tally) | Finished(tally):
+                worker.tally = tally
+                worker.finished = isinstance(message, Finished)
+                self._on_progress(self._tallies())
+            case Found(finding):
+                self._keep(finding)
+            case Failed(reason):
+                raise CampaignError(reason)
+
+    def _bury(self, worker: _Worker, symptom: str, how: str) -> None:
+        """Turns a dead worker's last case into a finding and starts another in its place."""
+        worker.process.kill()
+        worker.process.join()
+        self._running.remove(worker)
+        self._done.append(worker)
+        if worker.trying is None:
+            raise CampaignError(
+                f"the worker for {worker.assignment.backend} {how} before its first case"
+            )
+        case = Case.from_json(worker.trying)
+        self._keep(
+            Finding(
+                backend=worker.assignment.backend,
+                device=worker.assignment.device,
+                symptom=symptom,
+                checks=("runs",),
+                messages=(
+                    f"{symptom} [runs] process: the process {how} while it ran this case",
+                ),
+                case=case,
+                original_case=case,
+                cases_to_find=worker.tally.cases,
+                seconds_to_find=round(time.monotonic() - worker.started, 3),
+                environment=environment("cpu"),
+            )
+        )
+        if worker.restarts < RESTARTS:
+            job = worker.assignment
+            spent = time.monotonic() - worker.started
+            seconds = None if job.seconds is None else max(job.seconds - spent, 0.0)
+            cases = (
+                None if job.cases is None else max(job.cases - worker.tally.cases, 0)
+            )
+            if seconds != 0.0 and cases != 0:
+                again = dataclasses.replace(
+                    job, seconds=seconds, cases=cases, seed=job.seed + 7919
+                )
+                self._waiting.append((again, worker.restarts + 1))
+
+    def _step(self) -> None:
+        while self._waiting and len(self._running) < self._limit:
+            self._start(*self._waiting.popleft())
+        ready = wait([worker.connection for worker in self._running], timeout=1.0)
+        for worker in list(self._running):
+            if worker.connection in ready:
+                worker.heard = time.monotonic()
+                try:
+                    self._take(worker, worker.connection.recv())
+                except EOFError:
+                    worker.process.join()
+                    if worker.finished:
+                        self._running.remove(worker)
+                        self._done.append(worker)
+                    else:
+                        self._bury(
+                            worker,
+                            "Crashed",
+                            f"died with exit code {worker.process.exitcode}",
+                        )
+            elif time.monotonic() - worker.heard > HANG_SECONDS:
+                self._bury(worker, "Hung", f"was silent for {HANG_SECONDS:.0f} seconds")
+
+    def run(self) -> Outcome:
+        """Everything, to the end or to an interruption.
+
+        Raises:
+            CampaignError: when a worker cannot do its assignment.
+        """
+        started = time.monotonic()
+        interrupted = False
+        try:
+            while self._waiting or self._running:
+                self._step()
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            for worker in self._running:
+                worker.process.kill()
+        tallies = self._tallies()
+        return Outcome(
+            tallies,
+            list(self._findings.values()),
+            time.monotonic() - started,
+            interrupted,
+        )

@@ -1,0 +1,224 @@
+"""One worker: Hypothesis draws cases for one backend until the time or the number is used up; what fails is shrunk."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as hypothesis_seed
+from hypothesis.errors import Flaky, HypothesisException
+
+from attn_fuzz.campaign.messages import (
+    Assignment,
+    Failed,
+    Finished,
+    Found,
+    Message,
+    Progress,
+    Tally,
+    Trying,
+)
+from attn_fuzz.environment import environment
+from attn_fuzz.examine import Verdict, examine
+from attn_fuzz.findings import Finding, summarise
+from attn_fuzz.shrink import minimise
+from attn_fuzz.strategies import Domain, cases, straddling
+from attn_fuzz.symptoms import Symptom
+from backends import registry
+from backends.kernel import UnsupportedCase
+from reference.case import Case
+
+Send = Callable[[Message], None]
+
+ROUND: Final = 200
+"""Cases per Hypothesis run: long enough for it to build up, short enough to alternate levels."""
+
+_PROGRESS_EVERY: Final = 0.2
+_SHRINK_SECONDS: Final = 20.0
+"""Hypothesis alone would shrink for up to five minutes; minimise() takes over where it is stopped."""
+
+
+class _Stop(BaseException):
+    """Leaves Hypothesis's engine; not an Exception, so that it is not taken for a failing case."""
+
+
+class _Hunt:
+    """The state of one assignment."""
+
+    def __init__(self, assignment: Assignment, send: Send) -> None:
+        self.assignment, self.send = assignment, send
+        self.backend = registry.load(assignment.backend)
+        self.device = torch.device(assignment.device)
+        self.started = time.monotonic()
+        self.tally = Tally()
+        self.found: set[str] = set()
+        self.last_sent = 0.0
+        self.failure: tuple[Case, Verdict] | None = None
+        self.original: Case | None = None
+        self.failed_at = 0.0
+
+    def examine(self, case: Case) -> Verdict:
+        """A verdict, with the case announced first."""
+        self.send(Trying(case.to_json()))
+        return examine(case, self.backend, self.device, self.assignment.poisons)
+
+    def over(self) -> bool:
+        """Whether time or number is used up."""
+        job = self.assignment
+        return (
+            job.seconds is not None and time.monotonic() - self.started >= job.seconds
+        ) or (job.cases is not None and self.tally.cases >= job.cases)
+
+    def count(self, case: Case, verdict: Verdict) -> None:
+        """Adds a case to the tally."""
+        tally = self.tally
+        tally.cases += 1
+        tally.documents += len(case.packed_lengths)
+        tally.straddling += case.level == "layer" and straddling(case)
+        tally.seconds = time.monotonic() - self.started
+        kind = f"{case.level} {case.dtype}"
+        tally.by_kind[kind] = tally.by_kind.get(kind, 0) + 1
+        for path in verdict.paths:
+            tally.paths[path] = tally.paths.get(path, 0) + 1
+        if not verdict.symptoms:
+            for name, z in verdict.worst_z.items():
+                key = f"{kind} {name}"
+                tally.worst_z[key] = max(z, tally.worst_z.get(key, 0.0))
+        if time.monotonic() - self.last_sent > _PROGRESS_EVERY:
+            self.last_sent = time.monotonic()
+            self.send(Progress(copy.deepcopy(tally)))
+
+    def test(self, case: Case) -> None:
+        """One drawn case; raises its symptom, once per type."""
+        shrinking = self.failure is not None
+        if shrinking and time.monotonic() - self.failed_at > _SHRINK_SECONDS:
+            raise _Stop
+        if not shrinking and self.over():
+            raise _Stop
+        try:
+            verdict = self.examine(case)
+        except UnsupportedCase:
+            self.tally.refused += not shrinking
+            return
+        if not shrinking:
+            self.count(case, verdict)
+        symptom = verdict.first
+        if symptom is None:
+            return
+        if type(symptom).__name__ in self.found:
+            self.tally.repeated += not shrinking
+            return
+        if self.failure is None:
+            self.original, self.failed_at = case, time.monotonic()
+            self.failure = (case, verdict)
+        elif type(symptom) is type(self.failure[1].first):
+            self.failure = (case, verdict)
+        raise symptom
+
+    def round(self, level: str, number: int) -> None:
+        """One Hypothesis run of a level."""
+        domain = Domain.of(
+            self.backend.kernel.capabilities, self.device.type, self.assignment.dtypes
+        )
+        remaining = (
+            ROUND
+            if self.assignment.cases is None
+            else min(ROUND, self.assignment.cases - self.tally.cases)
+        )
+        self.failure = self.original = None
+        run = hypothesis_seed(self.assignment.seed * 1_000_003 + number)(
+            settings(
+                max_examples=max(remaining, 1),
+                database=None,
+                deadline=None,
+                phases=(Phase.generate, Phase.shrink),
+                report_multiple_bugs=False,
+                print_blob=False,
+                suppress_health_check=list(HealthCheck),
+            )(given(cases(level, domain))(self.test))
+        )
+        try:
+            run()
+        except (Symptom, Flaky, HypothesisException, ExceptionGroup, _Stop):
+            if self.failure is None and not self.over():
+                raise
+        if self.failure is not None:
+            self.report(*self.failure)
+
+    def report(self, case: Case, verdict: Verdict) -> None:
+        """Shrinks a failing case to the end and sends it."""
+        symptom, best = type(verdict.first), verdict
+
+        def fails(candidate: Case) -> bool:
+            nonlocal best
+            try:
+                found = self.examine(candidate)
+            except UnsupportedCase:
+                return False
+            if type(found.first) is not symptom:
+                return False
+            best = found
+            return True
+
+        small = minimise(case, fails)
+        name, checks, messages = summarise(best)
+        self.found.add(name)
+        assert self.original is not None
+        finding = Finding(
+            backend=self.backend.name,
+            device=str(self.device),
+            symptom=name,
+            checks=checks,
+            messages=messages,
+            case=small,
+            original_case=self.original,
+            cases_to_find=self.tally.cases,
+            seconds_to_find=round(self.failed_at - self.started, 3),
+            environment=environment(str(self.device)),
+        )
+        self.send(Found(finding))
+
+    def run(self) -> None:
+        """All rounds, levels in turn."""
+        levels = [
+            level for level in self.assignment.levels if level in self.backend.levels
+        ]
+        if not levels:
+            raise ValueError(
+                f"{self.backend.name} has no {' or '.join(self.assignment.levels)} level"
+            )
+        number = 0
+        while not self.over():
+            self.round(levels[number % len(levels)], number)
+            number += 1
+            if self.found and self.assignment.stop_at_first:
+                break
+        self.tally.seconds = time.monotonic() - self.started
+        self.send(Finished(self.tally))
+
+
+def set_up_process(device: str) -> None:
+    """What every process that runs cases sets once: one CPU thread, plain float32, repeatable matrix products."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    # Split reductions in the storage dtype would round partial sums that no budget knows of.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+
+
+def hunt(assignment: Assignment, send: Send) -> None:
+    """Does an assignment, sending messages as it goes. What cannot be done is a ``Failed`` message."""
+    set_up_process(assignment.device)
+    try:
+        _Hunt(assignment, send).run()
+    except (LookupError, ValueError) as error:
+        send(Failed(str(error)))

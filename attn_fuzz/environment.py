@@ -1,0 +1,62 @@
+"""Where something was measured: device, versions, date, commit."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+
+def device_name(device: str) -> str:
+    """The device in words."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(torch.device(device))
+    return f"CPU {platform.machine()}"
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.lru_cache(maxsize=1)
+def commit() -> str:
+    """This checkout's commit, ``+changes`` behind it when files differ, or ``unknown`` outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        run = ["git", "-C", str(root), *arguments]
+        return subprocess.run(
+            run, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "-uno") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def environment(device: str) -> dict[str, str]:
+    """What belongs beside every figure."""
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "hypothesis": package_version("hypothesis"),
+        "flash-attn": package_version("flash-attn"),
+    }
+    return {
+        "device": device_name(device),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit(),
+        **{name: version for name, version in versions.items() if version},
+    }

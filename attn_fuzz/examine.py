@@ -1,0 +1,85 @@
+"""The verdict on one case: run it under both poisons, compute the answer, ask every check."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from attn_fuzz.checks import CHECKS, worst_errors
+from attn_fuzz.execute import require_support
+from attn_fuzz.poison import POISONS
+from attn_fuzz.symptoms import Crashed, Symptom
+from attn_fuzz.trial import Trial
+from backends.kernel import UnsupportedCase
+from backends.registry import Backend
+from reference.case import Case
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the checks said."""
+
+    symptoms: tuple[Symptom, ...]
+    """In order of rank; empty for a clean case."""
+    worst_z: dict[str, float]
+    """Largest error per tensor in budget standard deviations."""
+    paths: frozenset[str]
+
+    @property
+    def first(self) -> Symptom | None:
+        """The symptom that names the finding."""
+        return self.symptoms[0] if self.symptoms else None
+
+    @property
+    def checks(self) -> tuple[str, ...]:
+        """Names of the checks that failed, in order of rank."""
+        return tuple(dict.fromkeys(symptom.check for symptom in self.symptoms))
+
+
+def examine(
+    case: Case,
+    backend: Backend,
+    device: torch.device | str,
+    poisons: Sequence[str] = POISONS,
+) -> Verdict:
+    """Runs a case and asks every check.
+
+    Raises:
+        UnsupportedCase: when the backend declares that it does not take the case.
+    """
+    device = torch.device(device)
+    require_support(backend, case, device)
+    trial = Trial(case, backend, device, poisons)
+    try:
+        observations = trial.observations
+    except UnsupportedCase:
+        raise
+    except (Exception, AssertionError) as error:
+        if _is_out_of_memory(error):
+            raise
+        return Verdict(
+            (Crashed("runs", "call", f"{type(error).__name__}: {_one_line(error)}"),),
+            {},
+            frozenset(),
+        )
+
+    def symptoms() -> Iterator[Symptom]:
+        for check in CHECKS:
+            yield from check(trial)
+
+    found = sorted(symptoms(), key=lambda symptom: symptom.rank)
+    return Verdict(
+        tuple(found),
+        worst_errors(trial),
+        frozenset().union(*(o.paths for o in observations)),
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["(no message)"])[0][:300]

@@ -1,0 +1,91 @@
+"""A finding: a case, a backend, and the checks it failed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from attn_fuzz.examine import Verdict
+from reference.case import Case
+
+
+class FindingError(ValueError):
+    """A stored finding that cannot be read; the message is one sentence."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What is reported, stored and replayed."""
+
+    backend: str
+    device: str
+    symptom: str
+    """Name of the symptom's type."""
+    checks: tuple[str, ...]
+    messages: tuple[str, ...]
+    """One sentence per symptom."""
+    case: Case
+    """Shrunk."""
+    original_case: Case
+    cases_to_find: int
+    seconds_to_find: float
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """Ten hexadecimal digits of backend, symptom and shrunk case."""
+        text = f"{self.backend}\n{self.symptom}\n{self.case.to_json()}"
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        fields = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+        }
+        return {
+            "id": self.id,
+            **fields,
+            "checks": list(self.checks),
+            "messages": list(self.messages),
+            "case": self.case.to_dict(),
+            "original_case": self.original_case.to_dict(),
+            "environment": dict(self.environment),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Finding:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            FindingError: for anything else.
+            CaseError: when one of its cases is impossible.
+        """
+        try:
+            return cls(
+                backend=str(data["backend"]),
+                device=str(data["device"]),
+                symptom=str(data["symptom"]),
+                checks=tuple(data["checks"]),
+                messages=tuple(data["messages"]),
+                case=Case.from_dict(data["case"]),
+                original_case=Case.from_dict(data["original_case"]),
+                cases_to_find=int(data["cases_to_find"]),
+                seconds_to_find=float(data["seconds_to_find"]),
+                environment=dict(data.get("environment", {})),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FindingError(
+                f"this is no finding: {type(error).__name__} {error}"
+            ) from None
+
+
+def summarise(verdict: Verdict) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """(symptom, checks, messages) of a verdict that has symptoms."""
+    assert verdict.first is not None
+    return (
+        type(verdict.first).__name__,
+        verdict.checks,
+        tuple(str(symptom) for symptom in verdict.symptoms[:12]),
+    )

@@ -1,0 +1,141 @@
+"""What people read on a terminal: tables of campaigns, verdicts and backends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from attn_fuzz.campaign.messages import Tally
+from attn_fuzz.campaign.pool import Outcome
+from attn_fuzz.examine import Verdict
+from attn_fuzz.findings import Finding
+from backends import registry
+from reference.case import Case
+
+
+def worst(tally: Tally) -> str:
+    """The largest error of clean cases, and where."""
+    if not tally.worst_z:
+        return "-"
+    key, z = max(tally.worst_z.items(), key=lambda item: item[1])
+    return f"{z:.1f} ({key})"
+
+
+def campaign_table(outcome: Outcome) -> Table:
+    """One row per backend."""
+    table = Table(
+        title=f"{sum(t.cases for t in outcome.tallies.values())} cases in {outcome.seconds:.0f} s"
+    )
+    for column in (
+        "backend",
+        "cases",
+        "documents",
+        "straddling",
+        "refused",
+        "largest z of clean cases",
+        "findings",
+    ):
+        table.add_column(
+            column,
+            justify="left"
+            if column in ("backend", "largest z of clean cases")
+            else "right",
+        )
+    for name, tally in outcome.tallies.items():
+        found = [finding for finding in outcome.findings if finding.backend == name]
+        counts = (
+            str(n)
+            for n in (tally.cases, tally.documents, tally.straddling, tally.refused)
+        )
+        table.add_row(name, *counts, worst(tally), str(len(found)) if found else "none")
+    return table
+
+
+def describe(case: Case) -> str:
+    """A case in one line of JSON."""
+    return case.to_json()
+
+
+def print_findings(
+    console: Console, findings: Iterable[Finding], stored: str | None
+) -> None:
+    """Each finding with its shrunk case and how to replay it."""
+    for finding in findings:
+        console.print(
+            f"\n[bold red]{finding.symptom}[/] on [bold]{finding.backend}[/] ({finding.device}), id {finding.id}"
+        )
+        for message in finding.messages[:3]:
+            console.print(f"  {message}", markup=False, soft_wrap=True)
+        console.print(f"  case: {describe(finding.case)}", markup=False, soft_wrap=True)
+        console.print(
+            f"  found after {finding.cases_to_find} cases and {finding.seconds_to_find:.1f} s; "
+            f"checks that fail: {', '.join(finding.checks)}",
+            markup=False,
+        )
+        if stored is not None:
+            console.print(
+                f"  replay: python -m attn_fuzz replay {finding.id} --store {stored}",
+                markup=False,
+                soft_wrap=True,
+            )
+
+
+def verdict_lines(
+    console: Console, case: Case, results: Sequence[tuple[str, Verdict | str]]
+) -> None:
+    """The verdict of every backend on one case."""
+    console.print(f"case: {describe(case)}", markup=False, soft_wrap=True)
+    for name, verdict in results:
+        if isinstance(verdict, str):
+            console.print(f"[yellow]refused[/] {name}: {verdict}")
+        elif verdict.symptoms:
+            console.print(f"[bold red]FAILS[/]   {name}")
+            for symptom in verdict.symptoms:
+                console.print(f"          {symptom}", markup=False, soft_wrap=True)
+        else:
+            errors = ", ".join(
+                f"{tensor} {z:.2f}" for tensor, z in verdict.worst_z.items()
+            )
+            console.print(
+                f"[green]clean[/]   {name}: largest z {errors}", soft_wrap=True
+            )
+
+
+def backends_table(rows: Sequence[tuple[str, str, str | None]]) -> Table:
+    """One row per backend and device: availability, and what it supports."""
+    table = Table()
+    for column in (
+        "backend",
+        "device",
+        "available",
+        "dtypes",
+        "head_dim",
+        "does not take",
+    ):
+        table.add_column(column)
+    for name, device, reason in rows:
+        capabilities = registry.load(name).kernel.capabilities
+        lacks = [
+            word
+            for word, has in (
+                ("GQA", capabilities.gqa),
+                ("windows", capabilities.window),
+                ("softcap", capabilities.softcap),
+                ("empty documents", capabilities.empty_documents),
+                ("queries without keys", capabilities.queries_without_keys),
+                ("keys without queries", capabilities.keys_without_queries),
+                ("q != k causal", not capabilities.causal_needs_equal_lengths),
+            )
+            if not has
+        ]
+        table.add_row(
+            name,
+            device,
+            "yes" if reason is None else f"no: {reason}",
+            " ".join(capabilities.dtypes),
+            f"<= {capabilities.max_head_dim}",
+            ", ".join(lacks) or "-",
+        )
+    return table

@@ -1,0 +1,225 @@
+"""Makes a failing case small: fewer and shorter documents first, then every option back to its simplest value.
+
+Hypothesis shrinks what it drew; this works on any case, wherever it came from, and ends at a case from which no document
+can be removed or shortened by one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+
+from reference.case import Case, CaseError
+
+Fails = Callable[[Case], bool]
+
+
+def _with_lengths(
+    case: Case, lengths: Sequence[int], kept: Sequence[int], keys: Sequence[int] | None
+) -> Case | None:
+    """The case with the documents ``kept`` (indices) at new lengths; cuts keep their place within their document."""
+    if not kept:
+        return None
+    ids = case.packed_ids[: len(case.lengths)]
+    old_begins = [0, *accumulate(case.lengths)]
+    new_begins = [0, *accumulate(lengths)]
+
+    def moved(cut: int) -> int:
+        for new_index, index in enumerate(kept):
+            begin, end = old_begins[index], old_begins[index + 1]
+            if cut <= begin:
+                return new_begins[new_index]
+            if cut < end:
+                return min(
+                    new_begins[new_index] + cut - begin, new_begins[new_index + 1]
+                )
+        return new_begins[-1] + max(cut - old_begins[-1], 0)
+
+    total = sum(lengths) + case.padding
+    cuts = tuple(
+        sorted({place for cut in case.cuts if 0 < (place := moved(cut)) < total})
+    )
+    try:
+        return case.replace(
+            lengths=tuple(lengths),
+            key_lengths=None if keys is None else tuple(keys),
+            cuts=cuts,
+            document_ids=tuple(ids[index] for index in kept),
+        )
+    except CaseError:
+        return None
+
+
+def _without(case: Case, begin: int, end: int) -> Case | None:
+    kept = [index for index in range(len(case.lengths)) if not begin <= index < end]
+    keys = (
+        None
+        if case.key_lengths is None
+        else [case.key_lengths[index] for index in kept]
+    )
+    return _with_lengths(case, [case.lengths[index] for index in kept], kept, keys)
+
+
+def _resized(case: Case, index: int, queries: int, keys: int | None) -> Case | None:
+    lengths, key_lengths = (
+        list(case.lengths),
+        None if case.key_lengths is None else list(case.key_lengths),
+    )
+    lengths[index] = queries
+    if key_lengths is not None and keys is not None:
+        key_lengths[index] = keys
+    return _with_lengths(case, lengths, range(len(lengths)), key_lengths)
+
+
+def _smaller(value: int) -> list[int]:
+    """Candidates below a value, boldest first."""
+    return list(
+        dict.fromkeys(
+            c for c in (0, 1, value // 2, value - 2, value - 1) if 0 <= c < value
+        )
+    )
+
+
+def fewer_documents(case: Case) -> Iterator[Case | None]:
+    """Without runs of documents, then without single ones."""
+    count = len(case.lengths)
+    size = count // 2
+    while size >= 1:
+        for begin in range(0, count, size):
+            yield _without(case, begin, min(begin + size, count))
+        size //= 2
+
+
+def shorter_documents(case: Case) -> Iterator[Case | None]:
+    """With one document shorter, queries and keys together, then each alone."""
+    for index, queries in enumerate(case.lengths):
+        if case.key_lengths is None:
+            for fewer in _smaller(queries):
+                yield _resized(case, index, fewer, None)
+            continue
+        keys = case.key_lengths[index]
+        for step in {queries, keys, queries // 2, 1}:
+            if 0 < step <= min(queries, keys):
+                yield _resized(case, index, queries - step, keys - step)
+        for fewer in _smaller(queries):
+            yield _resized(case, index, fewer, keys)
+        for fewer in _smaller(keys):
+            yield _resized(case, index, queries, fewer)
+
+
+def simpler_cuts(case: Case) -> Iterator[Case | None]:
+    """Without a cut, or with one moved back."""
+    for index, cut in enumerate(case.cuts):
+        rest = case.cuts[:index] + case.cuts[index + 1 :]
+        yield _changed(case, cuts=rest)
+        for place in _smaller(cut):
+            if place and place not in rest:
+                yield _changed(case, cuts=tuple(sorted((*rest, place))))
+
+
+_SIMPLER: dict[str, tuple[object, ...]] = {
+    "key_lengths": (None,),
+    "document_ids": (None,),
+    "window": ((-1, -1),),
+    "scale": (None,),
+    "softcap": (0.0,),
+    "query_norm": ("none",),
+    "key_norm": ("none",),
+    "value_norm": ("none",),
+    "shared_key_value": (False,),
+    "rotary": ("none", "default"),
+    "rotary_fraction": (0.5,),
+    "rotary_theta": (10000.0,),
+    "values": ("gaussian",),
+    "weights": ("gaussian",),
+    "memory": ("contiguous",),
+    "causal": (True,),
+    "seed": (0, 1),
+    "dtype": ("fp32", "bf16"),
+}
+
+
+def _simplicity(field: str, value: object) -> int:
+    """Place in the order of simplicity; what is not listed is least simple."""
+    choices = _SIMPLER[field]
+    return choices.index(value) if value in choices else len(choices)
+
+
+def simpler_options(case: Case) -> Iterator[Case | None]:
+    """With one option at a simpler value."""
+    for padding in _smaller(case.padding):
+        yield _changed(
+            case,
+            padding=padding,
+            cuts=tuple(c for c in case.cuts if c < sum(case.lengths) + padding),
+        )
+    for capacity in _smaller(case.capacity):
+        yield _changed(case, capacity=capacity)
+    for heads, kv_heads in (
+        (1, 1),
+        (2, 1),
+        (2, 2),
+        (case.heads // case.kv_heads, 1),
+        (case.kv_heads, case.kv_heads),
+    ):
+        if (heads, kv_heads) < (case.heads, case.kv_heads):
+            yield _changed(case, heads=heads, kv_heads=kv_heads)
+    for head_dim in (1, 2, 4, 8, 16, 32, 64, case.head_dim // 2):
+        if 0 < head_dim < case.head_dim:
+            yield _changed(case, head_dim=head_dim)
+    if case.level == "layer":
+        for hidden in (1, 2, 4, 8, case.hidden // 2):
+            if 0 < hidden < case.hidden:
+                yield _changed(case, hidden=hidden)
+    for field, choices in _SIMPLER.items():
+        current = _simplicity(field, getattr(case, field))
+        for choice in choices[:current]:
+            yield _changed(case, **{field: choice})
+    for side in (0, 1):
+        for width in _smaller(case.window[side]):
+            yield _changed(
+                case,
+                window=(width, case.window[1])
+                if side == 0
+                else (case.window[0], width),
+            )
+
+
+def _changed(case: Case, **changes: object) -> Case | None:
+    try:
+        return case.replace(**changes)
+    except CaseError:
+        return None
+
+
+PASSES = (fewer_documents, shorter_documents, simpler_cuts, simpler_options)
+
+
+def minimise(case: Case, fails: Fails, seconds: float = 60.0) -> Case:
+    """The smallest case found that still fails in the same way.
+
+    Args:
+        case: a failing case.
+        fails: whether a case fails in the same way; never called twice with the same case.
+        seconds: when to stop looking; what has been reached by then is returned.
+    """
+    deadline = time.monotonic() + seconds
+    tried = {case}
+    improved = True
+    while improved:
+        improved = False
+        for step in PASSES:
+            progress = True
+            while progress:
+                progress = False
+                for candidate in step(case):
+                    if time.monotonic() > deadline:
+                        return case
+                    if candidate is None or candidate in tried:
+                        continue
+                    tried.add(candidate)
+                    if fails(candidate):
+                        case, progress, improved = candidate, True, True
+                        break
+    return case
