@@ -17,7 +17,7 @@ REGRESSIONS = Path("tests") / "regressions"
 
 @dataclasses.dataclass(frozen=True)
 class Seed:
-    """A saved case: ``case``, and optionally ``about`` (why it is kept) and ``convicts`` (backends that must fail it)."""
+    """A saved case; optionally why it is kept, and the backends that must fail it."""
 
     name: str
     case: Case
@@ -26,11 +26,7 @@ class Seed:
 
     def to_json(self) -> str:
         """The content of its file."""
-        data: dict[str, Any] = {
-            "about": self.about,
-            "convicts": list(self.convicts),
-            "case": self.case.to_dict(),
-        }
+        data: dict[str, Any] = {"about": self.about, "convicts": list(self.convicts), "case": self.case.to_dict()}
         return json.dumps(data, indent=2) + "\n"
 
 
@@ -48,15 +44,8 @@ def read_seed(path: Path) -> Seed:
         raise CaseError(f"{path} is not valid JSON: {error}") from None
     try:
         if isinstance(data, Mapping) and "case" in data:
-            convicts = data.get("convicts") or (
-                [data["backend"]] if "backend" in data else []
-            )
-            return Seed(
-                path.stem,
-                Case.from_dict(data["case"]),
-                str(data.get("about", "")),
-                tuple(convicts),
-            )
+            convicts = data.get("convicts") or ([data["backend"]] if "backend" in data else [])
+            return Seed(path.stem, Case.from_dict(data["case"]), str(data.get("about", "")), tuple(convicts))
         return Seed(path.stem, Case.from_dict(data))
     except CaseError as error:
         raise CaseError(f"{path}: {error}") from None

@@ -11,23 +11,11 @@ from typing import Annotated, Any, Self
 import torch
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from attn_fuzz import show
 from attn_fuzz.campaign.messages import Tally
-from attn_fuzz.campaign.plan import (
-    available_backends,
-    default_device,
-    default_workers,
-    plan,
-    require_available,
-)
+from attn_fuzz.campaign.plan import available_backends, default_device, default_workers, plan, require_available
 from attn_fuzz.campaign.pool import CampaignError, Outcome, Pool
 from attn_fuzz.campaign.worker import set_up_process
 from attn_fuzz.cases_on_disk import REGRESSIONS, Seed, find_seed
@@ -54,24 +42,12 @@ _progress_console = Console(stderr=True, emoji=False)
 
 BackendOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--backend",
-        "-b",
-        help="Backend to test; repeat for several. Default: all available.",
-    ),
+    typer.Option("--backend", "-b", help="Backend to test; repeat for several. Default: all available."),
 ]
 DeviceOption = Annotated[
-    str | None,
-    typer.Option(
-        help="cpu, cuda (all GPUs) or cuda:N. Default: cuda where there is one."
-    ),
+    str | None, typer.Option(help="cpu, cuda (all GPUs) or cuda:N. Default: cuda where there is one.")
 ]
-JsonOption = Annotated[
-    bool,
-    typer.Option(
-        "--json", help="Print one JSON object on standard output and nothing else."
-    ),
-]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 StoreOption = Annotated[Path, typer.Option(help="Folder of findings.")]
 
 
@@ -81,23 +57,17 @@ class UsageError(ValueError):
 
 def _device(name: str | None) -> str:
     device = name or default_device()
-    if device != "cpu" and not (
-        device == "cuda" or (device.startswith("cuda:") and device[5:].isdigit())
-    ):
+    if device != "cpu" and not (device == "cuda" or (device.startswith("cuda:") and device[5:].isdigit())):
         raise UsageError(f"unknown device {device!r}; use cpu, cuda or cuda:N")
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise UsageError("there is no CUDA device here; use --device cpu")
         if device != "cuda" and int(device[5:]) >= torch.cuda.device_count():
-            raise UsageError(
-                f"there is no {device} here, only {torch.cuda.device_count()} CUDA devices"
-            )
+            raise UsageError(f"there is no {device} here, only {torch.cuda.device_count()} CUDA devices")
     return device
 
 
-def _choices(
-    given: list[str] | None, allowed: tuple[str, ...], what: str
-) -> tuple[str, ...]:
+def _choices(given: list[str] | None, allowed: tuple[str, ...], what: str) -> tuple[str, ...]:
     for value in given or ():
         if value not in allowed:
             raise UsageError(f"unknown {what} {value!r}; use {', '.join(allowed)}")
@@ -107,26 +77,19 @@ def _choices(
 class _Screen:
     """Progress on standard error, one line per backend."""
 
-    def __init__(
-        self, names: tuple[str, ...], seconds: float | None, cases: int | None
-    ) -> None:
+    def __init__(self, names: tuple[str, ...], seconds: float | None, cases: int | None) -> None:
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description:<24}"),
             BarColumn(),
-            TextColumn(
-                "{task.fields[cases]} cases, {task.fields[documents]} documents, {task.fields[found]} findings"
-            ),
+            TextColumn("{task.fields[cases]} cases, {task.fields[documents]} documents, {task.fields[found]} findings"),
             TimeElapsedColumn(),
             console=_progress_console,
         )
         self._by_cases = cases is not None
         total = float(cases) if cases is not None else seconds
         self._tasks = {
-            name: self._progress.add_task(
-                name, total=total, cases=0, documents=0, found=0
-            )
-            for name in names
+            name: self._progress.add_task(name, total=total, cases=0, documents=0, found=0) for name in names
         }
         self._found = dict.fromkeys(names, 0)
 
@@ -140,19 +103,18 @@ class _Screen:
     def update(self, tallies: dict[str, Tally]) -> None:
         for name, tally in tallies.items():
             done = float(tally.cases) if self._by_cases else tally.seconds
-            fields = {
-                "cases": tally.cases,
-                "documents": tally.documents,
-                "found": self._found[name],
-            }
-            self._progress.update(self._tasks[name], completed=done, **fields)
+            self._progress.update(
+                self._tasks[name],
+                completed=done,
+                cases=tally.cases,
+                documents=tally.documents,
+                found=self._found[name],
+            )
 
     def found(self, finding: Finding) -> None:
         self._found[finding.backend] += 1
         self._progress.console.print(
-            f"{finding.symptom} on {finding.backend}: {finding.case.to_json()}",
-            markup=False,
-            soft_wrap=True,
+            f"{finding.symptom} on {finding.backend}: {finding.case.to_json()}", markup=False, soft_wrap=True
         )
 
 
@@ -174,9 +136,7 @@ def campaign_dict(outcome: Outcome, device: str, seed: int) -> dict[str, Any]:
                 "repeated": tally.repeated,
                 "by_kind": dict(sorted(tally.by_kind.items())),
                 "paths": tally.paths,
-                "worst_z": {
-                    key: round(z, 3) for key, z in sorted(tally.worst_z.items())
-                },
+                "worst_z": {key: round(z, 3) for key, z in sorted(tally.worst_z.items())},
             }
             for name, tally in outcome.tallies.items()
         },
@@ -187,35 +147,18 @@ def campaign_dict(outcome: Outcome, device: str, seed: int) -> dict[str, Any]:
 @app.command()
 def run(
     backend: BackendOption = None,
-    seconds: Annotated[
-        float | None, typer.Option(min=0.1, help="Wall-clock time. Default: 60.")
-    ] = None,
-    cases: Annotated[
-        int | None, typer.Option(min=1, help="Cases per backend, instead of a time.")
-    ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Seed of the campaign; the same seed draws the same cases."
-        ),
-    ] = 0,
+    seconds: Annotated[float | None, typer.Option(min=0.1, help="Wall-clock time. Default: 60.")] = None,
+    cases: Annotated[int | None, typer.Option(min=1, help="Cases per backend, instead of a time.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the campaign; the same seed draws the same cases.")] = 0,
     device: DeviceOption = None,
-    level: Annotated[
-        list[str] | None, typer.Option(help="layer or kernel. Default: both.")
-    ] = None,
+    level: Annotated[list[str] | None, typer.Option(help="layer or kernel. Default: both.")] = None,
     dtype: Annotated[
-        list[str] | None,
-        typer.Option(help="fp32, bf16 or fp16. Default: all that a backend takes."),
+        list[str] | None, typer.Option(help="fp32, bf16 or fp16. Default: all that a backend takes.")
     ] = None,
     poison: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="nan, finite, or none for memory as it comes. Default: nan and finite."
-        ),
+        list[str] | None, typer.Option(help="nan, finite, or none for memory as it comes. Default: nan and finite.")
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes at a time.")
-    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes at a time.")] = None,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -276,12 +219,7 @@ def _verdict(name: str, case: Case, device: str) -> Verdict | str:
 
 @app.command()
 def replay(
-    case: Annotated[
-        str,
-        typer.Argument(
-            help="A CASE.json file, a finding's id, or the name of a regression seed."
-        ),
-    ],
+    case: Annotated[str, typer.Argument(help="A CASE.json file, a finding's id, or the name of a regression seed.")],
     backend: BackendOption = None,
     device: DeviceOption = None,
     store: StoreOption = DEFAULT_STORE,
@@ -297,11 +235,7 @@ def replay(
     results = [(name, _verdict(name, seed.case, where)) for name in names]
     if backend and all(isinstance(verdict, str) for _, verdict in results):
         raise UsageError("; ".join(str(verdict) for _, verdict in results))
-    failed = [
-        name
-        for name, verdict in results
-        if isinstance(verdict, Verdict) and verdict.symptoms
-    ]
+    failed = [name for name, verdict in results if isinstance(verdict, Verdict) and verdict.symptoms]
     if as_json:
         typer.echo(
             json.dumps(
@@ -316,8 +250,7 @@ def replay(
                             "checks": list(verdict.checks),
                             "messages": [str(symptom) for symptom in verdict.symptoms],
                             "worst_z": {
-                                tensor: z if z < float("inf") else "inf"
-                                for tensor, z in verdict.worst_z.items()
+                                tensor: z if z < float("inf") else "inf" for tensor, z in verdict.worst_z.items()
                             },
                             "paths": sorted(verdict.paths),
                         }
@@ -333,32 +266,16 @@ def replay(
 
 @app.command()
 def save(
-    case: Annotated[
-        str,
-        typer.Argument(
-            help="A CASE.json file, a finding's id, or a case as JSON text."
-        ),
-    ],
+    case: Annotated[str, typer.Argument(help="A CASE.json file, a finding's id, or a case as JSON text.")],
     name: Annotated[str, typer.Argument(help="Name of the regression seed.")],
     about: Annotated[str, typer.Option(help="Why it is kept.")] = "",
-    convict: Annotated[
-        list[str] | None,
-        typer.Option(help="Backend that must fail it; repeat for several."),
-    ] = None,
-    folder: Annotated[
-        Path, typer.Option(help="Folder of regression seeds.")
-    ] = REGRESSIONS,
+    convict: Annotated[list[str] | None, typer.Option(help="Backend that must fail it; repeat for several.")] = None,
+    folder: Annotated[Path, typer.Option(help="Folder of regression seeds.")] = REGRESSIONS,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Keep a failing case as a regression seed, which the test suite collects by itself."""
-    found = (
-        Seed(name, Case.from_json(case))
-        if case.lstrip().startswith("{")
-        else find_seed(case, store)
-    )
-    seed = Seed(
-        name, found.case, about or found.about, tuple(convict or found.convicts)
-    )
+    found = Seed(name, Case.from_json(case)) if case.lstrip().startswith("{") else find_seed(case, store)
+    seed = Seed(name, found.case, about or found.about, tuple(convict or found.convicts))
     target = folder / f"{name}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -373,10 +290,7 @@ def save(
 
 @app.command()
 def backends(
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda. Default: both.")
-    ] = None,
-    as_json: JsonOption = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: both.")] = None, as_json: JsonOption = False
 ) -> None:
     """What is available here, what each backend supports, and why the rest is not available."""
     if device not in (None, "cpu", "cuda"):
@@ -399,15 +313,9 @@ def backends(
             {
                 "name": name,
                 "available": bool(usable),
-                "reason": None
-                if usable
-                else "; ".join(
-                    str(reason) for reason in dict.fromkeys(reasons.values())
-                ),
+                "reason": None if usable else "; ".join(str(reason) for reason in dict.fromkeys(reasons.values())),
                 "devices": usable,
-                "capabilities": {
-                    key: value for key, value in vars(capabilities).items()
-                },
+                "capabilities": dict(vars(capabilities)),
             }
         )
     typer.echo(json.dumps({"backends": listed}))

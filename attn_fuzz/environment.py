@@ -34,14 +34,10 @@ def commit() -> str:
 
     def git(*arguments: str) -> str:
         run = ["git", "-C", str(root), *arguments]
-        return subprocess.run(
-            run, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+changes" if git("status", "--porcelain", "-uno") else ""
-        )
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

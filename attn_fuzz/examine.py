@@ -38,12 +38,7 @@ class Verdict:
         return tuple(dict.fromkeys(symptom.check for symptom in self.symptoms))
 
 
-def examine(
-    case: Case,
-    backend: Backend,
-    device: torch.device | str,
-    poisons: Sequence[str] = POISONS,
-) -> Verdict:
+def examine(case: Case, backend: Backend, device: torch.device | str, poisons: Sequence[str] = POISONS) -> Verdict:
     """Runs a case and asks every check.
 
     Raises:
@@ -59,22 +54,14 @@ def examine(
     except (Exception, AssertionError) as error:
         if _is_out_of_memory(error):
             raise
-        return Verdict(
-            (Crashed("runs", "call", f"{type(error).__name__}: {_one_line(error)}"),),
-            {},
-            frozenset(),
-        )
+        return Verdict((Crashed("runs", "call", f"{type(error).__name__}: {_one_line(error)}"),), {}, frozenset())
 
     def symptoms() -> Iterator[Symptom]:
         for check in CHECKS:
             yield from check(trial)
 
     found = sorted(symptoms(), key=lambda symptom: symptom.rank)
-    return Verdict(
-        tuple(found),
-        worst_errors(trial),
-        frozenset().union(*(o.paths for o in observations)),
-    )
+    return Verdict(tuple(found), worst_errors(trial), frozenset().union(*(o.paths for o in observations)))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

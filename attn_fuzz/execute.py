@@ -50,56 +50,34 @@ def require_support(backend: Backend, case: Case, device: torch.device) -> None:
         raise UnsupportedCase(f"{backend.name} does not take {reason}")
 
 
-def run_kernel(
-    backend: Backend, case: Case, inputs: Inputs, poison: str
-) -> Observation:
-    """Forward and backward of one varlen call."""
-    device = inputs.q.device
+def run_kernel(backend: Backend, case: Case, inputs: Inputs, poison: str, device: torch.device) -> Observation:
+    """Forward and backward of one varlen call on ``device``; what is observed comes back to the CPU."""
     placed = {
-        name: place(
-            getattr(inputs, name),
-            case.memory if name != "dout" else "contiguous",
-            filler(poison),
-        )
+        name: place(getattr(inputs, name).to(device), case.memory if name != "dout" else "contiguous", filler(poison))
         for name in ("q", "k", "v", "dout")
     }
-    metadata = VarlenMetadata(
-        lengths_q=case.packed_lengths, lengths_k=case.packed_key_lengths, device=device
-    )
-    sums = {
-        "cu_seqlens_q": metadata.cu_seqlens_q,
-        "cu_seqlens_k": metadata.cu_seqlens_k,
-    }
+    metadata = VarlenMetadata(lengths_q=case.packed_lengths, lengths_k=case.packed_key_lengths, device=device)
+    sums = {"cu_seqlens_q": metadata.cu_seqlens_q, "cu_seqlens_k": metadata.cu_seqlens_k}
     sums_before = {name: tensor.clone() for name, tensor in sums.items()}
     leaves = [placed[name].tensor.detach().requires_grad_() for name in ("q", "k", "v")]
     with poisoned(poison, device):
-        attended = backend.kernel.attend(*leaves, metadata, AttentionOptions.of(case))
+        attended = backend.kernel.attend(leaves[0], leaves[1], leaves[2], metadata, AttentionOptions.of(case))
         gradients = torch.autograd.grad(attended.out, leaves, placed["dout"].tensor)
-    observation = Observation(
-        poison, {"out": attended.out.detach()}, paths=frozenset({attended.path})
-    )
+    observation = Observation(poison, {"out": attended.out.detach()}, paths=frozenset({attended.path}))
     observation.results |= dict(zip(("dq", "dk", "dv"), gradients, strict=True))
     if attended.lse is not None:
         observation.results["lse"] = attended.lse.detach().T
-    observation.changed += [
-        f"{what} of {name}" for name, item in placed.items() if (what := item.changed())
-    ]
-    observation.changed += [
-        name
-        for name, tensor in sums.items()
-        if not torch.equal(tensor, sums_before[name])
-    ]
+    observation.changed += [f"{what} of {name}" for name, item in placed.items() if (what := item.changed())]
+    observation.changed += [name for name, tensor in sums.items() if not torch.equal(tensor, sums_before[name])]
+    return _on_cpu(observation)
+
+
+def _on_cpu(observation: Observation) -> Observation:
+    observation.results = {name: tensor.cpu() for name, tensor in observation.results.items()}
     return observation
 
 
-def _strays(
-    name: str,
-    step: str,
-    before: torch.Tensor,
-    after: torch.Tensor,
-    begin: int,
-    end: int,
-) -> list[Stray]:
+def _strays(name: str, step: str, before: torch.Tensor, after: torch.Tensor, begin: int, end: int) -> list[Stray]:
     """Rows outside ``[begin, end)`` whose bits differ."""
     differs = (bits(before) != bits(after)).flatten(1).any(1)
     differs[begin:end] = False
@@ -118,43 +96,23 @@ class _Watch:
         self.before: tuple[torch.Tensor, ...] | None = None
 
     def compare(
-        self,
-        tensors: tuple[torch.Tensor, torch.Tensor] | None,
-        step: str,
-        begin: int,
-        end: int,
+        self, tensors: tuple[torch.Tensor, torch.Tensor] | None, step: str, begin: int, end: int
     ) -> list[Stray]:
         found: list[Stray] = []
         if tensors is not None and self.before is not None:
-            for name, before, after in zip(
-                self.names, self.before, tensors, strict=True
-            ):
+            for name, before, after in zip(self.names, self.before, tensors, strict=True):
                 found += _strays(name, step, before, after, begin, end)
         self.note(tensors)
         return found
 
     def note(self, tensors: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-        self.before = (
-            None
-            if tensors is None
-            else tuple(tensor.detach().clone() for tensor in tensors)
-        )
+        self.before = None if tensors is None else tuple(tensor.detach().clone() for tensor in tensors)
 
 
-def run_layer(
-    backend: Backend, case: Case, inputs: LayerInputs, poison: str
-) -> Observation:
-    """All micro-sequences of a packed sequence forward, then all backward in reverse."""
-    device = inputs.x.device
-    named = {
-        "x": inputs.x,
-        "dout": inputs.dout,
-        **{f"weight {name}": w for name, w in inputs.weights.items()},
-    }
-    placed = {
-        name: place(tensor, "contiguous", filler(poison))
-        for name, tensor in named.items()
-    }
+def run_layer(backend: Backend, case: Case, inputs: LayerInputs, poison: str, device: torch.device) -> Observation:
+    """All micro-sequences of a packed sequence forward, then all backward in reverse, on ``device``."""
+    named = {"x": inputs.x, "dout": inputs.dout, **{f"weight {name}": w for name, w in inputs.weights.items()}}
+    placed = {name: place(tensor.to(device), "contiguous", filler(poison)) for name, tensor in named.items()}
     x, dout = placed["x"].tensor, placed["dout"].tensor
     observation = Observation(poison, {})
     parts = micro_sequences(case)
@@ -166,45 +124,25 @@ def run_layer(
         buffer.note(layer.key_value())
         for part in parts:
             outputs.append(layer.forward(x[slice(*part)], *part))
-            observation.strays += buffer.compare(
-                layer.key_value(), f"forward of {list(part)}", *part
-            )
+            observation.strays += buffer.compare(layer.key_value(), f"forward of {list(part)}", *part)
         buffer_gradient.note(layer.key_value_gradients())
         for part in reversed(parts):
             gradients.append(layer.backward(dout[slice(*part)]))
             extent = active_extent(case.packed_lengths, part)
             step = f"backward of {list(part)}"
-            observation.strays += buffer_gradient.compare(
-                layer.key_value_gradients(), step, *extent
-            )
-    observation.results |= {
-        "out": torch.cat(outputs).detach(),
-        "dx": torch.cat(gradients[::-1]).detach(),
-    }
-    for names, tensors in (
-        (("k", "v"), layer.key_value()),
-        (("dk", "dv"), layer.key_value_gradients()),
-    ):
+            observation.strays += buffer_gradient.compare(layer.key_value_gradients(), step, *extent)
+    observation.results |= {"out": torch.cat(outputs).detach(), "dx": torch.cat(gradients[::-1]).detach()}
+    for names, tensors in ((("k", "v"), layer.key_value()), (("dk", "dv"), layer.key_value_gradients())):
         if tensors is not None:
             observation.results |= {
-                name: tensor.detach()[: case.tokens].clone()
-                for name, tensor in zip(names, tensors, strict=True)
+                name: tensor.detach()[: case.tokens].clone() for name, tensor in zip(names, tensors, strict=True)
             }
-    observation.results |= {
-        f"d_{name}": tensor.detach()
-        for name, tensor in layer.parameter_gradients().items()
-    }
+    observation.results |= {f"d_{name}": tensor.detach() for name, tensor in layer.parameter_gradients().items()}
     observation.paths = layer.paths()
-    observation.changed += [
-        f"{what} of {name}" for name, item in placed.items() if (what := item.changed())
-    ]
-    return observation
+    observation.changed += [f"{what} of {name}" for name, item in placed.items() if (what := item.changed())]
+    return _on_cpu(observation)
 
 
 def differing(first: Observation, second: Observation) -> list[str]:
     """Names of results whose bits differ between two runs of the same case."""
-    return [
-        name
-        for name, value in first.results.items()
-        if not same_bits(value, second.results[name])
-    ]
+    return [name for name, value in first.results.items() if not same_bits(value, second.results[name])]

@@ -41,9 +41,7 @@ class Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        fields = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-        }
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {
             "id": self.id,
             **fields,
@@ -76,16 +74,10 @@ class Finding:
                 environment=dict(data.get("environment", {})),
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise FindingError(
-                f"this is no finding: {type(error).__name__} {error}"
-            ) from None
+            raise FindingError(f"this is no finding: {type(error).__name__} {error}") from None
 
 
 def summarise(verdict: Verdict) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """(symptom, checks, messages) of a verdict that has symptoms."""
     assert verdict.first is not None
-    return (
-        type(verdict.first).__name__,
-        verdict.checks,
-        tuple(str(symptom) for symptom in verdict.symptoms[:12]),
-    )
+    return (type(verdict.first).__name__, verdict.checks, tuple(str(symptom) for symptom in verdict.symptoms[:12]))

@@ -20,10 +20,7 @@ FINITE_BYTE: Final = 0x5A
 """As fp16 203, as bf16 and fp32 1.5e16: conspicuous in each, and no product of two overflows float32."""
 
 # Sizes that together reach into every bin of the CUDA caching allocator that a narrow case uses (512 B to 20 MiB).
-_PRIMED: Final = tuple((1 << exponent, 24) for exponent in range(9, 20)) + (
-    (1 << 20, 16),
-    (20 << 20, 2),
-)
+_PRIMED: Final = (*((1 << exponent, 24) for exponent in range(9, 20)), (1 << 20, 16), (20 << 20, 2))
 
 _ALLOCATIONS: Final = frozenset(
     {
@@ -40,19 +37,11 @@ class _FillAllocations(TorchDispatchMode):
     """Fills what Python code and autograd functions allocate without values."""
 
     def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if (
-            func in _ALLOCATIONS
-            and type(result) is torch.Tensor
-            and result.device.type in ("cpu", "cuda")
-        ):
-            result.untyped_storage().fill_(FINITE_BYTE)
+        if func in _ALLOCATIONS and type(result) is torch.Tensor and result.device.type in ("cpu", "cuda"):
+            result.untyped_storage().fill_(FINITE_BYTE)  # type: ignore[attr-defined]
         return result
 
 
@@ -70,17 +59,18 @@ def _prime_cuda(device: torch.device) -> None:
 def _nan_poison() -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
     with warnings.catch_warnings():
         # Operators without a deterministic version say so; that is not what this mode is for.
         warnings.simplefilter("ignore")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        memory.fill_uninitialized_memory = True
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-            torch.utils.deterministic.fill_uninitialized_memory = fill
+            memory.fill_uninitialized_memory = fill
 
 
 @contextlib.contextmanager
@@ -96,9 +86,7 @@ def _no_poison() -> Iterator[None]:
     yield
 
 
-def poisoned(
-    poison: str, device: torch.device
-) -> contextlib.AbstractContextManager[None]:
+def poisoned(poison: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
     """A context in which unwritten memory holds ``nan``, ``finite`` poison, or (``none``) what it happens to hold.
 
     Raises:

@@ -25,30 +25,12 @@ def worst(tally: Tally) -> str:
 
 def campaign_table(outcome: Outcome) -> Table:
     """One row per backend."""
-    table = Table(
-        title=f"{sum(t.cases for t in outcome.tallies.values())} cases in {outcome.seconds:.0f} s"
-    )
-    for column in (
-        "backend",
-        "cases",
-        "documents",
-        "straddling",
-        "refused",
-        "largest z of clean cases",
-        "findings",
-    ):
-        table.add_column(
-            column,
-            justify="left"
-            if column in ("backend", "largest z of clean cases")
-            else "right",
-        )
+    table = Table(title=f"{sum(t.cases for t in outcome.tallies.values())} cases in {outcome.seconds:.0f} s")
+    for column in ("backend", "cases", "documents", "straddling", "refused", "largest z of clean cases", "findings"):
+        table.add_column(column, justify="left" if column in ("backend", "largest z of clean cases") else "right")
     for name, tally in outcome.tallies.items():
         found = [finding for finding in outcome.findings if finding.backend == name]
-        counts = (
-            str(n)
-            for n in (tally.cases, tally.documents, tally.straddling, tally.refused)
-        )
+        counts = (str(n) for n in (tally.cases, tally.documents, tally.straddling, tally.refused))
         table.add_row(name, *counts, worst(tally), str(len(found)) if found else "none")
     return table
 
@@ -58,9 +40,7 @@ def describe(case: Case) -> str:
     return case.to_json()
 
 
-def print_findings(
-    console: Console, findings: Iterable[Finding], stored: str | None
-) -> None:
+def print_findings(console: Console, findings: Iterable[Finding], stored: str | None) -> None:
     """Each finding with its shrunk case and how to replay it."""
     for finding in findings:
         console.print(
@@ -76,15 +56,11 @@ def print_findings(
         )
         if stored is not None:
             console.print(
-                f"  replay: python -m attn_fuzz replay {finding.id} --store {stored}",
-                markup=False,
-                soft_wrap=True,
+                f"  replay: python -m attn_fuzz replay {finding.id} --store {stored}", markup=False, soft_wrap=True
             )
 
 
-def verdict_lines(
-    console: Console, case: Case, results: Sequence[tuple[str, Verdict | str]]
-) -> None:
+def verdict_lines(console: Console, case: Case, results: Sequence[tuple[str, Verdict | str]]) -> None:
     """The verdict of every backend on one case."""
     console.print(f"case: {describe(case)}", markup=False, soft_wrap=True)
     for name, verdict in results:
@@ -95,25 +71,14 @@ def verdict_lines(
             for symptom in verdict.symptoms:
                 console.print(f"          {symptom}", markup=False, soft_wrap=True)
         else:
-            errors = ", ".join(
-                f"{tensor} {z:.2f}" for tensor, z in verdict.worst_z.items()
-            )
-            console.print(
-                f"[green]clean[/]   {name}: largest z {errors}", soft_wrap=True
-            )
+            errors = ", ".join(f"{tensor} {z:.2f}" for tensor, z in verdict.worst_z.items())
+            console.print(f"[green]clean[/]   {name}: largest z {errors}", soft_wrap=True)
 
 
 def backends_table(rows: Sequence[tuple[str, str, str | None]]) -> Table:
     """One row per backend and device: availability, and what it supports."""
     table = Table()
-    for column in (
-        "backend",
-        "device",
-        "available",
-        "dtypes",
-        "head_dim",
-        "does not take",
-    ):
+    for column in ("backend", "device", "available", "dtypes", "head_dim", "does not take"):
         table.add_column(column)
     for name, device, reason in rows:
         capabilities = registry.load(name).kernel.capabilities

@@ -1,6 +1,6 @@
 """Makes a failing case small: fewer and shorter documents first, then every option back to its simplest value.
 
-Hypothesis shrinks what it drew; this works on any case, wherever it came from, and ends at a case from which no document
+Hypothesis shrinks what it drew; this works on any case, wherever it came from, and ends at one from which no document
 can be removed or shortened by one.
 """
 
@@ -15,9 +15,7 @@ from reference.case import Case, CaseError
 Fails = Callable[[Case], bool]
 
 
-def _with_lengths(
-    case: Case, lengths: Sequence[int], kept: Sequence[int], keys: Sequence[int] | None
-) -> Case | None:
+def _with_lengths(case: Case, lengths: Sequence[int], kept: Sequence[int], keys: Sequence[int] | None) -> Case | None:
     """The case with the documents ``kept`` (indices) at new lengths; cuts keep their place within their document."""
     if not kept:
         return None
@@ -31,15 +29,11 @@ def _with_lengths(
             if cut <= begin:
                 return new_begins[new_index]
             if cut < end:
-                return min(
-                    new_begins[new_index] + cut - begin, new_begins[new_index + 1]
-                )
+                return min(new_begins[new_index] + cut - begin, new_begins[new_index + 1])
         return new_begins[-1] + max(cut - old_begins[-1], 0)
 
     total = sum(lengths) + case.padding
-    cuts = tuple(
-        sorted({place for cut in case.cuts if 0 < (place := moved(cut)) < total})
-    )
+    cuts = tuple(sorted({place for cut in case.cuts if 0 < (place := moved(cut)) < total}))
     try:
         return case.replace(
             lengths=tuple(lengths),
@@ -53,19 +47,12 @@ def _with_lengths(
 
 def _without(case: Case, begin: int, end: int) -> Case | None:
     kept = [index for index in range(len(case.lengths)) if not begin <= index < end]
-    keys = (
-        None
-        if case.key_lengths is None
-        else [case.key_lengths[index] for index in kept]
-    )
+    keys = None if case.key_lengths is None else [case.key_lengths[index] for index in kept]
     return _with_lengths(case, [case.lengths[index] for index in kept], kept, keys)
 
 
 def _resized(case: Case, index: int, queries: int, keys: int | None) -> Case | None:
-    lengths, key_lengths = (
-        list(case.lengths),
-        None if case.key_lengths is None else list(case.key_lengths),
-    )
+    lengths, key_lengths = (list(case.lengths), None if case.key_lengths is None else list(case.key_lengths))
     lengths[index] = queries
     if key_lengths is not None and keys is not None:
         key_lengths[index] = keys
@@ -74,11 +61,7 @@ def _resized(case: Case, index: int, queries: int, keys: int | None) -> Case | N
 
 def _smaller(value: int) -> list[int]:
     """Candidates below a value, boldest first."""
-    return list(
-        dict.fromkeys(
-            c for c in (0, 1, value // 2, value - 2, value - 1) if 0 <= c < value
-        )
-    )
+    return list(dict.fromkeys(c for c in (0, 1, value // 2, value - 2, value - 1) if 0 <= c < value))
 
 
 def fewer_documents(case: Case) -> Iterator[Case | None]:
@@ -149,20 +132,10 @@ def _simplicity(field: str, value: object) -> int:
 def simpler_options(case: Case) -> Iterator[Case | None]:
     """With one option at a simpler value."""
     for padding in _smaller(case.padding):
-        yield _changed(
-            case,
-            padding=padding,
-            cuts=tuple(c for c in case.cuts if c < sum(case.lengths) + padding),
-        )
+        yield _changed(case, padding=padding, cuts=tuple(c for c in case.cuts if c < sum(case.lengths) + padding))
     for capacity in _smaller(case.capacity):
         yield _changed(case, capacity=capacity)
-    for heads, kv_heads in (
-        (1, 1),
-        (2, 1),
-        (2, 2),
-        (case.heads // case.kv_heads, 1),
-        (case.kv_heads, case.kv_heads),
-    ):
+    for heads, kv_heads in ((1, 1), (2, 1), (2, 2), (case.heads // case.kv_heads, 1), (case.kv_heads, case.kv_heads)):
         if (heads, kv_heads) < (case.heads, case.kv_heads):
             yield _changed(case, heads=heads, kv_heads=kv_heads)
     for head_dim in (1, 2, 4, 8, 16, 32, 64, case.head_dim // 2):
@@ -178,12 +151,7 @@ def simpler_options(case: Case) -> Iterator[Case | None]:
             yield _changed(case, **{field: choice})
     for side in (0, 1):
         for width in _smaller(case.window[side]):
-            yield _changed(
-                case,
-                window=(width, case.window[1])
-                if side == 0
-                else (case.window[0], width),
-            )
+            yield _changed(case, window=(width, case.window[1]) if side == 0 else (case.window[0], width))
 
 
 def _changed(case: Case, **changes: object) -> Case | None:

@@ -53,9 +53,7 @@ class Store:
             temporary.replace(path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise StoreError(
-                f"finding {finding.id} could not be written to {self.folder} ({error.strerror})"
-            ) from None
+            raise StoreError(f"finding {finding.id} could not be written to {self.folder} ({error.strerror})") from None
         return path
 
     def load(self, identifier: str) -> Finding:
@@ -66,15 +64,11 @@ class Store:
         """
         path = self._path(identifier)
         if not path.is_file():
-            raise StoreError(
-                f"there is no finding {identifier} in {self.folder}; it holds {self._summary()}"
-            )
+            raise StoreError(f"there is no finding {identifier} in {self.folder}; it holds {self._summary()}")
         try:
             return Finding.from_dict(json.loads(path.read_text()))
         except (ValueError, OSError, FindingError, CaseError) as error:
-            raise StoreError(
-                f"{path} is damaged ({error}); delete it or restore it from a copy"
-            ) from None
+            raise StoreError(f"{path} is damaged ({error}); delete it or restore it from a copy") from None
 
     def identifiers(self) -> tuple[str, ...]:
         """Ids of all findings."""
@@ -82,8 +76,4 @@ class Store:
 
     def _summary(self) -> str:
         found = self.identifiers()
-        return (
-            ", ".join(found[:10]) + (" ..." if len(found) > 10 else "")
-            if found
-            else "none"
-        )
+        return ", ".join(found[:10]) + (" ..." if len(found) > 10 else "") if found else "none"

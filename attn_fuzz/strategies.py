@@ -22,16 +22,7 @@ TILE_EDGES: tuple[int, ...] = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65)
 
 LONG_EDGES: tuple[int, ...] = (127, 128, 129, 255, 256, 257)
 
-HEAD_GROUPS: tuple[tuple[int, int], ...] = (
-    (1, 1),
-    (2, 1),
-    (2, 2),
-    (4, 2),
-    (3, 1),
-    (6, 2),
-    (4, 1),
-    (8, 8),
-)
+HEAD_GROUPS: tuple[tuple[int, int], ...] = ((1, 1), (2, 1), (2, 2), (4, 2), (3, 1), (6, 2), (4, 1), (8, 8))
 """(heads, kv_heads): MHA, GQA and MQA, groups of 1, 2, 3, 4 and 8."""
 
 HEAD_DIMS: tuple[int, ...] = (16, 8, 32, 64, 24, 5, 80, 96, 128, 192, 256, 1, 320)
@@ -52,19 +43,13 @@ class Domain:
     dtypes: tuple[str, ...]
 
     @classmethod
-    def of(
-        cls, capabilities: Capabilities, device: str, dtypes: Sequence[str] = ()
-    ) -> Domain:
+    def of(cls, capabilities: Capabilities, device: str, dtypes: Sequence[str] = ()) -> Domain:
         """The domain of a backend, narrowed to ``dtypes`` where some are given.
 
         Raises:
             ValueError: when the backend takes none of them.
         """
-        taken = tuple(
-            dtype
-            for dtype in dtypes or capabilities.dtypes
-            if dtype in capabilities.dtypes
-        )
+        taken = tuple(dtype for dtype in dtypes or capabilities.dtypes if dtype in capabilities.dtypes)
         if not taken:
             raise ValueError(
                 f"none of the dtypes {', '.join(dtypes)} is taken; there are {', '.join(capabilities.dtypes)}"
@@ -80,14 +65,10 @@ class Domain:
 
     @property
     def head_groups(self) -> tuple[tuple[int, int], ...]:
-        return tuple(
-            pair for pair in HEAD_GROUPS if self.capabilities.gqa or pair[0] == pair[1]
-        )
+        return tuple(pair for pair in HEAD_GROUPS if self.capabilities.gqa or pair[0] == pair[1])
 
 
-def document_lengths(
-    *, empty: bool, long: Sequence[int] = LONG_EDGES
-) -> st.SearchStrategy[list[int]]:
+def document_lengths(*, empty: bool, long: Sequence[int] = LONG_EDGES) -> st.SearchStrategy[list[int]]:
     """Lengths of a few documents: small ones, tile edges, one long among many tiny."""
     smallest = 0 if empty else 1
     small = st.integers(smallest, 9)
@@ -95,19 +76,13 @@ def document_lengths(
     mixed = st.lists(st.one_of(small, edges), min_size=1, max_size=5)
     tiny = st.lists(st.integers(smallest, 3), min_size=1, max_size=24)
     beside_long = st.tuples(
-        st.lists(st.integers(smallest, 4), max_size=6),
-        st.sampled_from(long),
-        st.lists(small, max_size=3),
+        st.lists(st.integers(smallest, 4), max_size=6), st.sampled_from(long), st.lists(small, max_size=3)
     ).map(lambda parts: [*parts[0], parts[1], *parts[2]])
-    return st.one_of(mixed, tiny, beside_long).filter(
-        lambda lengths: 1 <= sum(lengths) <= _MAX_DRAWN_TOKENS
-    )
+    return st.one_of(mixed, tiny, beside_long).filter(lambda lengths: 1 <= sum(lengths) <= _MAX_DRAWN_TOKENS)
 
 
 @st.composite
-def cut_points(
-    draw: st.DrawFn, lengths: Sequence[int], *, causal: bool
-) -> tuple[int, ...]:
+def cut_points(draw: st.DrawFn, lengths: Sequence[int], *, causal: bool) -> tuple[int, ...]:
     """Cuts on and beside document boundaries and anywhere else; non-causal ones on boundaries only."""
     total = sum(lengths)
     boundaries = sorted({end for end in accumulate(lengths) if 0 < end < total})
@@ -119,12 +94,7 @@ def cut_points(
         anywhere = st.integers(1, total - 1) if total > 1 else st.nothing()
         if total == 1:
             return ()
-        chosen = draw(
-            st.lists(
-                st.one_of(st.sampled_from(near), anywhere) if near else anywhere,
-                max_size=4,
-            )
-        )
+        chosen = draw(st.lists(st.one_of(st.sampled_from(near), anywhere) if near else anywhere, max_size=4))
         return tuple(sorted(set(chosen)))
     if not places:
         return ()
@@ -132,48 +102,26 @@ def cut_points(
 
 
 @st.composite
-def windows(
-    draw: st.DrawFn, domain: Domain, *, causal: bool, longest: int
-) -> tuple[int, int]:
+def windows(draw: st.DrawFn, domain: Domain, *, causal: bool, longest: int) -> tuple[int, int]:
     """None most often; otherwise from the row alone to wider than any document."""
     if not domain.capabilities.window or not draw(st.booleans()):
         return (-1, -1)
-    side = st.sampled_from(
-        sorted(
-            {0, 1, 2, 7, 15, 16, 31, 63, 64, max(longest - 1, 0), longest, longest + 5}
-        )
-    )
+    side = st.sampled_from(sorted({0, 1, 2, 7, 15, 16, 31, 63, 64, max(longest - 1, 0), longest, longest + 5}))
     left = draw(side)
     if causal:
         return (left, -1)
-    return draw(
-        st.sampled_from(
-            [(left, left), (left, -1), (-1, left), (left, 0), (left, draw(side))]
-        )
-    )
+    return draw(st.sampled_from([(left, left), (left, -1), (-1, left), (left, 0), (left, draw(side))]))
 
 
 @st.composite
-def options(
-    draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int]
-) -> dict[str, object]:
+def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int]) -> dict[str, object]:
     """Everything that kernel and layer cases share."""
     capabilities, longest, tokens = domain.capabilities, max(lengths), sum(lengths)
-    causal_choices = [
-        choice
-        for choice in (True, False)
-        if (capabilities.causal if choice else capabilities.noncausal)
-    ]
+    causal_choices = [choice for choice in (True, False) if (capabilities.causal if choice else capabilities.noncausal)]
     causal = draw(st.sampled_from(causal_choices))
-    groups = [
-        group
-        for group in domain.head_groups
-        if group[0] * longest**2 <= _MAX_SCORES[level]
-    ]
+    groups = [group for group in domain.head_groups if group[0] * longest**2 <= _MAX_SCORES[level]]
     heads, kv_heads = draw(st.sampled_from(groups or list(domain.head_groups[:2])))
-    dims = [
-        dim for dim in domain.head_dims if tokens * heads * dim <= _MAX_CHANNELS[level]
-    ]
+    dims = [dim for dim in domain.head_dims if tokens * heads * dim <= _MAX_CHANNELS[level]]
     head_dim = draw(st.sampled_from(dims or list(domain.head_dims[:1])))
     return {
         "heads": heads,
@@ -182,9 +130,7 @@ def options(
         "causal": causal,
         "window": draw(windows(domain, causal=causal, longest=longest)),
         "scale": draw(st.sampled_from([None, None, 0.125, 1.0])),
-        "softcap": draw(st.sampled_from([0.0, 0.0, 20.0, 3.0]))
-        if capabilities.softcap
-        else 0.0,
+        "softcap": draw(st.sampled_from([0.0, 0.0, 20.0, 3.0])) if capabilities.softcap else 0.0,
         "dtype": draw(st.sampled_from(domain.dtypes)),
         "values": draw(st.sampled_from(VALUES)),
         "seed": draw(st.integers(0, 3)),
@@ -192,17 +138,11 @@ def options(
     }
 
 
-def _key_length(
-    queries: int, capabilities: Capabilities, *, causal: bool
-) -> st.SearchStrategy[int]:
+def _key_length(queries: int, capabilities: Capabilities, *, causal: bool) -> st.SearchStrategy[int]:
     """Keys of a document with so many queries: as many, more (a past), or fewer."""
     choices: list[st.SearchStrategy[int]] = [st.just(queries)]
     if not (causal and capabilities.causal_needs_equal_lengths):
-        choices.append(
-            st.one_of(st.integers(1, 9), st.sampled_from(TILE_EDGES)).map(
-                lambda past: queries + past
-            )
-        )
+        choices.append(st.one_of(st.integers(1, 9), st.sampled_from(TILE_EDGES)).map(lambda past: queries + past))
         if capabilities.queries_without_keys:
             choices.append(st.integers(0, queries))
         elif not causal:
@@ -218,22 +158,15 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
     chosen = draw(options(domain, "kernel", lengths))
     key_lengths = None
     if draw(st.booleans()):
-        keys = [
-            draw(_key_length(length, capabilities, causal=bool(chosen["causal"])))
-            for length in lengths
-        ]
+        keys = [draw(_key_length(length, capabilities, causal=bool(chosen["causal"]))) for length in lengths]
         key_lengths = tuple(keys) if sum(keys) and keys != lengths else None
-    return Case(
-        level="kernel", lengths=tuple(lengths), key_lengths=key_lengths, **chosen
-    )  # type: ignore[arg-type]
+    return Case(level="kernel", lengths=tuple(lengths), key_lengths=key_lengths, **chosen)  # type: ignore[arg-type]
 
 
 @st.composite
 def layer_cases(draw: st.DrawFn, domain: Domain) -> Case:
     """A packed sequence cut into micro-sequences."""
-    lengths = draw(
-        document_lengths(empty=domain.capabilities.empty_documents, long=LONG_EDGES[:3])
-    )
+    lengths = draw(document_lengths(empty=domain.capabilities.empty_documents, long=LONG_EDGES[:3]))
     padding = draw(st.sampled_from([0, 0, 1, 5]))
     packed = [*lengths, padding] if padding else lengths
     chosen = draw(options(domain, "layer", packed))
@@ -249,9 +182,7 @@ def layer_cases(draw: st.DrawFn, domain: Domain) -> Case:
         key_norm=draw(norm),
         value_norm=draw(norm),
         shared_key_value=draw(st.booleans()),
-        rotary=draw(st.sampled_from(["none", "default", "proportional"]))
-        if even
-        else "none",
+        rotary=draw(st.sampled_from(["none", "default", "proportional"])) if even else "none",
         weights=draw(st.sampled_from(["gaussian", "selection"])),
         capacity=draw(st.sampled_from([0, 0, 1, 17])),
         **chosen,  # type: ignore[arg-type]

@@ -21,9 +21,7 @@ class Place:
 
     def __str__(self) -> str:
         parts = [] if self.document is None else [f"document {self.document}"]
-        parts += [f"row {self.row}"] + (
-            [] if self.head is None else [f"head {self.head}"]
-        )
+        parts += [f"row {self.row}"] + ([] if self.head is None else [f"head {self.head}"])
         return ", ".join([*parts, f"channel {self.channel}"])
 
 
@@ -40,9 +38,7 @@ class Symptom(AssertionError):
     rank: ClassVar[int] = 0
     """Of several symptoms the one with the lowest rank names the finding."""
 
-    def __init__(
-        self, check: str, tensor: str, message: str, z: float | None = None
-    ) -> None:
+    def __init__(self, check: str, tensor: str, message: str, z: float | None = None) -> None:
         super().__init__(f"{type(self).__name__} [{check}] {tensor}: {message}")
         self.check, self.tensor, self.message, self.z = check, tensor, message, z
 

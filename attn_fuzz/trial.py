@@ -32,9 +32,12 @@ class Trial:
 
     @functools.cached_property
     def inputs(self) -> Inputs | LayerInputs:
-        return (kernel_inputs if self.case.level == "kernel" else layer_inputs)(
-            self.case, self.device
-        )
+        """The case's tensors, on the CPU: the reference and all checks run there.
+
+        A narrow case is a few thousand tiny operations. On a GPU that several workers share each of them waits for its
+        turn; the GPU is left to what only it can do, running the backend.
+        """
+        return (kernel_inputs if self.case.level == "kernel" else layer_inputs)(self.case, "cpu")
 
     @functools.cached_property
     def observations(self) -> tuple[Observation, ...]:
@@ -44,8 +47,8 @@ class Trial:
     def observe(self, poison: str) -> Observation:
         """A run of its own."""
         if isinstance(self.inputs, Inputs):
-            return run_kernel(self.backend, self.case, self.inputs, poison)
-        return run_layer(self.backend, self.case, self.inputs, poison)
+            return run_kernel(self.backend, self.case, self.inputs, poison, self.device)
+        return run_layer(self.backend, self.case, self.inputs, poison, self.device)
 
     def answer_with(self, samples: int) -> dict[str, Expected]:
         """The reference's answer; ``samples`` matter to layer budgets only."""
@@ -66,9 +69,7 @@ class Trial:
     @functools.cached_property
     def second(self) -> Trial:
         """The same layout with other values."""
-        return dataclasses.replace(
-            self, case=self.case.replace(seed=self.case.seed ^ _SECOND_SEED)
-        )
+        return dataclasses.replace(self, case=self.case.replace(seed=self.case.seed ^ _SECOND_SEED))
 
     def document_of(self, tensor: str, row: int) -> tuple[int | None, int]:
         """(document, row within it) of a tensor's row; parameters have no documents."""

@@ -48,13 +48,7 @@ class Capabilities:
     """Rows that see no key: documents without keys, or causal ones with more queries than keys."""
     keys_without_queries: bool = True
     """Documents with keys and no queries; their dK and dV are zero."""
-    memories: tuple[str, ...] = (
-        "contiguous",
-        "fused",
-        "head_major",
-        "sliced",
-        "misaligned",
-    )
+    memories: tuple[str, ...] = ("contiguous", "fused", "head_major", "sliced", "misaligned")
     """Memory layouts (reference/memory.py) that the kernel takes."""
     repeatable: bool = True
     """The same call twice gives the same bits, forward and backward."""
@@ -62,9 +56,7 @@ class Capabilities:
     covers_all_rows: bool = True
     """Rows outside the documents get zeros; False: the kernel leaves them unwritten."""
 
-    def refusal(
-        self, case: Case, device: str, pairs: Sequence[tuple[int, int]]
-    ) -> str | None:
+    def refusal(self, case: Case, device: str, pairs: Sequence[tuple[int, int]]) -> str | None:
         """Why the kernel does not take a case, or None.
 
         Args:
@@ -73,17 +65,11 @@ class Capabilities:
             pairs: (queries, keys) of every document of every call that the case makes.
         """
         left, right = case.window
-        blind = any(
-            q > 0 and (k == 0 or (case.effective_window[1] == 0 and q > k))
-            for q, k in pairs
-        )
+        blind = any(q > 0 and (k == 0 or (case.effective_window[1] == 0 and q > k)) for q, k in pairs)
         rules = (
             (device in self.devices, f"device {device}"),
             (case.dtype in self.dtypes, f"dtype {case.dtype}"),
-            (
-                case.head_dim <= self.max_head_dim,
-                f"head_dim {case.head_dim}, above {self.max_head_dim}",
-            ),
+            (case.head_dim <= self.max_head_dim, f"head_dim {case.head_dim}, above {self.max_head_dim}"),
             (
                 case.head_dim % self.head_dim_multiple == 0,
                 f"head_dim {case.head_dim}, no multiple of {self.head_dim_multiple}",
@@ -94,18 +80,14 @@ class Capabilities:
                 "causal attention" if case.causal else "non-causal attention",
             ),
             (
-                not (self.causal_needs_equal_lengths and case.causal)
-                or all(q == k for q, k in pairs),
+                not (self.causal_needs_equal_lengths and case.causal) or all(q == k for q, k in pairs),
                 "causal documents with different numbers of queries and keys",
             ),
             (self.window or (left < 0 and right < 0), "a sliding window"),
             (self.softcap or case.softcap == 0, "softcap"),
             (self.empty_documents or all(q or k for q, k in pairs), "empty documents"),
             (self.queries_without_keys or not blind, "queries without a key"),
-            (
-                self.keys_without_queries or all(q or not k for q, k in pairs),
-                "documents with keys and no queries",
-            ),
+            (self.keys_without_queries or all(q or not k for q, k in pairs), "documents with keys and no queries"),
             (case.memory in self.memories, f"memory layout {case.memory}"),
         )
         return next((what for holds, what in rules if not holds), None)
@@ -134,12 +116,7 @@ class AttentionOptions:
 
     @classmethod
     def of(cls, case: Case) -> AttentionOptions:
-        return cls(
-            scale=case.softmax_scale,
-            causal=case.causal,
-            window=case.window,
-            softcap=case.softcap,
-        )
+        return cls(scale=case.softmax_scale, causal=case.causal, window=case.window, softcap=case.softcap)
 
     @property
     def effective_window(self) -> tuple[int, int]:
@@ -158,6 +135,19 @@ class Kernel(abc.ABC):
     capabilities: ClassVar[Capabilities]
     profile: ClassVar[Profile] = Profile()
 
+    def capabilities_on(self, device: str) -> Capabilities:
+        """What the kernel takes on ``cpu`` or ``cuda``."""
+        return self.capabilities
+
+    def limit(self, case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str | None:
+        """A limit that no capability expresses: what about the case is not taken, or None.
+
+        Args:
+            case: the options asked for.
+            calls: for every varlen call that the case makes, (queries, keys) of its documents.
+        """
+        return None
+
     def profile_on(self, device: str) -> Profile:
         """How the kernel computes on ``cpu`` or ``cuda``."""
         return self.profile
@@ -172,12 +162,7 @@ class Kernel(abc.ABC):
 
     @abc.abstractmethod
     def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        metadata: VarlenMetadata,
-        options: AttentionOptions,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
     ) -> Attended:
         """Attention over packed documents.
 

@@ -6,12 +6,7 @@ import torch
 
 
 def key_value_views(
-    rows: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    memory: str,
+    rows: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, memory: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Unwritten K and V ``[rows, kv_heads, head_dim]`` that lie in memory as a layer would lay them.
 
@@ -43,13 +38,9 @@ def key_value_views(
             return k, v
         case "sliced":
             wide = empty(rows, 2 * kv_heads + 1, head_dim + 8)
-            return wide[:, :kv_heads, :head_dim], wide[
-                :, kv_heads : 2 * kv_heads, :head_dim
-            ]
+            return wide[:, :kv_heads, :head_dim], wide[:, kv_heads : 2 * kv_heads, :head_dim]
         case "misaligned":
-            k, v = (
-                empty(rows * kv_heads * head_dim + 1)[1:].view(shape) for _ in range(2)
-            )
+            k, v = (empty(rows * kv_heads * head_dim + 1)[1:].view(shape) for _ in range(2))
             return k, v
     raise ValueError(f"unknown memory layout {memory!r}")
 
@@ -67,20 +58,10 @@ class KeyValueBuffer:
     """
 
     def __init__(
-        self,
-        rows: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        memory: str,
+        self, rows: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, memory: str
     ) -> None:
-        self.k, self.v = key_value_views(
-            rows, kv_heads, head_dim, dtype, device, memory
-        )
-        self.dk, self.dv = torch.zeros(
-            2, rows, kv_heads, head_dim, dtype=torch.float32, device=device
-        )
+        self.k, self.v = key_value_views(rows, kv_heads, head_dim, dtype, device, memory)
+        self.dk, self.dv = torch.zeros(2, rows, kv_heads, head_dim, dtype=torch.float32, device=device)
         self.frontier = 0
 
     def write(self, begin: int, end: int, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -105,9 +86,7 @@ class KeyValueBuffer:
         """
         return self.k.data[begin:end], self.v.data[begin:end]
 
-    def accumulate(
-        self, begin: int, end: int, dk: torch.Tensor, dv: torch.Tensor
-    ) -> None:
+    def accumulate(self, begin: int, end: int, dk: torch.Tensor, dv: torch.Tensor) -> None:
         """Adds a micro-sequence's gradients over the extent that it attended to."""
         self.dk[begin:end] += dk
         self.dv[begin:end] += dv

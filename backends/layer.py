@@ -1,7 +1,7 @@
 """The buffered attention layer under test: projections, norms, rotary, K/V buffer, kernel, output projection.
 
-A packed sequence is fed one micro-sequence after another; backward takes them in reverse. Past K/V is attended in place,
-without concatenation, and its gradient is accumulated in a shared buffer, over exactly the rows that were attended to.
+A packed sequence is fed one micro-sequence after another; backward takes them in reverse. Past K/V is attended in
+place, without concatenation, and its gradient is accumulated in a shared buffer, over exactly the rows attended to.
 """
 
 from __future__ import annotations
@@ -54,20 +54,15 @@ class Projection(torch.autograd.Function):
     """``x @ weight.T``; the weight's gradient is added to a float32 accumulator, as training frameworks keep them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        gradient: torch.Tensor,
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.gradient = gradient  # type: ignore[attr-defined]
         return x @ weight.T
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, dy: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors  # type: ignore[attr-defined]
         ctx.gradient.add_(dy.T @ x)  # type: ignore[attr-defined]
         return dy @ weight, None, None
@@ -77,7 +72,7 @@ class BufferRegion(torch.autograd.Function):
     """Everything that touches the shared buffer, out of autograd's sight: write, narrow, attend; accumulate, take."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: torch.autograd.function.FunctionCtx,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -89,17 +84,15 @@ class BufferRegion(torch.autograd.Function):
         buffer.write(metadata.begin, metadata.end, k, v)
         past_and_own = buffer.read(metadata.first_document_begin, metadata.end)
         with torch.enable_grad():
-            leaves = tuple(x.detach().requires_grad_() for x in (q, *past_and_own))
-            attended = layer.kernel.attend(*leaves, metadata.varlen, layer.options)
+            leaves = [x.detach().requires_grad_() for x in (q, *past_and_own)]
+            attended = layer.kernel.attend(leaves[0], leaves[1], leaves[2], metadata.varlen, layer.options)
         layer.ran.add(attended.path)
         ctx.leaves, ctx.out = leaves, attended.out  # type: ignore[attr-defined]
         ctx.buffer, ctx.extent = buffer, metadata  # type: ignore[attr-defined]
         return attended.out.detach()
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, dout: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         buffer, metadata = ctx.buffer, ctx.extent  # type: ignore[attr-defined]
         dq, dk, dv = torch.autograd.grad(ctx.out, ctx.leaves, dout)  # type: ignore[attr-defined]
         del ctx.out, ctx.leaves  # type: ignore[attr-defined]
@@ -116,40 +109,27 @@ class BufferedLayer(Layer):
         kernel: the varlen attention to use.
     """
 
-    def __init__(
-        self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel
-    ) -> None:
+    def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> None:
         self.case, self.kernel, self.weights = case, kernel, weights
         self.device = weights["query"].device
         self.options = AttentionOptions.of(case)
         self.lengths: Sequence[int] = case.packed_lengths
         self.rotary = Rotary(case, max(self.lengths), self.device)
         self.gradients = {
-            name: torch.zeros_like(weight, dtype=torch.float32)
-            for name, weight in weights.items()
-            if weight.dim() == 2
+            name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items() if weight.dim() == 2
         }
         self.norms = {
-            name: weight.float().requires_grad_()
-            for name, weight in weights.items()
-            if name not in self.gradients
+            name: weight.float().requires_grad_() for name, weight in weights.items() if name not in self.gradients
         }
         self.buffer = KeyValueBuffer(
-            case.tokens + case.capacity,
-            case.kv_heads,
-            case.head_dim,
-            weights["query"].dtype,
-            self.device,
-            case.memory,
+            case.tokens + case.capacity, case.kv_heads, case.head_dim, weights["query"].dtype, self.device, case.memory
         )
         self.ran: set[str] = set()
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def preprocess(self, begin: int, end: int) -> MicroSequenceMetadata:
         """Metadata of one micro-sequence."""
-        return preprocess(
-            self.lengths, begin, end, causal=self.case.causal, device=self.device
-        )
+        return preprocess(self.lengths, begin, end, causal=self.case.causal, device=self.device)
 
     def project(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """One projection."""
@@ -160,36 +140,20 @@ class BufferedLayer(Layer):
         if name not in self.norms:
             return x
         y = x.float()
-        y = (
-            y
-            * torch.rsqrt(y.square().mean(-1, keepdim=True) + NORM_EPSILON)
-            * self.norms[name]
-        )
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + NORM_EPSILON) * self.norms[name]
         return y.to(x.dtype)
 
-    def query_key_value(
-        self, x: torch.Tensor, position_index: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+    def query_key_value(self, x: torch.Tensor, position_index: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k, v of one micro-sequence, ready for attention."""
         case = self.case
         q = self.project(x, "query").unflatten(-1, (case.heads, case.head_dim))
         key_value = self.project(x, "key_value").unflatten(-1, (-1, case.head_dim))
-        k, v = (
-            (key_value, key_value) if case.shared_key_value else key_value.chunk(2, 1)
-        )
-        q, k, v = (
-            self.norm(q, "query_norm"),
-            self.norm(k, "key_norm"),
-            self.norm(v, "value_norm"),
-        )
+        k, v = (key_value, key_value) if case.shared_key_value else key_value.chunk(2, 1)
+        q, k, v = (self.norm(q, "query_norm"), self.norm(k, "key_norm"), self.norm(v, "value_norm"))
         return self.rotary(q, position_index), self.rotary(k, position_index), v
 
     def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        metadata: MicroSequenceMetadata,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: MicroSequenceMetadata
     ) -> torch.Tensor:
         """Attention of one micro-sequence to its active extent."""
         return BufferRegion.apply(q, k, v, self, metadata)
@@ -210,11 +174,7 @@ class BufferedLayer(Layer):
         return leaf.grad
 
     def parameter_gradients(self) -> dict[str, torch.Tensor]:
-        norms = {
-            name: leaf.grad
-            for name, leaf in self.norms.items()
-            if leaf.grad is not None
-        }
+        norms = {name: leaf.grad for name, leaf in self.norms.items() if leaf.grad is not None}
         return {**self.gradients, **norms}
 
     def key_value(self) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -21,19 +21,14 @@ class AttachGrad(torch.autograd.Function):
     """Adds what a detached copy's gradient has become, and records the sum."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx,
-        x: torch.Tensor,
-        copy: torch.Tensor,
-        record: torch.Tensor,
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor, copy: torch.Tensor, record: torch.Tensor
     ) -> torch.Tensor:
         ctx.copy, ctx.record = copy, record  # type: ignore[attr-defined]
         return x.view_as(x)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.copy.grad is not None:  # type: ignore[attr-defined]
             gradient = gradient + ctx.copy.grad  # type: ignore[attr-defined]
         ctx.record[: len(gradient)] = gradient  # type: ignore[attr-defined]
@@ -43,24 +38,16 @@ class AttachGrad(torch.autograd.Function):
 class LegacyLayer(BufferedLayer):
     """Presents are detached leaves; each micro-sequence concatenates the last one with its own K/V."""
 
-    def __init__(
-        self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel
-    ) -> None:
+    def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> None:
         super().__init__(weights, case, kernel)
         self._present: torch.Tensor | None = None
         self._record = torch.zeros(
-            case.tokens + case.capacity,
-            2 * case.kv_heads,
-            case.head_dim,
-            dtype=torch.float32,
-            device=self.device,
+            case.tokens + case.capacity, 2 * case.kv_heads, case.head_dim, dtype=torch.float32, device=self.device
         )
 
     def preprocess(self, begin: int, end: int) -> MicroSequenceMetadata:
         metadata = super().preprocess(begin, end)
-        shifted = dataclasses.replace(
-            metadata.varlen, first_key_row=metadata.first_document_begin
-        )
+        shifted = dataclasses.replace(metadata.varlen, first_key_row=metadata.first_document_begin)
         # Positions come from the canonical metadata; only the kernel sees the shifted prefix sums.
         return dataclasses.replace(metadata, varlen=shifted)
 
@@ -75,9 +62,8 @@ class LegacyLayer(BufferedLayer):
                 key_value = torch.cat([self._present, key_value], 0)
             self._present = key_value.detach().requires_grad_()
             key_value = AttachGrad.apply(key_value, self._present, self._record)
-            attended = self.kernel.attend(
-                q, *key_value.chunk(2, 1), metadata.varlen, self.options
-            )
+            keys, values = key_value.chunk(2, 1)
+            attended = self.kernel.attend(q, keys, values, metadata.varlen, self.options)
             self.ran.add(attended.path)
             out = self.project(attended.out.flatten(1), "dense")
         self._pending.append((leaf, out))

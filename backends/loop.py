@@ -57,11 +57,7 @@ class Loop:
         """Which keys each query of a document sees."""
         left, right = call.options.effective_window
         device = call.metadata.device
-        distance = (
-            torch.arange(queries, device=device)[:, None]
-            + (keys - queries)
-            - torch.arange(keys, device=device)
-        )
+        distance = torch.arange(queries, device=device)[:, None] + (keys - queries) - torch.arange(keys, device=device)
         seen = torch.ones(queries, keys, dtype=torch.bool, device=device)
         if left >= 0:
             seen &= distance <= left
@@ -77,9 +73,7 @@ class Loop:
         """Gradients ``[heads, k, d]`` to ``[k, kv_heads, d]``, added up over each group in float32."""
         return x.unflatten(0, (-1, call.group)).sum(1).transpose(0, 1)
 
-    def scores(
-        self, call: Call, document: Document
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def scores(self, call: Call, document: Document) -> tuple[torch.Tensor, torch.Tensor]:
         """(capped scores, derivative by the uncapped score), float32 ``[heads, q, k]``."""
         scores = (document.q @ document.k.transpose(-1, -2)) * call.options.scale
         if not (cap := call.options.softcap):
@@ -87,47 +81,27 @@ class Loop:
         tanh = torch.tanh(scores / cap)
         return cap * tanh, 1 - tanh.square()
 
-    def softmax(
-        self, scores: torch.Tensor, mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def softmax(self, scores: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(unnormalised probabilities' normalised form, lse); rows without keys give 0 and -inf."""
         if scores.shape[-1] == 0:
             return scores, scores.new_full(scores.shape[:-1], -torch.inf)
         masked = scores.masked_fill(~mask, -torch.inf)
         lse = torch.logsumexp(masked, -1)
-        return torch.exp(
-            masked - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
-        ), lse
+        return torch.exp(masked - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]), lse
 
     def document(
-        self,
-        call: Call,
-        rows: slice,
-        keys: slice,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        self, call: Call, rows: slice, keys: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> Document:
         """Slices one document out of the packed tensors."""
-        qd, kd, vd = (
-            q[rows].float().transpose(0, 1),
-            self.expand(call, k[keys]),
-            self.expand(call, v[keys]),
-        )
-        return Document(
-            rows, keys, qd, kd, vd, self.mask(call, qd.shape[1], kd.shape[1])
-        )
+        qd, kd, vd = (q[rows].float().transpose(0, 1), self.expand(call, k[keys]), self.expand(call, v[keys]))
+        return Document(rows, keys, qd, kd, vd, self.mask(call, qd.shape[1], kd.shape[1]))
 
-    def documents(
-        self, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> list[Document]:
+    def documents(self, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Document]:
         """All documents of a call."""
         return [
             self.document(call, slice(*rows), slice(*keys), q, k, v)
             for rows, keys in zip(
-                self.bounds(call.metadata.cu_seqlens_q),
-                self.bounds(call.metadata.cu_seqlens_k),
-                strict=True,
+                self.bounds(call.metadata.cu_seqlens_q), self.bounds(call.metadata.cu_seqlens_k), strict=True
             )
         ]
 
@@ -162,9 +136,7 @@ class Loop:
             scores, slope = self.scores(call, document)
             row_lse = lse[:, rows]
             masked = scores.masked_fill(~document.mask, -torch.inf)
-            probabilities = torch.exp(
-                masked - row_lse.masked_fill(row_lse == -torch.inf, 0.0)[..., None]
-            )
+            probabilities = torch.exp(masked - row_lse.masked_fill(row_lse == -torch.inf, 0.0)[..., None])
             doutd = dout[rows].float().transpose(0, 1)
             delta = (doutd * out[rows].float().transpose(0, 1)).sum(-1, keepdim=True)
             dp = doutd @ document.v.transpose(-1, -2)
@@ -172,12 +144,8 @@ class Loop:
             rounded = probabilities.to(call.dtype).float()
             scale = call.options.scale
             dq[rows] = (scale * (ds @ document.k)).transpose(0, 1).to(call.dtype)
-            dk[keys] = self.reduce(
-                call, scale * (ds.transpose(-1, -2) @ document.q)
-            ).to(call.dtype)
-            dv[keys] = self.reduce(call, rounded.transpose(-1, -2) @ doutd).to(
-                call.dtype
-            )
+            dk[keys] = self.reduce(call, scale * (ds.transpose(-1, -2) @ document.q)).to(call.dtype)
+            dv[keys] = self.reduce(call, rounded.transpose(-1, -2) @ doutd).to(call.dtype)
         return dq, dk, dv
 
 
@@ -185,7 +153,7 @@ class LoopFunction(torch.autograd.Function):
     """Autograd around a ``Loop``."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: torch.autograd.function.FunctionCtx,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -200,7 +168,7 @@ class LoopFunction(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: torch.autograd.function.FunctionCtx, dout: torch.Tensor, _: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors  # type: ignore[attr-defined]
@@ -209,12 +177,7 @@ class LoopFunction(torch.autograd.Function):
 
 
 def attend(
-    loop: Loop,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    metadata: VarlenMetadata,
-    options: AttentionOptions,
+    loop: Loop, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of a loop, differentiable."""
     call = Call(metadata, options, q.shape[1] // k.shape[1], q.dtype)

@@ -13,17 +13,13 @@ def prefix_sums(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     """int32 ``[len(lengths) + 1]`` starting at 0."""
     sums = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=device)
     if lengths:
-        sums[1:] = (
-            torch.tensor(list(lengths), dtype=torch.int32)
-            .to(device, non_blocking=True)
-            .cumsum(0)
-        )
+        sums[1:] = torch.tensor(list(lengths), dtype=torch.int32).to(device, non_blocking=True).cumsum(0)
     return sums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VarlenMetadata:
-    """Documents of one varlen call. Everything host-side is known from lengths; tensors are made when first asked for."""
+    """Documents of one varlen call. What the host needs is known from lengths; tensors are made when asked for."""
 
     lengths_q: tuple[int, ...]
     """Queries of each document."""
@@ -90,12 +86,8 @@ class VarlenMetadata:
         if left < 0 and right < 0:
             return mask
         # Rows counted from the end of their own document are aligned by definition of bottom-right.
-        from_end_q = self.cu_seqlens_q[index_q] - torch.arange(
-            len(index_q), device=self.device
-        )
-        from_end_k = self.cu_seqlens_k[index_k] - torch.arange(
-            len(index_k), device=self.device
-        )
+        from_end_q = self.cu_seqlens_q[index_q] - torch.arange(len(index_q), device=self.device)
+        from_end_k = self.cu_seqlens_k[index_k] - torch.arange(len(index_k), device=self.device)
         distance = from_end_k[None, :] - from_end_q[:, None]
         if left >= 0:
             mask &= distance <= left
@@ -124,10 +116,7 @@ class MicroSequenceMetadata:
     def position_index(self) -> torch.Tensor:
         """int32 ``[end - begin]``: position of every query token within its document."""
         device = self.varlen.device
-        rows = (
-            torch.arange(self.past_length, self.end, dtype=torch.int32, device=device)
-            - self.first_document_begin
-        )
+        rows = torch.arange(self.past_length, self.end, dtype=torch.int32, device=device) - self.first_document_begin
         documents = self.varlen.document_index_k[rows.long()].long()
         return rows - self.varlen.cu_seqlens_k[documents - 1]
 
@@ -149,9 +138,7 @@ def preprocess(
     """
     total = sum(lengths)
     if not 0 <= begin < end <= total:
-        raise ValueError(
-            f"micro-sequence [{begin}, {end}) is no part of a sequence of {total} tokens"
-        )
+        raise ValueError(f"micro-sequence [{begin}, {end}) is no part of a sequence of {total} tokens")
     lengths_q: list[int] = []
     lengths_k: list[int] = []
     first_document_begin = begin
@@ -160,9 +147,7 @@ def preprocess(
         document_end = document_begin + length
         cropped_begin, cropped_end = max(document_begin, begin), min(document_end, end)
         # An empty document belongs where it stands; one at the very end closes the last micro-sequence.
-        empty_here = length == 0 and (
-            begin <= document_begin < end or document_begin == end == total
-        )
+        empty_here = length == 0 and (begin <= document_begin < end or document_begin == end == total)
         if cropped_end > cropped_begin or empty_here:
             if not lengths_q:
                 first_document_begin = document_begin
@@ -170,14 +155,13 @@ def preprocess(
             lengths_k.append(cropped_end - document_begin)
             if not causal and document_end > end:
                 raise ValueError(
-                    f"non-causal attention needs whole documents, but [{begin}, {end}) cuts one that ends at {document_end}"
+                    f"non-causal attention needs whole documents, but [{begin}, {end}) cuts one that ends at "
+                    f"{document_end}"
                 )
         document_begin = document_end
     return MicroSequenceMetadata(
         begin=begin,
         end=end,
         first_document_begin=first_document_begin,
-        varlen=VarlenMetadata(
-            lengths_q=tuple(lengths_q), lengths_k=tuple(lengths_k), device=device
-        ),
+        varlen=VarlenMetadata(lengths_q=tuple(lengths_q), lengths_k=tuple(lengths_k), device=device),
     )

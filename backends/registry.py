@@ -46,24 +46,17 @@ class Backend:
         if case.level == "layer":
             if case.ranks > 1:
                 return "more than one rank"
-            calls = [
-                segments(case.packed_lengths, part) for part in micro_sequences(case)
-            ]
+            calls = [segments(case.packed_lengths, part) for part in micro_sequences(case)]
         else:
             calls = [call_segments(case)]
-        pairs = [
-            (segment.queries.length, segment.keys.length)
-            for call in calls
-            for segment in call
-        ]
-        return self.kernel.capabilities.refusal(case, device, pairs)
+        lengths = [[(segment.queries.length, segment.keys.length) for segment in call] for call in calls]
+        pairs = [pair for call in lengths for pair in call]
+        return self.kernel.capabilities_on(device).refusal(case, device, pairs) or self.kernel.limit(case, lengths)
 
 
 def kernel_names() -> tuple[str, ...]:
     """Names of all kernel adapters, from the files of ``backends/kernels``."""
-    return tuple(
-        sorted(module.name for module in pkgutil.iter_modules(kernels.__path__))
-    )
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(kernels.__path__)))
 
 
 def load(name: str) -> Backend:
@@ -80,8 +73,4 @@ def load(name: str) -> Backend:
         )
     kernel = importlib.import_module(f"backends.kernels.{kernel_name}").KERNEL
     assert isinstance(kernel, Kernel)
-    return (
-        Backend(name, kernel, LegacyLayer, ("layer",))
-        if legacy
-        else Backend(name, kernel)
-    )
+    return Backend(name, kernel, LegacyLayer, ("layer",)) if legacy else Backend(name, kernel)

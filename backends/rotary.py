@@ -23,12 +23,8 @@ class Rotary:
         frequency = torch.exp(channel * (-math.log(case.rotary_theta) / case.head_dim))
         if case.rotary == "proportional":
             turning = math.ceil(case.rotary_fraction * len(frequency))
-            frequency = torch.where(
-                torch.arange(len(frequency), device=device) < turning, frequency, 0.0
-            )
-        angles = torch.outer(
-            torch.arange(positions, dtype=torch.float64, device=device), frequency
-        )
+            frequency = torch.where(torch.arange(len(frequency), device=device) < turning, frequency, 0.0)
+        angles = torch.outer(torch.arange(positions, dtype=torch.float64, device=device), frequency)
         self.cos, self.sin = angles.cos().float(), angles.sin().float()
 
     def __call__(self, x: torch.Tensor, position_index: torch.Tensor) -> torch.Tensor:
@@ -37,6 +33,4 @@ class Rotary:
             return x
         cos, sin = self.cos[position_index, None], self.sin[position_index, None]
         first, second = x.float().chunk(2, -1)
-        return torch.cat(
-            [first * cos - second * sin, second * cos + first * sin], -1
-        ).to(x.dtype)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

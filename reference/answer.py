@@ -58,26 +58,15 @@ def kernel_answer(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Exp
         profile: the roundings of the backend under test.
     """
     group = case.heads // case.kv_heads
-    q, k, v, dout = (
-        x.double().transpose(0, 1) for x in (inputs.q, inputs.k, inputs.v, inputs.dout)
-    )
-    values = {
-        "out": torch.zeros_like(q),
-        "lse": q.new_full(q.shape[:2], -torch.inf),
-        "dq": torch.zeros_like(q),
-    }
+    q, k, v, dout = (x.double().transpose(0, 1) for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
+    values = {"out": torch.zeros_like(q), "lse": q.new_full(q.shape[:2], -torch.inf), "dq": torch.zeros_like(q)}
     values |= {"dk": torch.zeros_like(k), "dv": torch.zeros_like(v)}
     variances = {name: torch.zeros_like(value) for name, value in values.items()}
     for segment in call_segments(case):
         rows, keys = slice(*segment.queries), slice(*segment.keys)
         qd, doutd = q[:, rows], dout[:, rows]
-        kd, vd = (
-            attention.expand_heads(k[:, keys], group),
-            attention.expand_heads(v[:, keys], group),
-        )
-        mask = attention.allowed_keys(
-            segment.queries.length, segment.keys.length, case.effective_window, q.device
-        )
+        kd, vd = (attention.expand_heads(k[:, keys], group), attention.expand_heads(v[:, keys], group))
+        mask = attention.allowed_keys(segment.queries.length, segment.keys.length, case.effective_window, q.device)
         result = attention.forward(qd, kd, vd, mask, case.softmax_scale, case.softcap)
         grads = attention.backward(qd, kd, vd, doutd, case.softmax_scale, result)
         spread = budget.attention_variances(
@@ -104,9 +93,6 @@ def kernel_answer(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Exp
             values[name][:, place] = value
             variances[name][:, place] = getattr(spread, name)
     return {
-        name: Expected(
-            values[name].transpose(0, 1).contiguous(),
-            variances[name].transpose(0, 1).contiguous(),
-        )
+        name: Expected(values[name].transpose(0, 1).contiguous(), variances[name].transpose(0, 1).contiguous())
         for name in KERNEL_TENSORS
     }

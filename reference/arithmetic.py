@@ -42,9 +42,7 @@ class Arithmetic:
         samples: how many noisy evaluations accompany the exact one.
     """
 
-    def __init__(
-        self, dtype: str, device: torch.device | str, seed: int, samples: int = SAMPLES
-    ) -> None:
+    def __init__(self, dtype: str, device: torch.device | str, seed: int, samples: int = SAMPLES) -> None:
         self._dtype, self._samples = dtype, samples
         self._bank = _bank(torch.device(device))
         self._state = seed
@@ -56,22 +54,14 @@ class Arithmetic:
     def _normals(self, count: int) -> torch.Tensor:
         """So many standard normals, from a place in the bank that nothing else is likely to start at."""
         # Knuth's MMIX generator; its high bits choose the place.
-        self._state = (self._state * 6364136223846793005 + 1442695040888963407) % (
-            1 << 64
-        )
-        start = (self._state >> 20) % _BANK
-        if start + count <= _BANK:
-            return self._bank[start : start + count]
-        return self._bank.repeat(math.ceil((start + count) / _BANK))[
-            start : start + count
-        ]
+        self._state = (self._state * 6364136223846793005 + 1442695040888963407) % (1 << 64)
+        bank = self._bank if count <= _BANK else self._bank.repeat(math.ceil(count / _BANK))
+        start = (self._state >> 20) % (len(bank) - count + 1)
+        return bank[start : start + count]
 
     def _noise(self, x: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
         shape = x.shape[1:]
-        noise = (
-            self._normals(self._samples * math.prod(shape)).view(self._samples, *shape)
-            * variance.sqrt()
-        )
+        noise = self._normals(self._samples * math.prod(shape)).view(self._samples, *shape) * variance.sqrt()
         exact = x[:1]
         return torch.cat([exact, (x[1:] if len(x) > 1 else exact) + noise])
 
@@ -91,7 +81,8 @@ class Arithmetic:
         """Error variance per element of a result ``[samples, rows, ...]`` or ``[samples, channels]``, not yet rounded.
 
         A few samples know an element's variance poorly and a row's well, so each is drawn half-way to the mean of its
-        row (of all channels, where there are no rows). The last rounding, if the result is stored in the dtype, is known exactly.
+        row (of all channels, where there are no rows). The last rounding, to the dtype if the result is stored in it,
+        is known exactly.
         """
         if len(x) == 1:
             propagated = torch.zeros_like(x[0])

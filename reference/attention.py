@@ -1,6 +1,6 @@
 """Attention over one document, in float64, as the textbook writes it, with closed-form gradients.
 
-Shapes here are head-major, ``[..., heads, rows, channels]``; K/V come with one head per *query* head (``expand_heads``).
+Shapes here are head-major, ``[..., heads, rows, channels]``; K/V have one head per *query* head (``expand_heads``).
 Leading dimensions broadcast. With s = scale q k^T, t = tanh(s / cap) where softcap is on:
 
     p = softmax(cap t  or  s)     o = p v            dv = p^T do       dp = do v^T
@@ -35,9 +35,7 @@ class Gradients(NamedTuple):
     dv: torch.Tensor
 
 
-def allowed_keys(
-    queries: int, keys: int, window: tuple[int, int], device: torch.device | str = "cpu"
-) -> torch.Tensor:
+def allowed_keys(queries: int, keys: int, window: tuple[int, int], device: torch.device | str = "cpu") -> torch.Tensor:
     """Which keys each query sees, bool ``[queries, keys]``.
 
     Args:
@@ -67,27 +65,18 @@ def sum_groups(x: torch.Tensor, group: int) -> torch.Tensor:
     return x.unflatten(-3, (-1, group)).sum(-3)
 
 
-def softmax_rows(
-    scores: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def softmax_rows(scores: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(probabilities, lse) over the allowed keys; rows without any give zeros and -inf."""
     if scores.shape[-1] == 0:
         return scores, scores.new_full(scores.shape[:-1], -torch.inf)
     masked = scores.masked_fill(~mask, -torch.inf)
     lse = torch.logsumexp(masked, -1)
-    probabilities = torch.exp(
-        masked - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
-    )
+    probabilities = torch.exp(masked - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
     return probabilities, lse
 
 
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor,
-    scale: float,
-    softcap: float = 0.0,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float, softcap: float = 0.0
 ) -> Forward:
     """Attention of one document.
 
@@ -109,19 +98,12 @@ def forward(
 
 
 def backward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    dout: torch.Tensor,
-    scale: float,
-    result: Forward,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, scale: float, result: Forward
 ) -> Gradients:
     """Closed-form gradients of ``forward`` for the output gradient ``dout [..., heads, q, d]``."""
     dp = dout @ v.transpose(-1, -2)
     delta = (dout * result.out).sum(-1, keepdim=True)
     ds = result.probabilities * (dp - delta) * result.slope
     return Gradients(
-        dq=scale * (ds @ k),
-        dk=scale * (ds.transpose(-1, -2) @ q),
-        dv=result.probabilities.transpose(-1, -2) @ dout,
+        dq=scale * (ds @ k), dk=scale * (ds.transpose(-1, -2) @ q), dv=result.probabilities.transpose(-1, -2) @ dout
     )

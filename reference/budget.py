@@ -4,7 +4,7 @@ Variances of independent roundings, propagated once through the formulas of atte
 With u the unit roundoff of the storage dtype, eta its subnormal spacing and a the accumulation error (profile.py):
 
     rvar(x)  = 0.18 u^2 x^2 for normal x, eta^2 / 12 for subnormal x, 0 for x = 0
-    vs_ij    = g_ij^2 a^2 (scale^2 sum_c q^2 k^2 + 1) + a^2 (cap t)^2 [+ rvar(s_ij)]         error of a (capped) score
+    vs_ij    = g_ij^2 a^2 (scale^2 sum_c q^2 k^2 + s_ij^2 / 16 + 1) + a^2 (cap t)^2 [+ rvar(s_ij)]      error of a score
     V(o_ic)  = sum_j rvar(p_ij) v_jc^2 + sum_j p_ij^2 vs_ij (v_jc - o_ic)^2 + a^2 sum_j p_ij v_jc^2 + rvar(o_ic)
     V(D_i)   = sum_c do_ic^2 V(o_ic) + a^2 sum_c (do_ic o_ic)^2
     V(dS_ij) = rvar(dS_ij) + p_ij^2 vs_ij (dP_ij - D_i)^2 + p_ij^2 (a^2 sum_c do_ic^2 v_jc^2 [+ rvar(dP_ij)])
@@ -24,13 +24,7 @@ from typing import NamedTuple
 import torch
 
 from reference.attention import Forward, sum_groups
-from reference.profile import (
-    ACCUMULATION,
-    SMALLEST_NORMAL,
-    SUBNORMAL_SPACING,
-    UNIT_ROUNDOFF,
-    Profile,
-)
+from reference.profile import ACCUMULATION, SMALLEST_NORMAL, SUBNORMAL_SPACING, UNIT_ROUNDOFF, Profile
 
 ROUNDING_SECOND_MOMENT = 0.18
 
@@ -53,6 +47,14 @@ def rounding_variance(x: torch.Tensor, dtype: str) -> torch.Tensor:
     # A float64 result that should be 0 comes out near 1e-17 of its terms; it is a zero as far as rounding goes.
     stored = torch.where(magnitude >= SMALLEST_NORMAL[dtype], normal, subnormal)
     return torch.where(magnitude == 0, torch.zeros_like(x), stored)
+
+
+def stored_ds_variance(ds: torch.Tensor, scale: float, dtype: str) -> torch.Tensor:
+    """The error of storing dS, which some kernels do after they have multiplied it by the scale.
+
+    For normal numbers that makes no difference; a subnormal ``scale * dS`` keeps fewer digits.
+    """
+    return torch.maximum(rounding_variance(ds, dtype), rounding_variance(scale * ds, dtype) / scale**2)
 
 
 def attention_variances(
@@ -88,24 +90,18 @@ def attention_variances(
         return rounding_variance(x, dtype)
 
     p, slope, out = result.probabilities, result.slope, result.out
-    p2, q2, k2, v2, dout2 = (
-        p.square(),
-        q.square(),
-        k.square(),
-        v.square(),
-        dout.square(),
-    )
+    p2, q2, k2, v2, dout2 = (p.square(), q.square(), k.square(), v.square(), dout.square())
     products = scale**2 * (q2 @ k2.transpose(-1, -2))
-    raw = a2 * (products + 1)
+    scores = scale * (q @ k.transpose(-1, -2))
+    # A float32 score is stored, and so is the row's normaliser that is taken from it: a / 4 of their size.
+    raw = a2 * (products + 1 + scores.square() / 16)
     if profile.scales_inputs:
         raw = raw + 2 * ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[dtype] ** 2 * products
     if profile.rounds_scores:
-        raw = raw + rvar(scale * (q @ k.transpose(-1, -2)))
+        raw = raw + rvar(scores)
     vs = raw
     if softcap:
-        vs = slope.square() * raw + (a2 + profile.tanh_error**2) * softcap**2 * (
-            1 - slope
-        )
+        vs = slope.square() * raw + (a2 + profile.tanh_error**2) * softcap**2 * (1 - slope)
     w = p2 * vs
     # A row's normaliser moves with all its scores: the relative error that its probabilities have in common.
     shared = w.sum(-1, keepdim=True)
@@ -125,9 +121,7 @@ def attention_variances(
     var_delta = torch.zeros_like(delta)
     if profile.delta_from_output:
         var_delta = (
-            var_delta
-            + (dout2 * var_out).sum(-1, keepdim=True)
-            + a2 * (dout * out).square().sum(-1, keepdim=True)
+            var_delta + (dout2 * var_out).sum(-1, keepdim=True) + a2 * (dout * out).square().sum(-1, keepdim=True)
         )
     if profile.delta_from_probabilities:
         relative = p2 * var_dp + (w + a2 * p2) * dp.square()
@@ -138,28 +132,18 @@ def attention_variances(
     slope2 = slope.square()
     # float32 storage of D and dP - D: cancellation leaves a share of their own size even where dS is 0.
     cancelled = a2 * p2 * (dp.square() + delta.square())
-    var_ds = rvar(ds) + slope2 * (w * (dp - delta).square() + p2 * var_dp + cancelled)
+    var_ds = stored_ds_variance(ds, scale, dtype) + slope2 * (w * (dp - delta).square() + p2 * var_dp + cancelled)
     if profile.stores_probabilities:
         var_ds = var_ds + slope2 * rp * (dp - delta).square()
     if softcap:
         # 1 - t^2 moves with the score's own error and the tanh's.
-        var_slope = (
-            4
-            * (1 - slope)
-            * (slope2 * raw / softcap**2 + (a2 + profile.tanh_error**2) * (1 - slope))
-        )
+        var_slope = 4 * (1 - slope) * (slope2 * raw / softcap**2 + (a2 + profile.tanh_error**2) * (1 - slope))
         var_ds = var_ds + (p * (dp - delta)).square() * var_slope
     pg = p * slope
-    dq, dk, dv = (
-        scale * (ds @ k),
-        scale * (ds.transpose(-1, -2) @ q),
-        p.transpose(-1, -2) @ dout,
-    )
+    dq, dk, dv = (scale * (ds @ k), scale * (ds.transpose(-1, -2) @ q), p.transpose(-1, -2) @ dout)
     ds2 = ds.square()
     var_dq = (
-        scale**2 * (var_ds @ k2 + var_delta * (pg @ k).square() + a2 * (ds2 @ k2))
-        + shared * dq.square()
-        + rvar(dq)
+        scale**2 * (var_ds @ k2 + var_delta * (pg @ k).square() + a2 * (ds2 @ k2)) + shared * dq.square() + rvar(dq)
     )
     by_key = (var_ds + pg.square() * var_delta + (a2 + shared) * ds2).transpose(-1, -2)
     var_dk_head = scale**2 * (by_key @ q2)

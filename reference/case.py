@@ -51,7 +51,7 @@ class Case:
     ranks: int = 1
     """Layer level only: sequence-data-parallel ranks that share each micro-sequence's queries."""
     document_ids: tuple[int, ...] | None = None
-    """Names that key the documents' values, so that a document keeps them when others are shrunk away; None: 0, 1, ..."""
+    """Names that key documents' values, so that each keeps them when others are shrunk away; None: 0, 1, ..."""
     heads: int = 1
     """Query heads."""
     kv_heads: int = 1
@@ -100,9 +100,7 @@ class Case:
             value = getattr(self, name)
             if value is not None:
                 if isinstance(value, str) or not hasattr(value, "__iter__"):
-                    raise CaseError(
-                        f"{name} must be a list of whole numbers, not {value!r}"
-                    )
+                    raise CaseError(f"{name} must be a list of whole numbers, not {value!r}")
                 object.__setattr__(self, name, tuple(value))
         _check_types(self)
         _check_ranges(self)
@@ -126,11 +124,7 @@ class Case:
     @property
     def packed_ids(self) -> tuple[int, ...]:
         """Value names of all documents; the padding's is one that no document can have."""
-        ids = (
-            tuple(range(len(self.lengths)))
-            if self.document_ids is None
-            else self.document_ids
-        )
+        ids = tuple(range(len(self.lengths))) if self.document_ids is None else self.document_ids
         return (*ids, MAX_TOKENS) if self.padding else ids
 
     @property
@@ -171,9 +165,7 @@ class Case:
             raise CaseError(f"a case is a JSON object, not {type(data).__name__}")
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(str(key) for key in data if key not in known):
-            raise CaseError(
-                f"unknown key {unknown[0]!r} in case; known keys are {', '.join(sorted(known))}"
-            )
+            raise CaseError(f"unknown key {unknown[0]!r} in case; known keys are {', '.join(sorted(known))}")
         return cls(**data)
 
     @classmethod
@@ -198,16 +190,7 @@ def _is_number(value: object) -> bool:
     return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-_INTEGERS = (
-    "padding",
-    "ranks",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "hidden",
-    "seed",
-    "capacity",
-)
+_INTEGERS = ("padding", "ranks", "heads", "kv_heads", "head_dim", "hidden", "seed", "capacity")
 _INTEGER_LISTS = ("lengths", "key_lengths", "cuts", "document_ids", "window")
 _BOOLEANS = ("causal", "shared_key_value")
 _NUMBERS = ("scale", "softcap", "rotary_theta", "rotary_fraction")
@@ -229,25 +212,17 @@ def _check_types(case: Case) -> None:
         if not _is_integer(value := getattr(case, name)):
             raise CaseError(f"{name} must be a whole number, not {value!r}")
     for name in _INTEGER_LISTS:
-        if (value := getattr(case, name)) is not None and not all(
-            _is_integer(item) for item in value
-        ):
-            raise CaseError(
-                f"{name} must be a list of whole numbers, not {list(value)!r}"
-            )
+        if (value := getattr(case, name)) is not None and not all(_is_integer(item) for item in value):
+            raise CaseError(f"{name} must be a list of whole numbers, not {list(value)!r}")
     for name in _BOOLEANS:
         if not isinstance(value := getattr(case, name), bool):
             raise CaseError(f"{name} must be true or false, not {value!r}")
     for name in _NUMBERS:
-        if not _is_number(value := getattr(case, name)) and not (
-            name == "scale" and value is None
-        ):
+        if not _is_number(value := getattr(case, name)) and not (name == "scale" and value is None):
             raise CaseError(f"{name} must be a finite number, not {value!r}")
     for name, choices in _CHOICES.items():
         if (value := getattr(case, name)) not in choices:
-            raise CaseError(
-                f"{name} must be one of {', '.join(choices)}, not {value!r}"
-            )
+            raise CaseError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def _check_ranges(case: Case) -> None:
@@ -256,25 +231,13 @@ def _check_ranges(case: Case) -> None:
     if min(case.lengths) < 0 or case.padding < 0 or case.capacity < 0:
         raise CaseError("lengths, padding and capacity cannot be negative")
     if not 1 <= case.tokens <= MAX_TOKENS or len(case.lengths) >= MAX_TOKENS:
-        raise CaseError(
-            f"a case has between 1 and {MAX_TOKENS} tokens, this one has {case.tokens}"
-        )
+        raise CaseError(f"a case has between 1 and {MAX_TOKENS} tokens, this one has {case.tokens}")
     if not 1 <= case.head_dim <= MAX_HEAD_DIM:
-        raise CaseError(
-            f"head_dim must be between 1 and {MAX_HEAD_DIM}, not {case.head_dim}"
-        )
-    if (
-        not 1 <= case.heads < MAX_HEADS
-        or case.kv_heads < 1
-        or case.heads % case.kv_heads
-    ):
-        raise CaseError(
-            f"kv_heads must divide heads, but {case.heads} heads cannot share {case.kv_heads} kv_heads"
-        )
+        raise CaseError(f"head_dim must be between 1 and {MAX_HEAD_DIM}, not {case.head_dim}")
+    if not 1 <= case.heads < MAX_HEADS or case.kv_heads < 1 or case.heads % case.kv_heads:
+        raise CaseError(f"kv_heads must divide heads, but {case.heads} heads cannot share {case.kv_heads} kv_heads")
     if len(case.window) != 2 or min(case.window) < -1:
-        raise CaseError(
-            f"window is [left, right], each -1 or more, not {list(case.window)}"
-        )
+        raise CaseError(f"window is [left, right], each -1 or more, not {list(case.window)}")
     if case.softcap < 0:
         raise CaseError(f"softcap cannot be negative, but it is {case.softcap}")
     if case.hidden < 1 or case.ranks < 1:
@@ -282,30 +245,18 @@ def _check_ranges(case: Case) -> None:
     if not 0 <= case.seed < 1 << 32:
         raise CaseError(f"seed must be between 0 and {(1 << 32) - 1}, not {case.seed}")
     if case.rotary_theta <= 1 or not 0 < case.rotary_fraction <= 1:
-        raise CaseError(
-            "rotary_theta must exceed 1 and rotary_fraction must lie in (0, 1]"
-        )
+        raise CaseError("rotary_theta must exceed 1 and rotary_fraction must lie in (0, 1]")
 
 
 def _check_combinations(case: Case) -> None:
     if case.causal and case.window[1] > 0:
-        raise CaseError(
-            f"a causal case sees no keys to the right, but window asks for {case.window[1]}"
-        )
+        raise CaseError(f"a causal case sees no keys to the right, but window asks for {case.window[1]}")
     if case.rotary != "none" and case.head_dim % 2:
-        raise CaseError(
-            f"rotary turns pairs of channels, but head_dim {case.head_dim} is odd"
-        )
+        raise CaseError(f"rotary turns pairs of channels, but head_dim {case.head_dim} is odd")
     if case.document_ids is not None:
         ids = case.document_ids
-        if (
-            len(ids) != len(case.lengths)
-            or len(set(ids)) != len(ids)
-            or not all(0 <= i < MAX_TOKENS for i in ids)
-        ):
-            raise CaseError(
-                "document_ids must name every document once, with numbers from 0"
-            )
+        if len(ids) != len(case.lengths) or len(set(ids)) != len(ids) or not all(0 <= i < MAX_TOKENS for i in ids):
+            raise CaseError("document_ids must name every document once, with numbers from 0")
     if case.level == "kernel":
         _check_kernel(case)
     else:
@@ -336,31 +287,22 @@ def _check_kernel(case: Case) -> None:
             raise CaseError(f"{name} belongs to layer cases, but this is a kernel case")
     if case.key_lengths is not None:
         if len(case.key_lengths) != len(case.lengths) or min(case.key_lengths) < 0:
-            raise CaseError(
-                "key_lengths must give every document its number of keys, zero or more"
-            )
+            raise CaseError("key_lengths must give every document its number of keys, zero or more")
         if sum(case.key_lengths) > MAX_TOKENS:
             raise CaseError(f"a case has at most {MAX_TOKENS} keys")
 
 
 def _check_layer(case: Case) -> None:
     if case.key_lengths is not None:
-        raise CaseError(
-            "key_lengths belongs to kernel cases; in a layer case keys come from cuts"
-        )
+        raise CaseError("key_lengths belongs to kernel cases; in a layer case keys come from cuts")
     bounds = (0, *case.cuts, case.tokens)
     if any(begin >= end for begin, end in itertools.pairwise(bounds)):
         raise CaseError(
             f"cuts must increase strictly between 0 and {case.tokens} tokens, but they are {list(case.cuts)}"
         )
-    if (
-        not case.causal
-        and (cut := cut_inside_document(case.packed_lengths, case.cuts)) is not None
-    ):
+    if not case.causal and (cut := cut_inside_document(case.packed_lengths, case.cuts)) is not None:
         raise CaseError(
             f"a non-causal micro-sequence must end where a document ends, but the cut at {cut} is inside a document"
         )
     if any((end - begin) % case.ranks for begin, end in itertools.pairwise(bounds)):
-        raise CaseError(
-            f"{case.ranks} ranks must divide the tokens of every micro-sequence"
-        )
+        raise CaseError(f"{case.ranks} ranks must divide the tokens of every micro-sequence")

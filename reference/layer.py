@@ -45,9 +45,7 @@ def rotary_angles(case: Case, positions: torch.Tensor) -> torch.Tensor:
     ``rotary_fraction`` at angle 0.
     """
     pairs = case.head_dim // 2
-    frequency = case.rotary_theta ** (
-        -torch.arange(pairs, dtype=torch.float64, device=positions.device) / pairs
-    )
+    frequency = case.rotary_theta ** (-torch.arange(pairs, dtype=torch.float64, device=positions.device) / pairs)
     if case.rotary == "proportional":
         frequency[math.ceil(case.rotary_fraction * pairs) :] = 0
     return positions.double()[:, None] * frequency
@@ -63,21 +61,14 @@ def _rotate(x: torch.Tensor, angles: torch.Tensor, sign: float) -> torch.Tensor:
 class _Layer:
     """One evaluation; every method is one stage and its gradient."""
 
-    def __init__(
-        self, case: Case, inputs: LayerInputs, profile: Profile, samples: int
-    ) -> None:
+    def __init__(self, case: Case, inputs: LayerInputs, profile: Profile, samples: int) -> None:
         self.case, self.profile = case, profile
         device = inputs.x.device
         self.arithmetic = Arithmetic(case.dtype, device, case.seed, samples)
-        self.weights = {
-            name: self.arithmetic.exact(weight)
-            for name, weight in inputs.weights.items()
-        }
+        self.weights = {name: self.arithmetic.exact(weight) for name, weight in inputs.weights.items()}
         self.spans = document_spans(case.packed_lengths)
         self.parts = micro_sequences(case)
-        positions = torch.cat(
-            [torch.arange(span.length, device=device) for span in self.spans]
-        )
+        positions = torch.cat([torch.arange(span.length, device=device) for span in self.spans])
         self.angles = rotary_angles(case, positions)
         self.gradients: dict[str, torch.Tensor] = {}
 
@@ -87,9 +78,7 @@ class _Layer:
         """``x @ weight.T``, not yet stored."""
         if self.case.weights == "selection":
             return x @ weight.transpose(-1, -2)
-        return self.arithmetic.accumulate(
-            x @ weight.transpose(-1, -2), x[0].square() @ weight[0].square().T
-        )
+        return self.arithmetic.accumulate(x @ weight.transpose(-1, -2), x[0].square() @ weight[0].square().T)
 
     def stored_projection(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """A projection's output in the dtype; a selection of stored values needs no rounding."""
@@ -98,15 +87,11 @@ class _Layer:
 
     def project_back(self, dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``dy @ weight``, not yet stored."""
-        return self.arithmetic.accumulate(
-            dy @ weight, dy[0].square() @ weight[0].square()
-        )
+        return self.arithmetic.accumulate(dy @ weight, dy[0].square() @ weight[0].square())
 
     def sum_over_parts(self, name: str, terms: list[torch.Tensor]) -> None:
         """A parameter gradient: each micro-sequence's is stored, their sum is float32."""
-        self.gradients[name] = torch.stack(
-            [self.arithmetic.store(term) for term in terms]
-        ).sum(0)
+        self.gradients[name] = torch.stack([self.arithmetic.store(term) for term in terms]).sum(0)
 
     def weight_gradient(self, name: str, dy: torch.Tensor, x: torch.Tensor) -> None:
         """``dy.T @ x`` per micro-sequence."""
@@ -135,18 +120,12 @@ class _Layer:
         terms = [product[:, slice(*part)].sum((1, 2)) for part in self.parts]
         squares = [product[0, slice(*part)].square().sum((0, 1)) for part in self.parts]
         self.sum_over_parts(
-            name,
-            [
-                self.arithmetic.accumulate(term, square)
-                for term, square in zip(terms, squares, strict=True)
-            ],
+            name, [self.arithmetic.accumulate(term, square) for term, square in zip(terms, squares, strict=True)]
         )
         g = dy * self.weights[name]
         dx = r * (g - normed * (g * normed).mean(-1, keepdim=True))
         # The two terms may cancel; each carries float32's relative error.
-        return self.arithmetic.store(
-            self.arithmetic.accumulate(dx, (r * g)[0].square())
-        )
+        return self.arithmetic.store(self.arithmetic.accumulate(dx, (r * g)[0].square()))
 
     # Rotary.
 
@@ -164,85 +143,47 @@ class _Layer:
     def evaluate(self, inputs: LayerInputs) -> dict[str, Expected]:
         case, arithmetic = self.case, self.arithmetic
         x, dout = arithmetic.exact(inputs.x), arithmetic.exact(inputs.dout)
-        q0 = self.stored_projection(x, self.weights["query"]).unflatten(
-            -1, (case.heads, case.head_dim)
-        )
-        kv0 = self.stored_projection(x, self.weights["key_value"]).unflatten(
-            -1, (-1, case.head_dim)
-        )
+        q0 = self.stored_projection(x, self.weights["query"]).unflatten(-1, (case.heads, case.head_dim))
+        kv0 = self.stored_projection(x, self.weights["key_value"]).unflatten(-1, (-1, case.head_dim))
         k0, v0 = (kv0, kv0) if case.shared_key_value else kv0.chunk(2, -2)
         q = self.rotary(self.norm("query_norm", q0))
         k = self.rotary(self.norm("key_norm", k0))
         v = self.norm("value_norm", v0)
         documents = [
-            SimulatedAttention(
-                case,
-                self.profile,
-                arithmetic,
-                span,
-                *(t[:, slice(*span)] for t in (q, k, v)),
-            )
+            SimulatedAttention(case, self.profile, arithmetic, span, *(t[:, slice(*span)] for t in (q, k, v)))
             for span in self.spans
             if span.length
         ]
-        context = arithmetic.store(
-            torch.cat([document.forward() for document in documents], 1)
-        )
+        context = arithmetic.store(torch.cat([document.forward() for document in documents], 1))
         flat = context.flatten(-2)
         out = self.project(flat, self.weights["dense"])
 
         self.weight_gradient("dense", dout, flat)
-        dcontext = arithmetic.store(
-            self.project_back(dout, self.weights["dense"])
-        ).unflatten(-1, (case.heads, -1))
+        dcontext = arithmetic.store(self.project_back(dout, self.weights["dense"])).unflatten(-1, (case.heads, -1))
         pieces = [
-            document.backward(
-                context[:, slice(*document.span)],
-                dcontext[:, slice(*document.span)],
-                self.parts,
-            )
+            document.backward(context[:, slice(*document.span)], dcontext[:, slice(*document.span)], self.parts)
             for document in documents
         ]
-        dq, dk, dv = (
-            torch.cat([piece[index] for piece in pieces], 1) for index in range(3)
-        )
+        dq, dk, dv = (torch.cat([piece[index] for piece in pieces], 1) for index in range(3))
         dq0 = self.norm_back("query_norm", q0, self.rotary(dq, -1.0))
         # The buffer's own slice goes back to the storage dtype before rotary and projection see it.
         dk0 = self.norm_back("key_norm", k0, self.rotary(arithmetic.store(dk), -1.0))
         dv0 = self.norm_back("value_norm", v0, arithmetic.store(dv))
-        dkv0 = (
-            arithmetic.store(dk0 + dv0)
-            if case.shared_key_value
-            else torch.cat([dk0, dv0], -2)
-        )
+        dkv0 = arithmetic.store(dk0 + dv0) if case.shared_key_value else torch.cat([dk0, dv0], -2)
         self.weight_gradient("query", dq0.flatten(-2), x)
         self.weight_gradient("key_value", dkv0.flatten(-2), x)
-        dx_q = arithmetic.store(
-            self.project_back(dq0.flatten(-2), self.weights["query"])
-        )
-        dx_kv = arithmetic.store(
-            self.project_back(dkv0.flatten(-2), self.weights["key_value"])
-        )
-        results = {
-            "out": (out, True),
-            "k": (k, True),
-            "v": (v, True),
-            "dk": (dk, False),
-            "dv": (dv, False),
-        }
+        dx_q = arithmetic.store(self.project_back(dq0.flatten(-2), self.weights["query"]))
+        dx_kv = arithmetic.store(self.project_back(dkv0.flatten(-2), self.weights["key_value"]))
+        results = {"out": (out, True), "k": (k, True), "v": (v, True), "dk": (dk, False), "dv": (dv, False)}
         results |= {"dx": (dx_q + dx_kv, True)}
-        results |= {
-            f"d_{name}": (gradient, False) for name, gradient in self.gradients.items()
-        }
+        results |= {f"d_{name}": (gradient, False) for name, gradient in self.gradients.items()}
         return {
             name: Expected(result[0], arithmetic.variance(result, stored=stored))
             for name, (result, stored) in results.items()
         }
 
 
-def layer_answer(
-    case: Case, inputs: LayerInputs, profile: Profile, samples: int = SAMPLES
-) -> dict[str, Expected]:
+def layer_answer(case: Case, inputs: LayerInputs, profile: Profile, samples: int = SAMPLES) -> dict[str, Expected]:
     """What a layer case should give, with budgets.
 
     Args:

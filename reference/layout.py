@@ -64,15 +64,9 @@ def segments(lengths: Sequence[int], micro_sequence: Span) -> tuple[Segment, ...
     active = []
     for index, span in enumerate(document_spans(lengths)):
         inside = begin <= span.begin < end or span.begin == end == total
-        if (span.length == 0 and inside) or (
-            span.length and span.begin < end and span.end > begin
-        ):
+        if (span.length == 0 and inside) or (span.length and span.begin < end and span.end > begin):
             stop = min(span.end, end)
-            active.append(
-                Segment(
-                    index, Span(max(span.begin, begin), stop), Span(span.begin, stop)
-                )
-            )
+            active.append(Segment(index, Span(max(span.begin, begin), stop), Span(span.begin, stop)))
     return tuple(active)
 
 
@@ -85,7 +79,4 @@ def call_segments(case: Case) -> tuple[Segment, ...]:
     """Queries and keys of every document of a kernel case."""
     queries = document_spans(case.packed_lengths)
     keys = document_spans(case.packed_key_lengths)
-    return tuple(
-        Segment(index, q, k)
-        for index, (q, k) in enumerate(zip(queries, keys, strict=True))
-    )
+    return tuple(Segment(index, q, k) for index, (q, k) in enumerate(zip(queries, keys, strict=True)))

@@ -38,17 +38,9 @@ class Placed:
         """``values`` or ``guard margins`` if their bits are no longer what they were, else None."""
         if torch.equal(bits(self.storage), self.before):
             return None
-        offset, shape, stride = (
-            self.tensor.storage_offset(),
-            self.tensor.shape,
-            self.tensor.stride(),
-        )
+        offset, shape, stride = (self.tensor.storage_offset(), self.tensor.shape, self.tensor.stride())
         original = self.before.as_strided(shape, stride, offset)
-        return (
-            "guard margins"
-            if torch.equal(bits(self.tensor), original.contiguous())
-            else "values"
-        )
+        return "guard margins" if torch.equal(bits(self.tensor), original.contiguous()) else "values"
 
 
 def _strides(shape: tuple[int, ...], memory: str) -> tuple[tuple[int, ...], int]:
@@ -64,9 +56,7 @@ def _strides(shape: tuple[int, ...], memory: str) -> tuple[tuple[int, ...], int]
             strides = ((heads + 1) * (channels + 8), channels + 8, 1)
         case _:
             strides = (heads * channels, channels, 1)
-    extent = 1 + sum(
-        (max(size, 1) - 1) * stride for size, stride in zip(shape, strides, strict=True)
-    )
+    extent = 1 + sum((max(size, 1) - 1) * stride for size, stride in zip(shape, strides, strict=True))
     return strides, extent
 
 
@@ -83,9 +73,7 @@ def place(x: torch.Tensor, memory: str, filler: float) -> Placed:
     else:
         strides, extent = x.contiguous().stride(), x.numel()
     offset = MARGIN + (1 if memory == "misaligned" else 0)
-    storage = torch.full(
-        (offset + extent + MARGIN,), filler, dtype=x.dtype, device=x.device
-    )
+    storage = torch.full((offset + extent + MARGIN,), filler, dtype=x.dtype, device=x.device)
     view = storage.as_strided(x.shape, strides, offset)
     view.copy_(x)
     return Placed(view, storage, bits(storage).clone())

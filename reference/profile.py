@@ -10,8 +10,8 @@ UNIT_ROUNDOFF: Final = {"fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
 
 SMALLEST_NORMAL: Final = {"fp32": 2.0**-126, "bf16": 2.0**-126, "fp16": 2.0**-14}
 
-SUBNORMAL_SPACING: Final = {"fp32": 2.0**-149, "bf16": 2.0**-133, "fp16": 2.0**-24}
-"""eta, the spacing below the smallest normal number."""
+SUBNORMAL_SPACING: Final = {"fp32": 2.0**-126, "bf16": 2.0**-126, "fp16": 2.0**-24}
+"""eta, the spacing below the smallest normal number; hardware may flush what fp32 and bf16 have there to zero."""
 
 ACCUMULATION: Final = 8 * 2.0**-24
 """a: relative error of a float32 accumulation with a hardware exponential, per square root of the summed squares."""

@@ -8,7 +8,7 @@ import torch
 
 from reference import attention
 from reference.arithmetic import Arithmetic
-from reference.budget import ROUNDING_SECOND_MOMENT, rounding_variance
+from reference.budget import ROUNDING_SECOND_MOMENT, rounding_variance, stored_ds_variance
 from reference.case import Case
 from reference.layout import Span
 from reference.profile import ACCUMULATION, UNIT_ROUNDOFF, Profile
@@ -37,20 +37,11 @@ class SimulatedAttention:
         k: torch.Tensor,
         v: torch.Tensor,
     ) -> None:
-        self.case, self.profile, self.arithmetic, self.span = (
-            case,
-            profile,
-            arithmetic,
-            span,
-        )
+        self.case, self.profile, self.arithmetic, self.span = (case, profile, arithmetic, span)
         self.group = case.heads // case.kv_heads
         self.q = q.transpose(1, 2)
-        self.k, self.v = (
-            attention.expand_heads(x.transpose(1, 2), self.group) for x in (k, v)
-        )
-        mask = attention.allowed_keys(
-            span.length, span.length, case.effective_window, q.device
-        )
+        self.k, self.v = (attention.expand_heads(x.transpose(1, 2), self.group) for x in (k, v))
+        mask = attention.allowed_keys(span.length, span.length, case.effective_window, q.device)
         scores, self.slope = self._scores()
         self.probabilities, _ = attention.softmax_rows(scores, mask)
         self.stored = arithmetic.store(self.probabilities)
@@ -59,24 +50,17 @@ class SimulatedAttention:
         """Capped scores and their slope; forward and backward compute the same ones, errors included."""
         case, profile, arithmetic = self.case, self.profile, self.arithmetic
         scores = case.softmax_scale * (self.q @ self.k.transpose(-1, -2))
-        products = case.softmax_scale**2 * (
-            self.q[0].square() @ self.k[0].square().transpose(-1, -2)
-        )
-        variance = ACCUMULATION**2 * (products + 1)
+        products = case.softmax_scale**2 * (self.q[0].square() @ self.k[0].square().transpose(-1, -2))
+        variance = ACCUMULATION**2 * (products + 1 + scores[0].square() / 16)
         if profile.scales_inputs:
-            variance = (
-                variance
-                + 2 * ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[case.dtype] ** 2 * products
-            )
+            variance = variance + 2 * ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[case.dtype] ** 2 * products
         if profile.rounds_scores:
             variance = variance + rounding_variance(scores[0], case.dtype)
         scores = arithmetic.perturb(scores, variance)
         if not case.softcap:
             return scores, torch.ones_like(scores)
         tanh = torch.tanh(scores / case.softcap)
-        tanh = arithmetic.perturb(
-            tanh, (profile.tanh_error**2 + ACCUMULATION**2) * tanh[0].square()
-        )
+        tanh = arithmetic.perturb(tanh, (profile.tanh_error**2 + ACCUMULATION**2) * tanh[0].square())
         return case.softcap * tanh, 1 - tanh.square()
 
     def forward(self) -> torch.Tensor:
@@ -89,9 +73,7 @@ class SimulatedAttention:
         """Gradient of the uncapped, unscaled scores, stored."""
         profile, arithmetic = self.profile, self.arithmetic
         dp = dout @ self.v.transpose(-1, -2)
-        variance = ACCUMULATION**2 * (
-            dout[0].square() @ self.v[0].square().transpose(-1, -2)
-        )
+        variance = ACCUMULATION**2 * (dout[0].square() @ self.v[0].square().transpose(-1, -2))
         if profile.rounds_dp:
             variance = variance + rounding_variance(dp[0], self.case.dtype)
         dp = arithmetic.perturb(dp, variance)
@@ -103,14 +85,11 @@ class SimulatedAttention:
             strayed = delta - delta[:1] if profile.delta_from_output else 0.0
             delta = (p * dp).sum(-1, keepdim=True) + strayed
         delta = arithmetic.accumulate(delta, terms[0].square().sum(-1, keepdim=True))
-        difference = arithmetic.accumulate(
-            dp - delta, dp[0].square() + delta[0].square()
-        )
-        return arithmetic.store(p * difference * self.slope)
+        difference = arithmetic.accumulate(dp - delta, dp[0].square() + delta[0].square())
+        ds = p * difference * self.slope
+        return arithmetic.perturb(ds, stored_ds_variance(ds[0], self.case.softmax_scale, self.case.dtype))
 
-    def backward(
-        self, out: torch.Tensor, dout: torch.Tensor, parts: Sequence[Span]
-    ) -> tuple[torch.Tensor, ...]:
+    def backward(self, out: torch.Tensor, dout: torch.Tensor, parts: Sequence[Span]) -> tuple[torch.Tensor, ...]:
         """(dq stored, dk, dv), the latter summed over micro-sequences in float32, token-major.
 
         Args:
@@ -121,9 +100,7 @@ class SimulatedAttention:
         arithmetic, scale = self.arithmetic, self.case.softmax_scale
         dout = dout.transpose(1, 2)
         ds = self._ds(out.transpose(1, 2), dout)
-        dq = arithmetic.accumulate(
-            scale * (ds @ self.k), scale**2 * (ds[0].square() @ self.k[0].square())
-        )
+        dq = arithmetic.accumulate(scale * (ds @ self.k), scale**2 * (ds[0].square() @ self.k[0].square()))
         if self.profile.scales_gradients:
             dq = arithmetic.store(dq)
         dk, dv = [], []
@@ -131,34 +108,15 @@ class SimulatedAttention:
             begin, end = max(part.begin, self.span.begin), min(part.end, self.span.end)
             if begin < end:
                 rows = slice(begin - self.span.begin, end - self.span.begin)
-                dk.append(
-                    self._reduced(
-                        scale,
-                        ds[..., rows, :],
-                        self.q[..., rows, :],
-                        self.profile.scales_gradients,
-                    )
-                )
-                dv.append(
-                    self._reduced(
-                        1.0, self.stored[..., rows, :], dout[..., rows, :], False
-                    )
-                )
-        return (
-            arithmetic.store(dq).transpose(1, 2),
-            sum_of(dk).transpose(1, 2),
-            sum_of(dv).transpose(1, 2),
-        )
+                dk.append(self._reduced(scale, ds[..., rows, :], self.q[..., rows, :], self.profile.scales_gradients))
+                dv.append(self._reduced(1.0, self.stored[..., rows, :], dout[..., rows, :], False))
+        return (arithmetic.store(dq).transpose(1, 2), sum_of(dk).transpose(1, 2), sum_of(dv).transpose(1, 2))
 
-    def _reduced(
-        self, scale: float, weights: torch.Tensor, x: torch.Tensor, scaled_after: bool
-    ) -> torch.Tensor:
+    def _reduced(self, scale: float, weights: torch.Tensor, x: torch.Tensor, scaled_after: bool) -> torch.Tensor:
         """One micro-sequence's ``scale * weights.T @ x``, per K/V head, stored."""
         arithmetic = self.arithmetic
         weights = weights.transpose(-1, -2)
-        product = arithmetic.accumulate(
-            scale * (weights @ x), scale**2 * (weights[0].square() @ x[0].square())
-        )
+        product = arithmetic.accumulate(scale * (weights @ x), scale**2 * (weights[0].square() @ x[0].square()))
         if scaled_after:
             product = arithmetic.store(product)
         if self.profile.expands_kv and self.group > 1:

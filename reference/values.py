@@ -56,9 +56,7 @@ def _bell(bits: torch.Tensor) -> torch.Tensor:
 _BELL_SD = ((2**32 - 1) / 3) ** 0.5
 
 
-def document_rows(
-    ids: Sequence[int], lengths: Sequence[int], device: torch.device | str
-) -> torch.Tensor:
+def document_rows(ids: Sequence[int], lengths: Sequence[int], device: torch.device | str) -> torch.Tensor:
     """A key per row from its document's name and its position there: int64 ``[sum(lengths)]``."""
     counts = torch.tensor(list(lengths), dtype=torch.int64)
     names = torch.repeat_interleave(torch.tensor(list(ids), dtype=torch.int64), counts)
@@ -70,9 +68,7 @@ def document_rows(
 def columns(heads: int, channels: int, device: torch.device | str) -> torch.Tensor:
     """A counter per (head, channel), channels fastest: int64 ``[heads * channels]``."""
     head = torch.arange(heads, dtype=torch.int64, device=device) * _HEAD_STRIDE
-    return (
-        head[:, None] + torch.arange(channels, dtype=torch.int64, device=device)
-    ).flatten()
+    return (head[:, None] + torch.arange(channels, dtype=torch.int64, device=device)).flatten()
 
 
 def _shape_values(mode: str, name: str, bell: torch.Tensor) -> torch.Tensor:
@@ -91,13 +87,7 @@ def _shape_values(mode: str, name: str, bell: torch.Tensor) -> torch.Tensor:
 
 
 def draw(
-    case: Case,
-    name: str,
-    heads: int,
-    channels: int,
-    device: torch.device | str,
-    *,
-    keys: bool = False,
+    case: Case, name: str, heads: int, channels: int, device: torch.device | str, *, keys: bool = False
 ) -> torch.Tensor:
     """A token-major tensor of the case, contiguous, in the case's dtype.
 
@@ -114,16 +104,12 @@ def draw(
     """
     lengths = case.packed_key_lengths if keys else case.packed_lengths
     rows = document_rows(case.packed_ids, lengths, device)
-    bell = _bell(
-        _elements(_stream(case.seed, name), rows, columns(heads, channels, device))
-    )
+    bell = _bell(_elements(_stream(case.seed, name), rows, columns(heads, channels, device)))
     values = _shape_values(case.values, name, bell)
     return values.float().to(DTYPES[case.dtype]).view(len(rows), heads, channels)
 
 
-def draw_weight(
-    case: Case, name: str, rows: int, channels: int, device: torch.device | str
-) -> torch.Tensor:
+def draw_weight(case: Case, name: str, rows: int, channels: int, device: torch.device | str) -> torch.Tensor:
     """A projection ``[rows, channels]`` in the case's dtype, for ``y = x @ weight.T``.
 
     ``selection`` puts a single power of two, of either sign, in every row: the projection is exact in every dtype.
@@ -135,18 +121,10 @@ def draw_weight(
         weight = torch.zeros(rows, channels, dtype=torch.float64, device=device)
         sign = 1.0 - 2.0 * ((bits >> 8) & 1).double()
         # Neighbouring rows read neighbouring channels, so no two rows of a narrow head coincide.
-        channel = (
-            torch.arange(rows, dtype=torch.int64, device=device) + stream
-        ) % channels
+        channel = (torch.arange(rows, dtype=torch.int64, device=device) + stream) % channels
         weight[torch.arange(rows, device=device), channel] = sign
     else:
-        bell = _bell(
-            _elements(
-                stream,
-                row_keys,
-                torch.arange(channels, dtype=torch.int64, device=device),
-            )
-        )
+        bell = _bell(_elements(stream, row_keys, torch.arange(channels, dtype=torch.int64, device=device)))
         weight = bell.double() * (channels**-0.5 / _BELL_SD)
     return weight.float().to(DTYPES[case.dtype])
 

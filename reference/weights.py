@@ -20,13 +20,9 @@ def layer_weights(case: Case, device: torch.device | str) -> dict[str, torch.Ten
     """
     kv_rows = (1 if case.shared_key_value else 2) * case.kv_heads * case.head_dim
     weights = {
-        "query": draw_weight(
-            case, "query", case.heads * case.head_dim, case.hidden, device
-        ),
+        "query": draw_weight(case, "query", case.heads * case.head_dim, case.hidden, device),
         "key_value": draw_weight(case, "key_value", kv_rows, case.hidden, device),
-        "dense": draw_weight(
-            case, "dense", case.hidden, case.heads * case.head_dim, device
-        ),
+        "dense": draw_weight(case, "dense", case.hidden, case.heads * case.head_dim, device),
     }
     for name in ("query_norm", "key_norm", "value_norm"):
         if getattr(case, name) != "none":

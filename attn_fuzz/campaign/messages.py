@@ -88,10 +88,17 @@ class Finished:
 
 
 @dataclasses.dataclass(frozen=True)
+class Died:
+    """The case announced last took the device's context with it; the process ends here."""
+
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Failed:
     """The worker cannot do what was asked; one sentence."""
 
     reason: str
 
 
-Message = Trying | Progress | Found | Finished | Failed
+Message = Trying | Progress | Found | Finished | Died | Failed

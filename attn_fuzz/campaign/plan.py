@@ -23,11 +23,7 @@ def default_device() -> str:
 
 def available_backends(device: str) -> tuple[str, ...]:
     """Kernels that run on this device here."""
-    return tuple(
-        name
-        for name in registry.kernel_names()
-        if registry.load(name).kernel.why_unavailable(device) is None
-    )
+    return tuple(name for name in registry.kernel_names() if registry.load(name).kernel.why_unavailable(device) is None)
 
 
 def require_available(names: Sequence[str], device: str) -> None:
@@ -39,9 +35,7 @@ def require_available(names: Sequence[str], device: str) -> None:
     """
     for name in names:
         if (reason := registry.load(name).kernel.why_unavailable(device)) is not None:
-            raise BackendUnavailable(
-                f"backend {name} cannot run on {device} here: {reason}"
-            )
+            raise BackendUnavailable(f"backend {name} cannot run on {device} here: {reason}")
 
 
 def default_workers(device: str) -> int:
@@ -86,11 +80,9 @@ def plan(
     if cases is not None:
         shards = min(shards, max(1, cases // 50))
     # With more backends than workers, each gets its share of the time.
-    share = (
-        None if seconds is None else seconds * min(1.0, workers / (len(names) * shards))
-    )
+    share = None if seconds is None else seconds * min(1.0, workers / (len(names) * shards))
     places = devices_in_turn(device)
-    assignments = []
+    assignments: list[Assignment] = []
     for shard in range(shards):
         for index, name in enumerate(names):
             part = None if cases is None else cases // shards + (shard < cases % shards)

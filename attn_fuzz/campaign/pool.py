@@ -11,23 +11,19 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Final
 
-from attn_fuzz.campaign.messages import (
-    Assignment,
-    Failed,
-    Finished,
-    Found,
-    Message,
-    Progress,
-    Tally,
-    Trying,
-)
+from attn_fuzz.campaign.isolated import Isolated
+from attn_fuzz.campaign.messages import Assignment, Died, Failed, Finished, Found, Message, Progress, Tally, Trying
 from attn_fuzz.campaign.worker import hunt
 from attn_fuzz.environment import environment
 from attn_fuzz.findings import Finding
+from attn_fuzz.shrink import minimise
 from reference.case import Case
 
 HANG_SECONDS: Final = 180.0
 """Silence after which a worker counts as hung: compilers of JIT backends take up to half a minute for one case."""
+
+SHRINK_CRASH_SECONDS: Final = 90.0
+"""For cases that kill their process: each failing candidate costs a new one, several seconds on a GPU."""
 
 RESTARTS: Final = 3
 """How often a worker that died is started again; every death is a finding of its own."""
@@ -69,6 +65,7 @@ class _Worker:
     started: float = dataclasses.field(default_factory=time.monotonic)
     heard: float = dataclasses.field(default_factory=time.monotonic)
     trying: str | None = None
+    last_words: str | None = None
     tally: Tally = dataclasses.field(default_factory=Tally)
     finished: bool = False
 
@@ -97,15 +94,11 @@ class Pool:
         self._running: list[_Worker] = []
         self._done: list[_Worker] = []
         self._findings: dict[tuple[str, str], Finding] = {}
-        self._names = tuple(
-            dict.fromkeys(assignment.backend for assignment in assignments)
-        )
+        self._names = tuple(dict.fromkeys(assignment.backend for assignment in assignments))
 
     def _start(self, assignment: Assignment, restarts: int) -> None:
         ours, theirs = self._context.Pipe(duplex=False)
-        process = self._context.Process(
-            target=_serve, args=(assignment, theirs), daemon=True
-        )
+        process = self._context.Process(target=_serve, args=(assignment, theirs), daemon=True)
         process.start()
         theirs.close()
         self._running.append(_Worker(assignment, process, ours, restarts))
@@ -134,8 +127,20 @@ class Pool:
                 self._on_progress(self._tallies())
             case Found(finding):
                 self._keep(finding)
+            case Died(last_words):
+                worker.last_words = last_words
             case Failed(reason):
                 raise CampaignError(reason)
+
+    def _shrunk(self, job: Assignment, case: Case, symptom: str) -> Case:
+        """A smaller case that kills its process too, found in other processes; hangs are too slow to shrink."""
+        if symptom != "Crashed" or (job.backend, symptom) in self._findings:
+            return case
+        isolated = Isolated(job.backend, job.device, HANG_SECONDS)
+        try:
+            return minimise(case, lambda candidate: isolated.symptom(candidate) == symptom, SHRINK_CRASH_SECONDS)
+        finally:
+            isolated.close()
 
     def _bury(self, worker: _Worker, symptom: str, how: str) -> None:
         """Turns a dead worker's last case into a finding and starts another in its place."""
@@ -144,21 +149,18 @@ class Pool:
         self._running.remove(worker)
         self._done.append(worker)
         if worker.trying is None:
-            raise CampaignError(
-                f"the worker for {worker.assignment.backend} {how} before its first case"
-            )
-        case = Case.from_json(worker.trying)
+            raise CampaignError(f"the worker for {worker.assignment.backend} {how} before its first case")
+        original = Case.from_json(worker.trying)
+        case = self._shrunk(worker.assignment, original, symptom)
         self._keep(
             Finding(
                 backend=worker.assignment.backend,
                 device=worker.assignment.device,
                 symptom=symptom,
                 checks=("runs",),
-                messages=(
-                    f"{symptom} [runs] process: the process {how} while it ran this case",
-                ),
+                messages=(worker.last_words or f"{symptom} [runs] process: the process {how} while it ran this case",),
                 case=case,
-                original_case=case,
+                original_case=original,
                 cases_to_find=worker.tally.cases,
                 seconds_to_find=round(time.monotonic() - worker.started, 3),
                 environment=environment("cpu"),
@@ -168,13 +170,9 @@ class Pool:
             job = worker.assignment
             spent = time.monotonic() - worker.started
             seconds = None if job.seconds is None else max(job.seconds - spent, 0.0)
-            cases = (
-                None if job.cases is None else max(job.cases - worker.tally.cases, 0)
-            )
+            cases = None if job.cases is None else max(job.cases - worker.tally.cases, 0)
             if seconds != 0.0 and cases != 0:
-                again = dataclasses.replace(
-                    job, seconds=seconds, cases=cases, seed=job.seed + 7919
-                )
+                again = dataclasses.replace(job, seconds=seconds, cases=cases, seed=job.seed + 7919)
                 self._waiting.append((again, worker.restarts + 1))
 
     def _step(self) -> None:
@@ -192,11 +190,7 @@ class Pool:
                         self._running.remove(worker)
                         self._done.append(worker)
                     else:
-                        self._bury(
-                            worker,
-                            "Crashed",
-                            f"died with exit code {worker.process.exitcode}",
-                        )
+                        self._bury(worker, "Crashed", f"died with exit code {worker.process.exitcode}")
             elif time.monotonic() - worker.heard > HANG_SECONDS:
                 self._bury(worker, "Hung", f"was silent for {HANG_SECONDS:.0f} seconds")
 
@@ -217,9 +211,4 @@ class Pool:
             for worker in self._running:
                 worker.process.kill()
         tallies = self._tallies()
-        return Outcome(
-            tallies,
-            list(self._findings.values()),
-            time.monotonic() - started,
-            interrupted,
-        )
+        return Outcome(tallies, list(self._findings.values()), time.monotonic() - started, interrupted)

@@ -13,27 +13,21 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis.errors import Flaky, HypothesisException
 
-from attn_fuzz.campaign.messages import (
-    Assignment,
-    Failed,
-    Finished,
-    Found,
-    Message,
-    Progress,
-    Tally,
-    Trying,
-)
+from attn_fuzz.campaign.messages import Assignment, Died, Failed, Finished, Found, Message, Progress, Tally, Trying
 from attn_fuzz.environment import environment
 from attn_fuzz.examine import Verdict, examine
 from attn_fuzz.findings import Finding, summarise
 from attn_fuzz.shrink import minimise
 from attn_fuzz.strategies import Domain, cases, straddling
-from attn_fuzz.symptoms import Symptom
+from attn_fuzz.symptoms import Crashed, Symptom
 from backends import registry
 from backends.kernel import UnsupportedCase
 from reference.case import Case
 
 Send = Callable[[Message], None]
+
+DEAD_CONTEXT: Final = 77
+"""Exit status of a worker whose CUDA context no longer works."""
 
 ROUND: Final = 200
 """Cases per Hypothesis run: long enough for it to build up, short enough to alternate levels."""
@@ -45,6 +39,16 @@ _SHRINK_SECONDS: Final = 20.0
 
 class _Stop(BaseException):
     """Leaves Hypothesis's engine; not an Exception, so that it is not taken for a failing case."""
+
+
+def context_alive(device: torch.device) -> bool:
+    """Whether the device still computes: some faults end a CUDA context for good."""
+    if device.type != "cuda":
+        return True
+    try:
+        return bool((torch.ones(8, device=device) + 1).sum().item() == 16)
+    except RuntimeError:
+        return False
 
 
 class _Hunt:
@@ -65,14 +69,19 @@ class _Hunt:
     def examine(self, case: Case) -> Verdict:
         """A verdict, with the case announced first."""
         self.send(Trying(case.to_json()))
-        return examine(case, self.backend, self.device, self.assignment.poisons)
+        verdict = examine(case, self.backend, self.device, self.assignment.poisons)
+        if isinstance(verdict.first, Crashed) and not context_alive(self.device):
+            # Everything after this would fail too. The parent makes a finding of the case that was announced last.
+            self.send(Died(str(verdict.first)))
+            os._exit(DEAD_CONTEXT)
+        return verdict
 
     def over(self) -> bool:
         """Whether time or number is used up."""
         job = self.assignment
-        return (
-            job.seconds is not None and time.monotonic() - self.started >= job.seconds
-        ) or (job.cases is not None and self.tally.cases >= job.cases)
+        return (job.seconds is not None and time.monotonic() - self.started >= job.seconds) or (
+            job.cases is not None and self.tally.cases >= job.cases
+        )
 
     def count(self, case: Case, verdict: Verdict) -> None:
         """Adds a case to the tally."""
@@ -123,13 +132,9 @@ class _Hunt:
     def round(self, level: str, number: int) -> None:
         """One Hypothesis run of a level."""
         domain = Domain.of(
-            self.backend.kernel.capabilities, self.device.type, self.assignment.dtypes
+            self.backend.kernel.capabilities_on(self.device.type), self.device.type, self.assignment.dtypes
         )
-        remaining = (
-            ROUND
-            if self.assignment.cases is None
-            else min(ROUND, self.assignment.cases - self.tally.cases)
-        )
+        remaining = ROUND if self.assignment.cases is None else min(ROUND, self.assignment.cases - self.tally.cases)
         self.failure = self.original = None
         run = hypothesis_seed(self.assignment.seed * 1_000_003 + number)(
             settings(
@@ -185,13 +190,9 @@ class _Hunt:
 
     def run(self) -> None:
         """All rounds, levels in turn."""
-        levels = [
-            level for level in self.assignment.levels if level in self.backend.levels
-        ]
+        levels = [level for level in self.assignment.levels if level in self.backend.levels]
         if not levels:
-            raise ValueError(
-                f"{self.backend.name} has no {' or '.join(self.assignment.levels)} level"
-            )
+            raise ValueError(f"{self.backend.name} has no {' or '.join(self.assignment.levels)} level")
         number = 0
         while not self.over():
             self.round(levels[number % len(levels)], number)
@@ -212,7 +213,7 @@ def set_up_process(device: str) -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if device.startswith("cuda"):
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch.device(device).index or 0)
 
 
 def hunt(assignment: Assignment, send: Send) -> None:

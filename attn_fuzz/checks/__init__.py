@@ -9,12 +9,7 @@ from collections.abc import Callable, Iterable
 
 from attn_fuzz.checks.budget import within_budget, worst_errors
 from attn_fuzz.checks.dead_rows import dead_rows_zero
-from attn_fuzz.checks.memory import (
-    buffer_intact,
-    inputs_intact,
-    results_complete,
-    unwritten_unread,
-)
+from attn_fuzz.checks.memory import buffer_intact, inputs_intact, results_complete, unwritten_unread
 from attn_fuzz.symptoms import Symptom
 from attn_fuzz.trial import Trial
 

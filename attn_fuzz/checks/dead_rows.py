@@ -31,11 +31,10 @@ def dead_rows_zero(trial: Trial) -> Iterator[Symptom]:
                 yield DeadRowsNotZero(
                     "dead_rows",
                     stray.tensor,
-                    f"the {stray.step} changed rows {_ranges(stray.rows)} outside its active extent, to {stray.value:.6g}",
+                    f"the {stray.step} changed rows {_ranges(stray.rows)} outside its active extent, "
+                    f"to {stray.value:.6g}",
                 )
 
 
 def _ranges(rows: tuple[int, ...]) -> str:
-    return (
-        f"{rows[0]}" if len(rows) == 1 else f"{rows[0]}..{rows[-1]} ({len(rows)} rows)"
-    )
+    return f"{rows[0]}" if len(rows) == 1 else f"{rows[0]}..{rows[-1]} ({len(rows)} rows)"

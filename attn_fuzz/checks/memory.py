@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from attn_fuzz.execute import differing
-from attn_fuzz.symptoms import (
-    InputsChanged,
-    MissingResult,
-    PoisonLeaked,
-    Symptom,
-    WroteOutside,
-)
+from attn_fuzz.symptoms import InputsChanged, MissingResult, PoisonLeaked, Symptom, WroteOutside
 from attn_fuzz.trial import Trial
 
 _BACKWARD = ("dq", "dk", "dv", "dx")
@@ -28,9 +22,7 @@ def results_complete(trial: Trial) -> Iterator[Symptom]:
                 yield MissingResult("complete", name, "there is no such result")
         elif got.shape != expected.value.shape:
             yield MissingResult(
-                "complete",
-                name,
-                f"its shape is {list(got.shape)}, but should be {list(expected.value.shape)}",
+                "complete", name, f"its shape is {list(got.shape)}, but should be {list(expected.value.shape)}"
             )
 
 
@@ -47,9 +39,7 @@ def unwritten_unread(trial: Trial) -> Iterator[Symptom]:
                 continue
             rows = leaked.reshape(len(leaked), -1).any(1).nonzero()[:, 0].tolist()
             document, row = trial.document_of(name, rows[0])
-            where = (
-                f"row {row}" if document is None else f"document {document}, row {row}"
-            )
+            where = f"row {row}" if document is None else f"document {document}, row {row}"
             yield PoisonLeaked(
                 "unwritten",
                 name,
@@ -57,30 +47,21 @@ def unwritten_unread(trial: Trial) -> Iterator[Symptom]:
             )
     if len(trial.observations) == 2:
         for name in differing(*trial.observations):
-            if (
-                _repeats(trial, name)
-                and not trial.observations[0].results[name].isnan().any()
-            ):
+            if _repeats(trial, name) and not trial.observations[0].results[name].isnan().any():
                 yield PoisonLeaked(
-                    "unwritten",
-                    name,
-                    "its bits change with the contents of memory that nobody has written",
+                    "unwritten", name, "its bits change with the contents of memory that nobody has written"
                 )
 
 
 def _repeats(trial: Trial, name: str) -> bool:
-    capabilities = trial.backend.kernel.capabilities
+    capabilities = trial.backend.kernel.capabilities_on(trial.device.type)
     backward = name in _BACKWARD or name.startswith("d_")
-    return capabilities.repeatable and (
-        capabilities.repeatable_backward or not backward
-    )
+    return capabilities.repeatable and (capabilities.repeatable_backward or not backward)
 
 
 def inputs_intact(trial: Trial) -> Iterator[Symptom]:
     """Inputs, weights, metadata and the guard margins around them keep their bits."""
-    for what in dict.fromkeys(
-        what for observation in trial.observations for what in observation.changed
-    ):
+    for what in dict.fromkeys(what for observation in trial.observations for what in observation.changed):
         yield InputsChanged("inputs_intact", what, "its bits changed")
 
 

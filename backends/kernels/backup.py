@@ -23,25 +23,16 @@ class Backup(Kernel):
     )
 
     def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        metadata: VarlenMetadata,
-        options: AttentionOptions,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
     ) -> Attended:
         tokens_q, heads, head_dim = q.shape
         kv_heads = k.shape[1]
         group = heads // kv_heads
         # [kv_heads, tokens_q * group, d]: the group's heads ride along as rows, so K/V need no expansion.
-        grouped = (
-            q.unflatten(1, (kv_heads, group))
-            .transpose(0, 1)
-            .reshape(kv_heads, tokens_q * group, head_dim)
+        grouped = q.unflatten(1, (kv_heads, group)).transpose(0, 1).reshape(kv_heads, tokens_q * group, head_dim)
+        scores = torch.baddbmm(q.new_zeros(()), grouped, k.permute(1, 2, 0), beta=0, alpha=options.scale).view(
+            kv_heads, tokens_q, group, len(k)
         )
-        scores = torch.baddbmm(
-            q.new_zeros(()), grouped, k.permute(1, 2, 0), beta=0, alpha=options.scale
-        ).view(kv_heads, tokens_q, group, len(k))
         mask = metadata.allowed(options.effective_window)[:, None, :]
         weights = scores.float()
         if options.softcap:
@@ -50,11 +41,7 @@ class Backup(Kernel):
         weights = torch.where(mask, weights, torch.finfo(torch.float32).min).softmax(-1)
         weights = torch.where(mask, weights, 0.0).to(q.dtype)
         out = torch.bmm(weights.flatten(1, 2), v.transpose(0, 1))
-        return Attended(
-            out.view(kv_heads, tokens_q, group, head_dim).transpose(0, 1).flatten(1, 2),
-            None,
-            "baddbmm",
-        )
+        return Attended(out.view(kv_heads, tokens_q, group, head_dim).transpose(0, 1).flatten(1, 2), None, "baddbmm")
 
 
 KERNEL = Backup()

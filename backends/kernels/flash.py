@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 
-from backends.kernel import (
-    HALF_DTYPES,
-    Attended,
-    AttentionOptions,
-    Capabilities,
-    Kernel,
-)
+from backends.flash2 import ALIGNED_MEMORIES, decoding_limit
+from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel
 from backends.metadata import VarlenMetadata
+from reference.case import Case
 from reference.profile import Profile
 
 
@@ -25,10 +22,14 @@ class Flash(Kernel):
         devices=("cuda",),
         dtypes=HALF_DTYPES,
         max_head_dim=256,
+        memories=ALIGNED_MEMORIES,
         repeatable_backward=False,
         covers_all_rows=False,
     )
     profile = Profile(tanh_error=2.0**-11)
+
+    def limit(self, case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str | None:
+        return decoding_limit(case, calls)
 
     def why_unavailable(self, device: str) -> str | None:
         if reason := super().why_unavailable(device):
@@ -38,12 +39,7 @@ class Flash(Kernel):
         return None
 
     def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        metadata: VarlenMetadata,
-        options: AttentionOptions,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
     ) -> Attended:
         from flash_attn import flash_attn_varlen_func
 

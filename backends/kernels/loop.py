@@ -16,12 +16,7 @@ class LoopKernel(Kernel):
     capabilities = Capabilities(covers_all_rows=False)
 
     def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        metadata: VarlenMetadata,
-        options: AttentionOptions,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
     ) -> Attended:
         out, lse = attend(Loop(), q, k, v, metadata, options)
         return Attended(out, lse, "loop")

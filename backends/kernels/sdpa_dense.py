@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from backends.flash2 import ALIGNED_MEMORIES
 from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from backends.metadata import VarlenMetadata
 from reference.profile import Profile
 
 
 def dense_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    metadata: VarlenMetadata,
-    options: AttentionOptions,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
 ) -> torch.Tensor:
     """SDPA with a mask; K/V are expanded to the query heads, since torch's fused kernels need equal heads."""
     group = q.shape[1] // k.shape[1]
@@ -34,16 +31,17 @@ class SdpaDense(Kernel):
     """Whatever kernel torch's dispatcher picks for an explicit mask."""
 
     name = "sdpa_dense"
-    capabilities = Capabilities(softcap=False, queries_without_keys=False)
+    capabilities = Capabilities(
+        softcap=False,
+        queries_without_keys=False,
+        # The fused kernels of CUDA fault on base pointers off 16-byte alignment, and add up dQ in no fixed order.
+        memories=ALIGNED_MEMORIES,
+        repeatable_backward=False,
+    )
     profile = Profile(expands_kv=True)
 
     def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        metadata: VarlenMetadata,
-        options: AttentionOptions,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
     ) -> Attended:
         return Attended(dense_attention(q, k, v, metadata, options), None, "dense")
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
+from backends.flash2 import ALIGNED_MEMORIES
 from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from backends.kernels.sdpa_dense import dense_attention
 from backends.metadata import VarlenMetadata
 from reference.profile import Profile
 
 
-def _jagged(
-    x: torch.Tensor, cu_seqlens: torch.Tensor, shortest: int, longest: int
-) -> torch.Tensor:
+def _jagged(x: torch.Tensor, cu_seqlens: torch.Tensor, shortest: int, longest: int) -> torch.Tensor:
     """``[tokens, heads, d]`` to jagged ``[documents, heads, *, d]``; given lengths spare a host sync."""
-    # Jagged tensors take int64 offsets only.
+    # Jagged tensors take int64 offsets only, and their fused kernels contiguous values only.
     jagged = torch.nested.nested_tensor_from_jagged(
-        x, cu_seqlens.long(), min_seqlen=shortest, max_seqlen=longest
+        x.contiguous(), cu_seqlens.long(), min_seqlen=shortest, max_seqlen=longest
     )
     return jagged.transpose(1, 2)
 
@@ -35,27 +36,31 @@ _UNFUSED = Profile(
 class SdpaNested(Kernel):
     """Jagged SDPA, with the dense mask wherever its causal mask does not fit.
 
-    ``is_causal`` on jagged tensors is top-left in the memory-efficient kernel, so a document with more keys than queries
-    needs the explicit mask. On CPU jagged tensors have no causal mask at all.
+    ``is_causal`` on jagged tensors is top-left in the memory-efficient kernel, so a document with more keys than
+    queries needs the explicit mask. On CPU jagged tensors have no causal mask at all.
     """
 
     name = "sdpa_nested"
     capabilities = Capabilities(
-        softcap=False, window=False, queries_without_keys=False, empty_documents=False
+        softcap=False,
+        window=False,
+        queries_without_keys=False,
+        empty_documents=False,
+        memories=ALIGNED_MEMORIES,
+        repeatable_backward=False,
     )
     profile = Profile(expands_kv=True)
+
+    def capabilities_on(self, device: str) -> Capabilities:
+        # The fused kernels behind jagged tensors want rows of whole 16 bytes.
+        return dataclasses.replace(self.capabilities, head_dim_multiple=8) if device == "cuda" else self.capabilities
 
     def profile_on(self, device: str) -> Profile:
         # On CPU jagged tensors take the unfused composition, every step of it in the storage dtype.
         return _UNFUSED if device == "cpu" else self.profile
 
     def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        metadata: VarlenMetadata,
-        options: AttentionOptions,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
     ) -> Attended:
         if options.causal and (metadata.straddling or q.device.type == "cpu"):
             return Attended(dense_attention(q, k, v, metadata, options), None, "dense")

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from backends.kernel import (
-    HALF_DTYPES,
-    Attended,
-    AttentionOptions,
-    Capabilities,
-    Kernel,
-)
+from backends.flash2 import ALIGNED_MEMORIES, decoding_limit
+from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel
 from backends.metadata import VarlenMetadata
+from reference.case import Case
 
 
 class TorchVarlen(Kernel):
@@ -25,10 +23,15 @@ class TorchVarlen(Kernel):
         devices=("cuda",),
         dtypes=HALF_DTYPES,
         max_head_dim=256,
+        head_dim_multiple=8,
         softcap=False,
+        memories=ALIGNED_MEMORIES,
         repeatable_backward=False,
         covers_all_rows=False,
     )
+
+    def limit(self, case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str | None:
+        return decoding_limit(case, calls)
 
     def why_unavailable(self, device: str) -> str | None:
         if reason := super().why_unavailable(device):
@@ -38,20 +41,13 @@ class TorchVarlen(Kernel):
         return None
 
     def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        metadata: VarlenMetadata,
-        options: AttentionOptions,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
     ) -> Attended:
         from torch.nn.attention.varlen import varlen_attn
 
         # Newer releases ask for grouped heads explicitly; older ones take them as they are.
-        grouped = (
-            {"enable_gqa": True}
-            if "enable_gqa" in inspect.signature(varlen_attn).parameters
-            else {}
+        grouped: dict[str, Any] = (
+            {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
         )
         out = varlen_attn(
             q,
@@ -65,6 +61,7 @@ class TorchVarlen(Kernel):
             window_size=options.effective_window,
             **grouped,
         )
+        assert isinstance(out, torch.Tensor)
         return Attended(out, None, "varlen_attn")
 
 

@@ -1,0 +1,21 @@
+"""Limits that every build of FlashAttention 2 shares, the one inside torch included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from reference.case import Case
+
+ALIGNED_MEMORIES: Final = ("contiguous", "fused", "head_major", "sliced")
+"""Base pointers off 16-byte alignment end in a misaligned-address fault that takes the CUDA context with it."""
+
+
+def decoding_limit(case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str | None:
+    """The grouped-heads shortcut for decoding takes every call whose longest document has one query for a decoding
+    batch, one query per document, and reshapes q accordingly; empty documents break that."""
+    if case.heads > case.kv_heads:
+        for call in calls:
+            if max(q for q, _ in call) == 1 and any(q == 0 for q, _ in call):
+                return "calls of single-query documents with some that have no query, under grouped heads"
+    return None
