@@ -22,12 +22,16 @@ class Seed:
     name: str
     case: Case
     about: str = ""
-    convicts: tuple[str, ...] = ()
+    convicts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Backends that must fail it, by ``cpu`` and ``cuda``."""
 
     def to_json(self) -> str:
-        """The content of its file."""
-        data: dict[str, Any] = {"about": self.about, "convicts": list(self.convicts), "case": self.case.to_dict()}
-        return json.dumps(data, indent=2) + "\n"
+        """The content of its file: one line per entry."""
+        entries: dict[str, Any] = {"about": self.about, "case": self.case.to_dict()}
+        if self.convicts:
+            entries["convicts"] = {device: list(names) for device, names in self.convicts.items()}
+        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items())
+        return f"{{\n{lines}\n}}\n"
 
 
 def read_seed(path: Path) -> Seed:
@@ -44,11 +48,20 @@ def read_seed(path: Path) -> Seed:
         raise CaseError(f"{path} is not valid JSON: {error}") from None
     try:
         if isinstance(data, Mapping) and "case" in data:
-            convicts = data.get("convicts") or ([data["backend"]] if "backend" in data else [])
-            return Seed(path.stem, Case.from_dict(data["case"]), str(data.get("about", "")), tuple(convicts))
+            return Seed(path.stem, Case.from_dict(data["case"]), str(data.get("about", "")), _convicts(data))
         return Seed(path.stem, Case.from_dict(data))
     except CaseError as error:
         raise CaseError(f"{path}: {error}") from None
+
+
+def _convicts(data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Who must fail: a seed's own list, or the backend of a stored finding."""
+    if "backend" in data and "device" in data:
+        return {str(data["device"]).partition(":")[0]: (str(data["backend"]),)}
+    convicts = data.get("convicts", {})
+    if not isinstance(convicts, Mapping) or not all(isinstance(names, list) for names in convicts.values()):
+        raise CaseError('convicts must name backends by device, as in {"cpu": ["legacy:loop"]}')
+    return {str(device): tuple(map(str, names)) for device, names in convicts.items()}
 
 
 def regression_seeds(folder: Path = REGRESSIONS) -> tuple[Seed, ...]:
@@ -69,4 +82,5 @@ def find_seed(name: str, store: Path) -> Seed:
     if (REGRESSIONS / f"{name}.json").is_file():
         return read_seed(REGRESSIONS / f"{name}.json")
     finding = Store(store).load(name)
-    return Seed(name, finding.case, "; ".join(finding.messages[:1]), (finding.backend,))
+    device = finding.device.partition(":")[0]
+    return Seed(name, finding.case, "; ".join(finding.messages[:1]), {device: (finding.backend,)})

@@ -137,6 +137,7 @@ def campaign_dict(outcome: Outcome, device: str, seed: int) -> dict[str, Any]:
                 "by_kind": dict(sorted(tally.by_kind.items())),
                 "paths": tally.paths,
                 "worst_z": {key: round(z, 3) for key, z in sorted(tally.worst_z.items())},
+                "worst_case": {key: json.loads(tally.worst_case[key]) for key in sorted(tally.worst_z)},
             }
             for name, tally in outcome.tallies.items()
         },
@@ -228,7 +229,7 @@ def replay(
     """Run one saved case and show every check's verdict. Default backends: a finding's own, else all available."""
     where = _device(device)
     seed = find_seed(case, store)
-    own = [name for name in seed.convicts if backend is None]
+    own = seed.convicts.get(where.partition(":")[0], ())
     names = tuple(dict.fromkeys(backend or own or available_backends(where)))
     require_available(names, where)
     set_up_process(where)
@@ -270,12 +271,14 @@ def save(
     name: Annotated[str, typer.Argument(help="Name of the regression seed.")],
     about: Annotated[str, typer.Option(help="Why it is kept.")] = "",
     convict: Annotated[list[str] | None, typer.Option(help="Backend that must fail it; repeat for several.")] = None,
+    device: DeviceOption = None,
     folder: Annotated[Path, typer.Option(help="Folder of regression seeds.")] = REGRESSIONS,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Keep a failing case as a regression seed, which the test suite collects by itself."""
     found = Seed(name, Case.from_json(case)) if case.lstrip().startswith("{") else find_seed(case, store)
-    seed = Seed(name, found.case, about or found.about, tuple(convict or found.convicts))
+    convicts = {_device(device).partition(":")[0]: tuple(convict)} if convict else found.convicts
+    seed = Seed(name, found.case, about or found.about, convicts)
     target = folder / f"{name}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -171,19 +171,21 @@ def layer_cases(draw: st.DrawFn, domain: Domain) -> Case:
     packed = [*lengths, padding] if padding else lengths
     chosen = draw(options(domain, "layer", packed))
     width = int(chosen["heads"]) * int(chosen["head_dim"])  # type: ignore[call-overload]
+    # A selection narrower than the heads would repeat channels, whose roundings then agree.
+    weights = draw(st.sampled_from(["gaussian", "selection"]))
     norm = st.sampled_from(["none", "rms"])
     even = int(chosen["head_dim"]) % 2 == 0  # type: ignore[call-overload]
     return Case(
         lengths=tuple(lengths),
         padding=padding,
         cuts=draw(cut_points(packed, causal=bool(chosen["causal"]))),
-        hidden=draw(st.sampled_from([16, 8, min(width, 512)])),
+        hidden=width if weights == "selection" else draw(st.sampled_from([16, 8, max(4, min(width, 512))])),
         query_norm=draw(norm),
         key_norm=draw(norm),
         value_norm=draw(norm),
         shared_key_value=draw(st.booleans()),
         rotary=draw(st.sampled_from(["none", "default", "proportional"])) if even else "none",
-        weights=draw(st.sampled_from(["gaussian", "selection"])),
+        weights=weights,
         capacity=draw(st.sampled_from([0, 0, 1, 17])),
         **chosen,  # type: ignore[arg-type]
     )

@@ -145,6 +145,6 @@ WRONG_TENSOR: dict[str, type[Symptom]] = {
 }
 
 
-def wrong(tensor: str) -> type[Symptom]:
+def wrong_tensor(tensor: str) -> type[Symptom]:
     """The symptom of a tensor outside its budget."""
     return WRONG_TENSOR.get(tensor, WrongParameterGradient)

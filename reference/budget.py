@@ -99,18 +99,24 @@ def attention_variances(
         raw = raw + 2 * ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[dtype] ** 2 * products
     if profile.rounds_scores:
         raw = raw + rvar(scores)
+    raw = raw + profile.exp_error**2
     vs = raw
     if softcap:
         vs = slope.square() * raw + (a2 + profile.tanh_error**2) * softcap**2 * (1 - slope)
     w = p2 * vs
     # A row's normaliser moves with all its scores: the relative error that its probabilities have in common.
     shared = w.sum(-1, keepdim=True)
+    lse = result.lse.masked_fill(~result.lse.isfinite(), 0.0)
+    # A backward that recomputes P from the stored float32 LSE scales each row by that LSE's rounding.
+    stored_lse = a2 * lse.square()[..., None] / 16
     rp = rvar(p)
     # sum_j w (v - o)^2, multiplied out; the difference of squares cannot go below zero by more than its own rounding.
     spread = w @ v2 - 2 * out * (w @ v) + out.square() * shared
     var_out = rp @ v2 + spread.clamp_min(0) + a2 * (p @ v2) + rvar(out)
+    if profile.normalises_by_lse:
+        var_out = var_out + stored_lse * out.square()
+    shared = shared + stored_lse
     # Stored LSE: the error of its scores, and of a float32 logarithm and sum.
-    lse = result.lse.masked_fill(~result.lse.isfinite(), 0.0)
     var_lse = shared[..., 0] + a2 * (1 + lse.square())
 
     dp = dout @ v.transpose(-1, -2)

@@ -40,5 +40,9 @@ class Profile:
     """The backward uses P as stored in the dtype rather than recomputing it in float32."""
     expands_kv: bool = False
     """K/V are repeated over their group: every query head's dK and dV are rounded before they are summed."""
+    normalises_by_lse: bool = False
+    """P = exp(s - lse) in the forward too, so that the rounding of lse scales the whole output row."""
+    exp_error: float = 0.0
+    """Largest relative error of the exponential, where it is above the accumulation error."""
     tanh_error: float = 0.0
     """Largest relative error of the tanh behind softcap (2**-11 for the hardware approximation)."""

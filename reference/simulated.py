@@ -43,15 +43,22 @@ class SimulatedAttention:
         self.k, self.v = (attention.expand_heads(x.transpose(1, 2), self.group) for x in (k, v))
         mask = attention.allowed_keys(span.length, span.length, case.effective_window, q.device)
         scores, self.slope = self._scores()
-        self.probabilities, _ = attention.softmax_rows(scores, mask)
-        self.stored = arithmetic.store(self.probabilities)
+        probabilities, lse = attention.softmax_rows(scores, mask)
+        # The float32 LSE that rows are normalised by, at least in the backward.
+        finite = lse[0].masked_fill(~lse[0].isfinite(), 0.0)
+        scaled = (
+            probabilities * arithmetic.perturb(torch.ones_like(lse), ACCUMULATION**2 * finite.square() / 16)[..., None]
+        )
+        self.probabilities = scaled
+        self.stored = arithmetic.store(scaled)
+        self.stored_forward = self.stored if profile.normalises_by_lse else arithmetic.store(probabilities)
 
     def _scores(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Capped scores and their slope; forward and backward compute the same ones, errors included."""
         case, profile, arithmetic = self.case, self.profile, self.arithmetic
         scores = case.softmax_scale * (self.q @ self.k.transpose(-1, -2))
         products = case.softmax_scale**2 * (self.q[0].square() @ self.k[0].square().transpose(-1, -2))
-        variance = ACCUMULATION**2 * (products + 1 + scores[0].square() / 16)
+        variance = ACCUMULATION**2 * (products + 1 + scores[0].square() / 16) + profile.exp_error**2
         if profile.scales_inputs:
             variance = variance + 2 * ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[case.dtype] ** 2 * products
         if profile.rounds_scores:
@@ -65,7 +72,7 @@ class SimulatedAttention:
 
     def forward(self) -> torch.Tensor:
         """Output ``[samples, tokens, heads, d]``, not yet stored."""
-        out = self.stored @ self.v
+        out = self.stored_forward @ self.v
         squares = self.probabilities[0] @ self.v[0].square()
         return self.arithmetic.accumulate(out, squares).transpose(1, 2)
 

@@ -44,6 +44,8 @@ class Tally:
     """Cases by ``level dtype``."""
     worst_z: dict[str, float] = dataclasses.field(default_factory=dict)
     """Largest error of clean cases in budget standard deviations, by ``level dtype tensor``."""
+    worst_case: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The case, as JSON, in which each of those was seen."""
     paths: dict[str, int] = dataclasses.field(default_factory=dict)
     """Cases by implementation that ran."""
 
@@ -56,7 +58,8 @@ class Tally:
             for key, count in theirs.items():
                 mine[key] = mine.get(key, 0) + count
         for key, z in other.worst_z.items():
-            self.worst_z[key] = max(z, self.worst_z.get(key, 0.0))
+            if z > self.worst_z.get(key, -1.0):
+                self.worst_z[key], self.worst_case[key] = z, other.worst_case[key]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -91,6 +92,9 @@ class Pool:
         self._limit = workers
         self._on_progress, self._on_finding = on_progress, on_finding
         self._context = multiprocessing.get_context("spawn")
+        # glibc returns large blocks to the system at once, and faulting them in again costs more than the reference.
+        os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
+        os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 30))
         self._running: list[_Worker] = []
         self._done: list[_Worker] = []
         self._findings: dict[tuple[str, str], Finding] = {}

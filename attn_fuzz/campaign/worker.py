@@ -97,7 +97,8 @@ class _Hunt:
         if not verdict.symptoms:
             for name, z in verdict.worst_z.items():
                 key = f"{kind} {name}"
-                tally.worst_z[key] = max(z, tally.worst_z.get(key, 0.0))
+                if z > tally.worst_z.get(key, -1.0):
+                    tally.worst_z[key], tally.worst_case[key] = z, case.to_json()
         if time.monotonic() - self.last_sent > _PROGRESS_EVERY:
             self.last_sent = time.monotonic()
             self.send(Progress(copy.deepcopy(tally)))

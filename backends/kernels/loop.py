@@ -7,6 +7,7 @@ import torch
 from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from backends.loop import Loop, attend
 from backends.metadata import VarlenMetadata
+from reference.profile import Profile
 
 
 class LoopKernel(Kernel):
@@ -14,6 +15,7 @@ class LoopKernel(Kernel):
 
     name = "loop"
     capabilities = Capabilities(covers_all_rows=False)
+    profile = Profile(normalises_by_lse=True)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 
 from backends.flash2 import ALIGNED_MEMORIES
 from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from backends.metadata import VarlenMetadata
 from reference.profile import Profile
+
+CPU_EXP_ERROR: Final = 20 * 2.0**-23
+"""torch's flash attention for CPUs uses a vectorised exponential good to 20 units in the last place."""
 
 
 def dense_attention(
@@ -38,7 +43,7 @@ class SdpaDense(Kernel):
         memories=ALIGNED_MEMORIES,
         repeatable_backward=False,
     )
-    profile = Profile(expands_kv=True)
+    profile = Profile(expands_kv=True, exp_error=CPU_EXP_ERROR)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions

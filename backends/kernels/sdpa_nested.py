@@ -8,7 +8,7 @@ import torch
 
 from backends.flash2 import ALIGNED_MEMORIES
 from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
-from backends.kernels.sdpa_dense import dense_attention
+from backends.kernels.sdpa_dense import CPU_EXP_ERROR, dense_attention
 from backends.metadata import VarlenMetadata
 from reference.profile import Profile
 
@@ -16,9 +16,11 @@ from reference.profile import Profile
 def _jagged(x: torch.Tensor, cu_seqlens: torch.Tensor, shortest: int, longest: int) -> torch.Tensor:
     """``[tokens, heads, d]`` to jagged ``[documents, heads, *, d]``; given lengths spare a host sync."""
     # Jagged tensors take int64 offsets only, and their fused kernels contiguous values only.
-    jagged = torch.nested.nested_tensor_from_jagged(
-        x.contiguous(), cu_seqlens.long(), min_seqlen=shortest, max_seqlen=longest
-    )
+    x = x.contiguous()
+    if x.untyped_storage().nbytes() != x.nbytes:
+        # On CPU jagged values are read from the start of their storage, whatever their offset (seen in torch 2.13).
+        x = x.clone()
+    jagged = torch.nested.nested_tensor_from_jagged(x, cu_seqlens.long(), min_seqlen=shortest, max_seqlen=longest)
     return jagged.transpose(1, 2)
 
 
@@ -30,6 +32,7 @@ _UNFUSED = Profile(
     delta_from_probabilities=True,
     stores_probabilities=True,
     expands_kv=True,
+    exp_error=CPU_EXP_ERROR,
 )
 
 
@@ -75,7 +78,9 @@ class SdpaNested(Kernel):
             is_causal=options.causal,
             scale=options.scale,
         )
-        return Attended(out.transpose(1, 2).values(), None, "nested")
+        values = out.transpose(1, 2).values()
+        # The gradient becomes jagged values too: on CPU it must not be a view, so a product hands on a fresh one.
+        return Attended(values * 1 if q.device.type == "cpu" else values, None, "nested")
 
 
 KERNEL = SdpaNested()
