@@ -159,6 +159,7 @@ def run(
     poison: Annotated[
         list[str] | None, typer.Option(help="nan, finite, or none for memory as it comes. Default: nan and finite.")
     ] = None,
+    first: Annotated[bool, typer.Option("--first", help="Stop each backend at its first finding.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes at a time.")] = None,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
@@ -186,6 +187,7 @@ def run(
         levels=levels,
         dtypes=dtypes,
         poisons=poisons,
+        stop_at_first=first,
     )
     unstored: list[StoreError] = []
     with _Screen(names, assignments[0].seconds, cases) as screen:

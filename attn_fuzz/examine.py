@@ -60,7 +60,15 @@ def examine(case: Case, backend: Backend, device: torch.device | str, poisons: S
         for check in CHECKS:
             yield from check(trial)
 
-    found = sorted(symptoms(), key=lambda symptom: symptom.rank)
+    try:
+        found = sorted(symptoms(), key=lambda symptom: symptom.rank)
+    except Symptom:
+        raise
+    except RuntimeError as error:
+        # The second value seed runs while the checks do, and a backend may fall over that one only.
+        if _is_out_of_memory(error):
+            raise
+        found = [Crashed("runs", "call", f"{type(error).__name__}: {_one_line(error)}")]
     return Verdict(tuple(found), worst_errors(trial), frozenset().union(*(o.paths for o in observations)))
 
 

@@ -66,7 +66,10 @@ def run_kernel(backend: Backend, case: Case, inputs: Inputs, poison: str, device
     observation = Observation(poison, {"out": attended.out.detach()}, paths=frozenset({attended.path}))
     observation.results |= dict(zip(("dq", "dk", "dv"), gradients, strict=True))
     if attended.lse is not None:
-        observation.results["lse"] = attended.lse.detach().T
+        lse = attended.lse.detach().T
+        convention = backend.kernel.capabilities_on(device.type).lse_of_blind_rows
+        # In this project's convention; a finite sentinel stays what it is, and wrong.
+        observation.results["lse"] = torch.where(lse == convention, -torch.inf, lse)
     observation.changed += [f"{what} of {name}" for name, item in placed.items() if (what := item.changed())]
     observation.changed += [name for name, tensor in sums.items() if not torch.equal(tensor, sums_before[name])]
     return _on_cpu(observation)
@@ -122,15 +125,18 @@ def run_layer(backend: Backend, case: Case, inputs: LayerInputs, poison: str, de
         outputs, gradients = [], []
         buffer, buffer_gradient = _Watch(("k", "v")), _Watch(("dk", "dv"))
         buffer.note(layer.key_value())
+        buffer_gradient.note(layer.key_value_gradients())
         for part in parts:
             outputs.append(layer.forward(x[slice(*part)], *part))
-            observation.strays += buffer.compare(layer.key_value(), f"forward of {list(part)}", *part)
-        buffer_gradient.note(layer.key_value_gradients())
+            step = f"forward of {list(part)}"
+            observation.strays += buffer.compare(layer.key_value(), step, *part)
+            observation.strays += buffer_gradient.compare(layer.key_value_gradients(), step, 0, 0)
         for part in reversed(parts):
             gradients.append(layer.backward(dout[slice(*part)]))
             extent = active_extent(case.packed_lengths, part)
             step = f"backward of {list(part)}"
             observation.strays += buffer_gradient.compare(layer.key_value_gradients(), step, *extent)
+            observation.strays += buffer.compare(layer.key_value(), step, 0, 0)
     observation.results |= {"out": torch.cat(outputs).detach(), "dx": torch.cat(gradients[::-1]).detach()}
     for names, tensors in ((("k", "v"), layer.key_value()), (("dk", "dv"), layer.key_value_gradients())):
         if tensors is not None:
@@ -145,4 +151,8 @@ def run_layer(backend: Backend, case: Case, inputs: LayerInputs, poison: str, de
 
 def differing(first: Observation, second: Observation) -> list[str]:
     """Names of results whose bits differ between two runs of the same case."""
-    return [name for name, value in first.results.items() if not same_bits(value, second.results[name])]
+    return [
+        name
+        for name, value in first.results.items()
+        if name in second.results and not same_bits(value, second.results[name])
+    ]

@@ -20,7 +20,7 @@ FINITE_BYTE: Final = 0x5A
 """As fp16 203, as bf16 and fp32 1.5e16: conspicuous in each, and no product of two overflows float32."""
 
 # Sizes that together reach into every bin of the CUDA caching allocator that a narrow case uses (512 B to 20 MiB).
-_PRIMED: Final = (*((1 << exponent, 24) for exponent in range(9, 20)), (1 << 20, 16), (20 << 20, 2))
+_PRIMED: Final = (*((1 << exponent, 8) for exponent in range(9, 20)), (1 << 20, 16), (20 << 20, 2))
 
 _ALLOCATIONS: Final = frozenset(
     {

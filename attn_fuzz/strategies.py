@@ -32,6 +32,7 @@ _MAX_DRAWN_TOKENS = 700
 _MAX_SCORES = {"kernel": 1 << 17, "layer": 1 << 14}
 # And this what projections cost: tokens * heads * head_dim.
 _MAX_CHANNELS = {"kernel": 1 << 17, "layer": 1 << 15}
+_MAX_SELECTION = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,14 +173,14 @@ def layer_cases(draw: st.DrawFn, domain: Domain) -> Case:
     chosen = draw(options(domain, "layer", packed))
     width = int(chosen["heads"]) * int(chosen["head_dim"])  # type: ignore[call-overload]
     # A selection narrower than the heads would repeat channels, whose roundings then agree.
-    weights = draw(st.sampled_from(["gaussian", "selection"]))
+    weights = draw(st.sampled_from(["gaussian", "selection"])) if width <= _MAX_SELECTION else "gaussian"
     norm = st.sampled_from(["none", "rms"])
     even = int(chosen["head_dim"]) % 2 == 0  # type: ignore[call-overload]
     return Case(
         lengths=tuple(lengths),
         padding=padding,
         cuts=draw(cut_points(packed, causal=bool(chosen["causal"]))),
-        hidden=width if weights == "selection" else draw(st.sampled_from([16, 8, max(4, min(width, 512))])),
+        hidden=width if weights == "selection" else draw(st.sampled_from([16, 8, max(4, min(width, 64))])),
         query_norm=draw(norm),
         key_norm=draw(norm),
         value_norm=draw(norm),

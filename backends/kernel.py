@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Final, NamedTuple
 
@@ -50,6 +51,8 @@ class Capabilities:
     """Documents with keys and no queries; their dK and dV are zero."""
     memories: tuple[str, ...] = ("contiguous", "fused", "head_major", "sliced", "misaligned")
     """Memory layouts (reference/memory.py) that the kernel takes."""
+    lse_of_blind_rows: float = -math.inf
+    """The LSE of rows that see no key: -inf by definition, +inf by some kernels' convention."""
     repeatable: bool = True
     """The same call twice gives the same bits, forward and backward."""
     repeatable_backward: bool = True
@@ -65,7 +68,8 @@ class Capabilities:
             pairs: (queries, keys) of every document of every call that the case makes.
         """
         left, right = case.window
-        blind = any(q > 0 and (k == 0 or (case.effective_window[1] == 0 and q > k)) for q, k in pairs)
+        right_bound = case.effective_window[1]
+        blind = any(q > 0 and (k == 0 or 0 <= right_bound < q - k) for q, k in pairs)
         rules = (
             (device in self.devices, f"device {device}"),
             (case.dtype in self.dtypes, f"dtype {case.dtype}"),

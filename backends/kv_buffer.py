@@ -70,7 +70,7 @@ class KeyValueBuffer:
         Raises:
             ValueError: when they are not, or the buffer is full.
         """
-        if begin != self.frontier or end > len(self.k):
+        if begin != self.frontier or not begin <= end <= len(self.k):
             raise ValueError(
                 f"rows [{begin}, {end}) do not continue a buffer filled to {self.frontier} of {len(self.k)}"
             )

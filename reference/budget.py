@@ -49,12 +49,13 @@ def rounding_variance(x: torch.Tensor, dtype: str) -> torch.Tensor:
     return torch.where(magnitude == 0, torch.zeros_like(x), stored)
 
 
-def stored_ds_variance(ds: torch.Tensor, scale: float, dtype: str) -> torch.Tensor:
-    """The error of storing dS, which some kernels do after they have multiplied it by the scale.
+def stored_ds_variance(ds: torch.Tensor, scale: float, softcap: float, dtype: str) -> torch.Tensor:
+    """The error of storing dS, which kernels do before or after they have multiplied it by the scale or scale / cap.
 
-    For normal numbers that makes no difference; a subnormal ``scale * dS`` keeps fewer digits.
+    For normal numbers that makes no difference; a subnormal product keeps fewer digits.
     """
-    return torch.maximum(rounding_variance(ds, dtype), rounding_variance(scale * ds, dtype) / scale**2)
+    factor = min(1.0, abs(scale), abs(scale / softcap) if softcap else 1.0)
+    return rounding_variance(factor * ds, dtype) / factor**2
 
 
 def attention_variances(
@@ -138,7 +139,9 @@ def attention_variances(
     slope2 = slope.square()
     # float32 storage of D and dP - D: cancellation leaves a share of their own size even where dS is 0.
     cancelled = a2 * p2 * (dp.square() + delta.square())
-    var_ds = stored_ds_variance(ds, scale, dtype) + slope2 * (w * (dp - delta).square() + p2 * var_dp + cancelled)
+    var_ds = stored_ds_variance(ds, scale, softcap, dtype) + slope2 * (
+        w * (dp - delta).square() + p2 * var_dp + cancelled
+    )
     if profile.stores_probabilities:
         var_ds = var_ds + slope2 * rp * (dp - delta).square()
     if softcap:

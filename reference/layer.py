@@ -13,10 +13,11 @@ import torch
 
 from reference.answer import Expected
 from reference.arithmetic import SAMPLES, Arithmetic
+from reference.budget import rounding_variance
 from reference.case import Case
 from reference.layout import document_spans, micro_sequences
-from reference.profile import Profile
-from reference.simulated import SimulatedAttention
+from reference.profile import ACCUMULATION, Profile
+from reference.simulated import SimulatedAttention, sum_of
 from reference.values import draw
 from reference.weights import NORM_EPSILON, layer_weights
 
@@ -71,6 +72,7 @@ class _Layer:
         positions = torch.cat([torch.arange(span.length, device=device) for span in self.spans])
         self.angles = rotary_angles(case, positions)
         self.gradients: dict[str, torch.Tensor] = {}
+        self.own_variance: dict[str, torch.Tensor | int] = {}
 
     # Projections.
 
@@ -89,18 +91,25 @@ class _Layer:
         """``dy @ weight``, not yet stored."""
         return self.arithmetic.accumulate(dy @ weight, dy[0].square() @ weight[0].square())
 
-    def sum_over_parts(self, name: str, terms: list[torch.Tensor]) -> None:
-        """A parameter gradient: each micro-sequence's is stored, their sum is float32."""
-        self.gradients[name] = torch.stack([self.arithmetic.store(term) for term in terms]).sum(0)
+    def sum_over_parts(self, name: str, terms: list[torch.Tensor], squares: list[torch.Tensor]) -> None:
+        """A parameter gradient: each micro-sequence's is stored, their sum is float32.
+
+        Nothing is computed from it, so that its own roundings need no samples: their variances are known.
+        """
+        self.gradients[name] = sum_of(terms)
+        self.own_variance[name] = sum(
+            rounding_variance(term[0], self.case.dtype) + ACCUMULATION**2 * square
+            for term, square in zip(terms, squares, strict=True)
+        )
 
     def weight_gradient(self, name: str, dy: torch.Tensor, x: torch.Tensor) -> None:
         """``dy.T @ x`` per micro-sequence."""
-        terms = []
+        terms, squares = [], []
         for part in self.parts:
             dy_part, x_part = dy[:, slice(*part)].transpose(-1, -2), x[:, slice(*part)]
-            squares = dy_part[0].square() @ x_part[0].square()
-            terms.append(self.arithmetic.accumulate(dy_part @ x_part, squares))
-        self.sum_over_parts(name, terms)
+            terms.append(dy_part @ x_part)
+            squares.append(dy_part[0].square() @ x_part[0].square())
+        self.sum_over_parts(name, terms, squares)
 
     # Norms over head channels, [..., tokens, heads, d].
 
@@ -119,9 +128,7 @@ class _Layer:
         product = dy * normed
         terms = [product[:, slice(*part)].sum((1, 2)) for part in self.parts]
         squares = [product[0, slice(*part)].square().sum((0, 1)) for part in self.parts]
-        self.sum_over_parts(
-            name, [self.arithmetic.accumulate(term, square) for term, square in zip(terms, squares, strict=True)]
-        )
+        self.sum_over_parts(name, terms, squares)
         g = dy * self.weights[name]
         dx = r * (g - normed * (g * normed).mean(-1, keepdim=True))
         # The two terms may cancel; each carries float32's relative error.
@@ -176,11 +183,14 @@ class _Layer:
         dx_kv = arithmetic.store(self.project_back(dkv0.flatten(-2), self.weights["key_value"]))
         results = {"out": (out, True), "k": (k, True), "v": (v, True), "dk": (dk, False), "dv": (dv, False)}
         results |= {"dx": (dx_q + dx_kv, True)}
-        results |= {f"d_{name}": (gradient, False) for name, gradient in self.gradients.items()}
-        return {
+        expected = {
             name: Expected(result[0], arithmetic.variance(result, stored=stored))
             for name, (result, stored) in results.items()
         }
+        for name, gradient in self.gradients.items():
+            variance = arithmetic.variance(gradient, stored=False) + self.own_variance[name]
+            expected[f"d_{name}"] = Expected(gradient[0], variance)
+        return expected
 
 
 def layer_answer(case: Case, inputs: LayerInputs, profile: Profile, samples: int = SAMPLES) -> dict[str, Expected]:

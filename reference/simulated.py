@@ -94,7 +94,8 @@ class SimulatedAttention:
         delta = arithmetic.accumulate(delta, terms[0].square().sum(-1, keepdim=True))
         difference = arithmetic.accumulate(dp - delta, dp[0].square() + delta[0].square())
         ds = p * difference * self.slope
-        return arithmetic.perturb(ds, stored_ds_variance(ds[0], self.case.softmax_scale, self.case.dtype))
+        case = self.case
+        return arithmetic.perturb(ds, stored_ds_variance(ds[0], case.softmax_scale, case.softcap, case.dtype))
 
     def backward(self, out: torch.Tensor, dout: torch.Tensor, parts: Sequence[Span]) -> tuple[torch.Tensor, ...]:
         """(dq stored, dk, dv), the latter summed over micro-sequences in float32, token-major.

@@ -195,7 +195,6 @@ def test_full_capabilities_refuse_nothing(name: str) -> None:
     assert Capabilities().refusal(case, "cpu", pairs_of(case)) is None
 
 
-@pytest.mark.xfail(strict=True, reason="Capabilities.refusal looks for blind rows only where the window's right is 0")
 def test_blind_rows_of_a_two_sided_window_are_refused() -> None:
     assert Capabilities(queries_without_keys=False).refusal(BLIND, "cpu", pairs_of(BLIND)) == "queries without a key"
 

@@ -62,6 +62,7 @@ def plan(
     levels: Sequence[str],
     dtypes: Sequence[str],
     poisons: Sequence[str] = POISONS,
+    stop_at_first: bool = False,
 ) -> list[Assignment]:
     """Assignments for all backends.
 
@@ -75,6 +76,7 @@ def plan(
         levels: ``layer``, ``kernel``.
         dtypes: to draw from; none for all.
         poisons: memory contents to run every case under.
+        stop_at_first: end each assignment with its first finding.
     """
     shards = max(1, workers // len(names))
     if cases is not None:
@@ -96,6 +98,7 @@ def plan(
                     cases=part,
                     seconds=share,
                     poisons=tuple(poisons),
+                    stop_at_first=stop_at_first,
                 )
             )
     return assignments

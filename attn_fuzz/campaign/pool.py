@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -206,6 +207,8 @@ class Pool:
         """
         started = time.monotonic()
         interrupted = False
+        # A scheduler's SIGTERM ends a campaign as Ctrl-C does: with everything that was found until then.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             while self._waiting or self._running:
                 self._step()

@@ -33,8 +33,11 @@ ROUND: Final = 200
 """Cases per Hypothesis run: long enough for it to build up, short enough to alternate levels."""
 
 _PROGRESS_EVERY: Final = 0.2
-_SHRINK_SECONDS: Final = 20.0
+_SHRINK_SECONDS: Final = 8.0
 """Hypothesis alone would shrink for up to five minutes; minimise() takes over where it is stopped."""
+
+
+_MINIMISE_SECONDS: Final = 30.0
 
 
 class _Stop(BaseException):
@@ -171,7 +174,7 @@ class _Hunt:
             best = found
             return True
 
-        small = minimise(case, fails)
+        small = minimise(case, fails, _MINIMISE_SECONDS)
         name, checks, messages = summarise(best)
         self.found.add(name)
         assert self.original is not None

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from attn_fuzz.execute import differing
 from attn_fuzz.symptoms import InputsChanged, MissingResult, PoisonLeaked, Symptom, WroteOutside
 from attn_fuzz.trial import Trial
+from reference.values import DTYPES
 
+_IN_CASE_DTYPE = ("out", "dq", "dx", "k", "v")
 _BACKWARD = ("dq", "dk", "dv", "dx")
 
 
 def results_complete(trial: Trial) -> Iterator[Symptom]:
-    """Every result has the shape it should have; at kernel level none but the LSE may be absent."""
-    observation = trial.observations[0]
+    """Results are there in both runs, with shape and dtype; only the LSE and a layer's buffers may be absent."""
     optional = {"lse"} if trial.case.level == "kernel" else {"k", "v", "dk", "dv"}
+    dtype = DTYPES[trial.case.dtype]
     for name, expected in trial.answer.items():
-        got = observation.results.get(name)
-        if got is None:
-            if name not in optional:
-                yield MissingResult("complete", name, "there is no such result")
-        elif got.shape != expected.value.shape:
-            yield MissingResult(
-                "complete", name, f"its shape is {list(got.shape)}, but should be {list(expected.value.shape)}"
-            )
+        found = [observation.results.get(name) for observation in trial.observations]
+        present = [got for got in found if got is not None]
+        if len(present) < len(found) and (present or name not in optional):
+            yield MissingResult("complete", name, "there is no such result")
+        for got in present[:1]:
+            if got.shape != expected.value.shape:
+                wanted = list(expected.value.shape)
+                yield MissingResult("complete", name, f"its shape is {list(got.shape)}, but should be {wanted}")
+            # Gradient buffers and parameter gradients may be kept in a wider dtype.
+            elif got.dtype != dtype and (name in _IN_CASE_DTYPE or got.dtype != torch.float32):
+                yield MissingResult("complete", name, f"its dtype is {got.dtype}, but should be {dtype}")
 
 
 def unwritten_unread(trial: Trial) -> Iterator[Symptom]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 
 import torch
 
-from backends.flash2 import ALIGNED_MEMORIES, decoding_limit
+from backends.flash2 import ALIGNED_MEMORIES, flash2_limit
 from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel
 from backends.metadata import VarlenMetadata
 from reference.case import Case
@@ -23,13 +24,14 @@ class Flash(Kernel):
         dtypes=HALF_DTYPES,
         max_head_dim=256,
         memories=ALIGNED_MEMORIES,
+        lse_of_blind_rows=math.inf,
         repeatable_backward=False,
         covers_all_rows=False,
     )
     profile = Profile(tanh_error=2.0**-11)
 
     def limit(self, case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str | None:
-        return decoding_limit(case, calls)
+        return flash2_limit(case, calls)
 
     def why_unavailable(self, device: str) -> str | None:
         if reason := super().why_unavailable(device):

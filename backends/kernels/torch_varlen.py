@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from backends.flash2 import ALIGNED_MEMORIES, decoding_limit
+from backends.flash2 import ALIGNED_MEMORIES, flash2_limit
 from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel
 from backends.metadata import VarlenMetadata
 from reference.case import Case
@@ -31,7 +31,7 @@ class TorchVarlen(Kernel):
     )
 
     def limit(self, case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str | None:
-        return decoding_limit(case, calls)
+        return flash2_limit(case, calls)
 
     def why_unavailable(self, device: str) -> str | None:
         if reason := super().why_unavailable(device):
