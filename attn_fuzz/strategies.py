@@ -8,6 +8,7 @@ rounding errors are not independent (docs/oracle.md).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -124,13 +125,16 @@ def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int])
     heads, kv_heads = draw(st.sampled_from(groups or list(domain.head_groups[:2])))
     dims = [dim for dim in domain.head_dims if tokens * heads * dim <= _MAX_CHANNELS[level]]
     head_dim = draw(st.sampled_from(dims or list(domain.head_dims[:1])))
+    # Powers of two around the usual scale. Far from it scores grow so large that their rounding in the storage dtype,
+    # where a backend does that, moves probabilities by more than any first-order budget describes.
+    half = 2.0 ** math.floor(math.log2(head_dim**-0.5))
     return {
         "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "causal": causal,
         "window": draw(windows(domain, causal=causal, longest=longest)),
-        "scale": draw(st.sampled_from([None, None, 0.125, 1.0])),
+        "scale": draw(st.sampled_from([None, None, half, 2 * half])),
         "softcap": draw(st.sampled_from([0.0, 0.0, 20.0, 3.0])) if capabilities.softcap else 0.0,
         "dtype": draw(st.sampled_from(domain.dtypes)),
         "values": draw(st.sampled_from(VALUES)),

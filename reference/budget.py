@@ -49,6 +49,11 @@ def rounding_variance(x: torch.Tensor, dtype: str) -> torch.Tensor:
     return torch.where(magnitude == 0, torch.zeros_like(x), stored)
 
 
+def flush_variance(p: torch.Tensor) -> torch.Tensor:
+    """Probabilities at the bottom of float32's range may come out as 0: fast exponentials flush subnormal results."""
+    return torch.where(p < 2 * SMALLEST_NORMAL["fp32"], p.square(), 0.0)
+
+
 def stored_ds_variance(ds: torch.Tensor, scale: float, softcap: float, dtype: str) -> torch.Tensor:
     """The error of storing dS, which kernels do before or after they have multiplied it by the scale or scale / cap.
 
@@ -142,6 +147,7 @@ def attention_variances(
     var_ds = stored_ds_variance(ds, scale, softcap, dtype) + slope2 * (
         w * (dp - delta).square() + p2 * var_dp + cancelled
     )
+    var_ds = var_ds + slope2 * flush_variance(p) * (dp - delta).square()
     if profile.stores_probabilities:
         var_ds = var_ds + slope2 * rp * (dp - delta).square()
     if softcap:

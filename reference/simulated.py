@@ -8,7 +8,7 @@ import torch
 
 from reference import attention
 from reference.arithmetic import Arithmetic
-from reference.budget import ROUNDING_SECOND_MOMENT, rounding_variance, stored_ds_variance
+from reference.budget import ROUNDING_SECOND_MOMENT, flush_variance, rounding_variance, stored_ds_variance
 from reference.case import Case
 from reference.layout import Span
 from reference.profile import ACCUMULATION, UNIT_ROUNDOFF, Profile
@@ -93,6 +93,7 @@ class SimulatedAttention:
             delta = (p * dp).sum(-1, keepdim=True) + strayed
         delta = arithmetic.accumulate(delta, terms[0].square().sum(-1, keepdim=True))
         difference = arithmetic.accumulate(dp - delta, dp[0].square() + delta[0].square())
+        p = arithmetic.perturb(p, flush_variance(p[0]))
         ds = p * difference * self.slope
         case = self.case
         return arithmetic.perturb(ds, stored_ds_variance(ds[0], case.softmax_scale, case.softcap, case.dtype))
