@@ -118,13 +118,14 @@ class _Screen:
         )
 
 
-def campaign_dict(outcome: Outcome, device: str, seed: int) -> dict[str, Any]:
+def campaign_dict(outcome: Outcome, device: str, seed: int, poisons: tuple[str, ...]) -> dict[str, Any]:
     """The JSON object of a campaign."""
     return {
         "cases": sum(tally.cases for tally in outcome.tallies.values()),
         "documents": sum(tally.documents for tally in outcome.tallies.values()),
         "seconds": round(outcome.seconds, 3),
         "seed": seed,
+        "poisons": list(poisons),
         "interrupted": outcome.interrupted,
         "environment": environment(device),
         "backends": {
@@ -202,7 +203,7 @@ def run(
 
         outcome = Pool(assignments, processes, screen.update, keep).run()
     if as_json:
-        typer.echo(json.dumps(campaign_dict(outcome, where, seed)))
+        typer.echo(json.dumps(campaign_dict(outcome, where, seed, tuple(poisons))))
     else:
         console = Console(emoji=False)
         console.print(show.campaign_table(outcome))

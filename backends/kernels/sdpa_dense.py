@@ -43,7 +43,8 @@ class SdpaDense(Kernel):
         memories=ALIGNED_MEMORIES,
         repeatable_backward=False,
     )
-    profile = Profile(expands_kv=True, exp_error=CPU_EXP_ERROR)
+    # The memory-efficient backward of CUDA forms dS from P as its tiles keep it, in the storage dtype.
+    profile = Profile(stores_probabilities=True, expands_kv=True, exp_error=CPU_EXP_ERROR)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions

@@ -52,7 +52,7 @@ class SdpaNested(Kernel):
         memories=ALIGNED_MEMORIES,
         repeatable_backward=False,
     )
-    profile = Profile(expands_kv=True)
+    profile = Profile(stores_probabilities=True, expands_kv=True)
 
     def capabilities_on(self, device: str) -> Capabilities:
         # The fused kernels behind jagged tensors want rows of whole 16 bytes.
