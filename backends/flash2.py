@@ -15,12 +15,14 @@ def flash2_limit(case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str 
     """What FlashAttention 2 gets wrong and its adapters therefore refuse.
 
     The grouped-heads shortcut for decoding takes every call whose longest document has one query for a decoding batch,
-    one query per document, and reshapes q accordingly; empty documents break that. And a window that is open to the
-    right only is closed at ``max_seqlen_k``, which is too near for rows left of the first key.
+    one query per document, and reshapes q accordingly; empty documents break that. And a right side of the window that
+    is open, or at least ``max_seqlen_k``, is closed at ``max_seqlen_k``: too near for rows left of the first key.
     """
     left, right = case.effective_window
-    if left >= 0 and right < 0 and any(q > k for call in calls for q, k in call):
-        return "a window bounded on the left only, over documents with more queries than keys"
+    for call in calls:
+        open_right = right < 0 or right >= max(k for _, k in call)
+        if left >= 0 and open_right and any(q > k for q, k in call):
+            return "windows bounded on the left and not on the right, over documents with more queries than keys"
     if case.heads > case.kv_heads:
         for call in calls:
             if max(q for q, _ in call) == 1 and any(q == 0 for q, _ in call):
