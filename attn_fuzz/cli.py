@@ -48,6 +48,15 @@ DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda (all GPUs) or cuda:N. Default: cuda where there is one.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
+SecondsOption = Annotated[float | None, typer.Option(min=0.1, help="Wall-clock time. Default: 60.")]
+CasesOption = Annotated[int | None, typer.Option(min=1, help="Cases per backend, instead of a time.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the campaign; the same seed draws the same cases.")]
+LevelOption = Annotated[list[str] | None, typer.Option(help="layer or kernel. Default: both.")]
+DtypeOption = Annotated[
+    list[str] | None, typer.Option(help="fp32, bf16 or fp16; repeat for several. Default: all that a backend takes.")
+]
+FirstOption = Annotated[bool, typer.Option("--first", help="Stop each backend at its first finding.")]
+WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes at a time.")]
 StoreOption = Annotated[Path, typer.Option(help="Folder of findings.")]
 
 
@@ -146,33 +155,24 @@ def campaign_dict(outcome: Outcome, device: str, seed: int, poisons: tuple[str, 
     }
 
 
-@app.command()
-def run(
-    backend: BackendOption = None,
-    seconds: Annotated[float | None, typer.Option(min=0.1, help="Wall-clock time. Default: 60.")] = None,
-    cases: Annotated[int | None, typer.Option(min=1, help="Cases per backend, instead of a time.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the campaign; the same seed draws the same cases.")] = 0,
-    device: DeviceOption = None,
-    level: Annotated[list[str] | None, typer.Option(help="layer or kernel. Default: both.")] = None,
-    dtype: Annotated[
-        list[str] | None, typer.Option(help="fp32, bf16 or fp16. Default: all that a backend takes.")
-    ] = None,
-    poison: Annotated[
-        list[str] | None, typer.Option(help="nan, finite, or none for memory as it comes. Default: nan and finite.")
-    ] = None,
-    first: Annotated[bool, typer.Option("--first", help="Stop each backend at its first finding.")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes at a time.")] = None,
-    store: StoreOption = DEFAULT_STORE,
-    as_json: JsonOption = False,
+def _fuzz(
+    names: tuple[str, ...],
+    where: str,
+    *,
+    seconds: float | None,
+    cases: int | None,
+    seed: int,
+    levels: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    poisons: tuple[str, ...],
+    first: bool,
+    workers: int | None,
+    store: Path,
+    as_json: bool,
 ) -> None:
-    """Fuzz backends with the full buffered-K/V layer and at kernel level; what fails is shrunk and stored."""
-    where = _device(device)
+    """A campaign from assignments to exit status."""
     if seconds is not None and cases is not None:
         raise UsageError("--seconds and --cases exclude each other")
-    levels = _choices(level, LEVELS, "level") or LEVELS[::-1]
-    dtypes = _choices(dtype, DTYPES, "dtype")
-    poisons = _choices(poison, (*POISONS, "none"), "poison") or POISONS
-    names = tuple(dict.fromkeys(backend or available_backends(where)))
     require_available(names, where)
     kept = Store(store)
     if cases is None and seconds is None:
@@ -203,7 +203,7 @@ def run(
 
         outcome = Pool(assignments, processes, screen.update, keep).run()
     if as_json:
-        typer.echo(json.dumps(campaign_dict(outcome, where, seed, tuple(poisons))))
+        typer.echo(json.dumps(campaign_dict(outcome, where, seed, poisons)))
     else:
         console = Console(emoji=False)
         console.print(show.campaign_table(outcome))
@@ -212,6 +212,76 @@ def run(
     for error in unstored:
         typer.echo(f"attn-fuzz: {error}", err=True)
     raise typer.Exit(2 if unstored else 1 if outcome.findings else 0)
+
+
+@app.command()
+def run(
+    backend: BackendOption = None,
+    seconds: SecondsOption = None,
+    cases: CasesOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    level: LevelOption = None,
+    dtype: DtypeOption = None,
+    poison: Annotated[
+        list[str] | None, typer.Option(help="nan, finite, or none for memory as it comes. Default: nan and finite.")
+    ] = None,
+    first: FirstOption = False,
+    workers: WorkersOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Fuzz backends with the full buffered-K/V layer and at kernel level; what fails is shrunk and stored."""
+    where = _device(device)
+    _fuzz(
+        tuple(dict.fromkeys(backend or available_backends(where))),
+        where,
+        seconds=seconds,
+        cases=cases,
+        seed=seed,
+        levels=_choices(level, LEVELS, "level") or LEVELS[::-1],
+        dtypes=_choices(dtype, DTYPES, "dtype"),
+        poisons=_choices(poison, (*POISONS, "none"), "poison") or POISONS,
+        first=first,
+        workers=workers,
+        store=store,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def check(
+    kernel: Annotated[
+        str, typer.Argument(help="MODULE:FUNCTION or PATH.py:FUNCTION, with the usual varlen signature.")
+    ],
+    seconds: SecondsOption = None,
+    cases: CasesOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    level: LevelOption = None,
+    dtype: DtypeOption = None,
+    first: FirstOption = False,
+    workers: WorkersOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Fuzz your own kernel, by itself and inside the buffered layer."""
+    if ":" not in kernel or kernel.startswith(registry.LEGACY):
+        raise UsageError(f"{kernel!r} names no function; use MODULE:FUNCTION or PATH.py:FUNCTION")
+    _fuzz(
+        (kernel,),
+        _device(device),
+        seconds=seconds,
+        cases=cases,
+        seed=seed,
+        levels=_choices(level, LEVELS, "level") or LEVELS[::-1],
+        dtypes=_choices(dtype, DTYPES, "dtype"),
+        poisons=POISONS,
+        first=first,
+        workers=workers,
+        store=store,
+        as_json=as_json,
+    )
 
 
 def _verdict(name: str, case: Case, device: str) -> Verdict | str:

@@ -134,7 +134,7 @@ def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int])
         "head_dim": head_dim,
         "causal": causal,
         "window": draw(windows(domain, causal=causal, longest=longest)),
-        "scale": draw(st.sampled_from([None, None, half, 2 * half])),
+        "scale": draw(st.sampled_from([None, None, half, 2 * half])) if capabilities.scale else None,
         "softcap": draw(st.sampled_from([0.0, 0.0, 20.0, 3.0])) if capabilities.softcap else 0.0,
         "dtype": draw(st.sampled_from(domain.dtypes)),
         "values": draw(st.sampled_from(VALUES)),

@@ -43,6 +43,8 @@ class Capabilities:
     window: bool = True
     """Sliding windows of any (left, right)."""
     softcap: bool = True
+    scale: bool = True
+    """Softmax scales other than ``head_dim ** -0.5``."""
     empty_documents: bool = True
     """Documents with neither queries nor keys."""
     queries_without_keys: bool = True
@@ -89,6 +91,7 @@ class Capabilities:
             ),
             (self.window or (left < 0 and right < 0), "a sliding window"),
             (self.softcap or case.softcap == 0, "softcap"),
+            (self.scale or case.scale is None, "a softmax scale of its own"),
             (self.empty_documents or all(q or k for q, k in pairs), "empty documents"),
             (self.queries_without_keys or not blind, "queries without a key"),
             (self.keys_without_queries or all(q or not k for q, k in pairs), "documents with keys and no queries"),

@@ -1,7 +1,7 @@
 """Which backends there are, by name. A backend is imported only when it is asked for.
 
 ``KERNEL`` is the buffered layer around that kernel, and the kernel by itself; ``legacy:KERNEL`` is the known-bad layer
-around it.
+around it; ``MODULE:FUNCTION`` or ``PATH.py:FUNCTION`` is a user's own kernel (backends/user.py).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from backends import kernels
 from backends.kernel import Kernel
 from backends.layer import BufferedLayer, Layer
 from backends.legacy import LegacyLayer
+from backends.user import UserKernel
 from reference.case import Case
 from reference.layout import call_segments, micro_sequences, segments
 
@@ -64,8 +65,11 @@ def load(name: str) -> Backend:
 
     Raises:
         UnknownBackend: when there is none.
+        BackendUnavailable: when a user's kernel cannot be imported.
     """
     legacy = name.startswith(LEGACY)
+    if ":" in name and not legacy:
+        return Backend(name, UserKernel(name))
     kernel_name = name.removeprefix(LEGACY)
     if kernel_name not in kernel_names():
         raise UnknownBackend(

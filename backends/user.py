@@ -1,0 +1,151 @@
+"""A kernel from outside: any function with the varlen signature that the ecosystem knows.
+
+    def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *,
+               softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0) -> out
+
+Options that the signature lacks are not exercised. An attribute ``capabilities`` on the function, a dict of fields of
+``backends.kernel.Capabilities``, narrows what is asked of it further.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from backends.kernel import Attended, AttentionOptions, BackendUnavailable, Capabilities, Kernel
+from backends.metadata import VarlenMetadata
+from reference.profile import Profile
+
+# What an unknown kernel may reasonably round: more than FlashAttention does, so that a plain one is not accused.
+_CAUTIOUS = Profile(
+    rounds_scores=True,
+    rounds_dp=True,
+    scales_gradients=True,
+    scales_inputs=True,
+    delta_from_probabilities=True,
+    stores_probabilities=True,
+    expands_kv=True,
+    normalises_by_lse=True,
+    exp_error=20 * 2.0**-23,
+    tanh_error=2.0**-11,
+)
+
+
+def import_object(name: str) -> Any:
+    """``MODULE:NAME`` or ``PATH.py:NAME``.
+
+    Raises:
+        BackendUnavailable: when it cannot be imported or is not there.
+    """
+    place, _, attribute = name.rpartition(":")
+    try:
+        module = _module_from_file(Path(place)) if place.endswith(".py") else _module_by_name(place)
+    except Exception as error:
+        raise BackendUnavailable(f"{place} cannot be imported: {type(error).__name__}: {error}") from None
+    if not hasattr(module, attribute):
+        raise BackendUnavailable(f"{place} has no {attribute!r}")
+    return getattr(module, attribute)
+
+
+def _module_by_name(name: str) -> ModuleType:
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    return importlib.import_module(name)
+
+
+def _module_from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    name = f"attn_fuzz_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Compilers such as Triton look a kernel's source up through its module's name.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _declared(function: Callable[..., Any], name: str) -> Capabilities:
+    """Capabilities from the signature, narrowed by the function's own attribute."""
+    parameters = inspect.signature(function).parameters
+    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    has = {option: anything or option in parameters for option in _OPTIONS}
+    fields: dict[str, Any] = {
+        "scale": has["softmax_scale"],
+        "causal": has["causal"],
+        "window": has["window_size"],
+        "softcap": has["softcap"],
+        "repeatable": False,
+        "covers_all_rows": False,
+    }
+    declared = getattr(function, "capabilities", {})
+    if isinstance(declared, Capabilities):
+        return declared
+    if not isinstance(declared, Mapping):
+        raise BackendUnavailable(f"{name}.capabilities must be a dict, not {type(declared).__name__}")
+    known = set(Capabilities.__dataclass_fields__)
+    if unknown := sorted(set(declared) - known):
+        raise BackendUnavailable(
+            f"{name}.capabilities has an unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}"
+        )
+    fields |= {key: tuple(value) if isinstance(value, list) else value for key, value in declared.items()}
+    return Capabilities(**fields)
+
+
+_OPTIONS = ("softmax_scale", "causal", "window_size", "softcap")
+
+
+class UserKernel(Kernel):
+    """A function under test.
+
+    Args:
+        name: ``MODULE:FUNCTION`` or ``PATH.py:FUNCTION``.
+
+    Raises:
+        BackendUnavailable: when there is no such function.
+    """
+
+    profile = _CAUTIOUS
+
+    def __init__(self, name: str) -> None:
+        self.name = name  # type: ignore[misc]
+        self._function = import_object(name)
+        if not callable(self._function):
+            raise BackendUnavailable(f"{name} is not a function")
+        self.capabilities = _declared(self._function, name)  # type: ignore[misc]
+        parameters = inspect.signature(self._function).parameters
+        anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+        self._takes = {option for option in _OPTIONS if anything or option in parameters}
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        given = {
+            "softmax_scale": options.scale,
+            "causal": options.causal,
+            "window_size": options.window,
+            "softcap": options.softcap,
+        }
+        m = metadata
+        out = self._function(
+            q,
+            k,
+            v,
+            m.cu_seqlens_q,
+            m.cu_seqlens_k,
+            m.max_seqlen_q,
+            m.max_seqlen_k,
+            **{key: value for key, value in given.items() if key in self._takes},
+        )
+        # Many kernels return (out, lse, ...).
+        return Attended(out[0] if isinstance(out, tuple) else out, None, self.name)
