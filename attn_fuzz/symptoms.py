@@ -133,6 +133,9 @@ class MissingResult(Symptom):
     rank = 0
 
 
+MEMORY_SYMPTOMS = (PoisonLeaked, DeadRowsNotZero)
+"""Two faces of unwritten memory: which one shows depends on what was there."""
+
 WRONG_TENSOR: dict[str, type[Symptom]] = {
     "out": WrongOutput,
     "lse": WrongLse,
