@@ -77,7 +77,6 @@ class Finding:
             raise FindingError(f"this is no finding: {type(error).__name__} {error}") from None
 
 
-def summarise(verdict: Verdict) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """(symptom, checks, messages) of a verdict that has symptoms."""
-    assert verdict.first is not None
-    return (type(verdict.first).__name__, verdict.checks, tuple(str(symptom) for symptom in verdict.symptoms[:12]))
+def summarise(verdict: Verdict) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(checks, messages) of a verdict that has symptoms."""
+    return verdict.checks, tuple(str(symptom) for symptom in verdict.symptoms[:12])
