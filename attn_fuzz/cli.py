@@ -173,7 +173,7 @@ def _fuzz(
     """A campaign from assignments to exit status."""
     if seconds is not None and cases is not None:
         raise UsageError("--seconds and --cases exclude each other")
-    require_available(names, where)
+    require_available(names, where, dtypes)
     kept = Store(store)
     if cases is None and seconds is None:
         seconds = DEFAULT_SECONDS
@@ -233,14 +233,15 @@ def run(
 ) -> None:
     """Fuzz backends with the full buffered-K/V layer and at kernel level; what fails is shrunk and stored."""
     where = _device(device)
+    dtypes = _choices(dtype, DTYPES, "dtype")
     _fuzz(
-        tuple(dict.fromkeys(backend or available_backends(where))),
+        tuple(dict.fromkeys(backend or available_backends(where, dtypes))),
         where,
         seconds=seconds,
         cases=cases,
         seed=seed,
         levels=_choices(level, LEVELS, "level") or LEVELS[::-1],
-        dtypes=_choices(dtype, DTYPES, "dtype"),
+        dtypes=dtypes,
         poisons=_choices(poison, (*POISONS, "none"), "poison") or POISONS,
         first=first,
         workers=workers,

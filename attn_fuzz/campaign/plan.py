@@ -21,21 +21,35 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def available_backends(device: str) -> tuple[str, ...]:
-    """Kernels that run on this device here."""
-    return tuple(name for name in registry.kernel_names() if registry.load(name).kernel.why_unavailable(device) is None)
+def _kind(device: str) -> str:
+    return device.partition(":")[0]
 
 
-def require_available(names: Sequence[str], device: str) -> None:
+def available_backends(device: str, dtypes: Sequence[str] = ()) -> tuple[str, ...]:
+    """Kernels that run on this device here and take one of the dtypes, where some are given."""
+    kernels = {name: registry.load(name).kernel for name in registry.kernel_names()}
+    return tuple(
+        name
+        for name, kernel in kernels.items()
+        if kernel.why_unavailable(_kind(device)) is None
+        and (not dtypes or set(dtypes) & set(kernel.capabilities_on(_kind(device)).dtypes))
+    )
+
+
+def require_available(names: Sequence[str], device: str, dtypes: Sequence[str] = ()) -> None:
     """Checks backends before anything starts.
 
     Raises:
         UnknownBackend: for a name that does not exist.
-        BackendUnavailable: for one that cannot run on the device here.
+        BackendUnavailable: for one that cannot run on the device here, or takes none of the dtypes.
     """
     for name in names:
-        if (reason := registry.load(name).kernel.why_unavailable(device)) is not None:
+        kernel = registry.load(name).kernel
+        if (reason := kernel.why_unavailable(_kind(device))) is not None:
             raise BackendUnavailable(f"backend {name} cannot run on {device} here: {reason}")
+        taken = kernel.capabilities_on(_kind(device)).dtypes
+        if dtypes and not set(dtypes) & set(taken):
+            raise BackendUnavailable(f"backend {name} takes {', '.join(taken)}, but none of {', '.join(dtypes)}")
 
 
 def default_workers(device: str) -> int:
