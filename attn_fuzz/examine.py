@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from attn_fuzz.checks import CHECKS, worst_errors
+from attn_fuzz.checks import CHECKS, PROBES, worst_errors
 from attn_fuzz.execute import require_support
 from attn_fuzz.poison import POISONS
 from attn_fuzz.symptoms import Crashed, Symptom
@@ -57,8 +57,13 @@ def examine(case: Case, backend: Backend, device: torch.device | str, poisons: S
         return Verdict((Crashed("runs", "call", f"{type(error).__name__}: {_one_line(error)}"),), {}, frozenset())
 
     def symptoms() -> Iterator[Symptom]:
+        seen = False
         for check in CHECKS:
-            yield from check(trial)
+            for symptom in check(trial):
+                seen = True
+                yield symptom
+        for probe in PROBES if not seen else ():
+            yield from probe(trial)
 
     try:
         found = sorted(symptoms(), key=lambda symptom: symptom.rank)

@@ -79,6 +79,18 @@ class InputsChanged(Symptom):
     rank = 4
 
 
+class WrongKeys(Symptom):
+    """Other keys than the allowed ones took part in the forward, or none did as it should."""
+
+    rank = 12
+
+
+class WrongKeysBackward(Symptom):
+    """Other keys than the allowed ones took part in the backward, or none did as it should."""
+
+    rank = 13
+
+
 class WrongOutput(Symptom):
     """The forward output is outside its budget."""
 

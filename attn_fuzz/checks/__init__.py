@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 from attn_fuzz.checks.budget import within_budget, worst_errors
 from attn_fuzz.checks.dead_rows import dead_rows_zero
+from attn_fuzz.checks.exact import needle_found, uniform_keys
 from attn_fuzz.checks.memory import buffer_intact, inputs_intact, results_complete, unwritten_unread
 from attn_fuzz.symptoms import Symptom
 from attn_fuzz.trial import Trial
@@ -23,5 +24,9 @@ CHECKS: tuple[Check, ...] = (
     inputs_intact,
     within_budget,
 )
+"""Functions of the runs that every case makes."""
 
-__all__ = ["CHECKS", "Check", "worst_errors"]
+PROBES: tuple[Check, ...] = (uniform_keys, needle_found)
+"""Functions of runs of their own, with inputs of their own: asked where nothing has failed yet."""
+
+__all__ = ["CHECKS", "PROBES", "Check", "worst_errors"]

@@ -1,0 +1,129 @@
+"""Census, support and needle: exactly the allowed keys took part, forward and backward (attn_fuzz/probes.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from attn_fuzz.execute import Observation, run_kernel
+from attn_fuzz.probes import Hot, needle_probe, segment_mask, uniform_probe
+from attn_fuzz.symptoms import Symptom, WrongKeys, WrongKeysBackward
+from attn_fuzz.trial import Trial
+from reference.layout import Segment, call_segments
+
+_QUARTER = 0.25
+"""How far from an integer ``out * n`` may be: correct kernels stay within 0.01, a wrong key moves it by 1 or more."""
+
+
+def _of_group(values: torch.Tensor, group: int) -> torch.Tensor:
+    return values.repeat_interleave(group, dim=1)
+
+
+def uniform_keys(trial: Trial) -> Iterator[Symptom]:
+    """Census (forward) and support (backward) under q = 0."""
+    if trial.case.level != "kernel":
+        return
+    probe = uniform_probe(trial.case)
+    observation = run_kernel(trial.backend, trial.case, probe.inputs, "nan", trial.device)
+    yield from _census(trial, observation, probe.inputs.v.double())
+    yield from _support(trial, observation, probe.hot)
+
+
+def _census(trial: Trial, observation: Observation, v: torch.Tensor) -> Iterator[Symptom]:
+    case = trial.case
+    group = case.heads // case.kv_heads
+    out = observation.results["out"].double()
+    for segment in call_segments(case):
+        if not segment.queries.length:
+            continue
+        mask = segment_mask(case, segment)
+        counts = mask.sum(1)
+        # One prefix sum instead of a product: allowed keys are a run.
+        sums = torch.einsum("qk,khd->qhd", mask.double(), _of_group(v[slice(*segment.keys)], group))
+        got = out[slice(*segment.queries)] * counts.clamp_min(1)[:, None, None]
+        wrong = ~((got - sums).abs() < _QUARTER)
+        if wrong.any():
+            row, head, channel = (int(i) for i in wrong.nonzero()[0])
+            yield WrongKeys(
+                "census",
+                "out",
+                f"document {segment.document}, row {row}, head {head}, channel {channel}: the sum over its "
+                f"{int(counts[row])} keys is {got[row, head, channel].item():.4g}, but should be "
+                f"{sums[row, head, channel].item():.0f}; {int(wrong.flatten(1).any(1).sum())} rows wrong",
+            )
+            return
+
+
+def _support(trial: Trial, observation: Observation, hot: dict[int, Hot]) -> Iterator[Symptom]:
+    case = trial.case
+    group = case.heads // case.kv_heads
+    expected = torch.zeros_like(observation.results["dv"], dtype=torch.float64)
+    silent = torch.ones(sum(case.packed_lengths), case.heads, dtype=torch.bool)
+    for segment in call_segments(case):
+        if (place := hot.get(segment.document)) is None:
+            continue
+        silent[segment.queries.begin + place.row, place.head] = False
+        seen = segment_mask(case, segment)[place.row]
+        if count := int(seen.sum()):
+            rows = torch.arange(*segment.keys)[seen]
+            expected[rows, place.head // group, place.channel] = 1.0 / count
+    got = observation.results["dv"].double()
+    # Equal to a rounding or three; exactly 0 where no weight is.
+    wrong = torch.where(expected == 0, got != 0, ~((got - expected).abs() <= 0.02 * expected))
+    if wrong.any():
+        yield _backward_symptom(trial, "dv", got, expected, wrong, call_segments(case))
+    dk = observation.results["dk"]
+    if (dk != 0).any():
+        yield _backward_symptom(trial, "dk", dk.double(), torch.zeros_like(expected), dk != 0, call_segments(case))
+    noisy = (observation.results["dq"] != 0).any(-1) & silent
+    if noisy.any():
+        row, head = (int(i) for i in noisy.nonzero()[0])
+        document, within = trial.document_of("dq", row)
+        yield WrongKeysBackward(
+            "support", "dq", f"document {document}, row {within}, head {head} has a gradient, but its output has none"
+        )
+
+
+def _backward_symptom(
+    trial: Trial,
+    name: str,
+    got: torch.Tensor,
+    expected: torch.Tensor,
+    wrong: torch.Tensor,
+    segments: tuple[Segment, ...],
+) -> Symptom:
+    row, head, channel = (int(i) for i in wrong.nonzero()[0])
+    document, within = trial.document_of(name, row)
+    return WrongKeysBackward(
+        "support",
+        name,
+        f"document {document}, key {within}, head {head}, channel {channel}: {got[row, head, channel].item():.4g} "
+        f"for an output gradient of one element per document, but should be {expected[row, head, channel].item():.4g}; "
+        f"{int(wrong.sum())} elements wrong in {len(segments)} documents",
+    )
+
+
+def needle_found(trial: Trial) -> Iterator[Symptom]:
+    """Every row whose query points at one key gives that key's value, bit for bit."""
+    if trial.case.level != "kernel" or (probe := needle_probe(trial.case)) is None:
+        return
+    case = trial.case
+    observation = run_kernel(trial.backend, case, probe.inputs, "nan", trial.device)
+    out = observation.results["out"]
+    group = case.heads // case.kv_heads
+    heads = torch.arange(case.heads) // group
+    expected = probe.inputs.v[probe.picked.clamp_min(0), heads]
+    wrong = ((out != expected) & (probe.picked >= 0)[..., None]).any(-1)
+    if wrong.any():
+        row, head = (int(i) for i in wrong.nonzero()[0])
+        document, within = trial.document_of("out", row)
+        key = int(probe.picked[row, head])
+        other = (probe.inputs.v[:, heads[head]] == out[row, head]).all(-1).nonzero()[:, 0].tolist()
+        came = f"that of key row {other[0]} came out" if other else "no key's value came out"
+        yield WrongKeys(
+            "needle",
+            "out",
+            f"document {document}, row {within}, head {head} points at key row {key}, but {came}; "
+            f"{int(wrong.any(1).sum())} rows wrong",
+        )

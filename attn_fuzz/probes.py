@@ -1,0 +1,146 @@
+"""Kernel inputs whose results are known exactly: which keys took part, without a tolerance.
+
+``uniform``: q = 0, so that every allowed key of a row weighs exactly 1/n. V holds signs, in opposite pairs along the
+keys, so that the sum over any run of keys is an integer of magnitude at most 2 and ``round(out * n)`` is that integer.
+The output gradient is one-hot: one row, head and channel per document. Then dV is 1/n on the keys of that row and 0
+elsewhere, dK is 0, and dQ is 0 in all other rows.
+
+``needle``: keys are distinct sign vectors and ``q_i = c k_j`` with a logit gap of at least 30 between key j and all
+others, so that ``out_i`` is ``v_j`` to the last bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from reference.answer import Inputs
+from reference.attention import allowed_keys
+from reference.case import Case
+from reference.layout import Segment, call_segments
+from reference.values import DTYPES, draw
+
+LOGIT_GAP = 30.0
+_CODE_CHANNELS = 16
+
+
+def _signs(case: Case, name: str, heads: int, *, keys: bool) -> torch.Tensor:
+    """Random signs ``[tokens, heads, head_dim]``, a document's own."""
+    plain = case.replace(values="gaussian", dtype="fp32")
+    return torch.where(draw(plain, name, heads, case.head_dim, "cpu", keys=keys) < 0, -1.0, 1.0)
+
+
+def segment_mask(case: Case, segment: Segment) -> torch.Tensor:
+    """Which key each query of a document sees."""
+    return allowed_keys(segment.queries.length, segment.keys.length, case.effective_window)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hot:
+    """Where a document's output gradient is 1."""
+
+    row: int
+    """Within the document."""
+    head: int
+    channel: int
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformProbe:
+    """Inputs with q = 0, and the hot element of every document that has queries."""
+
+    inputs: Inputs
+    hot: dict[int, Hot]
+
+
+def _pick(case: Case, document: int, salt: int, count: int) -> int:
+    """A whole number below ``count`` that depends on the case's seed and the document only."""
+    mixed = (case.seed * 1_000_003 + case.packed_ids[document] * 8191 + salt * 131) * 0x9E3779B1
+    return ((mixed >> 7) & 0xFFFFFF) % count
+
+
+def uniform_probe(case: Case) -> UniformProbe:
+    """The census and support probe of a kernel case."""
+    dtype = DTYPES[case.dtype]
+    values = _signs(case, "census", case.kv_heads, keys=True)
+    k = _signs(case, "probe keys", case.kv_heads, keys=True)
+    queries = sum(case.packed_lengths)
+    dout = torch.zeros(queries, case.heads, case.head_dim)
+    hot: dict[int, Hot] = {}
+    for segment in call_segments(case):
+        begin, end = segment.keys
+        paired = (end - begin) // 2 * 2
+        # Opposite neighbours: no run of keys can drift.
+        values[begin + 1 : begin + paired : 2] = -values[begin : begin + paired : 2]
+        if segment.queries.length:
+            # The first, last and some row in between, in turn.
+            last = segment.queries.length - 1
+            row = (0, last, _pick(case, segment.document, 1, last + 1))[_pick(case, segment.document, 2, 3)]
+            hot[segment.document] = Hot(
+                row, _pick(case, segment.document, 3, case.heads), _pick(case, segment.document, 4, case.head_dim)
+            )
+            place = hot[segment.document]
+            dout[segment.queries.begin + row, place.head, place.channel] = 1.0
+    q = torch.zeros(queries, case.heads, case.head_dim)
+    return UniformProbe(Inputs(*(x.to(dtype) for x in (q, k, values, dout))), hot)
+
+
+@dataclasses.dataclass(frozen=True)
+class NeedleProbe:
+    """Inputs whose every row picks one key, and the rows of V that come out, ``[tokens_q, heads]``; -1 for none."""
+
+    inputs: Inputs
+    picked: torch.Tensor
+
+
+def needle_probe(case: Case) -> NeedleProbe | None:
+    """The needle probe of a kernel case, or None where keys cannot be told apart or scores are capped."""
+    longest = max(case.packed_key_lengths)
+    coded = min(case.head_dim, _CODE_CHANNELS)
+    if case.softcap or longest > 1 << coded or case.softmax_scale <= 0:
+        return None
+    dtype = DTYPES[case.dtype]
+    keys = _signs(case, "needle keys", case.kv_heads, keys=True)
+    # Magnitudes in [1, 2): what the other keys add, e^-30 of it, is far below half a unit in the last place.
+    v = _signs(case, "needle values", case.kv_heads, keys=True)
+    fraction = draw(
+        case.replace(values="gaussian", dtype="fp32"), "needle", case.kv_heads, case.head_dim, "cpu", keys=True
+    )
+    v = (v * (1 + fraction.abs().clamp_max(7) / 8)).to(dtype)
+    queries = torch.zeros(sum(case.packed_lengths), case.heads, case.head_dim)
+    picked = torch.full(queries.shape[:2], -1, dtype=torch.int64)
+    group = case.heads // case.kv_heads
+    # One differing channel changes a score by 2 c scale.
+    gain = 2.0 ** math.ceil(math.log2(LOGIT_GAP / (2 * case.softmax_scale)))
+    if case.dtype == "fp16" and gain * case.head_dim > 30000:
+        # A kernel may keep unscaled products in the dtype.
+        return None
+    for segment in call_segments(case):
+        begin, end = segment.keys
+        count = end - begin
+        if not count:
+            continue
+        number = torch.arange(count)
+        code = 1.0 - 2.0 * ((number[:, None] >> torch.arange(coded)) & 1)
+        keys[begin:end, :, :coded] = code[:, None]
+        mask = segment_mask(case, segment)
+        for i in range(segment.queries.length):
+            seen = mask[i].nonzero()[:, 0]
+            if not len(seen):
+                continue
+            for head in range(case.heads):
+                turn = _pick(case, segment.document, 11 + i * 7 + head, 4)
+                choice = (
+                    0,
+                    len(seen) - 1,
+                    max(len(seen) - 2, 0),
+                    _pick(case, segment.document, i * 31 + head, len(seen)),
+                )
+                j = begin + int(seen[choice[turn]])
+                row = segment.queries.begin + i
+                picked[row, head] = j
+                queries[row, head] = gain * keys[j, head // group]
+    dout = torch.zeros_like(queries)
+    return NeedleProbe(Inputs(queries.to(dtype), keys.to(dtype), v, dout.to(dtype)), picked)

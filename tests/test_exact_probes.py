@@ -1,0 +1,136 @@
+"""Census, support and needle: silent on a right kernel, and each sees a fault that budgets may miss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attn_fuzz.checks.exact import needle_found, uniform_keys
+from attn_fuzz.probes import needle_probe, uniform_probe
+from attn_fuzz.symptoms import Symptom
+from attn_fuzz.trial import Trial
+from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
+from backends.loop import Call, Loop, attend
+from backends.metadata import VarlenMetadata
+from backends.registry import Backend
+from reference.case import Case
+from reference.layout import call_segments
+
+CASE = Case(
+    level="kernel", lengths=(3, 0, 40, 2), key_lengths=(3, 4, 64, 5), heads=4, kv_heads=2, head_dim=16, dtype="bf16"
+)
+
+
+class Faulty(Kernel):
+    """The loop kernel with one decision changed."""
+
+    name = "faulty"
+    capabilities = Capabilities()
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        out, lse = attend(self.loop, q, k, v, metadata, options)
+        return Attended(out, lse, "faulty")
+
+
+class OneKeyLess(Loop):
+    """The last row of long documents does not see key 5, in the passes named."""
+
+    def __init__(self, *passes: str) -> None:
+        self.passes, self.running = passes, "forward"
+
+    def mask(self, call: Call, queries: int, keys: int) -> torch.Tensor:
+        mask = super().mask(call, queries, keys)
+        if self.running in self.passes and keys > 32:
+            mask[-1, 5] = False
+        return mask
+
+    def forward(self, call: Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.running = "forward"
+        return super().forward(call, *tensors)
+
+    def backward(self, call: Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self.running = "backward"
+        return super().backward(call, *tensors)
+
+
+class HeadsInterleaved(Loop):
+    """Query head h reads K/V head h % kv_heads."""
+
+    def expand(self, call: Call, x: torch.Tensor) -> torch.Tensor:
+        return x.float().transpose(0, 1).repeat(call.group, 1, 1)
+
+
+class NeighbourRow(Loop):
+    """Values are those of the next key."""
+
+    def expand(self, call: Call, x: torch.Tensor) -> torch.Tensor:
+        return super().expand(call, x.roll(1, 0) if (x.abs() > 1).any() else x)
+
+
+def symptoms(loop: Loop, case: Case = CASE) -> dict[str, list[Symptom]]:
+    trial = Trial(case, Backend("faulty", Faulty(loop)), torch.device("cpu"))
+    found = [*uniform_keys(trial), *needle_found(trial)]
+    return {check: [s for s in found if s.check == check] for check in ("census", "support", "needle")}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [(-1, -1), (7, -1), (0, -1)])
+def test_silent_on_a_right_kernel(dtype: str, causal: bool, window: tuple[int, int]) -> None:
+    case = CASE.replace(dtype=dtype, causal=causal, window=window)
+    assert not any(symptoms(Loop(), case).values())
+
+
+def test_census_sees_one_key_of_one_row_missing_in_the_forward() -> None:
+    found = symptoms(OneKeyLess("forward"))
+    assert found["census"]
+    assert "row 39" in str(found["census"][0])
+
+
+def test_support_sees_one_key_of_one_row_missing_in_the_backward() -> None:
+    """The support probe looks at one row per document and seed; some seed looks at the last one."""
+    found = [symptoms(OneKeyLess("backward"), CASE.replace(seed=seed)) for seed in range(12)]
+    assert not any(f["census"] or f["needle"] for f in found)
+    assert any(f["support"] for f in found)
+
+
+def test_needle_sees_interleaved_heads() -> None:
+    assert symptoms(HeadsInterleaved())["needle"]
+
+
+def test_needle_names_the_key_that_came_out() -> None:
+    found = symptoms(NeighbourRow())["needle"]
+    assert found
+    assert "came out" in str(found[0])
+
+
+def test_uniform_values_cannot_drift() -> None:
+    """Any run of keys sums to at most 2 in magnitude, which is what makes rounding to the integer exact."""
+    values = uniform_probe(CASE).inputs.v.double()
+    for segment in call_segments(CASE):
+        sums = torch.cat([torch.zeros_like(values[:1]), values[slice(*segment.keys)].cumsum(0)])
+        assert (sums[:, None] - sums[None]).abs().max() <= 2
+
+
+def test_needles_are_told_apart() -> None:
+    """Between the picked key and any other lies a logit gap of at least 30."""
+    probe = needle_probe(CASE)
+    assert probe is not None
+    q, k = probe.inputs.q.double(), probe.inputs.k.double()
+    group = CASE.heads // CASE.kv_heads
+    for segment in call_segments(CASE):
+        keys = k[slice(*segment.keys)].repeat_interleave(group, 1)
+        scores = torch.einsum("qhd,khd->qhk", q[slice(*segment.queries)], keys) * CASE.softmax_scale
+        if scores.shape[-1] > 1 and scores.shape[0]:
+            best = scores.topk(2, -1).values
+            assert (best[..., 0] - best[..., 1]).min() >= 30
+
+
+def test_no_needle_where_keys_cannot_be_told_apart() -> None:
+    assert needle_probe(CASE.replace(head_dim=1)) is None
+    assert needle_probe(CASE.replace(softcap=5.0)) is None
