@@ -178,7 +178,8 @@ def layer_cases(draw: st.DrawFn, domain: Domain) -> Case:
     width = int(chosen["heads"]) * int(chosen["head_dim"])  # type: ignore[call-overload]
     # A selection narrower than the heads would repeat channels, whose roundings then agree.
     weights = draw(st.sampled_from(["gaussian", "selection"])) if width <= _MAX_SELECTION else "gaussian"
-    norm = st.sampled_from(["none", "rms"])
+    capabilities = domain.capabilities
+    norm = st.sampled_from(["none", "rms"] if capabilities.norms else ["none"])
     even = int(chosen["head_dim"]) % 2 == 0  # type: ignore[call-overload]
     return Case(
         lengths=tuple(lengths),
@@ -188,8 +189,8 @@ def layer_cases(draw: st.DrawFn, domain: Domain) -> Case:
         query_norm=draw(norm),
         key_norm=draw(norm),
         value_norm=draw(norm),
-        shared_key_value=draw(st.booleans()),
-        rotary=draw(st.sampled_from(["none", "default", "proportional"])) if even else "none",
+        shared_key_value=draw(st.booleans()) if capabilities.shared_key_value else False,
+        rotary=draw(st.sampled_from(capabilities.rotaries)) if even else "none",
         weights=weights,
         capacity=draw(st.sampled_from([0, 0, 1, 17])),
         **chosen,  # type: ignore[arg-type]

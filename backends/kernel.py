@@ -11,7 +11,7 @@ from typing import ClassVar, Final, NamedTuple
 import torch
 
 from backends.metadata import VarlenMetadata
-from reference.case import MAX_HEAD_DIM, Case
+from reference.case import MAX_HEAD_DIM, ROTARIES, Case
 from reference.profile import Profile
 
 FLOAT_DTYPES: Final = ("fp32", "bf16", "fp16")
@@ -51,6 +51,12 @@ class Capabilities:
     """Rows that see no key: documents without keys, or causal ones with more queries than keys."""
     keys_without_queries: bool = True
     """Documents with keys and no queries; their dK and dV are zero."""
+    norms: bool = True
+    """Layers only: query, key and value norms."""
+    rotaries: tuple[str, ...] = ROTARIES
+    """Layers only: kinds of rotary embedding."""
+    shared_key_value: bool = True
+    """Layers only: one projection for keys and values."""
     memories: tuple[str, ...] = ("contiguous", "fused", "head_major", "sliced", "misaligned")
     """Memory layouts (reference/memory.py) that the kernel takes."""
     lse_of_blind_rows: float = -math.inf
@@ -95,6 +101,9 @@ class Capabilities:
             (self.empty_documents or all(q or k for q, k in pairs), "empty documents"),
             (self.queries_without_keys or not blind, "queries without a key"),
             (self.keys_without_queries or all(q or not k for q, k in pairs), "documents with keys and no queries"),
+            (self.norms or {case.query_norm, case.key_norm, case.value_norm} == {"none"}, "norms"),
+            (case.rotary in self.rotaries, f"rotary {case.rotary}"),
+            (self.shared_key_value or not case.shared_key_value, "shared keys and values"),
             (case.memory in self.memories, f"memory layout {case.memory}"),
         )
         return next((what for holds, what in rules if not holds), None)

@@ -7,7 +7,7 @@ place, without concatenation, and its gradient is accumulated in a shared buffer
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -48,6 +48,10 @@ class Layer(abc.ABC):
     def paths(self) -> frozenset[str]:
         """Which kernel implementations ran."""
         return frozenset()
+
+
+LayerFactory = Callable[[dict[str, torch.Tensor], Case, Kernel], Layer]
+"""Builds a layer from its weights, the case read as configuration, and a kernel."""
 
 
 class Projection(torch.autograd.Function):

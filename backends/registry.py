@@ -1,7 +1,8 @@
 """Which backends there are, by name. A backend is imported only when it is asked for.
 
 ``KERNEL`` is the buffered layer around that kernel, and the kernel by itself; ``legacy:KERNEL`` is the known-bad layer
-around it; ``MODULE:FUNCTION`` or ``PATH.py:FUNCTION`` is a user's own kernel (backends/user.py).
+around it; ``MODULE:FUNCTION`` or ``PATH.py:FUNCTION`` is a user's own kernel, and
+``layer:MODULE:CLASS`` a user's own layer (backends/user.py).
 """
 
 from __future__ import annotations
@@ -9,26 +10,21 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable
-
-import torch
 
 from backends import kernels
 from backends.kernel import Kernel
-from backends.layer import BufferedLayer, Layer
+from backends.layer import BufferedLayer, LayerFactory
 from backends.legacy import LegacyLayer
-from backends.user import UserKernel
+from backends.user import UserKernel, user_layer
 from reference.case import Case
 from reference.layout import call_segments, micro_sequences, segments
 
 LEGACY = "legacy:"
+USER_LAYER = "layer:"
 
 
 class UnknownBackend(LookupError):
     """No backend of that name; the message lists those there are."""
-
-
-LayerFactory = Callable[[dict[str, torch.Tensor], Case, Kernel], Layer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +64,8 @@ def load(name: str) -> Backend:
         BackendUnavailable: when a user's kernel cannot be imported.
     """
     legacy = name.startswith(LEGACY)
+    if name.startswith(USER_LAYER):
+        return Backend(name, *user_layer(name.removeprefix(USER_LAYER)), ("layer",))
     if ":" in name and not legacy:
         return Backend(name, UserKernel(name))
     kernel_name = name.removeprefix(LEGACY)

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 
 from backends.kernel import Attended, AttentionOptions, BackendUnavailable, Capabilities, Kernel
+from backends.layer import Layer, LayerFactory
 from backends.metadata import VarlenMetadata
+from reference.case import Case
 from reference.profile import Profile
 
 # What an unknown kernel may reasonably round: more than FlashAttention does, so that a plain one is not accused.
@@ -75,34 +77,32 @@ def _module_from_file(path: Path) -> ModuleType:
     return module
 
 
-def _declared(function: Callable[..., Any], name: str) -> Capabilities:
-    """Capabilities from the signature, narrowed by the function's own attribute."""
-    parameters = inspect.signature(function).parameters
-    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    has = {option: anything or option in parameters for option in _OPTIONS}
-    fields: dict[str, Any] = {
-        "scale": has["softmax_scale"],
-        "causal": has["causal"],
-        "window": has["window_size"],
-        "softcap": has["softcap"],
-        "repeatable": False,
-        "covers_all_rows": False,
-    }
-    declared = getattr(function, "capabilities", {})
+def _capabilities(owner: object, name: str, defaults: Mapping[str, Any]) -> Capabilities:
+    """Defaults narrowed by the attribute ``capabilities`` of a function or class, a dict or a ``Capabilities``."""
+    declared = getattr(owner, "capabilities", {})
     if isinstance(declared, Capabilities):
         return declared
     if not isinstance(declared, Mapping):
         raise BackendUnavailable(f"{name}.capabilities must be a dict, not {type(declared).__name__}")
     known = set(Capabilities.__dataclass_fields__)
     if unknown := sorted(set(declared) - known):
-        raise BackendUnavailable(
-            f"{name}.capabilities has an unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}"
-        )
-    fields |= {key: tuple(value) if isinstance(value, list) else value for key, value in declared.items()}
-    return Capabilities(**fields)
+        known_keys = ", ".join(sorted(known))
+        raise BackendUnavailable(f"{name}.capabilities has an unknown key {unknown[0]!r}; known: {known_keys}")
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in declared.items()}
+    return Capabilities(**{**defaults, **given})
+
+
+def _taken_options(function: Callable[..., Any]) -> set[str]:
+    """Which of the optional arguments a kernel's signature has."""
+    parameters = inspect.signature(function).parameters
+    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {option for option in _OPTIONS if anything or option in parameters}
 
 
 _OPTIONS = ("softmax_scale", "causal", "window_size", "softcap")
+
+
+_UNPROMISED = {"repeatable": False, "covers_all_rows": False}
 
 
 class UserKernel(Kernel):
@@ -122,10 +122,14 @@ class UserKernel(Kernel):
         self._function = import_object(name)
         if not callable(self._function):
             raise BackendUnavailable(f"{name} is not a function")
-        self.capabilities = _declared(self._function, name)  # type: ignore[misc]
-        parameters = inspect.signature(self._function).parameters
-        anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-        self._takes = {option for option in _OPTIONS if anything or option in parameters}
+        self._takes = _taken_options(self._function)
+        from_signature = {
+            "scale": "softmax_scale" in self._takes,
+            "causal": "causal" in self._takes,
+            "window": "window_size" in self._takes,
+            "softcap": "softcap" in self._takes,
+        }
+        self.capabilities = _capabilities(self._function, name, {**_UNPROMISED, **from_signature})  # type: ignore[misc]
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
@@ -149,3 +153,39 @@ class UserKernel(Kernel):
         )
         # Many kernels return (out, lse, ...).
         return Attended(out[0] if isinstance(out, tuple) else out, None, self.name)
+
+
+class InsideLayer(Kernel):
+    """Stands for the kernel of a user's layer, which nobody calls but the layer itself."""
+
+    profile = _CAUTIOUS
+
+    def __init__(self, name: str, capabilities: Capabilities) -> None:
+        self.name, self.capabilities = name, capabilities  # type: ignore[misc]
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        raise NotImplementedError(f"{self.name} is a layer; it has no kernel to call")
+
+
+def user_layer(name: str) -> tuple[InsideLayer, LayerFactory]:
+    """A layer class from outside, built as ``CLASS(weights, case)``; docs/your_layer.md says what it must have.
+
+    Args:
+        name: ``MODULE:CLASS`` or ``PATH.py:CLASS``.
+
+    Raises:
+        BackendUnavailable: when there is no such class, or it lacks a method.
+    """
+    made = import_object(name)
+    if missing := [method for method in _LAYER_METHODS if not callable(getattr(made, method, None))]:
+        raise BackendUnavailable(f"{name} is no layer: it has no method {missing[0]}")
+
+    def build(weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> Layer:
+        return made(weights, case)
+
+    return InsideLayer(name, _capabilities(made, name, _UNPROMISED)), build
+
+
+_LAYER_METHODS = ("forward", "backward", "parameter_gradients", "key_value", "key_value_gradients")

@@ -1,0 +1,56 @@
+"""Options that commands share, and what is said when they make no sense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from attn_fuzz.campaign.plan import default_device
+
+DEFAULT_STORE = Path(".attn-fuzz") / "findings"
+DEFAULT_SECONDS = 60.0
+
+BackendOption = Annotated[
+    list[str] | None,
+    typer.Option("--backend", "-b", help="Backend to test; repeat for several. Default: all available."),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda (all GPUs) or cuda:N. Default: cuda where there is one.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
+SecondsOption = Annotated[float | None, typer.Option(min=0.1, help="Wall-clock time. Default: 60.")]
+CasesOption = Annotated[int | None, typer.Option(min=1, help="Cases per backend, instead of a time.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the campaign; the same seed draws the same cases.")]
+LevelOption = Annotated[list[str] | None, typer.Option(help="layer or kernel. Default: both.")]
+DtypeOption = Annotated[
+    list[str] | None, typer.Option(help="fp32, bf16 or fp16; repeat for several. Default: all that a backend takes.")
+]
+FirstOption = Annotated[bool, typer.Option("--first", help="Stop each backend at its first finding.")]
+WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes at a time.")]
+StoreOption = Annotated[Path, typer.Option(help="Folder of findings.")]
+
+
+class UsageError(ValueError):
+    """Something that was asked for cannot be; the message is one sentence."""
+
+
+def device_of(name: str | None) -> str:
+    device = name or default_device()
+    if device != "cpu" and not (device == "cuda" or (device.startswith("cuda:") and device[5:].isdigit())):
+        raise UsageError(f"unknown device {device!r}; use cpu, cuda or cuda:N")
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UsageError("there is no CUDA device here; use --device cpu")
+        if device != "cuda" and int(device[5:]) >= torch.cuda.device_count():
+            raise UsageError(f"there is no {device} here, only {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def choices(given: list[str] | None, allowed: tuple[str, ...], what: str) -> tuple[str, ...]:
+    for value in given or ():
+        if value not in allowed:
+            raise UsageError(f"unknown {what} {value!r}; use {', '.join(allowed)}")
+    return tuple(given or ())

@@ -1,0 +1,226 @@
+"""``run``, ``check`` and ``check-layer``: campaigns, from options to exit status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from attn_fuzz import show
+from attn_fuzz.campaign.plan import available_backends, default_workers, plan, require_available
+from attn_fuzz.campaign.pool import Outcome, Pool
+from attn_fuzz.commands.arguments import (
+    DEFAULT_SECONDS,
+    DEFAULT_STORE,
+    BackendOption,
+    CasesOption,
+    DeviceOption,
+    DtypeOption,
+    FirstOption,
+    JsonOption,
+    LevelOption,
+    SecondsOption,
+    SeedOption,
+    StoreOption,
+    UsageError,
+    WorkersOption,
+    choices,
+    device_of,
+)
+from attn_fuzz.commands.screen import Screen
+from attn_fuzz.environment import environment
+from attn_fuzz.findings import Finding
+from attn_fuzz.poison import POISONS
+from attn_fuzz.store import Store, StoreError
+from backends import registry
+from reference.case import DTYPES, LEVELS
+
+
+def campaign_dict(outcome: Outcome, device: str, seed: int, poisons: tuple[str, ...]) -> dict[str, Any]:
+    """The JSON object of a campaign."""
+    return {
+        "cases": sum(tally.cases for tally in outcome.tallies.values()),
+        "documents": sum(tally.documents for tally in outcome.tallies.values()),
+        "seconds": round(outcome.seconds, 3),
+        "seed": seed,
+        "poisons": list(poisons),
+        "interrupted": outcome.interrupted,
+        "environment": environment(device),
+        "backends": {
+            name: {
+                "cases": tally.cases,
+                "documents": tally.documents,
+                "straddling": tally.straddling,
+                "refused": tally.refused,
+                "repeated": tally.repeated,
+                "by_kind": dict(sorted(tally.by_kind.items())),
+                "paths": tally.paths,
+                "worst_z": {key: round(z, 3) for key, z in sorted(tally.worst_z.items())},
+                "worst_case": {key: json.loads(tally.worst_case[key]) for key in sorted(tally.worst_z)},
+            }
+            for name, tally in outcome.tallies.items()
+        },
+        "findings": [finding.to_dict() for finding in outcome.findings],
+    }
+
+
+def _fuzz(
+    names: tuple[str, ...],
+    where: str,
+    *,
+    seconds: float | None,
+    cases: int | None,
+    seed: int,
+    levels: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    poisons: tuple[str, ...],
+    first: bool,
+    workers: int | None,
+    store: Path,
+    as_json: bool,
+) -> None:
+    """A campaign from assignments to exit status."""
+    if seconds is not None and cases is not None:
+        raise UsageError("--seconds and --cases exclude each other")
+    require_available(names, where, dtypes)
+    kept = Store(store)
+    if cases is None and seconds is None:
+        seconds = DEFAULT_SECONDS
+    processes = workers or default_workers(where)
+    assignments = plan(
+        names,
+        where,
+        workers=processes,
+        seed=seed,
+        seconds=seconds,
+        cases=cases,
+        levels=levels,
+        dtypes=dtypes,
+        poisons=poisons,
+        stop_at_first=first,
+    )
+    unstored: list[StoreError] = []
+    with Screen(names, assignments[0].seconds, cases) as screen:
+
+        def keep(finding: Finding) -> None:
+            screen.found(finding)
+            try:
+                kept.save(finding)
+            except StoreError as error:
+                # The campaign goes on; the finding is printed at the end in any case.
+                unstored.append(error)
+
+        outcome = Pool(assignments, processes, screen.update, keep).run()
+    if as_json:
+        typer.echo(json.dumps(campaign_dict(outcome, where, seed, poisons)))
+    else:
+        console = Console(emoji=False)
+        console.print(show.campaign_table(outcome))
+        show.print_findings(console, outcome.findings, str(store))
+        console.print(f"seed {seed}" + (", interrupted" if outcome.interrupted else ""))
+    for error in unstored:
+        typer.echo(f"attn-fuzz: {error}", err=True)
+    raise typer.Exit(2 if unstored else 1 if outcome.findings else 0)
+
+
+def run(
+    backend: BackendOption = None,
+    seconds: SecondsOption = None,
+    cases: CasesOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    level: LevelOption = None,
+    dtype: DtypeOption = None,
+    poison: Annotated[
+        list[str] | None, typer.Option(help="nan, finite, or none for memory as it comes. Default: nan and finite.")
+    ] = None,
+    first: FirstOption = False,
+    workers: WorkersOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Fuzz backends with the full buffered-K/V layer and at kernel level; what fails is shrunk and stored."""
+    where = device_of(device)
+    dtypes = choices(dtype, DTYPES, "dtype")
+    _fuzz(
+        tuple(dict.fromkeys(backend or available_backends(where, dtypes))),
+        where,
+        seconds=seconds,
+        cases=cases,
+        seed=seed,
+        levels=choices(level, LEVELS, "level") or LEVELS[::-1],
+        dtypes=dtypes,
+        poisons=choices(poison, (*POISONS, "none"), "poison") or POISONS,
+        first=first,
+        workers=workers,
+        store=store,
+        as_json=as_json,
+    )
+
+
+def _user_object(name: str, what: str) -> str:
+    if ":" not in name or name.startswith(registry.LEGACY):
+        raise UsageError(f"{name!r} names no {what.lower()}; use MODULE:{what} or PATH.py:{what}")
+    return name
+
+
+def check(
+    kernel: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="Or PATH.py:FUNCTION: a varlen kernel.")],
+    seconds: SecondsOption = None,
+    cases: CasesOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    level: LevelOption = None,
+    dtype: DtypeOption = None,
+    first: FirstOption = False,
+    workers: WorkersOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Fuzz your own kernel, by itself and inside the buffered layer."""
+    _fuzz(
+        (_user_object(kernel, "FUNCTION"),),
+        device_of(device),
+        seconds=seconds,
+        cases=cases,
+        seed=seed,
+        levels=choices(level, LEVELS, "level") or LEVELS[::-1],
+        dtypes=choices(dtype, DTYPES, "dtype"),
+        poisons=POISONS,
+        first=first,
+        workers=workers,
+        store=store,
+        as_json=as_json,
+    )
+
+
+def check_layer(
+    layer: Annotated[str, typer.Argument(metavar="MODULE:CLASS", help="Or PATH.py:CLASS: a buffered attention layer.")],
+    seconds: SecondsOption = None,
+    cases: CasesOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    first: FirstOption = False,
+    workers: WorkersOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Fuzz your own attention layer: micro-sequences forward, then backward in reverse (docs/your_layer.md)."""
+    _fuzz(
+        (registry.USER_LAYER + _user_object(layer, "CLASS"),),
+        device_of(device),
+        seconds=seconds,
+        cases=cases,
+        seed=seed,
+        levels=("layer",),
+        dtypes=choices(dtype, DTYPES, "dtype"),
+        poisons=POISONS,
+        first=first,
+        workers=workers,
+        store=store,
+        as_json=as_json,
+    )

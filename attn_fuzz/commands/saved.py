@@ -1,0 +1,106 @@
+"""``replay`` and ``save``: single cases, from and to disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from attn_fuzz import show
+from attn_fuzz.campaign.plan import available_backends, require_available
+from attn_fuzz.campaign.worker import set_up_process
+from attn_fuzz.cases_on_disk import REGRESSIONS, Seed, find_seed
+from attn_fuzz.commands.arguments import (
+    DEFAULT_STORE,
+    BackendOption,
+    DeviceOption,
+    JsonOption,
+    StoreOption,
+    UsageError,
+    device_of,
+)
+from attn_fuzz.examine import Verdict, examine
+from backends import registry
+from backends.kernel import UnsupportedCase
+from reference.case import Case
+
+
+def _verdict(name: str, case: Case, device: str) -> Verdict | str:
+    try:
+        return examine(case, registry.load(name), device)
+    except UnsupportedCase as refusal:
+        return str(refusal)
+
+
+def replay(
+    case: Annotated[str, typer.Argument(help="A CASE.json file, a finding's id, or the name of a regression seed.")],
+    backend: BackendOption = None,
+    device: DeviceOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Run one saved case and show every check's verdict. Default backends: a finding's own, else all available."""
+    where = device_of(device)
+    seed = find_seed(case, store)
+    own = seed.convicts.get(where.partition(":")[0], ())
+    names = tuple(dict.fromkeys(backend or own or available_backends(where)))
+    require_available(names, where)
+    set_up_process(where)
+    results = [(name, _verdict(name, seed.case, where)) for name in names]
+    if backend and all(isinstance(verdict, str) for _, verdict in results):
+        raise UsageError("; ".join(str(verdict) for _, verdict in results))
+    failed = [name for name, verdict in results if isinstance(verdict, Verdict) and verdict.symptoms]
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "case": seed.case.to_dict(),
+                    "device": where,
+                    "backends": [
+                        {"name": name, "refused": verdict}
+                        if isinstance(verdict, str)
+                        else {
+                            "name": name,
+                            "checks": list(verdict.checks),
+                            "messages": [str(symptom) for symptom in verdict.symptoms],
+                            "worst_z": {
+                                tensor: z if z < float("inf") else "inf" for tensor, z in verdict.worst_z.items()
+                            },
+                            "paths": sorted(verdict.paths),
+                        }
+                        for name, verdict in results
+                    ],
+                }
+            )
+        )
+    else:
+        show.verdict_lines(Console(emoji=False), seed.case, results)
+    raise typer.Exit(1 if failed else 0)
+
+
+def save(
+    case: Annotated[str, typer.Argument(help="A CASE.json file, a finding's id, or a case as JSON text.")],
+    name: Annotated[str, typer.Argument(help="Name of the regression seed.")],
+    about: Annotated[str, typer.Option(help="Why it is kept.")] = "",
+    convict: Annotated[list[str] | None, typer.Option(help="Backend that must fail it; repeat for several.")] = None,
+    device: DeviceOption = None,
+    folder: Annotated[Path, typer.Option(help="Folder of regression seeds.")] = REGRESSIONS,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Keep a failing case as a regression seed, which the test suite collects by itself."""
+    found = Seed(name, Case.from_json(case)) if case.lstrip().startswith("{") else find_seed(case, store)
+    convicts = {device_of(device).partition(":")[0]: tuple(convict)} if convict else found.convicts
+    seed = Seed(name, found.case, about or found.about, convicts)
+    target = folder / f"{name}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with target.open("x") as file:
+            file.write(seed.to_json())
+    except FileExistsError:
+        raise UsageError(f"{target} exists already; choose another name") from None
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written: {error.strerror}") from None
+    typer.echo(f"{target}: replay with python -m attn_fuzz replay {name}")
