@@ -8,7 +8,7 @@ import sys
 import typer
 
 from attn_fuzz.campaign.pool import CampaignError
-from attn_fuzz.commands import catalogue, fuzz, saved
+from attn_fuzz.commands import catalogue, faults, fuzz, saved
 from attn_fuzz.commands.arguments import UsageError
 from attn_fuzz.findings import FindingError
 from attn_fuzz.store import StoreError
@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 
-for _command in (fuzz.run, fuzz.check, fuzz.check_layer, saved.replay, saved.save, catalogue.backends):
+for _command in (fuzz.run, fuzz.check, fuzz.check_layer, saved.replay, saved.save, catalogue.backends, faults.faults):
     # Typer makes "check-layer" of "check_layer" by itself.
     app.command()(_command)
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from attn_fuzz.checks import CHECKS, PROBES, worst_errors
-from attn_fuzz.execute import require_support
+from attn_fuzz.execute import WroteBeforeRefusing, require_support
 from attn_fuzz.poison import POISONS
-from attn_fuzz.symptoms import Crashed, Symptom
+from attn_fuzz.symptoms import Crashed, InputsChanged, Symptom
 from attn_fuzz.trial import Trial
 from backends.kernel import UnsupportedCase
 from backends.registry import Backend
@@ -47,13 +47,21 @@ def examine(case: Case, backend: Backend, device: torch.device | str, poisons: S
     device = torch.device(device)
     require_support(backend, case, device)
     trial = Trial(case, backend, device, poisons)
+    if case.level == "kernel" and case.capacity and not trial.measured.capacity:
+        raise UnsupportedCase(f"{backend.name} does not take rows beyond the last document")
     try:
         observations = trial.observations
     except UnsupportedCase:
         raise
+    except WroteBeforeRefusing as error:
+        return Verdict((InputsChanged("reject_or_correct", "inputs", str(error)),), {}, frozenset())
     except (Exception, AssertionError) as error:
         if _is_out_of_memory(error):
             raise
+        if _refuses_layout(trial, error):
+            raise UnsupportedCase(
+                f"{backend.name} does not take memory layout {case.memory}: {_one_line(error)}"
+            ) from None
         return Verdict((Crashed("runs", "call", f"{type(error).__name__}: {_one_line(error)}"),), {}, frozenset())
 
     def symptoms() -> Iterator[Symptom]:
@@ -69,12 +77,28 @@ def examine(case: Case, backend: Backend, device: torch.device | str, poisons: S
         found = sorted(symptoms(), key=lambda symptom: symptom.rank)
     except Symptom:
         raise
-    except RuntimeError as error:
+    except Exception as error:
         # The second value seed runs while the checks do, and a backend may fall over that one only.
         if _is_out_of_memory(error):
             raise
         found = [Crashed("runs", "call", f"{type(error).__name__}: {_one_line(error)}")]
     return Verdict(tuple(found), worst_errors(trial), frozenset().union(*(o.paths for o in observations)))
+
+
+def _refuses_layout(trial: Trial, error: BaseException) -> bool:
+    """Whether an ordinary error about an unusual memory layout goes away with the layout: a clean refusal."""
+    case = trial.case
+    if case.level != "kernel" or case.memory in _USUAL or "CUDA error" in str(error) or "CUDA driver" in str(error):
+        return False
+    try:
+        dataclasses.replace(trial, case=case.replace(memory="contiguous")).observe(trial.poisons[0])
+    except Exception:
+        return False
+    return True
+
+
+_USUAL = ("contiguous", "fused", "head_major", "sliced")
+"""Layouts that a varlen kernel meets every day; on these an error is a finding."""
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

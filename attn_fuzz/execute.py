@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 
+from attn_fuzz.observation import Observation, Watch
 from attn_fuzz.poison import filler, poisoned
-from backends.kernel import AttentionOptions, UnsupportedCase
+from backends.kernel import Attended, AttentionOptions, UnsupportedCase
 from backends.layer import Layer
 from backends.metadata import VarlenMetadata
 from backends.registry import Backend
-from reference.answer import Inputs
+from reference.answer import SHARED_DIMENSIONS, Inputs, kernel_inputs
 from reference.case import Case
-from reference.layer import LayerInputs
+from reference.layer import LayerInputs, layer_inputs
 from reference.layout import active_extent, micro_sequences
-from reference.memory import bits, place, same_bits
-
-
-@dataclasses.dataclass(frozen=True)
-class Stray:
-    """Rows that changed where nothing may be written."""
-
-    tensor: str
-    """Buffer ``k`` or ``v``, or gradient buffer ``dk`` or ``dv``."""
-    step: str
-    """The micro-sequence and the pass, in words."""
-    rows: tuple[int, ...]
-    value: float
-    """One of the values found there."""
-
-
-@dataclasses.dataclass
-class Observation:
-    """What one run gave back."""
-
-    poison: str
-    results: dict[str, torch.Tensor]
-    """By the names of the reference's answer; token-major, detached. A result the backend does not give is absent."""
-    changed: list[str] = dataclasses.field(default_factory=list)
-    """Inputs, metadata or guard margins whose bits changed, in words."""
-    strays: list[Stray] = dataclasses.field(default_factory=list)
-    paths: frozenset[str] = frozenset()
+from reference.memory import Placed, place
 
 
 def require_support(backend: Backend, case: Case, device: torch.device) -> None:
@@ -50,110 +27,190 @@ def require_support(backend: Backend, case: Case, device: torch.device) -> None:
         raise UnsupportedCase(f"{backend.name} does not take {reason}")
 
 
-def run_kernel(backend: Backend, case: Case, inputs: Inputs, poison: str, device: torch.device) -> Observation:
-    """Forward and backward of one varlen call on ``device``; what is observed comes back to the CPU."""
-    placed = {
-        name: place(getattr(inputs, name).to(device), case.memory if name != "dout" else "contiguous", filler(poison))
-        for name in ("q", "k", "v", "dout")
-    }
-    metadata = VarlenMetadata(lengths_q=case.packed_lengths, lengths_k=case.packed_key_lengths, device=device)
-    sums = {"cu_seqlens_q": metadata.cu_seqlens_q, "cu_seqlens_k": metadata.cu_seqlens_k}
-    sums_before = {name: tensor.clone() for name, tensor in sums.items()}
-    leaves = [placed[name].tensor.detach().requires_grad_() for name in ("q", "k", "v")]
-    with poisoned(poison, device):
-        attended = backend.kernel.attend(leaves[0], leaves[1], leaves[2], metadata, AttentionOptions.of(case))
-        gradients = torch.autograd.grad(attended.out, leaves, placed["dout"].tensor)
-    observation = Observation(poison, {"out": attended.out.detach()}, paths=frozenset({attended.path}))
-    observation.results |= dict(zip(("dq", "dk", "dv"), gradients, strict=True))
-    if attended.lse is not None:
-        lse = attended.lse.detach().T
-        convention = backend.kernel.capabilities_on(device.type).lse_of_blind_rows
-        # In this project's convention; a finite sentinel stays what it is, and wrong.
-        observation.results["lse"] = torch.where(lse == convention, -torch.inf, lse)
-    observation.changed += [f"{what} of {name}" for name, item in placed.items() if (what := item.changed())]
-    observation.changed += [name for name, tensor in sums.items() if not torch.equal(tensor, sums_before[name])]
-    return _on_cpu(observation)
+class WroteBeforeRefusing(Exception):
+    """A backend refused a case after it had written to what it was handed."""
 
 
-def _on_cpu(observation: Observation) -> Observation:
-    observation.results = {name: tensor.cpu() for name, tensor in observation.results.items()}
-    return observation
+@contextlib.contextmanager
+def _refusing_cleanly(run: KernelCall | LayerRun) -> Iterator[None]:
+    """A backend that refuses must not have written anything."""
+    try:
+        yield
+    except (UnsupportedCase, NotImplementedError) as refusal:
+        if changed := run.changed():
+            raise WroteBeforeRefusing(f"{changed[0]} changed before it refused: {refusal}") from refusal
+        raise UnsupportedCase(str(refusal)) from refusal
 
 
-def _strays(name: str, step: str, before: torch.Tensor, after: torch.Tensor, begin: int, end: int) -> list[Stray]:
-    """Rows outside ``[begin, end)`` whose bits differ."""
-    differs = (bits(before) != bits(after)).flatten(1).any(1)
-    differs[begin:end] = False
-    rows = differs.nonzero()[:, 0].tolist()
-    if not rows:
-        return []
-    row_differs = bits(before)[rows[0]] != bits(after)[rows[0]]
-    return [Stray(name, step, tuple(rows), after[rows[0]][row_differs][0].item())]
+@contextlib.contextmanager
+def _ignoring_errors() -> Iterator[None]:
+    """A decoy that fails is a case of its own, some other time."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+            raise
 
 
-class _Watch:
-    """Compares a buffer's bits before and after each step."""
+class KernelCall:
+    """One varlen call: tensors in place, then forward, then backward."""
 
-    def __init__(self, names: tuple[str, str]) -> None:
-        self.names = names
-        self.before: tuple[torch.Tensor, ...] | None = None
+    def __init__(self, backend: Backend, case: Case, inputs: Inputs, poison: str, device: torch.device) -> None:
+        self.backend, self.case, self.device, self.poison = backend, case, device, poison
+        self.placed = {name: self._place(name, getattr(inputs, name)) for name in ("q", "k", "v", "dout")}
+        self.metadata = VarlenMetadata(lengths_q=case.packed_lengths, lengths_k=case.packed_key_lengths, device=device)
+        sums = {"cu_seqlens_q": self.metadata.cu_seqlens_q, "cu_seqlens_k": self.metadata.cu_seqlens_k}
+        self.sums = {name: (tensor, tensor.clone()) for name, tensor in sums.items()}
+        self.leaves = [self.placed[name].tensor.detach().requires_grad_() for name in ("q", "k", "v")]
+        self.attended: Attended | None = None
+        self.gradients: tuple[torch.Tensor, ...] = ()
 
-    def compare(
-        self, tensors: tuple[torch.Tensor, torch.Tensor] | None, step: str, begin: int, end: int
-    ) -> list[Stray]:
-        found: list[Stray] = []
-        if tensors is not None and self.before is not None:
-            for name, before, after in zip(self.names, self.before, tensors, strict=True):
-                found += _strays(name, step, before, after, begin, end)
-        self.note(tensors)
-        return found
+    def _place(self, name: str, x: torch.Tensor) -> Placed:
+        fill = filler(self.poison)
+        x = x.to(self.device)
+        shared = SHARED_DIMENSIONS.get(name)
+        if self.case.capacity and not (self.case.memory == "broadcast" and shared == 0):
+            # Rows behind the last document: nobody may read them.
+            x = torch.cat([x, x.new_full((self.case.capacity, *x.shape[1:]), fill)])
+        elif self.case.capacity:
+            x = x[:1].expand(len(x) + self.case.capacity, *x.shape[1:])
+        return place(x, self.case.memory, fill, shared)
 
-    def note(self, tensors: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-        self.before = None if tensors is None else tuple(tensor.detach().clone() for tensor in tensors)
+    def forward(self) -> None:
+        q, k, v = self.leaves
+        self.attended = self.backend.kernel.attend(q, k, v, self.metadata, AttentionOptions.of(self.case))
+
+    def backward(self) -> None:
+        assert self.attended is not None
+        self.gradients = torch.autograd.grad(self.attended.out, self.leaves, self.placed["dout"].tensor)
+
+    def changed(self) -> list[str]:
+        """Inputs, metadata or guard margins whose bits changed, in words."""
+        found = [f"{what} of {name}" for name, item in self.placed.items() if (what := item.changed())]
+        return found + [name for name, (now, before) in self.sums.items() if not torch.equal(now, before)]
+
+    def observe(self) -> Observation:
+        """What the call gave back, on the CPU."""
+        assert self.attended is not None
+        results = {"out": self.attended.out.detach(), **dict(zip(("dq", "dk", "dv"), self.gradients, strict=True))}
+        if self.attended.lse is not None:
+            lse = self.attended.lse.detach().T
+            convention = self.backend.kernel.capabilities_on(self.device.type).lse_of_blind_rows
+            # In this project's convention; a finite sentinel stays what it is, and wrong.
+            results["lse"] = torch.where(lse == convention, -torch.inf, lse)
+        tails: dict[str, torch.Tensor] = {}
+        if self.case.capacity:
+            for name, result in list(results.items()):
+                rows = sum(self.case.packed_key_lengths if name in ("dk", "dv") else self.case.packed_lengths)
+                if len(result) == rows + self.case.capacity:
+                    results[name], tails[name] = result[:rows], result[rows:].cpu()
+        observation = Observation(self.poison, results, paths=frozenset({self.attended.path}), tails=tails)
+        observation.changed = self.changed()
+        return observation.on_cpu()
 
 
-def run_layer(backend: Backend, case: Case, inputs: LayerInputs, poison: str, device: torch.device) -> Observation:
-    """All micro-sequences of a packed sequence forward, then all backward in reverse, on ``device``."""
-    named = {"x": inputs.x, "dout": inputs.dout, **{f"weight {name}": w for name, w in inputs.weights.items()}}
-    placed = {name: place(tensor.to(device), "contiguous", filler(poison)) for name, tensor in named.items()}
-    x, dout = placed["x"].tensor, placed["dout"].tensor
-    observation = Observation(poison, {})
-    parts = micro_sequences(case)
-    with poisoned(poison, device):
-        weights = {name: placed[f"weight {name}"].tensor for name in inputs.weights}
-        layer: Layer = backend.layer(weights, case, backend.kernel)
-        outputs, gradients = [], []
-        buffer, buffer_gradient = _Watch(("k", "v")), _Watch(("dk", "dv"))
-        buffer.note(layer.key_value())
-        buffer_gradient.note(layer.key_value_gradients())
-        for part in parts:
-            outputs.append(layer.forward(x[slice(*part)], *part))
+def run_kernel(
+    backend: Backend, case: Case, inputs: Inputs, poison: str, device: torch.device, decoy: Case | None = None
+) -> Observation:
+    """Forward and backward of one varlen call on ``device``, around those of a decoy where one is given.
+
+    Raises:
+        UnsupportedCase: when the backend itself refuses; the message says if it had written anything by then.
+    """
+    other = None if decoy is None else KernelCall(backend, decoy, kernel_inputs(decoy, "cpu"), poison, device)
+    call = KernelCall(backend, case, inputs, poison, device)
+    with poisoned(poison, device), _refusing_cleanly(call):
+        if other is not None:
+            with _ignoring_errors():
+                other.forward()
+        call.forward()
+        if other is not None and other.attended is not None:
+            with _ignoring_errors():
+                other.backward()
+        call.backward()
+    return call.observe()
+
+
+class LayerRun:
+    """A packed sequence through a layer: all micro-sequences forward, then all backward in reverse."""
+
+    def __init__(self, backend: Backend, case: Case, inputs: LayerInputs, poison: str, device: torch.device) -> None:
+        self.backend, self.case, self.poison = backend, case, poison
+        named = {"x": inputs.x, "dout": inputs.dout, **{f"weight {name}": w for name, w in inputs.weights.items()}}
+        self.placed = {name: self._place(name, tensor.to(device)) for name, tensor in named.items()}
+        self.weight_names = tuple(inputs.weights)
+        self.observation = Observation(poison, {})
+        self.parts = micro_sequences(case)
+        self.outputs: list[torch.Tensor] = []
+        self.input_gradients: list[torch.Tensor] = []
+
+    def _place(self, name: str, x: torch.Tensor) -> Placed:
+        fill = filler(self.poison)
+        if name != "dout" or self.case.memory == "contiguous":
+            return place(x, "contiguous", fill)
+        # The gradient that comes back to a layer is as often a slice as not.
+        placed = place(x[:, None], "sliced", fill)
+        return dataclasses.replace(placed, tensor=placed.tensor[:, 0])
+
+    def forward(self) -> None:
+        weights = {name: self.placed[f"weight {name}"].tensor for name in self.weight_names}
+        self.layer: Layer = self.backend.layer(weights, self.case, self.backend.kernel)
+        self.buffer, self.buffer_gradient = Watch(("k", "v")), Watch(("dk", "dv"))
+        self.buffer.note(self.layer.key_value())
+        self.buffer_gradient.note(self.layer.key_value_gradients())
+        x = self.placed["x"].tensor
+        for part in self.parts:
+            self.outputs.append(self.layer.forward(x[slice(*part)], *part))
             step = f"forward of {list(part)}"
-            observation.strays += buffer.compare(layer.key_value(), step, *part)
-            observation.strays += buffer_gradient.compare(layer.key_value_gradients(), step, 0, 0)
-        for part in reversed(parts):
-            gradients.append(layer.backward(dout[slice(*part)]))
-            extent = active_extent(case.packed_lengths, part)
+            self.observation.strays += self.buffer.compare(self.layer.key_value(), step, *part)
+            self.observation.strays += self.buffer_gradient.compare(self.layer.key_value_gradients(), step, 0, 0)
+
+    def backward(self) -> None:
+        dout = self.placed["dout"].tensor
+        for part in reversed(self.parts):
+            self.input_gradients.append(self.layer.backward(dout[slice(*part)]))
+            extent = active_extent(self.case.packed_lengths, part)
             step = f"backward of {list(part)}"
-            observation.strays += buffer_gradient.compare(layer.key_value_gradients(), step, *extent)
-            observation.strays += buffer.compare(layer.key_value(), step, 0, 0)
-    observation.results |= {"out": torch.cat(outputs).detach(), "dx": torch.cat(gradients[::-1]).detach()}
-    for names, tensors in ((("k", "v"), layer.key_value()), (("dk", "dv"), layer.key_value_gradients())):
-        if tensors is not None:
-            observation.results |= {
-                name: tensor.detach()[: case.tokens].clone() for name, tensor in zip(names, tensors, strict=True)
-            }
-    observation.results |= {f"d_{name}": tensor.detach() for name, tensor in layer.parameter_gradients().items()}
-    # A user's own layer need not say which implementation ran.
-    observation.paths = getattr(layer, "paths", frozenset)()
-    observation.changed += [f"{what} of {name}" for name, item in placed.items() if (what := item.changed())]
-    return _on_cpu(observation)
+            self.observation.strays += self.buffer_gradient.compare(self.layer.key_value_gradients(), step, *extent)
+            self.observation.strays += self.buffer.compare(self.layer.key_value(), step, 0, 0)
+
+    def observe(self) -> Observation:
+        """What the layer gave back, on the CPU."""
+        observation, layer = self.observation, self.layer
+        observation.results |= {
+            "out": torch.cat(self.outputs).detach(),
+            "dx": torch.cat(self.input_gradients[::-1]).detach(),
+        }
+        for names, tensors in ((("k", "v"), layer.key_value()), (("dk", "dv"), layer.key_value_gradients())):
+            if tensors is not None:
+                observation.results |= {
+                    name: tensor.detach()[: self.case.tokens].clone()
+                    for name, tensor in zip(names, tensors, strict=True)
+                }
+        observation.results |= {f"d_{name}": tensor.detach() for name, tensor in layer.parameter_gradients().items()}
+        # A user's own layer need not say which implementation ran.
+        observation.paths = getattr(layer, "paths", frozenset)()
+        observation.changed = self.changed()
+        return observation.on_cpu()
+
+    def changed(self) -> list[str]:
+        """Inputs, weights or guard margins whose bits changed, in words."""
+        return [f"{what} of {name}" for name, item in self.placed.items() if (what := item.changed())]
 
 
-def differing(first: Observation, second: Observation) -> list[str]:
-    """Names of results whose bits differ between two runs of the same case."""
-    return [
-        name
-        for name, value in first.results.items()
-        if name in second.results and not same_bits(value, second.results[name])
-    ]
+def run_layer(
+    backend: Backend, case: Case, inputs: LayerInputs, poison: str, device: torch.device, decoy: Case | None = None
+) -> Observation:
+    """A packed sequence through the backend's layer on ``device``, around a decoy's where one is given."""
+    other = None if decoy is None else LayerRun(backend, decoy, layer_inputs(decoy, "cpu"), poison, device)
+    run = LayerRun(backend, case, inputs, poison, device)
+    with poisoned(poison, device), _refusing_cleanly(run):
+        if other is not None:
+            with _ignoring_errors():
+                other.forward()
+        run.forward()
+        if other is not None and len(other.outputs) == len(other.parts):
+            with _ignoring_errors():
+                other.backward()
+        run.backward()
+    return run.observe()

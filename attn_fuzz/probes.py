@@ -19,7 +19,8 @@ import torch
 from reference.answer import Inputs
 from reference.attention import allowed_keys
 from reference.case import Case
-from reference.layout import Segment, call_segments
+from reference.layer import LayerInputs, layer_inputs
+from reference.layout import Segment, call_segments, micro_sequences, segments
 from reference.values import DTYPES, draw
 
 LOGIT_GAP = 30.0
@@ -144,3 +145,60 @@ def needle_probe(case: Case) -> NeedleProbe | None:
                 queries[row, head] = gain * keys[j, head // group]
     dout = torch.zeros_like(queries)
     return NeedleProbe(Inputs(queries.to(dtype), keys.to(dtype), v, dout.to(dtype)), picked)
+
+
+@dataclasses.dataclass(frozen=True)
+class AccumulationProbe:
+    """A layer case whose dV is a sum of whole numbers, one per micro-sequence."""
+
+    case: Case
+    inputs: LayerInputs
+    dv: torch.Tensor
+    """``[tokens, kv_heads, head_dim]`` float64."""
+
+
+_WHOLE = {"bf16": 129, "fp16": 1025}
+"""Just above half of what the dtype counts to: one addend is exact in it, the sum of an odd and an even one is not."""
+
+
+def accumulation_probe(case: Case) -> AccumulationProbe | None:
+    """The exact accumulation probe of a layer case, or None where no two micro-sequences add to the same row.
+
+    Query weights are 0, so every key weighs 1/n, and the output projection is the identity. In every micro-sequence
+    each document has at most one row with an output gradient, ``w n`` with n a power of two: 1/n and ``w n`` are exact
+    in the dtype, and so is ``w``, which is added to dV of that row's keys. w alternates between two neighbours, whose
+    sum the dtype cannot hold.
+    """
+    if case.dtype not in _WHOLE or not case.cuts:
+        return None
+    width = case.heads * case.head_dim
+    probe = case.replace(
+        hidden=width, query_norm="none", value_norm="none", shared_key_value=False, weights="gaussian", softcap=0.0
+    )
+    dtype, whole = DTYPES[case.dtype], _WHOLE[case.dtype]
+    group = case.heads // case.kv_heads
+    dout = torch.zeros(case.tokens, case.heads, case.head_dim)
+    dv = torch.zeros(case.tokens, case.kv_heads, case.head_dim, dtype=torch.float64)
+    added = torch.zeros(case.tokens, dtype=torch.int64)
+    for number, part in enumerate(micro_sequences(case)):
+        for segment in segments(case.packed_lengths, part):
+            seen = segment_mask(case, segment)
+            counts = seen.sum(1)
+            powers = (counts > 0) & (counts & (counts - 1) == 0) & (counts * (whole + 1) <= 60000)
+            if not powers.any():
+                continue
+            row = int(powers.nonzero()[-1, 0])
+            weight = whole + number % 2
+            keys = torch.arange(*segment.keys)[seen[row]]
+            dout[segment.queries.begin + row, ::group] = weight * int(counts[row])
+            dv[keys] += weight
+            added[keys] += 1
+    if not (added > 1).any():
+        return None
+    inputs = layer_inputs(probe, "cpu")
+    weights = {
+        **inputs.weights,
+        "query": torch.zeros_like(inputs.weights["query"]),
+        "dense": torch.eye(width, dtype=dtype),
+    }
+    return AccumulationProbe(probe, LayerInputs(inputs.x, dout.flatten(1).to(dtype), weights), dv)

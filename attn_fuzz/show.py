@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +12,7 @@ from attn_fuzz.campaign.messages import Tally
 from attn_fuzz.campaign.pool import Outcome
 from attn_fuzz.examine import Verdict
 from attn_fuzz.findings import Finding
+from attn_fuzz.tolerances import RULES
 from backends import registry
 from reference.case import Case
 
@@ -102,5 +104,25 @@ def backends_table(rows: Sequence[tuple[str, str, str | None]]) -> Table:
             " ".join(capabilities.dtypes),
             f"<= {capabilities.max_head_dim}",
             ", ".join(lacks) or "-",
+        )
+    return table
+
+
+def faults_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """One row per planted fault."""
+    caught = sum(row["caught"] for row in rows)
+    table = Table(title=f"{caught} of {len(rows)} faults caught")
+    for column in ("fault", "caught by", "cases", "seconds", "documents", "tokens", "minimal", *RULES):
+        table.add_column(column, justify="left" if column in ("fault", "caught by") else "right")
+    for row in rows:
+        rules = row["rules"]
+        table.add_row(
+            row["id"],
+            ", ".join(row["checks"]) if row["caught"] else "MISSED",
+            str(row["cases"]),
+            f"{row['seconds']:.1f}",
+            *("-" if row[key] is None else str(row[key]) for key in ("documents", "tokens")),
+            "-" if row["minimal"] is None else "yes" if row["minimal"] else "NO",
+            *("-" if rules is None else "caught" if rule in rules else "missed" for rule in RULES),
         )
     return table

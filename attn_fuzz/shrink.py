@@ -91,6 +91,18 @@ def shorter_documents(case: Case) -> Iterator[Case | None]:
             yield _resized(case, index, queries, fewer)
 
 
+def one_shorter(case: Case) -> Iterator[Case | None]:
+    """With one document shorter by one token: queries and keys together, then each alone."""
+    for index, queries in enumerate(case.lengths):
+        if case.key_lengths is None:
+            yield _resized(case, index, queries - 1, None) if queries else None
+            continue
+        keys = case.key_lengths[index]
+        for fewer_queries, fewer_keys in ((queries - 1, keys - 1), (queries - 1, keys), (queries, keys - 1)):
+            if min(fewer_queries, fewer_keys) >= 0:
+                yield _resized(case, index, fewer_queries, fewer_keys)
+
+
 def simpler_cuts(case: Case) -> Iterator[Case | None]:
     """Without a cut, or with one moved back."""
     for index, cut in enumerate(case.cuts):

@@ -139,7 +139,9 @@ def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int])
         "dtype": draw(st.sampled_from(domain.dtypes)),
         "values": draw(st.sampled_from(VALUES)),
         "seed": draw(st.integers(0, 3)),
-        "memory": draw(st.sampled_from(capabilities.memories)),
+        "memory": draw(
+            st.sampled_from([memory for memory in capabilities.memories if level == "kernel" or memory != "broadcast"])
+        ),
     }
 
 
@@ -165,7 +167,14 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
     if draw(st.booleans()):
         keys = [draw(_key_length(length, capabilities, causal=bool(chosen["causal"]))) for length in lengths]
         key_lengths = tuple(keys) if sum(keys) and keys != lengths else None
-    return Case(level="kernel", lengths=tuple(lengths), key_lengths=key_lengths, **chosen)  # type: ignore[arg-type]
+    capacity = draw(st.sampled_from([0, 0, 0, 1, 17])) if capabilities.capacity is not False else 0
+    return Case(
+        level="kernel",
+        lengths=tuple(lengths),
+        key_lengths=key_lengths,
+        capacity=capacity,
+        **chosen,  # type: ignore[arg-type]
+    )
 
 
 @st.composite

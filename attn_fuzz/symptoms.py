@@ -67,6 +67,42 @@ class DeadRowsNotZero(Symptom):
     rank = 2
 
 
+class NotIsolated(Symptom):
+    """A result depends on a document, or on keys, that it must not see."""
+
+    rank = 14
+
+
+class NotRepeatable(Symptom):
+    """The same call again gives other bits, though the backend promises the same."""
+
+    rank = 15
+
+
+class NotRegrouped(Symptom):
+    """The same documents in another order, or cut elsewhere, give other results."""
+
+    rank = 16
+
+
+class NotExact(Symptom):
+    """A sum of small whole numbers, which float32 holds exactly, is not exact."""
+
+    rank = 17
+
+
+class WrongSpread(Symptom):
+    """No element is outside its budget, but too many are near its edge."""
+
+    rank = 18
+
+
+class WrongPath(Symptom):
+    """Another implementation ran than the one that was meant to."""
+
+    rank = 19
+
+
 class WroteOutside(Symptom):
     """Buffer rows changed that this step does not own."""
 

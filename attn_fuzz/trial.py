@@ -8,7 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from attn_fuzz.execute import Observation, run_kernel, run_layer
+from attn_fuzz.decoy import decoy_of
+from attn_fuzz.execute import run_kernel, run_layer
+from attn_fuzz.measured import Measured, measured
+from attn_fuzz.observation import Observation
 from attn_fuzz.poison import POISONS
 from backends.registry import Backend
 from reference.answer import Expected, Inputs, kernel_answer, kernel_inputs
@@ -16,6 +19,8 @@ from reference.arithmetic import CONFIRMING_SAMPLES, SAMPLES
 from reference.case import Case
 from reference.layer import LayerInputs, layer_answer, layer_inputs
 from reference.layout import document_spans
+
+BACKWARD = ("dq", "dk", "dv", "dx")
 
 # Second value seed of a layout: an error that is a property of the layout shows under both.
 _SECOND_SEED = 0x9E3779B9
@@ -41,14 +46,31 @@ class Trial:
 
     @functools.cached_property
     def observations(self) -> tuple[Observation, ...]:
-        """One run per poison."""
-        return tuple(self.observe(poison) for poison in self.poisons)
+        """One run per poison; the first in the company of a decoy, the others alone."""
+        decoy = decoy_of(self.case, self.backend, self.device.type)
+        first, *others = self.poisons
+        return (self.observe(first, decoy), *(self.observe(poison) for poison in others))
 
-    def observe(self, poison: str) -> Observation:
+    def observe(self, poison: str, decoy: Case | None = None) -> Observation:
         """A run of its own."""
-        if isinstance(self.inputs, Inputs):
-            return run_kernel(self.backend, self.case, self.inputs, poison, self.device)
-        return run_layer(self.backend, self.case, self.inputs, poison, self.device)
+        return self.observe_with(self.inputs, poison, decoy)
+
+    def observe_with(self, inputs: Inputs | LayerInputs, poison: str, decoy: Case | None = None) -> Observation:
+        """A run with other tensors than the case's."""
+        if isinstance(inputs, Inputs):
+            return run_kernel(self.backend, self.case, inputs, poison, self.device, decoy)
+        return run_layer(self.backend, self.case, inputs, poison, self.device, decoy)
+
+    @functools.cached_property
+    def measured(self) -> Measured:
+        """What nobody has stated about the backend, found out by trying."""
+        return measured(self.backend, str(self.device))
+
+    def repeats(self, name: str) -> bool:
+        """Whether the backend promises the same bits every time for this result."""
+        capabilities = self.backend.kernel.capabilities_on(self.device.type)
+        backward = name in BACKWARD or name.startswith("d_")
+        return capabilities.repeatable and (capabilities.repeatable_backward or not backward)
 
     def answer_with(self, samples: int) -> dict[str, Expected]:
         """The reference's answer; ``samples`` matter to layer budgets only."""

@@ -11,7 +11,7 @@ from typing import ClassVar, Final, NamedTuple
 import torch
 
 from backends.metadata import VarlenMetadata
-from reference.case import MAX_HEAD_DIM, ROTARIES, Case
+from reference.case import MAX_HEAD_DIM, MEMORIES, ROTARIES, Case
 from reference.profile import Profile
 
 FLOAT_DTYPES: Final = ("fp32", "bf16", "fp16")
@@ -57,8 +57,12 @@ class Capabilities:
     """Layers only: kinds of rotary embedding."""
     shared_key_value: bool = True
     """Layers only: one projection for keys and values."""
-    memories: tuple[str, ...] = ("contiguous", "fused", "head_major", "sliced", "misaligned")
+    memories: tuple[str, ...] = MEMORIES
     """Memory layouts (reference/memory.py) that the kernel takes."""
+    capacity: bool | None = True
+    """Tensors with rows beyond the last document, which belong to nobody; None: found out by trying."""
+    isolates_nonfinite: bool | None = True
+    """NaN in one document stays out of all others (False for a product with an explicit mask); None: by trying."""
     lse_of_blind_rows: float = -math.inf
     """The LSE of rows that see no key: -inf by definition, +inf by some kernels' convention."""
     repeatable: bool = True
@@ -105,6 +109,10 @@ class Capabilities:
             (case.rotary in self.rotaries, f"rotary {case.rotary}"),
             (self.shared_key_value or not case.shared_key_value, "shared keys and values"),
             (case.memory in self.memories, f"memory layout {case.memory}"),
+            (
+                self.capacity is not False or case.level == "layer" or not case.capacity,
+                "rows beyond the last document",
+            ),
         )
         return next((what for holds, what in rules if not holds), None)
 
@@ -150,6 +158,7 @@ class Kernel(abc.ABC):
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
     profile: ClassVar[Profile] = Profile()
+    paths: ClassVar[frozenset[str]] = frozenset()
 
     def capabilities_on(self, device: str) -> Capabilities:
         """What the kernel takes on ``cpu`` or ``cuda``."""
@@ -167,6 +176,10 @@ class Kernel(abc.ABC):
     def profile_on(self, device: str) -> Profile:
         """How the kernel computes on ``cpu`` or ``cuda``."""
         return self.profile
+
+    def paths_on(self, device: str) -> frozenset[str]:
+        """Names of the implementations that may run on ``cpu`` or ``cuda``; empty where nothing is promised."""
+        return self.paths
 
     def why_unavailable(self, device: str) -> str | None:
         """One line on why the backend cannot run on ``cpu`` or ``cuda`` here, or None when it can."""

@@ -17,7 +17,8 @@ def key_value_views(
         dtype: storage dtype.
         device: where.
         memory: ``contiguous`` K and V apart; ``fused`` both in one row; ``head_major`` heads outermost; ``sliced``
-            rows and heads wider than they are used; ``misaligned`` one element off the allocation's alignment.
+            rows and heads wider than they are used; ``strided`` every other channel; ``misaligned`` one element off the
+            allocation's alignment.
 
     Raises:
         ValueError: for an unknown layout.
@@ -39,6 +40,9 @@ def key_value_views(
         case "sliced":
             wide = empty(rows, 2 * kv_heads + 1, head_dim + 8)
             return wide[:, :kv_heads, :head_dim], wide[:, kv_heads : 2 * kv_heads, :head_dim]
+        case "strided":
+            wide = empty(rows, 2 * kv_heads, 2 * head_dim)[..., ::2]
+            return wide[:, :kv_heads], wide[:, kv_heads:]
         case "misaligned":
             k, v = (empty(rows * kv_heads * head_dim + 1)[1:].view(shape) for _ in range(2))
             return k, v

@@ -20,15 +20,25 @@ from backends.metadata import VarlenMetadata
 class Document:
     """One document of a call: its slices, head-major float32, one K/V head per query head."""
 
+    index: int
     rows: slice
     keys: slice
+    backward: bool
+    """Which pass it was sliced for."""
     q: torch.Tensor
     """``[heads, q, d]``"""
     k: torch.Tensor
     """``[heads, k, d]``"""
     v: torch.Tensor
-    mask: torch.Tensor
-    """bool ``[q, k]``"""
+
+    @property
+    def queries(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def seen(self) -> int:
+        """Keys."""
+        return self.k.shape[1]
 
 
 @dataclasses.dataclass
@@ -44,34 +54,50 @@ class Call:
 class Loop:
     """Forward and backward over the documents of a call."""
 
-    def bounds(self, cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
-        """Where each document lies, as the prefix sums say."""
-        sums: list[int] = cu_seqlens.tolist()
-        return list(itertools.pairwise(sums))
+    def bounds(self, call: Call, side: str, *, backward: bool) -> list[tuple[int, int]]:
+        """Where each document lies on the ``q`` or ``k`` side, as the prefix sums say."""
+        sums = call.metadata.cu_seqlens_q if side == "q" else call.metadata.cu_seqlens_k
+        return list(itertools.pairwise(sums.tolist()))
 
-    def allocate(self, like: torch.Tensor) -> torch.Tensor:
+    def allocate(self, like: torch.Tensor, name: str) -> torch.Tensor:
         """Memory for a result; unwritten, as kernels do."""
         return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
-    def mask(self, call: Call, queries: int, keys: int) -> torch.Tensor:
-        """Which keys each query of a document sees."""
-        left, right = call.options.effective_window
+    def read(self, call: Call, x: torch.Tensor, rows: slice, name: str) -> torch.Tensor:
+        """Rows ``[rows, heads, d]`` of a tensor as ``[heads, rows, d]`` float32."""
+        return x[rows].float().transpose(0, 1)
+
+    def write(self, result: torch.Tensor, rows: slice, value: torch.Tensor, name: str) -> None:
+        """Stores ``[heads, rows, d]`` float32 into a result's rows, in its dtype."""
+        result[rows] = value.transpose(0, 1).to(result.dtype)
+
+    def mask(self, call: Call, document: Document) -> torch.Tensor:
+        """Which keys each query of a document sees: bool ``[q, k]`` or ``[heads, q, k]``."""
+        return self.window_mask(call, document, *call.options.effective_window)
+
+    def shift(self, call: Call, document: Document) -> int:
+        """Key position of the first query: bottom-right alignment."""
+        return document.seen - document.queries
+
+    def window_mask(self, call: Call, document: Document, left: int, right: int) -> torch.Tensor:
+        """The mask of a window (left, right), -1 for no bound."""
         device = call.metadata.device
-        distance = torch.arange(queries, device=device)[:, None] + (keys - queries) - torch.arange(keys, device=device)
-        seen = torch.ones(queries, keys, dtype=torch.bool, device=device)
+        own = torch.arange(document.queries, device=device)[:, None] + self.shift(call, document)
+        distance = own - torch.arange(document.seen, device=device)
+        seen = torch.ones(document.queries, document.seen, dtype=torch.bool, device=device)
         if left >= 0:
             seen &= distance <= left
         if right >= 0:
             seen &= distance >= -right
         return seen
 
-    def expand(self, call: Call, x: torch.Tensor) -> torch.Tensor:
-        """K/V ``[k, kv_heads, d]`` to ``[heads, k, d]`` float32."""
-        return x.float().transpose(0, 1).repeat_interleave(call.group, dim=0)
+    def expand(self, call: Call, x: torch.Tensor, backward: bool) -> torch.Tensor:
+        """K/V ``[kv_heads, k, d]`` to ``[heads, k, d]``."""
+        return x.repeat_interleave(call.group, dim=0)
 
     def reduce(self, call: Call, x: torch.Tensor) -> torch.Tensor:
-        """Gradients ``[heads, k, d]`` to ``[k, kv_heads, d]``, added up over each group in float32."""
-        return x.unflatten(0, (-1, call.group)).sum(1).transpose(0, 1)
+        """Gradients ``[heads, k, d]`` to ``[kv_heads, k, d]``, added up over each group in float32."""
+        return x.unflatten(0, (-1, call.group)).sum(1)
 
     def scores(self, call: Call, document: Document) -> tuple[torch.Tensor, torch.Tensor]:
         """(capped scores, derivative by the uncapped score), float32 ``[heads, q, k]``."""
@@ -81,43 +107,80 @@ class Loop:
         tanh = torch.tanh(scores / cap)
         return cap * tanh, 1 - tanh.square()
 
-    def softmax(self, scores: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(unnormalised probabilities' normalised form, lse); rows without keys give 0 and -inf."""
-        if scores.shape[-1] == 0:
-            return scores, scores.new_full(scores.shape[:-1], -torch.inf)
-        masked = scores.masked_fill(~mask, -torch.inf)
+    def masked(self, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Scores with the unseen ones out of the way."""
+        return scores.masked_fill(~mask, -torch.inf)
+
+    def softmax(self, call: Call, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normalised probabilities, lse); rows without keys give 0 and -inf."""
+        if masked.shape[-1] == 0:
+            return masked, masked.new_full(masked.shape[:-1], -torch.inf)
         lse = torch.logsumexp(masked, -1)
         return torch.exp(masked - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]), lse
 
-    def document(
-        self, call: Call, rows: slice, keys: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    def weighted(self, call: Call, document: Document, probabilities: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """P V of the stored probabilities; ``v`` is the whole tensor."""
+        return probabilities.to(call.dtype).float() @ document.v
+
+    def slice(
+        self, call: Call, index: int, rows: slice, keys: slice, qkv: tuple[torch.Tensor, ...], *, backward: bool
     ) -> Document:
         """Slices one document out of the packed tensors."""
-        qd, kd, vd = (q[rows].float().transpose(0, 1), self.expand(call, k[keys]), self.expand(call, v[keys]))
-        return Document(rows, keys, qd, kd, vd, self.mask(call, qd.shape[1], kd.shape[1]))
+        q, k, v = qkv
+        qd = self.read(call, q, rows, "q")
+        kd, vd = (self.expand(call, self.read(call, x, keys, name), backward) for x, name in ((k, "k"), (v, "v")))
+        return Document(index, rows, keys, backward, qd, kd, vd)
 
-    def documents(self, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Document]:
+    def documents(
+        self, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, backward: bool
+    ) -> list[Document]:
         """All documents of a call."""
+        sides = zip(self.bounds(call, "q", backward=backward), self.bounds(call, "k", backward=backward), strict=False)
         return [
-            self.document(call, slice(*rows), slice(*keys), q, k, v)
-            for rows, keys in zip(
-                self.bounds(call.metadata.cu_seqlens_q), self.bounds(call.metadata.cu_seqlens_k), strict=True
-            )
+            self.slice(call, index, slice(*rows), slice(*keys), (q, k, v), backward=backward)
+            for index, (rows, keys) in enumerate(sides)
         ]
 
     def forward(
         self, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out as ``q``, lse float32 ``[heads, tokens_q]``)."""
-        out = self.allocate(q)
-        lse = self.allocate(q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32))
-        for document in self.documents(call, q, k, v):
+        out = self.allocate(q, "out")
+        lse = self.allocate(q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32), "lse")
+        for document in self.documents(call, q, k, v, backward=False):
             scores, _ = self.scores(call, document)
-            probabilities, row_lse = self.softmax(scores, document.mask)
-            value = probabilities.to(call.dtype).float() @ document.v
-            out[document.rows] = value.transpose(0, 1).to(call.dtype)
-            lse[:, document.rows] = row_lse
+            probabilities, row_lse = self.softmax(call, self.masked(scores, self.mask(call, document)))
+            self.write(out, document.rows, self.weighted(call, document, probabilities, v), "out")
+            self.write_lse(lse, document, row_lse)
         return out, lse
+
+    def write_lse(self, lse: torch.Tensor, document: Document, value: torch.Tensor) -> None:
+        """Stores ``[heads, q]``."""
+        lse[:, document.rows] = value
+
+    def saved_lse(self, call: Call, lse: torch.Tensor, document: Document) -> torch.Tensor:
+        """A document's rows of the saved lse, ``[heads, q]``."""
+        return lse[:, document.rows]
+
+    def delta(self, call: Call, document: Document, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
+        """rowsum(dO O), ``[heads, q, 1]``; ``dout`` is the document's, ``out`` the whole tensor."""
+        return (dout * self.read(call, out, document.rows, "out")).sum(-1, keepdim=True)
+
+    def ds(
+        self,
+        call: Call,
+        document: Document,
+        p: torch.Tensor,
+        dp: torch.Tensor,
+        delta: torch.Tensor,
+        slope: torch.Tensor,
+    ) -> torch.Tensor:
+        """Gradient of the uncapped, unscaled scores."""
+        return p * (dp - delta) * slope
+
+    def dp(self, call: Call, document: Document, dout: torch.Tensor) -> torch.Tensor:
+        """dO V^T."""
+        return dout @ document.v.transpose(-1, -2)
 
     def backward(
         self,
@@ -130,22 +193,22 @@ class Loop:
         dout: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(dq, dk, dv) as q, k, v; probabilities are recomputed from the saved lse."""
-        dq, dk, dv = self.allocate(q), self.allocate(k), self.allocate(v)
-        for document in self.documents(call, q, k, v):
-            rows, keys = document.rows, document.keys
+        dq, dk, dv = self.allocate(q, "dq"), self.allocate(k, "dk"), self.allocate(v, "dv")
+        for document in self.documents(call, q, k, v, backward=True):
             scores, slope = self.scores(call, document)
-            row_lse = lse[:, rows]
-            masked = scores.masked_fill(~document.mask, -torch.inf)
-            probabilities = torch.exp(masked - row_lse.masked_fill(row_lse == -torch.inf, 0.0)[..., None])
-            doutd = dout[rows].float().transpose(0, 1)
-            delta = (doutd * out[rows].float().transpose(0, 1)).sum(-1, keepdim=True)
-            dp = doutd @ document.v.transpose(-1, -2)
-            ds = (probabilities * (dp - delta) * slope).to(call.dtype).float()
-            rounded = probabilities.to(call.dtype).float()
+            row_lse = self.saved_lse(call, lse, document)
+            masked = self.masked(scores, self.mask(call, document))
+            p = torch.exp(masked - row_lse.masked_fill(row_lse == -torch.inf, 0.0)[..., None])
+            doutd = self.read(call, dout, document.rows, "dout")
+            delta = self.delta(call, document, out, doutd)
+            ds = self.ds(call, document, p, self.dp(call, document, doutd), delta, slope).to(call.dtype).float()
+            rounded = p.to(call.dtype).float()
             scale = call.options.scale
-            dq[rows] = (scale * (ds @ document.k)).transpose(0, 1).to(call.dtype)
-            dk[keys] = self.reduce(call, scale * (ds.transpose(-1, -2) @ document.q)).to(call.dtype)
-            dv[keys] = self.reduce(call, rounded.transpose(-1, -2) @ doutd).to(call.dtype)
+            self.write(dq, document.rows, scale * (ds @ document.k), "dq")
+            dkd = self.reduce(call, scale * (ds.transpose(-1, -2) @ document.q))
+            dvd = self.reduce(call, rounded.transpose(-1, -2) @ doutd)
+            self.write(dk, document.keys, dkd, "dk")
+            self.write(dv, document.keys, dvd, "dv")
         return dq, dk, dv
 
 

@@ -1,8 +1,8 @@
 """Which backends there are, by name. A backend is imported only when it is asked for.
 
 ``KERNEL`` is the buffered layer around that kernel, and the kernel by itself; ``legacy:KERNEL`` is the known-bad layer
-around it; ``MODULE:FUNCTION`` or ``PATH.py:FUNCTION`` is a user's own kernel, and
-``layer:MODULE:CLASS`` a user's own layer (backends/user.py).
+around it; ``fault:ID`` is a planted fault (backends/faults); ``MODULE:FUNCTION`` or ``PATH.py:FUNCTION`` is a user's
+own kernel, and ``layer:MODULE:CLASS`` a user's own layer (backends/user.py).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import importlib
 import pkgutil
 
 from backends import kernels
+from backends.faults.fault import PREFIX as FAULT
+from backends.faults.fault import faults, parts_of
 from backends.kernel import Kernel
 from backends.layer import BufferedLayer, LayerFactory
 from backends.legacy import LegacyLayer
@@ -66,6 +68,12 @@ def load(name: str) -> Backend:
     legacy = name.startswith(LEGACY)
     if name.startswith(USER_LAYER):
         return Backend(name, *user_layer(name.removeprefix(USER_LAYER)), ("layer",))
+    if name.startswith(FAULT):
+        planted = faults()
+        fault_id = name.removeprefix(FAULT)
+        if fault_id not in planted:
+            raise UnknownBackend(f"unknown fault {fault_id!r}; known faults are {', '.join(planted)}")
+        return Backend(name, *parts_of(planted[fault_id]))
     if ":" in name and not legacy:
         return Backend(name, UserKernel(name))
     kernel_name = name.removeprefix(LEGACY)

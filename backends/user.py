@@ -102,7 +102,8 @@ def _taken_options(function: Callable[..., Any]) -> set[str]:
 _OPTIONS = ("softmax_scale", "causal", "window_size", "softcap")
 
 
-_UNPROMISED = {"repeatable": False, "covers_all_rows": False}
+_UNPROMISED = {"covers_all_rows": False, "capacity": None, "isolates_nonfinite": None}
+"""What nobody has stated about a user's kernel."""
 
 
 class UserKernel(Kernel):

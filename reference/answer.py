@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Final
 
 import torch
 
@@ -36,14 +37,19 @@ class Inputs:
     """as ``q``"""
 
 
+SHARED_DIMENSIONS: Final = {"k": 1, "v": 1, "dout": 0}
+"""With memory ``broadcast`` K/V repeat over heads, and the output gradient over rows, as that of a sum does."""
+
+
 def kernel_inputs(case: Case, device: torch.device | str) -> Inputs:
     """The tensors of a kernel case."""
-    return Inputs(
-        q=draw(case, "q", case.heads, case.head_dim, device),
-        k=draw(case, "k", case.kv_heads, case.head_dim, device, keys=True),
-        v=draw(case, "v", case.kv_heads, case.head_dim, device, keys=True),
-        dout=draw(case, "dout", case.heads, case.head_dim, device),
-    )
+    q = draw(case, "q", case.heads, case.head_dim, device)
+    k, v = (draw(case, name, case.kv_heads, case.head_dim, device, keys=True) for name in ("k", "v"))
+    dout = draw(case, "dout", case.heads, case.head_dim, device)
+    if case.memory == "broadcast":
+        shared = {"k": k, "v": v, "dout": dout}
+        k, v, dout = (x.narrow(SHARED_DIMENSIONS[name], 0, 1).expand_as(x) for name, x in shared.items())
+    return Inputs(q, k, v, dout)
 
 
 KERNEL_TENSORS = ("out", "lse", "dq", "dk", "dv")

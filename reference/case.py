@@ -15,9 +15,9 @@ LEVELS: Final = ("kernel", "layer")
 DTYPES: Final = ("fp32", "bf16", "fp16")
 NORMS: Final = ("none", "rms")
 ROTARIES: Final = ("none", "default", "proportional")
-VALUES: Final = ("gaussian", "large", "offset", "tiny")
+VALUES: Final = ("gaussian", "large", "offset", "tiny", "ties")
 WEIGHTS: Final = ("gaussian", "selection")
-MEMORIES: Final = ("contiguous", "fused", "head_major", "sliced", "misaligned")
+MEMORIES: Final = ("contiguous", "fused", "head_major", "sliced", "misaligned", "strided", "broadcast")
 MAX_HEAD_DIM: Final = 320
 # Keeps row and channel counters inside the fields of the value generator (values.py).
 MAX_TOKENS: Final = 1 << 24
@@ -93,7 +93,7 @@ class Case:
     memory: str = "contiguous"
     """How the tensors handed to the kernel lie in memory (reference/memory.py)."""
     capacity: int = 0
-    """Layer level only: rows of the K/V buffer beyond the packed sequence."""
+    """Rows beyond the packed sequence: of the K/V buffer, or of all tensors of a kernel case; nothing may read them."""
 
     def __post_init__(self) -> None:
         for name in ("lengths", "key_lengths", "cuts", "document_ids", "window"):
@@ -276,7 +276,6 @@ _LAYER_ONLY = [
     "rotary_theta",
     "rotary_fraction",
     "weights",
-    "capacity",
 ]
 
 
@@ -293,6 +292,8 @@ def _check_kernel(case: Case) -> None:
 
 
 def _check_layer(case: Case) -> None:
+    if case.memory == "broadcast":
+        raise CaseError("memory broadcast belongs to kernel cases: a K/V buffer is written, so its rows are its own")
     if case.key_lengths is not None:
         raise CaseError("key_lengths belongs to kernel cases; in a layer case keys come from cuts")
     bounds = (0, *case.cuts, case.tokens)

@@ -54,20 +54,27 @@ def _strides(shape: tuple[int, ...], memory: str) -> tuple[tuple[int, ...], int]
             strides = (channels, rows * channels, 1)
         case "sliced":
             strides = ((heads + 1) * (channels + 8), channels + 8, 1)
+        case "strided":
+            # Every other channel of a tensor twice as wide.
+            strides = (heads * channels * 2, channels * 2, 2)
         case _:
             strides = (heads * channels, channels, 1)
     extent = 1 + sum((max(size, 1) - 1) * stride for size, stride in zip(shape, strides, strict=True))
     return strides, extent
 
 
-def place(x: torch.Tensor, memory: str, filler: float) -> Placed:
+def place(x: torch.Tensor, memory: str, filler: float, shared: int | None = None) -> Placed:
     """Copies a tensor into memory of the given layout, between guard margins.
 
     Args:
         x: ``[rows, heads, channels]``, or any contiguous shape for ``contiguous`` and ``misaligned``.
         memory: a case's memory layout.
         filler: what margins and gaps hold; nothing may read them.
+        shared: dimension along which ``x`` repeats itself; ``broadcast`` keeps one copy, with stride 0.
     """
+    if memory == "broadcast" and shared is not None and x.shape[shared] > 1:
+        one = place(x.narrow(shared, 0, 1), "contiguous", filler)
+        return Placed(one.tensor.expand(x.shape), one.storage, one.before)
     if x.dim() == 3:
         strides, extent = _strides((x.shape[0], x.shape[1], x.shape[2]), memory)
     else:

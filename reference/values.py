@@ -80,6 +80,9 @@ def _shape_values(mode: str, name: str, bell: torch.Tensor) -> torch.Tensor:
     if mode == "offset" and name in ("k", "v", "x"):
         # A common offset cancels in the softmax and in dP - D: what is left must survive the cancellation.
         return unit * 0.25 + 2.0
+    if mode == "ties" and name in ("q", "k"):
+        # Few distinct numbers: many scores are equal, and so are the roundings of what comes from them.
+        return torch.where(bell < 0, -0.5, 0.5).double()
     if mode == "tiny":
         # 2**-12: squares and gradients reach fp16's subnormals.
         return unit * 2.0**-12

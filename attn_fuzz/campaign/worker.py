@@ -30,7 +30,7 @@ Send = Callable[[Message], None]
 DEAD_CONTEXT: Final = 77
 """Exit status of a worker whose CUDA context no longer works."""
 
-ROUND: Final = 200
+ROUND: Final = 50
 """Cases per Hypothesis run: long enough for it to build up, short enough to alternate levels."""
 
 _PROGRESS_EVERY: Final = 0.2

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from attn_fuzz.checks.accumulation import exact_accumulation
 from attn_fuzz.checks.budget import within_budget, worst_errors
 from attn_fuzz.checks.dead_rows import dead_rows_zero
 from attn_fuzz.checks.exact import needle_found, uniform_keys
+from attn_fuzz.checks.isolation import documents_apart, future_apart
 from attn_fuzz.checks.memory import buffer_intact, inputs_intact, results_complete, unwritten_unread
+from attn_fuzz.checks.regroup import regrouped
+from attn_fuzz.checks.repeat import path_taken, repeats_itself
 from attn_fuzz.symptoms import Symptom
 from attn_fuzz.trial import Trial
 
@@ -22,11 +26,20 @@ CHECKS: tuple[Check, ...] = (
     dead_rows_zero,
     buffer_intact,
     inputs_intact,
+    path_taken,
     within_budget,
 )
 """Functions of the runs that every case makes."""
 
-PROBES: tuple[Check, ...] = (uniform_keys, needle_found)
+PROBES: tuple[Check, ...] = (
+    uniform_keys,
+    needle_found,
+    exact_accumulation,
+    documents_apart,
+    future_apart,
+    regrouped,
+    repeats_itself,
+)
 """Functions of runs of their own, with inputs of their own: asked where nothing has failed yet."""
 
 __all__ = ["CHECKS", "PROBES", "Check", "worst_errors"]

@@ -10,10 +10,25 @@ import torch
 from attn_fuzz.symptoms import Place, Symptom, wrong_tensor
 from attn_fuzz.trial import Trial
 from reference.answer import Expected
+from reference.budget import ROUNDING_SECOND_MOMENT
 from reference.case import Case
 
 LIMIT: Final = 10.0
 """Standard deviations. The largest error of correct tensor-core kernels over 4e9 elements was 8.6 (docs/oracle.md)."""
+
+
+STRUCTURED: Final = ("ties",)
+"""Value modes of few distinct numbers."""
+
+_RIGOROUS: Final = 1 / ROUNDING_SECOND_MOMENT**0.5
+"""Roundings that all agree: |error| <= u sum |t_j| <= u sqrt(n sum t_j^2), and the budget's variance is at least
+0.18 u^2 sum t_j^2, so that z <= sqrt(n / 0.18) whatever the roundings do (Cauchy-Schwarz)."""
+
+
+def terms(case: Case) -> int:
+    """The most terms that any element of a result sums up, each with a rounding of its own."""
+    longest = max(*case.packed_lengths, *case.packed_key_lengths)
+    return longest * (case.heads // case.kv_heads)
 
 
 def limit(case: Case) -> float:
@@ -23,6 +38,8 @@ def limit(case: Case) -> float:
     channels wide make equal keys (a norm over one channel leaves a sign), and selections narrower than the heads make
     equal channels; their error grows by the square root of how many can agree.
     """
+    if case.values in STRUCTURED:
+        return max(LIMIT, _RIGOROUS * terms(case) ** 0.5)
     if case.level == "kernel":
         return LIMIT
     agreeing = 1.0

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
+from attn_fuzz.observation import Observation
 from attn_fuzz.symptoms import DeadRowsNotZero, Symptom
 from attn_fuzz.trial import Trial
 
@@ -26,6 +29,8 @@ def dead_rows_zero(trial: Trial) -> Iterator[Symptom]:
                     f"document {document}, row {row} has no partner, but its gradient holds "
                     f"{value[value != 0][0].item():.6g} ({len(rows)} such rows)",
                 )
+        if trial.backend.kernel.capabilities_on(trial.device.type).covers_all_rows:
+            yield from _tails_zero(observation)
         for stray in observation.strays:
             if stray.tensor in ("dk", "dv"):
                 yield DeadRowsNotZero(
@@ -34,6 +39,18 @@ def dead_rows_zero(trial: Trial) -> Iterator[Symptom]:
                     f"the {stray.step} changed rows {_ranges(stray.rows)} outside its active extent, "
                     f"to {stray.value:.6g}",
                 )
+
+
+def _tails_zero(observation: Observation) -> Iterator[Symptom]:
+    """Rows behind the last document, where the backend promises to fill them."""
+    for name, tail in observation.tails.items():
+        owed = -torch.inf if name == "lse" else 0.0
+        if (wrong := tail != owed).any():
+            yield DeadRowsNotZero(
+                "dead_rows",
+                name,
+                f"rows behind the last document hold {tail[wrong][0].item():.6g} ({len(tail)} such rows)",
+            )
 
 
 def _ranges(rows: tuple[int, ...]) -> str:

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 import torch
 
-from attn_fuzz.execute import Observation, run_kernel
+from attn_fuzz.execute import run_kernel
+from attn_fuzz.observation import Observation
 from attn_fuzz.probes import Hot, needle_probe, segment_mask, uniform_probe
 from attn_fuzz.symptoms import Symptom, WrongKeys, WrongKeysBackward
 from attn_fuzz.trial import Trial
+from reference.answer import Inputs
 from reference.layout import Segment, call_segments
 
 _QUARTER = 0.25
@@ -20,12 +22,20 @@ def _of_group(values: torch.Tensor, group: int) -> torch.Tensor:
     return values.repeat_interleave(group, dim=1)
 
 
+def _observe(trial: Trial, inputs: Inputs) -> Observation:
+    case = trial.case
+    if case.memory == "broadcast":
+        # A probe's keys differ from head to head.
+        case = case.replace(memory="contiguous")
+    return run_kernel(trial.backend, case, inputs, "nan", trial.device)
+
+
 def uniform_keys(trial: Trial) -> Iterator[Symptom]:
     """Census (forward) and support (backward) under q = 0."""
     if trial.case.level != "kernel":
         return
     probe = uniform_probe(trial.case)
-    observation = run_kernel(trial.backend, trial.case, probe.inputs, "nan", trial.device)
+    observation = _observe(trial, probe.inputs)
     yield from _census(trial, observation, probe.inputs.v.double())
     yield from _support(trial, observation, probe.hot)
 
@@ -109,7 +119,7 @@ def needle_found(trial: Trial) -> Iterator[Symptom]:
     if trial.case.level != "kernel" or (probe := needle_probe(trial.case)) is None:
         return
     case = trial.case
-    observation = run_kernel(trial.backend, case, probe.inputs, "nan", trial.device)
+    observation = _observe(trial, probe.inputs)
     out = observation.results["out"]
     group = case.heads // case.kv_heads
     heads = torch.arange(case.heads) // group

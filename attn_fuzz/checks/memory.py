@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import torch
 
-from attn_fuzz.execute import differing
+from attn_fuzz.observation import differing
 from attn_fuzz.symptoms import InputsChanged, MissingResult, PoisonLeaked, Symptom, WroteOutside
 from attn_fuzz.trial import Trial
+from reference.memory import same_bits
 from reference.values import DTYPES
 
 _IN_CASE_DTYPE = ("out", "dq", "dx", "k", "v")
-_BACKWARD = ("dq", "dk", "dv", "dx")
 
 
 def results_complete(trial: Trial) -> Iterator[Symptom]:
@@ -54,16 +54,23 @@ def unwritten_unread(trial: Trial) -> Iterator[Symptom]:
             )
     if len(trial.observations) == 2:
         for name in differing(*trial.observations):
-            if _repeats(trial, name) and not trial.observations[0].results[name].isnan().any():
+            if (
+                trial.repeats(name)
+                and not trial.observations[0].results[name].isnan().any()
+                and _by_poison(trial, name)
+            ):
                 yield PoisonLeaked(
                     "unwritten", name, "its bits change with the contents of memory that nobody has written"
                 )
 
 
-def _repeats(trial: Trial, name: str) -> bool:
-    capabilities = trial.backend.kernel.capabilities_on(trial.device.type)
-    backward = name in _BACKWARD or name.startswith("d_")
-    return capabilities.repeatable and (capabilities.repeatable_backward or not backward)
+def _by_poison(trial: Trial, name: str) -> bool:
+    """Whether it is the poison, and neither chance nor the decoy, that decides the bits."""
+    first, second = trial.observations
+    again = trial.observe(first.poison)
+    return same_bits(again.results[name], first.results[name]) and same_bits(
+        trial.observe(second.poison).results[name], second.results[name]
+    )
 
 
 def inputs_intact(trial: Trial) -> Iterator[Symptom]:

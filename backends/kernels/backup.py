@@ -13,7 +13,8 @@ class Backup(Kernel):
     """Explicit mask over the whole packed sequence; scores are stored in the dtype, the softmax is float32."""
 
     name = "backup"
-    capabilities = Capabilities()
+    paths = frozenset({"baddbmm"})
+    capabilities = Capabilities(capacity=False, isolates_nonfinite=False)
     profile = Profile(
         scales_gradients=True,
         rounds_scores=True,

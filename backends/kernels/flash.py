@@ -19,6 +19,7 @@ class Flash(Kernel):
     """``flash_attn.flash_attn_varlen_func``."""
 
     name = "flash"
+    paths = frozenset({"flash_attn_varlen_func"})
     capabilities = Capabilities(
         devices=("cuda",),
         dtypes=HALF_DTYPES,

@@ -14,6 +14,7 @@ class LoopKernel(Kernel):
     """Runs on any device, but one document at a time."""
 
     name = "loop"
+    paths = frozenset({"loop"})
     capabilities = Capabilities(covers_all_rows=False)
     profile = Profile(normalises_by_lse=True)
 

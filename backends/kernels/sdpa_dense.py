@@ -36,8 +36,11 @@ class SdpaDense(Kernel):
     """Whatever kernel torch's dispatcher picks for an explicit mask."""
 
     name = "sdpa_dense"
+    paths = frozenset({"dense"})
     capabilities = Capabilities(
         softcap=False,
+        capacity=False,
+        isolates_nonfinite=False,
         queries_without_keys=False,
         # The fused kernels of CUDA fault on base pointers off 16-byte alignment, and add up dQ in no fixed order.
         memories=ALIGNED_MEMORIES,

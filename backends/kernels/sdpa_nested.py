@@ -44,8 +44,11 @@ class SdpaNested(Kernel):
     """
 
     name = "sdpa_nested"
+    paths = frozenset({"dense", "nested"})
     capabilities = Capabilities(
         softcap=False,
+        capacity=False,
+        isolates_nonfinite=False,
         window=False,
         queries_without_keys=False,
         empty_documents=False,

@@ -19,6 +19,7 @@ class TorchVarlen(Kernel):
     """``varlen_attn``; causal is the window (left, 0), which it aligns bottom-right."""
 
     name = "torch_varlen"
+    paths = frozenset({"varlen_attn"})
     capabilities = Capabilities(
         devices=("cuda",),
         dtypes=HALF_DTYPES,

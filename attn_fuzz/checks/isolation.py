@@ -1,0 +1,107 @@
+"""Isolation: what a result must not depend on is replaced, and the result keeps its bits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+
+from attn_fuzz.checks.budget import LIMIT
+from attn_fuzz.observation import Observation
+from attn_fuzz.symptoms import NotIsolated, Symptom
+from attn_fuzz.trial import Trial
+from reference.answer import Inputs
+from reference.attention import allowed_keys
+from reference.case import Case
+from reference.layer import LayerInputs
+from reference.layout import call_segments, document_spans
+from reference.memory import bits
+
+_GARBAGE: Final = -96.0
+"""Finite garbage: large beside any value mode, far from overflow in products, exact in every dtype."""
+
+
+def _garbage(trial: Trial) -> float:
+    """NaN or infinity where the backend keeps them apart, a large number otherwise; by the case's seed."""
+    isolates = trial.measured.isolates_nonfinite
+    return (_GARBAGE, torch.nan, torch.inf)[trial.case.seed % 3] if isolates else _GARBAGE
+
+
+def kept_documents(case: Case) -> list[int]:
+    """Every other document, the first or the second of them first, by the case's seed."""
+    return list(range(case.seed // 3 % 2, len(case.packed_lengths), 2))
+
+
+def documents_apart(trial: Trial) -> Iterator[Symptom]:
+    """Other documents are filled with garbage: those that keep their values keep all their results."""
+    case = trial.case
+    if len(case.packed_lengths) < 2:
+        return
+    kept = kept_documents(case)
+    rows = _rows_of(case.packed_lengths, kept)
+    key_rows = _rows_of(case.packed_key_lengths, kept) if case.level == "kernel" else rows
+    observation = trial.observe_with(_spoiled(trial, ~rows, ~key_rows, _garbage(trial)), trial.poisons[0])
+    for name in ("out", "lse", "dq", "dk", "dv", "dx", "k", "v"):
+        on_keys = case.level == "kernel" and name in ("dk", "dv")
+        yield from _compare(trial, observation, name, key_rows if on_keys else rows, "other documents' values")
+
+
+def future_apart(trial: Trial) -> Iterator[Symptom]:
+    """Keys that earlier rows do not see are filled with garbage: those rows keep their output and dQ."""
+    case = trial.case
+    if case.level != "kernel" or max(case.effective_window) < 0:
+        return
+    rows = torch.zeros(sum(case.packed_lengths), dtype=torch.bool)
+    key_rows = torch.zeros(sum(case.packed_key_lengths), dtype=torch.bool)
+    for segment in call_segments(case):
+        mask = allowed_keys(segment.queries.length, segment.keys.length, case.effective_window)
+        rest = segment.queries.length // 2
+        rows[segment.queries.begin : segment.queries.begin + rest] = True
+        key_rows[slice(*segment.keys)] = mask[:rest].any(0)
+    if not rows.any() or key_rows.all():
+        return
+    # Finite: kernels multiply whole tiles, so that masked NaN in a row's own tile may stay NaN.
+    observation = trial.observe_with(_spoiled(trial, ~rows, ~key_rows, _GARBAGE), trial.poisons[0])
+    for name in ("out", "lse", "dq"):
+        yield from _compare(trial, observation, name, rows, "keys that it does not see")
+
+
+def _rows_of(lengths: tuple[int, ...], kept: list[int]) -> torch.Tensor:
+    rows = torch.zeros(sum(lengths), dtype=torch.bool)
+    for index, span in enumerate(document_spans(lengths)):
+        rows[slice(*span)] = index in kept
+    return rows
+
+
+def _spoiled(trial: Trial, rows: torch.Tensor, key_rows: torch.Tensor, garbage: float) -> Inputs | LayerInputs:
+    """The case's tensors with garbage in some rows."""
+
+    def spoil(x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        return torch.where(where.view(-1, *[1] * (x.dim() - 1)), x.new_tensor(garbage), x)
+
+    inputs = trial.inputs
+    if isinstance(inputs, Inputs):
+        dout = spoil(inputs.dout, rows)
+        # One gradient for all rows cannot be spoilt in some.
+        dout = inputs.dout if trial.case.memory == "broadcast" else dout
+        return Inputs(spoil(inputs.q, rows), spoil(inputs.k, key_rows), spoil(inputs.v, key_rows), dout)
+    return dataclasses.replace(inputs, x=spoil(inputs.x, rows), dout=spoil(inputs.dout, rows))
+
+
+def _compare(trial: Trial, observation: Observation, name: str, rows: torch.Tensor, what: str) -> Iterator[Symptom]:
+    before, after = trial.observations[0].results.get(name), observation.results.get(name)
+    if before is None or after is None or before.shape != after.shape or len(before) != len(rows):
+        return
+    if trial.repeats(name):
+        moved = bits(before) != bits(after)
+    else:
+        spread = trial.answer[name].variance.sqrt()
+        moved = ~((before.double() - after.double()).abs() <= 2**0.5 * LIMIT * spread) & (bits(before) != bits(after))
+    moved = moved.reshape(len(moved), -1).any(1) & rows
+    if found := moved.nonzero()[:, 0].tolist():
+        document, row = trial.document_of(name, found[0])
+        yield NotIsolated(
+            "isolation", name, f"document {document}, row {row} changes with {what} ({len(found)} such rows)"
+        )

@@ -1,0 +1,88 @@
+"""Regrouping: the same documents in another order, or cut elsewhere, give the same results."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from attn_fuzz.checks.budget import deviations, limit, within_budget
+from attn_fuzz.execute import require_support
+from attn_fuzz.symptoms import NotRegrouped, Symptom
+from attn_fuzz.trial import Trial
+from backends.kernel import UnsupportedCase
+from reference.answer import Expected
+from reference.case import Case, CaseError
+from reference.layout import document_spans
+
+
+def turned(case: Case) -> tuple[Case, list[int]] | None:
+    """(the case with its first document last, the order in which its documents now stand)."""
+    order = [*range(1, len(case.lengths)), 0]
+    keys = None if case.key_lengths is None else tuple(case.key_lengths[index] for index in order)
+    ids = case.packed_ids[: len(case.lengths)]
+    try:
+        other = case.replace(
+            lengths=tuple(case.lengths[index] for index in order),
+            key_lengths=keys,
+            document_ids=tuple(ids[index] for index in order),
+        )
+    except CaseError:
+        return None
+    return other, [*order, *range(len(order), len(case.packed_lengths))]
+
+
+def recut(case: Case) -> Case | None:
+    """Uncut where it was cut, otherwise cut in the middle."""
+    cuts = () if case.cuts else (case.tokens // 2,)
+    try:
+        return case.replace(cuts=cuts)
+    except CaseError:
+        return None
+
+
+def regrouped(trial: Trial) -> Iterator[Symptom]:
+    """Documents in another order (kernel level), cuts elsewhere (layer level): within the same budget."""
+    case = trial.case
+    if case.level == "kernel":
+        if len(case.lengths) < 2 or case.memory == "broadcast" or (moved := turned(case)) is None:
+            return
+        other, order = moved
+    else:
+        cut = recut(case)
+        if cut is None:
+            return
+        other, order = cut, list(range(len(case.packed_lengths)))
+    try:
+        require_support(trial.backend, other, trial.device)
+    except UnsupportedCase:
+        return
+    second = dataclasses.replace(trial, case=other)
+    got = second.observe(trial.poisons[0]).results
+    # Values belong to documents, so the answer is the one there is, in the new order; sums over micro-sequences are
+    # rounded elsewhere, which a second look with a budget of its own settles.
+    suspects = [
+        name
+        for name, expected in trial.answer.items()
+        if name in got and not _within(trial, other, name, got[name], _reordered(case, name, expected, order))
+    ]
+    if not suspects:
+        return
+    for symptom in within_budget(second):
+        what = "with its first document last" if case.level == "kernel" else f"cut at {list(other.cuts)}"
+        yield NotRegrouped("regrouping", symptom.tensor, f"{what}: {symptom.message}", z=symptom.z)
+
+
+def _within(trial: Trial, other: Case, name: str, got: torch.Tensor, expected: Expected) -> bool:
+    return got.shape != expected.value.shape or not bool((deviations(trial.case, got, expected) > limit(other)).any())
+
+
+def _reordered(case: Case, name: str, expected: Expected, order: list[int]) -> Expected:
+    """Rows of a result in the new order of documents."""
+    if name.startswith("d_"):
+        return expected
+    lengths = case.packed_key_lengths if name in ("dk", "dv") else case.packed_lengths
+    spans = document_spans(lengths)
+    rows = torch.cat([torch.arange(*spans[index]) for index in order])
+    return Expected(expected.value[rows], expected.variance[rows])

@@ -1,0 +1,72 @@
+"""``faults``: the fault table."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from attn_fuzz import exam, show
+from attn_fuzz.campaign.plan import default_workers
+from attn_fuzz.commands.arguments import JsonOption, UsageError, WorkersOption
+from attn_fuzz.commands.screen import progress_console
+from attn_fuzz.environment import environment
+from backends.faults.fault import faults as all_faults
+
+
+def faults(
+    only: Annotated[list[str] | None, typer.Option(help="A fault's id; repeat for several. Default: all.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Hunts per fault, each from a seed of its own.")] = 1,
+    cases: Annotated[int, typer.Option(min=1, help="Cases after which a fault counts as missed.")] = exam.MAX_CASES,
+    rules: Annotated[bool, typer.Option(help="Try published tolerance rules on the same faults.")] = True,
+    workers: WorkersOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Hunt every planted fault on the CPU, without hints: caught or not, by which checks, how fast, how small."""
+    known = all_faults()
+    for fault in only or ():
+        if fault not in known:
+            raise UsageError(f"unknown fault {fault!r}; there are {', '.join(known)}")
+    names = list(dict.fromkeys(only or known))
+    marks: dict[str, list[exam.Mark]] = {name: [] for name in names}
+    caught_by: dict[str, set[str] | None] = dict.fromkeys(names)
+    work = [(name, seed) for seed in [*range(seeds), *([None] if rules else [])] for name in names]
+    progress = Progress(
+        TextColumn("{task.description:<16}"),
+        BarColumn(),
+        TextColumn("{task.completed} of {task.total}"),
+        TimeElapsedColumn(),
+        console=progress_console,
+    )
+    context = multiprocessing.get_context("spawn")
+    with progress, ProcessPoolExecutor(workers or default_workers("cpu"), mp_context=context) as pool:
+        task = progress.add_task("hunts", total=len(work))
+        futures = [pool.submit(exam.take, name, seed, cases) for name, seed in work]
+        try:
+            for future in as_completed(futures):
+                result = future.result()
+                if isinstance(result, exam.Mark):
+                    marks[result.fault].append(result)
+                    if result.finding is None:
+                        progress.console.print(f"{result.fault} missed from seed {result.seed}")
+                else:
+                    caught_by[result[0]] = result[1]
+                progress.advance(task)
+        except KeyboardInterrupt:
+            # What has been hunted is shown.
+            pool.shutdown(cancel_futures=True)
+    rows: list[dict[str, Any]] = [
+        exam.row(name, sorted(marks[name], key=lambda mark: mark.seed), caught_by[name])
+        for name in names
+        if marks[name]
+    ]
+    if as_json:
+        typer.echo(json.dumps({"faults": rows, "seeds": seeds, "environment": environment("cpu")}))
+    else:
+        Console(emoji=False).print(show.faults_table(rows))
+    raise typer.Exit(0 if all(row["caught"] for row in rows) else 1)

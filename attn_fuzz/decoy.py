@@ -1,0 +1,57 @@
+"""A decoy: another case whose tensors have the same shapes, run around the case under test.
+
+What a backend keeps between calls (plans, compiled variants, metadata, rotary tables, buffers) is often keyed on shapes
+alone. The decoy's forward comes first and its backward between the case's forward and backward, so whatever it leaves
+behind is met by the case, whose results are checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from backends.registry import Backend
+from reference.case import Case, CaseError
+
+_OTHER_SEED = 0x5BD1E995
+
+
+def _turned(values: tuple[int, ...]) -> tuple[int, ...]:
+    return (*values[1:], values[0])
+
+
+def _candidates(case: Case) -> Iterator[dict[str, object]]:
+    """Changes of a case that keep its shapes, most different first."""
+    lengths: dict[str, object] = {"seed": case.seed ^ _OTHER_SEED, "lengths": _turned(case.lengths)}
+    if case.key_lengths is not None:
+        # Keys move on by another step, so that documents are not merely renamed.
+        lengths["key_lengths"] = _turned(_turned(case.key_lengths))
+    scale = {"scale": 2 * case.softmax_scale}
+    window = {"window": (1, case.window[1]) if case.window[0] != 1 else (2, case.window[1])}
+    softcap = {"softcap": 10.0 if case.softcap else 0.0}
+    memory = {"memory": "fused" if case.memory == "contiguous" else "contiguous"}
+    rotary = {"rotary_theta": 300.0 if case.rotary_theta != 300.0 else 10000.0} if case.level == "layer" else {}
+    everything = {**lengths, **scale, **window, **softcap, **memory, **rotary}
+    yield everything
+    yield {**everything, "window": case.window}
+    yield {**lengths, **scale, **rotary}
+    yield {**lengths, **rotary}
+    yield {"seed": case.seed ^ _OTHER_SEED, **scale, **window, **memory, **rotary}
+    yield {"seed": case.seed ^ _OTHER_SEED, **rotary}
+
+
+def decoy_of(case: Case, backend: Backend, device: str) -> Case | None:
+    """The most different case of the same shapes that the backend takes, or None.
+
+    Args:
+        case: the case under test.
+        backend: what runs it.
+        device: ``cpu`` or ``cuda``.
+    """
+    for changes in _candidates(case):
+        try:
+            other = case.replace(**changes)
+        except CaseError:
+            continue
+        if backend.refusal(other, device) is None:
+            return other
+    return None

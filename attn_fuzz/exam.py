@@ -1,0 +1,148 @@
+"""The project's own exam: every planted fault is hunted without hints, from several seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as hypothesis_seed
+
+from attn_fuzz.campaign.messages import Assignment, Failed, Found, Message
+from attn_fuzz.campaign.worker import hunt, set_up_process
+from attn_fuzz.examine import examine
+from attn_fuzz.findings import Finding
+from attn_fuzz.shrink import fewer_documents, one_shorter
+from attn_fuzz.strategies import Domain, cases
+from attn_fuzz.tolerances import failing
+from attn_fuzz.trial import Trial
+from backends import registry
+from backends.faults.fault import PREFIX, faults
+from backends.kernel import UnsupportedCase
+from reference.case import Case
+
+MAX_CASES: Final = 2000
+RULE_CASES: Final = 60
+"""Cases per level on which the published rules are tried."""
+
+SEEDS: Final = (0, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """How one fault fared from one seed."""
+
+    fault: str
+    seed: int
+    finding: Finding | None
+    cases: int
+    seconds: float
+    minimal: bool | None
+    """No document can be removed, and none shortened by one token: the case would pass."""
+
+
+def hunt_fault(fault: str, seed: int, max_cases: int = MAX_CASES) -> Mark:
+    """Hunts one fault on the CPU until it is found."""
+    messages: list[Message] = []
+    hunt(
+        Assignment(backend=PREFIX + fault, device="cpu", seed=seed, cases=max_cases, stop_at_first=True),
+        messages.append,
+    )
+    for message in messages:
+        if isinstance(message, Failed):
+            raise RuntimeError(message.reason)
+    found = [message.finding for message in messages if isinstance(message, Found)]
+    if not found:
+        return Mark(fault, seed, None, max_cases, 0.0, None)
+    finding = found[0]
+    return Mark(fault, seed, finding, finding.cases_to_find, finding.seconds_to_find, is_minimal(finding))
+
+
+def is_minimal(finding: Finding) -> bool:
+    """Whether every case with a document less, or one token less in a document, no longer shows the symptom."""
+    backend = registry.load(finding.backend)
+
+    def fails(case: Case) -> bool:
+        try:
+            first = examine(case, backend, finding.device).first
+        except UnsupportedCase:
+            return False
+        return first is not None and type(first).__name__ == finding.symptom
+
+    smaller = [case for step in (fewer_documents, one_shorter) for case in step(finding.case) if case is not None]
+    return not any(fails(case) for case in dict.fromkeys(smaller))
+
+
+def drawn(backend: registry.Backend, seed: int, count: int) -> list[Case]:
+    """So many cases of every level of a backend, as a campaign draws them."""
+    found: list[Case] = []
+    for level in backend.levels:
+        domain = Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")
+
+        def keep(case: Case) -> None:
+            if backend.refusal(case, "cpu") is None:
+                found.append(case)
+
+        options = settings(
+            max_examples=count,
+            database=None,
+            deadline=None,
+            phases=(Phase.generate,),
+            suppress_health_check=list(HealthCheck),
+        )
+        hypothesis_seed(seed)(options(given(cases(level, domain))(keep)))()
+    return found
+
+
+def rules_on(fault: str, seed: int = 0, count: int = RULE_CASES) -> set[str]:
+    """Published rules that fail the fault on some drawn case on which they pass the correct implementation."""
+    set_up_process("cpu")
+    faulty, correct, pytorch = (registry.load(name) for name in (PREFIX + fault, "loop", "backup"))
+    device = torch.device("cpu")
+    caught: set[str] = set()
+    for case in drawn(faulty, seed, count):
+        # As such suites have it: K/V as they come, no rows behind the last document.
+        plain = case.replace(memory="contiguous", capacity=0)
+        try:
+            trials = [Trial(plain, backend, device, ("none",)) for backend in (faulty, correct, pytorch)]
+            wrong, right, own = (trial.observe("none").results for trial in trials)
+        except (RuntimeError, ValueError, AssertionError):
+            continue
+        references = {name: expected.value for name, expected in trials[1].answer.items()}
+        caught |= failing(wrong, references, own) - failing(right, references, own)
+    return caught
+
+
+def take(fault: str, seed: int | None, max_cases: int) -> Mark | tuple[str, set[str]]:
+    """One unit of work: a hunt, or (seed None) the published rules."""
+    return (fault, rules_on(fault)) if seed is None else hunt_fault(fault, seed, max_cases)
+
+
+def row(fault: str, marks: Sequence[Mark], rules: set[str] | None) -> dict[str, Any]:
+    """The JSON object of a fault from its marks."""
+    planted = faults()[fault]
+    found = [mark.finding for mark in marks if mark.finding is not None]
+    case = found[0].case if found else None
+    return {
+        "id": fault,
+        "about": planted.about(),
+        "reports": list(planted.reports),
+        "caught": len(found) == len(marks),
+        "symptoms": sorted({finding.symptom for finding in found}),
+        "checks": sorted({check for finding in found for check in finding.checks}),
+        "cases": int(statistics.median(mark.cases for mark in marks)),
+        "cases_by_seed": [mark.cases for mark in marks],
+        "seconds": round(statistics.median(mark.seconds for mark in marks), 2),
+        "documents": max((len(finding.case.packed_lengths) for finding in found), default=None),
+        "tokens": max((_tokens(finding.case) for finding in found), default=None),
+        "minimal": all(mark.minimal for mark in marks) if found else None,
+        "case": None if case is None else case.to_dict(),
+        "rules": None if rules is None else sorted(rules),
+    }
+
+
+def _tokens(case: Case) -> int:
+    return max(sum(case.packed_lengths), sum(case.packed_key_lengths))

@@ -1,0 +1,340 @@
+"""The buffered layer: metadata, positions, buffer, gradients across micro-sequences."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from backends.faults.fault import LayerFault
+from backends.kernel import Kernel
+from backends.kv_buffer import KeyValueBuffer
+from backends.layer import BufferedLayer, BufferRegion
+from backends.legacy import LegacyLayer
+from backends.metadata import MicroSequenceMetadata
+from reference.case import Case
+
+
+class PrefixUnwritten(LayerFault, LegacyLayer):
+    """cu_seqlens_k starts at first_document_begin: gradient rows before it are never written."""
+
+    id = "M01"
+    reports = ("Fast-LLM#514",)
+
+
+class _OtherBuffer(LayerFault, BufferedLayer):
+    """A layer around another buffer."""
+
+    buffer_class: type[KeyValueBuffer] = KeyValueBuffer
+
+    def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> None:
+        super().__init__(weights, case, kernel)
+        rows, dtype = case.tokens + case.capacity, weights["query"].dtype
+        self.buffer = self.buffer_class(rows, case.kv_heads, case.head_dim, dtype, self.device, case.memory)
+
+
+class _Overwrites(KeyValueBuffer):
+    def accumulate(self, begin: int, end: int, dk: torch.Tensor, dv: torch.Tensor) -> None:
+        self.dk[begin:end] = dk.float()
+        self.dv[begin:end] = dv.float()
+
+
+class Overwritten(_OtherBuffer):
+    """dK and dV are stored over what later micro-sequences had added."""
+
+    id, buffer_class = "M38-overwritten", _Overwrites
+    reports = ("Fast-LLM#514", "#551", "TransformerEngine#1054")
+
+
+class _NotZeroed(KeyValueBuffer):
+    def __init__(
+        self, rows: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, memory: str
+    ) -> None:
+        super().__init__(rows, kv_heads, head_dim, dtype, device, memory)
+        self.dk, self.dv = torch.empty_like(self.dk), torch.empty_like(self.dv)
+
+
+class NotZeroed(_OtherBuffer):
+    """The gradient buffer is allocated and not zeroed."""
+
+    id, buffer_class = "M38-unzeroed", _NotZeroed
+    reports = ("Fast-LLM#551",)
+
+
+class _CountsTwice(KeyValueBuffer):
+    def accumulate(self, begin: int, end: int, dk: torch.Tensor, dv: torch.Tensor) -> None:
+        super().accumulate(begin, end, dk, dv)
+        if end < self.frontier:
+            self.dv[end - 1] += dv[-1]
+
+
+class CountedTwice(_OtherBuffer):
+    """The last row's dV is counted twice, but for the last micro-sequence."""
+
+    id, buffer_class = "M38-twice", _CountsTwice
+    reports = ("TransformerEngine#1557",)
+
+
+class _LowPrecision(KeyValueBuffer):
+    def accumulate(self, begin: int, end: int, dk: torch.Tensor, dv: torch.Tensor) -> None:
+        dtype = self.k.dtype
+        self.dk[begin:end] = (self.dk[begin:end].to(dtype) + dk).float()
+        self.dv[begin:end] = (self.dv[begin:end].to(dtype) + dv).float()
+
+
+class LowPrecisionSums(_OtherBuffer):
+    """Sums over micro-sequences are rounded to the storage dtype at every step."""
+
+    id, buffer_class = "M40", _LowPrecision
+    reports = ("ring-flash-attention#42", "Dao-AILab/flash-attention#2723")
+
+
+class _WritesOneMore(KeyValueBuffer):
+    def write(self, begin: int, end: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        super().write(begin, end, k, v)
+        if end < len(self.k):
+            self.k[end] = k[-1]
+
+
+class AppendsOneMore(_OtherBuffer):
+    """A write into the buffer goes one row past its slice."""
+
+    id, buffer_class = "M41-past", _WritesOneMore
+    reports = ("Dao-AILab/flash-attention#638", "vllm#43810")
+
+
+class _WritesFirst(KeyValueBuffer):
+    def write(self, begin: int, end: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        super().write(begin, end, k, v)
+        if begin and end - begin == 1:
+            self.v[0] = self.v[0] + 0.0 * v[0] + 2.0**-20
+
+
+class CacheSlotZero(_OtherBuffer):
+    """A single-token step writes slot 0 as well as its own."""
+
+    id, buffer_class = "F6", _WritesFirst
+    reports = ("Dao-AILab/flash-attention#772",)
+
+
+class _ClearsDead(KeyValueBuffer):
+    def accumulate(self, begin: int, end: int, dk: torch.Tensor, dv: torch.Tensor) -> None:
+        super().accumulate(begin, end, dk, dv)
+        self.dk[end:] = 0
+        self.dv[end:] = 0
+
+
+class ClearsLaterRows(_OtherBuffer):
+    """A backward zeroes gradient rows behind its extent, which later micro-sequences had filled."""
+
+    id, buffer_class = "X20", _ClearsDead
+
+
+class _TakesPast(KeyValueBuffer):
+    def gradients(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        dk, dv = super().gradients(begin, end)
+        return dk, torch.cat([dv[:-1], self.dv[begin : begin + 1].to(dv.dtype)])
+
+
+class TakesWrongRow(_OtherBuffer):
+    """The last row of a micro-sequence is given the first row's dV."""
+
+    id, buffer_class = "X21", _TakesPast
+
+
+class SharedBuffer(LayerFault, BufferedLayer):
+    """Buffers are pooled by shape: a second sequence overwrites keys that the first one's backward still needs."""
+
+    id = "M37"
+    reports = ("diffusers#14265", "transformers#28056")
+    _pool: ClassVar[dict[tuple[object, ...], KeyValueBuffer]] = {}
+
+    def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> None:
+        super().__init__(weights, case, kernel)
+        key = (tuple(self.buffer.k.shape), self.buffer.k.dtype, case.memory)
+        pooled = self._pool.setdefault(key, self.buffer)
+        # Keys and values are shared, gradients are this sequence's own.
+        self.buffer.k, self.buffer.v = pooled.k, pooled.v
+
+
+class MetadataByLength(LayerFault, BufferedLayer):
+    """Metadata is kept from the first micro-sequence of a length."""
+
+    id = "M43-layer"
+    reports = ("SageAttention#392", "rotary-embedding-torch#11")
+
+    def preprocess(self, begin: int, end: int) -> MicroSequenceMetadata:
+        made = super().preprocess(begin, end)
+        kept = self.__dict__.setdefault("_kept", {}).setdefault((end - begin, len(made.varlen.lengths_q)), made)
+        if sum(kept.varlen.lengths_k) != sum(made.varlen.lengths_k):
+            return made
+        return dataclasses.replace(made, varlen=kept.varlen)
+
+
+class GlobalPositions(LayerFault, BufferedLayer):
+    """Rotary positions count through the packed sequence, not within documents: wrong once cuts restart them."""
+
+    id = "M50-chunk"
+    reports = ("OLMo-core#591", "torchtitan#2559", "Seq1F1B#6")
+
+    def query_key_value(self, x: torch.Tensor, position_index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return super().query_key_value(x, torch.arange(len(x), dtype=position_index.dtype, device=x.device))
+
+
+class KeyPositionsLate(LayerFault, BufferedLayer):
+    """Keys are rotated by one position more than queries."""
+
+    id = "M50-key"
+    reports = ("Megatron-LM#453",)
+
+    def query_key_value(self, x: torch.Tensor, position_index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, _, v = super().query_key_value(x, position_index)
+        late = torch.clamp(position_index + 1, max=max(self.lengths) - 1)
+        _, k, _ = super().query_key_value(x, late)
+        return q, k, v
+
+
+class PastForgotten(LayerFault, BufferedLayer):
+    """A straddling document's queries see only the keys of their own micro-sequence."""
+
+    id = "X22"
+    reports = ("nanochat#456",)
+
+    def preprocess(self, begin: int, end: int) -> MicroSequenceMetadata:
+        made = super().preprocess(begin, end)
+        if made.first_document_begin == begin:
+            return made
+        first = made.varlen.lengths_q[0]
+        varlen = dataclasses.replace(made.varlen, lengths_k=(first, *made.varlen.lengths_k[1:]))
+        return dataclasses.replace(made, first_document_begin=begin, varlen=varlen)
+
+
+class ExtentOneEarly(LayerFault, BufferedLayer):
+    """first_document_begin is one row too early where there is one: keys are a row off."""
+
+    id = "X23"
+    reports = ("Fast-LLM#514",)
+
+    def preprocess(self, begin: int, end: int) -> MicroSequenceMetadata:
+        made = super().preprocess(begin, end)
+        return dataclasses.replace(made, first_document_begin=max(0, made.first_document_begin - 1))
+
+
+class PaddingJoins(LayerFault, BufferedLayer):
+    """Padding is taken to be part of the last document, and the last document's keys are seen from it."""
+
+    id = "X24"
+    reports = ("TransformerEngine#2186", "Megatron-LM#5298")
+
+    def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> None:
+        super().__init__(weights, case, kernel)
+        if case.padding:
+            self.lengths = (*case.lengths[:-1], case.lengths[-1] + case.padding)
+
+
+class _QueryOffset(BufferRegion):
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        buffer, metadata = ctx.buffer, ctx.extent  # type: ignore[attr-defined]
+        dq, dk, dv = torch.autograd.grad(ctx.out, ctx.leaves, dout)  # type: ignore[attr-defined]
+        begin = min(metadata.begin, len(buffer.dk) - len(dk))
+        buffer.accumulate(begin, begin + len(dk), dk, dv)
+        return (dq, *buffer.gradients(metadata.begin, metadata.end), None, None)
+
+
+class GradientAtQueryOffset(LayerFault, BufferedLayer):
+    """dK and dV are added at the queries' offset instead of the keys'."""
+
+    id = "H4"
+    reports = ("pytorch#152625", "fla#1115")
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: MicroSequenceMetadata
+    ) -> torch.Tensor:
+        return _QueryOffset.apply(q, k, v, self, metadata)
+
+
+class _TakesEarly(BufferRegion):
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        buffer, metadata = ctx.buffer, ctx.extent  # type: ignore[attr-defined]
+        dq, dk, dv = torch.autograd.grad(ctx.out, ctx.leaves, dout)  # type: ignore[attr-defined]
+        own = len(dk) - (metadata.end - metadata.begin)
+        buffer.accumulate(metadata.first_document_begin, metadata.end, dk, dv)
+        return (dq, dk[own:].to(buffer.k.dtype), dv[own:].to(buffer.v.dtype), None, None)
+
+
+class FutureGradientLost(LayerFault, BufferedLayer):
+    """Keys get the gradient of their own micro-sequence only; later ones stay in the buffer."""
+
+    id = "H1"
+    reports = ("diffusers#14265", "pytorch#152625")
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: MicroSequenceMetadata
+    ) -> torch.Tensor:
+        return _TakesEarly.apply(q, k, v, self, metadata)
+
+
+class WeightGradientOverwritten(LayerFault, BufferedLayer):
+    """The output projection's gradient is that of the last micro-sequence taken back."""
+
+    id = "H8"
+    reports = ("Fast-LLM#551",)
+
+    def backward(self, dout: torch.Tensor) -> torch.Tensor:
+        self.gradients["dense"].zero_()
+        return super().backward(dout)
+
+
+class LossScaled(LayerFault, BufferedLayer):
+    """Gradients are divided by the number of micro-sequences."""
+
+    id = "H9"
+    reports = ("Megatron-LM#673", "SkyRL#1420")
+
+    def backward(self, dout: torch.Tensor) -> torch.Tensor:
+        return super().backward(dout / (len(self.case.cuts) + 1))
+
+
+class NormGradientLost(LayerFault, BufferedLayer):
+    """The key norm's weight gets no gradient from micro-sequences after the first."""
+
+    id = "X25"
+
+    def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        if name != "key_norm" or name not in self.norms or not self.buffer.frontier:
+            return super().norm(x, name)
+        kept = self.norms[name]
+        self.norms[name] = kept.detach()
+        try:
+            return super().norm(x, name)
+        finally:
+            self.norms[name] = kept
+
+
+class ValueRotated(LayerFault, BufferedLayer):
+    """Where keys and values share a projection, values are rotated with the keys."""
+
+    id = "X26"
+
+    def query_key_value(self, x: torch.Tensor, position_index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, k, v = super().query_key_value(x, position_index)
+        return q, k, self.rotary(v, position_index) if self.case.shared_key_value else v
+
+
+class MetadataShared(LayerFault, BufferedLayer):
+    """Documents' lengths are kept from the first sequence of as many tokens and documents."""
+
+    id = "M26"
+    reports = ("fla#842", "axolotl#1375")
+    _lengths: ClassVar[dict[tuple[int, int], tuple[int, ...]]] = {}
+
+    def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> None:
+        super().__init__(weights, case, kernel)
+        lengths = case.packed_lengths
+        if case.causal:
+            self.lengths = self._lengths.setdefault((sum(lengths), len(lengths)), lengths)
+            # Rotary tables are as long as the longest document.
+            self.rotary = type(self.rotary)(case, max(*self.lengths, *lengths), self.device)
