@@ -75,7 +75,7 @@ def examine(case: Case, backend: Backend, device: torch.device | str, poisons: S
 
     try:
         found = sorted(symptoms(), key=lambda symptom: symptom.rank)
-    except Symptom:
+    except (Symptom, UnsupportedCase):
         raise
     except Exception as error:
         # The second value seed runs while the checks do, and a backend may fall over that one only.
