@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -42,14 +42,28 @@ def _refusing_cleanly(run: KernelCall | LayerRun) -> Iterator[None]:
         raise UnsupportedCase(str(refusal)) from refusal
 
 
-@contextlib.contextmanager
-def _ignoring_errors() -> Iterator[None]:
-    """A decoy that fails is a case of its own, some other time."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
-            raise
+def _around(decoy: Case | None, made: Callable[[Case], KernelCall | LayerRun]) -> Iterator[None]:
+    """Yields once, for the forward under test, between a decoy's forward and the whole of another one of its kind.
+
+    What is kept by shape is then the decoy's when the case comes, and what is shared by shape is the decoy's again when
+    the case's backward comes. A decoy that fails is a case of its own, some other time.
+    """
+
+    def attempt(*, whole: bool) -> None:
+        if decoy is None:
+            return
+        try:
+            other = made(decoy)
+            other.forward()
+            if whole:
+                other.backward()
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+                raise
+
+    attempt(whole=False)
+    yield
+    attempt(whole=True)
 
 
 class KernelCall:
@@ -117,16 +131,10 @@ def run_kernel(
     Raises:
         UnsupportedCase: when the backend itself refuses; the message says if it had written anything by then.
     """
-    other = None if decoy is None else KernelCall(backend, decoy, kernel_inputs(decoy, "cpu"), poison, device)
     call = KernelCall(backend, case, inputs, poison, device)
     with poisoned(poison, device), _refusing_cleanly(call):
-        if other is not None:
-            with _ignoring_errors():
-                other.forward()
-        call.forward()
-        if other is not None and other.attended is not None:
-            with _ignoring_errors():
-                other.backward()
+        for _ in _around(decoy, lambda other: KernelCall(backend, other, kernel_inputs(other, "cpu"), poison, device)):
+            call.forward()
         call.backward()
     return call.observe()
 
@@ -202,15 +210,9 @@ def run_layer(
     backend: Backend, case: Case, inputs: LayerInputs, poison: str, device: torch.device, decoy: Case | None = None
 ) -> Observation:
     """A packed sequence through the backend's layer on ``device``, around a decoy's where one is given."""
-    other = None if decoy is None else LayerRun(backend, decoy, layer_inputs(decoy, "cpu"), poison, device)
     run = LayerRun(backend, case, inputs, poison, device)
     with poisoned(poison, device), _refusing_cleanly(run):
-        if other is not None:
-            with _ignoring_errors():
-                other.forward()
-        run.forward()
-        if other is not None and len(other.outputs) == len(other.parts):
-            with _ignoring_errors():
-                other.backward()
+        for _ in _around(decoy, lambda other: LayerRun(backend, other, layer_inputs(other, "cpu"), poison, device)):
+            run.forward()
         run.backward()
     return run.observe()

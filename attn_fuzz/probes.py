@@ -1,9 +1,10 @@
 """Kernel inputs whose results are known exactly: which keys took part, without a tolerance.
 
-``uniform``: q = 0, so that every allowed key of a row weighs exactly 1/n. V holds signs, in opposite pairs along the
-keys, so that the sum over any run of keys is an integer of magnitude at most 2 and ``round(out * n)`` is that integer.
+``uniform``: q = 0, or the same score for all keys, so that every allowed key of a row weighs exactly 1/n. V holds
+signs, in opposite pairs along the keys, so that the sum over any run of keys is an integer of magnitude at most 2 and
+``round(out * n)`` is that integer.
 The output gradient is one-hot: one row, head and channel per document. Then dV is 1/n on the keys of that row and 0
-elsewhere, dK is 0, and dQ is 0 in all other rows.
+elsewhere, dK is 0 (in all channels but the one that makes the score), and dQ is 0 in all other rows.
 
 ``needle``: keys are distinct sign vectors and ``q_i = c k_j`` with a logit gap of at least 30 between key j and all
 others, so that ``out_i`` is ``v_j`` to the last bit.
@@ -48,12 +49,18 @@ class Hot:
     channel: int
 
 
+_SHIFTS = (0.0, -400.0, 60.0, -200000.0)
+"""Scores far below zero, where a row maximum that starts at 0 underflows and a finite mask value wins."""
+
+
 @dataclasses.dataclass(frozen=True)
 class UniformProbe:
     """Inputs with q = 0, and the hot element of every document that has queries."""
 
     inputs: Inputs
     hot: dict[int, Hot]
+    shift: float
+    """The product q k of every query and key, before the scale: all scores are equal to it."""
 
 
 def _pick(case: Case, document: int, salt: int, count: int) -> int:
@@ -85,7 +92,14 @@ def uniform_probe(case: Case) -> UniformProbe:
             place = hot[segment.document]
             dout[segment.queries.begin + row, place.head, place.channel] = 1.0
     q = torch.zeros(queries, case.heads, case.head_dim)
-    return UniformProbe(Inputs(*(x.to(dtype) for x in (q, k, values, dout))), hot)
+    shift = _SHIFTS[case.seed % len(_SHIFTS)] / case.softmax_scale if case.softmax_scale > 0 else 0.0
+    # A power of two: no rounding anywhere, whatever the kernel stores.
+    shift = math.copysign(2.0 ** math.floor(math.log2(abs(shift))), shift) if shift else 0.0
+    if case.dtype == "fp16":
+        shift = max(min(shift, 2.0**15), -(2.0**15))
+    q[..., 0] = shift
+    k[..., 0] = 1.0
+    return UniformProbe(Inputs(*(x.to(dtype) for x in (q, k, values, dout))), hot, shift)
 
 
 @dataclasses.dataclass(frozen=True)

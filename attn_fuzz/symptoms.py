@@ -6,7 +6,8 @@ A shrink that may pass from one failure to another ends at whichever is easiest 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Symptom(AssertionError):
     def __init__(self, check: str, tensor: str, message: str, z: float | None = None) -> None:
         super().__init__(f"{type(self).__name__} [{check}] {tensor}: {message}")
         self.check, self.tensor, self.message, self.z = check, tensor, message, z
+        self.probe: Callable[..., Any] | None = None
+        """The check with runs of its own that saw it, if it was one."""
 
 
 class Crashed(Symptom):

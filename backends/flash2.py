@@ -15,8 +15,9 @@ def flash2_limit(case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str 
     """What FlashAttention 2 gets wrong and its adapters therefore refuse.
 
     The grouped-heads shortcut for decoding takes every call whose longest document has one query for a decoding batch,
-    one query per document, and reshapes q accordingly; empty documents break that. And a right side of the window that
-    is open, or at least ``max_seqlen_k``, is closed at ``max_seqlen_k``: too near for rows left of the first key.
+    one query per document, and reshapes q accordingly; empty documents and rows behind the last one break that. And a
+    right side of the window that is open, or at least ``max_seqlen_k``, is closed at ``max_seqlen_k``: too near for
+    rows left of the first key.
     """
     left, right = case.effective_window
     for call in calls:
@@ -25,6 +26,6 @@ def flash2_limit(case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str 
             return "windows bounded on the left and not on the right, over documents with more queries than keys"
     if case.heads > case.kv_heads:
         for call in calls:
-            if max(q for q, _ in call) == 1 and any(q == 0 for q, _ in call):
-                return "calls of single-query documents with some that have no query, under grouped heads"
+            if max(q for q, _ in call) == 1 and (any(q == 0 for q, _ in call) or case.capacity):
+                return "calls of single-query documents with rows that have no document or documents without rows"
     return None

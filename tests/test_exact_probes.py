@@ -10,7 +10,7 @@ from attn_fuzz.probes import needle_probe, uniform_probe
 from attn_fuzz.symptoms import Symptom
 from attn_fuzz.trial import Trial
 from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
-from backends.loop import Call, Loop, attend
+from backends.loop import Call, Document, Loop, attend
 from backends.metadata import VarlenMetadata
 from backends.registry import Backend
 from reference.case import Case
@@ -41,35 +41,27 @@ class OneKeyLess(Loop):
     """The last row of long documents does not see key 5, in the passes named."""
 
     def __init__(self, *passes: str) -> None:
-        self.passes, self.running = passes, "forward"
+        self.passes = passes
 
-    def mask(self, call: Call, queries: int, keys: int) -> torch.Tensor:
-        mask = super().mask(call, queries, keys)
-        if self.running in self.passes and keys > 32:
+    def mask(self, call: Call, document: Document) -> torch.Tensor:
+        mask = super().mask(call, document)
+        if ("backward" if document.backward else "forward") in self.passes and document.seen > 32:
             mask[-1, 5] = False
         return mask
-
-    def forward(self, call: Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.running = "forward"
-        return super().forward(call, *tensors)
-
-    def backward(self, call: Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        self.running = "backward"
-        return super().backward(call, *tensors)
 
 
 class HeadsInterleaved(Loop):
     """Query head h reads K/V head h % kv_heads."""
 
-    def expand(self, call: Call, x: torch.Tensor) -> torch.Tensor:
-        return x.float().transpose(0, 1).repeat(call.group, 1, 1)
+    def expand(self, call: Call, x: torch.Tensor, backward: bool) -> torch.Tensor:
+        return x.repeat(call.group, 1, 1)
 
 
 class NeighbourRow(Loop):
     """Values are those of the next key."""
 
-    def expand(self, call: Call, x: torch.Tensor) -> torch.Tensor:
-        return super().expand(call, x.roll(1, 0) if (x.abs() > 1).any() else x)
+    def expand(self, call: Call, x: torch.Tensor, backward: bool) -> torch.Tensor:
+        return super().expand(call, x.roll(1, 1) if (x.abs() > 1).any() else x, backward)
 
 
 def symptoms(loop: Loop, case: Case = CASE) -> dict[str, list[Symptom]]:

@@ -307,6 +307,7 @@ HARD_LAYER_CASES = {
     **{
         f"memory {memory}": Case(lengths=(4, 5), cuts=(6,), heads=2, kv_heads=2, rotary="default", memory=memory)
         for memory in MEMORIES
+        if memory != "broadcast"
     },
 }
 

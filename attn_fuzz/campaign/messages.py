@@ -48,6 +48,13 @@ class Tally:
     """The case, as JSON, in which each of those was seen."""
     paths: dict[str, int] = dataclasses.field(default_factory=dict)
     """Cases by implementation that ran."""
+    histograms: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    """Elements of clean kernel cases by z, by ``dtype tensor``."""
+
+    def count_elements(self, key: str, counts: list[int]) -> None:
+        """Adds a histogram to those of its kind."""
+        mine = self.histograms.setdefault(key, [0] * len(counts))
+        self.histograms[key] = [a + b for a, b in zip(mine, counts, strict=True)]
 
     def add(self, other: Tally) -> None:
         """Takes another worker's share in."""
@@ -57,6 +64,8 @@ class Tally:
         for mine, theirs in ((self.by_kind, other.by_kind), (self.paths, other.paths)):
             for key, count in theirs.items():
                 mine[key] = mine.get(key, 0) + count
+        for key, counts in other.histograms.items():
+            self.count_elements(key, counts)
         for key, z in other.worst_z.items():
             if z > self.worst_z.get(key, -1.0):
                 self.worst_z[key], self.worst_case[key] = z, other.worst_case[key]

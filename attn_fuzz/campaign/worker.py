@@ -14,8 +14,10 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis.errors import Flaky, HypothesisException
 
 from attn_fuzz.campaign.messages import Assignment, Died, Failed, Finished, Found, Message, Progress, Tally, Trying
+from attn_fuzz.checks import PROBES, Check
+from attn_fuzz.checks.regroup import regrouped_case
 from attn_fuzz.environment import environment
-from attn_fuzz.examine import Verdict, examine
+from attn_fuzz.examine import Verdict, examine, some_probes
 from attn_fuzz.findings import Finding, summarise
 from attn_fuzz.poison import POISONS
 from attn_fuzz.shrink import minimise
@@ -38,7 +40,7 @@ _SHRINK_SECONDS: Final = 8.0
 """Hypothesis alone would shrink for up to five minutes; minimise() takes over where it is stopped."""
 
 
-_MINIMISE_SECONDS: Final = 30.0
+_MINIMISE_SECONDS: Final = 60.0
 
 
 class _Stop(BaseException):
@@ -70,10 +72,10 @@ class _Hunt:
         self.original: Case | None = None
         self.failed_at = 0.0
 
-    def examine(self, case: Case, poisons: Sequence[str] | None = None) -> Verdict:
+    def examine(self, case: Case, poisons: Sequence[str] | None = None, probes: Sequence[Check] = PROBES) -> Verdict:
         """A verdict, with the case announced first; under the assignment's poisons unless others are given."""
         self.send(Trying(case.to_json()))
-        verdict = examine(case, self.backend, self.device, poisons or self.assignment.poisons)
+        verdict = examine(case, self.backend, self.device, poisons or self.assignment.poisons, probes=probes)
         if isinstance(verdict.first, Crashed) and not context_alive(self.device):
             # Everything after this would fail too. The parent makes a finding of the case that was announced last.
             self.send(Died(str(verdict.first)))
@@ -98,6 +100,8 @@ class _Hunt:
         tally.by_kind[kind] = tally.by_kind.get(kind, 0) + 1
         for path in verdict.paths:
             tally.paths[path] = tally.paths.get(path, 0) + 1
+        for name, counts in verdict.histograms.items():
+            tally.count_elements(f"{case.dtype} {name}", counts)
         if not verdict.symptoms:
             for name, z in verdict.worst_z.items():
                 key = f"{kind} {name}"
@@ -115,7 +119,7 @@ class _Hunt:
         if not shrinking and self.over():
             raise _Stop
         try:
-            verdict = self.examine(case)
+            verdict = self.examine(case, probes=PROBES if shrinking else some_probes(case))
         except UnsupportedCase:
             self.tally.refused += not shrinking
             return
@@ -162,15 +166,26 @@ class _Hunt:
 
     def report(self, case: Case, verdict: Verdict) -> None:
         """Shrinks a failing case to the end and sends it."""
-        symptom, best = type(verdict.first), verdict
+        # All probes may see something that names it better than those it was found by.
+        careful = self.examine(case)
+        best = careful if careful.symptoms else verdict
+        if best.first is not None and best.first.check == "regrouping" and (other := regrouped_case(case)) is not None:
+            # The case passes and another arrangement of it fails: that one is the finding, if it fails by itself.
+            moved = self.examine(other)
+            if moved.first is not None and moved.first.check != "regrouping":
+                case, best = other, moved
+        symptom = type(best.first)
         # On memory as it comes a small case fails or passes by luck; poison shows what it would do on a bad day.
         by_luck = "none" in self.assignment.poisons and symptom in MEMORY_SYMPTOMS
         poisons = POISONS if by_luck else self.assignment.poisons
 
+        # Only what saw it is asked again; all the rest is once the case is small.
+        asked = () if best.first is None or best.first.probe is None else (best.first.probe,)
+
         def fails(candidate: Case) -> bool:
             nonlocal best
             try:
-                found = self.examine(candidate, poisons)
+                found = self.examine(candidate, poisons, asked)
             except UnsupportedCase:
                 return False
             if type(found.first) is not symptom and not (by_luck and isinstance(found.first, MEMORY_SYMPTOMS)):
@@ -179,6 +194,8 @@ class _Hunt:
             return True
 
         small = minimise(case, fails, _MINIMISE_SECONDS)
+        whole = self.examine(small, poisons)
+        best = whole if type(whole.first) is symptom else best
         name = symptom.__name__
         checks, messages = summarise(best)
         self.found.add(name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from attn_fuzz.checks.accumulation import exact_accumulation
-from attn_fuzz.checks.budget import within_budget, worst_errors
+from attn_fuzz.checks.budget import histograms, within_budget, worst_errors
 from attn_fuzz.checks.dead_rows import dead_rows_zero
 from attn_fuzz.checks.exact import needle_found, uniform_keys
 from attn_fuzz.checks.isolation import documents_apart, future_apart
@@ -42,4 +42,4 @@ PROBES: tuple[Check, ...] = (
 )
 """Functions of runs of their own, with inputs of their own: asked where nothing has failed yet."""
 
-__all__ = ["CHECKS", "PROBES", "Check", "worst_errors"]
+__all__ = ["CHECKS", "PROBES", "Check", "histograms", "worst_errors"]

@@ -38,7 +38,7 @@ def limit(case: Case) -> float:
     channels wide make equal keys (a norm over one channel leaves a sign), and selections narrower than the heads make
     equal channels; their error grows by the square root of how many can agree.
     """
-    if case.values in STRUCTURED:
+    if case.values in STRUCTURED or case.memory == "broadcast":
         return max(LIMIT, _RIGOROUS * terms(case) ** 0.5)
     if case.level == "kernel":
         return LIMIT
@@ -88,6 +88,26 @@ def _largest(trial: Trial, answer: dict[str, Expected]) -> dict[str, float]:
                 z = deviations(trial.case, got, expected).max().item()
                 worst[name] = max(z, worst.get(name, 0.0))
     return worst
+
+
+HISTOGRAM_STEP: Final = 0.5
+HISTOGRAM_BINS: Final = 24
+"""z from 0 to 12; the last bin holds everything beyond."""
+
+
+def histograms(trial: Trial) -> dict[str, list[int]]:
+    """Elements by z per result, for kernel cases with continuous values: what the backend's profile rests on."""
+    counted: dict[str, list[int]] = {}
+    if trial.case.level != "kernel" or limit(trial.case) > LIMIT or trial.case.values in STRUCTURED:
+        return counted
+    for name, got in trial.observations[0].results.items():
+        expected = trial.answer.get(name)
+        if expected is not None and got.shape == expected.value.shape and got.numel():
+            owing = expected.variance > 0
+            z = deviations(trial.case, got, expected)[owing].clamp_max(HISTOGRAM_STEP * HISTOGRAM_BINS)
+            places = (z / HISTOGRAM_STEP).long().clamp_max(HISTOGRAM_BINS - 1)
+            counted[name] = torch.bincount(places, minlength=HISTOGRAM_BINS).tolist()
+    return counted
 
 
 def _suspects(trial: Trial, answer: dict[str, Expected]) -> dict[str, torch.Tensor]:

@@ -17,20 +17,19 @@ from reference.case import Case, CaseError
 from reference.layout import document_spans
 
 
-def turned(case: Case) -> tuple[Case, list[int]] | None:
-    """(the case with its first document last, the order in which its documents now stand)."""
+def turned(case: Case) -> Case | None:
+    """The case with its first document last."""
     order = [*range(1, len(case.lengths)), 0]
     keys = None if case.key_lengths is None else tuple(case.key_lengths[index] for index in order)
     ids = case.packed_ids[: len(case.lengths)]
     try:
-        other = case.replace(
+        return case.replace(
             lengths=tuple(case.lengths[index] for index in order),
             key_lengths=keys,
             document_ids=tuple(ids[index] for index in order),
         )
     except CaseError:
         return None
-    return other, [*order, *range(len(order), len(case.packed_lengths))]
 
 
 def recut(case: Case) -> Case | None:
@@ -42,18 +41,21 @@ def recut(case: Case) -> Case | None:
         return None
 
 
+def regrouped_case(case: Case) -> Case | None:
+    """The same documents in the other arrangement that is tried, or None."""
+    if case.level == "layer":
+        return recut(case)
+    return turned(case) if len(case.lengths) > 1 and case.memory != "broadcast" else None
+
+
 def regrouped(trial: Trial) -> Iterator[Symptom]:
     """Documents in another order (kernel level), cuts elsewhere (layer level): within the same budget."""
     case = trial.case
-    if case.level == "kernel":
-        if len(case.lengths) < 2 or case.memory == "broadcast" or (moved := turned(case)) is None:
-            return
-        other, order = moved
-    else:
-        cut = recut(case)
-        if cut is None:
-            return
-        other, order = cut, list(range(len(case.packed_lengths)))
+    other = regrouped_case(case)
+    if other is None:
+        return
+    count = len(case.packed_lengths)
+    order = list(range(count)) if case.level == "layer" else [*range(1, count), 0]
     try:
         require_support(trial.backend, other, trial.device)
     except UnsupportedCase:

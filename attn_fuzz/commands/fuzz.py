@@ -58,6 +58,7 @@ def campaign_dict(outcome: Outcome, device: str, seed: int, poisons: tuple[str, 
                 "repeated": tally.repeated,
                 "by_kind": dict(sorted(tally.by_kind.items())),
                 "paths": tally.paths,
+                "histograms": dict(sorted(tally.histograms.items())),
                 "worst_z": {key: round(z, 3) for key, z in sorted(tally.worst_z.items())},
                 "worst_case": {key: json.loads(tally.worst_case[key]) for key in sorted(tally.worst_z)},
             }

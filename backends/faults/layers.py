@@ -166,20 +166,22 @@ class MetadataByLength(LayerFault, BufferedLayer):
 
     def preprocess(self, begin: int, end: int) -> MicroSequenceMetadata:
         made = super().preprocess(begin, end)
-        kept = self.__dict__.setdefault("_kept", {}).setdefault((end - begin, len(made.varlen.lengths_q)), made)
+        kept = self.__dict__.setdefault("_kept", {}).setdefault(end - begin, made)
         if sum(kept.varlen.lengths_k) != sum(made.varlen.lengths_k):
             return made
         return dataclasses.replace(made, varlen=kept.varlen)
 
 
 class GlobalPositions(LayerFault, BufferedLayer):
-    """Rotary positions count through the packed sequence, not within documents: wrong once cuts restart them."""
+    """Rotary positions count through the micro-sequence: neither documents nor cuts matter to them."""
 
     id = "M50-chunk"
     reports = ("OLMo-core#591", "torchtitan#2559", "Seq1F1B#6")
 
     def query_key_value(self, x: torch.Tensor, position_index: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return super().query_key_value(x, torch.arange(len(x), dtype=position_index.dtype, device=x.device))
+        return super().query_key_value(
+            x, torch.arange(len(x), dtype=position_index.dtype, device=x.device) % max(self.lengths)
+        )
 
 
 class KeyPositionsLate(LayerFault, BufferedLayer):
@@ -216,9 +218,11 @@ class ExtentOneEarly(LayerFault, BufferedLayer):
     id = "X23"
     reports = ("Fast-LLM#514",)
 
-    def preprocess(self, begin: int, end: int) -> MicroSequenceMetadata:
-        made = super().preprocess(begin, end)
-        return dataclasses.replace(made, first_document_begin=max(0, made.first_document_begin - 1))
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: MicroSequenceMetadata
+    ) -> torch.Tensor:
+        early = max(0, metadata.first_document_begin - 1)
+        return super().attend(q, k, v, dataclasses.replace(metadata, first_document_begin=early))
 
 
 class PaddingJoins(LayerFault, BufferedLayer):
@@ -229,8 +233,9 @@ class PaddingJoins(LayerFault, BufferedLayer):
 
     def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> None:
         super().__init__(weights, case, kernel)
-        if case.padding:
+        if case.padding and case.causal:
             self.lengths = (*case.lengths[:-1], case.lengths[-1] + case.padding)
+            self.rotary = type(self.rotary)(case, max(self.lengths), self.device)
 
 
 class _QueryOffset(BufferRegion):

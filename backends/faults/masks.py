@@ -198,25 +198,25 @@ class FirstLengthForAll(KernelFault):
 
 
 class OneKeyInLongDocuments(KernelFault):
-    """In documents of more than 64 keys one query row misses one key, forward only."""
+    """In documents of more than 24 keys one query row misses one key, forward only."""
 
     id = "X03"
 
     def mask(self, call: Call, document: Document) -> torch.Tensor:
         seen = super().mask(call, document)
-        if not document.backward and document.seen > 64 and document.queries:
+        if not document.backward and document.seen > 24 and document.queries:
             seen[-1, document.seen // 2] = False
         return seen
 
 
 class OneKeyBackward(KernelFault):
-    """In documents of more than 64 keys one query row misses one key, backward only."""
+    """In documents of more than 24 keys one query row misses one key, backward only."""
 
     id = "X04"
 
     def mask(self, call: Call, document: Document) -> torch.Tensor:
         seen = super().mask(call, document)
-        if document.backward and document.seen > 64 and document.queries:
+        if document.backward and document.seen > 24 and document.queries:
             seen[-1, document.seen // 2] = False
         return seen
 

@@ -198,14 +198,14 @@ class GradientStrideAssumed(KernelFault):
 
 
 class OffsetWraps(KernelFault):
-    """The row offset into dO is kept in 6 bits: a document beyond row 64 reads another one's rows."""
+    """The row offset into dO is kept in 5 bits: a document beyond row 32 reads another one's rows."""
 
     id = "F4"
     reports = ("Dao-AILab/flash-attention#2611", "pytorch#187227")
 
     def read(self, call: Call, x: torch.Tensor, rows: slice, name: str) -> torch.Tensor:
         if name == "dout":
-            return x[torch.arange(rows.start, rows.stop) % 64].float().transpose(0, 1)
+            return x[torch.arange(rows.start, rows.stop) % 32].float().transpose(0, 1)
         return super().read(call, x, rows, name)
 
 
@@ -218,7 +218,7 @@ class HeadChunks(KernelFault):
     def write(self, result: torch.Tensor, rows: slice, value: torch.Tensor, name: str) -> None:
         if name == "dq" and len(value) > 2:
             value = value.clone()
-            value[:2] = value[2:4] if len(value) >= 4 else value[1:3]
+            value[:2] = value[-2:].clone()
         super().write(result, rows, value, name)
 
 
