@@ -16,14 +16,14 @@ def flash2_limit(case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str 
 
     The grouped-heads shortcut for decoding takes every call whose longest document has one query for a decoding batch,
     one query per document, and reshapes q accordingly; empty documents and rows behind the last one break that. And a
-    right side of the window that is open, or at least ``max_seqlen_k``, is closed at ``max_seqlen_k``: too near for
-    rows left of the first key.
+    right side of the window that is open beside a bounded left one is closed at ``max_seqlen_k``, too near for rows
+    left of the first key; one of at least ``max_seqlen_k`` is dropped, and rows that should see no key see all.
     """
     left, right = case.effective_window
     for call in calls:
-        open_right = right < 0 or right >= max(k for _, k in call)
-        if left >= 0 and open_right and any(q > k for q, k in call):
-            return "windows bounded on the left and not on the right, over documents with more queries than keys"
+        wide_right = right > 0 and right >= max(k for _, k in call)
+        if (wide_right or (left >= 0 and right < 0)) and any(q > k for q, k in call):
+            return "windows with no right side, or one as wide as all keys, over documents with more queries than keys"
     if case.heads > case.kv_heads:
         for call in calls:
             if max(q for q, _ in call) == 1 and (any(q == 0 for q, _ in call) or case.capacity):

@@ -43,7 +43,7 @@ def uniform_keys(trial: Trial) -> Iterator[Symptom]:
     observation = _observe(trial, probe.inputs)
     yield from _census(trial, observation, probe.inputs.v.double())
     yield from _row_sums(trial, observation, probe.shift)
-    yield from _support(trial, observation, probe.hot, shifted=probe.shift != 0)
+    yield from _support(trial, observation, probe.hot, probe.shift * trial.case.softmax_scale)
 
 
 def _census(trial: Trial, observation: Observation, v: torch.Tensor) -> Iterator[Symptom]:
@@ -96,7 +96,7 @@ def _row_sums(trial: Trial, observation: Observation, shift: float) -> Iterator[
             return
 
 
-def _support(trial: Trial, observation: Observation, hot: dict[int, Hot], *, shifted: bool) -> Iterator[Symptom]:
+def _support(trial: Trial, observation: Observation, hot: dict[int, Hot], score: float) -> Iterator[Symptom]:
     case = trial.case
     group = case.heads // case.kv_heads
     expected = torch.zeros_like(observation.results["dv"], dtype=torch.float64)
@@ -110,12 +110,13 @@ def _support(trial: Trial, observation: Observation, hot: dict[int, Hot], *, shi
             rows = torch.arange(*segment.keys)[seen]
             expected[rows, place.head // group, place.channel] = 1.0 / count
     got = observation.results["dv"].double()
-    # Equal to a rounding or three; exactly 0 where no weight is.
-    wrong = torch.where(expected == 0, got != 0, ~((got - expected).abs() <= 0.02 * expected))
+    # Equal to a rounding or three, and to what float32 makes of exp(score - lse); exactly 0 where no weight is.
+    slack = 0.02 + 4 * 2.0**-23 * abs(score)
+    wrong = torch.where(expected == 0, got != 0, ~((got - expected).abs() <= slack * expected))
     if wrong.any():
         yield _backward_symptom(trial, "dv", got, expected, wrong, call_segments(case))
     dk = observation.results["dk"]
-    if shifted:
+    if score:
         # The channel that makes the score has a gradient, on the keys of the hot rows.
         dk = dk.clone()
         dk[..., 0] = torch.where((expected != 0).any(-1), 0.0, dk[..., 0])
