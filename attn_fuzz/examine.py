@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from attn_fuzz.checks import CHECKS, PROBES, Check, histograms, worst_errors
+from attn_fuzz.checks import CHECKS, PROBES, Check, histograms, worst_errors, worst_spreads
 from attn_fuzz.execute import WroteBeforeRefusing, require_support
 from attn_fuzz.poison import POISONS
 from attn_fuzz.symptoms import Crashed, InputsChanged, Symptom
@@ -108,7 +108,7 @@ def examine(
             raise
         found = [Crashed("runs", "call", f"{type(error).__name__}: {_one_line(error)}")]
     paths = frozenset().union(*(o.paths for o in observations))
-    return Verdict(tuple(found), worst_errors(trial), paths, {} if found else histograms(trial))
+    return Verdict(tuple(found), worst_errors(trial) | worst_spreads(trial), paths, {} if found else histograms(trial))
 
 
 def _refuses_layout(trial: Trial, error: BaseException) -> bool:

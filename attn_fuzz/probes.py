@@ -96,7 +96,9 @@ def uniform_probe(case: Case) -> UniformProbe:
     # A power of two: no rounding anywhere, whatever the kernel stores.
     shift = math.copysign(2.0 ** math.floor(math.log2(abs(shift))), shift) if shift else 0.0
     if case.dtype == "fp16":
-        shift = max(min(shift, 2.0**15), -(2.0**15))
+        # A kernel may keep the product, before or after the scale, in the dtype: neither may overflow.
+        largest = 2.0 ** math.floor(math.log2(2.0**15 / max(case.softmax_scale, 1.0)))
+        shift = max(min(shift, largest), -largest)
     q[..., 0] = shift
     k[..., 0] = 1.0
     return UniformProbe(Inputs(*(x.to(dtype) for x in (q, k, values, dout))), hot, shift)

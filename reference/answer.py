@@ -22,6 +22,8 @@ class Expected:
     """float64."""
     variance: torch.Tensor
     """float64, same shape; 0 demands equality."""
+    degrees: torch.Tensor | None = None
+    """Independent errors of each row, ``value.shape[:-1]`` (budget.py); None where nobody has counted them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,7 @@ def kernel_answer(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Exp
     values = {"out": torch.zeros_like(q), "lse": q.new_full(q.shape[:2], -torch.inf), "dq": torch.zeros_like(q)}
     values |= {"dk": torch.zeros_like(k), "dv": torch.zeros_like(v)}
     variances = {name: torch.zeros_like(value) for name, value in values.items()}
+    degrees = {name: torch.ones_like(values[name][..., 0]) for name in KERNEL_TENSORS if name != "lse"}
     for segment in call_segments(case):
         rows, keys = slice(*segment.queries), slice(*segment.keys)
         qd, doutd = q[:, rows], dout[:, rows]
@@ -98,7 +101,13 @@ def kernel_answer(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Exp
             place = keys if name in ("dk", "dv") else rows
             values[name][:, place] = value
             variances[name][:, place] = getattr(spread, name)
+            if name in degrees:
+                degrees[name][:, place] = spread.degrees[name]
     return {
-        name: Expected(values[name].transpose(0, 1).contiguous(), variances[name].transpose(0, 1).contiguous())
+        name: Expected(
+            values[name].transpose(0, 1).contiguous(),
+            variances[name].transpose(0, 1).contiguous(),
+            degrees[name].transpose(0, 1) if name in degrees else None,
+        )
         for name in KERNEL_TENSORS
     }

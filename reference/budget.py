@@ -37,6 +37,25 @@ class Variances(NamedTuple):
     dq: torch.Tensor
     dk: torch.Tensor
     dv: torch.Tensor
+    degrees: dict[str, torch.Tensor]
+    """Independent errors in each row of out, dq, dk and dv, without the channels."""
+
+
+def degrees_of_freedom(total: torch.Tensor, sources: torch.Tensor, rounding: torch.Tensor) -> torch.Tensor:
+    """How many independent errors the channels of a row share, between 1 and their number.
+
+    A row's error is a sum over sources j (keys, or queries) of a scalar error times a vector over channels, plus the
+    rounding of each channel. With s_j the variance that source j puts into the row, all channels together, the matrix
+    of its error has (tr A)^2 / tr A^2 = 1 / (1 / channels + sum_j s_j^2 / (sum_j s_j)^2) degrees of freedom where the
+    vectors are in general position.
+
+    Args:
+        total: ``[..., rows]``, the row's whole variance.
+        sources: ``[..., rows]``, ``sum_j s_j^2``.
+        rounding: ``[..., rows, d]``, rounding variance of the stored result.
+    """
+    concentration = (sources + rounding.square().sum(-1)) / total.square()
+    return 1 / (1 / rounding.shape[-1] + concentration.nan_to_num(1.0).clamp(0, 1))
 
 
 def rounding_variance(x: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -162,15 +181,37 @@ def attention_variances(
     )
     by_key = (var_ds + pg.square() * var_delta + (a2 + shared) * ds2).transpose(-1, -2)
     var_dk_head = scale**2 * (by_key @ q2)
-    var_dv_head = (rp + w + (a2 + shared) * p2).transpose(-1, -2) @ dout2
+    by_key_dv = (rp + w + (a2 + shared) * p2).transpose(-1, -2)
+    var_dv_head = by_key_dv @ dout2
     if profile.scales_gradients:
         var_dq, var_dk_head = var_dq + rvar(dq), var_dk_head + rvar(dk)
     if profile.expands_kv and group > 1:
         var_dk_head, var_dv_head = var_dk_head + rvar(dk), var_dv_head + rvar(dv)
+    stored_dk, stored_dv = rvar(sum_groups(dk, group)), rvar(sum_groups(dv, group))
+    var_dk, var_dv = sum_groups(var_dk_head, group) + stored_dk, sum_groups(var_dv_head, group) + stored_dv
+
+    def concentrated(weights: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """sum_j (weight_ij |vector_j|^2)^2"""
+        return (weights.square() @ vectors.sum(-1, keepdim=True).square())[..., 0]
+
+    by_channels = scale**2 * (pg @ k).square().sum(-1)
+    dq_sources = (
+        scale**4 * concentrated(var_ds + a2 * ds2, k2)
+        + (var_delta[..., 0] * by_channels).square()
+        + (shared[..., 0] * dq.square().sum(-1)).square()
+    )
+    dk_sources = sum_groups(scale**4 * concentrated(by_key, q2)[..., None], group)[..., 0]
+    dv_sources = sum_groups(concentrated(by_key_dv, dout2)[..., None], group)[..., 0]
     return Variances(
         out=var_out,
         lse=var_lse,
         dq=var_dq,
-        dk=sum_groups(var_dk_head, group) + rvar(sum_groups(dk, group)),
-        dv=sum_groups(var_dv_head, group) + rvar(sum_groups(dv, group)),
+        dk=var_dk,
+        dv=var_dv,
+        degrees={
+            "out": degrees_of_freedom(var_out.sum(-1), concentrated(rp + a2 * p + w, v2), rvar(out)),
+            "dq": degrees_of_freedom(var_dq.sum(-1), dq_sources, rvar(dq)),
+            "dk": degrees_of_freedom(var_dk.sum(-1), dk_sources, stored_dk),
+            "dv": degrees_of_freedom(var_dv.sum(-1), dv_sources, stored_dv),
+        },
     )

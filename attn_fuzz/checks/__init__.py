@@ -15,6 +15,7 @@ from attn_fuzz.checks.isolation import documents_apart, future_apart
 from attn_fuzz.checks.memory import buffer_intact, inputs_intact, results_complete, unwritten_unread
 from attn_fuzz.checks.regroup import regrouped
 from attn_fuzz.checks.repeat import path_taken, repeats_itself
+from attn_fuzz.checks.spread import rows_within_budget, worst_spreads
 from attn_fuzz.symptoms import Symptom
 from attn_fuzz.trial import Trial
 
@@ -28,6 +29,7 @@ CHECKS: tuple[Check, ...] = (
     inputs_intact,
     path_taken,
     within_budget,
+    rows_within_budget,
 )
 """Functions of the runs that every case makes."""
 
@@ -42,4 +44,4 @@ PROBES: tuple[Check, ...] = (
 )
 """Functions of runs of their own, with inputs of their own: asked where nothing has failed yet."""
 
-__all__ = ["CHECKS", "PROBES", "Check", "histograms", "worst_errors"]
+__all__ = ["CHECKS", "PROBES", "Check", "histograms", "worst_errors", "worst_spreads"]

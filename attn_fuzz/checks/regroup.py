@@ -87,4 +87,5 @@ def _reordered(case: Case, name: str, expected: Expected, order: list[int]) -> E
     lengths = case.packed_key_lengths if name in ("dk", "dv") else case.packed_lengths
     spans = document_spans(lengths)
     rows = torch.cat([torch.arange(*spans[index]) for index in order])
-    return Expected(expected.value[rows], expected.variance[rows])
+    degrees = None if expected.degrees is None else expected.degrees[rows]
+    return Expected(expected.value[rows], expected.variance[rows], degrees)
