@@ -14,7 +14,8 @@ from attn_fuzz.poison import POISONS
 from attn_fuzz.symptoms import Crashed, InputsChanged, Symptom
 from attn_fuzz.trial import Trial
 from backends.kernel import UnsupportedCase
-from backends.registry import Backend
+from backends.known import issues_of
+from backends.registry import Backend, calls_of
 from reference.case import Case
 
 
@@ -29,6 +30,8 @@ class Verdict:
     paths: frozenset[str]
     histograms: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     """Elements by z (attn_fuzz/checks/budget.py) of a clean kernel case."""
+    known: tuple[str, ...] = ()
+    """Known issues (backends/known.py) that explain symptoms left out of ``symptoms``."""
 
     @property
     def first(self) -> Symptom | None:
@@ -108,7 +111,28 @@ def examine(
             raise
         found = [Crashed("runs", "call", f"{type(error).__name__}: {_one_line(error)}")]
     paths = frozenset().union(*(o.paths for o in observations))
-    return Verdict(tuple(found), worst_errors(trial) | worst_spreads(trial), paths, {} if found else histograms(trial))
+    unknown, known = _without_known(found, trial)
+    return Verdict(
+        tuple(unknown),
+        worst_errors(trial) | worst_spreads(trial),
+        paths,
+        {} if found else histograms(trial),
+        known,
+    )
+
+
+def _without_known(found: Sequence[Symptom], trial: Trial) -> tuple[list[Symptom], tuple[str, ...]]:
+    """Symptoms that no known issue explains, and the ids of those that explain the others."""
+    if not found:
+        return [], ()
+    issues = issues_of(trial.backend.name, trial.device.type, trial.case, calls_of(trial.case))
+    unknown, known = [], dict[str, None]()
+    for symptom in found:
+        explained = [i.id for i in issues if symptom.tensor in i.tensors and type(symptom).__name__ in i.symptoms]
+        known |= dict.fromkeys(explained[:1])
+        if not explained:
+            unknown.append(symptom)
+    return unknown, tuple(known)
 
 
 def _refuses_layout(trial: Trial, error: BaseException) -> bool:

@@ -33,7 +33,8 @@ def campaign_table(outcome: Outcome) -> Table:
     for name, tally in outcome.tallies.items():
         found = [finding for finding in outcome.findings if finding.backend == name]
         counts = (str(n) for n in (tally.cases, tally.documents, tally.straddling, tally.refused))
-        table.add_row(name, *counts, worst(tally), str(len(found)) if found else "none")
+        known = "".join(f", known {issue}: {count} cases" for issue, count in sorted(tally.known.items()))
+        table.add_row(name, *counts, worst(tally), (str(len(found)) if found else "none") + known)
     return table
 
 

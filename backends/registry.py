@@ -29,6 +29,15 @@ class UnknownBackend(LookupError):
     """No backend of that name; the message lists those there are."""
 
 
+def calls_of(case: Case) -> list[list[tuple[int, int]]]:
+    """(queries, keys) of every document of every varlen call that a case makes."""
+    if case.level == "layer":
+        calls = [segments(case.packed_lengths, part) for part in micro_sequences(case)]
+    else:
+        calls = [call_segments(case)]
+    return [[(segment.queries.length, segment.keys.length) for segment in call] for call in calls]
+
+
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """A system under test."""
@@ -42,13 +51,9 @@ class Backend:
         """What about a case the backend does not take, or None."""
         if case.level not in self.levels:
             return f"{case.level} cases"
-        if case.level == "layer":
-            if case.ranks > 1:
-                return "more than one rank"
-            calls = [segments(case.packed_lengths, part) for part in micro_sequences(case)]
-        else:
-            calls = [call_segments(case)]
-        lengths = [[(segment.queries.length, segment.keys.length) for segment in call] for call in calls]
+        if case.level == "layer" and case.ranks > 1:
+            return "more than one rank"
+        lengths = calls_of(case)
         pairs = [pair for call in lengths for pair in call]
         return self.kernel.capabilities_on(device).refusal(case, device, pairs) or self.kernel.limit(case, lengths)
 

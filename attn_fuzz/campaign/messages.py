@@ -48,6 +48,8 @@ class Tally:
     """The case, as JSON, in which each of those was seen."""
     paths: dict[str, int] = dataclasses.field(default_factory=dict)
     """Cases by implementation that ran."""
+    known: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Cases that ran into a known issue, by issue."""
     histograms: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     """Elements of clean kernel cases by z, by ``dtype tensor``."""
 
@@ -61,7 +63,7 @@ class Tally:
         for name in ("cases", "documents", "straddling", "refused", "repeated"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.seconds = max(self.seconds, other.seconds)
-        for mine, theirs in ((self.by_kind, other.by_kind), (self.paths, other.paths)):
+        for mine, theirs in ((self.by_kind, other.by_kind), (self.paths, other.paths), (self.known, other.known)):
             for key, count in theirs.items():
                 mine[key] = mine.get(key, 0) + count
         for key, counts in other.histograms.items():

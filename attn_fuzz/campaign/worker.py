@@ -102,7 +102,9 @@ class _Hunt:
             tally.paths[path] = tally.paths.get(path, 0) + 1
         for name, counts in verdict.histograms.items():
             tally.count_elements(f"{case.dtype} {name}", counts)
-        if not verdict.symptoms:
+        for issue in verdict.known:
+            tally.known[issue] = tally.known.get(issue, 0) + 1
+        if not verdict.symptoms and not verdict.known:
             for name, z in verdict.worst_z.items():
                 key = f"{kind} {name}"
                 if z > tally.worst_z.get(key, -1.0):

@@ -65,6 +65,10 @@ def worst_spreads(trial: Trial) -> dict[str, float]:
     return {f"{name}-rows": LIMIT * rows.max().item() for name, rows in spreads(trial).items()}
 
 
+def _outside(trial: Trial, name: str) -> bool:
+    return bool((deviations(trial.case, trial.observations[0].results[name], trial.answer[name]) > LIMIT).any())
+
+
 def rows_within_budget(trial: Trial) -> Iterator[Symptom]:
     """Fails where a row's mean z^2 is beyond what independent errors make, on two value seeds of the same layout."""
     wide = {name: rows for name, rows in spreads(trial).items() if rows.max() > 1}
@@ -73,6 +77,9 @@ def rows_within_budget(trial: Trial) -> Iterator[Symptom]:
     again = spreads(trial.second)
     for name, rows in wide.items():
         if name not in again or again[name].max() <= 1:
+            continue
+        if all(_outside(each, name) for each in (trial, trial.second)):
+            # The budget names it, by element.
             continue
         row, head = (int(i) for i in torch.unravel_index(rows.argmax(), rows.shape))
         document, within = trial.document_of(name, row)
