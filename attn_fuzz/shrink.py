@@ -74,6 +74,22 @@ def fewer_documents(case: Case) -> Iterator[Case | None]:
         size //= 2
 
 
+def merged_documents(case: Case) -> Iterator[Case | None]:
+    """With two neighbours made one document."""
+    for index in range(len(case.lengths) - 1):
+
+        def merged(lengths: tuple[int, ...], index: int = index) -> tuple[int, ...]:
+            return (*lengths[:index], lengths[index] + lengths[index + 1], *lengths[index + 2 :])
+
+        ids = case.packed_ids[: len(case.lengths)]
+        yield _changed(
+            case,
+            lengths=merged(case.lengths),
+            key_lengths=None if case.key_lengths is None else merged(case.key_lengths),
+            document_ids=(*ids[: index + 1], *ids[index + 2 :]),
+        )
+
+
 def shorter_documents(case: Case) -> Iterator[Case | None]:
     """With one document shorter, queries and keys together, then each alone."""
     for index, queries in enumerate(case.lengths):
@@ -173,7 +189,7 @@ def _changed(case: Case, **changes: object) -> Case | None:
         return None
 
 
-PASSES = (fewer_documents, shorter_documents, simpler_cuts, simpler_options)
+PASSES = (fewer_documents, shorter_documents, merged_documents, simpler_cuts, simpler_options)
 
 
 def minimise(case: Case, fails: Fails, seconds: float = 60.0) -> Case:

@@ -34,6 +34,7 @@ class KernelFault(Fault, Loop):
     """A loop with one decision changed."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(covers_all_rows=False)
+    levels: ClassVar[tuple[str, ...]] = ("kernel", "layer")
 
 
 class LayerFault(Fault):
@@ -84,7 +85,7 @@ def faults() -> dict[str, type[Fault]]:
 def parts_of(fault: type[Fault]) -> tuple[Kernel, type[Layer], tuple[str, ...]]:
     """(kernel, layer, levels) of a fault as a backend."""
     if issubclass(fault, KernelFault):
-        return FaultyKernel(fault), BufferedLayer, ("kernel", "layer")
+        return FaultyKernel(fault), BufferedLayer, fault.levels
     assert issubclass(fault, LayerFault)
     assert issubclass(fault, Layer)
     return CorrectKernel(PREFIX + fault.id), fault, ("layer",)

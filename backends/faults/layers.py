@@ -330,16 +330,18 @@ class ValueRotated(LayerFault, BufferedLayer):
 
 
 class MetadataShared(LayerFault, BufferedLayer):
-    """Documents' lengths are kept from the first sequence of as many tokens and documents."""
+    """Documents' lengths are those of the sequence before, where that had as many tokens and documents."""
 
     id = "M26"
     reports = ("fla#842", "axolotl#1375")
-    _lengths: ClassVar[dict[tuple[int, int], tuple[int, ...]]] = {}
+    _before: ClassVar[tuple[int, ...]] = ()
 
     def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> None:
         super().__init__(weights, case, kernel)
         lengths = case.packed_lengths
         if case.causal:
-            self.lengths = self._lengths.setdefault((sum(lengths), len(lengths)), lengths)
+            same = (sum(self._before), len(self._before)) == (sum(lengths), len(lengths))
+            self.lengths = self._before if same else lengths
+            MetadataShared._before = lengths
             # Rotary tables are as long as the longest document.
             self.rotary = type(self.rotary)(case, max(*self.lengths, *lengths), self.device)
