@@ -6,6 +6,8 @@ signs, in opposite pairs along the keys, so that the sum over any run of keys is
 The output gradient is one-hot: one row, head and channel per document. Then dV is 1/n on the keys of that row and 0
 elsewhere, dK is 0 (in all channels but the one that makes the score), and dQ is 0 in all other rows.
 
+``every row``: q = 0, and an output gradient in all rows, scaled so that each row puts about +-1 into dV of its keys.
+
 ``needle``: keys are distinct sign vectors and ``q_i = c k_j`` with a logit gap of at least 30 between key j and all
 others, so that ``out_i`` is ``v_j`` to the last bit.
 """
@@ -102,6 +104,24 @@ def uniform_probe(case: Case) -> UniformProbe:
     q[..., 0] = shift
     k[..., 0] = 1.0
     return UniformProbe(Inputs(*(x.to(dtype) for x in (q, k, values, dout))), hot, shift)
+
+
+def every_row_probe(case: Case) -> Inputs:
+    """Inputs with q = 0 and an output gradient in every row, of about as large as the row has keys.
+
+    Row i puts ``+-2^round(log2 n_i) / n_i``, a number near 1, into dV of each of its n_i keys and nothing elsewhere.
+    Signs are opposite in neighbouring rows, so that roundings of P that all rows share cancel.
+    """
+    dtype = DTYPES[case.dtype]
+    k, v = (_signs(case, name, case.kv_heads, keys=True) for name in ("probe keys", "probe values"))
+    dout = _signs(case, "every row", case.heads, keys=False)
+    for segment in call_segments(case):
+        begin, end = segment.queries
+        paired = (end - begin) // 2 * 2
+        dout[begin + 1 : begin + paired : 2] = -dout[begin : begin + paired : 2]
+        counts = segment_mask(case, segment).sum(1).clamp_min(1).double()
+        dout[begin:end] *= (2.0 ** counts.log2().round()).float()[:, None, None]
+    return Inputs(*(x.to(dtype) for x in (torch.zeros_like(dout), k, v, dout)))
 
 
 @dataclasses.dataclass(frozen=True)

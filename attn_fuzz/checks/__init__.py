@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from attn_fuzz.checks.accumulation import exact_accumulation
 from attn_fuzz.checks.budget import histograms, within_budget, worst_errors
 from attn_fuzz.checks.dead_rows import dead_rows_zero
-from attn_fuzz.checks.exact import needle_found, uniform_keys
+from attn_fuzz.checks.exact import needle_found, rows_counted, uniform_keys
 from attn_fuzz.checks.isolation import documents_apart, future_apart
 from attn_fuzz.checks.memory import buffer_intact, inputs_intact, results_complete, unwritten_unread
 from attn_fuzz.checks.regroup import regrouped
@@ -35,6 +35,7 @@ CHECKS: tuple[Check, ...] = (
 
 PROBES: tuple[Check, ...] = (
     uniform_keys,
+    rows_counted,
     needle_found,
     exact_accumulation,
     documents_apart,

@@ -1,18 +1,21 @@
-"""Census, support and needle: exactly the allowed keys took part, forward and backward (attn_fuzz/probes.py)."""
+"""Exactly the allowed keys took part, forward and backward: the probes of attn_fuzz/probes.py, judged."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Final
 
 import torch
 
+from attn_fuzz.checks.budget import LIMIT, deviations
+from attn_fuzz.checks.spread import row_spreads
 from attn_fuzz.execute import run_kernel
 from attn_fuzz.observation import Observation
-from attn_fuzz.probes import Hot, needle_probe, segment_mask, uniform_probe
+from attn_fuzz.probes import Hot, every_row_probe, needle_probe, segment_mask, uniform_probe
 from attn_fuzz.symptoms import Symptom, WrongKeys, WrongKeysBackward, WrongLse
 from attn_fuzz.trial import Trial
-from reference.answer import Inputs
+from reference.answer import Inputs, kernel_answer
 from reference.layout import Segment, call_segments
 
 _QUARTER = 0.25
@@ -21,6 +24,10 @@ _QUARTER = 0.25
 
 _SPLIT = 2.0**-18
 """Relative error of a float32 product in three TF32 ones; other keys' values differ at random."""
+
+
+ALIKE: Final = 1.5
+"""Equal probabilities have equal roundings: of rows whose errors are not independent more must be wrong."""
 
 
 def _of_group(values: torch.Tensor, group: int) -> torch.Tensor:
@@ -46,6 +53,17 @@ def uniform_keys(trial: Trial) -> Iterator[Symptom]:
     yield from _support(trial, observation, probe.hot, probe.shift * trial.case.softmax_scale)
 
 
+def census_sees(out: torch.Tensor, counts: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """Which elements are not the mean of their row's values.
+
+    Args:
+        out: ``[rows, heads, d]`` float64.
+        counts: ``[rows]``, keys of each row.
+        sums: as ``out``: whole numbers, the sum of V over those keys.
+    """
+    return ~((out * counts.clamp_min(1)[:, None, None] - sums).abs() < _QUARTER)
+
+
 def _census(trial: Trial, observation: Observation, v: torch.Tensor) -> Iterator[Symptom]:
     case = trial.case
     group = case.heads // case.kv_heads
@@ -57,9 +75,10 @@ def _census(trial: Trial, observation: Observation, v: torch.Tensor) -> Iterator
         counts = mask.sum(1)
         # One prefix sum instead of a product: allowed keys are a run.
         sums = torch.einsum("qk,khd->qhd", mask.double(), _of_group(v[slice(*segment.keys)], group))
-        got = out[slice(*segment.queries)] * counts.clamp_min(1)[:, None, None]
-        wrong = ~((got - sums).abs() < _QUARTER)
+        rows = out[slice(*segment.queries)]
+        wrong = census_sees(rows, counts, sums)
         if wrong.any():
+            got = rows * counts.clamp_min(1)[:, None, None]
             row, head, channel = (int(i) for i in wrong.nonzero()[0])
             yield WrongKeys(
                 "census",
@@ -148,6 +167,38 @@ def _backward_symptom(
         f"for an output gradient of one element per document, but should be {expected[row, head, channel].item():.4g}; "
         f"{int(wrong.sum())} elements wrong in {len(segments)} documents",
     )
+
+
+def rows_counted(trial: Trial) -> Iterator[Symptom]:
+    """dV of a gradient in every row: a key that a single row drops, adds or swaps moves every channel by about 1."""
+    if trial.case.level != "kernel":
+        return
+    seen = _miscounted(trial)
+    if seen is None or _miscounted(trial.second) is None:
+        return
+    row, head, got, expected, count = seen
+    document, within = trial.document_of("dv", row)
+    yield WrongKeysBackward(
+        "every_row",
+        "dv",
+        f"document {document}, key {within}, head {head}: {got:.4g} for output gradients near the number of each "
+        f"row's keys, but should be {expected:.4g}; {count} rows wrong",
+    )
+
+
+def _miscounted(trial: Trial) -> tuple[int, int, float, float, int] | None:
+    """(row, head, got, expected, rows wrong) of dV, beyond the budget by element or by row."""
+    case = trial.case
+    inputs = every_row_probe(case)
+    got = _observe(trial, inputs).results["dv"]
+    expected = kernel_answer(case, inputs, trial.backend.kernel.profile_on(trial.device.type))["dv"]
+    z = deviations(case, got, expected)
+    wrong = ((z > LIMIT).any(-1)) | (row_spreads(case, got, expected) > ALIKE)
+    if not wrong.any():
+        return None
+    row, head = (int(i) for i in wrong.nonzero()[0])
+    channel = int(z[row, head].argmax())
+    return row, head, got[row, head, channel].item(), expected.value[row, head, channel].item(), int(wrong.sum())
 
 
 def needle_found(trial: Trial) -> Iterator[Symptom]:
