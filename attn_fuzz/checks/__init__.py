@@ -36,12 +36,12 @@ CHECKS: tuple[Check, ...] = (
 PROBES: tuple[Check, ...] = (
     uniform_keys,
     rows_counted,
+    regrouped,
     needle_found,
     exact_accumulation,
+    repeats_itself,
     documents_apart,
     future_apart,
-    regrouped,
-    repeats_itself,
 )
 """Functions of runs of their own, with inputs of their own: asked where nothing has failed yet."""
 

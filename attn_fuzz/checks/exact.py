@@ -92,9 +92,9 @@ def _census(trial: Trial, observation: Observation, v: torch.Tensor) -> Iterator
 
 def _row_sums(trial: Trial, observation: Observation, shift: float) -> Iterator[Symptom]:
     """The LSE of n equal scores is that score plus log n; of none, -inf."""
-    if (lse := observation.results.get("lse")) is None:
-        return
     case = trial.case
+    if (lse := observation.results.get("lse")) is None or lse.shape != (sum(case.packed_lengths), case.heads):
+        return
     score = shift * case.softmax_scale
     if case.softcap:
         score = case.softcap * math.tanh(score / case.softcap)

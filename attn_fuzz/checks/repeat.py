@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
+import torch
+
+from attn_fuzz.execute import require_support
 from attn_fuzz.observation import differing
+from attn_fuzz.shrink import fewer_documents, one_shorter
 from attn_fuzz.symptoms import NotRepeatable, Symptom, WrongPath
 from attn_fuzz.trial import Trial
+from backends.kernel import UnsupportedCase
 
 
 def repeats_itself(trial: Trial) -> Iterator[Symptom]:
-    """A, then other calls (decoy, poisons, probes), then A again: the bits of the first time."""
+    """A, then B (a document less, or a shorter one), then A again: the bits of the first time."""
     first = trial.observations[0]
+    _run_smaller(trial)
     again = trial.observe(first.poison)
     for name in differing(first, again):
         if trial.repeats(name):
             yield NotRepeatable(
                 "repeatable", name, "the same call gave other bits than the first time, after others in between"
             )
+
+
+def _run_smaller(trial: Trial) -> None:
+    """A call of another shape; what it does is judged when a case of its own is drawn."""
+    for other in (*fewer_documents(trial.case), *one_shorter(trial.case)):
+        if other is None or sum(other.packed_lengths) == sum(trial.case.packed_lengths):
+            continue
+        try:
+            require_support(trial.backend, other, trial.device)
+            dataclasses.replace(trial, case=other).observe(trial.poisons[0])
+        except UnsupportedCase:
+            continue
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+                raise
+        return
 
 
 def path_taken(trial: Trial) -> Iterator[Symptom]:

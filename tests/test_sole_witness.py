@@ -1,0 +1,63 @@
+"""Each check is needed: there is a planted fault that it alone sees, on a case on which the correct loop is clean."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attn_fuzz.checks import CHECKS, PROBES
+from attn_fuzz.examine import examine
+from attn_fuzz.trial import Trial
+from backends import registry
+from reference.case import Case
+
+WITNESSES = {
+    "complete": ("X31", '{"level": "kernel", "lengths": [2], "head_dim": 4}'),
+    "unwritten": ("X29", '{"level": "kernel", "lengths": [5, 3], "dtype": "bf16"}'),
+    "dead_rows": ("M02-dk", '{"level": "kernel", "lengths": [1], "head_dim": 1, "capacity": 1}'),
+    "inputs_intact": ("X02", '{"level": "kernel", "lengths": [5, 3]}'),
+    "buffer_intact": (
+        "M41-past",
+        '{"level": "layer", "lengths": [1], "padding": 1, "cuts": [1], "head_dim": 1, "hidden": 1}',
+    ),
+    "path": ("X11", '{"level": "kernel", "lengths": [5, 3], "heads": 2}'),
+    "budget": ("M46-backward", '{"level": "kernel", "lengths": [3], "softcap": 3.0}'),
+    "spread": ("X27", '{"level": "kernel", "lengths": [40, 9], "head_dim": 64, "dtype": "bf16"}'),
+    "census": ("M16", '{"level": "kernel", "lengths": [2], "heads": 2, "head_dim": 32, "seed": 3}'),
+    "support": (
+        "F8",
+        '{"level": "kernel", "lengths": [2, 2, 3], "heads": 4, "kv_heads": 2, "values": "tiny", '
+        '"dtype": "fp16", "seed": 3}',
+    ),
+    "every_row": (
+        "X28",
+        '{"level": "kernel", "lengths": [129], "head_dim": 32, "values": "large", "dtype": "bf16", "seed": 0}',
+    ),
+    "needle": ("X06", '{"level": "kernel", "lengths": [1], "head_dim": 8}'),
+    "exact_accumulation": (
+        "M40",
+        '{"level": "layer", "lengths": [2], "cuts": [1], "head_dim": 1, "hidden": 1, "dtype": "bf16"}',
+    ),
+    "isolation": ("X07", '{"level": "kernel", "lengths": [2]}'),
+    "regrouping": ("M38-twice", '{"level": "layer", "lengths": [12]}'),
+    "repeatable": ("X32", '{"level": "kernel", "lengths": [5, 3], "dtype": "bf16"}'),
+}
+
+
+def failing(fault: str, case: Case) -> set[str]:
+    """Names of all checks that fail, probes asked whatever the others say."""
+    trial = Trial(case, registry.load(f"fault:{fault}"), torch.device("cpu"))
+    return {symptom.check for check in (*CHECKS, *PROBES) for symptom in check(trial)}
+
+
+@pytest.mark.parametrize(("check", "fault", "text"), [(check, *rest) for check, rest in WITNESSES.items()])
+def test_a_check_has_a_fault_that_it_alone_sees(check: str, fault: str, text: str) -> None:
+    case = Case.from_json(text)
+    assert failing(fault, case) == {check}
+    assert examine(case, registry.load("loop"), "cpu").symptoms == ()
+
+
+def test_a_refusal_after_writing_is_seen_by_nothing_else() -> None:
+    case = Case(level="kernel", lengths=(2,), softcap=20.0)
+    verdict = examine(case, registry.load("fault:X30"), "cpu")
+    assert verdict.checks == ("reject_or_correct",)
