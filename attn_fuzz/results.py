@@ -1,71 +1,111 @@
-"""Committed campaign results, and the README's tables made from them: ``python -m attn_fuzz.results``.
+"""Committed results, and the README's tables made from them: ``python -m attn_fuzz.results``.
 
-``results/*.json`` are what ``python -m attn_fuzz run --json`` printed, unchanged.
+``results/*.json`` are what the commands printed, unchanged: campaigns (``attn_fuzz run --json``), examinations of the
+planted faults (``attn_fuzz faults --json``) and the power table (``attn_fuzz.power``). With matplotlib there,
+``--plot`` also draws the histograms of z.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
+
+from attn_fuzz.checks.budget import HISTOGRAM_STEP, LIMIT
+from attn_fuzz.tolerances import RULES
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 FOLDER: Final = ROOT / "results"
 README: Final = ROOT / "README.md"
+LARGEST_Z: Final = FOLDER / "largest_z.md"
 
-BEGIN: Final = "<!-- results: python -m attn_fuzz.results -->"
-END: Final = "<!-- end of results -->"
+BEGIN: Final = "<!-- {}: python -m attn_fuzz.results -->"
+END: Final = "<!-- end of {} -->"
 
 DTYPES: Final = ("fp32", "bf16", "fp16")
 
+Result = dict[str, Any]
 
-def load(folder: Path = FOLDER) -> list[dict[str, Any]]:
+
+def load(folder: Path = FOLDER) -> list[Result]:
     """All results, by file name."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def _where(result: dict[str, Any]) -> str:
+def campaigns(results: Iterable[Result]) -> list[Result]:
+    """Those of fuzzing."""
+    return [result for result in results if "backends" in result]
+
+
+def _is_correct(name: str) -> bool:
+    return ":" not in name
+
+
+def _where(result: Result) -> str:
     environment = result["environment"]
     versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "flash-attn") if name in environment)
-    return f"{environment['device']}, {versions}, {environment['date']}, commit {environment['commit']}"
+    return f"{environment['device']}, {versions}"
 
 
-def _worst(backend: dict[str, Any], dtype: str) -> str:
-    """The largest z of clean cases of one dtype, and the tensor it was seen in."""
-    mine = {key: z for key, z in backend["worst_z"].items() if key.split()[1] == dtype}
-    if not mine:
+def by_machine(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Campaigns of correct backends, by device and versions."""
+    found: dict[str, list[Result]] = {}
+    for result in campaigns(results):
+        if any(_is_correct(name) for name in result["backends"]):
+            found.setdefault(_where(result), []).append(result)
+    return found
+
+
+def largest(results: Iterable[Result], name: str) -> dict[str, float]:
+    """Largest z of a backend's clean cases over several campaigns, by ``level dtype tensor``."""
+    found: dict[str, float] = {}
+    for result in results:
+        for key, z in result["backends"].get(name, {}).get("worst_z", {}).items():
+            found[key] = max(z, found.get(key, 0.0))
+    return found
+
+
+def _worst(mine: Mapping[str, float], dtype: str, *, rows: bool) -> str:
+    """The largest of one dtype, and the tensor it was seen in."""
+    some = {key: z for key, z in mine.items() if key.split()[1] == dtype and key.endswith("-rows") == rows}
+    if not some:
         return "-"
-    key = max(mine, key=lambda name: mine[name])
+    key = max(some, key=lambda name: some[name])
     level, _, tensor = key.split()
-    return f"{mine[key]:.1f} ({level} {tensor})"
+    return f"{some[key]:.1f} ({level} {tensor.removesuffix('-rows')})"
 
 
-def clean_table(results: Iterable[dict[str, Any]]) -> list[str]:
+def clean_table(results: Iterable[Result]) -> list[str]:
     """Backends that are meant to be right: cases, findings, largest error."""
     lines = []
-    for result in results:
-        rows = {name: b for name, b in result["backends"].items() if not name.startswith("legacy:")}
-        if not rows:
-            continue
-        lines += ["", f"**{_where(result)}** (seed {result['seed']}, {result['seconds']:.0f} s):", ""]
+    for where, group in by_machine(results).items():
+        commits = ", ".join(dict.fromkeys(f"{r['environment']['commit']} ({r['environment']['date']})" for r in group))
+        names = sorted({name for result in group for name in result["backends"] if _is_correct(name)})
+        total = sum(b["cases"] for r in group for name, b in r["backends"].items() if _is_correct(name))
+        lines += ["", f"**{where}**: {total:,} cases; commits {commits}", ""]
         lines += ["| backend | cases | documents | findings | " + " | ".join(f"largest z {d}" for d in DTYPES) + " |"]
         lines += ["|---|---:|---:|---:|" + "---|" * len(DTYPES)]
-        for name, backend in rows.items():
-            found = sum(finding["backend"] == name for finding in result["findings"])
-            worst = " | ".join(_worst(backend, dtype) for dtype in DTYPES)
-            lines.append(f"| {name} | {backend['cases']} | {backend['documents']} | {found} | {worst} |")
+        for name in names:
+            counts = {
+                key: sum(r["backends"].get(name, {}).get(key, 0) for r in group) for key in ("cases", "documents")
+            }
+            found = sum(finding["backend"] == name for r in group for finding in r["findings"])
+            mine = largest(group, name)
+            worst = " | ".join(_worst(mine, dtype, rows=False) for dtype in DTYPES)
+            lines.append(f"| {name} | {counts['cases']:,} | {counts['documents']:,} | {found} | {worst} |")
     return lines
 
 
-def legacy_table(results: Iterable[dict[str, Any]]) -> list[str]:
+def legacy_table(results: Iterable[Result]) -> list[str]:
     """The known-bad layer: how soon it was convicted, by what, and how small the case became."""
     lines = [
         "",
         "| known-bad backend | memory | device | cases to find | symptom | failing checks | shrunk case |",
         "|---|---|---|---:|---|---|---|",
     ]
-    for result in results:
+    for result in campaigns(results):
         for finding in result["findings"]:
             if finding["backend"].startswith("legacy:"):
                 case = ", ".join(f"{key} {value}" for key, value in finding["case"].items() if key != "level")
@@ -76,26 +116,140 @@ def legacy_table(results: Iterable[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def section(results: list[dict[str, Any]]) -> str:
-    """The README's results section."""
-    return "\n".join([BEGIN, *clean_table(results), *legacy_table(results), "", END])
+def fault_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """The latest examination of every planted fault, by id."""
+    examined = sorted(
+        (r for r in results if "faults" in r), key=lambda r: (r["environment"]["date"], len(r["faults"]) < 50)
+    )
+    rows = {row["id"]: row for result in examined for row in result["faults"]}
+    return [rows[name] for name in sorted(rows)]
 
 
-def with_results(text: str, results: list[dict[str, Any]]) -> str:
-    """A README text with its results section made anew.
+def fault_table(results: list[Result]) -> list[str]:
+    """Every planted fault: how it was caught, and which published tolerance rule would have seen it."""
+    rows = fault_rows(results)
+    if not rows:
+        return []
+    lines = [
+        "",
+        f"{sum(row['caught'] for row in rows)} of {len(rows)} caught from every seed; the published rules alone: "
+        + ", ".join(f"{rule} {sum(rule in (row['rules'] or ()) for row in rows)}" for rule in RULES)
+        + ".",
+        "",
+        "| fault | what is wrong | caught by | cases, by seed | seconds | documents | tokens | minimal | "
+        + " | ".join(RULES)
+        + " |",
+        "|---|---|---|---|---:|---:|---:|---|" + "---|" * len(RULES),
+    ]
+    for row in rows:
+        rules = " | ".join("caught" if rule in (row["rules"] or ()) else "missed" for rule in RULES)
+        caught = ", ".join(row["checks"]) if row["caught"] else "**missed**"
+        minimal = "yes" if row["minimal"] else "no"
+        cases = ", ".join(str(count) for count in row["cases_by_seed"])
+        lines.append(
+            f"| {row['id']} | {row['about']} | {caught} | {cases} | {row['seconds']:.1f} | {row['documents']} | "
+            f"{row['tokens']} | {minimal} | {rules} |"
+        )
+    return lines
+
+
+def power_table(results: Iterable[Result]) -> list[str]:
+    """Single wrong keys seen, of 100 random placements."""
+    lines: list[str] = []
+    for result in results:
+        for row in result.get("power", ()):
+            if not lines:
+                kinds = list(row["seen"])
+                lines = ["", "| keys | dtype | " + " | ".join(kinds) + " |", "|---:|---|" + "---:|" * len(kinds)]
+            lines.append(
+                f"| {row['length']:,} | {row['dtype']} | " + " | ".join(str(n) for n in row["seen"].values()) + " |"
+            )
+    return lines
+
+
+def z_tables(results: list[Result]) -> str:
+    """Largest z and row statistic by backend, level, dtype and tensor, as a page of its own."""
+    lines = [
+        "# Largest z of clean cases",
+        "",
+        f"By backend, level and dtype; the verdict is at {LIMIT:.0f}. `-rows`: the row statistic.",
+    ]
+    for where, group in by_machine(results).items():
+        lines += ["", f"## {where}"]
+        for name in sorted({name for result in group for name in result["backends"] if _is_correct(name)}):
+            mine = largest(group, name)
+            kinds = sorted({" ".join(key.split()[:2]) for key in mine})
+            tensors = sorted({key.split()[2] for key in mine})
+            lines += ["", f"### {name}", "", "| tensor | " + " | ".join(kinds) + " |", "|---|" + "---:|" * len(kinds)]
+            for tensor in tensors:
+                cells = (mine.get(f"{kind} {tensor}") for kind in kinds)
+                lines.append(f"| {tensor} | " + " | ".join("" if z is None else f"{z:.1f}" for z in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def sections(results: list[Result]) -> dict[str, str]:
+    """The README's generated sections, by name."""
+    bodies = {
+        "results": [*clean_table(results), *legacy_table(results)],
+        "power": power_table(results),
+        "faults": fault_table(results),
+    }
+    return {name: "\n".join([BEGIN.format(name), *body, "", END.format(name)]) for name, body in bodies.items()}
+
+
+def with_results(text: str, results: list[Result]) -> str:
+    """A README text with its generated sections made anew.
 
     Raises:
-        ValueError: when the text has no such section.
+        ValueError: when the text lacks one of them.
     """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"the README has no section between {BEGIN!r} and {END!r}")
-    head, _, rest = text.partition(BEGIN)
-    return head + section(results) + rest.partition(END)[2]
+    for name, section in sections(results).items():
+        begin, end = BEGIN.format(name), END.format(name)
+        if begin not in text or end not in text:
+            raise ValueError(f"the README has no section between {begin!r} and {end!r}")
+        head, _, rest = text.partition(begin)
+        text = head + section + rest.partition(end)[2]
+    return text
+
+
+def plot(results: list[Result], path: Path) -> None:
+    """Draws, per backend of the CUDA campaigns, the share of elements beyond each z; needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for axis, dtype in zip(axes, ("bf16", "fp16"), strict=True):
+        for where, group in by_machine(results).items():
+            for name in sorted({name for r in group for name in r["backends"]}):
+                counts: list[int] = []
+                for result in group:
+                    for key, bins in result["backends"].get(name, {}).get("histograms", {}).items():
+                        if key.startswith(dtype):
+                            counts = [a + b for a, b in zip(counts or [0] * len(bins), bins, strict=True)]
+                if counts:
+                    beyond = [sum(counts[index:]) / sum(counts) for index in range(len(counts))]
+                    edges = [index * HISTOGRAM_STEP for index in range(len(counts))]
+                    style = "-" if "H100" in where else ":"
+                    shown = [(edge, share) for edge, share in zip(edges, beyond, strict=True) if share]
+                    label = f"{name} ({'H100' if 'H100' in where else 'CPU'}), {sum(counts):.1e} elements"
+                    axis.semilogy(*zip(*shown, strict=True), style, label=label)
+        axis.axvline(LIMIT, color="black", linewidth=1)
+        axis.set(title=dtype, xlabel="z")
+        axis.legend(fontsize=6)
+    axes[0].set_ylabel("share of elements beyond z")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    """Rewrites the README's results section."""
-    README.write_text(with_results(README.read_text(), load()))
+    """Rewrites the README's generated sections, the page of largest z, and with ``--plot`` the picture."""
+    results = load()
+    README.write_text(with_results(README.read_text(), results))
+    LARGEST_Z.write_text(z_tables(results))
+    if "--plot" in sys.argv[1:]:
+        plot(results, FOLDER / "z.png")
 
 
 if __name__ == "__main__":
