@@ -24,7 +24,18 @@ app = typer.Typer(
 )
 
 
-for _command in (fuzz.run, fuzz.check, fuzz.check_layer, saved.replay, saved.save, catalogue.backends, faults.faults):
+_COMMANDS = (
+    fuzz.run,
+    fuzz.check,
+    fuzz.check_layer,
+    saved.replay,
+    saved.script,
+    saved.save,
+    catalogue.backends,
+    faults.faults,
+)
+
+for _command in _COMMANDS:
     # Typer makes "check-layer" of "check_layer" by itself.
     app.command()(_command)
 

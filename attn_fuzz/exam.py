@@ -109,7 +109,8 @@ def rules_on(fault: str, seed: int = 0, count: int = RULE_CASES) -> set[str]:
         try:
             trials = [Trial(plain, backend, device, ("none",)) for backend in (faulty, correct, pytorch)]
             wrong, right, own = (trial.observe("none").results for trial in trials)
-        except (RuntimeError, ValueError, AssertionError):
+        except Exception:
+            # A fault may crash or refuse; the rules have nothing to say about that.
             continue
         references = {name: expected.value for name, expected in trials[1].answer.items()}
         caught |= failing(wrong, references, own) - failing(right, references, own)

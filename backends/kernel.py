@@ -159,6 +159,9 @@ class Kernel(abc.ABC):
     capabilities: ClassVar[Capabilities]
     profile: ClassVar[Profile] = Profile()
     paths: ClassVar[frozenset[str]] = frozenset()
+    call_source: ClassVar[str] = ""
+    """The call as people write it, for scripts without this project (attn_fuzz/script.py): source text of
+    ``kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)`` over SCALE, CAUSAL, WINDOW, SOFTCAP."""
 
     def capabilities_on(self, device: str) -> Capabilities:
         """What the kernel takes on ``cpu`` or ``cuda``."""

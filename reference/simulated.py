@@ -49,9 +49,11 @@ class SimulatedAttention:
         scaled = (
             probabilities * arithmetic.perturb(torch.ones_like(lse), ACCUMULATION**2 * finite.square() / 16)[..., None]
         )
-        self.probabilities = scaled
-        self.stored = arithmetic.store(scaled)
-        self.stored_forward = self.stored if profile.normalises_by_lse else arithmetic.store(probabilities)
+        self.stored_forward = arithmetic.store(scaled if profile.normalises_by_lse else probabilities)
+        # A backward recomputes scores and exponentials, and nothing normalises them again.
+        recomputed = ACCUMULATION**2 * scores[0].square() / 16 + profile.exp_error**2
+        self.probabilities = scaled * arithmetic.perturb(torch.ones_like(scaled), recomputed)
+        self.stored = self.stored_forward if profile.normalises_by_lse else arithmetic.store(self.probabilities)
 
     def _scores(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Capped scores and their slope; forward and backward compute the same ones, errors included."""

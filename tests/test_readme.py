@@ -26,7 +26,7 @@ def test_tables_are_those_of_the_committed_results() -> None:
 
 def test_every_command_of_the_readme_exists() -> None:
     commands = {line.split("attn_fuzz ")[1].split()[0] for line in README.splitlines() if "-m attn_fuzz " in line}
-    assert {"run", "check", "check-layer", "replay", "save", "backends"} <= commands
+    assert {"run", "check", "check-layer", "replay", "script", "save", "backends", "faults"} <= commands
     for command in commands:
         assert attn_fuzz(command, "--help").returncode == 0
 

@@ -23,6 +23,7 @@ from attn_fuzz.commands.arguments import (
     device_of,
 )
 from attn_fuzz.examine import Verdict, examine
+from attn_fuzz.script import ScriptError, standalone
 from backends import registry
 from backends.kernel import UnsupportedCase
 from reference.case import Case
@@ -104,3 +105,29 @@ def save(
     except OSError as error:
         raise UsageError(f"{target} cannot be written: {error.strerror}") from None
     typer.echo(f"{target}: replay with python -m attn_fuzz replay {name}")
+
+
+def script(
+    case: Annotated[str, typer.Argument(help="A CASE.json file, a finding's id, or a case as JSON text.")],
+    backend: Annotated[str | None, typer.Option(help="Backend that fails it. Default: the finding's own.")] = None,
+    device: DeviceOption = None,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Print a failing kernel case as one Python file that needs nothing of this project, to paste into a report."""
+    where = device_of(device)
+    seed = Seed("case", Case.from_json(case)) if case.lstrip().startswith("{") else find_seed(case, store)
+    own = seed.convicts.get(where.partition(":")[0], ())
+    name = backend or (own[0] if own else None)
+    if name is None:
+        raise UsageError("the case names no backend that fails it; say --backend NAME")
+    require_available((name,), where)
+    set_up_process(where)
+    verdict = _verdict(name, seed.case, where)
+    if isinstance(verdict, str):
+        raise UsageError(verdict)
+    title = f"{name}: {verdict.first}" if verdict.first else f"{name}: {', '.join(verdict.known) or 'no check fails'}"
+    try:
+        text = standalone(seed.case, registry.load(name), where, title)
+    except ScriptError as error:
+        raise UsageError(str(error)) from None
+    typer.echo(text, nl=False)

@@ -30,6 +30,13 @@ class Flash(Kernel):
         covers_all_rows=False,
     )
     profile = Profile(tanh_error=2.0**-11)
+    call_source = """from flash_attn import flash_attn_varlen_func
+
+
+def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    window = (WINDOW[0], 0) if CAUSAL else WINDOW
+    options = dict(softmax_scale=SCALE, causal=CAUSAL, window_size=window, softcap=SOFTCAP)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)"""
 
     def limit(self, case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str | None:
         return flash2_limit(case, calls)

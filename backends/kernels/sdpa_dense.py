@@ -49,6 +49,24 @@ class SdpaDense(Kernel):
     # The memory-efficient backward of CUDA forms dS from P as its tiles keep it, in the storage dtype.
     profile = Profile(stores_probabilities=True, expands_kv=True, exp_error=CPU_EXP_ERROR)
 
+    call_source = """def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k, v))
+    mask = torch.zeros(len(q), len(k), dtype=torch.bool)
+    q0 = k0 = 0
+    for nq, nk in zip(LENGTHS_Q, LENGTHS_K):
+        distance = torch.arange(nq)[:, None] + (nk - nq) - torch.arange(nk)[None, :]
+        seen = (distance <= WINDOW[0]) if WINDOW[0] >= 0 else torch.ones_like(distance, dtype=torch.bool)
+        if CAUSAL or WINDOW[1] >= 0:
+            seen &= distance >= -(0 if CAUSAL else WINDOW[1])
+        mask[q0 : q0 + nq, k0 : k0 + nk] = seen
+        q0, k0 = q0 + nq, k0 + nk
+    heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *heads_first, attn_mask=mask.to(DEVICE)[None, None], scale=SCALE
+    )
+    return out[0].transpose(0, 1)"""
+
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
     ) -> Attended:

@@ -31,6 +31,15 @@ class TorchVarlen(Kernel):
         covers_all_rows=False,
     )
 
+    call_source = """from torch.nn.attention.varlen import varlen_attn
+
+
+def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    window = (WINDOW[0], 0) if CAUSAL else WINDOW
+    sums = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    # Newer releases want enable_gqa=True for grouped heads.
+    return varlen_attn(q, k, v, *sums, scale=SCALE, window_size=window)"""
+
     def limit(self, case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str | None:
         return flash2_limit(case, calls)
 
