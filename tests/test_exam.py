@@ -1,0 +1,96 @@
+"""The exam of planted faults, the published rules, and the power of the probes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from attn_fuzz import exam, results
+from attn_fuzz.findings import Finding
+from attn_fuzz.power import power
+from attn_fuzz.tolerances import failing
+from backends.faults.fault import faults
+from reference.case import Case
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_there_are_faults_of_many_kinds() -> None:
+    planted = faults()
+    assert len(planted) >= 48
+    assert all(fault.about().endswith(".") for fault in planted.values())
+    assert sum(bool(fault.reports) for fault in planted.values()) >= 48
+
+
+@pytest.mark.parametrize("fault", ["M51-swapped", "M01", "X07"])
+def test_a_fault_is_found_and_minimal(fault: str) -> None:
+    mark = exam.hunt_fault(fault, seed=5)
+    assert mark.finding is not None
+    assert mark.cases <= 500
+    assert mark.minimal
+    assert len(mark.finding.case.packed_lengths) <= 3
+    row = exam.row(fault, [mark, exam.Mark(fault, 6, None, 2000, 0.0, None)], {"rms"})
+    assert (row["caught"], row["cases_by_seed"], row["rules"]) == (False, [mark.cases, 2000], ["rms"])
+
+
+def test_what_could_be_shorter_is_not_minimal() -> None:
+    mark = exam.hunt_fault("M51-swapped", seed=5)
+    assert mark.finding is not None
+    larger = Case(level="kernel", lengths=(4, 3), head_dim=4)
+    grown = Finding.from_dict({**mark.finding.to_dict(), "case": larger.to_dict()})
+    assert exam.is_minimal(mark.finding)
+    assert not exam.is_minimal(grown)
+
+
+def test_published_rules_see_gross_faults_and_miss_dead_rows() -> None:
+    assert exam.rules_on("M51-swapped", count=15) == {"2x/3x", "1e-2", "rms"}
+    assert exam.rules_on("M02-dk", count=15) == set()
+
+
+def test_rules_judge_whole_tensors() -> None:
+    reference = torch.ones(100, dtype=torch.float64)
+    wrong = reference.clone()
+    wrong[3] += 0.04
+    own = reference + 0.015
+    assert failing({"out": wrong}, {"out": reference}, {"out": own}) == {"2x/3x", "1e-2"}
+    assert failing({"out": reference}, {"out": reference}, {"out": own}) == set()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_one_wrong_key_in_a_long_row_is_seen(dtype: str) -> None:
+    seen = power(2048, dtype, placements=5)["seen"]
+    for way in ("forward", "backward"):
+        assert seen[f"{way} none"] == 0
+        assert [seen[f"{way} {kind}"] for kind in ("dropped", "extra", "swapped")] == [5, 5, 5]
+
+
+def test_the_command_prints_one_object() -> None:
+    command = [sys.executable, "-m", "attn_fuzz", "faults", "--only", "M51-swapped", "--no-rules", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["faults"]
+    assert (row["id"], row["caught"], row["rules"]) == ("M51-swapped", True, None)
+
+
+def test_an_unknown_fault_is_one_sentence() -> None:
+    command = [sys.executable, "-m", "attn_fuzz", "faults", "--only", "nothing"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "nothing" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_committed_table_covers_every_fault() -> None:
+    rows = {row["id"]: row for row in results.fault_rows(results.load())}
+    assert set(rows) == set(faults())
+    for name, row in rows.items():
+        assert row["caught"], name
+        assert row["minimal"], name
+        assert len(row["cases_by_seed"]) == 3
+        assert row["documents"] <= 3, name
+        assert row["tokens"] <= 40, name
