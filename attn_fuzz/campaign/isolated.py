@@ -25,12 +25,12 @@ def _serve(backend: str, device: str, connection: Connection) -> None:
         except EOFError:
             return
         try:
-            first = examine(case, loaded, place).first
-        except UnsupportedCase:
-            first = None
+            first, refusal = examine(case, loaded, place).first, None
+        except UnsupportedCase as error:
+            first, refusal = None, str(error)
         if isinstance(first, Crashed) and not context_alive(place):
             raise SystemExit(DEAD_CONTEXT)
-        connection.send(None if first is None else type(first).__name__)
+        connection.send((None if first is None else (type(first).__name__, str(first)), refusal))
 
 
 class Isolated:
@@ -50,6 +50,23 @@ class Isolated:
 
     def symptom(self, case: Case) -> str | None:
         """Name of the case's first symptom: ``Crashed`` when its process died, ``Hung`` when it went silent."""
+        symptom, _ = self._ask(case)
+        return None if symptom is None else symptom[0]
+
+    def answer(self, case: Case) -> str:
+        """In words: ``right``, ``refused: ...``, ``crashed: ...``, ``hung`` or ``wrong: ...``."""
+        symptom, refusal = self._ask(case)
+        if refusal is not None:
+            return f"refused: {refusal}"
+        if symptom is None:
+            return "right"
+        name, message = symptom
+        if name == "Hung":
+            return "hung"
+        return f"crashed: {message}" if name == "Crashed" else f"wrong: {message}"
+
+    def _ask(self, case: Case) -> tuple[tuple[str, str] | None, str | None]:
+        """((name, message) of the first symptom or None, why it was refused or None)."""
         if self._process is None:
             self._connection, theirs = self._context.Pipe()
             self._process = self._context.Process(target=_serve, args=(*self._arguments, theirs), daemon=True)
@@ -59,12 +76,12 @@ class Isolated:
         self._connection.send(case.to_json())
         if not self._connection.poll(self._timeout):
             self.close()
-            return "Hung"
+            return ("Hung", "no answer"), None
         try:
-            found: str | None = self._connection.recv()
+            found: tuple[tuple[str, str] | None, str | None] = self._connection.recv()
         except EOFError:
             self.close()
-            return "Crashed"
+            return ("Crashed", "the process died"), None
         return found
 
     def close(self) -> None:
