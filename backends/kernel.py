@@ -204,6 +204,8 @@ class Kernel(abc.ABC):
     capabilities: ClassVar[Capabilities]
     profile: ClassVar[Profile] = Profile()
     paths: ClassVar[frozenset[str]] = frozenset()
+    compiled: ClassVar[bool] = False
+    """Whether calls are traced by torch's compiler."""
     call_source: ClassVar[str] = ""
     """The call as people write it, for scripts without this project (attn_fuzz/script.py): source text of
     ``kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)`` over SCALE, CAUSAL, WINDOW, SOFTCAP."""
@@ -261,7 +263,7 @@ class Unlimited(Kernel):
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
-        self.name = kernel.name  # type: ignore[misc]
+        self.name, self.compiled = kernel.name, kernel.compiled  # type: ignore[misc]
 
     def capabilities_on(self, device: str) -> Capabilities:
         return dataclasses.replace(

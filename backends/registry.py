@@ -19,6 +19,7 @@ from backends import kernels
 from backends.faults.fault import PREFIX as FAULT
 from backends.faults.fault import faults, parts_of
 from backends.kernel import Kernel, Unlimited
+from backends.known import crash_issue_of
 from backends.layer import BufferedLayer, LayerFactory
 from backends.legacy import LegacyLayer
 from backends.user import UserKernel, import_object, user_layer
@@ -53,6 +54,8 @@ class Backend:
     kernel: Kernel
     layer: LayerFactory = BufferedLayer
     levels: tuple[str, ...] = ("kernel", "layer")
+    isolated: bool = False
+    """Runs in a process that may die: cases that are known to crash it are let through."""
 
     def refusal(self, case: Case, device: str) -> str | None:
         """What about a case the backend does not take, or None."""
@@ -62,6 +65,8 @@ class Backend:
             return "more than one rank"
         lengths = calls_of(case)
         pairs = [pair for call in lengths for pair in call]
+        if not self.isolated and (issue := crash_issue_of(self.name, device, case, lengths)) is not None:
+            return f"what is known to end its process ({issue.id})"
         return self.kernel.capabilities_on(device).refusal(case, device, pairs) or self.kernel.limit(case, lengths)
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import multiprocessing
+import os
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from typing import Final
 
 import torch
 
-from attn_fuzz.campaign.worker import DEAD_CONTEXT, context_alive, set_up_process
+from attn_fuzz.campaign.process import DEAD_CONTEXT, context_alive, set_up_process
 from attn_fuzz.examine import examine
 from attn_fuzz.symptoms import Crashed
 from backends import registry
@@ -18,7 +23,7 @@ from reference.case import Case
 
 def _serve(backend: str, device: str, connection: Connection) -> None:
     set_up_process(device)
-    loaded, place = registry.load(backend), torch.device(device)
+    loaded, place = dataclasses.replace(registry.load(backend), isolated=True), torch.device(device)
     while True:
         try:
             case = Case.from_json(connection.recv())
@@ -31,6 +36,23 @@ def _serve(backend: str, device: str, connection: Connection) -> None:
         if isinstance(first, Crashed) and not context_alive(place):
             raise SystemExit(DEAD_CONTEXT)
         connection.send((None if first is None else (type(first).__name__, str(first)), refusal))
+
+
+@contextlib.contextmanager
+def _away_from_others() -> Iterator[None]:
+    """Where processes share a GPU through a server (CUDA MPS), a fault in one ends all: a child gets its own context."""
+    before = os.environ.get(_SERVER)
+    os.environ[_SERVER] = os.devnull
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SERVER]
+        else:
+            os.environ[_SERVER] = before
+
+
+_SERVER: Final = "CUDA_MPS_PIPE_DIRECTORY"
 
 
 class Isolated:
@@ -70,7 +92,8 @@ class Isolated:
         if self._process is None:
             self._connection, theirs = self._context.Pipe()
             self._process = self._context.Process(target=_serve, args=(*self._arguments, theirs), daemon=True)
-            self._process.start()
+            with _away_from_others():
+                self._process.start()
             theirs.close()
         assert self._connection is not None
         self._connection.send(case.to_json())

@@ -25,7 +25,7 @@ class Flash(Kernel):
         devices=("cuda",),
         dtypes=HALF_DTYPES,
         max_head_dim=256,
-        memories=ALIGNED_MEMORIES,
+        memories=(*ALIGNED_MEMORIES, "strided", "broadcast"),
         lse_of_blind_rows=math.inf,
         repeatable_backward=False,
         covers_all_rows=False,

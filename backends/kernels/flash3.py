@@ -23,7 +23,7 @@ class Flash3(Kernel):
         max_head_dim=256,
         head_dim_multiple=8,
         softcap=False,
-        memories=ALIGNED_MEMORIES,
+        memories=(*ALIGNED_MEMORIES, "strided", "broadcast"),
         repeatable_backward=False,
         covers_all_rows=False,
     )

@@ -11,7 +11,7 @@ class Flash3Deterministic(Flash3):
     """``flash_attn_interface.flash_attn_varlen_func`` with its deterministic backward."""
 
     name = "flash3_deterministic"
-    capabilities = dataclasses.replace(Flash3.capabilities, repeatable_backward=True)
+    capabilities = dataclasses.replace(Flash3.capabilities, max_head_dim=192, repeatable_backward=True)
     deterministic = True
     call_source = Flash3.call_source.replace("window_size=window)", "window_size=window, deterministic=True)")
 

@@ -42,6 +42,7 @@ class FlexCompiled(Kernel):
 
     name = "flex_compiled"
     paths = frozenset({"flex compiled"})
+    compiled = True
     capabilities = Capabilities(
         devices=("cuda",),
         head_dims=(16, 32, 64),

@@ -13,6 +13,7 @@ CONFIGURATIONS: Final = (
     Configuration("bf16", 64, 4, 2, True, "left"),
     Configuration("fp16", 128, 2, 2, False),
     Configuration("fp16", 32, 1, 1, False, "both"),
+    Configuration("bf16", 8, 1, 1, True),
 )
 
 
@@ -26,7 +27,7 @@ class SdpaDenseCudnn(ForcedDense):
         ForcedDense.capabilities,
         devices=("cuda",),
         dtypes=HALF_DTYPES,
-        head_dims=(32, 64, 128),
+        head_dims=(8, 32, 64, 128),
         scale=False,
         configurations=CONFIGURATIONS,
         layouts=24,

@@ -13,7 +13,9 @@ class SdpaDenseEfficient(ForcedDense):
     name = "sdpa_dense_efficient"
     forced = "efficient"
     paths = frozenset({"dense efficient"})
-    capabilities = dataclasses.replace(ForcedDense.capabilities, devices=("cuda",))
+    capabilities = dataclasses.replace(
+        ForcedDense.capabilities, devices=("cuda",), head_dim_multiple=8, queries_without_keys=True
+    )
 
 
 KERNEL = SdpaDenseEfficient()

@@ -35,7 +35,9 @@ class SdpaDenseMath(ForcedDense):
     name = "sdpa_dense_math"
     forced = "math"
     paths = frozenset({"dense math"})
-    capabilities = dataclasses.replace(SdpaDense.capabilities, memories=MEMORIES, repeatable_backward=True)
+    capabilities = dataclasses.replace(
+        SdpaDense.capabilities, memories=MEMORIES, queries_without_keys=True, repeatable_backward=True
+    )
     profile = Profile(
         scales_inputs=True,
         scales_gradients=True,

@@ -37,7 +37,13 @@ UNFUSED = Profile(
 
 
 def nested_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    metadata: VarlenMetadata,
+    options: AttentionOptions,
+    *,
+    fused: bool,
 ) -> torch.Tensor:
     """SDPA on jagged tensors; K/V are expanded to the query heads, since torch's fused kernels need equal heads."""
     group = q.shape[1] // k.shape[1]
@@ -52,8 +58,8 @@ def nested_attention(
         scale=options.scale,
     )
     values = out.transpose(1, 2).values()
-    # The gradient becomes jagged values too: on CPU it must not be a view, so a product hands on a fresh one.
-    return values * 1 if q.device.type == "cpu" else values
+    # The gradient becomes jagged values too: unfused, it must not be a view, so a product hands on a fresh one.
+    return values if fused else values * 1
 
 
 class SdpaNested(Kernel):
@@ -90,7 +96,7 @@ class SdpaNested(Kernel):
     ) -> Attended:
         if options.causal and (metadata.straddling or q.device.type == "cpu"):
             return Attended(dense_attention(q, k, v, metadata, options), None, "dense")
-        return Attended(nested_attention(q, k, v, metadata, options), None, "nested")
+        return Attended(nested_attention(q, k, v, metadata, options, fused=q.device.type != "cpu"), None, "nested")
 
 
 KERNEL = SdpaNested()

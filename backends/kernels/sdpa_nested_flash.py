@@ -14,7 +14,9 @@ class SdpaNestedFlash(ForcedNested):
     name = "sdpa_nested_flash"
     forced = "flash"
     paths = frozenset({"nested flash"})
-    capabilities = dataclasses.replace(ForcedNested.capabilities, dtypes=HALF_DTYPES, max_head_dim=256)
+    capabilities = dataclasses.replace(
+        ForcedNested.capabilities, dtypes=HALF_DTYPES, max_head_dim=256, causal_needs_equal_lengths=False
+    )
 
 
 KERNEL = SdpaNestedFlash()

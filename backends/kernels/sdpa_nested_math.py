@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from backends.flash2 import ALIGNED_MEMORIES
 from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from backends.kernels.sdpa_nested import UNFUSED, SdpaNested, nested_attention
 from backends.metadata import VarlenMetadata
@@ -17,13 +18,17 @@ from reference.profile import Profile
 class ForcedNested(Kernel):
     """SDPA on jagged tensors with one of torch's kernels; subclasses name it.
 
-    Causal jagged attention is bottom-right in one kernel and top-left in others, so documents have as many queries as
-    keys here; ``sdpa_nested`` has the others.
+    Causal jagged attention is bottom-right in the flash kernel and top-left in others, which therefore take documents
+    of as many queries as keys.
     """
 
     forced: ClassVar[str]
     capabilities: ClassVar[Capabilities] = dataclasses.replace(
-        SdpaNested.capabilities, devices=("cuda",), head_dim_multiple=8, causal_needs_equal_lengths=True
+        SdpaNested.capabilities,
+        devices=("cuda",),
+        head_dim_multiple=8,
+        causal_needs_equal_lengths=True,
+        memories=(*ALIGNED_MEMORIES, "strided"),
     )
     profile: ClassVar[Profile] = SdpaNested.profile
 
@@ -31,7 +36,8 @@ class ForcedNested(Kernel):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
     ) -> Attended:
         with only(self.forced):
-            return Attended(nested_attention(q, k, v, metadata, options), None, f"nested {self.forced}")
+            out = nested_attention(q, k, v, metadata, options, fused=self.forced != "math")
+        return Attended(out, None, f"nested {self.forced}")
 
 
 class SdpaNestedMath(ForcedNested):

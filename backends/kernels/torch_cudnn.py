@@ -12,7 +12,7 @@ from backends.metadata import VarlenMetadata
 
 CONFIGURATIONS: Final = (
     Configuration("bf16", 64, 2, 2, True),
-    Configuration("bf16", 64, 2, 2, False),
+    Configuration("bf16", 64, 4, 2, False),
     Configuration("fp16", 128, 1, 1, True),
 )
 
@@ -51,14 +51,11 @@ class TorchCudnn(Kernel):
         devices=("cuda",),
         dtypes=HALF_DTYPES,
         head_dims=(64, 128),
-        gqa=False,
         causal_needs_equal_lengths=True,
         window=False,
         softcap=False,
         scale=False,
-        empty_documents=False,
         queries_without_keys=False,
-        keys_without_queries=False,
         memories=ALIGNED_MEMORIES,
         repeatable_backward=False,
         covers_all_rows=False,

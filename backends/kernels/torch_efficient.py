@@ -33,7 +33,7 @@ class TorchEfficient(Kernel):
         softcap=False,
         # dQ of a document without keys stays unwritten, and causal rows left of the first key come out wrong.
         queries_without_keys=False,
-        memories=ALIGNED_MEMORIES,
+        memories=(*ALIGNED_MEMORIES, "broadcast"),
         repeatable_backward=False,
         covers_all_rows=False,
     )

@@ -23,7 +23,7 @@ class TorchFlash(Kernel):
         max_head_dim=256,
         head_dim_multiple=8,
         softcap=False,
-        memories=ALIGNED_MEMORIES,
+        memories=(*ALIGNED_MEMORIES, "broadcast"),
         lse_of_blind_rows=float("inf"),
         repeatable_backward=False,
         covers_all_rows=False,

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from backends.flash2 import ALIGNED_MEMORIES, flash2_limit
+from backends.flash2 import ALIGNED_MEMORIES
 from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from backends.metadata import VarlenMetadata
-from reference.case import Case
 from reference.profile import Profile
 
 
 class Xformers(Kernel):
-    """``xformers.ops.memory_efficient_attention`` over one packed batch element; it picks its kernel itself."""
+    """``xformers.ops.memory_efficient_attention`` over one packed batch element, its CUTLASS kernel chosen.
+
+    Its FlashAttention backward refuses to run in torch's deterministic mode, which the harness needs.
+    """
 
     name = "xformers"
-    paths = frozenset({"xformers.ops"})
+    paths = frozenset({"xformers cutlass"})
     capabilities = Capabilities(
         devices=("cuda",),
-        max_head_dim=256,
         head_dim_multiple=8,
-        window_needs_causal=True,
-        window_convention="keys to the left, the row itself counted; causal only",
+        # Local masks have no backward in the CUTLASS kernel.
+        window=False,
         softcap=False,
         queries_without_keys=False,
         memories=ALIGNED_MEMORIES,
@@ -35,12 +35,6 @@ class Xformers(Kernel):
     )
     # The CUTLASS backward forms dS from P as its tiles keep it, in the storage dtype; groups are expanded by autograd.
     profile = Profile(stores_probabilities=True, expands_kv=True)
-
-    def limit(self, case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str | None:
-        if case.dtype == "fp32" and case.window[0] >= 0:
-            # Only its FlashAttention has a backward for local masks.
-            return "a sliding window in fp32"
-        return flash2_limit(case, calls)
 
     def why_unavailable(self, device: str) -> str | None:
         if reason := super().why_unavailable(device):
@@ -58,15 +52,15 @@ class Xformers(Kernel):
         biases: Any = ops.fmha.attn_bias
         kind = biases.BlockDiagonalCausalFromBottomRightMask if options.causal else biases.BlockDiagonalMask
         bias = kind.from_seqlens(list(metadata.lengths_q), list(metadata.lengths_k), device=q.device)
-        if options.window[0] >= 0:
-            bias = bias.make_local_attention_from_bottomright(options.window[0] + 1)
         kv_heads = k.shape[1]
         if (group := q.shape[1] // kv_heads) > 1:
             # Grouped heads are a dimension of their own, over which K/V are the same memory.
             q = q.unflatten(1, (kv_heads, group))
             k, v = (x[:, :, None].expand(-1, -1, group, -1) for x in (k, v))
-        out = ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias, scale=options.scale)[0]
-        return Attended(out.flatten(1, 2) if group > 1 else out, None, "xformers.ops")
+        operators = ops.fmha.cutlass.FwOp, ops.fmha.cutlass.BwOp
+        batch = (x[None] for x in (q, k, v))
+        out = ops.memory_efficient_attention(*batch, attn_bias=bias, scale=options.scale, op=operators)[0]
+        return Attended(out.flatten(1, 2) if group > 1 else out, None, "xformers cutlass")
 
 
 KERNEL = Xformers()
