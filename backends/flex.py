@@ -35,10 +35,12 @@ def mask_of(metadata: VarlenMetadata, options: AttentionOptions) -> Callable[...
 
 
 def _score_of(softcap: float) -> Callable[..., torch.Tensor]:
-    def score(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+    def capped(
+        score: torch.Tensor, batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
         return softcap * torch.tanh(score / softcap)
 
-    return score
+    return capped
 
 
 def _with_lse(function: FlexAttention, *tensors: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,9 +7,9 @@ from typing import Final
 
 import torch
 
-from backends.flash2 import ALIGNED_MEMORIES
 from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Configuration, Kernel
 from backends.metadata import VarlenMetadata
+from reference.case import MEMORIES
 
 CONFIGURATIONS: Final = (
     Configuration("bf16", 64, 4, 2, True),
@@ -32,7 +32,9 @@ class CudnnFrontend(Kernel):
         softcap=False,
         scale=False,
         window_convention="left: keys with the row itself counted; right: not counted; -1 for no bound",
-        memories=ALIGNED_MEMORIES,
+        memories=MEMORIES,
+        # It asserts on the device that the last prefix sum is the number of rows, which ends the CUDA context.
+        capacity=False,
         repeatable_backward=False,
         covers_all_rows=False,
         configurations=CONFIGURATIONS,

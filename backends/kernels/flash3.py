@@ -24,6 +24,7 @@ class Flash3(Kernel):
         head_dim_multiple=8,
         softcap=False,
         memories=(*ALIGNED_MEMORIES, "strided", "broadcast"),
+        isolates_nonfinite=False,
         repeatable_backward=False,
         covers_all_rows=False,
     )

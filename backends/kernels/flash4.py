@@ -8,9 +8,9 @@ from typing import Final
 
 import torch
 
-from backends.flash2 import ALIGNED_MEMORIES
 from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Configuration, Kernel
 from backends.metadata import VarlenMetadata
+from reference.case import MEMORIES
 
 _SHAPES: Final = (("bf16", 64, 4, 2), ("fp16", 128, 2, 2))
 _MASKS: Final = ((True, "none"), (True, "left"), (False, "none"), (False, "both"))
@@ -31,7 +31,8 @@ class Flash4(Kernel):
         dtypes=HALF_DTYPES,
         head_dims=(64, 128),
         window_convention="(left, right), the row itself not counted, None for no bound",
-        memories=ALIGNED_MEMORIES,
+        memories=MEMORIES,
+        isolates_nonfinite=False,
         repeatable_backward=False,
         covers_all_rows=False,
         configurations=CONFIGURATIONS,

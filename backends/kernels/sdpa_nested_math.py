@@ -12,6 +12,7 @@ from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from backends.kernels.sdpa_nested import UNFUSED, SdpaNested, nested_attention
 from backends.metadata import VarlenMetadata
 from backends.sdpa import only
+from reference.case import MEMORIES
 from reference.profile import Profile
 
 
@@ -46,7 +47,14 @@ class SdpaNestedMath(ForcedNested):
     name = "sdpa_nested_math"
     forced = "math"
     paths = frozenset({"nested math"})
-    capabilities = dataclasses.replace(ForcedNested.capabilities, devices=("cpu", "cuda"), causal=False)
+    capabilities = dataclasses.replace(
+        ForcedNested.capabilities,
+        devices=("cpu", "cuda"),
+        head_dim_multiple=1,
+        causal=False,
+        empty_documents=True,
+        memories=MEMORIES,
+    )
     profile = UNFUSED
 
 

@@ -24,17 +24,18 @@ class Xformers(Kernel):
     capabilities = Capabilities(
         devices=("cuda",),
         head_dim_multiple=8,
+        # Grouped heads are a dimension of their own to it, and raise in the backward of block-diagonal masks.
+        gqa=False,
         # Local masks have no backward in the CUTLASS kernel.
         window=False,
         softcap=False,
         queries_without_keys=False,
-        memories=ALIGNED_MEMORIES,
-        capacity=False,
+        memories=(*ALIGNED_MEMORIES, "broadcast"),
         repeatable_backward=False,
         covers_all_rows=False,
     )
-    # The CUTLASS backward forms dS from P as its tiles keep it, in the storage dtype; groups are expanded by autograd.
-    profile = Profile(stores_probabilities=True, expands_kv=True)
+    # The CUTLASS backward forms dS from P as its tiles keep it, in the storage dtype.
+    profile = Profile(stores_probabilities=True)
 
     def why_unavailable(self, device: str) -> str | None:
         if reason := super().why_unavailable(device):
@@ -52,15 +53,10 @@ class Xformers(Kernel):
         biases: Any = ops.fmha.attn_bias
         kind = biases.BlockDiagonalCausalFromBottomRightMask if options.causal else biases.BlockDiagonalMask
         bias = kind.from_seqlens(list(metadata.lengths_q), list(metadata.lengths_k), device=q.device)
-        kv_heads = k.shape[1]
-        if (group := q.shape[1] // kv_heads) > 1:
-            # Grouped heads are a dimension of their own, over which K/V are the same memory.
-            q = q.unflatten(1, (kv_heads, group))
-            k, v = (x[:, :, None].expand(-1, -1, group, -1) for x in (k, v))
         operators = ops.fmha.cutlass.FwOp, ops.fmha.cutlass.BwOp
         batch = (x[None] for x in (q, k, v))
         out = ops.memory_efficient_attention(*batch, attn_bias=bias, scale=options.scale, op=operators)[0]
-        return Attended(out.flatten(1, 2) if group > 1 else out, None, "xformers cutlass")
+        return Attended(out, None, "xformers cutlass")
 
 
 KERNEL = Xformers()
