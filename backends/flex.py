@@ -34,11 +34,14 @@ def mask_of(metadata: VarlenMetadata, options: AttentionOptions) -> Callable[...
     return mask
 
 
-def _score_of(softcap: float) -> Callable[..., torch.Tensor]:
+def _score_of(softcap: float, device: torch.device) -> Callable[..., torch.Tensor]:
+    # A tensor too: a number would be a symbol to the compiler, which it cannot trace here.
+    cap = torch.tensor(softcap, device=device)
+
     def capped(
         score: torch.Tensor, batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, key: torch.Tensor
     ) -> torch.Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return cap * torch.tanh(score / cap)
 
     return capped
 
@@ -80,7 +83,7 @@ def flex(
     out, lse = _with_lse(
         function,
         *(x.transpose(0, 1)[None] for x in (q, k, v)),
-        score_mod=_score_of(options.softcap) if options.softcap else None,
+        score_mod=_score_of(options.softcap, q.device) if options.softcap else None,
         block_mask=blocks,
         scale=options.scale,
         enable_gqa=q.shape[1] != k.shape[1],

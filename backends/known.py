@@ -49,7 +49,8 @@ class KnownIssue:
 # Results, and what may be said about them, where an issue spoils more than one by more than a little.
 _FORWARD: Final = frozenset({"out", "lse"})
 _BACKWARD: Final = frozenset({"dq", "dk", "dv"})
-_LAYER_BACKWARD: Final = frozenset({"dx", "d_query", "d_key", "d_value", "d_key_value", "d_dense", *_BACKWARD})
+_NORMS: Final = frozenset({"d_query_norm", "d_key_norm", "d_value_norm"})
+_LAYER_BACKWARD: Final = frozenset({"dx", "d_query", "d_key", "d_value", "d_key_value", "d_dense", *_NORMS, *_BACKWARD})
 _SPOILT_FORWARD: Final = frozenset(
     {
         "PoisonLeaked",
@@ -132,8 +133,8 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         backends=("torch_cudnn",),
         device="cuda",
         about="_cudnn_attention_backward with prefix sums takes the rows of dQ, dK and dV to lie as far apart as those "
-        "of q, k and v, and allocates them packed: gradients stay unwritten, or an illegal memory access ends it, when q, "
-        "k or v is a slice of a wider buffer.",
+        "of q, k and v, and allocates them packed: gradients stay unwritten, or an illegal access ends it, where "
+        "q, k or v is a slice of a wider buffer.",
         reference=f"{_TORCH} with cuDNN 9.19 on an H200, 2026-11-24; of the kind of pytorch#194818",
         present=_cudnn_919,
         covers=lambda case, calls: case.memory in ("fused", "sliced", "head_major"),
@@ -163,16 +164,32 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         crashes=True,
     ),
     KnownIssue(
+        id="cudnn-varlen-long-documents",
+        backends=("torch_cudnn", "sdpa_nested_cudnn"),
+        device="cuda",
+        about="_cudnn_attention_backward with prefix sums takes head_dim for max_seqlen: rows of documents longer than "
+        "head_dim get wrong or unwritten gradients, and what lies behind its scratch memory is written to.",
+        reference=f"pytorch#186142; {_TORCH} with cuDNN 9.19 on an H200, 2026-11-24",
+        present=_cudnn_919,
+        covers=lambda case, calls: any(max(q, k) > case.head_dim for call in calls for q, k in call),
+        tensors=_LAYER_BACKWARD,
+        symptoms=_SPOILT_BACKWARD | {"Crashed"},
+        minimal=_case(
+            '{"level": "kernel", "lengths": [65], "heads": 2, "kv_heads": 2, "head_dim": 64, "dtype": "bf16"}'
+        ),
+        crashes=True,
+    ),
+    KnownIssue(
         id="cudnn-frontend-row-stride",
         backends=("cudnn_frontend",),
         device="cuda",
-        about="sdpa_torch's backward puts dQ of every document after the first where q's row stride says, although dQ "
-        "is packed: wrong dQ when q is a slice of a wider buffer. dK and dV are right.",
+        about="sdpa_torch's backward puts dQ, and for some lengths dK and dV, where the row stride of q, k and v says, "
+        "although gradients are packed: wrong or unwritten when those are slices of a wider buffer.",
         reference=f"cudnn-frontend 1.32.0, cuDNN 9.19, {_TORCH} on an H200, 2026-11-24; of the kind of "
         "cudnn-frontend#516 and #540",
         present=_cudnn_919,
         covers=lambda case, calls: case.level == "kernel" and case.memory in ("fused", "sliced", "head_major"),
-        tensors=frozenset({"dq"}),
+        tensors=_BACKWARD,
         symptoms=_SPOILT_BACKWARD,
         minimal=_case(
             '{"level": "kernel", "lengths": [2, 3], "heads": 4, "kv_heads": 2, "head_dim": 64, "dtype": "bf16", '

@@ -110,6 +110,7 @@ class Isolated:
     def close(self) -> None:
         """Ends the child."""
         if self._process is not None:
-            self._process.kill()
-            self._process.join()
+            if self._process.pid is not None:
+                self._process.kill()
+                self._process.join()
             self._process = None

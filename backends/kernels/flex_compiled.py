@@ -51,6 +51,8 @@ class FlexCompiled(Kernel):
         isolates_nonfinite=False,
         repeatable_backward=False,
         configurations=CONFIGURATIONS,
+        # Lengths are data to it, but totals of one token, or of up to one block of 128, are compiled apart.
+        layouts=48,
     )
     profile = Profile(tanh_error=2.0**-11)
 
