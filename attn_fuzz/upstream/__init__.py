@@ -1,0 +1,1 @@
+"""Published reports of attention kernels, tried on this machine."""

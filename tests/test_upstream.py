@@ -1,0 +1,68 @@
+"""Scripts of published reports: standalone, each saying what it stands for."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from attn_fuzz.upstream.__main__ import SCRIPTS, about, attempt, names
+
+ALLOWED = {"sys", "os", "torch", "flash_attn", "xformers"}
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_script_names_its_report(name: str) -> None:
+    assert re.match(r"[\w.-]+(/[\w.-]+)?#\d+", about(name))
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_script_needs_torch_and_its_backend_only(name: str) -> None:
+    tree = ast.parse((SCRIPTS / f"{name}.py").read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {module.partition(".")[0] for module in imported} <= ALLOWED
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_script_can_say_that_the_defect_is_there(name: str) -> None:
+    assert "sys.exit(" in (SCRIPTS / f"{name}.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("body", "answer"),
+    [
+        ("print('gone'); sys.exit(0)", "not reproduced"),
+        ("print('there'); sys.exit(1)", "reproduced"),
+        ("print('no package'); sys.exit(3)", "not tried"),
+        ("import os; os.abort()", "reproduced"),
+        ("raise ValueError('our mistake')", "failed"),
+    ],
+)
+def test_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str, answer: str) -> None:
+    (tmp_path / "report.py").write_text(f'"""some/thing#1: about."""\nimport sys\n{body}\n')
+    monkeypatch.setattr("attn_fuzz.upstream.__main__.SCRIPTS", tmp_path)
+    assert attempt("report")["answer"] == answer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nonsense"], "unknown report 'nonsense'"),
+        pytest.param(
+            [], "no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs no CUDA device")
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "attn_fuzz.upstream", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
