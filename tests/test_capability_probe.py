@@ -68,9 +68,7 @@ def test_a_wrong_statement_is_seen() -> None:
     assert heard == answers
     by_name = {answer.probe: answer for answer in answers}
     assert by_name["memory contiguous"].measured == RIGHT
-    wrong = [answer for answer in answers if answer.differs]
-    assert wrong
-    assert all(answer.measured.startswith(("wrong", "crashed")) for answer in wrong)
+    assert any(answer.differs and answer.stated and answer.measured.startswith("wrong") for answer in answers)
 
 
 def test_limits_are_set_aside_and_conventions_kept() -> None:
