@@ -8,7 +8,7 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 
-from attn_fuzz.campaign.worker import DEAD_CONTEXT, context_alive, set_up_process
+from attn_fuzz.campaign.worker import DEAD_CONTEXT, context_alive, set_apart, set_up_process
 from attn_fuzz.examine import examine
 from attn_fuzz.symptoms import Crashed
 from backends import registry
@@ -17,6 +17,7 @@ from reference.case import Case
 
 
 def _serve(backend: str, device: str, connection: Connection) -> None:
+    set_apart()
     set_up_process(device)
     loaded, place = registry.load(backend), torch.device(device)
     while True:

@@ -15,7 +15,7 @@ from typing import Final
 
 from attn_fuzz.campaign.isolated import Isolated
 from attn_fuzz.campaign.messages import Assignment, Died, Failed, Finished, Found, Message, Progress, Tally, Trying
-from attn_fuzz.campaign.worker import hunt
+from attn_fuzz.campaign.worker import hunt, set_apart
 from attn_fuzz.environment import environment
 from attn_fuzz.findings import Finding
 from attn_fuzz.shrink import minimise
@@ -47,6 +47,7 @@ class Outcome:
 
 def _serve(assignment: Assignment, connection: Connection) -> None:
     """Main function of a worker process."""
+    set_apart()
     try:
         hunt(assignment, connection.send)
     except KeyboardInterrupt:

@@ -39,7 +39,10 @@ def backends(
                 "available": bool(usable),
                 "reason": None if usable else "; ".join(str(reason) for reason in dict.fromkeys(reasons.values())),
                 "devices": usable,
-                "capabilities": dict(vars(capabilities)),
+                # JSON has no infinity.
+                "capabilities": {
+                    key: str(value) if isinstance(value, float) else value for key, value in vars(capabilities).items()
+                },
             }
         )
     typer.echo(json.dumps({"backends": listed}))
