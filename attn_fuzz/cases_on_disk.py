@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from attn_fuzz.store import Store
+from attn_fuzz.store import Store, is_file
 from reference.case import Case, CaseError
 
 REGRESSIONS = Path("tests") / "regressions"
@@ -70,16 +70,18 @@ def regression_seeds(folder: Path = REGRESSIONS) -> tuple[Seed, ...]:
 
 
 def find_seed(name: str, store: Path) -> Seed:
-    """A case by path, by regression name, or by finding id.
+    """A case by path, by regression name, by finding id, or as JSON text.
 
     Raises:
-        CaseError: for an unreadable file.
+        CaseError: for an unreadable file or impossible case.
         StoreError: when nothing of that name is found.
     """
+    if name.lstrip().startswith("{"):
+        return Seed("case", Case.from_json(name))
     path = Path(name)
-    if path.suffix == ".json" or path.is_file():
+    if path.suffix == ".json" or is_file(path):
         return read_seed(path)
-    if (REGRESSIONS / f"{name}.json").is_file():
+    if is_file(REGRESSIONS / f"{name}.json"):
         return read_seed(REGRESSIONS / f"{name}.json")
     finding = Store(store).load(name)
     device = finding.device.partition(":")[0]

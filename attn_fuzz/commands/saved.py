@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -31,13 +33,17 @@ from reference.case import Case
 
 def _verdict(name: str, case: Case, device: str) -> Verdict | str:
     try:
-        return examine(case, registry.load(name), device)
+        # What a kernel prints is not what the command prints.
+        with contextlib.redirect_stdout(sys.stderr):
+            return examine(case, registry.load(name), device)
     except UnsupportedCase as refusal:
         return str(refusal)
 
 
 def replay(
-    case: Annotated[str, typer.Argument(help="A CASE.json file, a finding's id, or the name of a regression seed.")],
+    case: Annotated[
+        str, typer.Argument(help="A CASE.json file, a finding's id, a seed's name, or a case as JSON text.")
+    ],
     backend: BackendOption = None,
     device: DeviceOption = None,
     store: StoreOption = DEFAULT_STORE,
@@ -92,7 +98,9 @@ def save(
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Keep a failing case as a regression seed, which the test suite collects by itself."""
-    found = Seed(name, Case.from_json(case)) if case.lstrip().startswith("{") else find_seed(case, store)
+    found = find_seed(case, store)
+    for backend in convict or ():
+        registry.load(backend)
     convicts = {device_of(device).partition(":")[0]: tuple(convict)} if convict else found.convicts
     seed = Seed(name, found.case, about or found.about, convicts)
     target = folder / f"{name}.json"
@@ -115,7 +123,7 @@ def script(
 ) -> None:
     """Print a failing kernel case as one Python file that needs nothing of this project, to paste into a report."""
     where = device_of(device)
-    seed = Seed("case", Case.from_json(case)) if case.lstrip().startswith("{") else find_seed(case, store)
+    seed = find_seed(case, store)
     own = seed.convicts.get(where.partition(":")[0], ())
     name = backend or (own[0] if own else None)
     if name is None:
