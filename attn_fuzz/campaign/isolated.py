@@ -57,13 +57,14 @@ class Isolated:
             self._process.start()
             theirs.close()
         assert self._connection is not None
-        self._connection.send(case.to_json())
-        if not self._connection.poll(self._timeout):
-            self.close()
-            return "Hung"
         try:
+            self._connection.send(case.to_json())
+            if not self._connection.poll(self._timeout):
+                self.close()
+                return "Hung"
             found: str | None = self._connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
+            # OSError: it died before it had read the case, or in the middle of its answer.
             self.close()
             return "Crashed"
         return found
