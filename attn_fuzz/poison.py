@@ -36,6 +36,8 @@ _ALLOCATIONS: Final = frozenset(
 class _FillAllocations(TorchDispatchMode):
     """Fills what Python code and autograd functions allocate without values."""
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -74,10 +76,11 @@ def _nan_poison() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _finite_poison(device: torch.device) -> Iterator[None]:
+def _finite_poison(device: torch.device, *, compiled: bool) -> Iterator[None]:
     if device.type == "cuda":
         _prime_cuda(device)
-    with _FillAllocations():
+    # A compiler cannot trace what runs under a dispatch mode; its allocations come from the free blocks.
+    with contextlib.nullcontext() if compiled else _FillAllocations():
         yield
 
 
@@ -86,15 +89,20 @@ def _no_poison() -> Iterator[None]:
     yield
 
 
-def poisoned(poison: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
+def poisoned(poison: str, device: torch.device, *, compiled: bool = False) -> contextlib.AbstractContextManager[None]:
     """A context in which unwritten memory holds ``nan``, ``finite`` poison, or (``none``) what it happens to hold.
+
+    Args:
+        poison: one of those.
+        device: where.
+        compiled: whether the backend is traced by torch's compiler.
 
     Raises:
         ValueError: for an unknown poison.
     """
     kinds: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
         "nan": _nan_poison,
-        "finite": lambda: _finite_poison(device),
+        "finite": lambda: _finite_poison(device, compiled=compiled),
         "none": _no_poison,
     }
     if poison not in kinds:

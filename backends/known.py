@@ -24,7 +24,7 @@ class KnownIssue:
     """One defect of one backend."""
 
     id: str
-    backend: str
+    backends: tuple[str, ...]
     device: str
     about: str
     reference: str
@@ -37,10 +37,13 @@ class KnownIssue:
     symptoms: frozenset[str]
     """Names of the symptoms that it explains."""
     minimal: Case
+    crashes: bool = False
+    """It takes the process or its CUDA context along: such cases run only in processes of their own, a few of them."""
 
     def applies(self, backend: str, device: str) -> bool:
         """Whether the issue is to be expected of this backend here."""
-        return (backend.removeprefix("legacy:"), device) == (self.backend, self.device) and self.present()
+        name = backend.removeprefix("legacy:").removeprefix("any:")
+        return name in self.backends and device == self.device and self.present()
 
 
 def _cudnn_919() -> bool:
@@ -57,7 +60,7 @@ def _whole_key_tiles(case: Case, calls: Calls) -> bool:
 KNOWN: Final[tuple[KnownIssue, ...]] = (
     KnownIssue(
         id="cudnn-masked-backward-nan",
-        backend="sdpa_dense",
+        backends=("sdpa_dense", "sdpa_dense_cudnn"),
         device="cuda",
         about="cuDNN's backward with an explicit mask gives NaN where exp(score - lse) of a masked or padding entry "
         "overflows float32: rows whose scores are all far below zero (-181; -90 is fine), or far below those of keys "
@@ -77,3 +80,8 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
 def issues_of(backend: str, device: str, case: Case, calls: Calls) -> tuple[KnownIssue, ...]:
     """Issues that a case on a backend may run into here."""
     return tuple(issue for issue in KNOWN if issue.applies(backend, device) and issue.covers(case, calls))
+
+
+def crash_issue_of(backend: str, device: str, case: Case, calls: Calls) -> KnownIssue | None:
+    """The crash-class issue that a case on a backend runs into here, if any."""
+    return next((issue for issue in issues_of(backend, device, case, calls) if issue.crashes), None)

@@ -17,11 +17,19 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
-from backends.kernel import FLOAT_DTYPES, Attended, AttentionOptions, BackendUnavailable, Capabilities, Kernel
+from backends.kernel import (
+    FLOAT_DTYPES,
+    Attended,
+    AttentionOptions,
+    BackendUnavailable,
+    Capabilities,
+    Configuration,
+    Kernel,
+)
 from backends.layer import Layer, LayerFactory
 from backends.metadata import VarlenMetadata
 from reference.case import MEMORIES, ROTARIES, Case
@@ -112,8 +120,19 @@ def _misfit(key: str, value: object) -> str | None:
         measurable = value is None and _UNPROMISED.get(key, True) is None
         return None if isinstance(value, bool) or measurable else "True or False"
     if isinstance(default, int):
-        return None if isinstance(value, int) and value > 0 and value is not True else "a whole number above 0"
-    return None if isinstance(value, float) else "a float"
+        least = min(default, 1)
+        return None if _whole(value) and value >= least else f"a whole number from {least}"
+    if key == "configurations":
+        fits = isinstance(value, tuple) and all(isinstance(item, Configuration) for item in value)
+        return None if fits else "a list of backends.kernel.Configuration"
+    if isinstance(default, tuple):
+        fits = isinstance(value, tuple) and all(_whole(item) for item in value)
+        return None if fits else "a list of whole numbers"
+    return None if isinstance(value, type(default)) else f"a {type(default).__name__}"
+
+
+def _whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _taken_options(function: Callable[..., Any], name: str) -> set[str]:

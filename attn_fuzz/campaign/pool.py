@@ -26,7 +26,8 @@ from attn_fuzz.campaign.messages import (
     Tally,
     Trying,
 )
-from attn_fuzz.campaign.worker import hunt, set_apart
+from attn_fuzz.campaign.process import set_apart
+from attn_fuzz.campaign.worker import hunt
 from attn_fuzz.environment import environment
 from attn_fuzz.findings import Finding
 from attn_fuzz.shrink import minimise

@@ -26,7 +26,7 @@ class TorchVarlen(Kernel):
         max_head_dim=256,
         head_dim_multiple=8,
         softcap=False,
-        memories=ALIGNED_MEMORIES,
+        memories=(*ALIGNED_MEMORIES, "broadcast"),
         repeatable_backward=False,
         covers_all_rows=False,
     )
