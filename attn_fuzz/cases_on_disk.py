@@ -24,6 +24,8 @@ class Seed:
     about: str = ""
     convicts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Backends that must fail it, by ``cpu`` and ``cuda``."""
+    symptom: str = ""
+    """A stored finding's; empty where none is known."""
 
     def to_json(self) -> str:
         """The content of its file: one line per entry."""
@@ -48,7 +50,8 @@ def read_seed(path: Path) -> Seed:
         raise CaseError(f"{path} is not valid JSON: {error}") from None
     try:
         if isinstance(data, Mapping) and "case" in data:
-            return Seed(path.stem, Case.from_dict(data["case"]), str(data.get("about", "")), _convicts(data))
+            about, symptom = str(data.get("about", "")), str(data.get("symptom", ""))
+            return Seed(path.stem, Case.from_dict(data["case"]), about, _convicts(data), symptom)
         return Seed(path.stem, Case.from_dict(data))
     except CaseError as error:
         raise CaseError(f"{path}: {error}") from None
@@ -85,4 +88,5 @@ def find_seed(name: str, store: Path) -> Seed:
         return read_seed(REGRESSIONS / f"{name}.json")
     finding = Store(store).load(name)
     device = finding.device.partition(":")[0]
-    return Seed(name, finding.case, "; ".join(finding.messages[:1]), {device: (finding.backend,)})
+    about = "; ".join(finding.messages[:1])
+    return Seed(name, finding.case, about, {device: (finding.backend,)}, finding.symptom)

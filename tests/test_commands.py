@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
@@ -100,6 +101,20 @@ def test_backends_are_json(attn_fuzz: Run) -> None:
 def test_a_script_is_all_that_is_printed(attn_fuzz: Run) -> None:
     done = attn_fuzz("script", CASE, "--backend", SWAPPED, "--device", "cpu")
     compile(done.out, "script", "exec")
+
+
+def test_a_finding_that_ends_its_process_is_replayed_in_another(attn_fuzz: Run) -> None:
+    write("dies.py", "import os\n" + NOISY.replace('print("called")', "os._exit(0)"))
+    store = Store(Path("store"))
+    store.prepare()
+    case = FINDING.case.replace(causal=False)
+    died = dataclasses.replace(FINDING, backend="dies.py:kernel", symptom="Crashed", case=case)
+    store.save(died)
+    done = attn_fuzz("replay", died.id, "--store", "store", "--device", "cpu", "--json")
+    assert done.status == 1, done.err
+    (verdict,) = done.json["backends"]
+    assert verdict["checks"] == ["runs"]
+    assert "the process died" in verdict["messages"][0]
 
 
 # Seeds.

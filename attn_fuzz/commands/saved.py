@@ -12,7 +12,9 @@ import typer
 from rich.console import Console
 
 from attn_fuzz import show
+from attn_fuzz.campaign.isolated import FATAL, Isolated
 from attn_fuzz.campaign.plan import available_backends, require_available
+from attn_fuzz.campaign.pool import HANG_SECONDS
 from attn_fuzz.campaign.process import set_up_process
 from attn_fuzz.cases_on_disk import REGRESSIONS, Seed, find_seed
 from attn_fuzz.commands.arguments import (
@@ -40,6 +42,16 @@ def _verdict(name: str, case: Case, device: str) -> Verdict | str:
         return str(refusal)
 
 
+def _verdict_of_survivors(name: str, case: Case, device: str) -> Verdict | str:
+    """The verdict on a case that may end its process or never come back: tried in another one first."""
+    child = Isolated(name, device, HANG_SECONDS)
+    try:
+        symptom = child.fatal(case)
+    finally:
+        child.close()
+    return _verdict(name, case, device) if symptom is None else Verdict((symptom,), {}, frozenset())
+
+
 def replay(
     case: Annotated[
         str, typer.Argument(help="A CASE.json file, a finding's id, a seed's name, or a case as JSON text.")
@@ -56,7 +68,8 @@ def replay(
     names = tuple(dict.fromkeys(backend or own or available_backends(where)))
     require_available(names, where)
     set_up_process(where)
-    results = [(name, _verdict(name, seed.case, where)) for name in names]
+    judge = _verdict_of_survivors if seed.symptom in FATAL else _verdict
+    results = [(name, judge(name, seed.case, where)) for name in names]
     if backend and all(isinstance(verdict, str) for _, verdict in results):
         raise UsageError("; ".join(str(verdict) for _, verdict in results))
     failed = [name for name, verdict in results if isinstance(verdict, Verdict) and verdict.symptoms]
