@@ -41,7 +41,7 @@ def _serve(backend: str, device: str, connection: Connection) -> None:
 
 @contextlib.contextmanager
 def _away_from_others() -> Iterator[None]:
-    """Where processes share a GPU through a server (CUDA MPS), a fault in one ends all: a child gets one of its own."""
+    """Where processes share a GPU through a server (CUDA MPS), a fault in one ends all; not so for a child."""
     before = os.environ.get(_SERVER)
     os.environ[_SERVER] = os.devnull
     try:
