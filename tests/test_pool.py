@@ -35,8 +35,9 @@ DIES_FROM_THREE = """
     if len(q) >= 3:
         os._exit(9)
 """
-HANGS_WHEN_TOLD = """
-    if (HERE / "hang").exists():
+HANGS_AFTER = """
+    CALLS.append(len(q))
+    if len(CALLS) > {} and not (HERE / "woken").exists():
         threading.Event().wait()
 """
 SCALES = "torch.cat(out) * 1.5"
@@ -52,7 +53,7 @@ def kernel(tmp_path: Path) -> Callable[..., str]:
         )
         source = EXAMPLE.replace("    out = []\n", f"{deed}    out = []\n").replace("torch.cat(out)", output)
         path = tmp_path / "kernel.py"
-        path.write_text(f"{imports}\nHERE = Path({str(tmp_path)!r})\n{at_import}\n{source}")
+        path.write_text(f"{imports}\nCALLS = []\nHERE = Path({str(tmp_path)!r})\n{at_import}\n{source}")
         return f"{path}:kernel"
 
     return write
@@ -131,45 +132,37 @@ def test_a_death_before_the_first_case_is_one_sentence(kernel: Callable[..., str
 # Hangs.
 
 
-def hang(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Tally]], None]:
-    """A callback that makes HANGS_WHEN_TOLD hang, and the pool impatient; only then, because starting takes time."""
-
-    def told(_: object) -> None:
-        (folder / "hang").touch()
-        monkeypatch.setattr(pool, "HANG_SECONDS", 1.0)
-
-    return told
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], None]:
+    """A callback that makes the pool impatient: not before there is progress, because starting takes time."""
+    # Workers then need not ask git, which takes longest on a busy machine.
+    monkeypatch.setenv("ATTN_FUZZ_COMMIT", "this one")
+    return lambda _: monkeypatch.setattr(pool, "HANG_SECONDS", 4.0)
 
 
 def test_a_worker_that_hangs_is_a_finding_and_the_campaign_goes_on(
-    kernel: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: Callable[..., str], impatient: Callable[[object], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A dozen cases are some 80 calls; the first is counted after 6 of them."""
     patient = pool.HANG_SECONDS
-    begin = hang(tmp_path, monkeypatch)
-    calls: list[object] = []
-
-    def first_progress(tallies: dict[str, Tally]) -> None:
-        if not calls:
-            begin(tallies)
-        calls.append(tallies)
 
     def wake(_: Finding) -> None:
-        (tmp_path / "hang").unlink()
+        (tmp_path / "woken").touch()
         monkeypatch.setattr(pool, "HANG_SECONDS", patient)
 
-    backend = kernel(HANGS_WHEN_TOLD)
-    outcome = campaign(backend, 4, first_progress, wake)
+    backend = kernel(HANGS_AFTER.format(30))
+    outcome = campaign(backend, 12, lambda _: (tmp_path / "woken").exists() or impatient(_), wake)
     (finding,) = outcome.findings
     assert (finding.symptom, finding.case) == ("Hung", finding.original_case)
-    assert outcome.tallies[backend].cases == 4
+    assert outcome.tallies[backend].cases == 12
 
 
 def test_what_a_worker_was_shrinking_when_it_hung_is_kept(
-    kernel: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: Callable[..., str], impatient: Callable[[object], None]
 ) -> None:
-    backend = kernel(HANGS_WHEN_TOLD, SCALES)
+    """A case is found wrong after 10 calls, and shrunk in 100 more."""
     kept: list[Finding] = []
-    outcome = campaign(backend, 1, hang(tmp_path, monkeypatch), kept.append)
+    outcome = campaign(kernel(HANGS_AFTER.format(20), SCALES), 1, impatient, kept.append)
     assert outcome.findings == kept
     assert {finding.symptom for finding in kept} == {"WrongOutput", "Hung"}
 
@@ -235,9 +228,8 @@ def test_isolated_cases_name_their_symptom_and_outlive_deaths(kernel: Callable[.
         isolated.close()
 
 
-def test_an_isolated_case_that_hangs_is_said_to(kernel: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "hang").touch()
-    isolated = Isolated(kernel(HANGS_WHEN_TOLD), "cpu", timeout=0.2)
+def test_an_isolated_case_that_hangs_is_said_to(kernel: Callable[..., str]) -> None:
+    isolated = Isolated(kernel(HANGS_AFTER.format(0)), "cpu", timeout=0.2)
     assert isolated.symptom(CASE) == "Hung"
     isolated.close()
 
