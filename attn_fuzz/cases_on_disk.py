@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from attn_fuzz.store import Store
+from attn_fuzz.store import Store, is_file
 from reference.case import Case, CaseError
 
 REGRESSIONS = Path("tests") / "regressions"
@@ -24,6 +24,8 @@ class Seed:
     about: str = ""
     convicts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Backends that must fail it, by ``cpu`` and ``cuda``."""
+    symptom: str = ""
+    """A stored finding's; empty where none is known."""
 
     def to_json(self) -> str:
         """The content of its file: one line per entry."""
@@ -48,7 +50,8 @@ def read_seed(path: Path) -> Seed:
         raise CaseError(f"{path} is not valid JSON: {error}") from None
     try:
         if isinstance(data, Mapping) and "case" in data:
-            return Seed(path.stem, Case.from_dict(data["case"]), str(data.get("about", "")), _convicts(data))
+            about, symptom = str(data.get("about", "")), str(data.get("symptom", ""))
+            return Seed(path.stem, Case.from_dict(data["case"]), about, _convicts(data), symptom)
         return Seed(path.stem, Case.from_dict(data))
     except CaseError as error:
         raise CaseError(f"{path}: {error}") from None
@@ -70,17 +73,20 @@ def regression_seeds(folder: Path = REGRESSIONS) -> tuple[Seed, ...]:
 
 
 def find_seed(name: str, store: Path) -> Seed:
-    """A case by path, by regression name, or by finding id.
+    """A case by path, by regression name, by finding id, or as JSON text.
 
     Raises:
-        CaseError: for an unreadable file.
+        CaseError: for an unreadable file or impossible case.
         StoreError: when nothing of that name is found.
     """
+    if name.lstrip().startswith("{"):
+        return Seed("case", Case.from_json(name))
     path = Path(name)
-    if path.suffix == ".json" or path.is_file():
+    if path.suffix == ".json" or is_file(path):
         return read_seed(path)
-    if (REGRESSIONS / f"{name}.json").is_file():
+    if is_file(REGRESSIONS / f"{name}.json"):
         return read_seed(REGRESSIONS / f"{name}.json")
     finding = Store(store).load(name)
     device = finding.device.partition(":")[0]
-    return Seed(name, finding.case, "; ".join(finding.messages[:1]), {device: (finding.backend,)})
+    about = "; ".join(finding.messages[:1])
+    return Seed(name, finding.case, about, {device: (finding.backend,)}, finding.symptom)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any, Final, cast
 
 import typer
 
@@ -50,12 +51,32 @@ _ONE_SENTENCE = (
 )
 
 
+# ClickException: typer brings its own copy of click or not, by its version.
+_BAD_USAGE: Final = cast("type[Exception]", typer.BadParameter.__mro__[2])
+
+INTERRUPTED: Final = 130
+"""Exit status of a command that Ctrl-C ended before it had a result: neither clean nor a finding."""
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the words of a command, in one sentence."""
+    context = getattr(error, "ctx", None)
+    where = f"; see {context.command_path} --help" if context is not None else ""
+    return error.format_message().rstrip(".") + where
+
+
 def main() -> None:
     """Entry point: every expected error is one sentence on standard error and exit status 2."""
     # Read by cuBLAS when it starts; without it repeatable matrix products are refused.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
-        app()
+        status = app(standalone_mode=False) if sys.argv[1:] else app(["--help"], standalone_mode=False) or 2
     except _ONE_SENTENCE as error:
         typer.echo(f"attn-fuzz: {error}", err=True)
         sys.exit(2)
+    except _BAD_USAGE as error:
+        typer.echo(f"attn-fuzz: {_usage(error)}", err=True)
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(INTERRUPTED)
+    sys.exit(status or 0)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attn_fuzz.examine import Verdict
-from reference.case import Case
+from reference.case import Case, CaseError
 
 
 class FindingError(ValueError):
@@ -65,16 +65,24 @@ class Finding:
                 backend=str(data["backend"]),
                 device=str(data["device"]),
                 symptom=str(data["symptom"]),
-                checks=tuple(data["checks"]),
-                messages=tuple(data["messages"]),
+                checks=_words(data["checks"]),
+                messages=_words(data["messages"]),
                 case=Case.from_dict(data["case"]),
                 original_case=Case.from_dict(data["original_case"]),
                 cases_to_find=int(data["cases_to_find"]),
                 seconds_to_find=float(data["seconds_to_find"]),
                 environment=dict(data.get("environment", {})),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except CaseError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FindingError(f"this is no finding: {type(error).__name__} {error}") from None
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{value!r} is no list of words")
+    return tuple(value)
 
 
 def summarise(verdict: Verdict) -> tuple[tuple[str, ...], tuple[str, ...]]:

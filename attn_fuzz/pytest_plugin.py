@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, Phase, settings
 from attn_fuzz.campaign.plan import default_device
 from attn_fuzz.campaign.process import set_up_process
 from backends import registry
+from backends.kernel import BackendUnavailable
+from backends.registry import UnknownBackend
 
 REQUIRE_CUDA = "--require-cuda"
 
@@ -53,6 +55,11 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.load_profile("dev")
     if config.getoption(REQUIRE_CUDA) and not torch.cuda.is_available():
         raise pytest.UsageError("--require-cuda was given, but torch sees no CUDA device here")
+    for name in config.getoption("--attn-backend") or ():
+        try:
+            registry.load(name)
+        except (UnknownBackend, BackendUnavailable) as error:
+            raise pytest.UsageError(str(error)) from None
     set_up_process(test_device())
 
 

@@ -75,7 +75,9 @@ def fewer_documents(case: Case) -> Iterator[Case | None]:
 
 
 def merged_documents(case: Case) -> Iterator[Case | None]:
-    """With two neighbours made one document."""
+    """With two neighbours made one document; padding is the last one's neighbour."""
+    if case.padding:
+        yield _changed(case, lengths=(*case.lengths[:-1], case.lengths[-1] + case.padding), padding=0)
     for index in range(len(case.lengths) - 1):
 
         def merged(lengths: tuple[int, ...], index: int = index) -> tuple[int, ...]:
@@ -161,6 +163,8 @@ def simpler_options(case: Case) -> Iterator[Case | None]:
     """With one option at a simpler value."""
     for padding in _smaller(case.padding):
         yield _changed(case, padding=padding, cuts=tuple(c for c in case.cuts if c < sum(case.lengths) + padding))
+    if case.padding and case.document_ids is None:
+        yield _changed(case, lengths=(*case.lengths, case.padding), padding=0)
     for capacity in _smaller(case.capacity):
         yield _changed(case, capacity=capacity)
     for heads, kv_heads in ((1, 1), (2, 1), (2, 2), (case.heads // case.kv_heads, 1), (case.kv_heads, case.kv_heads)):
@@ -192,16 +196,17 @@ def _changed(case: Case, **changes: object) -> Case | None:
 PASSES = (fewer_documents, shorter_documents, merged_documents, simpler_cuts, simpler_options)
 
 
-def minimise(case: Case, fails: Fails, seconds: float = 60.0) -> Case:
+def minimise(case: Case, fails: Fails, seconds: float = 60.0, clock: Callable[[], float] = time.process_time) -> Case:
     """The smallest case found that still fails in the same way.
 
     Args:
         case: a failing case.
         fails: whether a case fails in the same way; never called twice with the same case.
-        seconds: of processor time, so that a busy machine shrinks as far as an idle one; what has been reached by
-            then is returned.
+        seconds: by the clock; what has been reached by then is returned.
+        clock: processor time, so that a busy machine shrinks as far as an idle one. Who waits for other processes
+            needs another.
     """
-    deadline = time.process_time() + seconds
+    deadline = clock() + seconds
     tried = {case}
     improved = True
     while improved:
@@ -211,7 +216,7 @@ def minimise(case: Case, fails: Fails, seconds: float = 60.0) -> Case:
             while progress:
                 progress = False
                 for candidate in step(case):
-                    if time.process_time() > deadline:
+                    if clock() > deadline:
                         return case
                     if candidate is None or candidate in tried:
                         continue

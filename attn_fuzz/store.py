@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
 from pathlib import Path
 
-from attn_fuzz.findings import Finding, FindingError
-from reference.case import CaseError
+from attn_fuzz.findings import Finding
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that no file can have names none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 class StoreError(OSError):
@@ -16,25 +24,29 @@ class StoreError(OSError):
 
 
 class Store:
-    """Findings in a folder, which is made when it is missing.
+    """Findings in a folder; reading needs no more than its files.
 
     Args:
         folder: where.
-
-    Raises:
-        StoreError: when the folder cannot be made or written to.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def prepare(self) -> None:
+        """Makes the folder when it is missing, and sees that it can be written to.
+
+        Raises:
+            StoreError: when it cannot.
+        """
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             # Permission bits do not tell about full disks and read-only mounts; a write does.
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-"):
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".probe-"):
                 pass
         except OSError as error:
             raise StoreError(
-                f"the store {folder} cannot be written to ({error.strerror}); choose another with --store"
+                f"the store {self.folder} cannot be written to ({error.strerror}); choose another with --store"
             ) from None
 
     def _path(self, identifier: str) -> Path:
@@ -52,7 +64,9 @@ class Store:
             temporary.write_text(json.dumps(finding.to_dict(), indent=2) + "\n")
             temporary.replace(path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            # On a disk that has become read-only nothing can be removed either.
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise StoreError(f"finding {finding.id} could not be written to {self.folder} ({error.strerror})") from None
         return path
 
@@ -63,11 +77,12 @@ class Store:
             StoreError: when there is none, or its file is damaged.
         """
         path = self._path(identifier)
-        if not path.is_file():
+        if not is_file(path):
             raise StoreError(f"there is no finding {identifier} in {self.folder}; it holds {self._summary()}")
         try:
             return Finding.from_dict(json.loads(path.read_text()))
-        except (ValueError, OSError, FindingError, CaseError) as error:
+        except (ValueError, OSError, RecursionError) as error:
+            # FindingError and CaseError are ValueErrors too.
             raise StoreError(f"{path} is damaged ({error}); delete it or restore it from a copy") from None
 
     def identifiers(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ Options that the signature lacks are not exercised. An attribute ``capabilities`
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -16,14 +17,22 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
-from backends.kernel import Attended, AttentionOptions, BackendUnavailable, Capabilities, Kernel
+from backends.kernel import (
+    FLOAT_DTYPES,
+    Attended,
+    AttentionOptions,
+    BackendUnavailable,
+    Capabilities,
+    Configuration,
+    Kernel,
+)
 from backends.layer import Layer, LayerFactory
 from backends.metadata import VarlenMetadata
-from reference.case import Case
+from reference.case import MEMORIES, ROTARIES, Case
 from reference.profile import Profile
 
 # What an unknown kernel may reasonably round: more than FlashAttention does, so that a plain one is not accused.
@@ -49,8 +58,11 @@ def import_object(name: str) -> Any:
     """
     place, _, attribute = name.rpartition(":")
     try:
-        module = _module_from_file(Path(place)) if place.endswith(".py") else _module_by_name(place)
-    except Exception as error:
+        # Standard output belongs to the commands that import this.
+        with contextlib.redirect_stdout(sys.stderr):
+            module = _module_from_file(Path(place)) if place.endswith(".py") else _module_by_name(place)
+    except (Exception, SystemExit) as error:
+        # A script that ends its process when it is imported would end this one, with its own exit status.
         raise BackendUnavailable(f"{place} cannot be imported: {type(error).__name__}: {error}") from None
     if not hasattr(module, attribute):
         raise BackendUnavailable(f"{place} has no {attribute!r}")
@@ -89,12 +101,46 @@ def _capabilities(owner: object, name: str, defaults: Mapping[str, Any]) -> Capa
         known_keys = ", ".join(sorted(known))
         raise BackendUnavailable(f"{name}.capabilities has an unknown key {unknown[0]!r}; known: {known_keys}")
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in declared.items()}
+    for key, value in given.items():
+        if wanted := _misfit(key, value):
+            raise BackendUnavailable(f"{name}.capabilities: {key} must be {wanted}, not {value!r}")
     return Capabilities(**{**defaults, **given})
 
 
-def _taken_options(function: Callable[..., Any]) -> set[str]:
+_CHOICES = {"devices": ("cpu", "cuda"), "dtypes": FLOAT_DTYPES, "rotaries": ROTARIES, "memories": MEMORIES}
+
+
+def _misfit(key: str, value: object) -> str | None:
+    """What a capability must be, in words, where it is something else."""
+    if choices := _CHOICES.get(key):
+        fits = isinstance(value, tuple) and value and all(item in choices for item in value)
+        return None if fits else f"a list of {', '.join(choices)}"
+    default = Capabilities.__dataclass_fields__[key].default
+    if isinstance(default, bool):
+        measurable = value is None and _UNPROMISED.get(key, True) is None
+        return None if isinstance(value, bool) or measurable else "True or False"
+    if isinstance(default, int):
+        least = min(default, 1)
+        return None if _whole(value) and value >= least else f"a whole number from {least}"
+    if key == "configurations":
+        fits = isinstance(value, tuple) and all(isinstance(item, Configuration) for item in value)
+        return None if fits else "a list of backends.kernel.Configuration"
+    if isinstance(default, tuple):
+        fits = isinstance(value, tuple) and all(_whole(item) for item in value)
+        return None if fits else "a list of whole numbers"
+    return None if isinstance(value, type(default)) else f"a {type(default).__name__}"
+
+
+def _whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _taken_options(function: Callable[..., Any], name: str) -> set[str]:
     """Which of the optional arguments a kernel's signature has."""
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:
+        raise BackendUnavailable(f"{name} does not tell its signature; wrap it in a Python function") from None
     anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     return {option for option in _OPTIONS if anything or option in parameters}
 
@@ -123,7 +169,7 @@ class UserKernel(Kernel):
         self._function = import_object(name)
         if not callable(self._function):
             raise BackendUnavailable(f"{name} is not a function")
-        self._takes = _taken_options(self._function)
+        self._takes = _taken_options(self._function, name)
         from_signature = {
             "scale": "softmax_scale" in self._takes,
             "causal": "causal" in self._takes,

@@ -98,7 +98,7 @@ class Case:
     def __post_init__(self) -> None:
         for name in ("lengths", "key_lengths", "cuts", "document_ids", "window"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or name not in ("key_lengths", "document_ids"):
                 if isinstance(value, str) or not hasattr(value, "__iter__"):
                     raise CaseError(f"{name} must be a list of whole numbers, not {value!r}")
                 object.__setattr__(self, name, tuple(value))

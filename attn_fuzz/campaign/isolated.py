@@ -13,15 +13,16 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.campaign.process import DEAD_CONTEXT, context_alive, set_up_process
+from attn_fuzz.campaign.process import DEAD_CONTEXT, context_alive, set_apart, set_up_process
 from attn_fuzz.examine import examine
-from attn_fuzz.symptoms import Crashed
+from attn_fuzz.symptoms import Crashed, Hung, Symptom
 from backends import registry
 from backends.kernel import UnsupportedCase
 from reference.case import Case
 
 
 def _serve(backend: str, device: str, connection: Connection) -> None:
+    set_apart()
     set_up_process(device)
     loaded, place = dataclasses.replace(registry.load(backend), isolated=True), torch.device(device)
     while True:
@@ -55,6 +56,13 @@ def _away_from_others() -> Iterator[None]:
 _SERVER: Final = "CUDA_MPS_PIPE_DIRECTORY"
 
 
+_HUNG: Final = ("Hung", "no answer")
+_DIED: Final = ("Crashed", "the process died")
+
+FATAL: Final = ("Crashed", "Hung")
+"""Symptoms of cases that are not safe to run in a process with anything else to do."""
+
+
 class Isolated:
     """Runs cases of one backend in a child process.
 
@@ -74,6 +82,13 @@ class Isolated:
         """Name of the case's first symptom: ``Crashed`` when its process died, ``Hung`` when it went silent."""
         symptom, _ = self._ask(case)
         return None if symptom is None else symptom[0]
+
+    def fatal(self, case: Case) -> Symptom | None:
+        """The symptom of a case that ended its process or hung; None for one that came back, whatever it brought."""
+        symptom, _ = self._ask(case)
+        if symptom == _HUNG:
+            return Hung("runs", "process", f"the process was silent for {self._timeout:.0f} seconds")
+        return Crashed("runs", "process", "the process died while it ran this case") if symptom == _DIED else None
 
     def answer(self, case: Case) -> str:
         """In words: ``right``, ``refused: ...``, ``crashed: ...``, ``hung`` or ``wrong: ...``."""
@@ -96,15 +111,16 @@ class Isolated:
                 self._process.start()
             theirs.close()
         assert self._connection is not None
-        self._connection.send(case.to_json())
-        if not self._connection.poll(self._timeout):
-            self.close()
-            return ("Hung", "no answer"), None
         try:
+            self._connection.send(case.to_json())
+            if not self._connection.poll(self._timeout):
+                self.close()
+                return _HUNG, None
             found: tuple[tuple[str, str] | None, str | None] = self._connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
+            # OSError: it died before it had read the case, or in the middle of its answer.
             self.close()
-            return ("Crashed", "the process died"), None
+            return _DIED, None
         return found
 
     def close(self) -> None:

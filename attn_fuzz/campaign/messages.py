@@ -91,6 +91,13 @@ class Progress:
 
 
 @dataclasses.dataclass(frozen=True)
+class Suspect:
+    """A finding as it was drawn, which is about to be shrunk: what is left of it if that is never finished."""
+
+    finding: Finding
+
+
+@dataclasses.dataclass(frozen=True)
 class Found:
     """A shrunk finding."""
 
@@ -118,4 +125,4 @@ class Failed:
     reason: str
 
 
-Message = Trying | Progress | Found | Finished | Died | Failed
+Message = Trying | Progress | Suspect | Found | Finished | Died | Failed

@@ -14,7 +14,19 @@ from multiprocessing.context import SpawnProcess
 from typing import Final
 
 from attn_fuzz.campaign.isolated import Isolated
-from attn_fuzz.campaign.messages import Assignment, Died, Failed, Finished, Found, Message, Progress, Tally, Trying
+from attn_fuzz.campaign.messages import (
+    Assignment,
+    Died,
+    Failed,
+    Finished,
+    Found,
+    Message,
+    Progress,
+    Suspect,
+    Tally,
+    Trying,
+)
+from attn_fuzz.campaign.process import set_apart
 from attn_fuzz.campaign.worker import hunt
 from attn_fuzz.environment import environment
 from attn_fuzz.findings import Finding
@@ -47,6 +59,7 @@ class Outcome:
 
 def _serve(assignment: Assignment, connection: Connection) -> None:
     """Main function of a worker process."""
+    set_apart()
     try:
         hunt(assignment, connection.send)
     except KeyboardInterrupt:
@@ -68,6 +81,8 @@ class _Worker:
     heard: float = dataclasses.field(default_factory=time.monotonic)
     trying: str | None = None
     last_words: str | None = None
+    suspect: Finding | None = None
+    """What it is shrinking."""
     tally: Tally = dataclasses.field(default_factory=Tally)
     finished: bool = False
 
@@ -123,6 +138,11 @@ class Pool:
             self._findings[key] = finding
             self._on_finding(finding)
 
+    def _keep_suspect(self, worker: _Worker) -> None:
+        """What a worker will not shrink any more is kept as it was drawn."""
+        if worker.suspect is not None and (worker.suspect.backend, worker.suspect.symptom) not in self._findings:
+            self._keep(worker.suspect)
+
     def _take(self, worker: _Worker, message: Message) -> None:
         match message:
             case Trying(case):
@@ -131,7 +151,10 @@ class Pool:
                 worker.tally = tally
                 worker.finished = isinstance(message, Finished)
                 self._on_progress(self._tallies())
+            case Suspect(finding):
+                worker.suspect = finding
             case Found(finding):
+                worker.suspect = None
                 self._keep(finding)
             case Died(last_words):
                 worker.last_words = last_words
@@ -144,7 +167,9 @@ class Pool:
             return case
         isolated = Isolated(job.backend, job.device, HANG_SECONDS)
         try:
-            return minimise(case, lambda candidate: isolated.symptom(candidate) == symptom, SHRINK_CRASH_SECONDS)
+            return minimise(
+                case, lambda candidate: isolated.symptom(candidate) == symptom, SHRINK_CRASH_SECONDS, time.monotonic
+            )
         finally:
             isolated.close()
 
@@ -156,22 +181,26 @@ class Pool:
         self._done.append(worker)
         if worker.trying is None:
             raise CampaignError(f"the worker for {worker.assignment.backend} {how} before its first case")
+        self._keep_suspect(worker)
         original = Case.from_json(worker.trying)
-        case = self._shrunk(worker.assignment, original, symptom)
-        self._keep(
-            Finding(
-                backend=worker.assignment.backend,
-                device=worker.assignment.device,
-                symptom=symptom,
-                checks=("runs",),
-                messages=(worker.last_words or f"{symptom} [runs] process: the process {how} while it ran this case",),
-                case=case,
-                original_case=original,
-                cases_to_find=worker.tally.cases,
-                seconds_to_find=round(time.monotonic() - worker.started, 3),
-                environment=environment("cpu"),
-            )
+        finding = Finding(
+            backend=worker.assignment.backend,
+            device=worker.assignment.device,
+            symptom=symptom,
+            checks=("runs",),
+            messages=(worker.last_words or f"{symptom} [runs] process: the process {how} while it ran this case",),
+            case=original,
+            original_case=original,
+            cases_to_find=worker.tally.cases,
+            seconds_to_find=round(time.monotonic() - worker.started, 3),
+            environment=environment("cpu"),
         )
+        try:
+            case = self._shrunk(worker.assignment, original, symptom)
+        except KeyboardInterrupt:
+            self._keep(finding)
+            raise
+        self._keep(dataclasses.replace(finding, case=case))
         if worker.restarts < RESTARTS:
             job = worker.assignment
             spent = time.monotonic() - worker.started
@@ -190,7 +219,8 @@ class Pool:
                 worker.heard = time.monotonic()
                 try:
                     self._take(worker, worker.connection.recv())
-                except EOFError:
+                except (EOFError, OSError):
+                    # OSError: it died in the middle of a message.
                     worker.process.join()
                     if worker.finished:
                         self._running.remove(worker)
@@ -199,6 +229,14 @@ class Pool:
                         self._bury(worker, "Crashed", f"died with exit code {worker.process.exitcode}")
             elif time.monotonic() - worker.heard > HANG_SECONDS:
                 self._bury(worker, "Hung", f"was silent for {HANG_SECONDS:.0f} seconds")
+
+    def _drain(self, worker: _Worker) -> None:
+        """Takes what a worker had said before it was ended."""
+        try:
+            while worker.connection.poll():
+                self._take(worker, worker.connection.recv())
+        except (EOFError, OSError, CampaignError):
+            pass
 
     def run(self) -> Outcome:
         """Everything, to the end or to an interruption.
@@ -209,14 +247,18 @@ class Pool:
         started = time.monotonic()
         interrupted = False
         # A scheduler's SIGTERM ends a campaign as Ctrl-C does: with everything that was found until then.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             while self._waiting or self._running:
                 self._step()
         except KeyboardInterrupt:
             interrupted = True
         finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
             for worker in self._running:
                 worker.process.kill()
+        for worker in self._running:
+            self._drain(worker)
+            self._keep_suspect(worker)
         tallies = self._tallies()
         return Outcome(tallies, list(self._findings.values()), time.monotonic() - started, interrupted)

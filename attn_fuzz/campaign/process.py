@@ -21,6 +21,11 @@ def context_alive(device: torch.device) -> bool:
         return False
 
 
+def set_apart() -> None:
+    """What a child process does first: standard output is its parent's, and kernels that print use standard error."""
+    os.dup2(2, 1)
+
+
 def set_up_process(device: str) -> None:
     """What every process that runs cases sets once: one CPU thread, plain float32, repeatable matrix products."""
     torch.set_num_threads(1)

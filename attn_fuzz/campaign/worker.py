@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,18 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis.errors import Flaky, HypothesisException
 
 from attn_fuzz.campaign.isolated import Isolated
-from attn_fuzz.campaign.messages import Assignment, Died, Failed, Finished, Found, Message, Progress, Tally, Trying
+from attn_fuzz.campaign.messages import (
+    Assignment,
+    Died,
+    Failed,
+    Finished,
+    Found,
+    Message,
+    Progress,
+    Suspect,
+    Tally,
+    Trying,
+)
 from attn_fuzz.campaign.process import DEAD_CONTEXT, context_alive, set_up_process
 from attn_fuzz.checks import PROBES, Check
 from attn_fuzz.checks.regroup import regrouped_case
@@ -43,6 +55,9 @@ _SHRINK_SECONDS: Final = 8.0
 
 _MINIMISE_SECONDS: Final = 60.0
 
+REFUSALS: Final = 500
+"""A backend that has refused so many and taken none would refuse for ever."""
+
 _ISOLATED_CASES: Final = 2
 """Cases per crash-class known issue and worker."""
 
@@ -67,12 +82,17 @@ class _Hunt:
         self.failure: tuple[Case, Verdict] | None = None
         self.original: Case | None = None
         self.failed_at = 0.0
+        self.refusal = ""
         self.isolated: dict[str, int] = {}
 
     def examine(self, case: Case, poisons: Sequence[str] | None = None, probes: Sequence[Check] = PROBES) -> Verdict:
         """A verdict, with the case announced first; under the assignment's poisons unless others are given."""
         self.send(Trying(case.to_json()))
-        verdict = examine(case, self.backend, self.device, poisons or self.assignment.poisons, probes=probes)
+        try:
+            verdict = examine(case, self.backend, self.device, poisons or self.assignment.poisons, probes=probes)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            # This machine's limit, and nobody's fault.
+            raise UnsupportedCase(f"memory ran out: {error}") from None
         if isinstance(verdict.first, Crashed) and not context_alive(self.device):
             # Everything after this would fail too. The parent makes a finding of the case that was announced last.
             self.send(Died(str(verdict.first)))
@@ -123,8 +143,9 @@ class _Hunt:
             return
         try:
             verdict = self.examine(case, probes=PROBES if shrinking else some_probes(case))
-        except UnsupportedCase:
+        except UnsupportedCase as refusal:
             self.tally.refused += not shrinking
+            self.refusal = str(refusal)
             return
         if not shrinking:
             self.count(case, verdict)
@@ -137,6 +158,7 @@ class _Hunt:
         if self.failure is None:
             self.original, self.failed_at = case, time.monotonic()
             self.failure = (case, verdict)
+            self.send(Suspect(self.finding(case, verdict)))
         elif type(symptom) is type(self.failure[1].first):
             self.failure = (case, verdict)
         raise symptom
@@ -215,23 +237,25 @@ class _Hunt:
         small = minimise(case, fails, _MINIMISE_SECONDS)
         whole = self.examine(small, poisons)
         best = whole if type(whole.first) is symptom else best
-        name = symptom.__name__
-        checks, messages = summarise(best)
-        self.found.add(name)
+        self.found.add(symptom.__name__)
+        self.send(Found(dataclasses.replace(self.finding(small, best), symptom=symptom.__name__)))
+
+    def finding(self, case: Case, verdict: Verdict) -> Finding:
+        """The finding of a case that failed."""
+        checks, messages = summarise(verdict)
         assert self.original is not None
-        finding = Finding(
+        return Finding(
             backend=self.backend.name,
             device=str(self.device),
-            symptom=name,
+            symptom=type(verdict.first).__name__,
             checks=checks,
             messages=messages,
-            case=small,
+            case=case,
             original_case=self.original,
             cases_to_find=self.tally.cases,
             seconds_to_find=round(self.failed_at - self.started, 3),
             environment=environment(str(self.device)),
         )
-        self.send(Found(finding))
 
     def warm_up(self) -> None:
         """One case of every configuration that a compiling backend compiles, counted apart from the hunt."""
@@ -258,6 +282,10 @@ class _Hunt:
             number += 1
             if self.found and self.assignment.stop_at_first:
                 break
+            if not self.tally.cases and self.tally.refused > REFUSALS:
+                raise ValueError(
+                    f"{self.backend.name} refused all {self.tally.refused} cases, the last with: {self.refusal}"
+                )
         self.tally.seconds = time.monotonic() - self.started
         self.send(Finished(self.tally))
 

@@ -36,7 +36,11 @@ def _listed(rows: list[Availability]) -> list[dict[str, object]]:
                 "available": bool(usable),
                 "reason": None if usable else "; ".join(str(reason) for reason in dict.fromkeys(reasons.values())),
                 "devices": usable,
-                "capabilities": dict(vars(registry.load(name).kernel.capabilities)),
+                # JSON has no infinity.
+                "capabilities": {
+                    key: str(value) if isinstance(value, float) else value
+                    for key, value in vars(registry.load(name).kernel.capabilities).items()
+                },
             }
         )
     return listed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,8 +89,14 @@ def _fuzz(
     """A campaign from assignments to exit status."""
     if seconds is not None and cases is not None:
         raise UsageError("--seconds and --cases exclude each other")
+    if seconds is not None and math.isnan(seconds):
+        raise UsageError("--seconds must be a number")
     require_available(names, where, dtypes)
+    for name in names:
+        if not set(levels) & set(offered := registry.load(name).levels):
+            raise UsageError(f"{name} has no {' or '.join(levels)} level; use --level {' or '.join(offered)}")
     kept = Store(store)
+    kept.prepare()
     if cases is None and seconds is None:
         seconds = DEFAULT_SECONDS
     processes = workers or default_workers(where)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +12,9 @@ import typer
 from rich.console import Console
 
 from attn_fuzz import show
+from attn_fuzz.campaign.isolated import FATAL, Isolated
 from attn_fuzz.campaign.plan import available_backends, require_available
+from attn_fuzz.campaign.pool import HANG_SECONDS
 from attn_fuzz.campaign.process import set_up_process
 from attn_fuzz.cases_on_disk import REGRESSIONS, Seed, find_seed
 from attn_fuzz.commands.arguments import (
@@ -31,13 +35,27 @@ from reference.case import Case
 
 def _verdict(name: str, case: Case, device: str) -> Verdict | str:
     try:
-        return examine(case, registry.load(name), device)
+        # What a kernel prints is not what the command prints.
+        with contextlib.redirect_stdout(sys.stderr):
+            return examine(case, registry.load(name), device)
     except UnsupportedCase as refusal:
         return str(refusal)
 
 
+def _verdict_of_survivors(name: str, case: Case, device: str) -> Verdict | str:
+    """The verdict on a case that may end its process or never come back: tried in another one first."""
+    child = Isolated(name, device, HANG_SECONDS)
+    try:
+        symptom = child.fatal(case)
+    finally:
+        child.close()
+    return _verdict(name, case, device) if symptom is None else Verdict((symptom,), {}, frozenset())
+
+
 def replay(
-    case: Annotated[str, typer.Argument(help="A CASE.json file, a finding's id, or the name of a regression seed.")],
+    case: Annotated[
+        str, typer.Argument(help="A CASE.json file, a finding's id, a seed's name, or a case as JSON text.")
+    ],
     backend: BackendOption = None,
     device: DeviceOption = None,
     store: StoreOption = DEFAULT_STORE,
@@ -50,7 +68,8 @@ def replay(
     names = tuple(dict.fromkeys(backend or own or available_backends(where)))
     require_available(names, where)
     set_up_process(where)
-    results = [(name, _verdict(name, seed.case, where)) for name in names]
+    judge = _verdict_of_survivors if seed.symptom in FATAL else _verdict
+    results = [(name, judge(name, seed.case, where)) for name in names]
     if backend and all(isinstance(verdict, str) for _, verdict in results):
         raise UsageError("; ".join(str(verdict) for _, verdict in results))
     failed = [name for name, verdict in results if isinstance(verdict, Verdict) and verdict.symptoms]
@@ -92,7 +111,9 @@ def save(
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Keep a failing case as a regression seed, which the test suite collects by itself."""
-    found = Seed(name, Case.from_json(case)) if case.lstrip().startswith("{") else find_seed(case, store)
+    found = find_seed(case, store)
+    for backend in convict or ():
+        registry.load(backend)
     convicts = {device_of(device).partition(":")[0]: tuple(convict)} if convict else found.convicts
     seed = Seed(name, found.case, about or found.about, convicts)
     target = folder / f"{name}.json"
@@ -115,7 +136,7 @@ def script(
 ) -> None:
     """Print a failing kernel case as one Python file that needs nothing of this project, to paste into a report."""
     where = device_of(device)
-    seed = Seed("case", Case.from_json(case)) if case.lstrip().startswith("{") else find_seed(case, store)
+    seed = find_seed(case, store)
     own = seed.convicts.get(where.partition(":")[0], ())
     name = backend or (own[0] if own else None)
     if name is None:

@@ -1,0 +1,181 @@
+"""What commands print, keep and end with when they can do what was asked, and when the store cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import math
+from pathlib import Path
+
+import pytest
+from commandline import CASE, SWAPPED, Run, sentence, write
+
+from attn_fuzz.findings import Finding
+from attn_fuzz.store import Store
+from reference.case import Case
+
+FINDING = Finding(
+    backend=SWAPPED,
+    device="cpu",
+    symptom="WrongGradK",
+    checks=("budget",),
+    messages=("WrongGradK [budget] dk: wrong",),
+    case=Case.from_json(CASE),
+    original_case=Case(level="kernel", lengths=(3, 4)),
+    cases_to_find=3,
+    seconds_to_find=0.5,
+)
+
+
+# Results.
+
+NOISY = """
+import torch
+
+print("imported")
+
+
+def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    print("called")
+    return q * 1.0
+
+
+kernel.capabilities = {"gqa": False, "dtypes": ["fp32"]}
+"""
+
+
+def test_a_campaign_without_findings_ends_with_0(attn_fuzz: Run) -> None:
+    options = ("--device", "cpu", "--cases", "4", "--level", "kernel", "--dtype", "fp32", "--workers", "1", "--json")
+    done = attn_fuzz("run", "--backend", "loop", *options)
+    assert done.status == 0, done.err
+    assert done.json["cases"] == 4
+    assert done.json["documents"] >= 4
+    assert done.json["seconds"] > 0
+    assert done.json["findings"] == []
+    assert done.json["backends"]["loop"]["by_kind"] == {"kernel fp32": 4}
+
+
+def test_a_finding_ends_with_1_and_is_stored(attn_fuzz: Run) -> None:
+    """The kernel prints, too: nothing of that may come between the command and whoever reads its JSON."""
+    write("noisy.py", NOISY)
+    options = ("--device", "cpu", "--cases", "10", "--level", "kernel", "--workers", "1", "--first", "--json")
+    done = attn_fuzz("check", "noisy.py:kernel", *options)
+    assert done.status == 1, done.err
+    assert "called" in done.err
+    (finding,) = done.json["findings"]
+    assert finding["backend"] == "noisy.py:kernel"
+    assert finding["checks"]
+    assert Case.from_dict(finding["case"]).tokens <= Case.from_dict(finding["original_case"]).tokens
+    assert 1 <= finding["cases_to_find"] <= 10
+    assert finding["seconds_to_find"] >= 0
+    assert Store(Path(".attn-fuzz/findings")).load(finding["id"]).to_dict() == finding
+    replayed = attn_fuzz("replay", finding["id"], "--json")
+    assert replayed.status == 1
+    assert replayed.json["case"] == finding["case"]
+    assert replayed.json["backends"][0]["checks"] == finding["checks"]
+
+
+def test_a_clean_replay_ends_with_0(attn_fuzz: Run) -> None:
+    done = attn_fuzz("replay", CASE, "--backend", "loop", "--device", "cpu", "--json")
+    assert done.status == 0
+    (verdict,) = done.json["backends"]
+    assert (verdict["name"], verdict["checks"], verdict["messages"]) == ("loop", [], [])
+
+
+def test_refusals_beside_verdicts_are_told(attn_fuzz: Run) -> None:
+    done = attn_fuzz("replay", CASE, "-b", "legacy:loop", "-b", "loop", "--device", "cpu", "--json")
+    assert done.status == 0
+    assert "kernel cases" in done.json["backends"][0]["refused"]
+
+
+def test_backends_are_json(attn_fuzz: Run) -> None:
+    listed = {backend["name"]: backend for backend in attn_fuzz("backends", "--json").json["backends"]}
+    assert listed["loop"]["available"]
+    assert listed["loop"]["reason"] is None
+    flash = next(b for b in attn_fuzz("backends", "--device", "cpu", "--json").json["backends"] if b["name"] == "flash")
+    assert not flash["available"]
+    assert "cuda" in flash["reason"]
+
+
+def test_a_script_is_all_that_is_printed(attn_fuzz: Run) -> None:
+    done = attn_fuzz("script", CASE, "--backend", SWAPPED, "--device", "cpu")
+    compile(done.out, "script", "exec")
+
+
+def test_a_finding_that_ends_its_process_is_replayed_in_another(attn_fuzz: Run) -> None:
+    write("dies.py", "import os\n" + NOISY.replace('print("called")', "os._exit(0)"))
+    store = Store(Path("store"))
+    store.prepare()
+    case = FINDING.case.replace(causal=False)
+    died = dataclasses.replace(FINDING, backend="dies.py:kernel", symptom="Crashed", case=case)
+    store.save(died)
+    done = attn_fuzz("replay", died.id, "--store", "store", "--device", "cpu", "--json")
+    assert done.status == 1, done.err
+    (verdict,) = done.json["backends"]
+    assert verdict["checks"] == ["runs"]
+    assert "the process died" in verdict["messages"][0]
+
+
+# Seeds.
+
+
+def test_a_finding_becomes_a_seed_that_convicts(attn_fuzz: Run) -> None:
+    store = Store(Path("store"))
+    store.prepare()
+    store.save(FINDING)
+    assert attn_fuzz("save", FINDING.id, "swapped", "--about", "why", "--store", "store").status == 0
+    assert json.loads(Path("tests/regressions/swapped.json").read_text()) == {
+        "about": "why",
+        "case": FINDING.case.to_dict(),
+        "convicts": {"cpu": [SWAPPED]},
+    }
+    assert attn_fuzz("replay", "swapped", "--device", "cpu").status == 1
+    assert "choose another name" in sentence(attn_fuzz("save", CASE, "swapped"))
+
+
+def test_a_seed_convicts_no_backend_that_does_not_exist(attn_fuzz: Run) -> None:
+    assert "unknown backend 'flesh'" in sentence(attn_fuzz("save", CASE, "kept", "--convict", "flesh"))
+    assert not Path("tests").exists()
+
+
+# The store.
+
+
+def test_an_unknown_finding_makes_no_store(attn_fuzz: Run) -> None:
+    assert "it holds none" in sentence(attn_fuzz("replay", "0123456789", "--store", "mistyped"))
+    assert not Path("mistyped").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"case": {}', "[" * 100_000, '{"backend": "loop"}'])
+def test_a_damaged_finding_is_one_sentence(text: str, attn_fuzz: Run) -> None:
+    Path("store").mkdir()
+    write("store/0123456789.json", text)
+    assert "is damaged" in sentence(attn_fuzz("replay", "0123456789", "--store", "store"))
+
+
+def test_a_file_in_the_place_of_the_store_is_one_sentence(attn_fuzz: Run) -> None:
+    write("store", "mine")
+    assert "choose another with --store" in sentence(attn_fuzz("run", "-b", "loop", "--cases", "1", "--store", "store"))
+    assert Path("store").read_text() == "mine"
+
+
+def test_a_full_store_loses_nothing(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store fills up while the campaign runs: what it held stays, and what was found is printed."""
+    store = Store(Path("store"))
+    store.prepare()
+    before = store.save(FINDING).read_text()
+
+    def full(path: Path, text: str) -> int:
+        path.open("w").write(text[: math.ceil(len(text) / 2)])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    options = ("--device", "cpu", "--cases", "20", "--level", "kernel", "--workers", "1", "--first", "--json")
+    done = attn_fuzz("run", "-b", SWAPPED, *options, "--store", "store")
+    assert done.status == 2
+    assert done.json["findings"]
+    assert "No space left on device" in done.err.splitlines()[-1]
+    assert [path.name for path in Path("store").iterdir()] == [f"{FINDING.id}.json"]
+    assert store.load(FINDING.id) == FINDING
+    assert (Path("store") / f"{FINDING.id}.json").read_text() == before

@@ -1,0 +1,213 @@
+"""The pytest plugin, in test runs of its own: devices, required GPUs, backends, profiles, and failures that replay."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from attn_fuzz.examine import examine
+from attn_fuzz.pytest_plugin import test_device as device_here
+from backends import registry
+from reference.case import Case
+
+pytest_plugins = ["pytester"]
+
+HERE = Path(__file__).parent
+SWAPPED = "fault:M51-swapped"
+Run = Callable[..., pytest.RunResult]
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester, request: pytest.FixtureRequest) -> Iterator[Run]:
+    """Runs a test file with the plugin in this process, whose Hypothesis profile comes back afterwards."""
+
+    def inner(source: str, *options: str) -> pytest.RunResult:
+        pytester.makeini("[pytest]\nmarkers = cuda: needs a CUDA device")
+        pytester.makepyfile(test_inner=source)
+        return pytester.runpytest_inprocess("-p", "attn_fuzz.pytest_plugin", "-p", "no:xdist", "-rs", *options)
+
+    yield inner
+    settings.load_profile(request.config.getoption("--hypothesis-profile", None) or "dev")
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
+    """Makes torch see so many GPUs; returns those that are chosen."""
+    chosen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    return chosen
+
+
+# A GPU where one is required.
+
+SKIPPING = """
+import pytest
+
+
+@pytest.mark.cuda
+def test_on_a_gpu():
+    pytest.skip("no kernel for this GPU")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(True, reason="another version")
+def test_on_another_version():
+    pass
+
+
+@pytest.mark.cuda
+def test_that_passes():
+    pass
+
+
+def test_elsewhere():
+    pytest.skip("not on Sundays")
+"""
+
+
+def test_a_missing_gpu_that_is_required_is_an_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, 0)
+    result = run(SKIPPING, "--require-cuda")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--require-cuda was given, but torch sees no CUDA device here"])
+
+
+def test_a_skipped_gpu_test_fails_where_a_gpu_is_required(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, 1)
+    result = run(SKIPPING, "--require-cuda")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    outcomes = result.parseoutcomes()
+    assert outcomes.pop("failed", 0) + outcomes.pop("errors", 0) == 2
+    assert outcomes == {"passed": 1, "skipped": 1}
+    result.stdout.fnmatch_lines(
+        ["*test_on_a_gpu was skipped although --require-cuda was given*no kernel for this GPU*"]
+    )
+
+
+def test_a_skipped_gpu_test_is_skipped_otherwise(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, 0)
+    result = run(SKIPPING)
+    result.assert_outcomes(passed=1, skipped=3)
+    assert result.ret == 0
+
+
+# Devices.
+
+
+def test_workers_take_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, 3)
+    taken = []
+    for worker in range(7):
+        monkeypatch.setenv("PYTEST_XDIST_WORKER", f"gw{worker}")
+        taken.append(device_here())
+    assert taken == ["cuda:0", "cuda:1", "cuda:2", "cuda:0", "cuda:1", "cuda:2", "cuda:0"]
+    monkeypatch.delenv("PYTEST_XDIST_WORKER")
+    assert device_here() == "cuda:0"
+    gpus(monkeypatch, 0)
+    assert device_here() == "cpu"
+
+
+def test_a_worker_works_on_its_gpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = gpus(monkeypatch, 2)
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw3")
+    result = run("def test_device(attn_device):\n    assert attn_device == 'cuda:1'\n")
+    result.assert_outcomes(passed=1)
+    assert set(chosen) == {"1"}
+
+
+# Backends.
+
+NAMES = "def test_name(attn_backend):\n    print('<' + attn_backend + '>')\n"
+
+
+def printed(result: pytest.RunResult) -> list[str]:
+    return re.findall("<(.*)>", result.stdout.str())
+
+
+def test_every_backend_is_a_parameter(run: Run) -> None:
+    assert printed(run(NAMES, "-s")) == list(registry.kernel_names())
+
+
+def test_backends_that_are_asked_for_are_the_only_ones(run: Run) -> None:
+    asked = ("--attn-backend", "loop", "--attn-backend", "fault:M01")
+    assert printed(run(NAMES, "-s", *asked)) == ["loop", "fault:M01"]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("flesh", "unknown backend 'flesh'"), ("none.py:kernel", "there is no file none.py")]
+)
+def test_an_unknown_backend_is_one_sentence(name: str, told: str, run: Run) -> None:
+    result = run(NAMES, "--attn-backend", name)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert told in result.stderr.str()
+    assert len(result.stderr.str().strip().splitlines()) == 1
+
+
+# Profiles.
+
+EXAMPLES = """
+from hypothesis import settings
+
+
+def test_examples():
+    print(f"<{settings.default.max_examples} {settings.default.deadline} {settings.default.print_blob}>")
+"""
+
+
+@pytest.mark.parametrize(("profile", "examples"), [(None, 20), ("dev", 20), ("ci", 100), ("nightly", 5000)])
+def test_profiles(profile: str | None, examples: int, run: Run) -> None:
+    options = () if profile is None else ("--hypothesis-profile", profile)
+    assert printed(run(EXAMPLES, "-s", *options)) == [f"{examples} None True"]
+
+
+# Failures.
+
+
+FIRST_FAILURE = """
+from hypothesis import Phase, settings
+
+settings.register_profile("first", deadline=None, print_blob=True, phases=[Phase.generate])
+"""
+
+
+def test_a_failure_of_the_differential_suite_replays(pytester: pytest.Pytester) -> None:
+    """The case is printed, ready to be saved, and Hypothesis's own way to draw it again.
+
+    In a process of its own, because torch cannot be imported piecemeal twice; unshrunk, because that takes longest.
+    """
+    pytester.makeconftest(FIRST_FAILURE)
+    pytester.makepyfile(test_suite=(HERE / "test_differential.py").read_text())
+    options = ("--attn-backend", SWAPPED, "-k", "kernel", "--hypothesis-seed", "1", "--hypothesis-profile", "first")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HERE.parent))
+        result = pytester.runpytest_subprocess("-p", "attn_fuzz.pytest_plugin", "-p", "no:xdist", *options)
+    result.assert_outcomes(failed=1, deselected=1)
+    output = result.stdout.str()
+    assert "@reproduce_failure(" in output
+    (text,) = re.findall(r"keep it: python -m attn_fuzz save '(\{\".*)' NAME", output)
+    first = examine(Case.from_json(text), registry.load(SWAPPED), "cpu").first
+    assert first is not None
+    assert type(first).__name__ in output
+
+
+DRAWS = """
+from hypothesis import given, strategies as st
+
+
+@given(number=st.integers(0, 10**9))
+def test_draws(number):
+    print(f"<{number}>")
+"""
+
+
+def test_a_seed_draws_again_what_it_drew(run: Run) -> None:
+    first, again, other = (printed(run(DRAWS, "-s", "--hypothesis-seed", seed)) for seed in ("1", "1", "2"))
+    assert len(first) == 20
+    assert first == again
+    assert first != other

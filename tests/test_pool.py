@@ -1,0 +1,239 @@
+"""Campaigns outlive their workers, and lose nothing that those had found."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attn_fuzz.campaign import pool
+from attn_fuzz.campaign.isolated import Isolated
+from attn_fuzz.campaign.messages import Assignment, Message, Suspect, Tally
+from attn_fuzz.campaign.pool import CampaignError, Outcome, Pool
+from attn_fuzz.findings import Finding
+from attn_fuzz.shrink import minimise
+from reference.case import Case
+
+EXAMPLE = (Path(__file__).resolve().parent.parent / "examples" / "my_kernel.py").read_text()
+CASE = Case(level="kernel", lengths=(3, 2), head_dim=2)
+SMALL = CASE.replace(lengths=(1, 1))
+
+# What a kernel does before it computes. HERE is its folder.
+DIES_SPEAKING = """
+    if not (HERE / "died").exists():
+        (HERE / "died").touch()
+        for pipe in [thing for thing in gc.get_objects() if isinstance(thing, Connection) and thing.writable]:
+            # A message of five bytes, of which two arrive.
+            os.write(pipe.fileno(), bytes([0, 0, 0, 5, 1, 2]))
+        os._exit(9)
+"""
+DIES_FROM_THREE = """
+    if len(q) >= 3:
+        os._exit(9)
+"""
+HANGS_AFTER = """
+    CALLS.append(len(q))
+    if len(CALLS) > {} and not (HERE / "woken").exists():
+        threading.Event().wait()
+"""
+SCALES = "torch.cat(out) * 1.5"
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> Callable[..., str]:
+    """Writes the example kernel with something wrong, and gives its name as a backend."""
+
+    def write(deed: str, output: str = "torch.cat(out)", at_import: str = "") -> str:
+        imports = (
+            "import gc, os, threading\nfrom multiprocessing.connection import Connection\nfrom pathlib import Path\n"
+        )
+        source = EXAMPLE.replace("    out = []\n", f"{deed}    out = []\n").replace("torch.cat(out)", output)
+        path = tmp_path / "kernel.py"
+        path.write_text(f"{imports}\nCALLS = []\nHERE = Path({str(tmp_path)!r})\n{at_import}\n{source}")
+        return f"{path}:kernel"
+
+    return write
+
+
+def nothing(*_: object) -> None:
+    """For callbacks that nobody waits for."""
+
+
+def campaign(
+    backend: str,
+    cases: int,
+    on_progress: Callable[[dict[str, Tally]], None] = nothing,
+    on_finding: Callable[[Finding], None] = nothing,
+    **options: Any,
+) -> Outcome:
+    """A campaign of one worker at kernel level."""
+    options = {"dtypes": ("fp32",), "levels": ("kernel",), **options}
+    assignment = Assignment(backend=backend, device="cpu", seed=1, cases=cases, **options)
+    return Pool([assignment], 1, on_progress, on_finding).run()
+
+
+# Deaths.
+
+
+def test_a_worker_that_dies_is_a_finding_and_the_campaign_goes_on(
+    kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "SHRINK_CRASH_SECONDS", -1.0)
+    backend = kernel(DIES_SPEAKING)
+    outcome = campaign(backend, cases=2)
+    (finding,) = outcome.findings
+    assert (finding.backend, finding.symptom, finding.checks) == (backend, "Crashed", ("runs",))
+    assert "died with exit code 9" in finding.messages[0]
+    assert finding.case == finding.original_case
+    assert finding.case.level == "kernel"
+    assert outcome.tallies[backend].cases == 2
+    assert not outcome.interrupted
+
+
+class InThisProcess:
+    """Stands for ``Isolated``: says of a case what DIES_FROM_THREE would do."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def symptom(self, case: Case) -> str | None:
+        return "Crashed" if case.tokens >= 3 else None
+
+    close = nothing
+
+
+def test_the_case_that_kills_is_shrunk(kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock on the wall: this process only waits for others, and its own processor time stands still."""
+    clocks: list[Callable[[], float]] = []
+
+    def shrink(case: Case, fails: Callable[[Case], bool], seconds: float, clock: Callable[[], float]) -> Case:
+        clocks.append(clock)
+        return minimise(case, fails, seconds)
+
+    monkeypatch.setattr(pool, "minimise", shrink)
+    monkeypatch.setattr(pool, "Isolated", InThisProcess)
+    monkeypatch.setattr(pool, "RESTARTS", 0)
+    (finding,) = campaign(kernel(DIES_FROM_THREE), cases=200).findings
+    assert finding.original_case.tokens >= 3
+    assert finding.case.lengths == (3,)
+    assert clocks == [time.monotonic]
+
+
+def test_a_death_before_the_first_case_is_one_sentence(kernel: Callable[..., str]) -> None:
+    at_import = "if __import__('multiprocessing').parent_process() is not None: os._exit(3)"
+    with pytest.raises(CampaignError, match="died with exit code 3 before its first case"):
+        campaign(kernel("", at_import=at_import), cases=1)
+
+
+# Hangs.
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], None]:
+    """A callback that makes the pool impatient: not before there is progress, because starting takes time."""
+    # Workers then need not ask git, which takes longest on a busy machine.
+    monkeypatch.setenv("ATTN_FUZZ_COMMIT", "this one")
+    return lambda _: monkeypatch.setattr(pool, "HANG_SECONDS", 4.0)
+
+
+def test_a_worker_that_hangs_is_a_finding_and_the_campaign_goes_on(
+    kernel: Callable[..., str], impatient: Callable[[object], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dozen cases are some 80 calls; the first is counted after 6 of them."""
+    patient = pool.HANG_SECONDS
+
+    def wake(_: Finding) -> None:
+        (tmp_path / "woken").touch()
+        monkeypatch.setattr(pool, "HANG_SECONDS", patient)
+
+    backend = kernel(HANGS_AFTER.format(30))
+    outcome = campaign(backend, 12, lambda _: (tmp_path / "woken").exists() or impatient(_), wake)
+    (finding,) = outcome.findings
+    assert (finding.symptom, finding.case) == ("Hung", finding.original_case)
+    assert outcome.tallies[backend].cases == 12
+
+
+def test_what_a_worker_was_shrinking_when_it_hung_is_kept(
+    kernel: Callable[..., str], impatient: Callable[[object], None]
+) -> None:
+    """A case is found wrong after 10 calls, and shrunk in 100 more."""
+    kept: list[Finding] = []
+    outcome = campaign(kernel(HANGS_AFTER.format(20), SCALES), 1, impatient, kept.append)
+    assert outcome.findings == kept
+    assert {finding.symptom for finding in kept} == {"WrongOutput", "Hung"}
+
+
+# Interruptions.
+
+
+def test_the_signal_of_a_scheduler_keeps_what_was_found() -> None:
+    def other(*_: object) -> None:
+        raise AssertionError("a campaign gives the signal back")
+
+    before = signal.signal(signal.SIGTERM, other)
+    try:
+        outcome = campaign("fault:M51-swapped", 10_000, on_finding=lambda finding: signal.raise_signal(signal.SIGTERM))
+        assert signal.getsignal(signal.SIGTERM) is other
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert outcome.interrupted
+    assert len(outcome.findings) == 1
+    assert outcome.tallies["fault:M51-swapped"].cases >= 1
+
+
+class StopsAtSuspect(Pool):
+    """Ctrl-C comes as soon as a worker has begun to shrink."""
+
+    def _take(self, worker: Any, message: Message) -> None:
+        super()._take(worker, message)
+        if isinstance(message, Suspect):
+            raise KeyboardInterrupt
+
+
+def test_an_interruption_while_a_worker_shrinks_keeps_the_case_as_it_was_drawn() -> None:
+    assignment = Assignment(backend="fault:M51-swapped", device="cpu", seed=1, cases=100)
+    outcome = StopsAtSuspect([assignment], 1, nothing, nothing).run()
+    assert outcome.interrupted
+    (finding,) = outcome.findings
+    assert finding.case == finding.original_case
+    assert finding.checks == ("budget",)
+
+
+def test_an_interruption_while_a_crash_is_shrunk_keeps_it(
+    kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(InThisProcess):
+        def symptom(self, case: Case) -> str | None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool, "Isolated", Interrupted)
+    outcome = campaign(kernel(DIES_FROM_THREE), cases=200)
+    assert outcome.interrupted
+    (finding,) = outcome.findings
+    assert (finding.symptom, finding.case) == ("Crashed", finding.original_case)
+
+
+# One case in a process of its own.
+
+
+def test_isolated_cases_name_their_symptom_and_outlive_deaths(kernel: Callable[..., str]) -> None:
+    isolated = Isolated(kernel(DIES_FROM_THREE, SCALES), "cpu", timeout=100.0)
+    try:
+        assert [isolated.symptom(case) for case in (CASE, SMALL)] == ["Crashed", "WrongOutput"]
+    finally:
+        isolated.close()
+
+
+def test_an_isolated_case_that_hangs_is_said_to(kernel: Callable[..., str]) -> None:
+    isolated = Isolated(kernel(HANGS_AFTER.format(0)), "cpu", timeout=0.2)
+    assert isolated.symptom(CASE) == "Hung"
+    isolated.close()
+
+
+def test_an_isolated_process_that_dies_at_its_start_is_a_crash(kernel: Callable[..., str]) -> None:
+    isolated = Isolated(kernel("", at_import="os._exit(3)"), "cpu", timeout=100.0)
+    assert isolated.symptom(CASE) == "Crashed"

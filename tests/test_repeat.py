@@ -1,0 +1,119 @@
+"""Repetition and path: the same bits after other calls, from the implementation that was meant."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from doubles import double, trial
+
+from attn_fuzz.checks.repeat import path_taken, repeats_itself
+from attn_fuzz.symptoms import NotRepeatable, WrongPath
+from attn_fuzz.trial import Trial
+from backends import registry
+from backends.loop import Call, Loop
+from reference.case import Case
+
+CASE = Case(level="kernel", lengths=(3, 4), head_dim=4)
+CPU = torch.device("cpu")
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class RemembersShape(Loop):
+    """Its plan is that of the call before, if that had another number of rows: a last bit of dQ moves."""
+
+    def __init__(self, tensor: int = 0) -> None:
+        self.tensor, self.rows = tensor, 0
+
+    def backward(self, call: Call, q: torch.Tensor, *rest: torch.Tensor) -> Gradients:
+        gradients = list(super().backward(call, q, *rest))
+        if self.rows not in (0, len(q)):
+            gradients[self.tensor] = gradients[self.tensor] * (1 + 2.0**-22)
+        self.rows = len(q)
+        return gradients[0], gradients[1], gradients[2]
+
+
+class Counts(Loop):
+    """Notes the rows of every forward."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def forward(
+        self, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.rows.append(len(q))
+        return super().forward(call, q, k, v)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [CASE, CASE.replace(lengths=(1,)), CASE.replace(dtype="bf16", capacity=2), Case(lengths=(3, 4), cuts=(2,))],
+    ids=["two documents", "one token", "spare rows", "layer"],
+)
+def test_silent_on_a_right_backend(case: Case) -> None:
+    assert list(repeats_itself(Trial(case, registry.load("loop"), CPU))) == []
+
+
+@pytest.mark.parametrize(("index", "tensor"), [(0, "dq"), (1, "dk"), (2, "dv")])
+def test_what_another_shape_leaves_behind_is_seen(index: int, tensor: str) -> None:
+    (symptom,) = repeats_itself(trial(RemembersShape(index), CASE))
+    assert (type(symptom), symptom.check, symptom.tensor) == (NotRepeatable, "repeatable", tensor)
+
+
+@pytest.mark.parametrize("promise", [{"repeatable": False}, {"repeatable_backward": False}], ids=str)
+def test_who_promises_nothing_is_not_accused(promise: dict[str, bool]) -> None:
+    assert list(repeats_itself(trial(RemembersShape(), CASE, **promise))) == []
+
+
+@pytest.mark.parametrize(
+    ("case", "between"),
+    [
+        (CASE, 4),
+        (CASE.replace(lengths=(3, 0)), 2),
+        (CASE.replace(lengths=(0, 3, 0)), 2),
+        (CASE.replace(lengths=(2,)), 1),
+    ],
+    ids=["a document less", "not an empty one", "nor two of them", "a shorter one"],
+)
+def test_the_call_in_between_has_other_rows(case: Case, between: int) -> None:
+    loop = Counts()
+    probe = trial(loop, case)
+    assert probe.observations
+    loop.rows.clear()
+    assert list(repeats_itself(probe)) == []
+    assert loop.rows == [between, case.tokens]
+
+
+def test_a_single_row_has_no_smaller_call() -> None:
+    loop = Counts()
+    assert list(repeats_itself(trial(loop, CASE.replace(lengths=(1,))))) == []
+    assert set(loop.rows) == {1}
+
+
+class FallsOverFourRows(Loop):
+    def forward(
+        self, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(q) == 4:
+            raise RuntimeError("four rows")
+        return super().forward(call, q, k, v)
+
+
+def test_the_call_in_between_is_judged_some_other_time() -> None:
+    assert list(repeats_itself(trial(FallsOverFourRows(), CASE))) == []
+
+
+# Paths.
+
+
+def test_another_implementation_than_the_one_meant_is_seen() -> None:
+    (symptom,) = path_taken(trial(Loop(), CASE, path="plan b"))
+    assert (type(symptom), symptom.check) == (WrongPath, "path")
+    assert "'plan b' ran, but should be loop" in symptom.message
+    assert list(path_taken(trial(Loop(), CASE))) == []
+
+
+def test_nothing_is_said_where_nothing_is_named() -> None:
+    backend = double(Loop(), path="plan b")
+    backend.kernel.paths_on = lambda device: frozenset()  # type: ignore[method-assign]
+    assert list(path_taken(Trial(CASE, backend, CPU))) == []

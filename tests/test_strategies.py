@@ -1,0 +1,205 @@
+"""What is drawn: possible cases, all of the space, and nothing that a backend does not take."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from attn_fuzz.strategies import HEAD_DIMS, HEAD_GROUPS, Domain, cases, straddling
+from backends.kernel import Capabilities
+from backends.registry import calls_of
+from reference.case import DTYPES, LEVELS, MEMORIES, ROTARIES, VALUES, Case
+from reference.layout import active_extent, micro_sequences, segments
+
+ALL = Capabilities()
+
+
+def drawn(
+    level: str, capabilities: Capabilities, *, seeds: int = 1, count: int = 30, dtypes: tuple[str, ...] = ()
+) -> list[Case]:
+    """So many cases of a level from each of several seeds, always the same ones: within a run they resemble another."""
+    found: list[Case] = []
+
+    def keep(case: Case) -> None:
+        found.append(case)
+
+    options = settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )
+    for number in range(seeds):
+        seed(number)(options(given(cases(level, Domain.of(capabilities, "cpu", dtypes)))(keep)))()
+    return found
+
+
+@functools.cache
+def sample(level: str) -> list[Case]:
+    """Cases of a backend that takes everything."""
+    return drawn(level, ALL, seeds=14)
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=st.one_of(*(cases(level, Domain.of(ALL, "cpu")) for level in LEVELS)))
+def test_a_drawn_case_survives_json(case: Case) -> None:
+    """Building a case validates it, so that one that comes back is possible, too."""
+    assert Case.from_json(case.to_json()) == case
+    assert case.tokens <= 1000
+    assert case.seed < 4
+
+
+# The whole space is drawn from.
+
+
+def queries_and_keys(case: Case) -> list[tuple[int, int]]:
+    return [pair for call in calls_of(case) for pair in call]
+
+
+def past(case: Case) -> list[tuple[int, int]]:
+    """(first_document_begin, past_length) of all micro-sequences but the first."""
+    return [(active_extent(case.packed_lengths, part).begin, part.begin) for part in micro_sequences(case)[1:]]
+
+
+def parts_of_longest(case: Case) -> int:
+    """In how many micro-sequences the document is that is in most of them."""
+    active = [segment.document for part in micro_sequences(case) for segment in segments(case.packed_lengths, part)]
+    return max(Counter(active).values())
+
+
+KERNEL: dict[str, Callable[[Case], bool]] = {
+    "empty documents": lambda case: (0, 0) in queries_and_keys(case),
+    "documents without queries": lambda case: any(q == 0 < k for q, k in queries_and_keys(case)),
+    "documents without keys": lambda case: any(k == 0 < q for q, k in queries_and_keys(case)),
+    "fewer queries than keys": lambda case: any(0 < q < k for q, k in queries_and_keys(case)),
+    "more queries than keys": lambda case: any(q > k > 0 for q, k in queries_and_keys(case)),
+    "rows beyond the last document": lambda case: case.capacity > 0,
+    "windows to the right only": lambda case: case.window[0] < 0 < case.window[1],
+    "broadcast memory": lambda case: case.memory == "broadcast",
+}
+LAYER: dict[str, Callable[[Case], bool]] = {
+    "empty documents": lambda case: 0 in case.lengths,
+    "cuts inside documents": straddling,
+    "cuts on boundaries": lambda case: bool(case.cuts) and not straddling(case),
+    "several cuts": lambda case: len(case.cuts) > 2,
+    "a document over three micro-sequences": lambda case: parts_of_longest(case) >= 3,
+    "a past": lambda case: any(length > 0 for _, length in past(case)),
+    "a past that nobody sees": lambda case: any(begin == length for begin, length in past(case)),
+    "a past of which only a part is seen": lambda case: any(0 < begin < length for begin, length in past(case)),
+    "padding": lambda case: case.padding > 0,
+    "a cut inside padding": lambda case: any(cut > sum(case.lengths) for cut in case.cuts),
+    "norms": lambda case: "rms" in (case.query_norm, case.key_norm, case.value_norm),
+    "shared keys and values": lambda case: case.shared_key_value,
+    "selection weights": lambda case: case.weights == "selection",
+    "spare rows in the buffer": lambda case: case.capacity > 0,
+}
+BOTH: dict[str, Callable[[Case], bool]] = {
+    "one document": lambda case: len(case.lengths) == 1,
+    "many documents": lambda case: len(case.lengths) > 10,
+    "a long document beside short ones": lambda case: max(case.lengths) > 100 and len(case.lengths) > 2,
+    "a tile less one row": lambda case: bool({15, 31, 63, 127} & set(case.lengths)),
+    "a tile": lambda case: bool({16, 32, 64, 128} & set(case.lengths)),
+    "a tile and one row": lambda case: bool({17, 33, 65, 129} & set(case.lengths)),
+    "causal": lambda case: case.causal,
+    "not causal": lambda case: not case.causal,
+    "causal windows": lambda case: case.causal and case.window[0] >= 0,
+    "windows of the row alone": lambda case: case.window[0] == 0,
+    "windows to the right": lambda case: case.window[1] > 0,
+    "windows wider than any document": lambda case: case.window[0] >= max(case.packed_lengths),
+    "scales": lambda case: case.scale is not None,
+    "softcap": lambda case: case.softcap > 0,
+    "MHA": lambda case: case.heads == case.kv_heads > 1,
+    "GQA": lambda case: case.heads > case.kv_heads > 1,
+    "MQA": lambda case: case.heads > case.kv_heads == 1,
+    "odd head_dim": lambda case: case.head_dim % 2 == 1,
+    "wide heads": lambda case: case.head_dim > 128,
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_space_is_covered(level: str) -> None:
+    features = {**BOTH, **(KERNEL if level == "kernel" else LAYER)}
+    counts = {what: sum(map(has, sample(level))) for what, has in features.items()}
+    assert [what for what, count in counts.items() if count == 0] == []
+    assert {case.dtype for case in sample(level)} == set(DTYPES)
+    assert {case.values for case in sample(level)} == set(VALUES)
+    assert {(case.heads, case.kv_heads) for case in sample(level)} == set(HEAD_GROUPS)
+    assert {case.head_dim for case in sample(level)} == set(HEAD_DIMS)
+    assert {case.memory for case in sample(level)} == set(MEMORIES) - ({"broadcast"} if level == "layer" else set())
+    assert level == "kernel" or {case.rotary for case in sample(level)} == set(ROTARIES)
+
+
+def test_most_layer_cases_are_cut_and_many_inside_a_document() -> None:
+    """The bugs that this project grew out of need that."""
+    cut = [case for case in sample("layer") if case.cuts]
+    assert len(cut) > len(sample("layer")) / 3
+    assert sum(map(straddling, cut)) > len(cut) / 3
+
+
+@pytest.mark.parametrize(
+    ("lengths", "cuts", "inside"),
+    [((4, 3), (4,), False), ((4, 3), (3,), True), ((4, 3), (), False), ((4, 0, 3), (4,), False), ((4,), (1, 2), True)],
+)
+def test_a_straddling_document_is_one_with_a_cut_inside(
+    lengths: tuple[int, ...], cuts: tuple[int, ...], inside: bool
+) -> None:
+    assert straddling(Case(lengths=lengths, cuts=cuts)) == inside
+
+
+# Capabilities.
+
+NARROW: dict[str, tuple[dict[str, object], Callable[[Case], bool]]] = {
+    "dtypes": ({"dtypes": ("bf16",)}, lambda case: case.dtype == "bf16"),
+    "max_head_dim": ({"max_head_dim": 64}, lambda case: case.head_dim <= 64),
+    "head_dim_multiple": ({"head_dim_multiple": 8}, lambda case: case.head_dim % 8 == 0),
+    "an odd multiple": ({"head_dim_multiple": 7, "max_head_dim": 7}, lambda case: case.head_dim == 7),
+    "gqa": ({"gqa": False}, lambda case: case.heads == case.kv_heads),
+    "noncausal": ({"noncausal": False}, lambda case: case.causal),
+    "causal": ({"causal": False}, lambda case: not case.causal),
+    "window": ({"window": False}, lambda case: case.window == (-1, -1)),
+    "softcap": ({"softcap": False}, lambda case: case.softcap == 0),
+    "scale": ({"scale": False}, lambda case: case.scale is None),
+    "empty_documents": ({"empty_documents": False}, lambda case: (0, 0) not in queries_and_keys(case)),
+    "norms": ({"norms": False}, lambda case: case.query_norm == case.key_norm == case.value_norm == "none"),
+    "rotaries": ({"rotaries": ("none", "default")}, lambda case: case.rotary != "proportional"),
+    "shared_key_value": ({"shared_key_value": False}, lambda case: not case.shared_key_value),
+    "memories": ({"memories": ("contiguous", "fused")}, lambda case: case.memory in ("contiguous", "fused")),
+    "capacity": ({"capacity": False}, lambda case: case.level == "layer" or case.capacity == 0),
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", NARROW)
+def test_what_a_backend_does_not_take_is_not_drawn(name: str, level: str) -> None:
+    changes, holds = NARROW[name]
+    narrow = drawn(level, dataclasses.replace(ALL, **changes), count=15)  # type: ignore[arg-type]
+    assert [case for case in narrow if not holds(case)] == []
+
+
+def test_several_limits_at_once_leave_cases_that_are_taken() -> None:
+    capabilities = Capabilities(
+        dtypes=("fp16", "bf16"),
+        max_head_dim=96,
+        head_dim_multiple=8,
+        causal_needs_equal_lengths=True,
+        queries_without_keys=False,
+        empty_documents=False,
+        softcap=False,
+    )
+    for level, least in (("kernel", 0.6), ("layer", 0.3)):
+        found = drawn(level, capabilities, seeds=3, dtypes=("bf16", "fp32"))
+        taken = [case for case in found if capabilities.refusal(case, "cpu", queries_and_keys(case)) is None]
+        assert {case.dtype for case in found} == {"bf16"}
+        assert len(taken) >= least * len(found), level
+
+
+def test_a_domain_without_dtypes_is_refused() -> None:
+    with pytest.raises(ValueError, match="none of the dtypes fp32 is taken; there are bf16"):
+        Domain.of(Capabilities(dtypes=("bf16",)), "cpu", ("fp32",))
