@@ -84,24 +84,22 @@ class BufferRegion(torch.autograd.Function):
         layer: BufferedLayer,
         metadata: MicroSequenceMetadata,
     ) -> torch.Tensor:
-        buffer = layer.buffer
-        buffer.write(metadata.begin, metadata.end, k, v)
-        past_and_own = buffer.read(metadata.first_document_begin, metadata.end)
+        layer.store(metadata, k, v)
+        past_and_own = layer.buffer.read(metadata.first_document_begin, metadata.end)
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (q, *past_and_own)]
             attended = layer.kernel.attend(leaves[0], leaves[1], leaves[2], metadata.varlen, layer.options)
         layer.ran.add(attended.path)
         ctx.leaves, ctx.out = leaves, attended.out  # type: ignore[attr-defined]
-        ctx.buffer, ctx.extent = buffer, metadata  # type: ignore[attr-defined]
+        ctx.layer, ctx.buffer, ctx.extent = layer, layer.buffer, metadata  # type: ignore[attr-defined]
         return attended.out.detach()
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        buffer, metadata = ctx.buffer, ctx.extent  # type: ignore[attr-defined]
+        layer, metadata = ctx.layer, ctx.extent  # type: ignore[attr-defined]
         dq, dk, dv = torch.autograd.grad(ctx.out, ctx.leaves, dout)  # type: ignore[attr-defined]
         del ctx.out, ctx.leaves  # type: ignore[attr-defined]
-        buffer.accumulate(metadata.first_document_begin, metadata.end, dk, dv)
-        return (dq, *buffer.gradients(metadata.begin, metadata.end), None, None)
+        return (dq, *layer.key_value_gradient(metadata, dk, dv), None, None)
 
 
 class BufferedLayer(Layer):
@@ -155,6 +153,17 @@ class BufferedLayer(Layer):
         k, v = (key_value, key_value) if case.shared_key_value else key_value.chunk(2, 1)
         q, k, v = (self.norm(q, "query_norm"), self.norm(k, "key_norm"), self.norm(v, "value_norm"))
         return self.rotary(q, position_index), self.rotary(k, position_index), v
+
+    def store(self, metadata: MicroSequenceMetadata, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Puts a micro-sequence's keys and values into the buffer, before anybody attends to them."""
+        self.buffer.write(metadata.begin, metadata.end, k, v)
+
+    def key_value_gradient(
+        self, metadata: MicroSequenceMetadata, dk: torch.Tensor, dv: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds the gradient over the extent attended to; gives that of the micro-sequence's own keys and values."""
+        self.buffer.accumulate(metadata.first_document_begin, metadata.end, dk, dv)
+        return self.buffer.gradients(metadata.begin, metadata.end)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: MicroSequenceMetadata

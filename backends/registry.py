@@ -17,9 +17,10 @@ from backends.faults.fault import faults, parts_of
 from backends.kernel import Kernel
 from backends.layer import BufferedLayer, LayerFactory
 from backends.legacy import LegacyLayer
+from backends.rank_layer import RankLayer, RankLayerFactory
 from backends.user import UserKernel, user_layer
 from reference.case import Case
-from reference.layout import call_segments, micro_sequences, segments
+from reference.layout import call_segments, cut_inside_document, rank_slices, segments
 
 LEGACY = "legacy:"
 USER_LAYER = "layer:"
@@ -32,7 +33,7 @@ class UnknownBackend(LookupError):
 def calls_of(case: Case) -> list[list[tuple[int, int]]]:
     """(queries, keys) of every document of every varlen call that a case makes."""
     if case.level == "layer":
-        calls = [segments(case.packed_lengths, part) for part in micro_sequences(case)]
+        calls = [segments(case.packed_lengths, part) for part in rank_slices(case)]
     else:
         calls = [call_segments(case)]
     return [[(segment.queries.length, segment.keys.length) for segment in call] for call in calls]
@@ -46,13 +47,19 @@ class Backend:
     kernel: Kernel
     layer: LayerFactory = BufferedLayer
     levels: tuple[str, ...] = ("kernel", "layer")
+    rank_layer: RankLayerFactory | None = RankLayer
+    """The layer of one of several ranks; None where there is no such thing."""
 
     def refusal(self, case: Case, device: str) -> str | None:
         """What about a case the backend does not take, or None."""
         if case.level not in self.levels:
             return f"{case.level} cases"
         if case.level == "layer" and case.ranks > 1:
-            return "more than one rank"
+            if self.rank_layer is None:
+                return "more than one rank"
+            borders = [part.end for part in rank_slices(case)]
+            if not case.causal and cut_inside_document(case.packed_lengths, borders) is not None:
+                return "non-causal documents spread over ranks"
         lengths = calls_of(case)
         pairs = [pair for call in lengths for pair in call]
         return self.kernel.capabilities_on(device).refusal(case, device, pairs) or self.kernel.limit(case, lengths)
@@ -72,7 +79,7 @@ def load(name: str) -> Backend:
     """
     legacy = name.startswith(LEGACY)
     if name.startswith(USER_LAYER):
-        return Backend(name, *user_layer(name.removeprefix(USER_LAYER)), ("layer",))
+        return Backend(name, *user_layer(name.removeprefix(USER_LAYER)), ("layer",), None)
     if name.startswith(FAULT):
         planted = faults()
         fault_id = name.removeprefix(FAULT)
@@ -88,4 +95,4 @@ def load(name: str) -> Backend:
         )
     kernel = importlib.import_module(f"backends.kernels.{kernel_name}").KERNEL
     assert isinstance(kernel, Kernel)
-    return Backend(name, kernel, LegacyLayer, ("layer",)) if legacy else Backend(name, kernel)
+    return Backend(name, kernel, LegacyLayer, ("layer",), None) if legacy else Backend(name, kernel)

@@ -1,7 +1,7 @@
 """The whole attention layer over a packed sequence: projections, norms, rotary, attention, output projection.
 
-Each document is computed on its own, in float64, with closed-form gradients; micro-sequences appear only as the places
-where a buffered implementation rounds partial sums. A leading dimension holds simulated roundings (arithmetic.py).
+Each document is computed on its own, in float64, with closed-form gradients; micro-sequences, and ranks' shares of them,
+appear only as the places where a buffered implementation rounds partial sums. A leading dimension holds simulated roundings (arithmetic.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from reference.answer import Expected
 from reference.arithmetic import SAMPLES, Arithmetic
 from reference.budget import rounding_variance
 from reference.case import Case
-from reference.layout import document_spans, micro_sequences
+from reference.layout import document_spans, rank_slices
 from reference.profile import ACCUMULATION, Profile
 from reference.simulated import SimulatedAttention, sum_of
 from reference.values import draw
@@ -68,7 +68,9 @@ class _Layer:
         self.arithmetic = Arithmetic(case.dtype, device, case.seed, samples)
         self.weights = {name: self.arithmetic.exact(weight) for name, weight in inputs.weights.items()}
         self.spans = document_spans(case.packed_lengths)
-        self.parts = micro_sequences(case)
+        # Each rank's queries give K/V and parameter gradients of their own, stored as a micro-sequence's are; ranks add
+        # theirs in float32 (backends/rank_layer.py), as micro-sequences do.
+        self.parts = rank_slices(case)
         positions = torch.cat([torch.arange(span.length, device=device) for span in self.spans])
         self.angles = rotary_angles(case, positions)
         self.gradients: dict[str, torch.Tensor] = {}

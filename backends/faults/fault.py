@@ -12,6 +12,7 @@ from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from backends.layer import BufferedLayer, Layer
 from backends.loop import Loop, attend
 from backends.metadata import VarlenMetadata
+from backends.rank_layer import RankLayer, RankLayerFactory
 from reference.profile import Profile
 
 PREFIX = "fault:"
@@ -39,6 +40,13 @@ class KernelFault(Fault, Loop):
 
 class LayerFault(Fault):
     """Mixed into a layer around the correct loop."""
+
+
+class RankFault(Fault, RankLayer):
+    """A rank's layer with one decision changed, around the correct loop; it shows where there is more than one rank."""
+
+    ranks: ClassVar[tuple[int, ...]] = (2, 3, 4)
+    """How many ranks it is hunted on."""
 
 
 class FaultyKernel(Kernel):
@@ -82,10 +90,12 @@ def faults() -> dict[str, type[Fault]]:
     return found
 
 
-def parts_of(fault: type[Fault]) -> tuple[Kernel, type[Layer], tuple[str, ...]]:
-    """(kernel, layer, levels) of a fault as a backend."""
+def parts_of(fault: type[Fault]) -> tuple[Kernel, type[Layer], tuple[str, ...], RankLayerFactory | None]:
+    """(kernel, layer, levels, rank layer) of a fault as a backend."""
     if issubclass(fault, KernelFault):
-        return FaultyKernel(fault), BufferedLayer, fault.levels
+        return FaultyKernel(fault), BufferedLayer, fault.levels, RankLayer
+    if issubclass(fault, RankFault):
+        return CorrectKernel(PREFIX + fault.id), BufferedLayer, ("layer",), fault
     assert issubclass(fault, LayerFault)
     assert issubclass(fault, Layer)
-    return CorrectKernel(PREFIX + fault.id), fault, ("layer",)
+    return CorrectKernel(PREFIX + fault.id), fault, ("layer",), None
