@@ -42,7 +42,7 @@ class Collectives(abc.ABC):
 
     @abc.abstractmethod
     def reduce_scatter(self, whole: torch.Tensor, own: torch.Tensor) -> Handle:
-        """Adds up everybody's ``whole [rows, ...]`` in its dtype; each rank gets its share ``own [rows / ranks, ...]``."""
+        """Adds up everybody's ``whole [rows, ...]``, in its dtype; each gets its share ``own [rows / ranks, ...]``."""
 
 
 class Alone(Collectives):

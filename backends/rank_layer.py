@@ -1,9 +1,9 @@
 """The buffered layer on one of several sequence-data-parallel ranks.
 
-Each rank holds a slice of every micro-sequence's tokens: it projects them, attends from them, and owns the K/V rows and
-gradients that they have. Keys and values are gathered over the ranks into everybody's buffer; a rank attends to the rows
-from its own first active document to the end of its own slice. Backward, every rank adds to its own gradient buffer; a
-micro-sequence's rows are then added up over the ranks, and each rank takes those it owns.
+Each rank holds a slice of every micro-sequence's tokens: it projects them, attends from them, and owns their K/V rows
+and gradients. Keys and values are gathered over the ranks into everybody's buffer; a rank attends to the rows from its
+own first active document to the end of its own slice. Backward, every rank adds to its own gradient buffer; then a
+micro-sequence's rows are added up over the ranks, and each rank takes those it owns.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The whole attention layer over a packed sequence: projections, norms, rotary, attention, output projection.
 
-Each document is computed on its own, in float64, with closed-form gradients; micro-sequences, and ranks' shares of them,
-appear only as the places where a buffered implementation rounds partial sums. A leading dimension holds simulated roundings (arithmetic.py).
+Each document is computed on its own, in float64, with closed-form gradients; micro-sequences, and ranks' shares of
+them, appear only as the places where a buffered implementation rounds partial sums. A leading dimension holds simulated
+roundings (arithmetic.py).
 """
 
 from __future__ import annotations

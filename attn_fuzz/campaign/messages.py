@@ -18,6 +18,8 @@ class Assignment:
     levels: tuple[str, ...] = ("layer", "kernel")
     dtypes: tuple[str, ...] = ()
     """None: all that the backend takes."""
+    ranks: tuple[int, ...] = (1,)
+    """How many ranks layer cases are spread over; one of these."""
     cases: int | None = None
     """Stop after so many cases in all levels together."""
     seconds: float | None = None

@@ -77,6 +77,7 @@ def plan(
     dtypes: Sequence[str],
     poisons: Sequence[str] = POISONS,
     stop_at_first: bool = False,
+    ranks: Sequence[int] = (1,),
 ) -> list[Assignment]:
     """Assignments for all backends.
 
@@ -91,6 +92,7 @@ def plan(
         dtypes: to draw from; none for all.
         poisons: memory contents to run every case under.
         stop_at_first: end each assignment with its first finding.
+        ranks: to draw layer cases for.
     """
     shards = max(1, workers // len(names))
     if cases is not None:
@@ -113,6 +115,7 @@ def plan(
                     seconds=share,
                     poisons=tuple(poisons),
                     stop_at_first=stop_at_first,
+                    ranks=tuple(ranks),
                 )
             )
     return assignments

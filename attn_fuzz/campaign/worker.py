@@ -22,7 +22,7 @@ from attn_fuzz.findings import Finding, summarise
 from attn_fuzz.poison import POISONS
 from attn_fuzz.shrink import minimise
 from attn_fuzz.strategies import Domain, cases, straddling
-from attn_fuzz.symptoms import MEMORY_SYMPTOMS, Crashed, Symptom
+from attn_fuzz.symptoms import MEMORY_SYMPTOMS, Crashed, Hung, Symptom
 from backends import registry
 from backends.kernel import UnsupportedCase
 from reference.case import Case
@@ -143,7 +143,10 @@ class _Hunt:
     def round(self, level: str, number: int) -> None:
         """One Hypothesis run of a level."""
         domain = Domain.of(
-            self.backend.kernel.capabilities_on(self.device.type), self.device.type, self.assignment.dtypes
+            self.backend.kernel.capabilities_on(self.device.type),
+            self.device.type,
+            self.assignment.dtypes,
+            self.assignment.ranks,
         )
         remaining = ROUND if self.assignment.cases is None else min(ROUND, self.assignment.cases - self.tally.cases)
         self.failure = self.original = None
@@ -195,7 +198,8 @@ class _Hunt:
             best = found
             return True
 
-        small = minimise(case, fails, _MINIMISE_SECONDS)
+        # Every candidate that hangs would cost the whole patience.
+        small = case if symptom is Hung else minimise(case, fails, _MINIMISE_SECONDS)
         whole = self.examine(small, poisons)
         best = whole if type(whole.first) is symptom else best
         name = symptom.__name__

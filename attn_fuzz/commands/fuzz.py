@@ -22,6 +22,7 @@ from attn_fuzz.commands.arguments import (
     FirstOption,
     JsonOption,
     LevelOption,
+    RanksOption,
     SecondsOption,
     SeedOption,
     StoreOption,
@@ -78,6 +79,7 @@ def _fuzz(
     seed: int,
     levels: tuple[str, ...],
     dtypes: tuple[str, ...],
+    ranks: list[int] | None,
     poisons: tuple[str, ...],
     first: bool,
     workers: int | None,
@@ -103,6 +105,7 @@ def _fuzz(
         dtypes=dtypes,
         poisons=poisons,
         stop_at_first=first,
+        ranks=tuple(dict.fromkeys(ranks or (1,))),
     )
     unstored: list[StoreError] = []
     with Screen(names, assignments[0].seconds, cases) as screen:
@@ -128,6 +131,11 @@ def _fuzz(
     raise typer.Exit(2 if unstored else 1 if outcome.findings else 0)
 
 
+def _levels(level: list[str] | None, ranks: list[int] | None) -> tuple[str, ...]:
+    """Those asked for; of a campaign over ranks only layers, since a kernel call has no ranks."""
+    return choices(level, LEVELS, "level") or (("layer",) if ranks else LEVELS[::-1])
+
+
 def run(
     backend: BackendOption = None,
     seconds: SecondsOption = None,
@@ -136,6 +144,7 @@ def run(
     device: DeviceOption = None,
     level: LevelOption = None,
     dtype: DtypeOption = None,
+    ranks: RanksOption = None,
     poison: Annotated[
         list[str] | None, typer.Option(help="nan, finite, or none for memory as it comes. Default: nan and finite.")
     ] = None,
@@ -153,8 +162,9 @@ def run(
         seconds=seconds,
         cases=cases,
         seed=seed,
-        levels=choices(level, LEVELS, "level") or LEVELS[::-1],
+        levels=_levels(level, ranks),
         dtypes=dtypes,
+        ranks=ranks,
         poisons=choices(poison, (*POISONS, "none"), "poison") or POISONS,
         first=first,
         workers=workers,
@@ -177,6 +187,7 @@ def check(
     device: DeviceOption = None,
     level: LevelOption = None,
     dtype: DtypeOption = None,
+    ranks: RanksOption = None,
     first: FirstOption = False,
     workers: WorkersOption = None,
     store: StoreOption = DEFAULT_STORE,
@@ -189,8 +200,9 @@ def check(
         seconds=seconds,
         cases=cases,
         seed=seed,
-        levels=choices(level, LEVELS, "level") or LEVELS[::-1],
+        levels=_levels(level, ranks),
         dtypes=choices(dtype, DTYPES, "dtype"),
+        ranks=ranks,
         poisons=POISONS,
         first=first,
         workers=workers,
@@ -220,6 +232,7 @@ def check_layer(
         seed=seed,
         levels=("layer",),
         dtypes=choices(dtype, DTYPES, "dtype"),
+        ranks=None,
         poisons=POISONS,
         first=first,
         workers=workers,
