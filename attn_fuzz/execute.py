@@ -48,8 +48,8 @@ def around(
     """Yields once, for the forward under test, between a decoy's forward and the whole of another one of its kind.
 
     What is kept by shape is then the decoy's when the case comes, and what is shared by shape is the decoy's again when
-    the case's backward comes. A decoy that fails is a case of its own, some other time; not so ``lockstep``, where other
-    ranks are waiting for what it did not get to.
+    the case's backward comes. A decoy that fails is a case of its own, some other time; not so in ``lockstep``, where
+    other ranks wait for what it did not get to.
     """
 
     def attempt(*, whole: bool) -> None:

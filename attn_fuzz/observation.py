@@ -59,6 +59,9 @@ def differing(first: Observation, second: Observation) -> list[str]:
 
 def strays(name: str, step: str, before: torch.Tensor, after: torch.Tensor, begin: int, end: int) -> list[Stray]:
     """Rows outside ``[begin, end)`` whose bits differ."""
+    if begin == end and same_bits(before, after):
+        # By far the most frequent case, and several times as fast.
+        return []
     differs = (bits(before) != bits(after)).flatten(1).any(1)
     differs[begin:end] = False
     rows = differs.nonzero()[:, 0].tolist()

@@ -36,6 +36,11 @@ _ALLOCATIONS: Final = frozenset(
 class _FillAllocations(TorchDispatchMode):
     """Fills what Python code and autograd functions allocate without values."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled under this mode, and torch's guard against that costs more than the mode itself.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

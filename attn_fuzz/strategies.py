@@ -231,7 +231,7 @@ def rank_cases(draw: st.DrawFn, domain: Domain, ranks: int) -> Case:
     """
     capabilities = domain.capabilities
     small = st.integers(0 if capabilities.empty_documents else 1, 9)
-    several = st.lists(small, min_size=1, max_size=6)
+    several = st.lists(small, min_size=1, max_size=4)
     beside_tile = st.tuples(several, st.sampled_from(TILE_EDGES)).map(lambda parts: [*parts[0], parts[1]])
     lengths = draw(st.one_of(several, beside_tile).filter(any))
     padding = draw(st.sampled_from([0, 0, 1, 5]))

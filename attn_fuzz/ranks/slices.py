@@ -1,4 +1,4 @@
-"""A layer case on several ranks: each runs its slice of every micro-sequence; the parent puts together what they saw."""
+"""A layer case on several ranks: each runs its slice of every micro-sequence; the parent assembles what they saw."""
 
 from __future__ import annotations
 
@@ -46,8 +46,11 @@ def run_slice(backend: str, case: Case, inputs: LayerInputs, poison: str, decoy:
     device, loaded = here().device, _loaded(backend)
     run = RankRun(loaded, case, inputs, poison, device)
 
+    # The decoy is run twice.
+    drawn = functools.lru_cache(maxsize=1)(functools.partial(layer_inputs, device="cpu"))
+
     def made(other: Case) -> RankRun:
-        return RankRun(loaded, other, layer_inputs(other, "cpu"), poison, device)
+        return RankRun(loaded, other, drawn(other), poison, device)
 
     with poisoned(poison, device), refusing_cleanly(run):
         for _ in around(decoy, made, lockstep=True):
