@@ -63,9 +63,12 @@ def _smaller(value: int) -> list[int]:
 
 
 def fewer_ranks(case: Case) -> Iterator[Case | None]:
-    """On fewer ranks."""
+    """On fewer ranks; what three share in one micro-sequence, two do in two of them, for which there may be padding."""
     for ranks in range(1, case.ranks):
         yield _changed(case, ranks=ranks)
+        for padding in (case.padding, case.padding + case.ranks):
+            more = tuple(range(ranks, case.tokens + case.ranks, ranks))
+            yield _changed(case, ranks=ranks, padding=padding, cuts=more)
 
 
 def fewer_documents(case: Case) -> Iterator[Case | None]:
@@ -165,6 +168,8 @@ def simpler_options(case: Case) -> Iterator[Case | None]:
     """With one option at a simpler value."""
     for padding in _smaller(case.padding):
         yield _changed(case, padding=padding)
+    if case.ranks > 1 and case.padding:
+        yield _changed(case, lengths=(*case.lengths[:-1], case.lengths[-1] + case.padding), padding=0)
     for capacity in _smaller(case.capacity):
         yield _changed(case, capacity=capacity)
     for heads, kv_heads in ((1, 1), (2, 1), (2, 2), (case.heads // case.kv_heads, 1), (case.kv_heads, case.kv_heads)):
