@@ -172,6 +172,10 @@ class LayerRun:
         """The tokens of a micro-sequence that this layer is handed: all of them."""
         return part
 
+    def slice_of_queries(self, part: Span) -> Span:
+        """The tokens of a micro-sequence that this layer attends from: all of them."""
+        return part
+
     def forward(self) -> None:
         self.layer = self.make_layer({name: self.placed[f"weight {name}"].tensor for name in self.weight_names})
         self.buffer, self.buffer_gradient = Watch(("k", "v")), Watch(("dk", "dv"))
@@ -188,7 +192,7 @@ class LayerRun:
         dout = self.placed["dout"].tensor
         for part in reversed(self.parts):
             self.input_gradients.append(self.layer.backward(dout[slice(*self.own(part))]))
-            extent = active_extent(self.case.packed_lengths, self.own(part))
+            extent = active_extent(self.case.packed_lengths, self.slice_of_queries(part))
             step = f"backward of {list(part)}"
             self.observation.strays += self.buffer_gradient.compare(self.layer.key_value_gradients(), step, *extent)
             self.observation.strays += self.buffer.compare(self.layer.key_value(), step, 0, 0)

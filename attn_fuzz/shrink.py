@@ -63,7 +63,9 @@ def _smaller(value: int) -> list[int]:
 
 
 def fewer_ranks(case: Case) -> Iterator[Case | None]:
-    """On fewer ranks; what three share in one micro-sequence, two do in two of them, for which there may be padding."""
+    """On fewer ranks, tensor-parallel or not; what three share in one micro-sequence, two do in two of them, for which there may be padding."""
+    for tensor_ranks in range(1, case.tensor_ranks):
+        yield _changed(case, tensor_ranks=tensor_ranks)
     for ranks in range(1, case.ranks):
         yield _changed(case, ranks=ranks)
         for padding in (case.padding, case.padding + case.ranks):
@@ -168,7 +170,7 @@ def simpler_options(case: Case) -> Iterator[Case | None]:
     """With one option at a simpler value."""
     for padding in _smaller(case.padding):
         yield _changed(case, padding=padding)
-    if case.ranks > 1 and case.padding:
+    if case.all_ranks > 1 and case.padding:
         yield _changed(case, lengths=(*case.lengths[:-1], case.lengths[-1] + case.padding), padding=0)
     for capacity in _smaller(case.capacity):
         yield _changed(case, capacity=capacity)
@@ -197,14 +199,15 @@ def _changed(case: Case, **changes: Any) -> Case | None:
     Nor may padding take the place of what was taken away: documents are what people read.
     """
     if case.level == "layer":
-        now = {name: changes.get(name, getattr(case, name)) for name in ("ranks", "lengths", "padding", "cuts")}
-        changes["padding"], changes["cuts"] = fitted(**now)
+        now = {**vars(case), **changes}
+        ranks = now["ranks"] * now["tensor_ranks"]
+        changes["padding"], changes["cuts"] = fitted(ranks, now["lengths"], now["padding"], now["cuts"])
     try:
         changed = case.replace(**changes)
     except CaseError:
         return None
     replaced = changed.padding > case.padding and changed.tokens >= case.tokens
-    return None if replaced and changed.ranks == case.ranks else changed
+    return None if replaced and changed.all_ranks == case.all_ranks else changed
 
 
 PASSES = (fewer_ranks, fewer_documents, shorter_documents, merged_documents, simpler_cuts, simpler_options)

@@ -48,12 +48,19 @@ class Domain:
     dtypes: tuple[str, ...]
     ranks: tuple[int, ...] = (1,)
     """How many ranks layer cases are spread over; one of these."""
+    tensor_ranks: tuple[int, ...] = (1,)
+    """Over how many ranks each of those spreads its query heads; one of these."""
 
     @classmethod
     def of(
-        cls, capabilities: Capabilities, device: str, dtypes: Sequence[str] = (), ranks: Sequence[int] = (1,)
+        cls,
+        capabilities: Capabilities,
+        device: str,
+        dtypes: Sequence[str] = (),
+        ranks: Sequence[int] = (1,),
+        tensor_ranks: Sequence[int] = (1,),
     ) -> Domain:
-        """The domain of a backend, narrowed to ``dtypes`` where some are given, on one of so many ``ranks``.
+        """The domain of a backend, narrowed to ``dtypes`` where some are given, on one of so many ranks.
 
         Raises:
             ValueError: when the backend takes none of them.
@@ -63,7 +70,13 @@ class Domain:
             raise ValueError(
                 f"none of the dtypes {', '.join(dtypes)} is taken; there are {', '.join(capabilities.dtypes)}"
             )
-        return cls(capabilities=capabilities, device=device, dtypes=taken, ranks=tuple(sorted(ranks)))
+        return cls(
+            capabilities=capabilities,
+            device=device,
+            dtypes=taken,
+            ranks=tuple(sorted(ranks)),
+            tensor_ranks=tuple(sorted(tensor_ranks)),
+        )
 
     @property
     def head_dims(self) -> tuple[int, ...]:
@@ -187,9 +200,9 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
 @st.composite
 def layer_cases(draw: st.DrawFn, domain: Domain) -> Case:
     """A packed sequence cut into micro-sequences."""
-    ranks = draw(st.sampled_from(domain.ranks))
-    if ranks > 1:
-        return draw(rank_cases(domain, ranks))
+    ranks, tensor_ranks = draw(st.sampled_from(domain.ranks)), draw(st.sampled_from(domain.tensor_ranks))
+    if ranks * tensor_ranks > 1:
+        return draw(rank_cases(domain, ranks, tensor_ranks))
     lengths = draw(document_lengths(empty=domain.capabilities.empty_documents, long=LONG_EDGES[:3]))
     padding = draw(st.sampled_from([0, 0, 1, 5]))
     return draw(layers(domain, lengths, padding))
@@ -223,7 +236,7 @@ def layers(draw: st.DrawFn, domain: Domain, lengths: Sequence[int], padding: int
 
 
 @st.composite
-def rank_cases(draw: st.DrawFn, domain: Domain, ranks: int) -> Case:
+def rank_cases(draw: st.DrawFn, domain: Domain, ranks: int, tensor_ranks: int = 1) -> Case:
     """A packed sequence that several ranks share: short documents, which put many borders of many kinds between them.
 
     Documents end anywhere, so that padding fills the last rank's slice, more or less of it; long ones leave ranks whose
@@ -236,14 +249,19 @@ def rank_cases(draw: st.DrawFn, domain: Domain, ranks: int) -> Case:
     lengths = draw(st.one_of(several, beside_tile).filter(any))
     padding = draw(st.sampled_from([0, 0, 1, 5]))
     if draw(st.booleans()):
-        lengths[-1] += -(sum(lengths) + padding) % ranks
+        lengths[-1] += -(sum(lengths) + padding) % (ranks * tensor_ranks)
     widest = max(capabilities.head_dim_multiple, min(capabilities.max_head_dim, _MAX_RANK_HEAD_DIM))
     narrow = dataclasses.replace(domain, capabilities=dataclasses.replace(capabilities, max_head_dim=widest))
     case = draw(layers(narrow, lengths, padding))
+    if tensor_ranks > 1:
+        heads = tensor_ranks * draw(st.sampled_from([1, 2]))
+        hidden = heads * case.head_dim if case.weights == "selection" else case.hidden
+        case = case.replace(heads=heads, kv_heads=1, hidden=hidden)
+    spread = {"ranks": ranks, "tensor_ranks": tensor_ranks}
     if not case.causal:
-        return case.replace(ranks=ranks, lengths=lengths * ranks, padding=0, cuts=())
-    padding, cuts = fitted(ranks, lengths, padding, case.cuts)
-    return case.replace(ranks=ranks, padding=padding, cuts=cuts)
+        return case.replace(**spread, lengths=lengths * ranks * tensor_ranks, padding=0, cuts=())
+    padding, cuts = fitted(ranks * tensor_ranks, lengths, padding, case.cuts)
+    return case.replace(**spread, padding=padding, cuts=cuts)
 
 
 def cases(level: str, domain: Domain) -> st.SearchStrategy[Case]:

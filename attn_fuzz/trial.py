@@ -60,7 +60,7 @@ class Trial:
         """A run with other tensors than the case's."""
         if isinstance(inputs, Inputs):
             return run_kernel(self.backend, self.case, inputs, poison, self.device, decoy)
-        if self.case.ranks > 1:
+        if self.case.all_ranks > 1:
             return run_ranks(self.backend, self.case, inputs, poison, self.device, decoy)
         return run_layer(self.backend, self.case, inputs, poison, self.device, decoy)
 

@@ -44,6 +44,10 @@ class Collectives(abc.ABC):
     def reduce_scatter(self, whole: torch.Tensor, own: torch.Tensor) -> Handle:
         """Adds up everybody's ``whole [rows, ...]``, in its dtype; each gets its share ``own [rows / ranks, ...]``."""
 
+    @abc.abstractmethod
+    def block(self, size: int) -> Collectives:
+        """The block of so many neighbours that this rank is in, when all ranks are counted off in blocks."""
+
 
 class Alone(Collectives):
     """One rank, which has everything already."""
@@ -58,6 +62,9 @@ class Alone(Collectives):
     def reduce_scatter(self, whole: torch.Tensor, own: torch.Tensor) -> Handle:
         own.copy_(whole)
         return Done()
+
+    def block(self, size: int) -> Collectives:
+        return self
 
 
 class _Work(Handle):
@@ -83,6 +90,7 @@ class Distributed(Collectives):
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group.rank(), group.size())
         self._group = group
+        self._blocks: dict[int, Distributed] = {}
 
     def gather(self, own: torch.Tensor, whole: torch.Tensor) -> Handle:
         own = own.contiguous()
@@ -97,3 +105,12 @@ class Distributed(Collectives):
         target = own if own.is_contiguous() else torch.empty_like(own, memory_format=torch.contiguous_format)
         work = _reduce_scatter(target, whole, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
         return _Work(work, (whole, target), (lambda: None) if target is own else (lambda: own.copy_(target)))
+
+    def block(self, size: int) -> Collectives:
+        if size not in self._blocks:
+            for first in range(0, self.ranks, size):
+                # Every rank has to take part in making every group, its own or not.
+                group = dist.new_group(list(range(first, first + size)))
+                if first <= self.rank < first + size:
+                    self._blocks[size] = Distributed(group)
+        return self._blocks[size]

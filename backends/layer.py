@@ -113,6 +113,7 @@ class BufferedLayer(Layer):
 
     def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> None:
         self.case, self.kernel, self.weights = case, kernel, weights
+        self.heads = case.heads
         self.device = weights["query"].device
         self.options = AttentionOptions.of(case)
         self.lengths: Sequence[int] = case.packed_lengths
@@ -148,11 +149,15 @@ class BufferedLayer(Layer):
     def query_key_value(self, x: torch.Tensor, position_index: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k, v of one micro-sequence, ready for attention."""
         case = self.case
-        q = self.project(x, "query").unflatten(-1, (case.heads, case.head_dim))
+        q = self.project(x, "query").unflatten(-1, (self.heads, case.head_dim))
         key_value = self.project(x, "key_value").unflatten(-1, (-1, case.head_dim))
         k, v = (key_value, key_value) if case.shared_key_value else key_value.chunk(2, 1)
         q, k, v = (self.norm(q, "query_norm"), self.norm(k, "key_norm"), self.norm(v, "value_norm"))
-        return self.rotary(q, position_index), self.rotary(k, position_index), v
+        return self.rotary(q, position_index), self.rotary(k, self.own_positions(position_index)), v
+
+    def own_positions(self, position_index: torch.Tensor) -> torch.Tensor:
+        """Of the queries' positions those of the tokens whose keys are made here: all of them."""
+        return position_index
 
     def store(self, metadata: MicroSequenceMetadata, k: torch.Tensor, v: torch.Tensor) -> None:
         """Puts a micro-sequence's keys and values into the buffer, before anybody attends to them."""

@@ -104,7 +104,11 @@ class RankLayer(BufferedLayer):
         assert isinstance(metadata, RankMetadata)
         self.buffer.accumulate(metadata.first_document_begin, metadata.end, dk, dv)
         self.reduce(metadata)
-        return self.buffer.gradients(metadata.begin, metadata.end)
+        return self.buffer.gradients(*self.own_rows(metadata))
+
+    def own_rows(self, metadata: MicroSequenceMetadata) -> tuple[int, int]:
+        """K/V rows ``[begin, end)`` of the tokens whose keys and values this rank makes."""
+        return metadata.begin, metadata.end
 
     def reduce(self, metadata: RankMetadata) -> None:
         """Adds a micro-sequence's gradient rows up over the ranks, into the owner's rows.
@@ -113,10 +117,10 @@ class RankLayer(BufferedLayer):
         once, and spreading queries over ranks must not cost digits. Each rank's share is rounded where its kernel
         stores it, and nowhere else.
         """
-        gradient = self.buffer.gradient
-        own = torch.empty_like(gradient[metadata.begin : metadata.end])
+        gradient, rows = self.buffer.gradient, slice(*self.own_rows(metadata))
+        own = torch.empty_like(gradient[rows])
         self.collectives.reduce_scatter(gradient[metadata.shared_begin : metadata.shared_end], own).wait()
-        gradient[metadata.begin : metadata.end] = own
+        gradient[rows] = own
 
 
 RankLayerFactory = Callable[[dict[str, torch.Tensor], Case, Kernel, Collectives], Layer]

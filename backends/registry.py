@@ -17,7 +17,8 @@ from backends.faults.fault import faults, parts_of
 from backends.kernel import Kernel
 from backends.layer import BufferedLayer, LayerFactory
 from backends.legacy import LegacyLayer
-from backends.rank_layer import RankLayer, RankLayerFactory
+from backends.rank_layer import RankLayerFactory
+from backends.tensor_layer import rank_layer
 from backends.user import UserKernel, user_layer
 from reference.case import Case
 from reference.layout import call_segments, cut_inside_document, rank_slices, segments
@@ -47,16 +48,18 @@ class Backend:
     kernel: Kernel
     layer: LayerFactory = BufferedLayer
     levels: tuple[str, ...] = ("kernel", "layer")
-    rank_layer: RankLayerFactory | None = RankLayer
+    rank_layer: RankLayerFactory | None = rank_layer
     """The layer of one of several ranks; None where there is no such thing."""
 
     def refusal(self, case: Case, device: str) -> str | None:
         """What about a case the backend does not take, or None."""
         if case.level not in self.levels:
             return f"{case.level} cases"
-        if case.level == "layer" and case.ranks > 1:
+        if case.level == "layer" and case.all_ranks > 1:
             if self.rank_layer is None:
                 return "more than one rank"
+            if case.tensor_ranks > 1 and self.rank_layer is not rank_layer:
+                return "tensor parallelism"
             borders = [part.end for part in rank_slices(case)]
             if not case.causal and cut_inside_document(case.packed_lengths, borders) is not None:
                 return "non-causal documents spread over ranks"

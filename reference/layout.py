@@ -64,6 +64,13 @@ def rank_slices(case: Case) -> tuple[Span, ...]:
     return tuple(rank_slice(part, rank, case.ranks) for part in micro_sequences(case) for rank in range(case.ranks))
 
 
+def owned_slices(case: Case) -> tuple[Span, ...]:
+    """Every process's own tokens of every micro-sequence; without tensor parallelism, the same as ``rank_slices``."""
+    return tuple(
+        rank_slice(part, rank, case.all_ranks) for part in micro_sequences(case) for rank in range(case.all_ranks)
+    )
+
+
 def segments(lengths: Sequence[int], micro_sequence: Span) -> tuple[Segment, ...]:
     """The documents that are active in a micro-sequence, with their queries and keys in packed rows.
 

@@ -78,6 +78,7 @@ def plan(
     poisons: Sequence[str] = POISONS,
     stop_at_first: bool = False,
     ranks: Sequence[int] = (1,),
+    tensor_ranks: Sequence[int] = (1,),
 ) -> list[Assignment]:
     """Assignments for all backends.
 
@@ -93,6 +94,7 @@ def plan(
         poisons: memory contents to run every case under.
         stop_at_first: end each assignment with its first finding.
         ranks: to draw layer cases for.
+        tensor_ranks: that share the query heads of each of them.
     """
     shards = max(1, workers // len(names))
     if cases is not None:
@@ -116,6 +118,7 @@ def plan(
                     poisons=tuple(poisons),
                     stop_at_first=stop_at_first,
                     ranks=tuple(ranks),
+                    tensor_ranks=tuple(tensor_ranks),
                 )
             )
     return assignments

@@ -142,12 +142,9 @@ class _Hunt:
 
     def round(self, level: str, number: int) -> None:
         """One Hypothesis run of a level."""
-        domain = Domain.of(
-            self.backend.kernel.capabilities_on(self.device.type),
-            self.device.type,
-            self.assignment.dtypes,
-            self.assignment.ranks,
-        )
+        job = self.assignment
+        capabilities = self.backend.kernel.capabilities_on(self.device.type)
+        domain = Domain.of(capabilities, self.device.type, job.dtypes, job.ranks, job.tensor_ranks)
         remaining = ROUND if self.assignment.cases is None else min(ROUND, self.assignment.cases - self.tally.cases)
         self.failure = self.original = None
         run = hypothesis_seed(self.assignment.seed * 1_000_003 + number)(

@@ -35,9 +35,9 @@ def attended(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Which K/V rows a rank's queries attend to, and which rows it owns, bool ``[tokens]`` each."""
     seen, owned = torch.zeros(2, case.tokens, dtype=torch.bool)
     for part in micro_sequences(case):
-        own = rank_slice(part, rank, case.ranks)
-        owned[slice(*own)] = True
-        for segment in segments(case.packed_lengths, own):
+        owned[slice(*rank_slice(part, rank, case.all_ranks))] = True
+        # Tensor-parallel neighbours share the queries of one slice.
+        for segment in segments(case.packed_lengths, rank_slice(part, rank // case.tensor_ranks, case.ranks)):
             mask = allowed_keys(segment.queries.length, segment.keys.length, case.effective_window)
             seen[slice(*segment.keys)] |= mask.any(0)
     return seen, owned
@@ -49,9 +49,9 @@ def dead_rows_zero_by_rank(trial: Trial) -> Iterator[Symptom]:
     Its own rows hold the sum over all ranks, which the checks of whole results judge.
     """
     case = trial.case
-    if case.ranks == 1:
+    if case.all_ranks == 1:
         return
-    parts = [attended(case, rank) for rank in range(case.ranks)]
+    parts = [attended(case, rank) for rank in range(case.all_ranks)]
     for observation in trial.observations:
         for rank, (buffers, (seen, owned)) in enumerate(zip(observation.by_rank, parts, strict=False)):
             for name in ("dk", "dv"):

@@ -34,8 +34,8 @@ def turned(case: Case) -> Case | None:
 
 def recut(case: Case) -> Case | None:
     """On one rank where it was spread over several; uncut where it was cut; otherwise cut in the middle."""
-    if case.ranks > 1:
-        return case.replace(ranks=1)
+    if case.all_ranks > 1:
+        return case.replace(ranks=1, tensor_ranks=1)
     cuts = () if case.cuts else (case.tokens // 2,)
     try:
         return case.replace(cuts=cuts)
@@ -75,7 +75,7 @@ def regrouped(trial: Trial) -> Iterator[Symptom]:
         return
     for symptom in within_budget(second):
         what = "with its first document last" if case.level == "kernel" else f"cut at {list(other.cuts)}"
-        what = "on one rank" if other.ranks != case.ranks else what
+        what = "on one rank" if other.all_ranks != case.all_ranks else what
         yield NotRegrouped("regrouping", symptom.tensor, f"{what}: {symptom.message}", z=symptom.z)
 
 

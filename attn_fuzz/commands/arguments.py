@@ -31,6 +31,14 @@ RanksOption = Annotated[
         help="Spread layer cases over so many ranks, each a process; repeat to draw from several. Default: 1.",
     ),
 ]
+TensorRanksOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=1,
+        help="Let so many tensor-parallel ranks share the query heads of each of --ranks, around one K/V head; repeat "
+        "to draw from several. Default: 1.",
+    ),
+]
 LevelOption = Annotated[list[str] | None, typer.Option(help="layer or kernel. Default: both.")]
 DtypeOption = Annotated[
     list[str] | None, typer.Option(help="fp32, bf16 or fp16; repeat for several. Default: all that a backend takes.")

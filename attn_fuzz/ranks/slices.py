@@ -33,6 +33,9 @@ class RankRun(LayerRun):
         collectives = here().collectives
         return rank_slice(part, collectives.rank, collectives.ranks)
 
+    def slice_of_queries(self, part: Span) -> Span:
+        return rank_slice(part, here().collectives.rank // self.case.tensor_ranks, self.case.ranks)
+
     def make_layer(self, weights: dict[str, torch.Tensor]) -> Layer:
         assert self.backend.rank_layer is not None
         return self.backend.rank_layer(weights, self.case, self.backend.kernel, here().collectives)
@@ -62,7 +65,7 @@ def run_slice(backend: str, case: Case, inputs: LayerInputs, poison: str, decoy:
 def run_ranks(
     backend: Backend, case: Case, inputs: LayerInputs, poison: str, device: torch.device, decoy: Case | None = None
 ) -> Observation:
-    """A packed sequence through the backend's layer on ``case.ranks`` ranks, around a decoy's where one is given.
+    """A packed sequence through the backend's layer on ``case.all_ranks`` ranks, around a decoy's where one is given.
 
     Raises:
         RankFailed: when a rank raised or died.
@@ -70,7 +73,7 @@ def run_ranks(
         UnsupportedCase: when the backend itself refuses.
     """
     arguments = (backend.name, case, inputs, poison, decoy)
-    return assembled(case, poison, teams().call(case.ranks, device, run_slice, arguments))
+    return assembled(case, poison, teams().call(case.all_ranks, device, run_slice, arguments))
 
 
 def assembled(case: Case, poison: str, observed: Sequence[Observation]) -> Observation:
@@ -88,12 +91,21 @@ def assembled(case: Case, poison: str, observed: Sequence[Observation]) -> Obser
         elif name in OWNED:
             found.results[name] = _by_tokens(case, results, own_rows_only=name in ("out", "dx"))
         else:
-            found.results[name] = torch.stack(results).sum(0)
+            found.results[name] = _parameter_gradient(case, name, results)
     for rank, one in enumerate(observed):
         found.changed += [f"{what} on rank {rank}" for what in one.changed]
         found.strays += [stray.on_rank(rank) for stray in one.strays]
     found.by_rank = tuple({name: one.results[name] for name in names if name in BUFFERS} for one in observed)
     return found
+
+
+def _parameter_gradient(case: Case, name: str, results: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A parameter's gradient, added up over the ranks that have the same share of it, shares side by side."""
+    dimension = {"d_query": 0, "d_dense": 1}.get(name)
+    if dimension is None:
+        return torch.stack(list(results)).sum(0)
+    shares = [torch.stack(list(results[share :: case.tensor_ranks])).sum(0) for share in range(case.tensor_ranks)]
+    return torch.cat(shares, dimension)
 
 
 BUFFERS = ("k", "v", "dk", "dv")
@@ -109,9 +121,9 @@ def _by_tokens(case: Case, results: Sequence[torch.Tensor], *, own_rows_only: bo
     """
     rows, taken = [], 0
     for part in micro_sequences(case):
-        size = part.length // case.ranks
+        size = part.length // case.all_ranks
         for rank, result in enumerate(results):
-            own = Span(taken, taken + size) if own_rows_only else rank_slice(part, rank, case.ranks)
+            own = Span(taken, taken + size) if own_rows_only else rank_slice(part, rank, case.all_ranks)
             rows.append(result[slice(*own)])
         taken += size
     return torch.cat(rows)

@@ -13,6 +13,7 @@ from backends.layer import BufferedLayer, Layer
 from backends.loop import Loop, attend
 from backends.metadata import VarlenMetadata
 from backends.rank_layer import RankLayer, RankLayerFactory
+from backends.tensor_layer import rank_layer
 from reference.profile import Profile
 
 PREFIX = "fault:"
@@ -93,7 +94,7 @@ def faults() -> dict[str, type[Fault]]:
 def parts_of(fault: type[Fault]) -> tuple[Kernel, type[Layer], tuple[str, ...], RankLayerFactory | None]:
     """(kernel, layer, levels, rank layer) of a fault as a backend."""
     if issubclass(fault, KernelFault):
-        return FaultyKernel(fault), BufferedLayer, fault.levels, RankLayer
+        return FaultyKernel(fault), BufferedLayer, fault.levels, rank_layer
     if issubclass(fault, RankFault):
         return CorrectKernel(PREFIX + fault.id), BufferedLayer, ("layer",), fault
     assert issubclass(fault, LayerFault)

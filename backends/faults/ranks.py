@@ -87,6 +87,9 @@ class _WrittenOnWait(Collectives):
         self._real.reduce_scatter(whole, staged).wait()
         return _CopyOnWait(staged, own)
 
+    def block(self, size: int) -> Collectives:
+        return _WrittenOnWait(self._real.block(size))
+
 
 class _CopyOnWait(Handle):
     def __init__(self, staged: torch.Tensor, target: torch.Tensor) -> None:
