@@ -63,7 +63,10 @@ def _smaller(value: int) -> list[int]:
 
 
 def fewer_ranks(case: Case) -> Iterator[Case | None]:
-    """On fewer ranks, tensor-parallel or not; what three share in one micro-sequence, two do in two of them, for which there may be padding."""
+    """On fewer ranks, tensor-parallel or not.
+
+    What three ranks share in one micro-sequence, two share in two of them: with a cut, for which there may be padding.
+    """
     for tensor_ranks in range(1, case.tensor_ranks):
         yield _changed(case, tensor_ranks=tensor_ranks)
     for ranks in range(1, case.ranks):

@@ -18,7 +18,7 @@ from backends.kernel import Kernel
 from backends.layer import BufferedLayer, LayerFactory
 from backends.legacy import LegacyLayer
 from backends.rank_layer import RankLayerFactory
-from backends.tensor_layer import rank_layer
+from backends.tensor_layer import TensorLayer, rank_layer
 from backends.user import UserKernel, user_layer
 from reference.case import Case
 from reference.layout import call_segments, cut_inside_document, rank_slices, segments
@@ -58,7 +58,8 @@ class Backend:
         if case.level == "layer" and case.all_ranks > 1:
             if self.rank_layer is None:
                 return "more than one rank"
-            if case.tensor_ranks > 1 and self.rank_layer is not rank_layer:
+            only_ranks = isinstance(self.rank_layer, type) and not issubclass(self.rank_layer, TensorLayer)
+            if case.tensor_ranks > 1 and only_ranks:
                 return "tensor parallelism"
             borders = [part.end for part in rank_slices(case)]
             if not case.causal and cut_inside_document(case.packed_lengths, borders) is not None:

@@ -2,8 +2,8 @@
 
 A block of ``tensor_ranks`` neighbours shares one slice of every micro-sequence: each rank holds the tokens of a part of
 it and the weights of a part of the query heads. The input is gathered over the block before the query projection; the
-K/V projection, which every rank has whole, sees own tokens only, so that keys and values are gathered over all ranks, as
-without tensor parallelism. The output projection's partial sums are reduce-scattered over the block.
+K/V projection, which every rank has whole, sees own tokens only, so that keys and values are gathered over all ranks,
+as without tensor parallelism. The output projection's partial sums are reduce-scattered over the block.
 """
 
 from __future__ import annotations

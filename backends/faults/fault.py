@@ -13,7 +13,7 @@ from backends.layer import BufferedLayer, Layer
 from backends.loop import Loop, attend
 from backends.metadata import VarlenMetadata
 from backends.rank_layer import RankLayer, RankLayerFactory
-from backends.tensor_layer import rank_layer
+from backends.tensor_layer import TensorLayer, rank_layer
 from reference.profile import Profile
 
 PREFIX = "fault:"
@@ -48,6 +48,14 @@ class RankFault(Fault, RankLayer):
 
     ranks: ClassVar[tuple[int, ...]] = (2, 3, 4)
     """How many ranks it is hunted on."""
+    tensor_ranks: ClassVar[tuple[int, ...]] = (1,)
+
+
+class TensorFault(Fault, TensorLayer):
+    """The same for the layer with tensor parallelism."""
+
+    ranks: ClassVar[tuple[int, ...]] = (1, 2)
+    tensor_ranks: ClassVar[tuple[int, ...]] = (2,)
 
 
 class FaultyKernel(Kernel):
@@ -95,7 +103,7 @@ def parts_of(fault: type[Fault]) -> tuple[Kernel, type[Layer], tuple[str, ...], 
     """(kernel, layer, levels, rank layer) of a fault as a backend."""
     if issubclass(fault, KernelFault):
         return FaultyKernel(fault), BufferedLayer, fault.levels, rank_layer
-    if issubclass(fault, RankFault):
+    if issubclass(fault, (RankFault, TensorFault)):
         return CorrectKernel(PREFIX + fault.id), BufferedLayer, ("layer",), fault
     assert issubclass(fault, LayerFault)
     assert issubclass(fault, Layer)
