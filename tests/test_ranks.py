@@ -243,8 +243,8 @@ def test_correct_tensor_parallel_ranks_are_clean(dtype: str, ranks: int, tensor_
     clean(case.replace(dtype=dtype, ranks=ranks, tensor_ranks=tensor_ranks))
 
 
-def test_tensor_parallel_budgets_allow_for_one_more_rounding_of_each_share() -> None:
-    """Not for more: in bf16 the sum of two stored halves has at most a few times the variance of a single sum."""
+def test_tensor_parallel_budgets_are_near_those_of_one_rank() -> None:
+    """The same values; two halves stored and added have about the variance of one sum stored, if a little more."""
     case = Case(lengths=(12,), heads=4, head_dim=8, dtype="bf16")
     alone, shared = (
         Trial(each, load("loop"), CPU).careful_answer for each in (case, case.replace(ranks=1, tensor_ranks=2))
@@ -252,7 +252,7 @@ def test_tensor_parallel_budgets_allow_for_one_more_rounding_of_each_share() -> 
     for name in ("out", "dx", "dk"):
         torch.testing.assert_close(alone[name].value, shared[name].value)
         ratio = (shared[name].variance.mean() / alone[name].variance.mean()).item()
-        assert 1 < ratio < 3, name
+        assert 0.8 < ratio < 2, name
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1)])
