@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attn_fuzz.campaign.plan import default_workers
 from attn_fuzz.checks.ranks import attended
 from attn_fuzz.exam import hunt_fault
 from attn_fuzz.examine import examine
@@ -29,6 +34,7 @@ from reference.layer import layer_inputs
 from reference.layout import Span, active_extent, micro_sequences, rank_slice, rank_slices, segments
 from reference.memory import same_bits
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 ACROSS = Case(lengths=(4, 1, 11), padding=2, cuts=(6, 12), heads=4, kv_heads=2, capacity=3, rotary="default")
 """Documents over rank borders and cuts, dead rows, padding on the last rank, GQA, spare rows; 2, 3 or 6 ranks."""
@@ -397,6 +403,24 @@ def test_a_rank_fault_is_found_on_the_fewest_ranks(fault: str) -> None:
 
 def test_every_rank_fault_is_expected() -> None:
     assert set(EXPECTED) == set(RANK_FAULTS)
+
+
+def test_a_campaign_over_ranks_runs_layers_only(tmp_path: Path) -> None:
+    options = ["--ranks", "2", "--tensor-ranks", "1", "--cases", "5", "-b", "sdpa_dense", "--device", "cpu", "--json"]
+    command = [sys.executable, "-m", "attn_fuzz", "run", *options, "--store", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["backends"]["sdpa_dense"]
+    assert told["cases"] == 5
+    assert all(kind.startswith("layer ") for kind in told["by_kind"])
+
+
+@pytest.mark.parametrize(("device", "ranks", "workers"), [("cpu", 1, 8), ("cpu", 2, 6), ("cpu", 8, 2), ("cuda", 8, 2)])
+def test_workers_leave_room_for_their_ranks(
+    device: str, ranks: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert default_workers(device, ranks) == workers
 
 
 @pytest.mark.cuda

@@ -95,7 +95,7 @@ def _fuzz(
     kept = Store(store)
     if cases is None and seconds is None:
         seconds = DEFAULT_SECONDS
-    processes = workers or default_workers(where)
+    processes = workers or default_workers(where, max(ranks or (1,)) * max(tensor_ranks or (1,)))
     assignments = plan(
         names,
         where,

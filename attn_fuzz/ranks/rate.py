@@ -27,11 +27,13 @@ def main(
     backend: Annotated[str, typer.Option(help="What the ranks run.")] = "sdpa_dense",
     seconds: Annotated[float, typer.Option(min=1, help="Wall-clock time.")] = 60.0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Teams of ranks at a time. Default: one per core.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Teams at a time. Default: as many as fit.")
+    ] = None,
 ) -> None:
     """Measures the rate of clean cases spread over ranks; prints one JSON object."""
     where = device_of(device)
-    processes = workers or default_workers(where)
+    processes = workers or default_workers(where, ranks)
     assignments = plan(
         (backend,),
         where,
