@@ -27,9 +27,7 @@ def main(
     backend: Annotated[str, typer.Option(help="What the ranks run.")] = "sdpa_dense",
     seconds: Annotated[float, typer.Option(min=1, help="Wall-clock time.")] = 60.0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Teams at a time. Default: as many as fit.")
-    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Teams at a time. Default: as many as fit.")] = None,
 ) -> None:
     """Measures the rate of clean cases spread over ranks; prints one JSON object."""
     where = device_of(device)
