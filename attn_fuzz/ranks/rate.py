@@ -1,17 +1,20 @@
 """How many rank cases a second: ``python -m attn_fuzz.ranks.rate --ranks 2 --backend sdpa_dense --seconds 60``.
 
 A case is what a campaign makes of it: both poisons, a decoy, the reference, all checks, a third of the probes. Printed
-are cases per second of wall-clock time and processor seconds per case, which other work on the machine moves less.
+are cases per second of wall-clock time once all teams are warm, and processor seconds per case of the whole run, start
+included, which other work on the machine moves less.
 """
 
 from __future__ import annotations
 
 import json
 import resource
-from typing import Annotated
+import time
+from typing import Annotated, Final
 
 import typer
 
+from attn_fuzz.campaign.messages import Tally
 from attn_fuzz.campaign.plan import default_workers, plan
 from attn_fuzz.campaign.pool import Pool
 from attn_fuzz.commands.arguments import device_of
@@ -20,6 +23,10 @@ from attn_fuzz.commands.arguments import device_of
 def _processor_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+WARM_CASES: Final = 50
+"""Cases of a team before it counts: the first ones wait for imports."""
 
 
 def main(
@@ -44,8 +51,17 @@ def main(
         ranks=(ranks,),
     )
     before = _processor_seconds()
-    outcome = Pool(assignments, processes, lambda tallies: None, lambda finding: None).run()
+    seen: list[tuple[float, int]] = []
+
+    def note(tallies: dict[str, Tally]) -> None:
+        if (cases := tallies[backend].cases) >= WARM_CASES * len(assignments):
+            seen.append((time.monotonic(), cases))
+
+    outcome = Pool(assignments, processes, note, lambda finding: None).run()
     tally = outcome.tallies[backend]
+    if len(seen) < 2:
+        raise typer.BadParameter(f"only {tally.cases} cases in that time, too few to say", param_hint="--seconds")
+    (begin, first), (end, last) = seen[0], seen[-1]
     typer.echo(
         json.dumps(
             {
@@ -55,7 +71,7 @@ def main(
                 "teams": len(assignments),
                 "cases": tally.cases,
                 "findings": len(outcome.findings),
-                "cases_per_s": round(tally.cases / tally.seconds, 1),
+                "cases_per_s": round((last - first) / (end - begin), 1),
                 "processor_s_per_case": round((_processor_seconds() - before) / tally.cases, 4),
             }
         )
