@@ -21,7 +21,7 @@ from attn_fuzz.strategies import Domain, cases
 from attn_fuzz.tolerances import failing
 from attn_fuzz.trial import Trial
 from backends import registry
-from backends.faults.fault import PREFIX, faults
+from backends.faults.fault import PREFIX, RankFault, TensorFault, faults
 from backends.kernel import UnsupportedCase
 from reference.case import Case
 
@@ -45,11 +45,34 @@ class Mark:
     """No document can be removed, and none shortened by one token: the case would pass."""
 
 
+Spread = tuple[Sequence[int], Sequence[int]]
+"""Ranks and tensor ranks to draw from."""
+
+ALONE: Final = ((1,), (1,))
+
+
+def _spread(fault: str) -> Spread:
+    """On how many ranks a fault is hunted."""
+    planted = faults()[fault]
+    if not issubclass(planted, (RankFault, TensorFault)):
+        return ALONE
+    return planted.ranks, planted.tensor_ranks
+
+
 def hunt_fault(fault: str, seed: int, max_cases: int = MAX_CASES) -> Mark:
     """Hunts one fault on the CPU until it is found."""
     messages: list[Message] = []
+    ranks, tensor_ranks = _spread(fault)
     hunt(
-        Assignment(backend=PREFIX + fault, device="cpu", seed=seed, cases=max_cases, stop_at_first=True),
+        Assignment(
+            backend=PREFIX + fault,
+            device="cpu",
+            seed=seed,
+            cases=max_cases,
+            stop_at_first=True,
+            ranks=tuple(ranks),
+            tensor_ranks=tuple(tensor_ranks),
+        ),
         messages.append,
     )
     for message in messages:
@@ -77,11 +100,11 @@ def is_minimal(finding: Finding) -> bool:
     return not any(fails(case) for case in dict.fromkeys(smaller))
 
 
-def drawn(backend: registry.Backend, seed: int, count: int) -> list[Case]:
-    """So many cases of every level of a backend, as a campaign draws them."""
+def drawn(backend: registry.Backend, seed: int, count: int, spread: Spread = ALONE) -> list[Case]:
+    """So many cases of every level of a backend, as a campaign draws them, on so many ranks."""
     found: list[Case] = []
     for level in backend.levels:
-        domain = Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")
+        domain = Domain.of(backend.kernel.capabilities_on("cpu"), "cpu", (), *spread)
 
         def keep(case: Case) -> None:
             if backend.refusal(case, "cpu") is None:
@@ -104,7 +127,7 @@ def rules_on(fault: str, seed: int = 0, count: int = RULE_CASES) -> set[str]:
     faulty, correct, pytorch = (registry.load(name) for name in (PREFIX + fault, "loop", "backup"))
     device = torch.device("cpu")
     caught: set[str] = set()
-    for case in drawn(faulty, seed, count):
+    for case in drawn(faulty, seed, count, _spread(fault)):
         # As such suites have it: K/V as they come, no rows behind the last document.
         plain = case.replace(memory="contiguous", capacity=0)
         try:

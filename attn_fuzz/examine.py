@@ -11,7 +11,8 @@ import torch
 from attn_fuzz.checks import CHECKS, PROBES, Check, histograms, worst_errors, worst_spreads
 from attn_fuzz.execute import WroteBeforeRefusing, require_support
 from attn_fuzz.poison import POISONS
-from attn_fuzz.symptoms import Crashed, InputsChanged, Symptom
+from attn_fuzz.ranks.team import RanksHung
+from attn_fuzz.symptoms import Crashed, Hung, InputsChanged, Symptom
 from attn_fuzz.trial import Trial
 from backends.kernel import UnsupportedCase
 from backends.known import issues_of
@@ -88,7 +89,7 @@ def examine(
             raise UnsupportedCase(
                 f"{backend.name} does not take memory layout {case.memory}: {_one_line(error)}"
             ) from None
-        return Verdict((Crashed("runs", "call", f"{type(error).__name__}: {_one_line(error)}"),), {}, frozenset())
+        return Verdict((_fallen(error),), {}, frozenset())
 
     def symptoms() -> Iterator[Symptom]:
         seen = False
@@ -109,7 +110,7 @@ def examine(
         # The second value seed runs while the checks do, and a backend may fall over that one only.
         if _is_out_of_memory(error):
             raise
-        found = [Crashed("runs", "call", f"{type(error).__name__}: {_one_line(error)}")]
+        found = [_fallen(error)]
     paths = frozenset().union(*(o.paths for o in observations))
     unknown, known = _without_known(found, trial)
     return Verdict(
@@ -153,6 +154,12 @@ _USUAL = ("contiguous", "fused", "head_major", "sliced")
 
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def _fallen(error: BaseException) -> Symptom:
+    """The symptom of a call that did not come back as it should."""
+    kind = Hung if isinstance(error, RanksHung) else Crashed
+    return kind("runs", "call", f"{type(error).__name__}: {_one_line(error)}")
 
 
 def _one_line(error: BaseException) -> str:

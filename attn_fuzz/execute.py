@@ -17,7 +17,7 @@ from backends.registry import Backend
 from reference.answer import SHARED_DIMENSIONS, Inputs, kernel_inputs
 from reference.case import Case
 from reference.layer import LayerInputs, layer_inputs
-from reference.layout import active_extent, micro_sequences
+from reference.layout import Span, active_extent, micro_sequences
 from reference.memory import Placed, place
 
 
@@ -32,7 +32,7 @@ class WroteBeforeRefusing(Exception):
 
 
 @contextlib.contextmanager
-def _refusing_cleanly(run: KernelCall | LayerRun) -> Iterator[None]:
+def refusing_cleanly(run: KernelCall | LayerRun) -> Iterator[None]:
     """A backend that refuses must not have written anything."""
     try:
         yield
@@ -42,11 +42,14 @@ def _refusing_cleanly(run: KernelCall | LayerRun) -> Iterator[None]:
         raise UnsupportedCase(str(refusal)) from refusal
 
 
-def _around(decoy: Case | None, made: Callable[[Case], KernelCall | LayerRun]) -> Iterator[None]:
+def around(
+    decoy: Case | None, made: Callable[[Case], KernelCall | LayerRun], *, lockstep: bool = False
+) -> Iterator[None]:
     """Yields once, for the forward under test, between a decoy's forward and the whole of another one of its kind.
 
     What is kept by shape is then the decoy's when the case comes, and what is shared by shape is the decoy's again when
-    the case's backward comes. A decoy that fails is a case of its own, some other time.
+    the case's backward comes. A decoy that fails is a case of its own, some other time; not so in ``lockstep``, where
+    other ranks wait for what it did not get to.
     """
 
     def attempt(*, whole: bool) -> None:
@@ -58,7 +61,8 @@ def _around(decoy: Case | None, made: Callable[[Case], KernelCall | LayerRun]) -
             if whole:
                 other.backward()
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+            refused = isinstance(error, (UnsupportedCase, NotImplementedError))
+            if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error) or (lockstep and not refused):
                 raise
 
     attempt(whole=False)
@@ -132,8 +136,8 @@ def run_kernel(
         UnsupportedCase: when the backend itself refuses; the message says if it had written anything by then.
     """
     call = KernelCall(backend, case, inputs, poison, device)
-    with poisoned(poison, device, compiled=backend.kernel.compiled), _refusing_cleanly(call):
-        for _ in _around(decoy, lambda other: KernelCall(backend, other, kernel_inputs(other, "cpu"), poison, device)):
+    with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly(call):
+        for _ in around(decoy, lambda other: KernelCall(backend, other, kernel_inputs(other, "cpu"), poison, device)):
             call.forward()
         call.backward()
     return call.observe()
@@ -160,15 +164,26 @@ class LayerRun:
         placed = place(x[:, None], "sliced", fill)
         return dataclasses.replace(placed, tensor=placed.tensor[:, 0])
 
+    def make_layer(self, weights: dict[str, torch.Tensor]) -> Layer:
+        """The layer under test."""
+        return self.backend.layer(weights, self.case, self.backend.kernel)
+
+    def own(self, part: Span) -> Span:
+        """The tokens of a micro-sequence that this layer is handed: all of them."""
+        return part
+
+    def slice_of_queries(self, part: Span) -> Span:
+        """The tokens of a micro-sequence that this layer attends from: all of them."""
+        return part
+
     def forward(self) -> None:
-        weights = {name: self.placed[f"weight {name}"].tensor for name in self.weight_names}
-        self.layer: Layer = self.backend.layer(weights, self.case, self.backend.kernel)
+        self.layer = self.make_layer({name: self.placed[f"weight {name}"].tensor for name in self.weight_names})
         self.buffer, self.buffer_gradient = Watch(("k", "v")), Watch(("dk", "dv"))
         self.buffer.note(self.layer.key_value())
         self.buffer_gradient.note(self.layer.key_value_gradients())
         x = self.placed["x"].tensor
         for part in self.parts:
-            self.outputs.append(self.layer.forward(x[slice(*part)], *part))
+            self.outputs.append(self.layer.forward(x[slice(*self.own(part))], *part))
             step = f"forward of {list(part)}"
             self.observation.strays += self.buffer.compare(self.layer.key_value(), step, *part)
             self.observation.strays += self.buffer_gradient.compare(self.layer.key_value_gradients(), step, 0, 0)
@@ -176,8 +191,8 @@ class LayerRun:
     def backward(self) -> None:
         dout = self.placed["dout"].tensor
         for part in reversed(self.parts):
-            self.input_gradients.append(self.layer.backward(dout[slice(*part)]))
-            extent = active_extent(self.case.packed_lengths, part)
+            self.input_gradients.append(self.layer.backward(dout[slice(*self.own(part))]))
+            extent = active_extent(self.case.packed_lengths, self.slice_of_queries(part))
             step = f"backward of {list(part)}"
             self.observation.strays += self.buffer_gradient.compare(self.layer.key_value_gradients(), step, *extent)
             self.observation.strays += self.buffer.compare(self.layer.key_value(), step, 0, 0)
@@ -211,8 +226,8 @@ def run_layer(
 ) -> Observation:
     """A packed sequence through the backend's layer on ``device``, around a decoy's where one is given."""
     run = LayerRun(backend, case, inputs, poison, device)
-    with poisoned(poison, device, compiled=backend.kernel.compiled), _refusing_cleanly(run):
-        for _ in _around(decoy, lambda other: LayerRun(backend, other, layer_inputs(other, "cpu"), poison, device)):
+    with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly(run):
+        for _ in around(decoy, lambda other: LayerRun(backend, other, layer_inputs(other, "cpu"), poison, device)):
             run.forward()
         run.backward()
     return run.observe()

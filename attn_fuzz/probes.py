@@ -23,7 +23,7 @@ from reference.answer import Inputs
 from reference.attention import allowed_keys
 from reference.case import Case
 from reference.layer import LayerInputs, layer_inputs
-from reference.layout import Segment, call_segments, micro_sequences, segments
+from reference.layout import Segment, call_segments, rank_slices, segments
 from reference.values import DTYPES, draw
 
 LOGIT_GAP = 30.0
@@ -198,14 +198,14 @@ _WHOLE = {"bf16": 129, "fp16": 1025}
 
 
 def accumulation_probe(case: Case) -> AccumulationProbe | None:
-    """The exact accumulation probe of a layer case, or None where no two micro-sequences add to the same row.
+    """The exact accumulation probe of a layer case, or None where no two micro-sequences or ranks add to the same row.
 
-    Query weights are 0, so every key weighs 1/n, and the output projection is the identity. In every micro-sequence
-    each document has at most one row with an output gradient, ``w n`` with n a power of two: 1/n and ``w n`` are exact
-    in the dtype, and so is ``w``, which is added to dV of that row's keys. w alternates between two neighbours, whose
-    sum the dtype cannot hold.
+    Query weights are 0, so every key weighs 1/n, and the output projection is the identity. In every rank's
+    share of every micro-sequence each document has at most one row with an output gradient, ``w n`` with n a power of
+    two: 1/n and ``w n`` are exact in the dtype, and so is ``w``, which is added to dV of that row's keys. w alternates
+    between two neighbours, whose sum the dtype cannot hold.
     """
-    if case.dtype not in _WHOLE or not case.cuts:
+    if case.dtype not in _WHOLE or len(rank_slices(case)) < 2:
         return None
     width = case.heads * case.head_dim
     probe = case.replace(
@@ -216,7 +216,7 @@ def accumulation_probe(case: Case) -> AccumulationProbe | None:
     dout = torch.zeros(case.tokens, case.heads, case.head_dim)
     dv = torch.zeros(case.tokens, case.kv_heads, case.head_dim, dtype=torch.float64)
     added = torch.zeros(case.tokens, dtype=torch.int64)
-    for number, part in enumerate(micro_sequences(case)):
+    for number, part in enumerate(rank_slices(case)):
         for segment in segments(case.packed_lengths, part):
             seen = segment_mask(case, segment)
             counts = seen.sum(1)

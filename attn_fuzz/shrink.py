@@ -1,4 +1,4 @@
-"""Makes a failing case small: fewer and shorter documents first, then every option back to its simplest value.
+"""Makes a failing case small: fewer ranks, fewer and shorter documents, then every option back to its simplest value.
 
 Hypothesis shrinks what it drew; this works on any case, wherever it came from, and ends at one from which no document
 can be removed or shortened by one.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
+from typing import Any
 
+from attn_fuzz.fit import fitted
 from reference.case import Case, CaseError
 
 Fails = Callable[[Case], bool]
@@ -32,17 +34,13 @@ def _with_lengths(case: Case, lengths: Sequence[int], kept: Sequence[int], keys:
                 return min(new_begins[new_index] + cut - begin, new_begins[new_index + 1])
         return new_begins[-1] + max(cut - old_begins[-1], 0)
 
-    total = sum(lengths) + case.padding
-    cuts = tuple(sorted({place for cut in case.cuts if 0 < (place := moved(cut)) < total}))
-    try:
-        return case.replace(
-            lengths=tuple(lengths),
-            key_lengths=None if keys is None else tuple(keys),
-            cuts=cuts,
-            document_ids=tuple(ids[index] for index in kept),
-        )
-    except CaseError:
-        return None
+    return _changed(
+        case,
+        lengths=tuple(lengths),
+        key_lengths=None if keys is None else tuple(keys),
+        cuts=tuple(moved(cut) for cut in case.cuts),
+        document_ids=tuple(ids[index] for index in kept),
+    )
 
 
 def _without(case: Case, begin: int, end: int) -> Case | None:
@@ -62,6 +60,20 @@ def _resized(case: Case, index: int, queries: int, keys: int | None) -> Case | N
 def _smaller(value: int) -> list[int]:
     """Candidates below a value, boldest first."""
     return list(dict.fromkeys(c for c in (0, 1, value // 2, value - 2, value - 1) if 0 <= c < value))
+
+
+def fewer_ranks(case: Case) -> Iterator[Case | None]:
+    """On fewer ranks, tensor-parallel or not.
+
+    What three ranks share in one micro-sequence, two share in two of them: with a cut, for which there may be padding.
+    """
+    for tensor_ranks in range(1, case.tensor_ranks):
+        yield _changed(case, tensor_ranks=tensor_ranks)
+    for ranks in range(1, case.ranks):
+        yield _changed(case, ranks=ranks)
+        for padding in (case.padding, case.padding + case.ranks):
+            more = tuple(range(ranks, case.tokens + case.ranks, ranks))
+            yield _changed(case, ranks=ranks, padding=padding, cuts=more)
 
 
 def fewer_documents(case: Case) -> Iterator[Case | None]:
@@ -163,8 +175,10 @@ def simpler_options(case: Case) -> Iterator[Case | None]:
     """With one option at a simpler value."""
     for padding in _smaller(case.padding):
         yield _changed(case, padding=padding, cuts=tuple(c for c in case.cuts if c < sum(case.lengths) + padding))
-    if case.padding and case.document_ids is None:
+    if case.padding and case.document_ids is None and case.all_ranks == 1:
         yield _changed(case, lengths=(*case.lengths, case.padding), padding=0)
+    if case.all_ranks > 1 and case.padding:
+        yield _changed(case, lengths=(*case.lengths[:-1], case.lengths[-1] + case.padding), padding=0)
     for capacity in _smaller(case.capacity):
         yield _changed(case, capacity=capacity)
     for heads, kv_heads in ((1, 1), (2, 1), (2, 2), (case.heads // case.kv_heads, 1), (case.kv_heads, case.kv_heads)):
@@ -186,14 +200,24 @@ def simpler_options(case: Case) -> Iterator[Case | None]:
             yield _changed(case, window=(width, case.window[1]) if side == 0 else (case.window[0], width))
 
 
-def _changed(case: Case, **changes: object) -> Case | None:
+def _changed(case: Case, **changes: Any) -> Case | None:
+    """The case with some fields changed, and padding and cuts such that its ranks can share it; None if impossible.
+
+    Nor may padding take the place of what was taken away: documents are what people read.
+    """
+    if case.level == "layer":
+        now = {**vars(case), **changes}
+        ranks = now["ranks"] * now["tensor_ranks"]
+        changes["padding"], changes["cuts"] = fitted(ranks, now["lengths"], now["padding"], now["cuts"])
     try:
-        return case.replace(**changes)
+        changed = case.replace(**changes)
     except CaseError:
         return None
+    replaced = changed.padding > case.padding and changed.tokens >= case.tokens
+    return None if replaced and changed.all_ranks == case.all_ranks else changed
 
 
-PASSES = (fewer_documents, shorter_documents, merged_documents, simpler_cuts, simpler_options)
+PASSES = (fewer_ranks, fewer_documents, shorter_documents, merged_documents, simpler_cuts, simpler_options)
 
 
 def minimise(case: Case, fails: Fails, seconds: float = 60.0, clock: Callable[[], float] = time.process_time) -> Case:

@@ -14,6 +14,7 @@ from itertools import accumulate
 
 from hypothesis import strategies as st
 
+from attn_fuzz.fit import fitted
 from attn_fuzz.layout_pool import pooled_cuts, pooled_keys, pooled_lengths
 from backends.kernel import Capabilities
 from reference.case import VALUES, Case
@@ -35,6 +36,8 @@ _MAX_SCORES = {"kernel": 1 << 17, "layer": 1 << 14}
 # And this what projections cost: tokens * heads * head_dim.
 _MAX_CHANNELS = {"kernel": 1 << 17, "layer": 1 << 15}
 _MAX_SELECTION = 128
+# Which channels there are is nothing to ranks; borders are, and narrow heads let more of them be tried.
+_MAX_RANK_HEAD_DIM = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,10 +47,21 @@ class Domain:
     capabilities: Capabilities
     device: str
     dtypes: tuple[str, ...]
+    ranks: tuple[int, ...] = (1,)
+    """How many ranks layer cases are spread over; one of these."""
+    tensor_ranks: tuple[int, ...] = (1,)
+    """Over how many ranks each of those spreads its query heads; one of these."""
 
     @classmethod
-    def of(cls, capabilities: Capabilities, device: str, dtypes: Sequence[str] = ()) -> Domain:
-        """The domain of a backend, narrowed to ``dtypes`` where some are given.
+    def of(
+        cls,
+        capabilities: Capabilities,
+        device: str,
+        dtypes: Sequence[str] = (),
+        ranks: Sequence[int] = (1,),
+        tensor_ranks: Sequence[int] = (1,),
+    ) -> Domain:
+        """The domain of a backend, narrowed to ``dtypes`` where some are given, on one of so many ranks.
 
         Raises:
             ValueError: when the backend takes none of them.
@@ -57,7 +71,13 @@ class Domain:
             raise ValueError(
                 f"none of the dtypes {', '.join(dtypes)} is taken; there are {', '.join(capabilities.dtypes)}"
             )
-        return cls(capabilities=capabilities, device=device, dtypes=taken)
+        return cls(
+            capabilities=capabilities,
+            device=device,
+            dtypes=taken,
+            ranks=tuple(sorted(ranks)),
+            tensor_ranks=tuple(sorted(tensor_ranks)),
+        )
 
     @property
     def head_dims(self) -> tuple[int, ...]:
@@ -223,14 +243,22 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
 @st.composite
 def layer_cases(draw: st.DrawFn, domain: Domain) -> Case:
     """A packed sequence cut into micro-sequences."""
+    ranks, tensor_ranks = draw(st.sampled_from(domain.ranks)), draw(st.sampled_from(domain.tensor_ranks))
+    if ranks * tensor_ranks > 1:
+        return draw(rank_cases(domain, ranks, tensor_ranks))
+    number = draw(layout_numbers(domain.capabilities))
+    if number is not None:
+        return draw(layers(domain, pooled_lengths(number, domain.capabilities), 0, number))
+    lengths = draw(document_lengths(empty=domain.capabilities.empty_documents, long=LONG_EDGES[:3]))
+    padding = draw(st.sampled_from([0, 0, 1, 5]))
+    return draw(layers(domain, lengths, padding))
+
+
+@st.composite
+def layers(draw: st.DrawFn, domain: Domain, lengths: Sequence[int], padding: int, number: int | None = None) -> Case:
+    """A layer over these documents, and cuts: those of a layout of the pool, where its number is given."""
     capabilities = domain.capabilities
-    number = draw(layout_numbers(capabilities))
-    if number is None:
-        lengths = draw(document_lengths(empty=capabilities.empty_documents, long=LONG_EDGES[:3]))
-    else:
-        lengths = pooled_lengths(number, capabilities)
-    padding = draw(st.sampled_from([0, 0, 1, 5])) if number is None else 0
-    packed = [*lengths, padding] if padding else lengths
+    packed = [*lengths, padding] if padding else list(lengths)
     chosen = draw(options(domain, "layer", packed))
     width = int(chosen["heads"]) * int(chosen["head_dim"])  # type: ignore[call-overload]
     # A selection narrower than the heads would repeat channels, whose roundings then agree.
@@ -255,6 +283,35 @@ def layer_cases(draw: st.DrawFn, domain: Domain) -> Case:
         capacity=draw(st.sampled_from([0, 0, 1, 17])),
         **chosen,  # type: ignore[arg-type]
     )
+
+
+@st.composite
+def rank_cases(draw: st.DrawFn, domain: Domain, ranks: int, tensor_ranks: int = 1) -> Case:
+    """A packed sequence that several ranks share: short documents, which put many borders of many kinds between them.
+
+    Documents end anywhere, so that padding fills the last rank's slice, more or less of it; long ones leave ranks whose
+    slice holds no document's beginning. Non-causal documents cannot be spread, so there every rank has its own.
+    """
+    capabilities = domain.capabilities
+    small = st.integers(0 if capabilities.empty_documents else 1, 9)
+    several = st.lists(small, min_size=1, max_size=4)
+    beside_tile = st.tuples(several, st.sampled_from(TILE_EDGES)).map(lambda parts: [*parts[0], parts[1]])
+    lengths = draw(st.one_of(several, beside_tile).filter(any))
+    padding = draw(st.sampled_from([0, 0, 1, 5]))
+    if draw(st.booleans()):
+        lengths[-1] += -(sum(lengths) + padding) % (ranks * tensor_ranks)
+    widest = max(capabilities.head_dim_multiple, min(capabilities.max_head_dim, _MAX_RANK_HEAD_DIM))
+    narrow = dataclasses.replace(domain, capabilities=dataclasses.replace(capabilities, max_head_dim=widest))
+    case = draw(layers(narrow, lengths, padding))
+    if tensor_ranks > 1:
+        heads = tensor_ranks * draw(st.sampled_from([1, 2]))
+        hidden = heads * case.head_dim if case.weights == "selection" else case.hidden
+        case = case.replace(heads=heads, kv_heads=1, hidden=hidden)
+    spread = {"ranks": ranks, "tensor_ranks": tensor_ranks}
+    if not case.causal:
+        return case.replace(**spread, lengths=lengths * ranks * tensor_ranks, padding=0, cuts=())
+    padding, cuts = fitted(ranks * tensor_ranks, lengths, padding, case.cuts)
+    return case.replace(**spread, padding=padding, cuts=cuts)
 
 
 def cases(level: str, domain: Domain) -> st.SearchStrategy[Case]:

@@ -106,6 +106,12 @@ class WrongPath(Symptom):
     rank = 19
 
 
+class RanksDiffer(Symptom):
+    """What all ranks should have alike is not the same on each."""
+
+    rank = 4
+
+
 class WroteOutside(Symptom):
     """Buffer rows changed that this step does not own."""
 

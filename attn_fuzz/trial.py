@@ -13,6 +13,7 @@ from attn_fuzz.execute import run_kernel, run_layer
 from attn_fuzz.measured import Measured, measured
 from attn_fuzz.observation import Observation
 from attn_fuzz.poison import POISONS
+from attn_fuzz.ranks.slices import run_ranks
 from backends.registry import Backend
 from reference.answer import Expected, Inputs, kernel_answer, kernel_inputs
 from reference.arithmetic import CONFIRMING_SAMPLES, SAMPLES
@@ -59,6 +60,8 @@ class Trial:
         """A run with other tensors than the case's."""
         if isinstance(inputs, Inputs):
             return run_kernel(self.backend, self.case, inputs, poison, self.device, decoy)
+        if self.case.all_ranks > 1:
+            return run_ranks(self.backend, self.case, inputs, poison, self.device, decoy)
         return run_layer(self.backend, self.case, inputs, poison, self.device, decoy)
 
     @functools.cached_property

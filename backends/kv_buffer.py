@@ -68,8 +68,8 @@ class KeyValueBuffer:
         self.dk, self.dv = torch.zeros(2, rows, kv_heads, head_dim, dtype=torch.float32, device=device)
         self.frontier = 0
 
-    def write(self, begin: int, end: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Writes rows ``[begin, end)`` in place; they must be the next ones.
+    def claim(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of rows ``[begin, end)``, to be written by the caller; they must be the next ones.
 
         Raises:
             ValueError: when they are not, or the buffer is full.
@@ -78,9 +78,13 @@ class KeyValueBuffer:
             raise ValueError(
                 f"rows [{begin}, {end}) do not continue a buffer filled to {self.frontier} of {len(self.k)}"
             )
-        self.k[begin:end] = k
-        self.v[begin:end] = v
         self.frontier = end
+        return self.k[begin:end], self.v[begin:end]
+
+    def write(self, begin: int, end: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Writes rows ``[begin, end)`` in place; they must be the next ones (``claim``)."""
+        for rows, new in zip(self.claim(begin, end), (k, v), strict=True):
+            rows.copy_(new)
 
     def read(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of rows ``[begin, end)``, in place.

@@ -84,24 +84,22 @@ class BufferRegion(torch.autograd.Function):
         layer: BufferedLayer,
         metadata: MicroSequenceMetadata,
     ) -> torch.Tensor:
-        buffer = layer.buffer
-        buffer.write(metadata.begin, metadata.end, k, v)
-        past_and_own = buffer.read(metadata.first_document_begin, metadata.end)
+        layer.store(metadata, k, v)
+        past_and_own = layer.buffer.read(metadata.first_document_begin, metadata.end)
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (q, *past_and_own)]
             attended = layer.kernel.attend(leaves[0], leaves[1], leaves[2], metadata.varlen, layer.options)
         layer.ran.add(attended.path)
         ctx.leaves, ctx.out = leaves, attended.out  # type: ignore[attr-defined]
-        ctx.buffer, ctx.extent = buffer, metadata  # type: ignore[attr-defined]
+        ctx.layer, ctx.buffer, ctx.extent = layer, layer.buffer, metadata  # type: ignore[attr-defined]
         return attended.out.detach()
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        buffer, metadata = ctx.buffer, ctx.extent  # type: ignore[attr-defined]
+        layer, metadata = ctx.layer, ctx.extent  # type: ignore[attr-defined]
         dq, dk, dv = torch.autograd.grad(ctx.out, ctx.leaves, dout)  # type: ignore[attr-defined]
         del ctx.out, ctx.leaves  # type: ignore[attr-defined]
-        buffer.accumulate(metadata.first_document_begin, metadata.end, dk, dv)
-        return (dq, *buffer.gradients(metadata.begin, metadata.end), None, None)
+        return (dq, *layer.key_value_gradient(metadata, dk, dv), None, None)
 
 
 class BufferedLayer(Layer):
@@ -115,6 +113,7 @@ class BufferedLayer(Layer):
 
     def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> None:
         self.case, self.kernel, self.weights = case, kernel, weights
+        self.heads = case.heads
         self.device = weights["query"].device
         self.options = AttentionOptions.of(case)
         self.lengths: Sequence[int] = case.packed_lengths
@@ -150,11 +149,26 @@ class BufferedLayer(Layer):
     def query_key_value(self, x: torch.Tensor, position_index: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k, v of one micro-sequence, ready for attention."""
         case = self.case
-        q = self.project(x, "query").unflatten(-1, (case.heads, case.head_dim))
+        q = self.project(x, "query").unflatten(-1, (self.heads, case.head_dim))
         key_value = self.project(x, "key_value").unflatten(-1, (-1, case.head_dim))
         k, v = (key_value, key_value) if case.shared_key_value else key_value.chunk(2, 1)
         q, k, v = (self.norm(q, "query_norm"), self.norm(k, "key_norm"), self.norm(v, "value_norm"))
-        return self.rotary(q, position_index), self.rotary(k, position_index), v
+        return self.rotary(q, position_index), self.rotary(k, self.own_positions(position_index)), v
+
+    def own_positions(self, position_index: torch.Tensor) -> torch.Tensor:
+        """Of the queries' positions those of the tokens whose keys are made here: all of them."""
+        return position_index
+
+    def store(self, metadata: MicroSequenceMetadata, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Puts a micro-sequence's keys and values into the buffer, before anybody attends to them."""
+        self.buffer.write(metadata.begin, metadata.end, k, v)
+
+    def key_value_gradient(
+        self, metadata: MicroSequenceMetadata, dk: torch.Tensor, dv: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds the gradient over the extent attended to; gives that of the micro-sequence's own keys and values."""
+        self.buffer.accumulate(metadata.first_document_begin, metadata.end, dk, dv)
+        return self.buffer.gradients(metadata.begin, metadata.end)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: MicroSequenceMetadata

@@ -22,9 +22,11 @@ from backends.kernel import Kernel, Unlimited
 from backends.known import crash_issue_of
 from backends.layer import BufferedLayer, LayerFactory
 from backends.legacy import LegacyLayer
+from backends.rank_layer import RankLayerFactory
+from backends.tensor_layer import TensorLayer, rank_layer
 from backends.user import UserKernel, import_object, user_layer
 from reference.case import Case
-from reference.layout import call_segments, micro_sequences, segments
+from reference.layout import call_segments, cut_inside_document, rank_slices, segments
 
 LEGACY = "legacy:"
 ENTRY_POINTS = "attn_fuzz.backends"
@@ -40,7 +42,7 @@ class UnknownBackend(LookupError):
 def calls_of(case: Case) -> list[list[tuple[int, int]]]:
     """(queries, keys) of every document of every varlen call that a case makes."""
     if case.level == "layer":
-        calls = [segments(case.packed_lengths, part) for part in micro_sequences(case)]
+        calls = [segments(case.packed_lengths, part) for part in rank_slices(case)]
     else:
         calls = [call_segments(case)]
     return [[(segment.queries.length, segment.keys.length) for segment in call] for call in calls]
@@ -54,6 +56,8 @@ class Backend:
     kernel: Kernel
     layer: LayerFactory = BufferedLayer
     levels: tuple[str, ...] = ("kernel", "layer")
+    rank_layer: RankLayerFactory | None = rank_layer
+    """The layer of one of several ranks; None where there is no such thing."""
     isolated: bool = False
     """Runs in a process that may die: cases that are known to crash it are let through."""
 
@@ -61,8 +65,15 @@ class Backend:
         """What about a case the backend does not take, or None."""
         if case.level not in self.levels:
             return f"{case.level} cases"
-        if case.level == "layer" and case.ranks > 1:
-            return "more than one rank"
+        if case.level == "layer" and case.all_ranks > 1:
+            if self.rank_layer is None:
+                return "more than one rank"
+            only_ranks = isinstance(self.rank_layer, type) and not issubclass(self.rank_layer, TensorLayer)
+            if case.tensor_ranks > 1 and only_ranks:
+                return "tensor parallelism"
+            borders = [part.end for part in rank_slices(case)]
+            if not case.causal and cut_inside_document(case.packed_lengths, borders) is not None:
+                return "non-causal documents spread over ranks"
         lengths = calls_of(case)
         pairs = [pair for call in lengths for pair in call]
         if not self.isolated and (issue := crash_issue_of(self.name, device, case, lengths)) is not None:
@@ -110,7 +121,7 @@ def load(name: str) -> Backend:
         return Backend(name, Unlimited(load(name.removeprefix(ANY)).kernel))
     legacy = name.startswith(LEGACY)
     if name.startswith(USER_LAYER):
-        return Backend(name, *user_layer(name.removeprefix(USER_LAYER)), ("layer",))
+        return Backend(name, *user_layer(name.removeprefix(USER_LAYER)), ("layer",), None)
     if name.startswith(FAULT):
         planted = faults()
         fault_id = name.removeprefix(FAULT)
@@ -129,4 +140,4 @@ def load(name: str) -> Backend:
         )
     kernel = importlib.import_module(f"backends.kernels.{kernel_name}").KERNEL
     assert isinstance(kernel, Kernel)
-    return Backend(name, kernel, LegacyLayer, ("layer",)) if legacy else Backend(name, kernel)
+    return Backend(name, kernel, LegacyLayer, ("layer",), None) if legacy else Backend(name, kernel)

@@ -50,6 +50,8 @@ class Case:
     """Layer level only: where the packed sequence is cut into micro-sequences, increasing, ends excluded."""
     ranks: int = 1
     """Layer level only: sequence-data-parallel ranks that share each micro-sequence's queries."""
+    tensor_ranks: int = 1
+    """Layer level only: ranks that share the query heads of each of those slices; they need a single K/V head."""
     document_ids: tuple[int, ...] | None = None
     """Names that key documents' values, so that each keeps them when others are shrunk away; None: 0, 1, ..."""
     heads: int = 1
@@ -128,6 +130,11 @@ class Case:
         return (*ids, MAX_TOKENS) if self.padding else ids
 
     @property
+    def all_ranks(self) -> int:
+        """Processes that a case is spread over."""
+        return self.ranks * self.tensor_ranks
+
+    @property
     def softmax_scale(self) -> float:
         """The scale in effect."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
@@ -190,7 +197,7 @@ def _is_number(value: object) -> bool:
     return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-_INTEGERS = ("padding", "ranks", "heads", "kv_heads", "head_dim", "hidden", "seed", "capacity")
+_INTEGERS = ("padding", "ranks", "tensor_ranks", "heads", "kv_heads", "head_dim", "hidden", "seed", "capacity")
 _INTEGER_LISTS = ("lengths", "key_lengths", "cuts", "document_ids", "window")
 _BOOLEANS = ("causal", "shared_key_value")
 _NUMBERS = ("scale", "softcap", "rotary_theta", "rotary_fraction")
@@ -240,8 +247,8 @@ def _check_ranges(case: Case) -> None:
         raise CaseError(f"window is [left, right], each -1 or more, not {list(case.window)}")
     if case.softcap < 0:
         raise CaseError(f"softcap cannot be negative, but it is {case.softcap}")
-    if case.hidden < 1 or case.ranks < 1:
-        raise CaseError("hidden and ranks must be at least 1")
+    if case.hidden < 1 or case.ranks < 1 or case.tensor_ranks < 1:
+        raise CaseError("hidden, ranks and tensor_ranks must be at least 1")
     if not 0 <= case.seed < 1 << 32:
         raise CaseError(f"seed must be between 0 and {(1 << 32) - 1}, not {case.seed}")
     if case.rotary_theta <= 1 or not 0 < case.rotary_fraction <= 1:
@@ -267,6 +274,7 @@ _LAYER_ONLY = [
     "padding",
     "cuts",
     "ranks",
+    "tensor_ranks",
     "hidden",
     "query_norm",
     "key_norm",
@@ -305,5 +313,10 @@ def _check_layer(case: Case) -> None:
         raise CaseError(
             f"a non-causal micro-sequence must end where a document ends, but the cut at {cut} is inside a document"
         )
-    if any((end - begin) % case.ranks for begin, end in itertools.pairwise(bounds)):
-        raise CaseError(f"{case.ranks} ranks must divide the tokens of every micro-sequence")
+    if any((end - begin) % case.all_ranks for begin, end in itertools.pairwise(bounds)):
+        raise CaseError(f"{case.all_ranks} ranks must divide the tokens of every micro-sequence")
+    if case.tensor_ranks > 1 and (case.kv_heads > 1 or case.heads % case.tensor_ranks):
+        raise CaseError(
+            f"{case.tensor_ranks} tensor_ranks need one K/V head and equal shares of the query heads, but there are "
+            f"{case.heads} heads and {case.kv_heads} kv_heads"
+        )

@@ -1,13 +1,15 @@
 """The whole attention layer over a packed sequence: projections, norms, rotary, attention, output projection.
 
-Each document is computed on its own, in float64, with closed-form gradients; micro-sequences appear only as the places
-where a buffered implementation rounds partial sums. A leading dimension holds simulated roundings (arithmetic.py).
+Each document is computed on its own, in float64, with closed-form gradients; micro-sequences, and ranks' shares of
+them, appear only as the places where a buffered implementation rounds partial sums. A leading dimension holds simulated
+roundings (arithmetic.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -15,7 +17,7 @@ from reference.answer import Expected
 from reference.arithmetic import SAMPLES, Arithmetic
 from reference.budget import rounding_variance
 from reference.case import Case
-from reference.layout import document_spans, micro_sequences
+from reference.layout import Span, document_spans, owned_slices, rank_slices
 from reference.profile import ACCUMULATION, Profile
 from reference.simulated import SimulatedAttention, sum_of
 from reference.values import draw
@@ -68,7 +70,12 @@ class _Layer:
         self.arithmetic = Arithmetic(case.dtype, device, case.seed, samples)
         self.weights = {name: self.arithmetic.exact(weight) for name, weight in inputs.weights.items()}
         self.spans = document_spans(case.packed_lengths)
-        self.parts = micro_sequences(case)
+        # Each rank's queries give K/V and parameter gradients of their own, stored as a micro-sequence's are; ranks add
+        # theirs in float32 (backends/rank_layer.py), as micro-sequences do.
+        self.parts = rank_slices(case)
+        self.own_parts = owned_slices(case)
+        # With tensor parallelism each of these numbers of heads has partial sums of its own, which are stored, too.
+        self.shares = case.tensor_ranks
         positions = torch.cat([torch.arange(span.length, device=device) for span in self.spans])
         self.angles = rotary_angles(case, positions)
         self.gradients: dict[str, torch.Tensor] = {}
@@ -87,6 +94,20 @@ class _Layer:
         y = self.project(x, weight)
         return y if self.case.weights == "selection" else self.arithmetic.store(y)
 
+    def project_by_share(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """A projection of the heads' channels, not yet stored: of each share of them stored, then added up."""
+        if self.shares == 1:
+            return self.project(x, weight)
+        pairs = zip(x.chunk(self.shares, -1), weight.chunk(self.shares, -1), strict=True)
+        return sum_of([self.stored_projection(*pair) for pair in pairs])
+
+    def project_back_by_share(self, dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The gradient of a projection to the heads' channels, stored."""
+        if self.shares == 1:
+            return self.arithmetic.store(self.project_back(dy, weight))
+        pairs = zip(dy.chunk(self.shares, -1), weight.chunk(self.shares, -2), strict=True)
+        return self.arithmetic.store(sum_of([self.arithmetic.store(self.project_back(*pair)) for pair in pairs]))
+
     def project_back(self, dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``dy @ weight``, not yet stored."""
         return self.arithmetic.accumulate(dy @ weight, dy[0].square() @ weight[0].square())
@@ -102,10 +123,10 @@ class _Layer:
             for term, square in zip(terms, squares, strict=True)
         )
 
-    def weight_gradient(self, name: str, dy: torch.Tensor, x: torch.Tensor) -> None:
-        """``dy.T @ x`` per micro-sequence."""
+    def weight_gradient(self, name: str, dy: torch.Tensor, x: torch.Tensor, parts: Sequence[Span]) -> None:
+        """``dy.T @ x`` of each part of the tokens."""
         terms, squares = [], []
-        for part in self.parts:
+        for part in parts:
             dy_part, x_part = dy[:, slice(*part)].transpose(-1, -2), x[:, slice(*part)]
             terms.append(dy_part @ x_part)
             squares.append(dy_part[0].square() @ x_part[0].square())
@@ -126,8 +147,14 @@ class _Layer:
         r = (x.square().mean(-1, keepdim=True) + NORM_EPSILON).rsqrt()
         normed = x * r
         product = dy * normed
-        terms = [product[:, slice(*part)].sum((1, 2)) for part in self.parts]
-        squares = [product[0, slice(*part)].square().sum((0, 1)) for part in self.parts]
+        on_queries = name == "query_norm"
+        shares = [
+            share[:, slice(*part)]
+            for part in (self.parts if on_queries else self.own_parts)
+            for share in product.chunk(self.shares if on_queries else 1, 2)
+        ]
+        terms = [share.sum((1, 2)) for share in shares]
+        squares = [share[0].square().sum((0, 1)) for share in shares]
         self.sum_over_parts(name, terms, squares)
         g = dy * self.weights[name]
         dx = r * (g - normed * (g * normed).mean(-1, keepdim=True))
@@ -163,9 +190,9 @@ class _Layer:
         ]
         context = arithmetic.store(torch.cat([document.forward() for document in documents], 1))
         flat = context.flatten(-2)
-        out = self.project(flat, self.weights["dense"])
+        out = self.project_by_share(flat, self.weights["dense"])
 
-        self.weight_gradient("dense", dout, flat)
+        self.weight_gradient("dense", dout, flat, self.parts)
         dcontext = arithmetic.store(self.project_back(dout, self.weights["dense"])).unflatten(-1, (case.heads, -1))
         pieces = [
             document.backward(context[:, slice(*document.span)], dcontext[:, slice(*document.span)], self.parts)
@@ -177,9 +204,9 @@ class _Layer:
         dk0 = self.norm_back("key_norm", k0, self.rotary(arithmetic.store(dk), -1.0))
         dv0 = self.norm_back("value_norm", v0, arithmetic.store(dv))
         dkv0 = arithmetic.store(dk0 + dv0) if case.shared_key_value else torch.cat([dk0, dv0], -2)
-        self.weight_gradient("query", dq0.flatten(-2), x)
-        self.weight_gradient("key_value", dkv0.flatten(-2), x)
-        dx_q = arithmetic.store(self.project_back(dq0.flatten(-2), self.weights["query"]))
+        self.weight_gradient("query", dq0.flatten(-2), x, self.parts)
+        self.weight_gradient("key_value", dkv0.flatten(-2), x, self.own_parts)
+        dx_q = self.project_back_by_share(dq0.flatten(-2), self.weights["query"])
         dx_kv = arithmetic.store(self.project_back(dkv0.flatten(-2), self.weights["key_value"]))
         results = {"out": (out, True), "k": (k, True), "v": (v, True), "dk": (dk, False), "dv": (dv, False)}
         results |= {"dx": (dx_q + dx_kv, True)}

@@ -53,6 +53,24 @@ def micro_sequences(case: Case) -> tuple[Span, ...]:
     return tuple(Span(begin, end) for begin, end in itertools.pairwise(bounds))
 
 
+def rank_slice(micro_sequence: Span, rank: int, ranks: int) -> Span:
+    """The tokens of a micro-sequence whose queries a rank holds: equal shares, in the order of the ranks."""
+    size = micro_sequence.length // ranks
+    return Span(micro_sequence.begin + rank * size, micro_sequence.begin + (rank + 1) * size)
+
+
+def rank_slices(case: Case) -> tuple[Span, ...]:
+    """Every rank's share of every micro-sequence, in the order of tokens; with one rank, the micro-sequences."""
+    return tuple(rank_slice(part, rank, case.ranks) for part in micro_sequences(case) for rank in range(case.ranks))
+
+
+def owned_slices(case: Case) -> tuple[Span, ...]:
+    """Every process's own tokens of every micro-sequence; without tensor parallelism, the same as ``rank_slices``."""
+    return tuple(
+        rank_slice(part, rank, case.all_ranks) for part in micro_sequences(case) for rank in range(case.all_ranks)
+    )
+
+
 def segments(lengths: Sequence[int], micro_sequence: Span) -> tuple[Segment, ...]:
     """The documents that are active in a micro-sequence, with their queries and keys in packed rows.
 

@@ -124,7 +124,7 @@ class SimulatedAttention:
         return (arithmetic.store(dq).transpose(1, 2), sum_of(dk).transpose(1, 2), sum_of(dv).transpose(1, 2))
 
     def _reduced(self, scale: float, weights: torch.Tensor, x: torch.Tensor, scaled_after: bool) -> torch.Tensor:
-        """One micro-sequence's ``scale * weights.T @ x``, per K/V head, stored."""
+        """One part's ``scale * weights.T @ x``, per K/V head; what each rank makes of its query heads is stored."""
         arithmetic = self.arithmetic
         weights = weights.transpose(-1, -2)
         product = arithmetic.accumulate(scale * (weights @ x), scale**2 * (weights[0].square() @ x[0].square()))
@@ -132,7 +132,8 @@ class SimulatedAttention:
             product = arithmetic.store(product)
         if self.profile.expands_kv and self.group > 1:
             product = arithmetic.store(product)
-        return arithmetic.store(attention.sum_groups(product, self.group))
+        shares = self.case.tensor_ranks
+        return attention.sum_groups(arithmetic.store(attention.sum_groups(product, self.group // shares)), shares)
 
 
 def sum_of(terms: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -18,6 +18,10 @@ class Assignment:
     levels: tuple[str, ...] = ("layer", "kernel")
     dtypes: tuple[str, ...] = ()
     """None: all that the backend takes."""
+    ranks: tuple[int, ...] = (1,)
+    """How many ranks layer cases are spread over; one of these."""
+    tensor_ranks: tuple[int, ...] = (1,)
+    """Over how many ranks each of those spreads its query heads; one of these."""
     cases: int | None = None
     """Stop after so many cases in all levels together."""
     seconds: float | None = None

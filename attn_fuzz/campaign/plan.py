@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -52,10 +53,15 @@ def require_available(names: Sequence[str], device: str, dtypes: Sequence[str] =
             raise BackendUnavailable(f"backend {name} takes {', '.join(taken)}, but none of {', '.join(dtypes)}")
 
 
-def default_workers(device: str) -> int:
-    """Processes at a time."""
+def default_workers(device: str, ranks: int = 1) -> int:
+    """Workers at a time, each of which has so many rank processes beside it where there are more than one.
+
+    A worker and its ranks take turns, so that there is room for about two of them on the cores that one of them fills.
+    """
     cores = os.cpu_count() or 1
-    return min(cores, MAX_CUDA_WORKERS) if device.startswith("cuda") else cores
+    if ranks > 1:
+        cores = min(cores, math.ceil(2 * cores / (ranks + 1)))
+    return max(1, min(cores, MAX_CUDA_WORKERS // ranks)) if device.startswith("cuda") else cores
 
 
 def devices_in_turn(device: str) -> tuple[str, ...]:
@@ -77,6 +83,8 @@ def plan(
     dtypes: Sequence[str],
     poisons: Sequence[str] = POISONS,
     stop_at_first: bool = False,
+    ranks: Sequence[int] = (1,),
+    tensor_ranks: Sequence[int] = (1,),
 ) -> list[Assignment]:
     """Assignments for all backends.
 
@@ -91,6 +99,8 @@ def plan(
         dtypes: to draw from; none for all.
         poisons: memory contents to run every case under.
         stop_at_first: end each assignment with its first finding.
+        ranks: to draw layer cases for.
+        tensor_ranks: that share the query heads of each of them.
     """
     shards = max(1, workers // len(names))
     if cases is not None:
@@ -113,6 +123,8 @@ def plan(
                     seconds=share,
                     poisons=tuple(poisons),
                     stop_at_first=stop_at_first,
+                    ranks=tuple(ranks),
+                    tensor_ranks=tuple(tensor_ranks),
                 )
             )
     return assignments

@@ -37,7 +37,7 @@ from attn_fuzz.findings import Finding, summarise
 from attn_fuzz.poison import POISONS
 from attn_fuzz.shrink import minimise
 from attn_fuzz.strategies import Domain, cases, straddling
-from attn_fuzz.symptoms import MEMORY_SYMPTOMS, Crashed, Symptom
+from attn_fuzz.symptoms import MEMORY_SYMPTOMS, Crashed, Hung, Symptom
 from backends import registry
 from backends.kernel import UnsupportedCase
 from backends.known import KnownIssue, crash_issue_of
@@ -181,9 +181,9 @@ class _Hunt:
 
     def round(self, level: str, number: int) -> None:
         """One Hypothesis run of a level."""
-        domain = Domain.of(
-            self.backend.kernel.capabilities_on(self.device.type), self.device.type, self.assignment.dtypes
-        )
+        job = self.assignment
+        capabilities = self.backend.kernel.capabilities_on(self.device.type)
+        domain = Domain.of(capabilities, self.device.type, job.dtypes, job.ranks, job.tensor_ranks)
         remaining = ROUND if self.assignment.cases is None else min(ROUND, self.assignment.cases - self.tally.cases)
         self.failure = self.original = None
         run = hypothesis_seed(self.assignment.seed * 1_000_003 + number)(
@@ -234,7 +234,8 @@ class _Hunt:
             best = found
             return True
 
-        small = minimise(case, fails, _MINIMISE_SECONDS)
+        # Every candidate that hangs would cost the whole patience.
+        small = case if symptom is Hung else minimise(case, fails, _MINIMISE_SECONDS)
         whole = self.examine(small, poisons)
         best = whole if type(whole.first) is symptom else best
         self.found.add(symptom.__name__)

@@ -13,6 +13,7 @@ from attn_fuzz.checks.dead_rows import dead_rows_zero
 from attn_fuzz.checks.exact import needle_found, rows_counted, uniform_keys
 from attn_fuzz.checks.isolation import documents_apart, future_apart
 from attn_fuzz.checks.memory import buffer_intact, inputs_intact, results_complete, unwritten_unread
+from attn_fuzz.checks.ranks import dead_rows_zero_by_rank, replicas_equal
 from attn_fuzz.checks.regroup import regrouped
 from attn_fuzz.checks.repeat import path_taken, repeats_itself
 from attn_fuzz.checks.spread import rows_within_budget, worst_spreads
@@ -25,6 +26,8 @@ CHECKS: tuple[Check, ...] = (
     results_complete,
     unwritten_unread,
     dead_rows_zero,
+    dead_rows_zero_by_rank,
+    replicas_equal,
     buffer_intact,
     inputs_intact,
     path_taken,

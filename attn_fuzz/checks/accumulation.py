@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
 
-from attn_fuzz.execute import require_support, run_layer
+from attn_fuzz.execute import require_support
 from attn_fuzz.probes import accumulation_probe
 from attn_fuzz.symptoms import NotExact, Symptom
 from attn_fuzz.trial import Trial
@@ -14,14 +15,15 @@ from backends.kernel import UnsupportedCase
 
 
 def exact_accumulation(trial: Trial) -> Iterator[Symptom]:
-    """dV in a float32 gradient buffer is an exact sum of what each micro-sequence adds."""
+    """dV in a float32 gradient buffer is an exact sum of what each micro-sequence and rank adds."""
     if trial.case.level != "layer" or (probe := accumulation_probe(trial.case)) is None:
         return
     try:
         require_support(trial.backend, probe.case, trial.device)
     except UnsupportedCase:
         return
-    got = run_layer(trial.backend, probe.case, probe.inputs, trial.poisons[0], trial.device).results.get("dv")
+    second = dataclasses.replace(trial, case=probe.case)
+    got = second.observe_with(probe.inputs, trial.poisons[0]).results.get("dv")
     if got is None or got.dtype != torch.float32 or got.shape != probe.dv.shape:
         return
     wrong = got.double() != probe.dv

@@ -1,4 +1,4 @@
-"""Regrouping: the same documents in another order, or cut elsewhere, give the same results."""
+"""Regrouping: the same documents in another order, cut elsewhere, or on one rank, give the same results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def turned(case: Case) -> Case | None:
 
 
 def recut(case: Case) -> Case | None:
-    """Uncut where it was cut, otherwise cut in the middle."""
+    """On one rank where it was spread over several; uncut where it was cut; otherwise cut in the middle."""
+    if case.all_ranks > 1:
+        return case.replace(ranks=1, tensor_ranks=1)
     cuts = () if case.cuts else (case.tokens // 2,)
     try:
         return case.replace(cuts=cuts)
@@ -49,7 +51,7 @@ def regrouped_case(case: Case) -> Case | None:
 
 
 def regrouped(trial: Trial) -> Iterator[Symptom]:
-    """Documents in another order (kernel level), cuts elsewhere (layer level): within the same budget."""
+    """Documents in another order (kernel level), cuts elsewhere or one rank (layer level): within the same budget."""
     case = trial.case
     other = regrouped_case(case)
     if other is None:
@@ -73,6 +75,7 @@ def regrouped(trial: Trial) -> Iterator[Symptom]:
         return
     for symptom in within_budget(second):
         what = "with its first document last" if case.level == "kernel" else f"cut at {list(other.cuts)}"
+        what = "on one rank" if other.all_ranks != case.all_ranks else what
         yield NotRegrouped("regrouping", symptom.tensor, f"{what}: {symptom.message}", z=symptom.z)
 
 

@@ -24,6 +24,21 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 SecondsOption = Annotated[float | None, typer.Option(min=0.1, help="Wall-clock time. Default: 60.")]
 CasesOption = Annotated[int | None, typer.Option(min=1, help="Cases per backend, instead of a time.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the campaign; the same seed draws the same cases.")]
+RanksOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=1,
+        help="Spread layer cases over so many ranks, each a process; repeat to draw from several. Default: 1.",
+    ),
+]
+TensorRanksOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=1,
+        help="Let so many tensor-parallel ranks share the query heads of each of --ranks, around one K/V head; repeat "
+        "to draw from several. Default: 1.",
+    ),
+]
 LevelOption = Annotated[list[str] | None, typer.Option(help="layer or kernel. Default: both.")]
 DtypeOption = Annotated[
     list[str] | None, typer.Option(help="fp32, bf16 or fp16; repeat for several. Default: all that a backend takes.")

@@ -23,9 +23,11 @@ from attn_fuzz.commands.arguments import (
     FirstOption,
     JsonOption,
     LevelOption,
+    RanksOption,
     SecondsOption,
     SeedOption,
     StoreOption,
+    TensorRanksOption,
     UsageError,
     WorkersOption,
     choices,
@@ -80,6 +82,8 @@ def _fuzz(
     seed: int,
     levels: tuple[str, ...],
     dtypes: tuple[str, ...],
+    ranks: list[int] | None,
+    tensor_ranks: list[int] | None,
     poisons: tuple[str, ...],
     first: bool,
     workers: int | None,
@@ -99,7 +103,7 @@ def _fuzz(
     kept.prepare()
     if cases is None and seconds is None:
         seconds = DEFAULT_SECONDS
-    processes = workers or default_workers(where)
+    processes = workers or default_workers(where, max(ranks or (1,)) * max(tensor_ranks or (1,)))
     assignments = plan(
         names,
         where,
@@ -111,6 +115,8 @@ def _fuzz(
         dtypes=dtypes,
         poisons=poisons,
         stop_at_first=first,
+        ranks=tuple(dict.fromkeys(ranks or (1,))),
+        tensor_ranks=tuple(dict.fromkeys(tensor_ranks or (1,))),
     )
     unstored: list[StoreError] = []
     with Screen(names, assignments[0].seconds, cases) as screen:
@@ -140,6 +146,11 @@ def _fuzz(
     raise typer.Exit(2 if unstored else 1 if outcome.findings else 2 if idle else 0)
 
 
+def _levels(level: list[str] | None, ranks: list[int] | None) -> tuple[str, ...]:
+    """Those asked for; of a campaign over ranks only layers, since a kernel call has no ranks."""
+    return choices(level, LEVELS, "level") or (("layer",) if ranks else LEVELS[::-1])
+
+
 def run(
     backend: BackendOption = None,
     seconds: SecondsOption = None,
@@ -148,6 +159,8 @@ def run(
     device: DeviceOption = None,
     level: LevelOption = None,
     dtype: DtypeOption = None,
+    ranks: RanksOption = None,
+    tensor_ranks: TensorRanksOption = None,
     poison: Annotated[
         list[str] | None, typer.Option(help="nan, finite, or none for memory as it comes. Default: nan and finite.")
     ] = None,
@@ -165,8 +178,10 @@ def run(
         seconds=seconds,
         cases=cases,
         seed=seed,
-        levels=choices(level, LEVELS, "level") or LEVELS[::-1],
+        levels=_levels(level, ranks or tensor_ranks),
         dtypes=dtypes,
+        ranks=ranks,
+        tensor_ranks=tensor_ranks,
         poisons=choices(poison, (*POISONS, "none"), "poison") or POISONS,
         first=first,
         workers=workers,
@@ -189,6 +204,8 @@ def check(
     device: DeviceOption = None,
     level: LevelOption = None,
     dtype: DtypeOption = None,
+    ranks: RanksOption = None,
+    tensor_ranks: TensorRanksOption = None,
     first: FirstOption = False,
     workers: WorkersOption = None,
     store: StoreOption = DEFAULT_STORE,
@@ -201,8 +218,10 @@ def check(
         seconds=seconds,
         cases=cases,
         seed=seed,
-        levels=choices(level, LEVELS, "level") or LEVELS[::-1],
+        levels=_levels(level, ranks or tensor_ranks),
         dtypes=choices(dtype, DTYPES, "dtype"),
+        ranks=ranks,
+        tensor_ranks=tensor_ranks,
         poisons=POISONS,
         first=first,
         workers=workers,
@@ -232,6 +251,8 @@ def check_layer(
         seed=seed,
         levels=("layer",),
         dtypes=choices(dtype, DTYPES, "dtype"),
+        ranks=None,
+        tensor_ranks=None,
         poisons=POISONS,
         first=first,
         workers=workers,

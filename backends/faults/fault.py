@@ -12,6 +12,8 @@ from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from backends.layer import BufferedLayer, Layer
 from backends.loop import Loop, attend
 from backends.metadata import VarlenMetadata
+from backends.rank_layer import RankLayer, RankLayerFactory
+from backends.tensor_layer import TensorLayer, rank_layer
 from reference.profile import Profile
 
 PREFIX = "fault:"
@@ -39,6 +41,21 @@ class KernelFault(Fault, Loop):
 
 class LayerFault(Fault):
     """Mixed into a layer around the correct loop."""
+
+
+class RankFault(Fault, RankLayer):
+    """A rank's layer with one decision changed, around the correct loop; it shows where there is more than one rank."""
+
+    ranks: ClassVar[tuple[int, ...]] = (2, 3, 4)
+    """How many ranks it is hunted on."""
+    tensor_ranks: ClassVar[tuple[int, ...]] = (1,)
+
+
+class TensorFault(Fault, TensorLayer):
+    """The same for the layer with tensor parallelism."""
+
+    ranks: ClassVar[tuple[int, ...]] = (1, 2)
+    tensor_ranks: ClassVar[tuple[int, ...]] = (2,)
 
 
 class FaultyKernel(Kernel):
@@ -82,10 +99,12 @@ def faults() -> dict[str, type[Fault]]:
     return found
 
 
-def parts_of(fault: type[Fault]) -> tuple[Kernel, type[Layer], tuple[str, ...]]:
-    """(kernel, layer, levels) of a fault as a backend."""
+def parts_of(fault: type[Fault]) -> tuple[Kernel, type[Layer], tuple[str, ...], RankLayerFactory | None]:
+    """(kernel, layer, levels, rank layer) of a fault as a backend."""
     if issubclass(fault, KernelFault):
-        return FaultyKernel(fault), BufferedLayer, fault.levels
+        return FaultyKernel(fault), BufferedLayer, fault.levels, rank_layer
+    if issubclass(fault, (RankFault, TensorFault)):
+        return CorrectKernel(PREFIX + fault.id), BufferedLayer, ("layer",), fault
     assert issubclass(fault, LayerFault)
     assert issubclass(fault, Layer)
-    return CorrectKernel(PREFIX + fault.id), fault, ("layer",)
+    return CorrectKernel(PREFIX + fault.id), fault, ("layer",), None

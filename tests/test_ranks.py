@@ -1,0 +1,432 @@
+"""Ranks: who owns what, what a rank's layer computes, teams of processes and their recovery, what the checks see."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attn_fuzz.campaign.plan import default_workers
+from attn_fuzz.checks.ranks import attended
+from attn_fuzz.exam import hunt_fault
+from attn_fuzz.examine import examine
+from attn_fuzz.fit import fitted
+from attn_fuzz.ranks.team import RankFailed, RanksHung, Teams, seats, teams
+from attn_fuzz.ranks.wire import packed, unpacked
+from attn_fuzz.shrink import fewer_ranks, minimise
+from attn_fuzz.strategies import Domain, cases
+from attn_fuzz.trial import Trial
+from backends.collectives import Alone, Collectives, Done, Handle
+from backends.faults.fault import RankFault, TensorFault, faults
+from backends.layer import BufferedLayer
+from backends.rank_layer import RankLayer, preprocess_rank
+from backends.registry import load
+from reference.case import Case, CaseError
+from reference.layer import layer_inputs
+from reference.layout import Span, active_extent, micro_sequences, rank_slice, rank_slices, segments
+from reference.memory import same_bits
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+ACROSS = Case(lengths=(4, 1, 11), padding=2, cuts=(6, 12), heads=4, kv_heads=2, capacity=3, rotary="default")
+"""Documents over rank borders and cuts, dead rows, padding on the last rank, GQA, spare rows; 2, 3 or 6 ranks."""
+
+RANK_FAULTS = [name for name, fault in faults().items() if issubclass(fault, (RankFault, TensorFault))]
+
+
+@st.composite
+def spread(draw: st.DrawFn) -> Case:
+    """A causal layout on 1 to 8 ranks."""
+    ranks = draw(st.integers(1, 8))
+    lengths = draw(st.lists(st.integers(0, 9), min_size=1, max_size=6))
+    padding, cuts = fitted(ranks, lengths, draw(st.integers(0, 5)), draw(st.lists(st.integers(0, 40), max_size=4)))
+    if sum(lengths) + padding == 0:
+        padding = 1
+    return Case(lengths=tuple(lengths), padding=padding, cuts=cuts, ranks=ranks)
+
+
+bounded = settings(deadline=None, max_examples=60)
+
+
+# Layout and metadata.
+
+
+@bounded
+@given(spread())
+def test_every_token_is_owned_by_exactly_one_rank(case: Case) -> None:
+    owners = torch.stack([attended(case, rank)[1] for rank in range(case.ranks)])
+    assert (owners.sum(0) == 1).all()
+    slices = rank_slices(case)
+    assert [slices[0].begin, slices[-1].end] == [0, case.tokens]
+    assert all(one.end == next_one.begin for one, next_one in zip(slices, slices[1:], strict=False))
+
+
+@bounded
+@given(spread())
+def test_ranks_together_attend_to_what_one_rank_does(case: Case) -> None:
+    """Each pair of a query and a key belongs to one rank: that of the query."""
+
+    def pairs(parts: list[Span]) -> list[tuple[int, int]]:
+        return [
+            (query, key)
+            for part in parts
+            for segment in segments(case.packed_lengths, part)
+            for query in range(*segment.queries)
+            for key in range(segment.keys.begin, query + 1)  # causal
+        ]
+
+    split = pairs(list(rank_slices(case)))
+    assert len(split) == len(set(split))
+    assert set(split) == set(pairs(list(micro_sequences(case))))
+
+
+@bounded
+@given(spread())
+def test_metadata_of_ranks_agrees_with_the_reference_layout(case: Case) -> None:
+    for part in micro_sequences(case):
+        for rank in range(case.ranks):
+            made = preprocess_rank(case.packed_lengths, *part, rank, case.ranks, causal=True, device=CPU)
+            own = rank_slice(part, rank, case.ranks)
+            active = segments(case.packed_lengths, own)
+            assert (made.begin, made.end) == own
+            assert (made.shared_begin, made.shared_end) == part
+            assert made.past_length == own.begin
+            assert (made.first_document_begin, made.end) == active_extent(case.packed_lengths, own)
+            assert made.varlen.lengths_q == tuple(segment.queries.length for segment in active)
+            assert made.varlen.lengths_k == tuple(segment.keys.length for segment in active)
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 3), (2, 2), (-1, 2)])
+def test_unequal_parts_are_errors(rank: int, ranks: int) -> None:
+    with pytest.raises(ValueError, match=f"no equal part for rank {rank} of {ranks}"):
+        preprocess_rank([4, 4], 0, 8, rank, ranks, causal=True, device=CPU)
+
+
+@bounded
+@given(st.integers(1, 8), st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 9), st.data())
+def test_fitted_layouts_fit(ranks: int, lengths: list[int], padding: int, data: st.DataObject) -> None:
+    cuts = data.draw(st.lists(st.integers(0, 60), max_size=4))
+    fit, moved = fitted(ranks, lengths, padding, cuts)
+    assert abs(fit - padding) < ranks or sum(lengths) + padding == 0
+    if sum(lengths) + fit:
+        case = Case(lengths=tuple(lengths), padding=fit, cuts=moved, ranks=ranks)
+        assert fitted(ranks, lengths, fit, moved) == (case.padding, case.cuts)
+
+
+def test_drawn_cases_meet_every_kind_of_border() -> None:
+    domain = Domain.of(load("loop").kernel.capabilities, "cpu", ranks=(2, 3))
+    seen: set[str] = set()
+
+    @settings(max_examples=300, database=None, deadline=None, derandomize=True)
+    @given(cases("layer", domain))
+    def look(case: Case) -> None:
+        assert case.ranks in (2, 3)
+        begins = {0}
+        for length in case.packed_lengths:
+            begins.add(max(begins) + length)
+        slices = rank_slices(case)
+        seen.add("straddling" if any(own.begin not in begins for own in slices) else "on borders")
+        seen.update("no beginning" for own in slices if not begins & set(range(*own)))
+        seen.update("padding alone" for own in slices if case.padding and own.begin >= sum(case.lengths))
+        seen.update("cut" for _ in case.cuts)
+        seen.add("causal" if case.causal else "non-causal")
+        assert load("loop").refusal(case, "cpu") is None
+
+    look()
+    assert seen == {"straddling", "on borders", "no beginning", "padding alone", "cut", "causal", "non-causal"}
+
+
+# One rank's layer.
+
+
+def test_one_rank_alone_has_the_bits_of_the_buffered_layer() -> None:
+    inputs, kernel = layer_inputs(ACROSS, CPU), load("loop").kernel
+    layers = (BufferedLayer(inputs.weights, ACROSS, kernel), RankLayer(inputs.weights, ACROSS, kernel, Alone()))
+    for part in micro_sequences(ACROSS):
+        first, second = (layer.forward(inputs.x[slice(*part)], *part) for layer in layers)
+        assert same_bits(first, second)
+    for part in reversed(micro_sequences(ACROSS)):
+        first, second = (layer.backward(inputs.dout[slice(*part)]) for layer in layers)
+        assert same_bits(first, second)
+    for first, second in zip(*(layer.parameter_gradients().values() for layer in layers), strict=True):
+        assert same_bits(first, second)
+
+
+class _Waiting(Handle):
+    def __init__(self, log: list[str], what: str) -> None:
+        self._log, self._what = log, what
+
+    def wait(self) -> None:
+        self._log.append(f"wait {self._what}")
+
+
+class _Noting(Collectives):
+    """Rank 1 of 2, whose neighbour sends ones; notes who gathers where and who waits when."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 2)
+        self.log: list[str] = []
+        self.targets: list[torch.Tensor] = []
+
+    def gather(self, own: torch.Tensor, whole: torch.Tensor) -> Handle:
+        self.log.append("gather")
+        self.targets.append(whole)
+        whole[: len(own)] = 1
+        whole[len(own) :] = own
+        return _Waiting(self.log, "gather")
+
+    def reduce_scatter(self, whole: torch.Tensor, own: torch.Tensor) -> Handle:
+        assert whole.dtype == own.dtype == torch.float32
+        own.copy_(whole[len(own) :])
+        return Done()
+
+    def block(self, size: int) -> Collectives:
+        return self
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_keys_are_gathered_straight_into_the_buffer_and_waited_for(dtype: str) -> None:
+    case = Case(lengths=(4, 4), dtype=dtype)
+    inputs, collectives = layer_inputs(case, CPU), _Noting()
+    layer = RankLayer(inputs.weights, case, load("loop").kernel, collectives)
+    layer.forward(inputs.x[4:8], 0, 8)
+    assert collectives.log == ["gather", "gather", "wait gather", "wait gather"]
+    for target, buffer in zip(collectives.targets, (layer.buffer.k, layer.buffer.v), strict=True):
+        assert target.data_ptr() == buffer.data_ptr()
+    layer.backward(inputs.dout[4:8])
+
+
+# Teams of processes.
+
+
+def test_tensors_travel_to_the_bit() -> None:
+    tensors = [
+        torch.tensor([[1.0, torch.nan], [-0.0, 3e-41]]),
+        torch.arange(6, dtype=torch.bfloat16)[::2],
+        torch.empty(0, 3, dtype=torch.float16),
+        torch.tensor(3, dtype=torch.int64),
+    ]
+    for sent, got in zip(tensors, unpacked(packed(tensors)), strict=True):
+        assert same_bits(sent, got)
+
+
+def test_few_gpus_are_shared_and_enough_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    for gpus, ranks, transport, devices in [
+        (1, 2, "gloo", ["cuda:0", "cuda:0"]),
+        (3, 2, "nccl", ["cuda:2", "cuda:0"]),
+        (3, 4, "gloo", ["cuda:2"] * 4),
+    ]:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        taken = seats(torch.device("cuda", gpus - 1), ranks, "store")
+        assert {seat.transport for seat in taken} == {transport}
+        assert [seat.device for seat in taken] == devices
+    assert {(seat.transport, seat.device) for seat in seats(CPU, 2, "store")} == {("gloo", "cpu")}
+
+
+def clean(case: Case) -> None:
+    assert [str(symptom) for symptom in examine(case, load("loop"), "cpu").symptoms] == []
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 6])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_correct_ranks_are_clean(dtype: str, ranks: int) -> None:
+    clean(ACROSS.replace(dtype=dtype, ranks=ranks))
+
+
+@pytest.mark.parametrize(("ranks", "tensor_ranks"), [(1, 2), (3, 2), (1, 3)])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_correct_tensor_parallel_ranks_are_clean(dtype: str, ranks: int, tensor_ranks: int) -> None:
+    case = ACROSS.replace(heads=6, kv_heads=1, query_norm="rms", value_norm="rms", shared_key_value=True)
+    clean(case.replace(dtype=dtype, ranks=ranks, tensor_ranks=tensor_ranks))
+
+
+def test_tensor_parallel_budgets_are_near_those_of_one_rank() -> None:
+    """The same values; two halves stored and added have about the variance of one sum stored, if a little more."""
+    case = Case(lengths=(12,), heads=4, head_dim=8, dtype="bf16")
+    alone, shared = (
+        Trial(each, load("loop"), CPU).careful_answer for each in (case, case.replace(ranks=1, tensor_ranks=2))
+    )
+    for name in ("out", "dx", "dk"):
+        torch.testing.assert_close(alone[name].value, shared[name].value)
+        ratio = (shared[name].variance.mean() / alone[name].variance.mean()).item()
+        assert 0.8 < ratio < 2, name
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1)])
+def test_tensor_parallelism_needs_one_key_head_and_equal_shares(heads: int, kv_heads: int) -> None:
+    with pytest.raises(CaseError, match="2 tensor_ranks need one K/V head"):
+        Case(lengths=(4,), heads=heads, kv_heads=kv_heads, tensor_ranks=2)
+
+
+@pytest.mark.parametrize("memory", ["fused", "head_major", "sliced", "strided", "misaligned"])
+def test_buffers_of_any_layout_are_gathered(memory: str) -> None:
+    clean(ACROSS.replace(memory=memory, ranks=2, key_norm="rms", shared_key_value=True))
+
+
+@pytest.mark.parametrize("backend", ["backup", "sdpa_dense", "sdpa_nested"])
+def test_other_kernels_run_on_ranks(backend: str) -> None:
+    case = Case(lengths=(3, 5), cuts=(4,), ranks=2)
+    assert examine(case, load(backend), "cpu").symptoms == ()
+
+
+def test_ranks_are_processes_of_their_own() -> None:
+    one, other = teams().call(2, CPU, os.getpid, ())
+    assert len({one, other, os.getpid()}) == 3
+    assert [one, other] == teams().call(2, CPU, os.getpid, ())
+
+
+def test_a_rank_that_dies_is_named_and_the_team_replaced() -> None:
+    before = teams().call(2, CPU, os.getpid, ())
+    os.kill(before[1], signal.SIGKILL)
+    with pytest.raises(RankFailed, match="rank 1 of 2 died with exit code -9"):
+        teams().call(2, CPU, os.getpid, ())
+    after = teams().call(2, CPU, os.getpid, ())
+    assert not set(before) & set(after)
+    clean(ACROSS.replace(ranks=2))
+
+
+def test_ranks_that_end_within_a_call_are_named() -> None:
+    with pytest.raises(RankFailed, match="rank 0 of 2 died with exit code 3"):
+        teams().call(2, CPU, os._exit, (3,))
+
+
+def test_ranks_that_block_are_given_up_and_replaced() -> None:
+    before = teams().call(2, CPU, os.getpid, ())
+    with pytest.raises(RanksHung, match=r"of 2 ranks, 0, 1 did not answer within 0\.05 seconds"):
+        teams().call(2, CPU, signal.pause, (), seconds=0.05)
+    assert not set(before) & set(teams().call(2, CPU, os.getpid, ()))
+    clean(ACROSS.replace(ranks=2))
+
+
+def test_what_a_rank_raises_comes_back() -> None:
+    with pytest.raises(RankFailed, match="rank 0 of 2 raised ValueError: invalid literal"):
+        teams().call(2, CPU, int, ("x",))
+
+
+def test_closing_ends_every_process() -> None:
+    mine = Teams()
+    pids = mine.call(3, CPU, os.getpid, ())
+    mine.close()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_hangs_and_deaths_have_their_symptoms(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error, symptom in ((RanksHung("0 did not answer"), "Hung"), (RankFailed("rank 1 died"), "Crashed")):
+
+        def fall(*arguments: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("attn_fuzz.trial.run_ranks", fall)
+        verdict = examine(ACROSS.replace(ranks=2), load("loop"), "cpu")
+        assert [type(found).__name__ for found in verdict.symptoms] == [symptom]
+
+
+def test_a_users_layer_and_the_legacy_one_take_no_ranks() -> None:
+    case = Case(lengths=(4,), ranks=2)
+    for name in ("legacy:loop", "layer:examples/my_layer.py:Layer", "fault:H4"):
+        assert load(name).refusal(case, "cpu") == "more than one rank"
+    assert load("fault:R01").refusal(Case(lengths=(4,), heads=2, tensor_ranks=2), "cpu") == "tensor parallelism"
+
+
+def test_noncausal_documents_are_not_spread() -> None:
+    case = Case(lengths=(4, 4), causal=False, ranks=2)
+    assert load("loop").refusal(case, "cpu") is None
+    assert load("loop").refusal(case.replace(lengths=(3, 5)), "cpu") == "non-causal documents spread over ranks"
+    clean(case)
+
+
+# Checks and faults.
+
+
+def test_one_ranks_buffers_are_looked_at() -> None:
+    """A change on rank 1 alone, in rows whose values come from rank 0, is seen by the checks of ranks and no other."""
+    case = ACROSS.replace(ranks=2)
+    trial = Trial(case, load("loop"), CPU)
+    seen, owned = attended(case, 0)
+    row = int((~seen & ~owned).nonzero()[0])
+    for observation in trial.observations:
+        observation.by_rank[1]["k"][0] += 1
+        observation.by_rank[0]["dv"][row] = 1e-30
+    from attn_fuzz.checks import CHECKS
+
+    found = {symptom.check: symptom for check in CHECKS for symptom in check(trial)}
+    assert set(found) == {"replicas", "dead_rows_by_rank"}
+    assert "on rank 1 than on rank 0" in found["replicas"].message
+    assert "no query of rank 0" in found["dead_rows_by_rank"].message
+
+
+def test_shrinking_tries_every_lower_number_of_ranks() -> None:
+    tried = [case.ranks for case in fewer_ranks(ACROSS.replace(ranks=6)) if case is not None]
+    assert list(dict.fromkeys(tried)) == [1, 2, 3, 4, 5]
+    smallest = minimise(ACROSS.replace(ranks=6), lambda case: case.ranks >= 3)
+    assert (smallest.ranks, smallest.tokens, smallest.cuts) == (3, 3, ())
+
+
+EXPECTED = {
+    "R01": "budget",
+    "R02": "dead_rows",
+    "R03": "budget",
+    "R04-gather": "unwritten",
+    "R04-reduce": "unwritten",
+    "R05": "budget",
+    "R06": "budget",
+    "R07": "unwritten",
+    "R08": "exact_accumulation",
+    "R09": "budget",
+    "T01": "budget",
+    "T02": "budget",
+    "T03": "budget",
+    "T04": "budget",
+}
+
+
+@pytest.mark.parametrize("fault", RANK_FAULTS)
+def test_a_rank_fault_is_found_on_the_fewest_ranks(fault: str) -> None:
+    mark = hunt_fault(fault, seed=4)
+    assert mark.finding is not None
+    assert mark.minimal
+    assert EXPECTED[fault] in mark.finding.checks
+    assert mark.finding.case.all_ranks == 2
+    assert mark.finding.case.tokens <= 8
+
+
+def test_every_rank_fault_is_expected() -> None:
+    assert set(EXPECTED) == set(RANK_FAULTS)
+
+
+def test_a_campaign_over_ranks_runs_layers_only(tmp_path: Path) -> None:
+    options = ["--ranks", "2", "--tensor-ranks", "1", "--cases", "5", "-b", "sdpa_dense", "--device", "cpu", "--json"]
+    command = [sys.executable, "-m", "attn_fuzz", "run", *options, "--store", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["backends"]["sdpa_dense"]
+    assert told["cases"] == 5
+    assert all(kind.startswith("layer ") for kind in told["by_kind"])
+
+
+@pytest.mark.parametrize(("device", "ranks", "workers"), [("cpu", 1, 8), ("cpu", 2, 6), ("cpu", 8, 2), ("cuda", 8, 2)])
+def test_workers_leave_room_for_their_ranks(
+    device: str, ranks: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert default_workers(device, ranks) == workers
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_ranks_on_gpus_are_clean(dtype: str, ranks: int) -> None:
+    case = Case(lengths=(5, 1, 9), padding=1, cuts=(8,), heads=4, kv_heads=2, head_dim=64, dtype=dtype, ranks=ranks)
+    assert [str(symptom) for symptom in examine(case, load("backup"), "cuda").symptoms] == []
