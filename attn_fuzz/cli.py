@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from attn_fuzz.campaign.pool import CampaignError
+from attn_fuzz.campaign.messages import CampaignError
 from attn_fuzz.commands import catalogue, faults, fuzz, saved
 from attn_fuzz.commands.arguments import UsageError
 from attn_fuzz.findings import FindingError

@@ -1,8 +1,9 @@
 """Which backends there are, by name. A backend is imported only when it is asked for.
 
 ``KERNEL`` is the buffered layer around that kernel, and the kernel by itself; ``legacy:KERNEL`` is the known-bad layer
-around it; ``fault:ID`` is a planted fault (backends/faults); ``MODULE:FUNCTION`` or ``PATH.py:FUNCTION`` is a user's
-own kernel, and ``layer:MODULE:CLASS`` a user's own layer (backends/user.py).
+around it; ``fault:ID`` is a planted fault (backends/faults), ``rare:Q,K:KERNEL`` one that only documents of one size
+show; ``MODULE:FUNCTION`` or ``PATH.py:FUNCTION`` is a user's own kernel, and ``layer:MODULE:CLASS`` a user's own layer
+(backends/user.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from backends.faults.fault import faults, parts_of
 from backends.kernel import Kernel
 from backends.layer import BufferedLayer, LayerFactory
 from backends.legacy import LegacyLayer
+from backends.rare import PREFIX as RARE
+from backends.rare import RareKernel, size_of
 from backends.user import UserKernel, user_layer
 from reference.case import Case
 from reference.layout import call_segments, micro_sequences, segments
@@ -79,6 +82,12 @@ def load(name: str) -> Backend:
         if fault_id not in planted:
             raise UnknownBackend(f"unknown fault {fault_id!r}; known faults are {', '.join(planted)}")
         return Backend(name, *parts_of(planted[fault_id]))
+    if name.startswith(RARE):
+        try:
+            queries, keys, inner = size_of(name)
+        except ValueError:
+            raise UnknownBackend(f"{name!r} is not of the form {RARE}QUERIES,KEYS:KERNEL") from None
+        return Backend(name, RareKernel(load(inner).kernel, queries, keys), levels=("kernel",))
     if ":" in name and not legacy:
         return Backend(name, UserKernel(name))
     kernel_name = name.removeprefix(LEGACY)

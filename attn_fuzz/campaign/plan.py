@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from attn_fuzz.campaign.messages import Assignment
+from attn_fuzz.campaign.messages import Assignment, CampaignError
 from attn_fuzz.poison import POISONS
 from backends import registry
 from backends.kernel import BackendUnavailable
@@ -76,6 +76,7 @@ def plan(
     levels: Sequence[str],
     dtypes: Sequence[str],
     poisons: Sequence[str] = POISONS,
+    gears: Sequence[str] = ("narrow",),
     stop_at_first: bool = False,
 ) -> list[Assignment]:
     """Assignments for all backends.
@@ -90,28 +91,42 @@ def plan(
         levels: ``layer``, ``kernel``.
         dtypes: to draw from; none for all.
         poisons: memory contents to run every case under.
+        gears: ``narrow``, ``wide``; each backend has workers of its own for each.
         stop_at_first: end each assignment with its first finding.
+
+    Raises:
+        CampaignError: when the wide gear alone is asked for where there is no kernel level.
     """
-    shards = max(1, workers // len(names))
+    jobs = [
+        (name, gear)
+        for gear in gears
+        for name in names
+        # The wide gear packs kernel cases.
+        if gear == "narrow" or ("kernel" in levels and "kernel" in registry.load(name).levels)
+    ]
+    if not jobs:
+        raise CampaignError(f"the wide gear works at kernel level, which is not asked for or not there: {names[0]}")
+    shards = max(1, workers // len(jobs))
     if cases is not None:
         shards = min(shards, max(1, cases // 50))
     # With more backends than workers, each gets its share of the time.
-    share = None if seconds is None else seconds * min(1.0, workers / (len(names) * shards))
+    share = None if seconds is None else seconds * min(1.0, workers / (len(jobs) * shards))
     places = devices_in_turn(device)
     assignments: list[Assignment] = []
     for shard in range(shards):
-        for index, name in enumerate(names):
+        for index, (name, gear) in enumerate(jobs):
             part = None if cases is None else cases // shards + (shard < cases % shards)
             assignments.append(
                 Assignment(
                     backend=name,
                     device=places[len(assignments) % len(places)],
-                    seed=seed * 1009 + shard * len(names) + index,
+                    seed=seed * 1009 + shard * len(jobs) + index,
                     levels=tuple(levels),
                     dtypes=tuple(dtypes),
                     cases=part,
                     seconds=share,
                     poisons=tuple(poisons),
+                    gear=gear,
                     stop_at_first=stop_at_first,
                 )
             )

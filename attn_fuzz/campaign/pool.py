@@ -14,7 +14,19 @@ from multiprocessing.context import SpawnProcess
 from typing import Final
 
 from attn_fuzz.campaign.isolated import Isolated
-from attn_fuzz.campaign.messages import Assignment, Died, Failed, Finished, Found, Message, Progress, Tally, Trying
+from attn_fuzz.campaign.messages import (
+    Assignment,
+    CampaignError,
+    Died,
+    Failed,
+    Finished,
+    Found,
+    Message,
+    Progress,
+    Tally,
+    Trying,
+)
+from attn_fuzz.campaign.wide import hunt_wide
 from attn_fuzz.campaign.worker import hunt
 from attn_fuzz.environment import environment
 from attn_fuzz.findings import Finding
@@ -31,10 +43,6 @@ RESTARTS: Final = 3
 """How often a worker that died is started again; every death is a finding of its own."""
 
 
-class CampaignError(RuntimeError):
-    """A campaign cannot do what was asked; the message is one sentence."""
-
-
 @dataclasses.dataclass
 class Outcome:
     """What a campaign brought, per backend."""
@@ -48,7 +56,7 @@ class Outcome:
 def _serve(assignment: Assignment, connection: Connection) -> None:
     """Main function of a worker process."""
     try:
-        hunt(assignment, connection.send)
+        (hunt_wide if assignment.gear == "wide" else hunt)(assignment, connection.send)
     except KeyboardInterrupt:
         pass
     except BrokenPipeError:

@@ -57,7 +57,7 @@ def context_alive(device: torch.device) -> bool:
         return False
 
 
-class _Hunt:
+class Hunt:
     """The state of one assignment."""
 
     def __init__(self, assignment: Assignment, send: Send) -> None:
@@ -248,6 +248,6 @@ def hunt(assignment: Assignment, send: Send) -> None:
     """Does an assignment, sending messages as it goes. What cannot be done is a ``Failed`` message."""
     set_up_process(assignment.device)
     try:
-        _Hunt(assignment, send).run()
+        Hunt(assignment, send).run()
     except (LookupError, ValueError) as error:
         send(Failed(str(error)))

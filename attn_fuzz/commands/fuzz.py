@@ -20,6 +20,7 @@ from attn_fuzz.commands.arguments import (
     DeviceOption,
     DtypeOption,
     FirstOption,
+    GearOption,
     JsonOption,
     LevelOption,
     SecondsOption,
@@ -29,6 +30,7 @@ from attn_fuzz.commands.arguments import (
     WorkersOption,
     choices,
     device_of,
+    gears_of,
 )
 from attn_fuzz.commands.screen import Screen
 from attn_fuzz.environment import environment
@@ -79,6 +81,7 @@ def _fuzz(
     levels: tuple[str, ...],
     dtypes: tuple[str, ...],
     poisons: tuple[str, ...],
+    gears: tuple[str, ...] = ("narrow",),
     first: bool,
     workers: int | None,
     store: Path,
@@ -102,6 +105,7 @@ def _fuzz(
         levels=levels,
         dtypes=dtypes,
         poisons=poisons,
+        gears=gears,
         stop_at_first=first,
     )
     unstored: list[StoreError] = []
@@ -139,6 +143,7 @@ def run(
     poison: Annotated[
         list[str] | None, typer.Option(help="nan, finite, or none for memory as it comes. Default: nan and finite.")
     ] = None,
+    gear: GearOption = "narrow",
     first: FirstOption = False,
     workers: WorkersOption = None,
     store: StoreOption = DEFAULT_STORE,
@@ -156,6 +161,7 @@ def run(
         levels=choices(level, LEVELS, "level") or LEVELS[::-1],
         dtypes=dtypes,
         poisons=choices(poison, (*POISONS, "none"), "poison") or POISONS,
+        gears=gears_of(gear),
         first=first,
         workers=workers,
         store=store,
@@ -177,6 +183,7 @@ def check(
     device: DeviceOption = None,
     level: LevelOption = None,
     dtype: DtypeOption = None,
+    gear: GearOption = "narrow",
     first: FirstOption = False,
     workers: WorkersOption = None,
     store: StoreOption = DEFAULT_STORE,
@@ -192,6 +199,7 @@ def check(
         levels=choices(level, LEVELS, "level") or LEVELS[::-1],
         dtypes=choices(dtype, DTYPES, "dtype"),
         poisons=POISONS,
+        gears=gears_of(gear),
         first=first,
         workers=workers,
         store=store,
