@@ -8,7 +8,7 @@ import sys
 import typer
 
 from attn_fuzz.campaign.messages import CampaignError
-from attn_fuzz.commands import catalogue, faults, fuzz, saved
+from attn_fuzz.commands import bench, catalogue, faults, fuzz, saved
 from attn_fuzz.commands.arguments import UsageError
 from attn_fuzz.findings import FindingError
 from attn_fuzz.store import StoreError
@@ -33,6 +33,7 @@ _COMMANDS = (
     saved.save,
     catalogue.backends,
     faults.faults,
+    bench.bench,
 )
 
 for _command in _COMMANDS:

@@ -117,4 +117,4 @@ def test_some_documents_of_a_call() -> None:
 
 
 def test_beyond_the_table_sizes_are_multiples() -> None:
-    assert [batched.padded_size(n) for n in (0, 1, 5, 128, 129, 300)] == [1, 1, 6, 128, 256, 384]
+    assert [batched.padded_size(n) for n in (0, 1, 5, 128, 129, 300)] == [2, 2, 8, 128, 256, 384]

@@ -1,0 +1,313 @@
+"""How fast the two gears are, measured beside the bare kernels on the same layouts in the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+import torch
+
+from attn_fuzz import plain_suite
+from attn_fuzz.campaign.messages import Assignment, Finished, Message
+from attn_fuzz.campaign.plan import available_backends
+from attn_fuzz.campaign.pool import Pool
+from attn_fuzz.campaign.worker import hunt, set_up_process
+from attn_fuzz.environment import environment
+from attn_fuzz.exam import drawn
+from attn_fuzz.shrink import minimise
+from attn_fuzz.timing import median, once
+from attn_fuzz.wide.call import Call, run
+from attn_fuzz.wide.cutout import subset
+from attn_fuzz.wide.gear import examine_wide, verdicts
+from attn_fuzz.wide.layouts import Sweep
+from backends import registry
+from backends.kernel import AttentionOptions, UnsupportedCase
+from backends.rare import PREFIX as RARE
+from backends.registry import Backend
+from reference.case import Case
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is measured on a kind of device."""
+
+    documents: int
+    longest: tuple[int, int]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str = "bf16"
+    narrow_seconds: float
+    processes: tuple[int, ...]
+    """How many processes share the device, tried in turn."""
+    plain_cases: int
+    rare: tuple[int, int]
+    """The one size of a document that the planted fault gets wrong, of all up to ``rare_longest``."""
+    rare_longest: tuple[int, int]
+    rare_documents: int
+    """Documents per call while looking for it."""
+
+
+PLANS: Final = {
+    "cuda": Plan(
+        documents=4096,
+        longest=(64, 128),
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        narrow_seconds=6.0,
+        processes=(8, 16),
+        plain_cases=200,
+        rare=(201, 317),
+        rare_longest=(256, 400),
+        rare_documents=16384,
+    ),
+    "cpu": Plan(
+        documents=512,
+        longest=(16, 32),
+        heads=2,
+        kv_heads=1,
+        head_dim=16,
+        narrow_seconds=5.0,
+        processes=(2,),
+        plain_cases=40,
+        rare=(11, 23),
+        rare_longest=(16, 32),
+        rare_documents=256,
+    ),
+}
+
+MUCH_SLOWER: Final = 1.3
+"""A kernel whose time per document grows by so much when documents are doubled is given no more of them."""
+
+
+def layout(plan: Plan, documents: int, seed: int = 0) -> Case:
+    """A causal call whose documents have 1 to the longest number of queries, and as many keys or more."""
+    random = Random(seed)
+    lengths = [random.randint(1, plan.longest[0]) for _ in range(documents)]
+    return Case(
+        level="kernel",
+        lengths=tuple(lengths),
+        key_lengths=tuple(random.randint(length, plan.longest[1]) for length in lengths),
+        heads=plan.heads,
+        kv_heads=plan.kv_heads,
+        head_dim=plan.head_dim,
+        dtype=plan.dtype,
+        seed=seed,
+    )
+
+
+def bare(call: Call, backend: Backend) -> Callable[[], object]:
+    """The kernel's own forward and backward on a call's tensors, and nothing else."""
+    q, k, v = leaves = [call.placed[name].tensor.detach().requires_grad_() for name in ("q", "k", "v")]
+    dout, options = call.placed["dout"].tensor, AttentionOptions.of(call.case)
+
+    def work() -> object:
+        out = backend.kernel.attend(q, k, v, call.metadata, options).out
+        return torch.autograd.grad(out, leaves, dout)
+
+    return work
+
+
+def fitting(plan: Plan, backend: Backend, device: torch.device) -> tuple[Case, float] | None:
+    """The plan's layout and the kernel's bare time, with fewer documents where they are faster that way."""
+    documents = min(64, plan.documents)
+    best: tuple[Case, float] | None = None
+    while documents <= plan.documents:
+        case = layout(plan, documents)
+        if backend.refusal(case, device.type) is not None:
+            return None
+        try:
+            seconds = median(bare(Call.of(case, device), backend), device)
+        except (torch.OutOfMemoryError, MemoryError, UnsupportedCase):
+            return best
+        # What forms masks over the whole pack takes the square of its growth.
+        if best is not None and seconds / documents > best[1] / len(best[0].lengths) * MUCH_SLOWER:
+            return best
+        best = case, seconds
+        documents *= 2
+    return best
+
+
+def wide_of(case: Case, backends: Sequence[Backend], device: torch.device) -> dict[str, Any]:
+    """The whole verification of some backends on one layout, and where its time goes, in seconds."""
+    whole = median(lambda: verdicts(Call.of(case, device), backends), device)
+    call = Call.of(case, device)
+    values = median(lambda: Call.of(case, device), device)
+    kernels = median(lambda: [run(call, backend) for backend in backends], device)
+    count = len(case.lengths)
+    return {
+        "documents": count,
+        "seconds": whole,
+        "documents_per_s": count / whole,
+        "verdicts_per_s": count * len(backends) / whole,
+        "parts": {"values": values, "kernels": kernels, "reference_and_checks": max(whole - values - kernels, 0.0)},
+    }
+
+
+def narrow_of(name: str, device: str, seconds: float) -> dict[str, float]:
+    """Cases and documents per second of one process, all checks on, with what its generation and kernels take."""
+    messages: list[Message] = []
+    hunt(Assignment(backend=name, device=device, seed=1, levels=("kernel",), seconds=seconds), messages.append)
+    last = messages[-1]
+    if not isinstance(last, Finished) or not last.tally.cases:
+        return {"cases_per_s": 0.0, "documents_per_s": 0.0}
+    tally = last.tally
+    backend, place = registry.load(name), torch.device(device)
+    kind = place.type
+    started = time.perf_counter()
+    cases = [case for case in drawn(backend, 1, 60, kind) if case.level == "kernel"]
+    drawing = (time.perf_counter() - started) / max(len(cases), 1)
+    kernels = []
+    for case in cases:
+        # Unusual layouts may be refused by the kernel itself.
+        work = bare(Call.of(case.replace(capacity=0, memory="contiguous"), place), backend)
+        work()
+        kernels.append(once(work, place))
+    return {
+        "cases_per_s": tally.cases / tally.seconds,
+        "documents_per_s": tally.documents / tally.seconds,
+        "generation_s_per_case": drawing,
+        "bare_kernel_s_per_case": sum(kernels) / max(len(kernels), 1),
+    }
+
+
+def shared_of(name: str, device: str, processes: int, seconds: float) -> float:
+    """Cases per second of so many processes on one device; their start does not count."""
+    jobs = [
+        Assignment(backend=name, device=device, seed=10 + index, levels=("kernel",), seconds=seconds)
+        for index in range(processes)
+    ]
+    outcome = Pool(jobs, processes, lambda tallies: None, lambda finding: None).run()
+    tally = outcome.tallies[name]
+    return tally.cases / tally.seconds if tally.seconds else 0.0
+
+
+def plain_of(name: str, device: str, cases: int) -> dict[str, float] | None:
+    """Cases and documents per second of a plain pytest loop; None where it does not run."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        told = {"BACKEND": name, "DEVICE": device, "FILE": str(result), "CASES": str(cases + 1)}
+        environ = os.environ | {f"ATTN_FUZZ_PLAIN_{key}": value for key, value in told.items()}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(plain_suite.__file__)]
+        root = Path(__file__).resolve().parent.parent
+        subprocess.run(command, cwd=root, env=environ, capture_output=True, timeout=300, check=False)
+        if not result.is_file():
+            return None
+        measured = json.loads(result.read_text())
+    per_second = measured["cases"] / measured["seconds"]
+    return {"cases_per_s": per_second, "documents_per_s": per_second * plain_suite.DOCUMENTS}
+
+
+def rare_of(plan: Plan, name: str, device: torch.device) -> dict[str, Any]:
+    """How long a fault in documents of one size stays hidden, and what it shrinks to."""
+    queries, keys = plan.rare
+    backend = registry.load(f"{RARE}{queries},{keys}:{name}")
+    sweep = Sweep(plan.rare_longest, 0)
+    sizes = (plan.rare_longest[0] + 1) * (plan.rare_longest[1] + 1)
+    case, seen, taken = layout(plan, 1), 0, 0.0
+    for turn in range(-(-sizes // plan.rare_documents) + 1):
+        lengths, key_lengths = sweep.take(plan.rare_documents)
+        case = case.replace(
+            lengths=tuple(lengths.tolist()),
+            # No query without a key: some backends refuse a whole call for one such document.
+            key_lengths=tuple(torch.maximum(lengths, key_lengths).tolist()),
+            heads=1,
+            kv_heads=1,
+        )
+        if turn == 0:
+            verdicts(Call.of(case, device), [backend])
+        found = None
+
+        def look(case: Case = case) -> None:
+            nonlocal found
+            found = examine_wide(case, backend, device)
+
+        taken += once(look, device)
+        seen += len(lengths)
+        if found is not None:
+            small = subset(case, found.documents[:1])
+            assert small is not None
+            shrinking = time.perf_counter()
+            small = minimise(small, lambda each: examine_wide(each, backend, device) is not None, 20.0)
+            return {
+                "sizes": sizes,
+                "documents": seen,
+                "seconds": taken,
+                "shrunk": small.to_dict(),
+                "shrink_s": time.perf_counter() - shrinking,
+            }
+    return {"sizes": sizes, "documents": seen, "seconds": taken, "shrunk": None}
+
+
+def bench(device: str, names: Sequence[str], say: Say) -> dict[str, Any]:
+    """Everything, as the JSON object of ``bench --json``.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        names: backends; none for all available.
+        say: told what is being measured.
+    """
+    set_up_process(device)
+    place = torch.device(device)
+    plan = PLANS[place.type]
+    rows: list[dict[str, Any]] = []
+    packed: list[tuple[Backend, float]] = []
+    for name in names or available_backends(device, (plan.dtype,)):
+        backend = registry.load(name)
+        say(f"{name}: bare kernel and wide gear")
+        found = fitting(plan, backend, place)
+        if found is None:
+            say(f"{name}: does not take the layout")
+            continue
+        case, seconds = found
+        wide = wide_of(case, [backend], place)
+        if wide["documents"] == plan.documents:
+            packed.append((backend, seconds))
+        say(f"{name}: {wide['documents_per_s']:,.0f} documents/s wide, {wide['seconds'] / seconds:.1f} times bare")
+        narrow = narrow_of(name, device, plan.narrow_seconds)
+        say(f"{name}: {narrow['cases_per_s']:,.0f} cases/s narrow")
+        rows.append(
+            {
+                "name": name,
+                "bare_kernel_s": seconds,
+                "wide_documents_per_s": wide["documents_per_s"],
+                "wide_over_bare": wide["seconds"] / seconds,
+                "wide": wide,
+                "narrow_cases_per_s": narrow["cases_per_s"],
+                "narrow_documents_per_s": narrow["documents_per_s"],
+                "narrow": narrow,
+                "wide_over_narrow": wide["documents_per_s"] / max(narrow["documents_per_s"], 1e-9),
+            }
+        )
+    result: dict[str, Any] = {
+        "device": device,
+        "environment": environment(device),
+        "plan": dataclasses.asdict(plan),
+        "backends": rows,
+    }
+    if packed:
+        backends, bares = [backend for backend, _ in packed], [seconds for _, seconds in packed]
+        first = backends[0].name
+        say(f"all of {', '.join(backend.name for backend in backends)} on one layout")
+        together = wide_of(layout(plan, plan.documents), backends, place)
+        result["together"] = together | {"bare_kernels_s": sum(bares), "over_bare": together["seconds"] / sum(bares)}
+        say(f"{first}: a fault in one size of {plan.rare_longest}")
+        result["rare"] = rare_of(plan, first, place) | {"backend": first}
+        say(f"{first}: {' and '.join(map(str, plan.processes))} processes on one device")
+        shared = {str(n): shared_of(first, device, n, plan.narrow_seconds) for n in plan.processes}
+        result["processes"] = {"backend": first, "cases_per_s": shared}
+        say(f"{first}: a plain pytest loop")
+        result["plain"] = (plain_of(first, device, plan.plain_cases) or {}) | {"backend": first}
+    return result

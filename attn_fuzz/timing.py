@@ -1,0 +1,33 @@
+"""How long something takes: wall-clock seconds with the device idle before and after, medians after a warm-up."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def idle(device: torch.device) -> None:
+    """Waits until the device has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def once(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run."""
+    idle(device)
+    started = time.perf_counter()
+    work()
+    idle(device)
+    return time.perf_counter() - started
+
+
+def median(work: Callable[[], object], device: torch.device, repeats: int = 7, enough: float = 2.0) -> float:
+    """Median seconds of several runs, after one that does not count; fewer runs once they took ``enough`` together."""
+    work()
+    taken: list[float] = []
+    while len(taken) < repeats and (len(taken) < 1 or sum(taken) < enough):
+        taken.append(once(work, device))
+    return statistics.median(taken)
