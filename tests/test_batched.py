@@ -113,7 +113,7 @@ def test_some_documents_of_a_call() -> None:
     chunks = list(batched.answers(case, inputs, Profile(), documents=[2]))
     (chunk,) = chunks
     assert chunk.documents.tolist() == [2]
-    assert torch.allclose(chunk.expected["dk"].value[0].transpose(0, 1), whole["dk"].value[12:15], rtol=1e-12)
+    assert torch.allclose(chunk.expected["dk"].value[0].transpose(0, 1)[:3], whole["dk"].value[12:15], rtol=1e-12)
 
 
 def test_beyond_the_table_sizes_are_multiples() -> None:
