@@ -27,13 +27,15 @@ from attn_fuzz.shrink import minimise
 from attn_fuzz.timing import median, once
 from attn_fuzz.wide.call import Call, run
 from attn_fuzz.wide.cutout import subset
-from attn_fuzz.wide.gear import examine_wide, verdicts
+from attn_fuzz.wide.gear import effective_profile, examine_wide, verdicts
 from attn_fuzz.wide.layouts import Sweep
 from backends import registry
 from backends.kernel import AttentionOptions, UnsupportedCase
 from backends.rare import PREFIX as RARE
 from backends.registry import Backend
+from reference.batched import answers
 from reference.case import Case
+from reference.screen import screen, takes
 
 Say = Callable[[str], None]
 
@@ -88,6 +90,9 @@ PLANS: Final = {
     ),
 }
 
+SLOW: Final = 0.4
+"""Seconds of a bare call beyond which no more documents are asked for."""
+
 MUCH_SLOWER: Final = 1.3
 """A kernel whose time per document grows by so much when documents are doubled is given no more of them."""
 
@@ -136,6 +141,8 @@ def fitting(plan: Plan, backend: Backend, device: torch.device) -> tuple[Case, f
         if best is not None and seconds / documents > best[1] / len(best[0].lengths) * MUCH_SLOWER:
             return best
         best = case, seconds
+        if seconds > SLOW:
+            return best
         documents *= 2
     return best
 
@@ -146,13 +153,30 @@ def wide_of(case: Case, backends: Sequence[Backend], device: torch.device) -> di
     call = Call.of(case, device)
     values = median(lambda: Call.of(case, device), device)
     kernels = median(lambda: [run(call, backend) for backend in backends], device)
+    profiles = {effective_profile(backend.kernel.profile_on(device.type), case) for backend in backends}
+
+    def answer() -> None:
+        for profile in profiles:
+            if takes(case, profile, device) is None:
+                screen(case, call.inputs, profile)
+            else:
+                for _ in answers(case, call.inputs, profile):
+                    pass
+
+    reference = median(answer, device)
     count = len(case.lengths)
     return {
         "documents": count,
+        "screened": all(takes(case, profile, device) is None for profile in profiles),
         "seconds": whole,
         "documents_per_s": count / whole,
         "verdicts_per_s": count * len(backends) / whole,
-        "parts": {"values": values, "kernels": kernels, "reference_and_checks": max(whole - values - kernels, 0.0)},
+        "parts": {
+            "values": values,
+            "kernels": kernels,
+            "reference": reference,
+            "checks_and_rest": max(whole - values - kernels - reference, 0.0),
+        },
     }
 
 

@@ -11,6 +11,7 @@ from reference.answer import KERNEL_TENSORS, Expected, Inputs
 from reference.batched import answers
 from reference.case import Case
 from reference.profile import Profile
+from reference.screen import row_maxima, screen
 
 
 def complete(case: Case, results: dict[str, torch.Tensor], inputs: Inputs) -> list[str]:
@@ -58,6 +59,26 @@ def largest_z(
                     worst = _row_maxima(case, rows.gather(found[name]), expected).masked_fill(~there, 0.0)
                     z[backend, chunk.documents, column] = worst.amax((1, 2))
     return z
+
+
+def screened_z(
+    case: Case, inputs: Inputs, profile: Profile, results: Sequence[dict[str, torch.Tensor]]
+) -> torch.Tensor:
+    """What ``largest_z`` gives, for all documents, by the fast reference (reference/screen.py)."""
+    screened = screen(case, inputs, profile)
+    device, count = inputs.q.device, len(case.packed_lengths)
+    documents = torch.arange(count, device=device)
+    owners = {}
+    for side, lengths in (("q", case.packed_lengths), ("k", case.packed_key_lengths)):
+        sizes = torch.tensor(lengths).to(device, non_blocking=True)
+        owners[side] = torch.repeat_interleave(documents, sizes, output_size=sum(lengths))
+    z = torch.zeros(len(results), len(KERNEL_TENSORS), count, dtype=torch.float32, device=device)
+    for column, name in enumerate(KERNEL_TENSORS):
+        owner = owners["k" if name in ("dk", "dv") else "q"]
+        for backend, found in enumerate(results):
+            if name in found:
+                z[backend, column].scatter_reduce_(0, owner, row_maxima(found[name], screened[name]), "amax")
+    return z.transpose(1, 2).double()
 
 
 def _row_maxima(case: Case, got: torch.Tensor, expected: Expected) -> torch.Tensor:
