@@ -1,4 +1,8 @@
-"""How long something takes: wall-clock seconds with the device idle before and after, medians after a warm-up."""
+"""How long something takes, in medians after a warm-up.
+
+On a GPU: wall-clock seconds with the device idle before and after. On a CPU: processor time of this process, which runs
+one thread, so that a busy machine measures as an idle one does.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,17 @@ def idle(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def now(device: torch.device) -> float:
+    """Seconds on the device's clock, once it is idle."""
+    idle(device)
+    return time.perf_counter() if device.type == "cuda" else time.process_time()
+
+
 def once(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of one run."""
-    idle(device)
-    started = time.perf_counter()
+    started = now(device)
     work()
-    idle(device)
-    return time.perf_counter() - started
+    return now(device) - started
 
 
 def median(work: Callable[[], object], device: torch.device, repeats: int = 7, enough: float = 2.0) -> float:

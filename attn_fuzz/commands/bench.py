@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,12 +15,19 @@ from attn_fuzz.commands.arguments import BackendOption, DeviceOption, JsonOption
 from attn_fuzz.commands.screen import progress_console
 
 
-def bench(backend: BackendOption = None, device: DeviceOption = None, as_json: JsonOption = False) -> None:
+def bench(
+    backend: BackendOption = None,
+    device: DeviceOption = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Judge everything in float64, without a fast first look.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Documents and cases per second of both gears, beside the bare kernels on the same layouts."""
     where = device_of(device)
     names = tuple(dict.fromkeys(backend or ()))
     require_available(names, where)
-    result = measure(where, names, lambda line: progress_console.print(line, markup=False))
+    result = measure(where, names, lambda line: progress_console.print(line, markup=False), exact=exact)
     if as_json:
         typer.echo(json.dumps(result))
     else:

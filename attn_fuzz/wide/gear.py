@@ -43,8 +43,13 @@ def effective_profile(profile: Profile, case: Case) -> Profile:
     return profile
 
 
-def verdicts(call: Call, backends: Sequence[Backend]) -> list[Outcome]:
+def verdicts(call: Call, backends: Sequence[Backend], *, screened: bool = True) -> list[Outcome]:
     """Runs backends on one call and judges every document.
+
+    Args:
+        call: a packed call.
+        backends: those that take it.
+        screened: judge by the fast reference where it can, and by the exact one only what looks suspicious there.
 
     Raises:
         UnsupportedCase: when a backend refuses, which its declarations should have said.
@@ -75,10 +80,10 @@ def verdicts(call: Call, backends: Sequence[Backend]) -> list[Outcome]:
             alike.setdefault(profile, []).append(index)
     fast: dict[int, Profile] = {}
     for profile, members in alike.items():
-        screened = takes(call.case, profile, call.device) is None
-        judge = screened_z if screened else largest_z
+        fits = screened and takes(call.case, profile, call.device) is None
+        judge = screened_z if fits else largest_z
         z[members] = judge(call.case, call.inputs, profile, [results[index] for index in members])
-        fast |= dict.fromkeys(members, profile) if screened else {}
+        fast |= dict.fromkeys(members, profile) if fits else {}
     # The one transfer: everything before it was only queued.
     packed = torch.cat([z.flatten(1), torch.stack(touched)[:, None].double()], 1).cpu()
     changed = packed[:, -1].bool().tolist()
