@@ -34,7 +34,8 @@ from backends.rare import PREFIX as RARE
 from backends.registry import Backend
 from reference.batched import answers
 from reference.case import Case
-from reference.screen import screen, takes
+from reference.screen import distrust, screen, takes
+from reference.values import fused_agrees
 
 Say = Callable[[str], None]
 
@@ -52,6 +53,8 @@ class Plan:
     narrow_seconds: float
     processes: tuple[int, ...]
     """How many processes share the device, tried in turn."""
+    narrow_cases: int = 60
+    """Cases drawn to time their generation and their bare kernels."""
     plain_cases: int
     rare: tuple[int, int]
     """The one size of a document that the planted fault gets wrong, of all up to ``rare_longest``."""
@@ -179,7 +182,7 @@ def wide_of(case: Case, backends: Sequence[Backend], device: torch.device, *, ex
     }
 
 
-def narrow_of(name: str, device: str, seconds: float) -> dict[str, float]:
+def narrow_of(name: str, device: str, seconds: float, count: int) -> dict[str, float]:
     """Cases and documents per second of one process, all checks on, with what its generation and kernels take."""
     messages: list[Message] = []
     place = torch.device(device)
@@ -194,7 +197,7 @@ def narrow_of(name: str, device: str, seconds: float) -> dict[str, float]:
         return {"cases_per_s": 0.0, "documents_per_s": 0.0}
     backend = registry.load(name)
     started = now(place)
-    every = drawn(backend, 1, 60, place.type)
+    every = drawn(backend, 1, count, place.type)
     drawing = (now(place) - started) / max(len(every), 1)
     cases = [case for case in every if case.level == "kernel"]
     kernels = []
@@ -306,7 +309,7 @@ def bench(device: str, names: Sequence[str], say: Say, *, exact: bool = False) -
         wide = wide_of(case, [backend], place, exact=exact)
         fitted.append((backend, case, seconds))
         say(f"{name}: {wide['documents_per_s']:,.0f} documents/s wide, {wide['seconds'] / seconds:.1f} times bare")
-        narrow = narrow_of(name, device, plan.narrow_seconds)
+        narrow = narrow_of(name, device, plan.narrow_seconds, plan.narrow_cases)
         say(f"{name}: {narrow['cases_per_s']:,.0f} cases/s narrow")
         rows.append(
             {
@@ -325,6 +328,12 @@ def bench(device: str, names: Sequence[str], say: Say, *, exact: bool = False) -
         "device": device,
         "environment": environment(device),
         "plan": dataclasses.asdict(plan),
+        "fused_values": fused_agrees(place),
+        "fast_reference": "not asked for"
+        if exact
+        else distrust(place) or "in use"
+        if device != "cpu"
+        else "on GPUs only",
         "backends": rows,
     }
     if fitted:

@@ -11,12 +11,14 @@ here is judged again in float64.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from typing import Any, Final
 
 import torch
 
-from reference.answer import Inputs
+from reference.answer import Inputs, kernel_inputs
+from reference.batched import kernel_answer
 from reference.case import Case
 from reference.profile import ACCUMULATION, SMALLEST_NORMAL, SUBNORMAL_SPACING, UNIT_ROUNDOFF, Profile
 
@@ -41,7 +43,8 @@ def takes(case: Case, profile: Profile, device: torch.device) -> str | None:
     """Why the screen does not take a case, or None.
 
     Values around 2^-12 leave float32's range in the fourth power. Profiles that store scores or dP have terms of their
-    own. More channels do not fit the registers.
+    own. More channels do not fit the registers. And before it is used on a device for the first time, it is compared
+    with the exact reference there.
     """
     stated = dataclasses.replace(
         profile, stores_probabilities=True, expands_kv=True, normalises_by_lse=True, exp_error=0.0, tanh_error=0.0
@@ -54,7 +57,38 @@ def takes(case: Case, profile: Profile, device: torch.device) -> str | None:
         (case.head_dim <= _MAX_HEAD_DIM, f"head_dim {case.head_dim}"),
         (stated == _SUPPORTED, "a profile that stores scores, dP or scaled gradients"),
     )
-    return next((what for holds, what in rules if not holds), None)
+    return next((what for holds, what in rules if not holds), None) or distrust(device)
+
+
+@functools.lru_cache(maxsize=16)
+def distrust(device: torch.device) -> str | None:
+    """Why the screen is not used on a device: it does not run there, or disagrees with the exact reference; or None."""
+    case = Case(
+        level="kernel",
+        lengths=(3, 37, 0, 5, 64, 1),
+        key_lengths=(7, 70, 4, 0, 128, 1),
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        dtype="bf16",
+    )
+    inputs = kernel_inputs(case, device)
+    exact = kernel_answer(case, inputs, Profile())
+    try:
+        screened = screen(case, inputs, Profile())
+    except Exception as error:
+        return f"a compiler that works: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    for name, expected in exact.items():
+        owed = expected.variance == 0
+        value, ratio = screened[name].value.double(), screened[name].inverse.double() * expected.variance.sqrt()
+        z = (value - expected.value).abs() / expected.variance.sqrt()
+        # Equal infinities: the LSE of rows that see no key.
+        z = torch.where(value == expected.value, 0.0, z)[~owed]
+        if not torch.equal(value[owed], expected.value[owed]) or not z.max() < (2.0 if name == "lse" else 0.1):
+            return f"agreement with the exact reference: {name} is off by {z.max().item():.2g} standard deviations"
+        if not (ratio[~owed] - 1).abs().max() < 0.02:
+            return f"agreement with the exact reference: the budget of {name} is off"
+    return None
 
 
 def _prefix_sums(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
