@@ -28,7 +28,7 @@ class Assignment:
     """Stop after so long."""
     poisons: tuple[str, ...] = POISONS
     gear: str = "narrow"
-    """``narrow``: one drawn case after another; ``wide``: packed calls of thousands of documents, kernel level only."""
+    """``narrow``: one drawn case after another; ``wide``: cases of thousands of documents."""
     stop_at_first: bool = False
     """End the assignment with the first finding."""
 

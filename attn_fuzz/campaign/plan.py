@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from attn_fuzz.campaign.messages import Assignment, CampaignError
+from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.poison import POISONS
 from backends import registry
 from backends.kernel import BackendUnavailable
@@ -93,19 +93,8 @@ def plan(
         poisons: memory contents to run every case under.
         gears: ``narrow``, ``wide``; each backend has workers of its own for each.
         stop_at_first: end each assignment with its first finding.
-
-    Raises:
-        CampaignError: when the wide gear alone is asked for where there is no kernel level.
     """
-    jobs = [
-        (name, gear)
-        for gear in gears
-        for name in names
-        # The wide gear packs kernel cases.
-        if gear == "narrow" or ("kernel" in levels and "kernel" in registry.load(name).levels)
-    ]
-    if not jobs:
-        raise CampaignError(f"the wide gear works at kernel level, which is not asked for or not there: {names[0]}")
+    jobs = [(name, gear) for gear in gears for name in names]
     shards = max(1, workers // len(jobs))
     if cases is not None:
         shards = min(shards, max(1, cases // 50))

@@ -19,11 +19,11 @@ from attn_fuzz.findings import Finding
 from attn_fuzz.strategies import Domain
 from attn_fuzz.wide.call import Call
 from attn_fuzz.wide.cutout import bisected, candidates, subset
-from attn_fuzz.wide.gear import Outcome, Suspicion, examine_wide, suspicion, verdicts
+from attn_fuzz.wide.gear import Outcome, Suspicion, suspected, verdicts
+from attn_fuzz.wide.layer import draw_layer_case, layer_verdict
 from attn_fuzz.wide.layouts import LONGEST, Sweep, draw_case
 from backends.kernel import UnsupportedCase
-from reference.answer import KERNEL_TENSORS
-from reference.case import Case
+from reference.case import LEVELS, Case
 
 FIRST_DOCUMENTS: Final = 64
 MOST_DOCUMENTS: Final = 16384
@@ -49,43 +49,57 @@ class WideHunt(Hunt):
         self.random = Random(assignment.seed)
         sizes = LONGEST[self.device.type]
         self.sweeps = [Sweep(longest, self.random.randrange(1 << 16)) for longest in sizes]
-        self.documents = [FIRST_DOCUMENTS for _ in sizes]
+        self.documents = {(level, size): FIRST_DOCUMENTS for level in LEVELS for size in range(len(sizes))}
         self.bisections = 0
 
     def wide_fails(self, case: Case) -> bool:
         """Whether a packed call fails, announced first."""
         self.send(Trying(case.to_json()))
         try:
-            return examine_wide(case, self.backend, self.device) is not None
+            return suspected(case, self.judge(case), self.judge) is not None
         except UnsupportedCase:
             return False
 
-    def call(self, turn: int) -> None:
-        """One packed call, judged, and pursued where it fails."""
-        size = turn % len(self.sweeps)
-        case = draw_case(self.random, self.sweeps[size], self.backend, self.domain, self.documents[size])
+    def draw(self, level: str, size: int) -> Case | None:
+        """The next case of a level and size."""
+        documents = self.documents[level, size]
+        if level == "layer":
+            longest = self.sweeps[size].longest[0]
+            return draw_layer_case(self.random, self.backend, self.domain, documents, longest)
+        return draw_case(self.random, self.sweeps[size], self.backend, self.domain, documents)
+
+    def judge(self, case: Case) -> Outcome:
+        """Runs a case and judges its documents."""
+        if case.level == "layer":
+            return layer_verdict(case, self.backend, self.device)
+        (outcome,) = verdicts(Call.of(case, self.device), [self.backend])
+        return outcome
+
+    def call(self, level: str, size: int) -> None:
+        """One case of many documents, judged, and pursued where it fails."""
+        case = self.draw(level, size)
         if case is None:
             self.tally.refused += 1
             return
         self.send(Trying(case.to_json()))
         started = time.monotonic()
-        call = Call.of(case, self.device)
+        size_of = (level, size)
         try:
-            (outcome,) = verdicts(call, [self.backend])
+            outcome = self.judge(case)
         except UnsupportedCase:
             self.tally.refused += 1
             return
         except (torch.OutOfMemoryError, MemoryError):
-            if self.documents[size] <= 1:
+            if self.documents[size_of] <= 1:
                 raise
-            self.documents[size] //= 2
+            self.documents[size_of] //= 2
             return
         if outcome.broken is not None and not context_alive(self.device):
             self.send(Died(outcome.broken))
             os._exit(DEAD_CONTEXT)
         if time.monotonic() - started < CALL_SECONDS / 2:
-            self.documents[size] = min(2 * self.documents[size], MOST_DOCUMENTS)
-        found = suspicion(call, self.backend, outcome)
+            self.documents[size_of] = min(2 * self.documents[size_of], MOST_DOCUMENTS)
+        found = suspected(case, outcome, self.judge)
         self.tally_call(case, outcome, clean=found is None)
         if found is not None:
             self.pursue(found)
@@ -96,11 +110,11 @@ class WideHunt(Hunt):
         tally.cases += 1
         tally.documents += len(case.packed_lengths)
         tally.seconds = time.monotonic() - self.started
-        kind = f"wide {case.dtype}"
+        kind = f"wide-{case.level} {case.dtype}"
         tally.by_kind[kind] = tally.by_kind.get(kind, 0) + 1
         if clean:
             worst, places = (outcome.z * LIMIT / limit(case)).max(0)
-            for name, z, place in zip(KERNEL_TENSORS, worst.tolist(), places.tolist(), strict=True):
+            for name, z, place in zip(outcome.names, worst.tolist(), places.tolist(), strict=True):
                 key = f"{kind} {name}"
                 alone = subset(case, [place])
                 if z > tally.worst_z.get(key, -1.0) and alone is not None:
@@ -164,12 +178,13 @@ class WideHunt(Hunt):
         )
 
     def run(self) -> None:
-        """Calls of all sizes in turn."""
-        if "kernel" not in self.backend.levels:
-            raise ValueError(f"{self.backend.name} has no kernel level, which the wide gear works at")
+        """Levels and sizes in turn."""
+        levels = [level for level in self.assignment.levels if level in self.backend.levels]
+        if not levels:
+            raise ValueError(f"{self.backend.name} has no {' or '.join(self.assignment.levels)} level")
         turn = 0
         while not self.over():
-            self.call(turn)
+            self.call(levels[turn % len(levels)], turn // len(levels) % len(self.sweeps))
             turn += 1
             if self.found and self.assignment.stop_at_first:
                 break

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
+from attn_fuzz.shrink import with_lengths
 from reference.case import Case, CaseError
 
 Fails = Callable[[Case], bool]
@@ -21,8 +22,10 @@ ENOUGH: Final = 12
 
 
 def subset(case: Case, places: Iterable[int]) -> Case | None:
-    """The call with some of its documents only, each under its own name and so with its own values."""
+    """The case with some of its documents only, each under its own name and so with its own values, cuts with them."""
     kept = list(places)
+    if case.level == "layer":
+        return with_lengths(case, [case.lengths[i] for i in kept], kept, None)
     lengths, keys, ids = case.packed_lengths, case.packed_key_lengths, case.packed_ids
     try:
         return case.replace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -28,10 +28,17 @@ class Outcome:
     """float64 ``[documents, 5]`` on the CPU: largest deviation per document and tensor (``KERNEL_TENSORS``)."""
     broken: str | None = None
     """What is wrong with the call as a whole, in words: it raised, results are missing, inputs changed."""
+    names: tuple[str, ...] = KERNEL_TENSORS
+    """The columns of ``z``."""
 
     def failing(self, beyond: float) -> torch.Tensor:
         """bool ``[documents, 5]``; every document where the call as a whole is wrong."""
         return torch.full_like(self.z, True, dtype=torch.bool) if self.broken else self.z > beyond
+
+
+def words(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['(no message)'])[0][:300]}"
 
 
 def effective_profile(profile: Profile, case: Case) -> Profile:
@@ -65,7 +72,7 @@ def verdicts(call: Call, backends: Sequence[Backend], *, screened: bool = True) 
         except (UnsupportedCase, NotImplementedError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
-            broken[index] = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['(no message)'])[0][:300]}"
+            broken[index] = words(error)
             found = {}
         else:
             if missing := complete(call.case, found, call.inputs):
@@ -119,29 +126,43 @@ def _named(case: Case, outcome: Outcome, failing: torch.Tensor, documents: Seque
         return Crashed, f"a call of {count} documents: {outcome.broken}"
     first = documents[0]
     column = int(torch.where(failing[first], outcome.z[first], -1.0).argmax())
-    name = KERNEL_TENSORS[column]
+    name = outcome.names[column]
     return wrong_tensor(name), (
         f"{name} of document {first} ({case.packed_lengths[first]} queries, {case.packed_key_lengths[first]} keys): "
         f"z = {outcome.z[first, column].item():.3g}; {len(documents)} of {count} documents wrong"
     )
 
 
-def suspicion(call: Call, backend: Backend, outcome: Outcome) -> Suspicion | None:
-    """Whether a backend fails a call under a second value seed too, and which documents."""
-    beyond = limit(call.case)
+def suspected(case: Case, outcome: Outcome, judge: Callable[[Case], Outcome]) -> Suspicion | None:
+    """Whether a case that one seed fails is failed under a second value seed too, and by which documents.
+
+    Args:
+        case: what was run.
+        outcome: what came of it.
+        judge: runs another case on the same backend.
+    """
+    beyond = limit(case)
     failing = outcome.failing(beyond)
     if not failing.any():
         return None
     if outcome.broken is None:
-        again = call.case.replace(seed=call.case.seed ^ SECOND_SEED)
-        (second,) = verdicts(Call.of(again, call.device), [backend])
-        failing &= second.failing(beyond)
+        failing &= judge(case.replace(seed=case.seed ^ SECOND_SEED)).failing(beyond)
     worst = torch.where(failing, outcome.z, -1.0).amax(1)
     order = worst.argsort(descending=True, stable=True)
     documents = tuple(order[: int(failing.any(1).sum())].tolist())
     if not documents:
         return None
-    return Suspicion(call.case, documents, *_named(call.case, outcome, failing, documents))
+    return Suspicion(case, documents, *_named(case, outcome, failing, documents))
+
+
+def suspicion(call: Call, backend: Backend, outcome: Outcome) -> Suspicion | None:
+    """``suspected`` for a packed call."""
+
+    def judge(case: Case) -> Outcome:
+        (second,) = verdicts(Call.of(case, call.device), [backend])
+        return second
+
+    return suspected(call.case, outcome, judge)
 
 
 def examine_wide(case: Case, backend: Backend, device: torch.device) -> Suspicion | None:

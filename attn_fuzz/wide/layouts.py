@@ -49,7 +49,7 @@ class Sweep:
         return places // keys, places % keys
 
 
-def _edges(random: Random, count: int, longest: int) -> torch.Tensor:
+def edge_lengths(random: Random, count: int, longest: int) -> torch.Tensor:
     """Lengths at tile edges."""
     edges = torch.tensor([edge for edge in (0, *TILE_EDGES, 127, 128, 129, 255, 256, 257) if edge <= longest])
     return edges[torch.randint(len(edges), (count,), generator=_generator(random))]
@@ -63,9 +63,9 @@ def draw_lengths(random: Random, sweep: Sweep, documents: int) -> tuple[torch.Te
     """(queries, keys) of each document, int64: two thirds by sweep, one third by edges, in any order."""
     swept = documents - documents // 3
     queries, keys = sweep.take(swept)
-    edge_q = _edges(random, documents - swept, sweep.longest[0])
+    edge_q = edge_lengths(random, documents - swept, sweep.longest[0])
     # Edges of both sides, or as many keys as queries, or a past whose length is an edge.
-    edge_k = _edges(random, documents - swept, sweep.longest[1])
+    edge_k = edge_lengths(random, documents - swept, sweep.longest[1])
     kind = torch.randint(3, (len(edge_q),), generator=_generator(random))
     edge_k = torch.where(kind == 1, edge_q, torch.where(kind == 2, edge_q + edge_k, edge_k))
     order = torch.randperm(documents, generator=_generator(random))
@@ -84,7 +84,8 @@ def _tamed(lengths: torch.Tensor, keys: torch.Tensor, domain: Domain, *, causal:
     return keys
 
 
-def _options(random: Random, domain: Domain) -> dict[str, object]:
+def draw_options(random: Random, domain: Domain) -> dict[str, object]:
+    """Everything about a case but its documents."""
     capabilities = domain.capabilities
     causal = random.choice(
         [choice for choice in (True, True, False) if (capabilities.causal if choice else capabilities.noncausal)]
@@ -120,7 +121,7 @@ def draw_case(random: Random, sweep: Sweep, backend: Backend, domain: Domain, do
     """
     for attempt in range(_ATTEMPTS):
         lengths, keys = draw_lengths(random, dataclasses.replace(sweep), documents)
-        options = _options(random, domain)
+        options = draw_options(random, domain)
         # Some limits concern certain pairs of lengths whatever the options: later draws are plainer.
         if attempt > 10:
             options["window"] = (-1, -1)
