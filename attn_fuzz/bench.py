@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from random import Random
 from typing import Any, Final
 
 import torch
 
-from attn_fuzz import plain_suite
-from attn_fuzz.campaign.messages import Assignment, Finished, Message
+from attn_fuzz.bench_narrow import bare, narrow_of, plain_of, shared_of
 from attn_fuzz.campaign.plan import available_backends
-from attn_fuzz.campaign.pool import Pool
-from attn_fuzz.campaign.worker import hunt, set_up_process
+from attn_fuzz.campaign.worker import set_up_process
 from attn_fuzz.environment import environment
-from attn_fuzz.exam import drawn
 from attn_fuzz.shrink import minimise
 from attn_fuzz.timing import median, now, once
 from attn_fuzz.wide.call import Call, run
 from attn_fuzz.wide.cutout import subset
 from attn_fuzz.wide.gear import effective_profile, examine_wide, verdicts
+from attn_fuzz.wide.layer import layer_verdict
+from attn_fuzz.wide.layer import run as run_layer
 from attn_fuzz.wide.layouts import Sweep
 from backends import registry
-from backends.kernel import AttentionOptions, UnsupportedCase
+from backends.kernel import UnsupportedCase
 from backends.rare import PREFIX as RARE
 from backends.registry import Backend
 from reference.batched import answers
 from reference.case import Case
+from reference.layer import layer_inputs
 from reference.screen import distrust, screen, takes
 from reference.values import fused_agrees
 
@@ -115,18 +109,6 @@ def layout(plan: Plan, documents: int, seed: int = 0) -> Case:
     )
 
 
-def bare(call: Call, backend: Backend) -> Callable[[], object]:
-    """The kernel's own forward and backward on a call's tensors, and nothing else."""
-    q, k, v = leaves = [call.placed[name].tensor.detach().requires_grad_() for name in ("q", "k", "v")]
-    dout, options = call.placed["dout"].tensor, AttentionOptions.of(call.case)
-
-    def work() -> object:
-        out = backend.kernel.attend(q, k, v, call.metadata, options).out
-        return torch.autograd.grad(out, leaves, dout)
-
-    return work
-
-
 def fitting(plan: Plan, backend: Backend, device: torch.device) -> tuple[Case, float] | None:
     """The plan's layout and the kernel's bare time, with fewer documents where they are faster that way."""
     documents = min(64, plan.documents)
@@ -182,65 +164,26 @@ def wide_of(case: Case, backends: Sequence[Backend], device: torch.device, *, ex
     }
 
 
-def narrow_of(name: str, device: str, seconds: float, count: int) -> dict[str, float]:
-    """Cases and documents per second of one process, all checks on, with what its generation and kernels take."""
-    messages: list[Message] = []
-    place = torch.device(device)
-    taken = once(
-        lambda: hunt(
-            Assignment(backend=name, device=device, seed=1, levels=("kernel",), seconds=seconds), messages.append
-        ),
-        place,
+def layer_of(plan: Plan, backend: Backend, device: torch.device, documents: int) -> dict[str, float] | None:
+    """The wide gear at layer level: nine micro-sequences, with the layer's own time; None where it is not taken."""
+    lengths = layout(plan, documents).lengths
+    total = sum(lengths)
+    case = Case(
+        lengths=lengths,
+        cuts=tuple(total * cut // 9 for cut in range(1, 9)),
+        heads=plan.heads,
+        kv_heads=plan.kv_heads,
+        head_dim=plan.head_dim,
+        hidden=plan.heads * plan.head_dim,
+        weights="selection",
+        dtype=plan.dtype,
     )
-    last = messages[-1]
-    if not isinstance(last, Finished) or not last.tally.cases:
-        return {"cases_per_s": 0.0, "documents_per_s": 0.0}
-    backend = registry.load(name)
-    started = now(place)
-    every = drawn(backend, 1, count, place.type)
-    drawing = (now(place) - started) / max(len(every), 1)
-    cases = [case for case in every if case.level == "kernel"]
-    kernels = []
-    for case in cases:
-        work = bare(Call.of(case.replace(capacity=0, memory="contiguous"), place), backend)
-        try:
-            work()
-        except (RuntimeError, UnsupportedCase, NotImplementedError):
-            continue
-        kernels.append(once(work, place))
-    return {
-        "cases_per_s": last.tally.cases / taken,
-        "documents_per_s": last.tally.documents / taken,
-        "generation_s_per_case": drawing,
-        "bare_kernel_s_per_case": sum(kernels) / max(len(kernels), 1),
-    }
-
-
-def shared_of(name: str, device: str, processes: int, seconds: float) -> float:
-    """Cases per second of so many processes on one device; their start does not count."""
-    jobs = [
-        Assignment(backend=name, device=device, seed=10 + index, levels=("kernel",), seconds=seconds)
-        for index in range(processes)
-    ]
-    outcome = Pool(jobs, processes, lambda tallies: None, lambda finding: None).run()
-    tally = outcome.tallies[name]
-    return tally.cases / tally.seconds if tally.seconds else 0.0
-
-
-def plain_of(name: str, device: str, cases: int) -> dict[str, float] | None:
-    """Cases and documents per second of a plain pytest loop; None where it does not run."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        told = {"BACKEND": name, "DEVICE": device, "FILE": str(result), "CASES": str(cases + 1)}
-        environ = os.environ | {f"ATTN_FUZZ_PLAIN_{key}": value for key, value in told.items()}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(plain_suite.__file__)]
-        root = Path(__file__).resolve().parent.parent
-        subprocess.run(command, cwd=root, env=environ, capture_output=True, timeout=300, check=False)
-        if not result.is_file():
-            return None
-        measured = json.loads(result.read_text())
-    per_second = measured["cases"] / measured["seconds"]
-    return {"cases_per_s": per_second, "documents_per_s": per_second * plain_suite.DOCUMENTS}
+    if backend.refusal(case, device.type) is not None:
+        return None
+    inputs = layer_inputs(case, device)
+    whole = median(lambda: layer_verdict(case, backend, device), device)
+    alone = median(lambda: run_layer(case, inputs, backend), device)
+    return {"documents": documents, "seconds": whole, "documents_per_s": documents / whole, "bare_layer_s": alone}
 
 
 def rare_of(plan: Plan, name: str, device: torch.device) -> dict[str, Any]:
@@ -309,6 +252,9 @@ def bench(device: str, names: Sequence[str], say: Say, *, exact: bool = False) -
         wide = wide_of(case, [backend], place, exact=exact)
         fitted.append((backend, case, seconds))
         say(f"{name}: {wide['documents_per_s']:,.0f} documents/s wide, {wide['seconds'] / seconds:.1f} times bare")
+        layer = layer_of(plan, backend, place, len(case.lengths))
+        if layer is not None:
+            say(f"{name}: {layer['documents_per_s']:,.0f} documents/s wide at layer level")
         narrow = narrow_of(name, device, plan.narrow_seconds, plan.narrow_cases)
         say(f"{name}: {narrow['cases_per_s']:,.0f} cases/s narrow")
         rows.append(
@@ -318,6 +264,7 @@ def bench(device: str, names: Sequence[str], say: Say, *, exact: bool = False) -
                 "wide_documents_per_s": wide["documents_per_s"],
                 "wide_over_bare": wide["seconds"] / seconds,
                 "wide": wide,
+                "wide_layer": layer,
                 "narrow_cases_per_s": narrow["cases_per_s"],
                 "narrow_documents_per_s": narrow["documents_per_s"],
                 "narrow": narrow,

@@ -65,6 +65,12 @@ def show(console: Console, result: dict[str, Any]) -> None:
     for row in result["backends"]:
         parts = ", ".join(f"{name.replace('_', ' ')} {1e3 * s:.2f}" for name, s in row["wide"]["parts"].items())
         console.print(f"{row['name']}: milliseconds by part: {parts}")
+        if (layer := row["wide_layer"]) is not None:
+            ratio, own = layer["seconds"] / layer["bare_layer_s"], 1e3 * layer["bare_layer_s"]
+            console.print(
+                f"{row['name']}: {layer['documents_per_s']:,.0f} documents/s at layer level, "
+                f"{ratio:.1f} times the layer's own {own:.2f} ms"
+            )
     if "together" in result:
         together = result["together"]
         console.print(
