@@ -32,7 +32,7 @@ def once(work: Callable[[], object], device: torch.device) -> float:
     return now(device) - started
 
 
-def median(work: Callable[[], object], device: torch.device, repeats: int = 7, enough: float = 2.0) -> float:
+def median(work: Callable[[], object], device: torch.device, repeats: int = 7, enough: float = 0.6) -> float:
     """Median seconds of several runs, after one that does not count; fewer runs once they took ``enough`` together."""
     work()
     taken: list[float] = []
