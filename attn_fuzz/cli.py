@@ -8,8 +8,8 @@ from typing import Any, Final, cast
 
 import typer
 
-from attn_fuzz.campaign.pool import CampaignError
-from attn_fuzz.commands import catalogue, faults, fuzz, saved
+from attn_fuzz.campaign.messages import CampaignError
+from attn_fuzz.commands import bench, catalogue, faults, fuzz, saved
 from attn_fuzz.commands.arguments import UsageError
 from attn_fuzz.findings import FindingError
 from attn_fuzz.store import StoreError
@@ -34,6 +34,7 @@ _COMMANDS = (
     saved.save,
     catalogue.backends,
     faults.faults,
+    bench.bench,
 )
 
 for _command in _COMMANDS:

@@ -100,14 +100,14 @@ def is_minimal(finding: Finding) -> bool:
     return not any(fails(case) for case in dict.fromkeys(smaller))
 
 
-def drawn(backend: registry.Backend, seed: int, count: int, spread: Spread = ALONE) -> list[Case]:
+def drawn(backend: registry.Backend, seed: int, count: int, spread: Spread = ALONE, device: str = "cpu") -> list[Case]:
     """So many cases of every level of a backend, as a campaign draws them, on so many ranks."""
     found: list[Case] = []
     for level in backend.levels:
-        domain = Domain.of(backend.kernel.capabilities_on("cpu"), "cpu", (), *spread)
+        domain = Domain.of(backend.kernel.capabilities_on(device), device, (), *spread)
 
         def keep(case: Case) -> None:
-            if backend.refusal(case, "cpu") is None:
+            if backend.refusal(case, device) is None:
                 found.append(case)
 
         options = settings(

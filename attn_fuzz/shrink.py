@@ -17,7 +17,7 @@ from reference.case import Case, CaseError
 Fails = Callable[[Case], bool]
 
 
-def _with_lengths(case: Case, lengths: Sequence[int], kept: Sequence[int], keys: Sequence[int] | None) -> Case | None:
+def with_lengths(case: Case, lengths: Sequence[int], kept: Sequence[int], keys: Sequence[int] | None) -> Case | None:
     """The case with the documents ``kept`` (indices) at new lengths; cuts keep their place within their document."""
     if not kept:
         return None
@@ -46,7 +46,7 @@ def _with_lengths(case: Case, lengths: Sequence[int], kept: Sequence[int], keys:
 def _without(case: Case, begin: int, end: int) -> Case | None:
     kept = [index for index in range(len(case.lengths)) if not begin <= index < end]
     keys = None if case.key_lengths is None else [case.key_lengths[index] for index in kept]
-    return _with_lengths(case, [case.lengths[index] for index in kept], kept, keys)
+    return with_lengths(case, [case.lengths[index] for index in kept], kept, keys)
 
 
 def _resized(case: Case, index: int, queries: int, keys: int | None) -> Case | None:
@@ -54,7 +54,7 @@ def _resized(case: Case, index: int, queries: int, keys: int | None) -> Case | N
     lengths[index] = queries
     if key_lengths is not None and keys is not None:
         key_lengths[index] = keys
-    return _with_lengths(case, lengths, range(len(lengths)), key_lengths)
+    return with_lengths(case, lengths, range(len(lengths)), key_lengths)
 
 
 def _smaller(value: int) -> list[int]:

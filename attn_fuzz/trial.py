@@ -24,7 +24,7 @@ from reference.layout import document_spans
 BACKWARD = ("dq", "dk", "dv", "dx")
 
 # Second value seed of a layout: an error that is a property of the layout shows under both.
-_SECOND_SEED = 0x9E3779B9
+SECOND_SEED = 0x9E3779B9
 
 
 @dataclasses.dataclass
@@ -94,7 +94,7 @@ class Trial:
     @functools.cached_property
     def second(self) -> Trial:
         """The same layout with other values."""
-        return dataclasses.replace(self, case=self.case.replace(seed=self.case.seed ^ _SECOND_SEED))
+        return dataclasses.replace(self, case=self.case.replace(seed=self.case.seed ^ SECOND_SEED))
 
     def document_of(self, tensor: str, row: int) -> tuple[int | None, int]:
         """(document, row within it) of a tensor's row; parameters have no documents."""

@@ -2,7 +2,8 @@
 
 ``KERNEL`` is the buffered layer around that kernel, and the kernel by itself; ``legacy:KERNEL`` is the known-bad layer
 around it; ``any:KERNEL`` is the kernel with its declared limits set aside, to see what happens beyond them;
-``fault:ID`` is a planted fault (backends/faults); ``MODULE:FUNCTION`` or ``PATH.py:FUNCTION`` is a user's own kernel,
+``fault:ID`` is a planted fault (backends/faults), ``rare:Q,K:KERNEL`` one that only documents of one size show;
+``MODULE:FUNCTION`` or ``PATH.py:FUNCTION`` is a user's own kernel,
 and ``layer:MODULE:CLASS`` a user's own layer (backends/user.py). Installed packages add theirs under the entry point
 group ``attn_fuzz.backends``.
 """
@@ -23,6 +24,8 @@ from backends.known import crash_issue_of
 from backends.layer import BufferedLayer, LayerFactory
 from backends.legacy import LegacyLayer
 from backends.rank_layer import RankLayerFactory
+from backends.rare import PREFIX as RARE
+from backends.rare import RareKernel, size_of
 from backends.tensor_layer import TensorLayer, rank_layer
 from backends.user import UserKernel, import_object, user_layer
 from reference.case import Case
@@ -128,6 +131,12 @@ def load(name: str) -> Backend:
         if fault_id not in planted:
             raise UnknownBackend(f"unknown fault {fault_id!r}; known faults are {', '.join(planted)}")
         return Backend(name, *parts_of(planted[fault_id]))
+    if name.startswith(RARE):
+        try:
+            queries, keys, inner = size_of(name)
+        except ValueError:
+            raise UnknownBackend(f"{name!r} is not of the form {RARE}QUERIES,KEYS:KERNEL") from None
+        return Backend(name, RareKernel(load(inner).kernel, queries, keys), levels=("kernel",))
     if ":" in name and not legacy:
         return Backend(name, UserKernel(name))
     kernel_name = name.removeprefix(LEGACY)

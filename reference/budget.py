@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from reference.attention import Forward, sum_groups
+from reference.attention import Forward, Gradients, sum_groups
 from reference.profile import ACCUMULATION, SMALLEST_NORMAL, SUBNORMAL_SPACING, UNIT_ROUNDOFF, Profile
 
 ROUNDING_SECOND_MOMENT = 0.18
@@ -38,7 +38,9 @@ class Variances(NamedTuple):
     dk: torch.Tensor
     dv: torch.Tensor
     degrees: dict[str, torch.Tensor]
-    """Independent errors in each row of out, dq, dk and dv, without the channels."""
+    """Independent errors in each row of out, dq, dk and dv, without the channels; empty where nobody asked."""
+    gradients: Gradients
+    """What the variances are about, dk and dv per K/V head, computed on the way."""
 
 
 def degrees_of_freedom(total: torch.Tensor, sources: torch.Tensor, rounding: torch.Tensor) -> torch.Tensor:
@@ -94,8 +96,9 @@ def attention_variances(
     group: int,
     dtype: str,
     profile: Profile,
+    degrees: bool = True,
 ) -> Variances:
-    """The budget of one document, for K/V with one head per query head.
+    """The budget of one document, for K/V with one head per query head; leading dimensions are documents of one size.
 
     Args:
         q: ``[..., heads, q, d]`` float64, as rounded to ``dtype``.
@@ -108,6 +111,7 @@ def attention_variances(
         group: query heads per K/V head.
         dtype: storage dtype.
         profile: how the backend computes.
+        degrees: whether to count independent errors too.
     """
     a2 = ACCUMULATION**2
 
@@ -187,8 +191,12 @@ def attention_variances(
         var_dq, var_dk_head = var_dq + rvar(dq), var_dk_head + rvar(dk)
     if profile.expands_kv and group > 1:
         var_dk_head, var_dv_head = var_dk_head + rvar(dk), var_dv_head + rvar(dv)
-    stored_dk, stored_dv = rvar(sum_groups(dk, group)), rvar(sum_groups(dv, group))
+    gradients = Gradients(dq, sum_groups(dk, group), sum_groups(dv, group))
+    stored_dk, stored_dv = rvar(gradients.dk), rvar(gradients.dv)
     var_dk, var_dv = sum_groups(var_dk_head, group) + stored_dk, sum_groups(var_dv_head, group) + stored_dv
+
+    if not degrees:
+        return Variances(var_out, var_lse, var_dq, var_dk, var_dv, {}, gradients)
 
     def concentrated(weights: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """sum_j (weight_ij |vector_j|^2)^2"""
@@ -214,4 +222,5 @@ def attention_variances(
             "dk": degrees_of_freedom(var_dk.sum(-1), dk_sources, stored_dk),
             "dv": degrees_of_freedom(var_dv.sum(-1), dv_sources, stored_dv),
         },
+        gradients=gradients,
     )

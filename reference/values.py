@@ -6,8 +6,10 @@ adding or growing other documents, heads or channels leaves it as it was.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Final, TypeVar
 
 import torch
@@ -56,13 +58,15 @@ def _bell(bits: torch.Tensor) -> torch.Tensor:
 _BELL_SD = ((2**32 - 1) / 3) ** 0.5
 
 
-def document_rows(ids: Sequence[int], lengths: Sequence[int], device: torch.device | str) -> torch.Tensor:
-    """A key per row from its document's name and its position there: int64 ``[sum(lengths)]``."""
-    counts = torch.tensor(list(lengths), dtype=torch.int64)
-    names = torch.repeat_interleave(torch.tensor(list(ids), dtype=torch.int64), counts)
-    begins = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    positions = torch.arange(len(names), dtype=torch.int64) - begins
-    return _mix(_mix(names * 0x85EBCA6B + 1) + positions).to(device)
+@functools.lru_cache(maxsize=8)
+def document_rows(ids: tuple[int, ...], lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """A key per row from its document's name and its position there: int64 ``[sum(lengths)]``; not to be written to."""
+    rows = sum(lengths)
+    counts, names = torch.tensor([lengths, ids], dtype=torch.int64).to(device)
+    names = torch.repeat_interleave(names, counts, output_size=rows)
+    begins = torch.repeat_interleave(counts.cumsum(0) - counts, counts, output_size=rows)
+    positions = torch.arange(rows, dtype=torch.int64, device=device) - begins
+    return _mix(_mix(names * 0x85EBCA6B + 1) + positions)
 
 
 def columns(heads: int, channels: int, device: torch.device | str) -> torch.Tensor:
@@ -89,6 +93,49 @@ def _shape_values(mode: str, name: str, bell: torch.Tensor) -> torch.Tensor:
     return unit
 
 
+_SCALED: Final[dict[str, Callable[[str], tuple[float, float]]]] = {
+    "gaussian": lambda name: (1.0, 0.0),
+    "large": lambda name: (3.0 if name in ("q", "k", "x") else 1.0, 0.0),
+    "offset": lambda name: (0.25, 2.0) if name in ("k", "v", "x") else (1.0, 0.0),
+    "tiny": lambda name: (2.0**-12, 0.0),
+}
+"""(factor, offset) of the modes of ``_shape_values`` that are no more than that."""
+
+
+@functools.lru_cache(maxsize=16)
+def fused_agrees(device: torch.device) -> bool:
+    """Whether the fused generator (fused_values.py) runs on a device and gives the portable one's bits there."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    rows = _mix(torch.arange(100, dtype=torch.int64, device=device))
+    try:
+        return all(
+            torch.equal(_fused(rows, "k", mode, 77, 2, 24, dtype), _portable(rows, "k", mode, 77, 2, 24, dtype))
+            for mode in _SCALED
+            for dtype in DTYPES.values()
+        )
+    except Exception:
+        # A compiler that does not work here: the portable way always does.
+        return False
+
+
+def _fused(
+    rows: torch.Tensor, name: str, mode: str, seed: int, heads: int, channels: int, dtype: torch.dtype
+) -> torch.Tensor:
+    from reference import fused_values
+
+    factor, offset = _SCALED[mode](name)
+    numbers = {"unit": 1.0 / _BELL_SD, "factor": factor, "offset": offset}
+    return fused_values.draw(rows, _stream(seed, name), heads, channels, dtype, head_stride=_HEAD_STRIDE, **numbers)
+
+
+def _portable(
+    rows: torch.Tensor, name: str, mode: str, seed: int, heads: int, channels: int, dtype: torch.dtype
+) -> torch.Tensor:
+    bell = _bell(_elements(_stream(seed, name), rows, columns(heads, channels, rows.device)))
+    return _shape_values(mode, name, bell).float().to(dtype).view(len(rows), heads, channels)
+
+
 def draw(
     case: Case, name: str, heads: int, channels: int, device: torch.device | str, *, keys: bool = False
 ) -> torch.Tensor:
@@ -106,10 +153,10 @@ def draw(
         ``[tokens, heads, channels]``.
     """
     lengths = case.packed_key_lengths if keys else case.packed_lengths
+    device = torch.device(device)
     rows = document_rows(case.packed_ids, lengths, device)
-    bell = _bell(_elements(_stream(case.seed, name), rows, columns(heads, channels, device)))
-    values = _shape_values(case.values, name, bell)
-    return values.float().to(DTYPES[case.dtype]).view(len(rows), heads, channels)
+    make = _fused if case.values in _SCALED and fused_agrees(device) else _portable
+    return make(rows, name, case.values, case.seed, heads, channels, DTYPES[case.dtype])
 
 
 def draw_weight(case: Case, name: str, rows: int, channels: int, device: torch.device | str) -> torch.Tensor:

@@ -8,6 +8,10 @@ from attn_fuzz.findings import Finding
 from attn_fuzz.poison import POISONS
 
 
+class CampaignError(RuntimeError):
+    """A campaign cannot do what was asked; the message is one sentence."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Assignment:
     """One worker's job: one backend on one device."""
@@ -27,6 +31,8 @@ class Assignment:
     seconds: float | None = None
     """Stop after so long."""
     poisons: tuple[str, ...] = POISONS
+    gear: str = "narrow"
+    """``narrow``: one drawn case after another; ``wide``: cases of thousands of documents."""
     stop_at_first: bool = False
     """End the assignment with the first finding."""
 

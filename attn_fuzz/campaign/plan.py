@@ -82,6 +82,7 @@ def plan(
     levels: Sequence[str],
     dtypes: Sequence[str],
     poisons: Sequence[str] = POISONS,
+    gears: Sequence[str] = ("narrow",),
     stop_at_first: bool = False,
     ranks: Sequence[int] = (1,),
     tensor_ranks: Sequence[int] = (1,),
@@ -98,30 +99,33 @@ def plan(
         levels: ``layer``, ``kernel``.
         dtypes: to draw from; none for all.
         poisons: memory contents to run every case under.
+        gears: ``narrow``, ``wide``; each backend has workers of its own for each.
         stop_at_first: end each assignment with its first finding.
         ranks: to draw layer cases for.
         tensor_ranks: that share the query heads of each of them.
     """
-    shards = max(1, workers // len(names))
+    jobs = [(name, gear) for gear in gears for name in names]
+    shards = max(1, workers // len(jobs))
     if cases is not None:
         shards = min(shards, max(1, cases // 50))
     # With more backends than workers, each gets its share of the time.
-    share = None if seconds is None else seconds * min(1.0, workers / (len(names) * shards))
+    share = None if seconds is None else seconds * min(1.0, workers / (len(jobs) * shards))
     places = devices_in_turn(device)
     assignments: list[Assignment] = []
     for shard in range(shards):
-        for index, name in enumerate(names):
+        for index, (name, gear) in enumerate(jobs):
             part = None if cases is None else cases // shards + (shard < cases % shards)
             assignments.append(
                 Assignment(
                     backend=name,
                     device=places[len(assignments) % len(places)],
-                    seed=seed * 1009 + shard * len(names) + index,
+                    seed=seed * 1009 + shard * len(jobs) + index,
                     levels=tuple(levels),
                     dtypes=tuple(dtypes),
                     cases=part,
                     seconds=share,
                     poisons=tuple(poisons),
+                    gear=gear,
                     stop_at_first=stop_at_first,
                     ranks=tuple(ranks),
                     tensor_ranks=tuple(tensor_ranks),

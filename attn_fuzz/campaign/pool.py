@@ -16,6 +16,7 @@ from typing import Final
 from attn_fuzz.campaign.isolated import Isolated
 from attn_fuzz.campaign.messages import (
     Assignment,
+    CampaignError,
     Died,
     Failed,
     Finished,
@@ -27,6 +28,7 @@ from attn_fuzz.campaign.messages import (
     Trying,
 )
 from attn_fuzz.campaign.process import set_apart
+from attn_fuzz.campaign.wide import hunt_wide
 from attn_fuzz.campaign.worker import hunt
 from attn_fuzz.environment import environment
 from attn_fuzz.findings import Finding
@@ -43,10 +45,6 @@ RESTARTS: Final = 3
 """How often a worker that died is started again; every death is a finding of its own."""
 
 
-class CampaignError(RuntimeError):
-    """A campaign cannot do what was asked; the message is one sentence."""
-
-
 @dataclasses.dataclass
 class Outcome:
     """What a campaign brought, per backend."""
@@ -61,7 +59,7 @@ def _serve(assignment: Assignment, connection: Connection) -> None:
     """Main function of a worker process."""
     set_apart()
     try:
-        hunt(assignment, connection.send)
+        (hunt_wide if assignment.gear == "wide" else hunt)(assignment, connection.send)
     except KeyboardInterrupt:
         pass
     except BrokenPipeError:

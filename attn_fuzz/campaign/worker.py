@@ -68,7 +68,7 @@ class _Stop(BaseException):
     """Leaves Hypothesis's engine; not an Exception, so that it is not taken for a failing case."""
 
 
-class _Hunt:
+class Hunt:
     """The state of one assignment."""
 
     def __init__(self, assignment: Assignment, send: Send) -> None:
@@ -295,6 +295,6 @@ def hunt(assignment: Assignment, send: Send) -> None:
     """Does an assignment, sending messages as it goes. What cannot be done is a ``Failed`` message."""
     set_up_process(assignment.device)
     try:
-        _Hunt(assignment, send).run()
+        Hunt(assignment, send).run()
     except (LookupError, ValueError) as error:
         send(Failed(str(error)))

@@ -12,6 +12,7 @@ from attn_fuzz.campaign.plan import default_device
 
 DEFAULT_STORE = Path(".attn-fuzz") / "findings"
 DEFAULT_SECONDS = 60.0
+GEARS = ("narrow", "wide")
 
 BackendOption = Annotated[
     list[str] | None,
@@ -43,6 +44,12 @@ LevelOption = Annotated[list[str] | None, typer.Option(help="layer or kernel. De
 DtypeOption = Annotated[
     list[str] | None, typer.Option(help="fp32, bf16 or fp16; repeat for several. Default: all that a backend takes.")
 ]
+GearOption = Annotated[
+    str,
+    typer.Option(
+        help="narrow: one drawn case after another; wide: packed calls of thousands of documents at kernel level; both."
+    ),
+]
 FirstOption = Annotated[bool, typer.Option("--first", help="Stop each backend at its first finding.")]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes at a time.")]
 StoreOption = Annotated[Path, typer.Option(help="Folder of findings.")]
@@ -62,6 +69,12 @@ def device_of(name: str | None) -> str:
         if device != "cuda" and int(device[5:]) >= torch.cuda.device_count():
             raise UsageError(f"there is no {device} here, only {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def gears_of(name: str) -> tuple[str, ...]:
+    if name not in (*GEARS, "both"):
+        raise UsageError(f"unknown gear {name!r}; use narrow, wide or both")
+    return GEARS if name == "both" else (name,)
 
 
 def choices(given: list[str] | None, allowed: tuple[str, ...], what: str) -> tuple[str, ...]:

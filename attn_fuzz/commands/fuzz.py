@@ -21,6 +21,7 @@ from attn_fuzz.commands.arguments import (
     DeviceOption,
     DtypeOption,
     FirstOption,
+    GearOption,
     JsonOption,
     LevelOption,
     RanksOption,
@@ -32,6 +33,7 @@ from attn_fuzz.commands.arguments import (
     WorkersOption,
     choices,
     device_of,
+    gears_of,
 )
 from attn_fuzz.commands.screen import Screen
 from attn_fuzz.environment import environment
@@ -85,6 +87,7 @@ def _fuzz(
     ranks: list[int] | None,
     tensor_ranks: list[int] | None,
     poisons: tuple[str, ...],
+    gears: tuple[str, ...] = ("narrow",),
     first: bool,
     workers: int | None,
     store: Path,
@@ -114,6 +117,7 @@ def _fuzz(
         levels=levels,
         dtypes=dtypes,
         poisons=poisons,
+        gears=gears,
         stop_at_first=first,
         ranks=tuple(dict.fromkeys(ranks or (1,))),
         tensor_ranks=tuple(dict.fromkeys(tensor_ranks or (1,))),
@@ -164,6 +168,7 @@ def run(
     poison: Annotated[
         list[str] | None, typer.Option(help="nan, finite, or none for memory as it comes. Default: nan and finite.")
     ] = None,
+    gear: GearOption = "narrow",
     first: FirstOption = False,
     workers: WorkersOption = None,
     store: StoreOption = DEFAULT_STORE,
@@ -183,6 +188,7 @@ def run(
         ranks=ranks,
         tensor_ranks=tensor_ranks,
         poisons=choices(poison, (*POISONS, "none"), "poison") or POISONS,
+        gears=gears_of(gear),
         first=first,
         workers=workers,
         store=store,
@@ -206,6 +212,7 @@ def check(
     dtype: DtypeOption = None,
     ranks: RanksOption = None,
     tensor_ranks: TensorRanksOption = None,
+    gear: GearOption = "narrow",
     first: FirstOption = False,
     workers: WorkersOption = None,
     store: StoreOption = DEFAULT_STORE,
@@ -223,6 +230,7 @@ def check(
         ranks=ranks,
         tensor_ranks=tensor_ranks,
         poisons=POISONS,
+        gears=gears_of(gear),
         first=first,
         workers=workers,
         store=store,

@@ -1,0 +1,305 @@
+"""How fast the two gears are, measured beside the bare kernels on the same layouts in the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any, Final
+
+import torch
+
+from attn_fuzz.bench_narrow import bare, narrow_of, plain_of, shared_of
+from attn_fuzz.campaign.plan import available_backends
+from attn_fuzz.campaign.worker import set_up_process
+from attn_fuzz.environment import environment
+from attn_fuzz.shrink import minimise
+from attn_fuzz.timing import median, now, once
+from attn_fuzz.wide.call import Call, run
+from attn_fuzz.wide.cutout import subset
+from attn_fuzz.wide.gear import effective_profile, examine_wide, verdicts
+from attn_fuzz.wide.layer import layer_verdict
+from attn_fuzz.wide.layer import run as run_layer
+from attn_fuzz.wide.layouts import Sweep
+from backends import registry
+from backends.kernel import UnsupportedCase
+from backends.rare import PREFIX as RARE
+from backends.registry import Backend
+from reference.batched import answers
+from reference.case import Case
+from reference.layer import layer_inputs
+from reference.screen import distrust, screen, takes
+from reference.values import fused_agrees
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is measured on a kind of device."""
+
+    documents: int
+    longest: tuple[int, int]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str = "bf16"
+    narrow_seconds: float
+    processes: tuple[int, ...]
+    """How many processes share the device, tried in turn."""
+    narrow_cases: int = 60
+    """Cases drawn to time their generation and their bare kernels."""
+    plain_cases: int
+    rare: tuple[int, int]
+    """The one size of a document that the planted fault gets wrong, of all up to ``rare_longest``."""
+    rare_longest: tuple[int, int]
+    rare_documents: int
+    """Documents per call while looking for it."""
+
+
+PLANS: Final = {
+    "cuda": Plan(
+        documents=4096,
+        longest=(64, 128),
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        narrow_seconds=6.0,
+        processes=(8, 16),
+        plain_cases=200,
+        rare=(201, 317),
+        rare_longest=(256, 400),
+        rare_documents=16384,
+    ),
+    "cpu": Plan(
+        documents=512,
+        longest=(16, 32),
+        heads=2,
+        kv_heads=1,
+        head_dim=16,
+        narrow_seconds=5.0,
+        processes=(2,),
+        plain_cases=40,
+        rare=(11, 23),
+        rare_longest=(16, 32),
+        rare_documents=256,
+    ),
+}
+
+SLOW: Final = 0.4
+"""Seconds of a bare call beyond which no more documents are asked for."""
+
+MUCH_SLOWER: Final = 1.3
+"""A kernel whose time per document grows by so much when documents are doubled is given no more of them."""
+
+
+def layout(plan: Plan, documents: int, seed: int = 0) -> Case:
+    """A causal call whose documents have 1 to the longest number of queries, and as many keys or more."""
+    random = Random(seed)
+    lengths = [random.randint(1, plan.longest[0]) for _ in range(documents)]
+    return Case(
+        level="kernel",
+        lengths=tuple(lengths),
+        key_lengths=tuple(random.randint(length, plan.longest[1]) for length in lengths),
+        heads=plan.heads,
+        kv_heads=plan.kv_heads,
+        head_dim=plan.head_dim,
+        dtype=plan.dtype,
+        seed=seed,
+    )
+
+
+def fitting(plan: Plan, backend: Backend, device: torch.device) -> tuple[Case, float] | None:
+    """The plan's layout and the kernel's bare time, with fewer documents where they are faster that way."""
+    documents = min(64, plan.documents)
+    best: tuple[Case, float] | None = None
+    while documents <= plan.documents:
+        case = layout(plan, documents)
+        if backend.refusal(case, device.type) is not None:
+            return None
+        try:
+            seconds = median(bare(Call.of(case, device), backend), device)
+        except (torch.OutOfMemoryError, MemoryError, UnsupportedCase):
+            return best
+        # What forms masks over the whole pack takes the square of its growth.
+        if best is not None and seconds / documents > best[1] / len(best[0].lengths) * MUCH_SLOWER:
+            return best
+        best = case, seconds
+        if seconds > SLOW:
+            return best
+        documents *= 2
+    return best
+
+
+def wide_of(case: Case, backends: Sequence[Backend], device: torch.device, *, exact: bool) -> dict[str, Any]:
+    """The whole verification of some backends on one layout, and where its time goes, in seconds."""
+    whole = median(lambda: verdicts(Call.of(case, device), backends, screened=not exact), device)
+    call = Call.of(case, device)
+    values = median(lambda: Call.of(case, device), device)
+    kernels = median(lambda: [run(call, backend) for backend in backends], device)
+    profiles = {effective_profile(backend.kernel.profile_on(device.type), case) for backend in backends}
+
+    def answer() -> None:
+        for profile in profiles:
+            if not exact and takes(case, profile, device) is None:
+                screen(case, call.inputs, profile)
+            else:
+                for _ in answers(case, call.inputs, profile):
+                    pass
+
+    reference = median(answer, device)
+    count = len(case.lengths)
+    return {
+        "documents": count,
+        "screened": not exact and all(takes(case, profile, device) is None for profile in profiles),
+        "seconds": whole,
+        "documents_per_s": count / whole,
+        "verdicts_per_s": count * len(backends) / whole,
+        "parts": {
+            "values": values,
+            "kernels": kernels,
+            "reference": reference,
+            "checks_and_rest": max(whole - values - kernels - reference, 0.0),
+        },
+    }
+
+
+def layer_of(plan: Plan, backend: Backend, device: torch.device, documents: int) -> dict[str, float] | None:
+    """The wide gear at layer level: nine micro-sequences, with the layer's own time; None where it is not taken."""
+    lengths = layout(plan, documents).lengths
+    total = sum(lengths)
+    case = Case(
+        lengths=lengths,
+        cuts=tuple(total * cut // 9 for cut in range(1, 9)),
+        heads=plan.heads,
+        kv_heads=plan.kv_heads,
+        head_dim=plan.head_dim,
+        hidden=plan.heads * plan.head_dim,
+        weights="selection",
+        dtype=plan.dtype,
+    )
+    if backend.refusal(case, device.type) is not None:
+        return None
+    inputs = layer_inputs(case, device)
+    whole = median(lambda: layer_verdict(case, backend, device), device)
+    alone = median(lambda: run_layer(case, inputs, backend), device)
+    return {"documents": documents, "seconds": whole, "documents_per_s": documents / whole, "bare_layer_s": alone}
+
+
+def rare_of(plan: Plan, name: str, device: torch.device) -> dict[str, Any]:
+    """How long a fault in documents of one size stays hidden, and what it shrinks to."""
+    queries, keys = plan.rare
+    backend = registry.load(f"{RARE}{queries},{keys}:{name}")
+    sweep = Sweep(plan.rare_longest, 0)
+    sizes = (plan.rare_longest[0] + 1) * (plan.rare_longest[1] + 1)
+    case, seen, taken = layout(plan, 1), 0, 0.0
+    for turn in range(-(-sizes // plan.rare_documents) + 1):
+        lengths, key_lengths = sweep.take(plan.rare_documents)
+        case = case.replace(
+            lengths=tuple(lengths.tolist()),
+            # No query without a key: some backends refuse a whole call for one such document.
+            key_lengths=tuple(torch.maximum(lengths, key_lengths).tolist()),
+            heads=1,
+            kv_heads=1,
+        )
+        if turn == 0:
+            verdicts(Call.of(case, device), [backend])
+        found = None
+
+        def look(case: Case = case) -> None:
+            nonlocal found
+            found = examine_wide(case, backend, device)
+
+        taken += once(look, device)
+        seen += len(lengths)
+        if found is not None:
+            small = subset(case, found.documents[:1])
+            assert small is not None
+            shrinking = now(device)
+            small = minimise(small, lambda each: examine_wide(each, backend, device) is not None, 20.0)
+            return {
+                "sizes": sizes,
+                "documents": seen,
+                "seconds": taken,
+                "shrunk": small.to_dict(),
+                "shrink_s": now(device) - shrinking,
+            }
+    return {"sizes": sizes, "documents": seen, "seconds": taken, "shrunk": None}
+
+
+def bench(device: str, names: Sequence[str], say: Say, *, exact: bool = False) -> dict[str, Any]:
+    """Everything, as the JSON object of ``bench --json``.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        names: backends; none for all available.
+        say: told what is being measured.
+        exact: judge everything in float64, without the fast reference's first look.
+    """
+    set_up_process(device)
+    place = torch.device(device)
+    plan = PLANS[place.type]
+    rows: list[dict[str, Any]] = []
+    fitted: list[tuple[Backend, Case, float]] = []
+    for name in names or available_backends(device, (plan.dtype,)):
+        backend = registry.load(name)
+        say(f"{name}: bare kernel and wide gear")
+        found = fitting(plan, backend, place)
+        if found is None:
+            say(f"{name}: does not take the layout")
+            continue
+        case, seconds = found
+        wide = wide_of(case, [backend], place, exact=exact)
+        fitted.append((backend, case, seconds))
+        say(f"{name}: {wide['documents_per_s']:,.0f} documents/s wide, {wide['seconds'] / seconds:.1f} times bare")
+        layer = layer_of(plan, backend, place, len(case.lengths))
+        if layer is not None:
+            say(f"{name}: {layer['documents_per_s']:,.0f} documents/s wide at layer level")
+        narrow = narrow_of(name, device, plan.narrow_seconds, plan.narrow_cases)
+        say(f"{name}: {narrow['cases_per_s']:,.0f} cases/s narrow")
+        rows.append(
+            {
+                "name": name,
+                "bare_kernel_s": seconds,
+                "wide_documents_per_s": wide["documents_per_s"],
+                "wide_over_bare": wide["seconds"] / seconds,
+                "wide": wide,
+                "wide_layer": layer,
+                "narrow_cases_per_s": narrow["cases_per_s"],
+                "narrow_documents_per_s": narrow["documents_per_s"],
+                "narrow": narrow,
+                "wide_over_narrow": wide["documents_per_s"] / max(narrow["documents_per_s"], 1e-9),
+            }
+        )
+    result: dict[str, Any] = {
+        "device": device,
+        "environment": environment(device),
+        "plan": dataclasses.asdict(plan),
+        "fused_values": fused_agrees(place),
+        "fast_reference": "not asked for"
+        if exact
+        else distrust(place) or "in use"
+        if device != "cpu"
+        else "on GPUs only",
+        "backends": rows,
+    }
+    if fitted:
+        most = max(len(case.lengths) for _, case, _ in fitted)
+        packed = [(backend, seconds) for backend, case, seconds in fitted if len(case.lengths) == most]
+        backends, bares = [backend for backend, _ in packed], [seconds for _, seconds in packed]
+        first = backends[0].name
+        say(f"all of {', '.join(backend.name for backend in backends)} on one layout")
+        together = wide_of(layout(plan, most), backends, place, exact=exact)
+        result["together"] = together | {
+            "backends": [b.name for b in backends],
+            "bare_kernels_s": sum(bares),
+            "over_bare": together["seconds"] / sum(bares),
+        }
+        say(f"{first}: a fault in one size of {plan.rare_longest}")
+        result["rare"] = rare_of(plan, first, place) | {"backend": first}
+        say(f"{first}: {' and '.join(map(str, plan.processes))} processes on one device")
+        shared = {str(n): shared_of(first, device, n, plan.narrow_seconds) for n in plan.processes}
+        result["processes"] = {"backend": first, "cases_per_s": shared}
+        say(f"{first}: a plain pytest loop")
+        result["plain"] = (plain_of(first, device, plan.plain_cases) or {}) | {"backend": first}
+    return result

@@ -1,0 +1,202 @@
+"""One worker of the wide gear: packed calls until time or number is used up; what fails is cut out and shrunk."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from random import Random
+from typing import Final
+
+import torch
+
+from attn_fuzz.campaign.messages import Assignment, Died, Failed, Finished, Found, Progress, Trying
+from attn_fuzz.campaign.process import DEAD_CONTEXT, context_alive, set_up_process
+from attn_fuzz.campaign.worker import Hunt, Send
+from attn_fuzz.checks.budget import LIMIT, limit
+from attn_fuzz.environment import environment
+from attn_fuzz.examine import Verdict
+from attn_fuzz.findings import Finding
+from attn_fuzz.strategies import Domain
+from attn_fuzz.wide.call import Call
+from attn_fuzz.wide.cutout import bisected, candidates, subset
+from attn_fuzz.wide.gear import Outcome, Suspicion, suspected, verdicts
+from attn_fuzz.wide.layer import draw_layer_case, layer_verdict
+from attn_fuzz.wide.layouts import LONGEST, Sweep, draw_case
+from backends.kernel import UnsupportedCase
+from reference.case import LEVELS, Case
+
+FIRST_DOCUMENTS: Final = 64
+MOST_DOCUMENTS: Final = 16384
+
+CALL_SECONDS: Final = 0.5
+"""Calls grow until one takes so long: a kernel that forms whole masks is asked for fewer documents than one that does
+not, without anybody saying which it is."""
+
+BISECT_SECONDS: Final = 30.0
+
+_BISECTIONS: Final = 3
+"""A fault that no cut-out shows is bisected so often, not in every call that it spoils."""
+
+
+class WideHunt(Hunt):
+    """The state of one wide assignment."""
+
+    def __init__(self, assignment: Assignment, send: Send) -> None:
+        super().__init__(assignment, send)
+        self.domain = Domain.of(
+            self.backend.kernel.capabilities_on(self.device.type), self.device.type, assignment.dtypes
+        )
+        self.random = Random(assignment.seed)
+        sizes = LONGEST[self.device.type]
+        self.sweeps = [Sweep(longest, self.random.randrange(1 << 16)) for longest in sizes]
+        self.documents = {(level, size): FIRST_DOCUMENTS for level in LEVELS for size in range(len(sizes))}
+        self.bisections = 0
+
+    def wide_fails(self, case: Case) -> bool:
+        """Whether a packed call fails, announced first."""
+        self.send(Trying(case.to_json()))
+        try:
+            return suspected(case, self.judge(case), self.judge) is not None
+        except UnsupportedCase:
+            return False
+
+    def draw(self, level: str, size: int) -> Case | None:
+        """The next case of a level and size."""
+        documents = self.documents[level, size]
+        if level == "layer":
+            longest = self.sweeps[size].longest[0]
+            return draw_layer_case(self.random, self.backend, self.domain, documents, longest)
+        return draw_case(self.random, self.sweeps[size], self.backend, self.domain, documents)
+
+    def judge(self, case: Case) -> Outcome:
+        """Runs a case and judges its documents."""
+        if case.level == "layer":
+            return layer_verdict(case, self.backend, self.device)
+        (outcome,) = verdicts(Call.of(case, self.device), [self.backend])
+        return outcome
+
+    def call(self, level: str, size: int) -> None:
+        """One case of many documents, judged, and pursued where it fails."""
+        case = self.draw(level, size)
+        if case is None:
+            self.tally.refused += 1
+            return
+        self.send(Trying(case.to_json()))
+        started = time.monotonic()
+        size_of = (level, size)
+        try:
+            outcome = self.judge(case)
+        except UnsupportedCase:
+            self.tally.refused += 1
+            return
+        except (torch.OutOfMemoryError, MemoryError):
+            if self.documents[size_of] <= 1:
+                raise
+            self.documents[size_of] //= 2
+            return
+        if outcome.broken is not None and not context_alive(self.device):
+            self.send(Died(outcome.broken))
+            os._exit(DEAD_CONTEXT)
+        if time.monotonic() - started < CALL_SECONDS / 2:
+            self.documents[size_of] = min(2 * self.documents[size_of], MOST_DOCUMENTS)
+        found = suspected(case, outcome, self.judge)
+        self.tally_call(case, outcome, clean=found is None)
+        if found is not None:
+            self.pursue(found)
+
+    def tally_call(self, case: Case, outcome: Outcome, *, clean: bool) -> None:
+        """Adds a call to the tally, as one case of many documents."""
+        tally = self.tally
+        tally.cases += 1
+        tally.documents += len(case.packed_lengths)
+        tally.seconds = time.monotonic() - self.started
+        kind = f"wide-{case.level} {case.dtype}"
+        tally.by_kind[kind] = tally.by_kind.get(kind, 0) + 1
+        if clean:
+            worst, places = (outcome.z * LIMIT / limit(case)).max(0)
+            for name, z, place in zip(outcome.names, worst.tolist(), places.tolist(), strict=True):
+                key = f"{kind} {name}"
+                alone = subset(case, [place])
+                if z > tally.worst_z.get(key, -1.0) and alone is not None:
+                    tally.worst_z[key], tally.worst_case[key] = z, alone.to_json()
+        self.send(Progress(copy.deepcopy(tally)))
+
+    def pursue(self, found: Suspicion) -> None:
+        """Cuts a failing document out of its call and hands it to the narrow gear."""
+        self.original, self.failed_at = found.case, time.monotonic()
+        known: dict[str, None] = {}
+        for small in candidates(found.case, found.documents):
+            verdict = self.narrow(small)
+            if verdict is not None and verdict.first is not None:
+                self.hand_over(small, verdict)
+                return
+            known |= dict.fromkeys(verdict.known if verdict is not None else ())
+        if known:
+            for issue in known:
+                self.tally.known[issue] = self.tally.known.get(issue, 0) + 1
+            return
+        if self.bisections >= _BISECTIONS:
+            self.tally.repeated += 1
+            return
+        self.bisections += 1
+        small = bisected(found.case, self.wide_fails, BISECT_SECONDS)
+        verdict = self.narrow(small)
+        if verdict is not None and verdict.first is not None:
+            self.hand_over(small, verdict)
+        elif found.symptom.__name__ not in self.found:
+            self.found.add(found.symptom.__name__)
+            self.send(Found(self.only_wide(found, small)))
+
+    def narrow(self, case: Case) -> Verdict | None:
+        """All checks of the narrow gear on a cut-out; None where the backend does not take it."""
+        try:
+            return self.examine(case)
+        except UnsupportedCase:
+            return None
+
+    def hand_over(self, case: Case, verdict: Verdict) -> None:
+        """Lets the narrow gear shrink and report what it fails too."""
+        if type(verdict.first).__name__ in self.found:
+            self.tally.repeated += 1
+            return
+        self.report(case, verdict)
+
+    def only_wide(self, found: Suspicion, small: Case) -> Finding:
+        """A finding that no small case shows: the smallest packed call that fails."""
+        assert self.original is not None
+        return Finding(
+            backend=self.backend.name,
+            device=str(self.device),
+            symptom=found.symptom.__name__,
+            checks=("wide",),
+            messages=(f"{found.symptom.__name__} [wide] {found.message}",),
+            case=small,
+            original_case=self.original,
+            cases_to_find=self.tally.cases,
+            seconds_to_find=round(self.failed_at - self.started, 3),
+            environment=environment(str(self.device)),
+        )
+
+    def run(self) -> None:
+        """Levels and sizes in turn."""
+        levels = [level for level in self.assignment.levels if level in self.backend.levels]
+        if not levels:
+            raise ValueError(f"{self.backend.name} has no {' or '.join(self.assignment.levels)} level")
+        turn = 0
+        while not self.over():
+            self.call(levels[turn % len(levels)], turn // len(levels) % len(self.sweeps))
+            turn += 1
+            if self.found and self.assignment.stop_at_first:
+                break
+        self.tally.seconds = time.monotonic() - self.started
+        self.send(Finished(self.tally))
+
+
+def hunt_wide(assignment: Assignment, send: Send) -> None:
+    """Does a wide assignment, sending messages as it goes. What cannot be done is a ``Failed`` message."""
+    set_up_process(assignment.device)
+    try:
+        WideHunt(assignment, send).run()
+    except (LookupError, ValueError) as error:
+        send(Failed(str(error)))

@@ -1,0 +1,92 @@
+"""``bench``: how fast both gears are on this machine."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from attn_fuzz.bench import bench as measure
+from attn_fuzz.campaign.plan import require_available
+from attn_fuzz.commands.arguments import BackendOption, DeviceOption, JsonOption, device_of
+from attn_fuzz.commands.screen import progress_console
+
+
+def bench(
+    backend: BackendOption = None,
+    device: DeviceOption = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Judge everything in float64, without a fast first look.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Documents and cases per second of both gears, beside the bare kernels on the same layouts."""
+    where = device_of(device)
+    names = tuple(dict.fromkeys(backend or ()))
+    require_available(names, where)
+    result = measure(where, names, lambda line: progress_console.print(line, markup=False), exact=exact)
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        show(Console(emoji=False), result)
+
+
+def show(console: Console, result: dict[str, Any]) -> None:
+    """The figures as people read them."""
+    table = Table(title=f"{result['environment']['device']}, torch {result['environment']['torch']}")
+    columns = (
+        "backend",
+        "documents",
+        "bare, ms",
+        "wide, ms",
+        "ratio",
+        "wide documents/s",
+        "narrow cases/s",
+        "documents/s",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column == "backend" else "right")
+    for row in result["backends"]:
+        wide = row["wide"]
+        table.add_row(
+            row["name"],
+            f"{wide['documents']:,}",
+            f"{1e3 * row['bare_kernel_s']:.2f}",
+            f"{1e3 * wide['seconds']:.2f}",
+            f"{row['wide_over_bare']:.1f}",
+            f"{row['wide_documents_per_s']:,.0f}",
+            f"{row['narrow_cases_per_s']:,.1f}",
+            f"{row['narrow_documents_per_s']:,.0f}",
+        )
+    console.print(table)
+    for row in result["backends"]:
+        parts = ", ".join(f"{name.replace('_', ' ')} {1e3 * s:.2f}" for name, s in row["wide"]["parts"].items())
+        console.print(f"{row['name']}: milliseconds by part: {parts}")
+        if (layer := row["wide_layer"]) is not None:
+            ratio, own = layer["seconds"] / layer["bare_layer_s"], 1e3 * layer["bare_layer_s"]
+            console.print(
+                f"{row['name']}: {layer['documents_per_s']:,.0f} documents/s at layer level, "
+                f"{ratio:.1f} times the layer's own {own:.2f} ms"
+            )
+    if "together" in result:
+        together = result["together"]
+        console.print(
+            f"all on one layout: {together['verdicts_per_s']:,.0f} document verdicts/s, "
+            f"{together['over_bare']:.1f} times the bare kernels' {1e3 * together['bare_kernels_s']:.2f} ms"
+        )
+        rare = result["rare"]
+        console.print(
+            f"a fault in 1 of {rare['sizes']:,} sizes: found after {rare['documents']:,} documents and "
+            f"{rare['seconds']:.3f} s, shrunk to {json.dumps(rare['shrunk'])}"
+        )
+        for count, rate in result["processes"]["cases_per_s"].items():
+            console.print(f"{count} processes on {result['processes']['backend']}: {rate:,.0f} cases/s")
+        if "cases_per_s" in result["plain"]:
+            plain = result["plain"]
+            console.print(
+                f"a plain pytest loop on {plain['backend']}: {plain['cases_per_s']:,.1f} cases/s, "
+                f"{plain['documents_per_s']:,.0f} documents/s"
+            )

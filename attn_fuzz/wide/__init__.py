@@ -1,0 +1,1 @@
+"""The wide gear: one packed call is thousands of experiments, with one verdict per document and tensor."""

@@ -1,0 +1,84 @@
+"""One wide call of one backend: poisoned memory, forward, backward, everything left on the device."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from attn_fuzz.poison import filler, poisoned
+from backends.kernel import AttentionOptions
+from backends.metadata import VarlenMetadata
+from backends.registry import Backend
+from reference.answer import Inputs, kernel_inputs
+from reference.case import Case
+from reference.memory import Placed, bits, place
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A case's tensors in their places, ready for any number of backends."""
+
+    case: Case
+    device: torch.device
+    placed: dict[str, Placed]
+    """``q``, ``k``, ``v`` and ``dout``, between guard margins."""
+    metadata: VarlenMetadata
+
+    @classmethod
+    def of(cls, case: Case, device: torch.device, inputs: Inputs | None = None) -> Call:
+        """The call that a kernel case describes.
+
+        Args:
+            case: without ``capacity``.
+            device: where it will run.
+            inputs: the case's tensors on the device; drawn when not given.
+        """
+        drawn = kernel_inputs(case, device) if inputs is None else inputs
+        names = ("q", "k", "v", "dout")
+        placed = {name: place(getattr(drawn, name), case.memory, filler("nan")) for name in names}
+        metadata = VarlenMetadata(lengths_q=case.packed_lengths, lengths_k=case.packed_key_lengths, device=device)
+        return cls(case, device, placed, metadata)
+
+    @property
+    def inputs(self) -> Inputs:
+        """The tensors as they lie there now."""
+        return Inputs(*(self.placed[name].tensor for name in ("q", "k", "v", "dout")))
+
+    def changed(self) -> torch.Tensor:
+        """Whether any input or guard margin has lost its bits: bool scalar on the device."""
+        return torch.stack([(bits(item.storage) != item.before).any() for item in self.placed.values()]).any()
+
+
+@contextlib.contextmanager
+def _poisoned_results(call: Call) -> Iterator[None]:
+    """Whatever the backend allocates for its results and leaves unwritten is NaN."""
+    if call.device.type != "cuda":
+        with poisoned("nan", call.device):
+            yield
+        return
+    # Deterministic mode would choose other kernels. The caching allocator hands these blocks out again.
+    tensors = call.placed.values()
+    blocks = [torch.full_like(item.tensor, torch.nan, memory_format=torch.contiguous_format) for item in tensors]
+    blocks.append(torch.full(call.inputs.q.shape[:2], torch.nan, dtype=torch.float32, device=call.device))
+    del blocks
+    yield
+
+
+def run(call: Call, backend: Backend) -> dict[str, torch.Tensor]:
+    """Forward and backward of a backend: its results on the device, token-major, ``lse [tokens_q, heads]``.
+
+    Nothing here waits for the device.
+    """
+    q, k, v = leaves = [call.placed[name].tensor.detach().requires_grad_() for name in ("q", "k", "v")]
+    with _poisoned_results(call):
+        attended = backend.kernel.attend(q, k, v, call.metadata, AttentionOptions.of(call.case))
+        gradients = torch.autograd.grad(attended.out, leaves, call.placed["dout"].tensor)
+    results = {"out": attended.out.detach(), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
+    if attended.lse is not None:
+        lse = attended.lse.detach().T
+        convention = backend.kernel.capabilities_on(call.device.type).lse_of_blind_rows
+        results["lse"] = torch.where(lse == convention, -torch.inf, lse)
+    return results

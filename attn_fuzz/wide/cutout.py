@@ -1,0 +1,73 @@
+"""From a packed call that fails to a case that the narrow gear takes: alone, with neighbours, by bisection."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+from attn_fuzz.shrink import with_lengths
+from reference.case import Case, CaseError
+
+Fails = Callable[[Case], bool]
+
+SUSPECTS: Final = 3
+"""Documents tried on their own: of a fault's many victims the worst few are as good as any."""
+
+NEIGHBOURS: Final = (0, 1, 4)
+"""How many on each side come along."""
+
+ENOUGH: Final = 12
+"""Documents that the narrow gear shrinks by itself."""
+
+
+def subset(case: Case, places: Iterable[int]) -> Case | None:
+    """The case with some of its documents only, each under its own name and so with its own values, cuts with them."""
+    kept = list(places)
+    if case.level == "layer":
+        return with_lengths(case, [case.lengths[i] for i in kept], kept, None)
+    lengths, keys, ids = case.packed_lengths, case.packed_key_lengths, case.packed_ids
+    try:
+        return case.replace(
+            lengths=tuple(lengths[i] for i in kept),
+            key_lengths=tuple(keys[i] for i in kept),
+            document_ids=tuple(ids[i] for i in kept),
+        )
+    except CaseError:
+        return None
+
+
+def candidates(case: Case, documents: Sequence[int]) -> list[Case]:
+    """Small calls around the suspects: each alone first, then with neighbours."""
+    found: dict[Case, None] = {}
+    count = len(case.packed_lengths)
+    for reach in NEIGHBOURS:
+        for place in documents[:SUSPECTS]:
+            small = subset(case, range(max(place - reach, 0), min(place + reach + 1, count)))
+            if small is not None:
+                found[small] = None
+    return list(found)
+
+
+def bisected(case: Case, fails: Fails, seconds: float) -> Case:
+    """A smaller packed call that still fails: halves, quarters and so on are taken out for good where it does.
+
+    Args:
+        case: a failing call.
+        fails: whether a call fails.
+        seconds: after which what has been reached is returned.
+    """
+    deadline = time.monotonic() + seconds
+    size = len(case.packed_lengths) // 2
+    while size >= 1 and len(case.packed_lengths) > ENOUGH:
+        begin, count = 0, len(case.packed_lengths)
+        while begin < count and count > ENOUGH:
+            if time.monotonic() > deadline:
+                return case
+            small = subset(case, [i for i in range(count) if not begin <= i < begin + size])
+            if small is not None and fails(small):
+                case, count = small, len(small.packed_lengths)
+            else:
+                begin += size
+        size = min(size, count) // 2
+    return case

@@ -1,0 +1,145 @@
+"""What one wide call is made of: a configuration, and thousands of documents that tile edges and sweeps pick."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from random import Random
+from typing import Final
+
+import torch
+
+from attn_fuzz.strategies import TILE_EDGES, Domain
+from backends.registry import Backend
+from reference.case import Case
+
+LONGEST: Final = {"cuda": ((64, 128), (16, 32), (256, 400)), "cpu": ((16, 32), (16, 32), (64, 128))}
+"""(queries, keys) of the longest documents of calls, in turn; (256, 400) has 103,057 different pairs."""
+
+_OPTIONS: Final = {"cuda": 7, "cpu": 4}
+"""How many of the head dimensions and head groups are drawn, simplest first: a CPU would rather see more documents."""
+
+WINDOW_SIDES: Final = (0, 1, 2, 7, 15, 16, 31, 63, 64)
+
+VALUES: Final = ("gaussian", "gaussian", "gaussian", "large", "offset")
+"""Continuous modes only: what is structured on purpose is the narrow gear's."""
+
+_ATTEMPTS: Final = 50
+
+
+@dataclasses.dataclass
+class Sweep:
+    """Walks through all (queries, keys) pairs up to a size without repeating one, in an order that looks random.
+
+    A fault that needs one exact pair is met after at most as many documents as there are pairs.
+    """
+
+    longest: tuple[int, int]
+    position: int
+    """Pairs taken so far, from a start of the walk's own."""
+
+    def take(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next pairs: (queries, keys), int64 ``[count]`` each."""
+        queries, keys = (side + 1 for side in self.longest)
+        total = queries * keys
+        # A step near the golden section spreads any run of pairs over both sides; coprime, it visits all of them.
+        step = next(s for s in range(int(total * 0.6180339887) | 1, 2 * total) if math.gcd(s, total) == 1)
+        places = (torch.arange(self.position, self.position + count) * step) % total
+        self.position += count
+        return places // keys, places % keys
+
+
+def edge_lengths(random: Random, count: int, longest: int) -> torch.Tensor:
+    """Lengths at tile edges."""
+    edges = torch.tensor([edge for edge in (0, *TILE_EDGES, 127, 128, 129, 255, 256, 257) if edge <= longest])
+    return edges[torch.randint(len(edges), (count,), generator=_generator(random))]
+
+
+def _generator(random: Random) -> torch.Generator:
+    return torch.Generator().manual_seed(random.getrandbits(62))
+
+
+def draw_lengths(random: Random, sweep: Sweep, documents: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(queries, keys) of each document, int64: two thirds by sweep, one third by edges, in any order."""
+    swept = documents - documents // 3
+    queries, keys = sweep.take(swept)
+    edge_q = edge_lengths(random, documents - swept, sweep.longest[0])
+    # Edges of both sides, or as many keys as queries, or a past whose length is an edge.
+    edge_k = edge_lengths(random, documents - swept, sweep.longest[1])
+    kind = torch.randint(3, (len(edge_q),), generator=_generator(random))
+    edge_k = torch.where(kind == 1, edge_q, torch.where(kind == 2, edge_q + edge_k, edge_k))
+    order = torch.randperm(documents, generator=_generator(random))
+    return torch.cat([queries, edge_q])[order], torch.cat([keys, edge_k.clamp_max(sweep.longest[1])])[order]
+
+
+def _tamed(lengths: torch.Tensor, keys: torch.Tensor, domain: Domain, *, causal: bool, equal: bool) -> torch.Tensor:
+    """Numbers of keys that the backend takes."""
+    capabilities = domain.capabilities
+    if equal or (causal and capabilities.causal_needs_equal_lengths):
+        return lengths
+    if not capabilities.queries_without_keys:
+        keys = torch.maximum(keys, lengths) if causal else torch.where((lengths > 0) & (keys == 0), lengths, keys)
+    if not capabilities.keys_without_queries:
+        keys = torch.where(lengths == 0, 0, keys)
+    return keys
+
+
+def draw_options(random: Random, domain: Domain) -> dict[str, object]:
+    """Everything about a case but its documents."""
+    capabilities = domain.capabilities
+    causal = random.choice(
+        [choice for choice in (True, True, False) if (capabilities.causal if choice else capabilities.noncausal)]
+    )
+    window = (-1, -1)
+    if capabilities.window and random.random() < 0.4:
+        left = random.choice(WINDOW_SIDES)
+        window = (left, -1 if causal else random.choice((left, random.choice(WINDOW_SIDES))))
+    heads, kv_heads = random.choice(domain.head_groups[: _OPTIONS[domain.device]])
+    return {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": random.choice(domain.head_dims[: _OPTIONS[domain.device]]),
+        "causal": causal,
+        "window": window,
+        "softcap": random.choice((0.0, 0.0, 0.0, 20.0)) if capabilities.softcap else 0.0,
+        "dtype": random.choice(domain.dtypes),
+        "values": random.choice(VALUES),
+        "seed": random.randrange(1 << 16),
+        "memory": random.choice(("contiguous", *(m for m in capabilities.memories if m != "broadcast"))),
+    }
+
+
+def draw_case(random: Random, sweep: Sweep, backend: Backend, domain: Domain, documents: int) -> Case | None:
+    """A packed call that the backend takes, or None where fifty draws were all refused.
+
+    Args:
+        random: decides everything but the sweep's pairs.
+        sweep: where the walk through pairs of lengths stands; it moves on.
+        backend: what will run it.
+        domain: the options that it takes.
+        documents: how many.
+    """
+    for attempt in range(_ATTEMPTS):
+        lengths, keys = draw_lengths(random, dataclasses.replace(sweep), documents)
+        options = draw_options(random, domain)
+        # Some limits concern certain pairs of lengths whatever the options: later draws are plainer.
+        if attempt > 10:
+            options["window"] = (-1, -1)
+        keys = _tamed(lengths, keys, domain, causal=bool(options["causal"]), equal=attempt > 30)
+        if not domain.capabilities.empty_documents:
+            there = (lengths > 0) | (keys > 0)
+            lengths, keys = lengths[there], keys[there]
+        if attempt > 5:
+            keys = torch.maximum(keys, lengths)
+        if not lengths.sum() or not keys.sum():
+            continue
+        case = Case(
+            level="kernel",
+            lengths=tuple(lengths.tolist()),
+            key_lengths=tuple(keys.tolist()),
+            **options,  # type: ignore[arg-type]
+        )
+        if backend.refusal(case, domain.device) is None:
+            sweep.take(documents - documents // 3)
+            return case
+    return None

@@ -1,0 +1,206 @@
+"""Answers for thousands of documents at a time: equal to ``answer.kernel_answer``, which takes them one by one.
+
+Documents are put into buckets of nearly the same size, padded with zeros to the bucket's size and computed together by
+the very formulas of attention.py and budget.py, whose leading dimension is then the document. Padding changes nothing
+but the order of sums: padded keys are seen by nobody, padded queries see nothing, and both add exact zeros.
+
+One chunk of a bucket is computed at a time, and chunks are as large as the free memory allows. Whoever judges a
+thousand documents need not hold all their answers at once: it takes them chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import torch
+
+from reference import attention, budget
+from reference.answer import KERNEL_TENSORS, Expected, Inputs
+from reference.case import Case
+from reference.profile import Profile
+
+SIZES: Final = (2, 8, 16, 24, 32, 48, 64, 96, 128)
+"""Padded lengths: few buckets, because each costs as many small operations as a large one. Beyond the last: its
+multiples."""
+
+_CPU_BYTES: Final = 48 << 20
+"""A chunk's working set where it is to stay near the processor's caches."""
+
+_CUDA_SHARE: Final = 0.25
+_CUDA_BYTES: Final = 4 << 30
+
+# float64 tensors alive at a time in attention_variances: of [heads, q, k], and of [heads, q + k, d].
+_LIVE_SCORES: Final = 24
+_LIVE_ROWS: Final = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Where the rows of some documents lie on the query or the key side of a packed call."""
+
+    index: torch.Tensor
+    """int64 ``[documents, size]``: row of the packed tensor; 0 where there is none."""
+    there: torch.Tensor
+    """bool ``[documents, size]``: False for padding."""
+    lengths: torch.Tensor
+    """int64 ``[documents]``."""
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Packed ``[tokens, heads, ...]`` to ``[documents, heads, size, ...]``, zeros where there is no row."""
+        if not len(x):
+            return x.new_zeros(*self.index.shape, *x.shape[1:]).transpose(1, 2)
+        there = self.there.view(*self.there.shape, *(1,) * (x.dim() - 1))
+        return torch.where(there, x[self.index], torch.zeros((), dtype=x.dtype, device=x.device)).transpose(1, 2)
+
+    def scatter(self, packed: torch.Tensor, x: torch.Tensor) -> None:
+        """Stores ``[documents, heads, size, ...]`` into the rows of ``packed [tokens, heads, ...]``."""
+        packed[self.index[self.there]] = x.transpose(1, 2)[self.there]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Some documents of one bucket with their answers, padded."""
+
+    documents: torch.Tensor
+    """int64 ``[documents]``: their places in the call."""
+    queries: Rows
+    keys: Rows
+    expected: dict[str, Expected]
+    """By the names of ``KERNEL_TENSORS``; ``[documents, heads, size, d]``, ``lse`` without the channels."""
+
+    def rows(self, name: str) -> Rows:
+        """The side of the call that a result belongs to."""
+        return self.keys if name in ("dk", "dv") else self.queries
+
+
+def padded_size(length: int) -> int:
+    """The size of a length's bucket, at least 1."""
+    if length > SIZES[-1]:
+        return -(-length // SIZES[-1]) * SIZES[-1]
+    return next(size for size in SIZES if size >= length)
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that one chunk may take."""
+    if device.type != "cuda":
+        return _CPU_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    # What the caching allocator holds and nobody uses is free too.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(int(free * _CUDA_SHARE), _CUDA_BYTES)
+
+
+def plan_chunks(case: Case, memory: int, documents: Sequence[int] | None = None) -> list[tuple[int, int, list[int]]]:
+    """(padded queries, padded keys, documents) of every chunk.
+
+    Args:
+        case: a kernel case.
+        memory: bytes that one chunk may take.
+        documents: places in the call; None for all.
+    """
+    lengths, key_lengths = case.packed_lengths, case.packed_key_lengths
+    buckets: dict[tuple[int, int], list[int]] = {}
+    sizes = {length: padded_size(length) for length in {*lengths, *key_lengths}}
+    for index in range(len(lengths)) if documents is None else documents:
+        buckets.setdefault((sizes[lengths[index]], sizes[key_lengths[index]]), []).append(index)
+    chunks = []
+    for (queries, keys), members in sorted(buckets.items()):
+        elements = _LIVE_SCORES * queries * keys + _LIVE_ROWS * (queries + keys) * case.head_dim
+        count = max(1, memory // (8 * case.heads * elements))
+        chunks += [(queries, keys, members[i : i + count]) for i in range(0, len(members), count)]
+    return chunks
+
+
+def _rows(begins: torch.Tensor, lengths: torch.Tensor, size: int) -> Rows:
+    offsets = torch.arange(size, device=begins.device)
+    there = offsets < lengths[:, None]
+    return Rows(torch.where(there, begins[:, None] + offsets, 0), there, lengths)
+
+
+def _mask(queries: Rows, keys: Rows, window: tuple[int, int]) -> torch.Tensor:
+    """``attention.allowed_keys`` of documents of different lengths: bool ``[documents, 1, q, k]``."""
+    row, key = (torch.arange(rows.index.shape[1], device=rows.index.device) for rows in (queries, keys))
+    own = row[None, :, None] + (keys.lengths - queries.lengths)[:, None, None]
+    mask = queries.there[:, :, None] & keys.there[:, None, :]
+    left, right = window
+    if left >= 0:
+        mask &= key >= own - left
+    if right >= 0:
+        mask &= key <= own + right
+    return mask[:, None]
+
+
+def answers(
+    case: Case,
+    inputs: Inputs,
+    profile: Profile,
+    *,
+    documents: Sequence[int] | None = None,
+    memory: int | None = None,
+    degrees: bool = False,
+) -> Iterator[Chunk]:
+    """The answers to a kernel case, chunk by chunk, computed where the inputs are.
+
+    Args:
+        case: a kernel case of any number of documents.
+        inputs: its tensors.
+        profile: the roundings of the backend under test.
+        documents: places in the call of those to answer; None for all.
+        memory: bytes that one chunk may take; None: planned from what is free.
+        degrees: whether to count independent errors per row.
+    """
+    device = inputs.q.device
+    group = case.heads // case.kv_heads
+    lengths, key_lengths = (torch.tensor(x) for x in (case.packed_lengths, case.packed_key_lengths))
+    begins, key_begins = (x.cumsum(0) - x for x in (lengths, key_lengths))
+    # One transfer for all chunks: the host knows every layout, the device needs it once.
+    table = torch.stack([lengths, begins, key_lengths, key_begins]).to(device)
+    for queries, keys, members in plan_chunks(case, _memory(device) if memory is None else memory, documents):
+        chosen = torch.tensor(members).to(device)
+        length, begin, key_length, key_begin = table[:, chosen]
+        rows, key_rows = _rows(begin, length, queries), _rows(key_begin, key_length, keys)
+        q, dout = (rows.gather(x).double() for x in (inputs.q, inputs.dout))
+        k, v = (attention.expand_heads(key_rows.gather(x).double(), group) for x in (inputs.k, inputs.v))
+        result = attention.forward(
+            q, k, v, _mask(rows, key_rows, case.effective_window), case.softmax_scale, case.softcap
+        )
+        spread = budget.attention_variances(
+            q,
+            k,
+            v,
+            dout,
+            result,
+            scale=case.softmax_scale,
+            softcap=case.softcap,
+            group=group,
+            dtype=case.dtype,
+            profile=profile,
+            degrees=degrees,
+        )
+        values = {"out": result.out, "lse": result.lse, **spread.gradients._asdict()}
+        yield Chunk(
+            chosen,
+            rows,
+            key_rows,
+            {name: Expected(values[name], getattr(spread, name), spread.degrees.get(name)) for name in KERNEL_TENSORS},
+        )
+
+
+def kernel_answer(
+    case: Case, inputs: Inputs, profile: Profile, *, memory: int | None = None, degrees: bool = True
+) -> dict[str, Expected]:
+    """What ``answer.kernel_answer`` gives, computed in chunks."""
+    shapes = {"out": inputs.q, "lse": inputs.q[..., 0], "dq": inputs.q, "dk": inputs.k, "dv": inputs.v}
+    values = {name: torch.zeros(x.shape, dtype=torch.float64, device=x.device) for name, x in shapes.items()}
+    variances = {name: torch.zeros_like(x) for name, x in values.items()}
+    counted = {name: torch.ones_like(x[..., 0]) for name, x in values.items() if name != "lse" and degrees}
+    for chunk in answers(case, inputs, profile, memory=memory, degrees=degrees):
+        for name, expected in chunk.expected.items():
+            rows = chunk.rows(name)
+            rows.scatter(values[name], expected.value)
+            rows.scatter(variances[name], expected.variance)
+            if name in counted and expected.degrees is not None:
+                rows.scatter(counted[name], expected.degrees)
+    return {name: Expected(values[name], variances[name], counted.get(name)) for name in KERNEL_TENSORS}

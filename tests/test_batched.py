@@ -1,0 +1,120 @@
+"""The batched reference gives what the pure one gives: values, variances, degrees, however it is cut into chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reference import answer, batched
+from reference.answer import kernel_inputs
+from reference.case import DTYPES, Case
+from reference.profile import ACCUMULATION, Profile
+
+PROFILES = (
+    Profile(),
+    Profile(normalises_by_lse=True),
+    Profile(scales_inputs=True, scales_gradients=True, rounds_scores=True, rounds_dp=True, stores_probabilities=True),
+    Profile(delta_from_output=False, delta_from_probabilities=True, expands_kv=True, tanh_error=2.0**-11),
+)
+
+
+@st.composite
+def packed_cases(draw: st.DrawFn) -> Case:
+    """Documents with q < k, q = k, q > k and without either, windows, groups, softcap, causal and not."""
+    pair = st.tuples(st.integers(0, 20), st.integers(0, 23))
+    pairs = draw(st.lists(pair, min_size=1, max_size=8).filter(lambda found: all(map(sum, zip(*found)))))
+    kv_heads, group = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, 3]))
+    causal = draw(st.booleans())
+    side = st.sampled_from([-1, 0, 1, 4])
+    return Case(
+        level="kernel",
+        lengths=tuple(q for q, _ in pairs),
+        key_lengths=tuple(k for _, k in pairs),
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([1, 5, 16])),
+        causal=causal,
+        window=(draw(side), -1 if causal else draw(side)),
+        scale=draw(st.sampled_from([None, 0.5])),
+        softcap=draw(st.sampled_from([0.0, 3.0])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        # Not "ties": what is 0 there in one order of summing is 1e-17 in another, and only one of them is subnormal.
+        values=draw(st.sampled_from(["gaussian", "large", "offset", "tiny"])),
+        seed=draw(st.integers(0, 5)),
+    )
+
+
+def difference(got: torch.Tensor, wanted: torch.Tensor, terms: torch.Tensor | float = 1e-300) -> float:
+    """Largest difference relative to the row's largest magnitude, or to the terms of the sums that it holds."""
+    scale = wanted.abs().maximum(torch.as_tensor(terms)).amax(-1, keepdim=True).clamp_min(1e-300)
+    return torch.where(got == wanted, 0.0, (got - wanted).abs() / scale).max().item() if got.numel() else 0.0
+
+
+def assert_both_agree(case: Case, profile: Profile, memory: int | None) -> None:
+    """Both references on the same tensors."""
+    inputs = kernel_inputs(case, "cpu")
+    got = batched.kernel_answer(case, inputs, profile, memory=memory)
+    wanted = answer.kernel_answer(case, inputs, profile)
+    # Where terms cancel, what is left is a rounding error of theirs; float32's budget, over a, is their size.
+    in_float32 = answer.kernel_answer(case.replace(dtype="fp32"), inputs, Profile())
+    for name, expected in wanted.items():
+        if name == "lse":
+            assert torch.equal(got[name].value.isinf(), expected.value.isinf())
+            finite = expected.value.isfinite()
+            assert torch.allclose(got[name].value[finite], expected.value[finite], rtol=1e-12, atol=1e-12)
+        else:
+            terms = in_float32[name].variance.sqrt() / ACCUMULATION
+            assert difference(got[name].value, expected.value, terms) <= 1e-12, name
+            assert torch.allclose(got[name].degrees, expected.degrees, rtol=1e-7), name
+        assert difference(got[name].variance, expected.variance) <= 1e-9, name
+        # Equality is demanded of the same rows: those that have no partner.
+        dead = [(each[name].variance == 0).reshape(len(expected.value), -1).all(1) for each in (got, wanted)]
+        assert torch.equal(*dead), name
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=packed_cases(), profile=st.sampled_from(PROFILES), memory=st.sampled_from([1, 1 << 16, 1 << 30]))
+def test_equals_the_pure_reference(case: Case, profile: Profile, memory: int) -> None:
+    assert_both_agree(case, profile, memory)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_long_documents_beside_short_ones(causal: bool) -> None:
+    case = Case(
+        level="kernel",
+        lengths=(130, 1, 0, 300, 64, 7),
+        key_lengths=(300, 1, 5, 130, 65, 0),
+        heads=2,
+        head_dim=8,
+        causal=causal,
+        dtype="bf16",
+    )
+    assert_both_agree(case, Profile(), None)
+
+
+@given(memory=st.integers(1, 1 << 24), lengths=st.lists(st.integers(0, 200), min_size=1, max_size=50).filter(any))
+def test_chunks_cover_every_document_once_and_stay_within_memory(memory: int, lengths: list[int]) -> None:
+    case = Case(level="kernel", lengths=tuple(lengths), heads=2, head_dim=4)
+    chunks = batched.plan_chunks(case, memory)
+    assert sorted(index for _, _, members in chunks for index in members) == list(range(len(lengths)))
+    for queries, keys, members in chunks:
+        assert all(lengths[index] <= min(queries, keys) for index in members)
+        one = batched.plan_chunks(case, 0, members[:1])
+        assert len(one) == 1
+        assert len(members) == 1 or len(members) * 8 * 2 * 24 * queries * keys <= memory
+
+
+def test_some_documents_of_a_call() -> None:
+    case = Case(level="kernel", lengths=(3, 9, 3, 5), heads=2, kv_heads=1, head_dim=4)
+    inputs = kernel_inputs(case, "cpu")
+    whole = answer.kernel_answer(case, inputs, Profile())
+    chunks = list(batched.answers(case, inputs, Profile(), documents=[2]))
+    (chunk,) = chunks
+    assert chunk.documents.tolist() == [2]
+    assert torch.allclose(chunk.expected["dk"].value[0].transpose(0, 1)[:3], whole["dk"].value[12:15], rtol=1e-12)
+
+
+def test_beyond_the_table_sizes_are_multiples() -> None:
+    assert [batched.padded_size(n) for n in (0, 1, 5, 128, 129, 300)] == [2, 2, 8, 128, 256, 384]

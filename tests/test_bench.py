@@ -1,0 +1,63 @@
+"""The bench measures what it says, and its object keeps its promises."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from attn_fuzz import bench
+from attn_fuzz.timing import median
+from backends import registry
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = bench.dataclasses.replace(
+    bench.PLANS["cpu"], documents=32, narrow_seconds=0.5, rare=(3, 7), rare_longest=(5, 9)
+)
+
+
+def test_the_command_prints_one_object_of_the_promised_form(tmp_path: Path) -> None:
+    # The same command with a small plan.
+    program = (
+        "import dataclasses, attn_fuzz.bench as b; b.PLANS['cpu'] = dataclasses.replace(b.PLANS['cpu'], documents=32, "
+        "narrow_seconds=4.0, processes=(), plain_cases=3, narrow_cases=5, rare=(3, 7), rare_longest=(5, 9)); "
+        "from attn_fuzz.cli import main; main()"
+    )
+    command = [sys.executable, "-c", program, "bench", "--device", "cpu", "--json", "--backend", "loop"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    (row,) = told["backends"]
+    for key in ("bare_kernel_s", "wide_documents_per_s", "narrow_cases_per_s", "narrow_documents_per_s"):
+        assert row[key] > 0, key
+    assert row["name"] == "loop"
+    assert row["wide"]["seconds"] >= row["wide"]["parts"]["reference"]
+    assert told["rare"]["shrunk"] == {"level": "kernel", "lengths": [3], "key_lengths": [7], "head_dim": 1}
+    assert told["plain"]["cases_per_s"] > 0
+
+
+def test_layouts_are_as_stated() -> None:
+    plan = bench.PLANS["cuda"]
+    case = bench.layout(plan, 500)
+    assert case == bench.layout(plan, 500)
+    assert (case.dtype, case.head_dim, case.heads, case.kv_heads) == ("bf16", 64, 4, 2)
+    assert min(case.lengths) == 1
+    assert max(case.lengths) == 64
+    assert max(case.packed_key_lengths) == 128
+
+
+def test_a_kernel_whose_time_grows_with_the_square_is_given_fewer_documents() -> None:
+    plan = bench.dataclasses.replace(SMALL, documents=512)
+    found = bench.fitting(plan, registry.load("backup"), CPU)
+    assert found is not None
+    assert len(found[0].lengths) < 512
+
+
+def test_medians_do_not_count_the_first_run() -> None:
+    runs: list[int] = []
+    median(lambda: runs.append(1), CPU, repeats=3)
+    assert len(runs) == 4

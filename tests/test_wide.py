@@ -1,0 +1,197 @@
+"""The wide gear: silent on correct backends, convicts faulty ones by document, cuts out what the narrow gear takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from attn_fuzz.campaign.messages import Assignment, Failed, Finished, Found, Message
+from attn_fuzz.campaign.wide import hunt_wide
+from attn_fuzz.checks.budget import deviations
+from attn_fuzz.execute import run_kernel
+from attn_fuzz.findings import Finding
+from attn_fuzz.strategies import Domain
+from attn_fuzz.wide.call import Call
+from attn_fuzz.wide.cutout import ENOUGH, bisected, candidates, subset
+from attn_fuzz.wide.gear import examine_wide, suspicion, verdicts
+from attn_fuzz.wide.layouts import Sweep, draw_case
+from backends import registry
+from backends.kernel import Attended, AttentionOptions
+from backends.kernels.loop import LoopKernel
+from backends.metadata import VarlenMetadata
+from backends.registry import Backend
+from reference.answer import KERNEL_TENSORS, kernel_answer, kernel_inputs
+from reference.case import Case
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def drawn(name: str, seed: int, documents: int, longest: tuple[int, int] = (9, 17)) -> Case:
+    backend = registry.load(name)
+    domain = Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")
+    case = draw_case(Random(seed), Sweep(longest, seed), backend, domain, documents)
+    assert case is not None
+    return case
+
+
+def hunted(name: str, *, calls: int, seed: int = 0) -> tuple[Finding | None, Finished]:
+    """What the wide gear finds on a backend, and the end of the assignment."""
+    messages: list[Message] = []
+    hunt_wide(Assignment(backend=name, device="cpu", seed=seed, cases=calls, stop_at_first=True), messages.append)
+    assert not [message for message in messages if isinstance(message, Failed)]
+    found = [message.finding for message in messages if isinstance(message, Found)]
+    last = messages[-1]
+    assert isinstance(last, Finished)
+    return (found[0] if found else None), last
+
+
+class Crowded(LoopKernel):
+    """The last document is wrong where there are sixteen or more."""
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        attended = super().attend(q, k, v, metadata, options)
+        if len(metadata.lengths_q) < 16:
+            return attended
+        factor = torch.ones(len(q), 1, 1)
+        factor[-metadata.lengths_q[-1] :] = 1.25
+        return attended._replace(out=attended.out * factor)
+
+
+class Raising(LoopKernel):
+    """Raises on calls of more than three documents."""
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        if len(metadata.lengths_q) > 3:
+            raise RuntimeError("too many documents")
+        return super().attend(q, k, v, metadata, options)
+
+
+class Scribbling(LoopKernel):
+    """Writes to its keys."""
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        attended = super().attend(q, k, v, metadata, options)
+        k.data[0] += 1
+        return attended
+
+
+@pytest.mark.parametrize("name", registry.kernel_names())
+def test_correct_backends_are_not_accused(name: str) -> None:
+    backend = registry.load(name)
+    if backend.kernel.why_unavailable("cpu") is not None:
+        pytest.skip("not on this machine")
+    for seed in range(3):
+        assert examine_wide(drawn(name, seed, 60), backend, CPU) is None
+
+
+def test_z_is_that_of_the_narrow_gear() -> None:
+    case = drawn("loop", 4, 20)
+    backend = registry.load("loop")
+    (outcome,) = verdicts(Call.of(case, CPU), [backend])
+    inputs = kernel_inputs(case, "cpu")
+    answer = kernel_answer(case, inputs, backend.kernel.profile)
+    observation = run_kernel(backend, case, inputs, "nan", CPU)
+    for column, name in enumerate(KERNEL_TENSORS):
+        worst = deviations(case, observation.results[name], answer[name]).max().item()
+        assert outcome.z[:, column].max().item() == pytest.approx(worst, rel=1e-6)
+
+
+def test_backends_share_a_call() -> None:
+    case = drawn("backup", 2, 30)
+    outcomes = verdicts(Call.of(case, CPU), [registry.load(name) for name in ("loop", "fault:M51-swapped", "backup")])
+    assert [bool(outcome.failing(10.0).any()) for outcome in outcomes] == [False, True, False]
+
+
+@pytest.mark.parametrize("fault", ["M18", "M20-causal", "M51-detached", "X10", "M05"])
+def test_a_planted_fault_is_found_and_shrunk(fault: str) -> None:
+    finding, _ = hunted(f"fault:{fault}", calls=6)
+    assert finding is not None
+    assert "wide" not in finding.checks
+    assert len(finding.case.lengths) <= 3
+    assert len(finding.original_case.lengths) >= 40
+
+
+def test_a_size_in_hundreds_is_found_and_shrinks_to_itself() -> None:
+    finding, last = hunted("rare:11,23:loop", calls=60)
+    assert finding is not None
+    assert (finding.case.lengths, finding.case.key_lengths) == ((11,), (23,))
+    assert (finding.case.heads, finding.case.head_dim) == (1, 1)
+    # 17 * 33 sizes, two thirds of the documents walk through them.
+    assert last.tally.documents <= 3000
+
+
+def test_what_needs_company_is_found_by_bisection() -> None:
+    backend = Backend("crowded", Crowded(), levels=("kernel",))
+    case = Case(level="kernel", lengths=(3, 0, 5, 1) * 20, key_lengths=(4, 2, 5, 3) * 20, head_dim=4)
+    found = suspicion(call := Call.of(case, CPU), backend, verdicts(call, [backend])[0])
+    assert found is not None
+    assert found.documents == (79,)
+    assert not any(examine_wide(small, backend, CPU) for small in candidates(case, found.documents))
+    small = bisected(case, lambda each: examine_wide(each, backend, CPU) is not None, 60.0)
+    assert ENOUGH < len(small.lengths) == 16
+
+
+def test_a_call_that_raises_or_changes_its_inputs_fails_as_a_whole() -> None:
+    case = drawn("loop", 1, 10)
+    for kernel, words in ((Raising(), "RuntimeError: too many documents"), (Scribbling(), "changed")):
+        found = examine_wide(case, Backend("broken", kernel), CPU)
+        assert found is not None
+        assert words in found.message
+        assert len(found.documents) == len(case.lengths)
+
+
+def test_cut_out_documents_keep_their_values() -> None:
+    case = drawn("loop", 0, 12)
+    whole, kept = kernel_inputs(case, "cpu"), (3, 7)
+    small = subset(case, kept)
+    assert small is not None
+    rows = torch.cat(
+        [torch.arange(*span) for span in ((sum(case.lengths[:i]), sum(case.lengths[: i + 1])) for i in kept)]
+    )
+    assert torch.equal(kernel_inputs(small, "cpu").q, whole.q[rows])
+
+
+def test_a_sweep_meets_every_size_once() -> None:
+    sweep = Sweep((16, 32), 1234)
+    pairs = [pair for _ in range(3) for pair in zip(*(side.tolist() for side in sweep.take(187)), strict=True)]
+    assert sorted(pairs) == [(q, k) for q in range(17) for k in range(33)]
+
+
+def test_layouts_have_documents_of_every_kind() -> None:
+    case = drawn("loop", 0, 400, (16, 32))
+    pairs = list(zip(case.packed_lengths, case.packed_key_lengths, strict=True))
+    kinds = {(q > k) - (q < k) for q, k in pairs} | {"empty" for q, k in pairs if q == k == 0}
+    assert kinds == {-1, 0, 1, "empty"}
+    assert drawn("loop", 0, 400, (16, 32)) == case
+
+
+def test_the_command_finds_and_stores(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "attn_fuzz", "run", "--gear", "wide", "--device", "cpu", "--json", "--first"]
+    options = ["--backend", "fault:M18", "--cases", "5", "--workers", "1", "--store", str(tmp_path)]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    told = json.loads(done.stdout)
+    assert told["documents"] >= 64
+    (finding,) = told["findings"]
+    assert (tmp_path / f"{finding['id']}.json").is_file()
+
+
+@pytest.mark.parametrize("arguments", [["--gear", "broad"], ["--backend", "rare:3:loop"]])
+def test_what_cannot_be_is_one_sentence(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "attn_fuzz", "run", "--device", "cpu", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr

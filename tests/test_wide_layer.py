@@ -1,0 +1,71 @@
+"""The wide gear at layer level: its answer is the layer's, clean layers pass, the known-bad one does not."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+import torch
+
+from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message
+from attn_fuzz.campaign.wide import hunt_wide
+from attn_fuzz.strategies import Domain, straddling
+from attn_fuzz.wide.layer import draw_layer_case, examine_wide_layer
+from backends import registry
+from reference.case import Case
+from reference.exact_layer import exact_layer_answer, is_exact
+from reference.layer import layer_answer, layer_inputs
+from reference.profile import Profile
+
+CPU = torch.device("cpu")
+
+
+def drawn(name: str, seed: int, documents: int) -> Case:
+    backend = registry.load(name)
+    domain = Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")
+    case = draw_layer_case(Random(seed), backend, domain, documents, 17)
+    assert case is not None
+    return case
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_values_are_those_of_the_layer(seed: int) -> None:
+    case = drawn("loop", seed, 5)
+    assert is_exact(case)
+    inputs = layer_inputs(case, "cpu")
+    whole, exact = layer_answer(case, inputs, Profile()), exact_layer_answer(case, inputs, Profile())
+    for name, expected in exact.items():
+        assert torch.allclose(expected.value, whole[name].value, rtol=1e-10, atol=1e-10), name
+        assert (expected.variance[whole[name].value.abs() > 1e-9] > 0).all(), name
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rotary": "default"}, {"query_norm": "rms"}, {"hidden": 8}, {"weights": "gaussian"}]
+)
+def test_what_is_no_exact_layer(changes: dict[str, object]) -> None:
+    exact = Case(lengths=(4,), hidden=16, weights="selection")
+    assert is_exact(exact)
+    assert not is_exact(exact.replace(**changes))
+
+
+@pytest.mark.parametrize("name", registry.kernel_names())
+def test_clean_layers_pass(name: str) -> None:
+    backend = registry.load(name)
+    if backend.kernel.why_unavailable("cpu") is not None:
+        pytest.skip("not on this machine")
+    cases = [drawn(name, seed, 12) for seed in range(3)]
+    assert any(straddling(case) for case in cases)
+    for case in cases:
+        assert examine_wide_layer(case, backend, CPU) is None, case.to_json()
+
+
+@pytest.mark.parametrize("name", ["legacy:loop", "fault:X22"])
+def test_a_faulty_layer_is_found_and_shrunk(name: str) -> None:
+    messages: list[Message] = []
+    job = Assignment(backend=name, device="cpu", seed=1, levels=("layer",), cases=6, stop_at_first=True)
+    hunt_wide(job, messages.append)
+    assert isinstance(messages[-1], Finished)
+    (finding,) = (message.finding for message in messages if isinstance(message, Found))
+    assert len(finding.case.lengths) <= 3
+    assert finding.case.cuts
+    assert "wide" not in finding.checks
