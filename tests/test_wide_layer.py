@@ -53,6 +53,8 @@ def test_clean_layers_pass(name: str) -> None:
     backend = registry.load(name)
     if backend.kernel.why_unavailable("cpu") is not None:
         pytest.skip("not on this machine")
+    if not backend.kernel.capabilities_on("cpu").causal:
+        pytest.skip("takes no causal attention, so that no document straddles a cut")
     cases = [drawn(name, seed, 12) for seed in range(3)]
     assert any(straddling(case) for case in cases)
     for case in cases:

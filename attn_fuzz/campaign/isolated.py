@@ -14,11 +14,14 @@ from typing import Final
 import torch
 
 from attn_fuzz.campaign.process import DEAD_CONTEXT, context_alive, set_apart, set_up_process
-from attn_fuzz.examine import examine
+from attn_fuzz.examine import Verdict, examine
 from attn_fuzz.symptoms import Crashed, Hung, Symptom
 from backends import registry
 from backends.kernel import UnsupportedCase
 from reference.case import Case
+
+KNOWN_ISSUE: Final = "KnownIssue"
+"""Stands for a symptom that a known issue explains."""
 
 
 def _serve(backend: str, device: str, connection: Connection) -> None:
@@ -31,12 +34,16 @@ def _serve(backend: str, device: str, connection: Connection) -> None:
         except EOFError:
             return
         try:
-            first, refusal = examine(case, loaded, place).first, None
+            verdict, refusal = examine(case, loaded, place), None
         except UnsupportedCase as error:
-            first, refusal = None, str(error)
+            verdict, refusal = Verdict((), {}, frozenset()), str(error)
+        first = verdict.first
         if isinstance(first, Crashed) and not context_alive(place):
             raise SystemExit(DEAD_CONTEXT)
-        connection.send((None if first is None else (type(first).__name__, str(first)), refusal))
+        seen = None if first is None else (type(first).__name__, str(first))
+        if seen is None and verdict.known:
+            seen = (KNOWN_ISSUE, f"known issue: {', '.join(verdict.known)}")
+        connection.send((seen, refusal))
 
 
 @contextlib.contextmanager
@@ -91,15 +98,15 @@ class Isolated:
         return Crashed("runs", "process", "the process died while it ran this case") if symptom == _DIED else None
 
     def answer(self, case: Case) -> str:
-        """In words: ``right``, ``refused: ...``, ``crashed: ...``, ``hung`` or ``wrong: ...``."""
+        """In words: ``right``, ``refused: ...``, ``crashed: ...``, ``hung``, ``known issue: ...`` or ``wrong: ...``."""
         symptom, refusal = self._ask(case)
         if refusal is not None:
             return f"refused: {refusal}"
         if symptom is None:
             return "right"
         name, message = symptom
-        if name == "Hung":
-            return "hung"
+        if name in ("Hung", KNOWN_ISSUE):
+            return "hung" if name == "Hung" else message
         return f"crashed: {message}" if name == "Crashed" else f"wrong: {message}"
 
     def _ask(self, case: Case) -> tuple[tuple[str, str] | None, str | None]:
