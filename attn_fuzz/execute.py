@@ -136,7 +136,7 @@ def run_kernel(
         UnsupportedCase: when the backend itself refuses; the message says if it had written anything by then.
     """
     call = KernelCall(backend, case, inputs, poison, device)
-    with poisoned(poison, device), refusing_cleanly(call):
+    with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly(call):
         for _ in around(decoy, lambda other: KernelCall(backend, other, kernel_inputs(other, "cpu"), poison, device)):
             call.forward()
         call.backward()
@@ -226,7 +226,7 @@ def run_layer(
 ) -> Observation:
     """A packed sequence through the backend's layer on ``device``, around a decoy's where one is given."""
     run = LayerRun(backend, case, inputs, poison, device)
-    with poisoned(poison, device), refusing_cleanly(run):
+    with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly(run):
         for _ in around(decoy, lambda other: LayerRun(backend, other, layer_inputs(other, "cpu"), poison, device)):
             run.forward()
         run.backward()

@@ -19,6 +19,9 @@ POISONS: Final = ("nan", "finite")
 FINITE_BYTE: Final = 0x5A
 """As fp16 203, as bf16 and fp32 1.5e16: conspicuous in each, and no product of two overflows float32."""
 
+NAN_BYTE: Final = 0xFF
+"""NaN in every floating dtype."""
+
 # Sizes that together reach into every bin of the CUDA caching allocator that a narrow case uses (512 B to 20 MiB).
 _PRIMED: Final = (*((1 << exponent, 8) for exponent in range(9, 20)), (1 << 20, 16), (20 << 20, 2))
 
@@ -36,6 +39,8 @@ _ALLOCATIONS: Final = frozenset(
 class _FillAllocations(TorchDispatchMode):
     """Fills what Python code and autograd functions allocate without values."""
 
+    supports_higher_order_operators = True
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         # Nothing is compiled under this mode, and torch's guard against that costs more than the mode itself.
@@ -50,18 +55,21 @@ class _FillAllocations(TorchDispatchMode):
         return result
 
 
-def _prime_cuda(device: torch.device) -> None:
-    """Leaves finite poison in the caching allocator's free blocks, so that kernels' own allocations get it."""
+def _prime_cuda(device: torch.device, byte: int = FINITE_BYTE) -> None:
+    """Leaves poison in the caching allocator's free blocks, so that kernels' own allocations get it."""
     blocks = [
-        torch.empty(size, dtype=torch.uint8, device=device).fill_(FINITE_BYTE)
-        for size, count in _PRIMED
-        for _ in range(count)
+        torch.empty(size, dtype=torch.uint8, device=device).fill_(byte) for size, count in _PRIMED for _ in range(count)
     ]
     del blocks
 
 
 @contextlib.contextmanager
-def _nan_poison() -> Iterator[None]:
+def _nan_poison(device: torch.device, *, compiled: bool) -> Iterator[None]:
+    if compiled and device.type == "cuda":
+        # The mode below would be compiled for apart, and compiled code allocates without its filling.
+        _prime_cuda(device, NAN_BYTE)
+        yield
+        return
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
@@ -79,10 +87,11 @@ def _nan_poison() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _finite_poison(device: torch.device) -> Iterator[None]:
+def _finite_poison(device: torch.device, *, compiled: bool) -> Iterator[None]:
     if device.type == "cuda":
         _prime_cuda(device)
-    with _FillAllocations():
+    # A compiler cannot trace what runs under a dispatch mode; its allocations come from the free blocks.
+    with contextlib.nullcontext() if compiled else _FillAllocations():
         yield
 
 
@@ -91,15 +100,20 @@ def _no_poison() -> Iterator[None]:
     yield
 
 
-def poisoned(poison: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
+def poisoned(poison: str, device: torch.device, *, compiled: bool = False) -> contextlib.AbstractContextManager[None]:
     """A context in which unwritten memory holds ``nan``, ``finite`` poison, or (``none``) what it happens to hold.
+
+    Args:
+        poison: one of those.
+        device: where.
+        compiled: whether the backend is traced by torch's compiler.
 
     Raises:
         ValueError: for an unknown poison.
     """
     kinds: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
-        "nan": _nan_poison,
-        "finite": lambda: _finite_poison(device),
+        "nan": lambda: _nan_poison(device, compiled=compiled),
+        "finite": lambda: _finite_poison(device, compiled=compiled),
         "none": _no_poison,
     }
     if poison not in kinds:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 from attn_fuzz.campaign.plan import default_device
-from attn_fuzz.campaign.worker import set_up_process
+from attn_fuzz.campaign.process import set_up_process
 from backends import registry
 
 REQUIRE_CUDA = "--require-cuda"
@@ -69,7 +69,7 @@ test_device.__test__ = False  # type: ignore[attr-defined]
 
 def suite_backends(config: pytest.Config) -> list[str]:
     """Backends of the differential suite: those asked for, else every kernel adapter."""
-    return list(config.getoption("--attn-backend") or registry.kernel_names())
+    return list(config.getoption("--attn-backend") or registry.backend_names())
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +10,7 @@ from rich.table import Table
 
 from attn_fuzz.campaign.messages import Tally
 from attn_fuzz.campaign.pool import Outcome
+from attn_fuzz.capability_probe import RIGHT, Answer
 from attn_fuzz.examine import Verdict
 from attn_fuzz.findings import Finding
 from attn_fuzz.tolerances import RULES
@@ -106,6 +107,22 @@ def backends_table(rows: Sequence[tuple[str, str, str | None]]) -> Table:
             f"<= {capabilities.max_head_dim}",
             ", ".join(lacks) or "-",
         )
+    return table
+
+
+def probes_table(answers: Mapping[str, Sequence[Answer]]) -> Table:
+    """One row per backend: what it takes, and every answer that its declaration does not give."""
+    table = Table(title="capabilities, measured")
+    for column in ("backend", "right", "not taken", "where statement and measurement differ"):
+        table.add_column(column)
+    for name, found in answers.items():
+        right = sum(answer.measured == RIGHT for answer in found)
+        differing = [
+            f"{answer.probe}: stated {'taken' if answer.stated else 'not taken'}, {answer.measured}"
+            for answer in found
+            if answer.differs
+        ]
+        table.add_row(name, str(right), str(len(found) - right), "\n".join(differing) or "-")
     return table
 
 

@@ -15,6 +15,7 @@ from itertools import accumulate
 from hypothesis import strategies as st
 
 from attn_fuzz.fit import fitted
+from attn_fuzz.layout_pool import pooled_cuts, pooled_keys, pooled_lengths
 from backends.kernel import Capabilities
 from reference.case import VALUES, Case
 from reference.layout import document_spans
@@ -82,7 +83,8 @@ class Domain:
     def head_dims(self) -> tuple[int, ...]:
         multiple = self.capabilities.head_dim_multiple
         limit = self.capabilities.max_head_dim
-        dims = tuple(dim for dim in HEAD_DIMS if dim % multiple == 0 and dim <= limit)
+        some = self.capabilities.head_dims or HEAD_DIMS
+        dims = tuple(dim for dim in some if dim % multiple == 0 and dim <= limit)
         return dims or (min(multiple, limit),)
 
     @property
@@ -123,12 +125,19 @@ def cut_points(draw: st.DrawFn, lengths: Sequence[int], *, causal: bool) -> tupl
     return tuple(sorted(draw(st.sets(st.sampled_from(places), max_size=4))))
 
 
+def window_sides(capabilities: Capabilities, longest: int) -> st.SearchStrategy[int]:
+    """Sizes of one side of a window, about documents of up to ``longest`` tokens."""
+    usual = {0, 1, 2, 7, 15, 16, 31, 63, 64, max(longest - 1, 0), longest, longest + 5}
+    return st.sampled_from(sorted(capabilities.window_sizes or usual))
+
+
 @st.composite
 def windows(draw: st.DrawFn, domain: Domain, *, causal: bool, longest: int) -> tuple[int, int]:
     """None most often; otherwise from the row alone to wider than any document."""
-    if not domain.capabilities.window or not draw(st.booleans()):
+    capabilities = domain.capabilities
+    if not capabilities.window or (capabilities.window_needs_causal and not causal) or not draw(st.booleans()):
         return (-1, -1)
-    side = st.sampled_from(sorted({0, 1, 2, 7, 15, 16, 31, 63, 64, max(longest - 1, 0), longest, longest + 5}))
+    side = window_sides(capabilities, longest)
     left = draw(side)
     if causal:
         return (left, -1)
@@ -136,9 +145,34 @@ def windows(draw: st.DrawFn, domain: Domain, *, causal: bool, longest: int) -> t
 
 
 @st.composite
+def compiled(draw: st.DrawFn, domain: Domain, longest: int) -> dict[str, object]:
+    """Options that a compiling backend has compiled."""
+    chosen = draw(st.sampled_from([c for c in domain.capabilities.configurations if c.dtype in domain.dtypes]))
+    sides = window_sides(domain.capabilities, longest)
+    left = draw(sides) if chosen.window in ("left", "both") else -1
+    right = draw(sides) if chosen.window in ("right", "both") else -1
+    half = 2.0 ** math.floor(math.log2(chosen.head_dim**-0.5))
+    scale = draw(st.sampled_from([None, None, half, 2 * half])) if domain.capabilities.scale else None
+    return {**chosen._asdict(), "window": (left, right), "scale": scale}
+
+
+@st.composite
+def free_options(draw: st.DrawFn, capabilities: Capabilities, level: str) -> dict[str, object]:
+    """What no backend compiles for: values and memory."""
+    memories = [memory for memory in capabilities.memories if level == "kernel" or memory != "broadcast"]
+    return {
+        "values": draw(st.sampled_from(VALUES)),
+        "seed": draw(st.integers(0, 3)),
+        "memory": draw(st.sampled_from(memories)),
+    }
+
+
+@st.composite
 def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int]) -> dict[str, object]:
     """Everything that kernel and layer cases share."""
     capabilities, longest, tokens = domain.capabilities, max(lengths), sum(lengths)
+    if capabilities.configurations:
+        return {**draw(compiled(domain, longest)), **draw(free_options(capabilities, level))}
     causal_choices = [choice for choice in (True, False) if (capabilities.causal if choice else capabilities.noncausal)]
     causal = draw(st.sampled_from(causal_choices))
     groups = [group for group in domain.head_groups if group[0] * longest**2 <= _MAX_SCORES[level]]
@@ -157,11 +191,7 @@ def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int])
         "scale": draw(st.sampled_from([None, None, half, 2 * half])) if capabilities.scale else None,
         "softcap": draw(st.sampled_from([0.0, 0.0, 20.0, 3.0])) if capabilities.softcap else 0.0,
         "dtype": draw(st.sampled_from(domain.dtypes)),
-        "values": draw(st.sampled_from(VALUES)),
-        "seed": draw(st.integers(0, 3)),
-        "memory": draw(
-            st.sampled_from([memory for memory in capabilities.memories if level == "kernel" or memory != "broadcast"])
-        ),
+        **draw(free_options(capabilities, level)),
     }
 
 
@@ -177,17 +207,30 @@ def _key_length(queries: int, capabilities: Capabilities, *, causal: bool) -> st
     return st.one_of(*choices)
 
 
+def layout_numbers(capabilities: Capabilities) -> st.SearchStrategy[int | None]:
+    """Which layout of the pool, for a backend that compiles for shapes."""
+    return st.integers(0, capabilities.layouts - 1) if capabilities.layouts else st.none()
+
+
 @st.composite
 def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
     """A single varlen call."""
     capabilities = domain.capabilities
-    lengths = draw(document_lengths(empty=capabilities.empty_documents))
+    number = draw(layout_numbers(capabilities))
+    if number is None:
+        lengths = draw(document_lengths(empty=capabilities.empty_documents))
+    else:
+        lengths = pooled_lengths(number, capabilities)
     chosen = draw(options(domain, "kernel", lengths))
     key_lengths = None
-    if draw(st.booleans()):
+    if number is not None:
+        keys = pooled_keys(number, lengths, capabilities, causal=bool(chosen["causal"]))
+        key_lengths = tuple(keys) if keys != lengths else None
+    elif draw(st.booleans()):
         keys = [draw(_key_length(length, capabilities, causal=bool(chosen["causal"]))) for length in lengths]
         key_lengths = tuple(keys) if sum(keys) and keys != lengths else None
-    capacity = draw(st.sampled_from([0, 0, 0, 1, 17])) if capabilities.capacity is not False else 0
+    capacities = [0, 0, 0, 1, 17] if capabilities.capacity is not False and number is None else [0]
+    capacity = draw(st.sampled_from(capacities))
     return Case(
         level="kernel",
         lengths=tuple(lengths),
@@ -203,26 +246,33 @@ def layer_cases(draw: st.DrawFn, domain: Domain) -> Case:
     ranks, tensor_ranks = draw(st.sampled_from(domain.ranks)), draw(st.sampled_from(domain.tensor_ranks))
     if ranks * tensor_ranks > 1:
         return draw(rank_cases(domain, ranks, tensor_ranks))
-    lengths = draw(document_lengths(empty=domain.capabilities.empty_documents, long=LONG_EDGES[:3]))
-    padding = draw(st.sampled_from([0, 0, 1, 5]))
-    return draw(layers(domain, lengths, padding))
+    capabilities = domain.capabilities
+    number = draw(layout_numbers(capabilities))
+    if number is None:
+        lengths = draw(document_lengths(empty=capabilities.empty_documents, long=LONG_EDGES[:3]))
+        return draw(layers(domain, lengths, draw(st.sampled_from([0, 0, 1, 5]))))
+    return draw(layers(domain, pooled_lengths(number, capabilities), 0, number))
 
 
 @st.composite
-def layers(draw: st.DrawFn, domain: Domain, lengths: Sequence[int], padding: int) -> Case:
-    """A layer over these documents, and cuts."""
+def layers(draw: st.DrawFn, domain: Domain, lengths: Sequence[int], padding: int, number: int | None = None) -> Case:
+    """A layer over these documents, and cuts: drawn, or those of a pooled layout's number."""
+    capabilities = domain.capabilities
     packed = [*lengths, padding] if padding else list(lengths)
     chosen = draw(options(domain, "layer", packed))
     width = int(chosen["heads"]) * int(chosen["head_dim"])  # type: ignore[call-overload]
     # A selection narrower than the heads would repeat channels, whose roundings then agree.
     weights = draw(st.sampled_from(["gaussian", "selection"])) if width <= _MAX_SELECTION else "gaussian"
-    capabilities = domain.capabilities
+    if number is None:
+        cuts = draw(cut_points(packed, causal=bool(chosen["causal"])))
+    else:
+        cuts = pooled_cuts(number, packed, causal=bool(chosen["causal"]))
     norm = st.sampled_from(["none", "rms"] if capabilities.norms else ["none"])
     even = int(chosen["head_dim"]) % 2 == 0  # type: ignore[call-overload]
     return Case(
         lengths=tuple(lengths),
         padding=padding,
-        cuts=draw(cut_points(packed, causal=bool(chosen["causal"]))),
+        cuts=cuts,
         hidden=width if weights == "selection" else draw(st.sampled_from([16, 8, max(4, min(width, 64))])),
         query_norm=draw(norm),
         key_norm=draw(norm),

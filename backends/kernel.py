@@ -26,6 +26,27 @@ class BackendUnavailable(Exception):
     """A backend cannot run on this machine; the message says why, in one sentence."""
 
 
+class Configuration(NamedTuple):
+    """The options of a case that make a compiling backend compile anew."""
+
+    dtype: str
+    head_dim: int
+    heads: int
+    kv_heads: int
+    causal: bool
+    window: str = "none"
+    """Which sides are bounded: ``none``, ``left``, ``right`` or ``both`` (causality not counted)."""
+    softcap: float = 0.0
+
+    @classmethod
+    def of(cls, case: Case) -> Configuration:
+        sides = {(False, False): "none", (True, False): "left", (False, True): "right", (True, True): "both"}
+        left, right = case.window
+        # A causal case's right side is closed anyway.
+        window = sides[left >= 0, right >= 0 and not case.causal]
+        return cls(case.dtype, case.head_dim, case.heads, case.kv_heads, case.causal, window, case.softcap)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Capabilities:
     """What a kernel takes. Whatever is not declared here is refused before the kernel sees it."""
@@ -34,6 +55,8 @@ class Capabilities:
     dtypes: tuple[str, ...] = FLOAT_DTYPES
     max_head_dim: int = MAX_HEAD_DIM
     head_dim_multiple: int = 1
+    head_dims: tuple[int, ...] = ()
+    """The only ones taken, where there are but a few."""
     gqa: bool = True
     """Fewer K/V heads than query heads."""
     noncausal: bool = True
@@ -42,6 +65,10 @@ class Capabilities:
     """Top-left causal: right only where every document has as many queries as keys."""
     window: bool = True
     """Sliding windows of any (left, right)."""
+    window_needs_causal: bool = False
+    """Windows are taken on the left of causal attention only."""
+    window_convention: str = "(left, right), the row itself not counted, -1 for no bound"
+    """How the backend itself counts windows; the adapter translates."""
     softcap: bool = True
     scale: bool = True
     """Softmax scales other than ``head_dim ** -0.5``."""
@@ -70,6 +97,12 @@ class Capabilities:
     repeatable_backward: bool = True
     covers_all_rows: bool = True
     """Rows outside the documents get zeros; False: the kernel leaves them unwritten."""
+    configurations: tuple[Configuration, ...] = ()
+    """A compiling backend's: nothing else is taken, so that each is compiled once."""
+    window_sizes: tuple[int, ...] = ()
+    """A compiling backend's, where sizes are part of what it compiles: the only sizes that are drawn."""
+    layouts: int = 0
+    """A compiling backend's, where shapes are part of what it compiles: from how many layouts is drawn; 0: any."""
 
     def refusal(self, case: Case, device: str, pairs: Sequence[tuple[int, int]]) -> str | None:
         """Why the kernel does not take a case, or None.
@@ -90,6 +123,10 @@ class Capabilities:
                 case.head_dim % self.head_dim_multiple == 0,
                 f"head_dim {case.head_dim}, no multiple of {self.head_dim_multiple}",
             ),
+            (
+                not self.head_dims or case.head_dim in self.head_dims,
+                f"head_dim {case.head_dim}, only {', '.join(map(str, self.head_dims))}",
+            ),
             (self.gqa or case.heads == case.kv_heads, "fewer kv_heads than heads"),
             (
                 self.causal if case.causal else self.noncausal,
@@ -100,6 +137,10 @@ class Capabilities:
                 "causal documents with different numbers of queries and keys",
             ),
             (self.window or (left < 0 and right < 0), "a sliding window"),
+            (
+                not self.window_needs_causal or (left < 0 and right < 0) or (case.causal and right <= 0),
+                "a sliding window of non-causal attention",
+            ),
             (self.softcap or case.softcap == 0, "softcap"),
             (self.scale or case.scale is None, "a softmax scale of its own"),
             (self.empty_documents or all(q or k for q, k in pairs), "empty documents"),
@@ -112,6 +153,10 @@ class Capabilities:
             (
                 self.capacity is not False or case.level == "layer" or not case.capacity,
                 "rows beyond the last document",
+            ),
+            (
+                not self.configurations or Configuration.of(case) in self.configurations,
+                "a configuration that it would have to compile",
             ),
         )
         return next((what for holds, what in rules if not holds), None)
@@ -159,6 +204,8 @@ class Kernel(abc.ABC):
     capabilities: ClassVar[Capabilities]
     profile: ClassVar[Profile] = Profile()
     paths: ClassVar[frozenset[str]] = frozenset()
+    compiled: ClassVar[bool] = False
+    """Whether calls are traced by torch's compiler."""
     call_source: ClassVar[str] = ""
     """The call as people write it, for scripts without this project (attn_fuzz/script.py): source text of
     ``kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)`` over SCALE, CAUSAL, WINDOW, SOFTCAP."""
@@ -205,3 +252,47 @@ class Kernel(abc.ABC):
             metadata: where the documents lie.
             options: scale, masks, softcap.
         """
+
+
+class Unlimited(Kernel):
+    """A kernel with its declared limits set aside; its conventions and promises stay.
+
+    Args:
+        kernel: the one that computes.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self.name, self.compiled = kernel.name, kernel.compiled  # type: ignore[misc]
+
+    def capabilities_on(self, device: str) -> Capabilities:
+        return dataclasses.replace(
+            self._kernel.capabilities_on(device),
+            **{name: getattr(Capabilities(), name) for name in _LIMITS},
+        )
+
+    def profile_on(self, device: str) -> Profile:
+        return self._kernel.profile_on(device)
+
+    def paths_on(self, device: str) -> frozenset[str]:
+        return self._kernel.paths_on(device)
+
+    def why_unavailable(self, device: str) -> str | None:
+        return self._kernel.why_unavailable(device)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        return self._kernel.attend(q, k, v, metadata, options)
+
+
+_CONVENTIONS: Final = {
+    "devices",
+    "window_convention",
+    "isolates_nonfinite",
+    "lse_of_blind_rows",
+    "repeatable",
+    "repeatable_backward",
+    "covers_all_rows",
+}
+_LIMITS: Final = tuple(field.name for field in dataclasses.fields(Capabilities) if field.name not in _CONVENTIONS)

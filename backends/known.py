@@ -24,7 +24,7 @@ class KnownIssue:
     """One defect of one backend."""
 
     id: str
-    backend: str
+    backends: tuple[str, ...]
     device: str
     about: str
     reference: str
@@ -37,10 +37,44 @@ class KnownIssue:
     symptoms: frozenset[str]
     """Names of the symptoms that it explains."""
     minimal: Case
+    crashes: bool = False
+    """It takes the process or its CUDA context along: such cases run only in processes of their own, a few of them."""
 
     def applies(self, backend: str, device: str) -> bool:
         """Whether the issue is to be expected of this backend here."""
-        return (backend.removeprefix("legacy:"), device) == (self.backend, self.device) and self.present()
+        name = backend.removeprefix("legacy:").removeprefix("any:")
+        return name in self.backends and device == self.device and self.present()
+
+
+# Results, and what may be said about them, where an issue spoils more than one by more than a little.
+_FORWARD: Final = frozenset({"out", "lse"})
+_BACKWARD: Final = frozenset({"dq", "dk", "dv"})
+_NORMS: Final = frozenset({"d_query_norm", "d_key_norm", "d_value_norm"})
+_LAYER_BACKWARD: Final = frozenset({"dx", "d_query", "d_key", "d_value", "d_key_value", "d_dense", *_NORMS, *_BACKWARD})
+_SPOILT_FORWARD: Final = frozenset(
+    {
+        "PoisonLeaked",
+        "DeadRowsNotZero",
+        "NotIsolated",
+        "NotExact",
+        "WrongKeys",
+        "WrongOutput",
+        "WrongLse",
+        "NotRegrouped",
+    }
+)
+_SPOILT_BACKWARD: Final = frozenset(
+    {
+        *("PoisonLeaked", "DeadRowsNotZero", "NotIsolated", "NotExact", "NotRegrouped", "NotRepeatable", "WrongSpread"),
+        *("WrongKeysBackward", "WrongGradQ", "WrongGradK", "WrongGradV"),
+        *("WrongInputGradient", "WrongParameterGradient"),
+    }
+)
+_TORCH: Final = "torch 2.11.0+cu130"
+
+
+def _cuda() -> bool:
+    return torch.cuda.is_available()
 
 
 def _cudnn_919() -> bool:
@@ -54,21 +88,145 @@ def _whole_key_tiles(case: Case, calls: Calls) -> bool:
     return half and any((keys := sum(k for _, k in call)) > 0 and keys % 64 == 0 for call in calls)
 
 
+def _window_cuts(case: Case, calls: Calls) -> bool:
+    """A left bound that hides keys from somebody."""
+    left = case.window[0]
+    return left >= 0 and any(q > 0 and k > left + 1 for call in calls for q, k in call)
+
+
+def _case(text: str) -> Case:
+    return Case.from_json(text)
+
+
 KNOWN: Final[tuple[KnownIssue, ...]] = (
     KnownIssue(
         id="cudnn-masked-backward-nan",
-        backend="sdpa_dense",
+        backends=("sdpa_dense", "sdpa_dense_cudnn"),
         device="cuda",
         about="cuDNN's backward with an explicit mask gives NaN where exp(score - lse) of a masked or padding entry "
         "overflows float32: rows whose scores are all far below zero (-181; -90 is fine), or far below those of keys "
         "that they do not see. Only with a multiple of 64 keys; the memory-efficient and math kernels are right.",
-        reference="torch 2.11.0+cu130 with cuDNN 9.19 on an H100, 2026-11-23; not reported before as far as we know",
+        reference=f"{_TORCH} with cuDNN 9.19 on an H100, 2026-11-23; not reported before as far as we know",
         present=_cudnn_919,
         covers=_whole_key_tiles,
-        tensors=frozenset({"dq", "dk", "dv", "dx", "d_query", "d_key", "d_value", "d_key_value"}),
+        tensors=_LAYER_BACKWARD - {"d_dense"},
         symptoms=frozenset({"PoisonLeaked", "WrongKeysBackward", "NotIsolated", "NotExact"}),
-        minimal=Case.from_json(
+        minimal=_case(
             '{"level": "kernel", "lengths": [1], "key_lengths": [64], "head_dim": 8, "dtype": "bf16", "seed": 1}'
+        ),
+    ),
+    KnownIssue(
+        id="efficient-window-backward",
+        backends=("torch_efficient",),
+        device="cuda",
+        about="The backward of _efficient_attention_forward with window_size gives gradients as if of another mask: "
+        "right forward, dQ, dK and dV wrong wherever the window hides a key.",
+        reference=f"{_TORCH} on an H200, 2026-11-24; xformers leaves local masks out of this backward for NaN",
+        present=_cuda,
+        covers=_window_cuts,
+        tensors=_LAYER_BACKWARD - {"d_dense"},
+        symptoms=_SPOILT_BACKWARD,
+        minimal=_case('{"level": "kernel", "lengths": [5], "head_dim": 8, "dtype": "bf16", "window": [1, -1]}'),
+    ),
+    KnownIssue(
+        id="torch-cudnn-row-stride",
+        backends=("torch_cudnn",),
+        device="cuda",
+        about="_cudnn_attention_backward with prefix sums takes the rows of dQ, dK and dV to lie as far apart as those "
+        "of q, k and v, and allocates them packed: gradients stay unwritten, or an illegal access ends it, where "
+        "q, k or v is a slice of a wider buffer.",
+        reference=f"{_TORCH} with cuDNN 9.19 on an H200, 2026-11-24; of the kind of pytorch#194818",
+        present=_cudnn_919,
+        covers=lambda case, calls: case.memory in ("fused", "sliced", "head_major"),
+        tensors=_LAYER_BACKWARD,
+        symptoms=_SPOILT_BACKWARD | {"Crashed"},
+        minimal=_case(
+            '{"level": "kernel", "lengths": [2, 3], "heads": 2, "kv_heads": 2, "head_dim": 64, "dtype": "bf16", '
+            '"memory": "fused"}'
+        ),
+        crashes=True,
+    ),
+    KnownIssue(
+        id="nested-cudnn-gradient-stride",
+        backends=("sdpa_nested_cudnn",),
+        device="cuda",
+        about="cuDNN's backward of jagged tensors takes the output's gradient to be packed: with rows that lie further "
+        "apart, all gradients are wrong or unwritten.",
+        reference=f"{_TORCH} with cuDNN 9.19 on an H200, 2026-11-24; padded grad_out is among pytorch#194818",
+        present=_cudnn_919,
+        covers=lambda case, calls: case.level == "kernel" and case.memory in ("fused", "sliced", "head_major"),
+        tensors=_BACKWARD,
+        symptoms=_SPOILT_BACKWARD | {"Crashed"},
+        minimal=_case(
+            '{"level": "kernel", "lengths": [5, 33], "heads": 2, "kv_heads": 2, "head_dim": 64, "dtype": "bf16", '
+            '"memory": "fused"}'
+        ),
+        crashes=True,
+    ),
+    KnownIssue(
+        id="cudnn-varlen-long-documents",
+        backends=("torch_cudnn", "sdpa_nested_cudnn"),
+        device="cuda",
+        about="_cudnn_attention_backward with prefix sums takes head_dim for max_seqlen: rows of documents longer than "
+        "head_dim get wrong or unwritten gradients, and what lies behind its scratch memory is written to.",
+        reference=f"pytorch#186142; {_TORCH} with cuDNN 9.19 on an H200, 2026-11-24",
+        present=_cudnn_919,
+        covers=lambda case, calls: any(max(q, k) > case.head_dim for call in calls for q, k in call),
+        tensors=_LAYER_BACKWARD,
+        symptoms=_SPOILT_BACKWARD | {"Crashed"},
+        minimal=_case(
+            '{"level": "kernel", "lengths": [65], "heads": 2, "kv_heads": 2, "head_dim": 64, "dtype": "bf16"}'
+        ),
+        crashes=True,
+    ),
+    KnownIssue(
+        id="cudnn-frontend-row-stride",
+        backends=("cudnn_frontend",),
+        device="cuda",
+        about="sdpa_torch's backward puts dQ, and for some lengths dK and dV, where the row stride of q, k and v says, "
+        "although gradients are packed: wrong or unwritten when those are slices of a wider buffer.",
+        reference=f"cudnn-frontend 1.32.0, cuDNN 9.19, {_TORCH} on an H200, 2026-11-24; of the kind of "
+        "cudnn-frontend#516 and #540",
+        present=_cudnn_919,
+        covers=lambda case, calls: case.level == "kernel" and case.memory in ("fused", "sliced", "head_major"),
+        tensors=_BACKWARD,
+        symptoms=_SPOILT_BACKWARD,
+        minimal=_case(
+            '{"level": "kernel", "lengths": [2, 3], "heads": 4, "kv_heads": 2, "head_dim": 64, "dtype": "bf16", '
+            '"memory": "fused"}'
+        ),
+    ),
+    KnownIssue(
+        id="cudnn-frontend-no-keys",
+        backends=("cudnn_frontend",),
+        device="cuda",
+        about="sdpa_torch leaves out and LSE of documents with queries and no keys unwritten.",
+        reference=f"cudnn-frontend 1.32.0, cuDNN 9.19, {_TORCH} on an H200, 2026-11-24; not reported before as far "
+        "as we know",
+        present=_cudnn_919,
+        covers=lambda case, calls: any(q > 0 and k == 0 for call in calls for q, k in call),
+        tensors=_FORWARD | _LAYER_BACKWARD,
+        symptoms=_SPOILT_FORWARD | _SPOILT_BACKWARD,
+        minimal=_case(
+            '{"level": "kernel", "lengths": [2, 3], "key_lengths": [0, 3], "heads": 4, "kv_heads": 2, "head_dim": 64, '
+            '"dtype": "bf16"}'
+        ),
+    ),
+    KnownIssue(
+        id="flash3-nan-behind-documents",
+        backends=("flash3", "flash3_deterministic", "flash4"),
+        device="cuda",
+        about="K and V come in whole tiles, and what a tile holds behind the document is multiplied by 0: NaN in rows "
+        "behind the last document comes out of documents whose last tile reaches them, forward and backward.",
+        reference=f"flash-attn-3 built for {_TORCH}, flash-attn-4 4.0.0b36 on an H200, 2026-11-24; of the kind of "
+        "cudnn-frontend#624, #646 and SageAttention#377",
+        present=_cuda,
+        covers=lambda case, calls: case.level == "kernel" and case.capacity > 0,
+        tensors=_FORWARD | _BACKWARD,
+        symptoms=_SPOILT_FORWARD | _SPOILT_BACKWARD,
+        minimal=_case(
+            '{"level": "kernel", "lengths": [16], "heads": 4, "kv_heads": 2, "head_dim": 64, "dtype": "bf16", '
+            '"capacity": 1}'
         ),
     ),
 )
@@ -77,3 +235,8 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
 def issues_of(backend: str, device: str, case: Case, calls: Calls) -> tuple[KnownIssue, ...]:
     """Issues that a case on a backend may run into here."""
     return tuple(issue for issue in KNOWN if issue.applies(backend, device) and issue.covers(case, calls))
+
+
+def crash_issue_of(backend: str, device: str, case: Case, calls: Calls) -> KnownIssue | None:
+    """The crash-class issue that a case on a backend runs into here, if any."""
+    return next((issue for issue in issues_of(backend, device, case, calls) if issue.crashes), None)

@@ -1,30 +1,38 @@
 """Which backends there are, by name. A backend is imported only when it is asked for.
 
 ``KERNEL`` is the buffered layer around that kernel, and the kernel by itself; ``legacy:KERNEL`` is the known-bad layer
-around it; ``fault:ID`` is a planted fault (backends/faults); ``MODULE:FUNCTION`` or ``PATH.py:FUNCTION`` is a user's
-own kernel, and ``layer:MODULE:CLASS`` a user's own layer (backends/user.py).
+around it; ``any:KERNEL`` is the kernel with its declared limits set aside, to see what happens beyond them;
+``fault:ID`` is a planted fault (backends/faults); ``MODULE:FUNCTION`` or ``PATH.py:FUNCTION`` is a user's own kernel,
+and ``layer:MODULE:CLASS`` a user's own layer (backends/user.py). Installed packages add theirs under the entry point
+group ``attn_fuzz.backends``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
+from importlib import metadata
 
 from backends import kernels
 from backends.faults.fault import PREFIX as FAULT
 from backends.faults.fault import faults, parts_of
-from backends.kernel import Kernel
+from backends.kernel import Kernel, Unlimited
+from backends.known import crash_issue_of
 from backends.layer import BufferedLayer, LayerFactory
 from backends.legacy import LegacyLayer
 from backends.rank_layer import RankLayerFactory
 from backends.tensor_layer import TensorLayer, rank_layer
-from backends.user import UserKernel, user_layer
+from backends.user import UserKernel, import_object, user_layer
 from reference.case import Case
 from reference.layout import call_segments, cut_inside_document, rank_slices, segments
 
 LEGACY = "legacy:"
+ENTRY_POINTS = "attn_fuzz.backends"
+"""The entry point group under which packages register backends."""
 USER_LAYER = "layer:"
+ANY = "any:"
 
 
 class UnknownBackend(LookupError):
@@ -50,6 +58,8 @@ class Backend:
     levels: tuple[str, ...] = ("kernel", "layer")
     rank_layer: RankLayerFactory | None = rank_layer
     """The layer of one of several ranks; None where there is no such thing."""
+    isolated: bool = False
+    """Runs in a process that may die: cases that are known to crash it are let through."""
 
     def refusal(self, case: Case, device: str) -> str | None:
         """What about a case the backend does not take, or None."""
@@ -66,12 +76,38 @@ class Backend:
                 return "non-causal documents spread over ranks"
         lengths = calls_of(case)
         pairs = [pair for call in lengths for pair in call]
+        if not self.isolated and (issue := crash_issue_of(self.name, device, case, lengths)) is not None:
+            return f"what is known to end its process ({issue.id})"
         return self.kernel.capabilities_on(device).refusal(case, device, pairs) or self.kernel.limit(case, lengths)
 
 
 def kernel_names() -> tuple[str, ...]:
     """Names of all kernel adapters, from the files of ``backends/kernels``."""
     return tuple(sorted(module.name for module in pkgutil.iter_modules(kernels.__path__)))
+
+
+@functools.cache
+def third_party() -> dict[str, metadata.EntryPoint]:
+    """Backends that installed packages bring, by name; a name of ours is not theirs to take."""
+    ours = set(kernel_names())
+    return {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS) if point.name not in ours}
+
+
+def backend_names() -> tuple[str, ...]:
+    """Names of all adapters, ours and those of installed packages."""
+    return tuple(sorted({*kernel_names(), *third_party()}))
+
+
+def _from_package(point: metadata.EntryPoint) -> Kernel:
+    """A kernel from an entry point: a ``Kernel``, or a function with the varlen signature.
+
+    Raises:
+        BackendUnavailable: when it cannot be imported or is neither.
+    """
+    found = import_object(point.value)
+    if isinstance(found, Kernel):
+        return found
+    return UserKernel(point.value)
 
 
 def load(name: str) -> Backend:
@@ -81,6 +117,8 @@ def load(name: str) -> Backend:
         UnknownBackend: when there is none.
         BackendUnavailable: when a user's kernel cannot be imported.
     """
+    if name.startswith(ANY):
+        return Backend(name, Unlimited(load(name.removeprefix(ANY)).kernel))
     legacy = name.startswith(LEGACY)
     if name.startswith(USER_LAYER):
         return Backend(name, *user_layer(name.removeprefix(USER_LAYER)), ("layer",), None)
@@ -93,9 +131,12 @@ def load(name: str) -> Backend:
     if ":" in name and not legacy:
         return Backend(name, UserKernel(name))
     kernel_name = name.removeprefix(LEGACY)
+    if kernel_name in third_party():
+        kernel = _from_package(third_party()[kernel_name])
+        return Backend(name, kernel, LegacyLayer, ("layer",), None) if legacy else Backend(name, kernel)
     if kernel_name not in kernel_names():
         raise UnknownBackend(
-            f"unknown backend {name!r}; known backends are {', '.join(kernel_names())}, and {LEGACY}NAME for each"
+            f"unknown backend {name!r}; known backends are {', '.join(backend_names())}, and {LEGACY}NAME for each"
         )
     kernel = importlib.import_module(f"backends.kernels.{kernel_name}").KERNEL
     assert isinstance(kernel, Kernel)

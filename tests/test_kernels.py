@@ -341,4 +341,5 @@ def test_the_fallbacks_refuse_no_hard_case(name: str) -> None:
 
 @pytest.mark.parametrize("name", CPU_KERNELS)
 def test_every_cpu_kernel_takes_the_issue(name: str) -> None:
-    assert load(name).refusal(HARD_LAYER_CASES["the issue"], "cpu") is None
+    case, causal = HARD_LAYER_CASES["the issue"], load(name).kernel.capabilities_on("cpu").causal
+    assert load(name).refusal(case, "cpu") == (None if causal else "causal attention")

@@ -7,6 +7,9 @@ import dataclasses
 import pytest
 import torch
 
+from attn_fuzz.campaign import worker
+from attn_fuzz.campaign.isolated import Isolated
+from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message
 from attn_fuzz.examine import examine
 from backends import known, registry
 from backends.known import KNOWN, KnownIssue
@@ -19,7 +22,7 @@ def issue(**changes: object) -> KnownIssue:
     """An issue of a planted fault: dK and dV swapped (M51-swapped)."""
     plain = KnownIssue(
         id="example",
-        backend="fault:M51-swapped",
+        backends=("fault:M51-swapped",),
         device="cpu",
         about="dK and dV come back in the wrong order",
         reference="none",
@@ -42,7 +45,7 @@ def issue(**changes: object) -> KnownIssue:
         ({"symptoms": frozenset({"PoisonLeaked"})}, False),
         ({"present": lambda: False}, False),
         ({"device": "cuda"}, False),
-        ({"backend": "loop"}, False),
+        ({"backends": ("loop",)}, False),
     ],
 )
 def test_an_issue_explains_what_it_covers(
@@ -55,9 +58,12 @@ def test_an_issue_explains_what_it_covers(
         assert verdict.known == ("example",)
 
 
-@pytest.mark.parametrize("entry", KNOWN, ids=lambda entry: entry.id)
-def test_an_issue_is_well_formed(entry: KnownIssue) -> None:
-    backend = registry.load(entry.backend)
+ENTRIES = [pytest.param(entry, name, id=f"{entry.id}-{name}") for entry in KNOWN for name in entry.backends]
+
+
+@pytest.mark.parametrize(("entry", "name"), ENTRIES)
+def test_an_issue_is_well_formed(entry: KnownIssue, name: str) -> None:
+    backend = dataclasses.replace(registry.load(name), isolated=True)
     assert backend.refusal(entry.minimal, entry.device) is None
     assert entry.covers(entry.minimal, registry.calls_of(entry.minimal))
     assert entry.about
@@ -65,12 +71,62 @@ def test_an_issue_is_well_formed(entry: KnownIssue) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("entry", [e for e in KNOWN if e.device == "cuda"], ids=lambda entry: entry.id)
-def test_an_issue_is_still_there(entry: KnownIssue) -> None:
+@pytest.mark.parametrize(("entry", "name"), ENTRIES)
+def test_an_issue_is_still_there(entry: KnownIssue, name: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    if not entry.applies(entry.backend, entry.device):
+    if (reason := registry.load(name).kernel.why_unavailable(entry.device)) is not None:
+        pytest.skip(f"{name}: {reason}")
+    if not entry.applies(name, entry.device):
         pytest.skip("not the versions it was seen on")
-    verdict = examine(entry.minimal, registry.load(entry.backend), entry.device)
-    assert entry.id in verdict.known, f"{entry.id} no longer shows: take it out of backends/known.py"
+    gone = f"{entry.id} no longer shows on {name}: take it out of backends/known.py"
+    if entry.crashes:
+        child = Isolated(name, entry.device, 120.0)
+        try:
+            assert child.symptom(entry.minimal) in entry.symptoms, gone
+        finally:
+            child.close()
+        return
+    verdict = examine(entry.minimal, registry.load(name), entry.device)
+    assert entry.id in verdict.known, gone
     assert verdict.symptoms == ()
+
+
+def crashing(**changes: object) -> KnownIssue:
+    """A crash-class issue of a healthy backend, so that nothing but the bookkeeping is under test."""
+    return issue(backends=("loop",), crashes=True, symptoms=frozenset({"Crashed"}), **changes)
+
+
+def test_what_crashes_is_refused_outside_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known, "KNOWN", (crashing(),))
+    backend = registry.load("loop")
+    refusal = backend.refusal(LAYOUT, "cpu")
+    assert refusal is not None
+    assert "example" in refusal
+    assert dataclasses.replace(backend, isolated=True).refusal(LAYOUT, "cpu") is None
+
+
+def test_a_campaign_runs_a_few_crash_class_cases_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known, "KNOWN", (crashing(covers=lambda case, calls: case.capacity > 0),))
+    monkeypatch.setattr(worker, "Isolated", _Dying)
+    messages: list[Message] = []
+    job = Assignment(backend="loop", device="cpu", seed=3, levels=("kernel",), cases=60)
+    worker.hunt(job, messages.append)
+    last = messages[-1]
+    assert isinstance(last, Finished)
+    assert last.tally.known == {"example": 2}
+    assert last.tally.refused > 0
+    assert not [message for message in messages if isinstance(message, Found)]
+
+
+class _Dying:
+    """Stands for a child process that dies of every case."""
+
+    def __init__(self, backend: str, device: str, timeout: float) -> None:
+        pass
+
+    def symptom(self, case: Case) -> str:
+        return "Crashed"
+
+    def close(self) -> None:
+        pass

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import multiprocessing
+import os
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from typing import Final
 
 import torch
 
-from attn_fuzz.campaign.worker import DEAD_CONTEXT, context_alive, set_up_process
+from attn_fuzz.campaign.process import DEAD_CONTEXT, context_alive, set_up_process
 from attn_fuzz.examine import examine
 from attn_fuzz.symptoms import Crashed
 from backends import registry
@@ -18,19 +23,36 @@ from reference.case import Case
 
 def _serve(backend: str, device: str, connection: Connection) -> None:
     set_up_process(device)
-    loaded, place = registry.load(backend), torch.device(device)
+    loaded, place = dataclasses.replace(registry.load(backend), isolated=True), torch.device(device)
     while True:
         try:
             case = Case.from_json(connection.recv())
         except EOFError:
             return
         try:
-            first = examine(case, loaded, place).first
-        except UnsupportedCase:
-            first = None
+            first, refusal = examine(case, loaded, place).first, None
+        except UnsupportedCase as error:
+            first, refusal = None, str(error)
         if isinstance(first, Crashed) and not context_alive(place):
             raise SystemExit(DEAD_CONTEXT)
-        connection.send(None if first is None else type(first).__name__)
+        connection.send((None if first is None else (type(first).__name__, str(first)), refusal))
+
+
+@contextlib.contextmanager
+def _away_from_others() -> Iterator[None]:
+    """Where processes share a GPU through a server (CUDA MPS), a fault in one ends all; not so for a child."""
+    before = os.environ.get(_SERVER)
+    os.environ[_SERVER] = os.devnull
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SERVER]
+        else:
+            os.environ[_SERVER] = before
+
+
+_SERVER: Final = "CUDA_MPS_PIPE_DIRECTORY"
 
 
 class Isolated:
@@ -50,26 +72,45 @@ class Isolated:
 
     def symptom(self, case: Case) -> str | None:
         """Name of the case's first symptom: ``Crashed`` when its process died, ``Hung`` when it went silent."""
+        symptom, _ = self._ask(case)
+        return None if symptom is None else symptom[0]
+
+    def answer(self, case: Case) -> str:
+        """In words: ``right``, ``refused: ...``, ``crashed: ...``, ``hung`` or ``wrong: ...``."""
+        symptom, refusal = self._ask(case)
+        if refusal is not None:
+            return f"refused: {refusal}"
+        if symptom is None:
+            return "right"
+        name, message = symptom
+        if name == "Hung":
+            return "hung"
+        return f"crashed: {message}" if name == "Crashed" else f"wrong: {message}"
+
+    def _ask(self, case: Case) -> tuple[tuple[str, str] | None, str | None]:
+        """((name, message) of the first symptom or None, why it was refused or None)."""
         if self._process is None:
             self._connection, theirs = self._context.Pipe()
             self._process = self._context.Process(target=_serve, args=(*self._arguments, theirs), daemon=True)
-            self._process.start()
+            with _away_from_others():
+                self._process.start()
             theirs.close()
         assert self._connection is not None
         self._connection.send(case.to_json())
         if not self._connection.poll(self._timeout):
             self.close()
-            return "Hung"
+            return ("Hung", "no answer"), None
         try:
-            found: str | None = self._connection.recv()
+            found: tuple[tuple[str, str] | None, str | None] = self._connection.recv()
         except EOFError:
             self.close()
-            return "Crashed"
+            return ("Crashed", "the process died"), None
         return found
 
     def close(self) -> None:
         """Ends the child."""
         if self._process is not None:
-            self._process.kill()
-            self._process.join()
+            if self._process.pid is not None:
+                self._process.kill()
+                self._process.join()
             self._process = None

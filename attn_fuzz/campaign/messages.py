@@ -44,6 +44,8 @@ class Tally:
     repeated: int = 0
     """Failing cases that showed a symptom already found."""
     seconds: float = 0.0
+    warm_up_seconds: float = 0.0
+    """What compiling took before the first case, not part of ``seconds``."""
     by_kind: dict[str, int] = dataclasses.field(default_factory=dict)
     """Cases by ``level dtype``."""
     worst_z: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -67,6 +69,7 @@ class Tally:
         for name in ("cases", "documents", "straddling", "refused", "repeated"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.seconds = max(self.seconds, other.seconds)
+        self.warm_up_seconds = max(self.warm_up_seconds, other.warm_up_seconds)
         for mine, theirs in ((self.by_kind, other.by_kind), (self.paths, other.paths), (self.known, other.known)):
             for key, count in theirs.items():
                 mine[key] = mine.get(key, 0) + count

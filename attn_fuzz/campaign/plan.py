@@ -28,7 +28,7 @@ def _kind(device: str) -> str:
 
 def available_backends(device: str, dtypes: Sequence[str] = ()) -> tuple[str, ...]:
     """Kernels that run on this device here and take one of the dtypes, where some are given."""
-    kernels = {name: registry.load(name).kernel for name in registry.kernel_names()}
+    kernels = {name: registry.load(name).kernel for name in registry.backend_names()}
     return tuple(
         name
         for name, kernel in kernels.items()

@@ -103,7 +103,8 @@ class Pool:
 
     def _start(self, assignment: Assignment, restarts: int) -> None:
         ours, theirs = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=_serve, args=(assignment, theirs), daemon=True)
+        # No daemon, for those may not have the children that crash-class cases run in; run() kills what is left.
+        process = self._context.Process(target=_serve, args=(assignment, theirs))
         process.start()
         theirs.close()
         self._running.append(_Worker(assignment, process, ours, restarts))

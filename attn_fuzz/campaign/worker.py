@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import time
@@ -13,7 +14,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis.errors import Flaky, HypothesisException
 
+from attn_fuzz.campaign.isolated import Isolated
 from attn_fuzz.campaign.messages import Assignment, Died, Failed, Finished, Found, Message, Progress, Tally, Trying
+from attn_fuzz.campaign.process import DEAD_CONTEXT, context_alive, set_up_process
 from attn_fuzz.checks import PROBES, Check
 from attn_fuzz.checks.regroup import regrouped_case
 from attn_fuzz.environment import environment
@@ -25,12 +28,10 @@ from attn_fuzz.strategies import Domain, cases, straddling
 from attn_fuzz.symptoms import MEMORY_SYMPTOMS, Crashed, Hung, Symptom
 from backends import registry
 from backends.kernel import UnsupportedCase
+from backends.known import KnownIssue, crash_issue_of
 from reference.case import Case
 
 Send = Callable[[Message], None]
-
-DEAD_CONTEXT: Final = 77
-"""Exit status of a worker whose CUDA context no longer works."""
 
 ROUND: Final = 50
 """Cases per Hypothesis run: long enough for it to build up, short enough to alternate levels."""
@@ -42,19 +43,14 @@ _SHRINK_SECONDS: Final = 8.0
 
 _MINIMISE_SECONDS: Final = 60.0
 
+_ISOLATED_CASES: Final = 2
+"""Cases per crash-class known issue and worker."""
+
+_ISOLATED_SECONDS: Final = 60.0
+
 
 class _Stop(BaseException):
     """Leaves Hypothesis's engine; not an Exception, so that it is not taken for a failing case."""
-
-
-def context_alive(device: torch.device) -> bool:
-    """Whether the device still computes: some faults end a CUDA context for good."""
-    if device.type != "cuda":
-        return True
-    try:
-        return bool((torch.ones(8, device=device) + 1).sum().item() == 16)
-    except RuntimeError:
-        return False
 
 
 class _Hunt:
@@ -71,6 +67,7 @@ class _Hunt:
         self.failure: tuple[Case, Verdict] | None = None
         self.original: Case | None = None
         self.failed_at = 0.0
+        self.isolated: dict[str, int] = {}
 
     def examine(self, case: Case, poisons: Sequence[str] | None = None, probes: Sequence[Check] = PROBES) -> Verdict:
         """A verdict, with the case announced first; under the assignment's poisons unless others are given."""
@@ -120,6 +117,10 @@ class _Hunt:
             raise _Stop
         if not shrinking and self.over():
             raise _Stop
+        issue = crash_issue_of(self.backend.name, self.device.type, case, registry.calls_of(case))
+        if issue is not None:
+            self.try_isolated(case, issue)
+            return
         try:
             verdict = self.examine(case, probes=PROBES if shrinking else some_probes(case))
         except UnsupportedCase:
@@ -139,6 +140,22 @@ class _Hunt:
         elif type(symptom) is type(self.failure[1].first):
             self.failure = (case, verdict)
         raise symptom
+
+    def try_isolated(self, case: Case, issue: KnownIssue) -> None:
+        """A case that is known to end its process, in another one; the first few only, for each costs a process."""
+        tried = self.isolated.get(issue.id, 0)
+        if tried >= _ISOLATED_CASES or self.failure is not None:
+            self.tally.refused += self.failure is None
+            return
+        self.isolated[issue.id] = tried + 1
+        self.send(Progress(copy.deepcopy(self.tally)))
+        child = Isolated(self.backend.name, str(self.device), _ISOLATED_SECONDS)
+        try:
+            symptom = child.symptom(case)
+        finally:
+            child.close()
+        self.tally.cases += 1
+        self.tally.known[issue.id] = self.tally.known.get(issue.id, 0) + (symptom is not None)
 
     def round(self, level: str, number: int) -> None:
         """One Hypothesis run of a level."""
@@ -217,11 +234,25 @@ class _Hunt:
         )
         self.send(Found(finding))
 
+    def warm_up(self) -> None:
+        """One case of every configuration that a compiling backend compiles, counted apart from the hunt."""
+        configurations = self.backend.kernel.capabilities_on(self.device.type).configurations
+        # Workers that share a cache on disk start at different places, so that each finds the others' work.
+        turn = self.assignment.seed % max(len(configurations), 1)
+        for chosen in (*configurations[turn:], *configurations[:turn]):
+            sides = {"none": (-1, -1), "left": (7, -1), "right": (-1, 7), "both": (7, 7)}
+            options = {**chosen._asdict(), "window": sides[chosen.window]}
+            with contextlib.suppress(UnsupportedCase):
+                self.examine(Case(level="kernel", lengths=(5, 33, 16), **options), probes=())
+        self.tally.warm_up_seconds = time.monotonic() - self.started
+        self.started = time.monotonic()
+
     def run(self) -> None:
         """All rounds, levels in turn."""
         levels = [level for level in self.assignment.levels if level in self.backend.levels]
         if not levels:
             raise ValueError(f"{self.backend.name} has no {' or '.join(self.assignment.levels)} level")
+        self.warm_up()
         number = 0
         while not self.over():
             self.round(levels[number % len(levels)], number)
@@ -230,19 +261,6 @@ class _Hunt:
                 break
         self.tally.seconds = time.monotonic() - self.started
         self.send(Finished(self.tally))
-
-
-def set_up_process(device: str) -> None:
-    """What every process that runs cases sets once: one CPU thread, plain float32, repeatable matrix products."""
-    torch.set_num_threads(1)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    # Split reductions in the storage dtype would round partial sums that no budget knows of.
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    if device.startswith("cuda"):
-        torch.cuda.set_device(torch.device(device).index or 0)
 
 
 def hunt(assignment: Assignment, send: Send) -> None:

@@ -1,45 +1,88 @@
-"""``backends``: what there is."""
+"""``backends``: what there is, and what it takes when asked."""
 
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from attn_fuzz import show
-from attn_fuzz.commands.arguments import JsonOption, UsageError
+from attn_fuzz.capability_probe import Answer, probe_backend
+from attn_fuzz.commands.arguments import BackendOption, JsonOption, UsageError, WorkersOption, device_of
+from attn_fuzz.environment import environment
 from backends import registry
 
+Availability = tuple[str, str, str | None]
+"""(backend, device, why it is not available or None)."""
 
-def backends(
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: both.")] = None, as_json: JsonOption = False
-) -> None:
-    """What is available here, what each backend supports, and why the rest is not available."""
-    if device not in (None, "cpu", "cuda"):
-        raise UsageError(f"unknown device {device!r}; use cpu or cuda")
-    places = (device,) if device else ("cpu", "cuda")
-    rows = [
-        (name, place, registry.load(name).kernel.why_unavailable(place))
-        for name in registry.kernel_names()
-        for place in places
-    ]
-    if not as_json:
-        Console(emoji=False).print(show.backends_table(rows))
-        return
+
+def _availability(names: tuple[str, ...], places: tuple[str, ...]) -> list[Availability]:
+    return [(name, place, registry.load(name).kernel.why_unavailable(place)) for name in names for place in places]
+
+
+def _listed(rows: list[Availability]) -> list[dict[str, object]]:
+    """One JSON object per backend."""
     listed = []
-    for name in registry.kernel_names():
+    for name in dict.fromkeys(name for name, _, _ in rows):
         reasons = {place: reason for other, place, reason in rows if other == name}
         usable = [place for place, reason in reasons.items() if reason is None]
-        capabilities = registry.load(name).kernel.capabilities
         listed.append(
             {
                 "name": name,
                 "available": bool(usable),
                 "reason": None if usable else "; ".join(str(reason) for reason in dict.fromkeys(reasons.values())),
                 "devices": usable,
-                "capabilities": dict(vars(capabilities)),
+                "capabilities": dict(vars(registry.load(name).kernel.capabilities)),
             }
         )
-    typer.echo(json.dumps({"backends": listed}))
+    return listed
+
+
+def _probe(names: list[str], place: str, workers: int) -> dict[str, list[Answer]]:
+    """Asks several backends at a time; progress goes to standard error."""
+
+    def tell(name: str, answer: Answer) -> None:
+        mark = "DIFFERS " if answer.differs else ""
+        typer.echo(f"{name}: {answer.probe}: {mark}{answer.measured}", err=True)
+
+    with ThreadPoolExecutor(workers) as pool:
+        return dict(zip(names, pool.map(lambda name: probe_backend(name, place, tell), names), strict=True))
+
+
+def backends(
+    backend: BackendOption = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: both.")] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Also run one case per capability, and show where statements are wrong.")
+    ] = False,
+    workers: WorkersOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What is available here, what each backend supports, and why the rest is not available."""
+    if device not in (None, "cpu", "cuda"):
+        raise UsageError(f"unknown device {device!r}; use cpu or cuda")
+    names = tuple(dict.fromkeys(backend or registry.backend_names()))
+    rows = _availability(names, (device,) if device else ("cpu", "cuda"))
+    console = Console(emoji=False)
+    if not probe:
+        if as_json:
+            typer.echo(json.dumps({"backends": _listed(rows)}))
+        else:
+            console.print(show.backends_table(rows))
+        return
+    place = device_of(device)
+    usable = [name for name, where, reason in rows if where == place and reason is None]
+    answers = _probe(usable, place, workers or os.cpu_count() or 1)
+    if not as_json:
+        console.print(show.probes_table(answers))
+        return
+    listed = _listed([row for row in rows if row[1] == place])
+    for entry in listed:
+        entry["probes"] = [
+            {"probe": a.probe, "stated": a.stated, "measured": a.measured} for a in answers.get(str(entry["name"]), [])
+        ]
+    typer.echo(json.dumps({"environment": environment(place), "device": place, "backends": listed}))

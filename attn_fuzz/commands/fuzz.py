@@ -58,6 +58,7 @@ def campaign_dict(outcome: Outcome, device: str, seed: int, poisons: tuple[str, 
                 "straddling": tally.straddling,
                 "refused": tally.refused,
                 "repeated": tally.repeated,
+                "warm_up_seconds": round(tally.warm_up_seconds, 1),
                 "by_kind": dict(sorted(tally.by_kind.items())),
                 "paths": tally.paths,
                 "known": tally.known,
@@ -131,7 +132,11 @@ def _fuzz(
         console.print(f"seed {seed}" + (", interrupted" if outcome.interrupted else ""))
     for error in unstored:
         typer.echo(f"attn-fuzz: {error}", err=True)
-    raise typer.Exit(2 if unstored else 1 if outcome.findings else 0)
+    idle = [name for name, tally in outcome.tallies.items() if tally.refused and not tally.cases]
+    for name in idle:
+        refused = outcome.tallies[name].refused
+        typer.echo(f"attn-fuzz: {name} took none of the {refused} cases drawn for it, so nothing was tested", err=True)
+    raise typer.Exit(2 if unstored else 1 if outcome.findings else 2 if idle else 0)
 
 
 def _levels(level: list[str] | None, ranks: list[int] | None) -> tuple[str, ...]:

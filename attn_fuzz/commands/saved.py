@@ -11,7 +11,7 @@ from rich.console import Console
 
 from attn_fuzz import show
 from attn_fuzz.campaign.plan import available_backends, require_available
-from attn_fuzz.campaign.worker import set_up_process
+from attn_fuzz.campaign.process import set_up_process
 from attn_fuzz.cases_on_disk import REGRESSIONS, Seed, find_seed
 from attn_fuzz.commands.arguments import (
     DEFAULT_STORE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
@@ -24,12 +25,14 @@ class Flash(Kernel):
         devices=("cuda",),
         dtypes=HALF_DTYPES,
         max_head_dim=256,
-        memories=ALIGNED_MEMORIES,
+        memories=(*ALIGNED_MEMORIES, "strided", "broadcast"),
         lse_of_blind_rows=math.inf,
         repeatable_backward=False,
         covers_all_rows=False,
     )
     profile = Profile(tanh_error=2.0**-11)
+    deterministic: ClassVar[bool] = False
+    """Whether the backward is asked to add up dQ in a fixed order."""
     call_source = """from flash_attn import flash_attn_varlen_func
 
 
@@ -65,6 +68,7 @@ def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
             causal=options.causal,
             window_size=options.effective_window if options.causal else options.window,
             softcap=options.softcap,
+            deterministic=self.deterministic,
             return_attn_probs=True,
         )
         return Attended(out, lse, "flash_attn_varlen_func")

@@ -24,7 +24,7 @@ def _jagged(x: torch.Tensor, cu_seqlens: torch.Tensor, shortest: int, longest: i
     return jagged.transpose(1, 2)
 
 
-_UNFUSED = Profile(
+UNFUSED = Profile(
     scales_inputs=True,
     scales_gradients=True,
     rounds_scores=True,
@@ -34,6 +34,32 @@ _UNFUSED = Profile(
     expands_kv=True,
     exp_error=CPU_EXP_ERROR,
 )
+
+
+def nested_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    metadata: VarlenMetadata,
+    options: AttentionOptions,
+    *,
+    fused: bool,
+) -> torch.Tensor:
+    """SDPA on jagged tensors; K/V are expanded to the query heads, since torch's fused kernels need equal heads."""
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    m = metadata
+    out = torch.nn.functional.scaled_dot_product_attention(
+        _jagged(q, m.cu_seqlens_q, m.min_seqlen_q, m.max_seqlen_q),
+        _jagged(k, m.cu_seqlens_k, m.min_seqlen_k, m.max_seqlen_k),
+        _jagged(v, m.cu_seqlens_k, m.min_seqlen_k, m.max_seqlen_k),
+        is_causal=options.causal,
+        scale=options.scale,
+    )
+    values = out.transpose(1, 2).values()
+    # The gradient becomes jagged values too: unfused, it must not be a view, so a product hands on a fresh one.
+    return values if fused else values * 1
 
 
 class SdpaNested(Kernel):
@@ -63,27 +89,14 @@ class SdpaNested(Kernel):
 
     def profile_on(self, device: str) -> Profile:
         # On CPU jagged tensors take the unfused composition, every step of it in the storage dtype.
-        return _UNFUSED if device == "cpu" else self.profile
+        return UNFUSED if device == "cpu" else self.profile
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
     ) -> Attended:
         if options.causal and (metadata.straddling or q.device.type == "cpu"):
             return Attended(dense_attention(q, k, v, metadata, options), None, "dense")
-        group = q.shape[1] // k.shape[1]
-        if group > 1:
-            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        m = metadata
-        out = torch.nn.functional.scaled_dot_product_attention(
-            _jagged(q, m.cu_seqlens_q, m.min_seqlen_q, m.max_seqlen_q),
-            _jagged(k, m.cu_seqlens_k, m.min_seqlen_k, m.max_seqlen_k),
-            _jagged(v, m.cu_seqlens_k, m.min_seqlen_k, m.max_seqlen_k),
-            is_causal=options.causal,
-            scale=options.scale,
-        )
-        values = out.transpose(1, 2).values()
-        # The gradient becomes jagged values too: on CPU it must not be a view, so a product hands on a fresh one.
-        return Attended(values * 1 if q.device.type == "cpu" else values, None, "nested")
+        return Attended(nested_attention(q, k, v, metadata, options, fused=q.device.type != "cpu"), None, "nested")
 
 
 KERNEL = SdpaNested()

@@ -1,0 +1,37 @@
+"""A process that runs cases: what it sets once, and whether its device still computes."""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+import torch
+
+DEAD_CONTEXT: Final = 77
+"""Exit status of a worker whose CUDA context no longer works."""
+
+
+def context_alive(device: torch.device) -> bool:
+    """Whether the device still computes: some faults end a CUDA context for good."""
+    if device.type != "cuda":
+        return True
+    try:
+        return bool((torch.ones(8, device=device) + 1).sum().item() == 16)
+    except RuntimeError:
+        return False
+
+
+def set_up_process(device: str) -> None:
+    """What every process that runs cases sets once: one CPU thread, plain float32, repeatable matrix products."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # oneDNN's bf16 products on AMX read up to 31 elements past the end of a row (docs/oracle.md): NaN behind a slice
+    # then comes out of a projection, whatever kernel is under test. Set the variable yourself to test AMX.
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    # Split reductions in the storage dtype would round partial sums that no budget knows of.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    if device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(device).index or 0)

@@ -1,0 +1,19 @@
+"""FlashAttention 3 with ``deterministic=True``: the backward promises the same bits every time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from backends.kernels.flash3 import Flash3
+
+
+class Flash3Deterministic(Flash3):
+    """``flash_attn_interface.flash_attn_varlen_func`` with its deterministic backward."""
+
+    name = "flash3_deterministic"
+    capabilities = dataclasses.replace(Flash3.capabilities, max_head_dim=192, repeatable_backward=True)
+    deterministic = True
+    call_source = Flash3.call_source.replace("window_size=window)", "window_size=window, deterministic=True)")
+
+
+KERNEL = Flash3Deterministic()

@@ -1,0 +1,84 @@
+"""FlashAttention 4 (CuTe DSL) through the flash-attn-4 package. It compiles for every configuration."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Final
+
+import torch
+
+from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Configuration, Kernel
+from backends.metadata import VarlenMetadata
+from reference.case import MEMORIES
+
+_SHAPES: Final = (("bf16", 64, 4, 2), ("fp16", 128, 2, 2))
+_MASKS: Final = ((True, "none"), (True, "left"), (False, "none"), (False, "both"))
+
+CONFIGURATIONS: Final = (
+    *(Configuration(*shape, *mask) for shape in _SHAPES for mask in _MASKS),
+    Configuration("bf16", 64, 1, 1, True, "none", 20.0),
+)
+
+
+class Flash4(Kernel):
+    """``flash_attn.cute.flash_attn_varlen_func``."""
+
+    name = "flash4"
+    paths = frozenset({"flash_attn.cute"})
+    capabilities = Capabilities(
+        devices=("cuda",),
+        dtypes=HALF_DTYPES,
+        head_dims=(64, 128),
+        window_convention="(left, right), the row itself not counted, None for no bound",
+        memories=MEMORIES,
+        isolates_nonfinite=False,
+        repeatable_backward=False,
+        covers_all_rows=False,
+        configurations=CONFIGURATIONS,
+    )
+
+    call_source = """from flash_attn.cute import flash_attn_varlen_func
+
+
+def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    window = tuple(None if side < 0 else side for side in WINDOW)
+    sums = dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    sums |= dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    options = dict(softmax_scale=SCALE, causal=CAUSAL, window_size=window, softcap=SOFTCAP)
+    return flash_attn_varlen_func(q, k, v, **sums, **options)[0]"""
+
+    def why_unavailable(self, device: str) -> str | None:
+        if reason := super().why_unavailable(device):
+            return reason
+        # The package shares its parent with FlashAttention 2, which may be there without it.
+        if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
+            return "the package flash-attn-4 (flash_attn.cute) is not installed"
+        return None
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        # Compiled objects are then shared with other processes; read when the package is imported.
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+        from flash_attn.cute import flash_attn_varlen_func
+
+        out, lse = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q=metadata.cu_seqlens_q,
+            cu_seqlens_k=metadata.cu_seqlens_k,
+            max_seqlen_q=metadata.max_seqlen_q,
+            max_seqlen_k=metadata.max_seqlen_k,
+            softmax_scale=options.scale,
+            causal=options.causal,
+            # -1 on one side alone would be taken literally.
+            window_size=tuple(None if side < 0 else side for side in options.window),
+            softcap=options.softcap,
+            return_lse=True,
+        )[:2]
+        return Attended(out, lse, "flash_attn.cute")
+
+
+KERNEL = Flash4()

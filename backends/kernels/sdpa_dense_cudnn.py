@@ -1,0 +1,37 @@
+"""torch's scaled_dot_product_attention with an explicit mask, cuDNN forced. It plans for every shape."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+from backends.kernel import HALF_DTYPES, Configuration
+from backends.kernels.sdpa_dense_math import ForcedDense
+
+CONFIGURATIONS: Final = (
+    Configuration("bf16", 64, 4, 2, True),
+    Configuration("bf16", 64, 4, 2, True, "left"),
+    Configuration("fp16", 128, 2, 2, False),
+    Configuration("fp16", 32, 1, 1, False, "both"),
+    Configuration("bf16", 8, 1, 1, True),
+)
+
+
+class SdpaDenseCudnn(ForcedDense):
+    """cuDNN's kernel; the mask is an operand, so that its shape alone is planned for."""
+
+    name = "sdpa_dense_cudnn"
+    forced = "cudnn"
+    paths = frozenset({"dense cudnn"})
+    capabilities = dataclasses.replace(
+        ForcedDense.capabilities,
+        devices=("cuda",),
+        dtypes=HALF_DTYPES,
+        head_dims=(8, 32, 64, 128),
+        scale=False,
+        configurations=CONFIGURATIONS,
+        layouts=24,
+    )
+
+
+KERNEL = SdpaDenseCudnn()

@@ -1,0 +1,21 @@
+"""torch's scaled_dot_product_attention with an explicit mask, its memory-efficient kernel forced."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from backends.kernels.sdpa_dense_math import ForcedDense
+
+
+class SdpaDenseEfficient(ForcedDense):
+    """The CUTLASS kernel."""
+
+    name = "sdpa_dense_efficient"
+    forced = "efficient"
+    paths = frozenset({"dense efficient"})
+    capabilities = dataclasses.replace(
+        ForcedDense.capabilities, devices=("cuda",), head_dim_multiple=8, queries_without_keys=True
+    )
+
+
+KERNEL = SdpaDenseEfficient()

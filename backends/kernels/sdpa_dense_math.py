@@ -1,0 +1,53 @@
+"""torch's scaled_dot_product_attention with an explicit mask, its unfused composition forced."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
+from backends.kernels.sdpa_dense import SdpaDense, dense_attention
+from backends.metadata import VarlenMetadata
+from backends.sdpa import only
+from reference.case import MEMORIES
+from reference.profile import Profile
+
+
+class ForcedDense(Kernel):
+    """SDPA with an explicit mask and one of torch's kernels; subclasses name it."""
+
+    forced: ClassVar[str]
+    capabilities: ClassVar[Capabilities] = SdpaDense.capabilities
+    profile: ClassVar[Profile] = SdpaDense.profile
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        with only(self.forced):
+            return Attended(dense_attention(q, k, v, metadata, options), None, f"dense {self.forced}")
+
+
+class SdpaDenseMath(ForcedDense):
+    """Matrix products and a softmax, every step stored in the dtype."""
+
+    name = "sdpa_dense_math"
+    forced = "math"
+    paths = frozenset({"dense math"})
+    capabilities = dataclasses.replace(
+        SdpaDense.capabilities, memories=MEMORIES, queries_without_keys=True, repeatable_backward=True
+    )
+    profile = Profile(
+        scales_inputs=True,
+        scales_gradients=True,
+        rounds_scores=True,
+        rounds_dp=True,
+        delta_from_output=False,
+        delta_from_probabilities=True,
+        stores_probabilities=True,
+        expands_kv=True,
+    )
+
+
+KERNEL = SdpaDenseMath()

@@ -1,0 +1,61 @@
+"""torch's scaled_dot_product_attention on jagged tensors, its unfused composition forced."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from backends.flash2 import ALIGNED_MEMORIES
+from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
+from backends.kernels.sdpa_nested import UNFUSED, SdpaNested, nested_attention
+from backends.metadata import VarlenMetadata
+from backends.sdpa import only
+from reference.case import MEMORIES
+from reference.profile import Profile
+
+
+class ForcedNested(Kernel):
+    """SDPA on jagged tensors with one of torch's kernels; subclasses name it.
+
+    Causal jagged attention is bottom-right in the flash kernel and top-left in others, which therefore take documents
+    of as many queries as keys.
+    """
+
+    forced: ClassVar[str]
+    capabilities: ClassVar[Capabilities] = dataclasses.replace(
+        SdpaNested.capabilities,
+        devices=("cuda",),
+        head_dim_multiple=8,
+        causal_needs_equal_lengths=True,
+        memories=(*ALIGNED_MEMORIES, "strided"),
+    )
+    profile: ClassVar[Profile] = SdpaNested.profile
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        with only(self.forced):
+            out = nested_attention(q, k, v, metadata, options, fused=self.forced != "math")
+        return Attended(out, None, f"nested {self.forced}")
+
+
+class SdpaNestedMath(ForcedNested):
+    """Matrix products and a softmax, every step stored in the dtype. It has no causal mask for jagged tensors."""
+
+    name = "sdpa_nested_math"
+    forced = "math"
+    paths = frozenset({"nested math"})
+    capabilities = dataclasses.replace(
+        ForcedNested.capabilities,
+        devices=("cpu", "cuda"),
+        head_dim_multiple=1,
+        causal=False,
+        empty_documents=True,
+        memories=MEMORIES,
+    )
+    profile = UNFUSED
+
+
+KERNEL = SdpaNestedMath()

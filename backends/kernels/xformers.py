@@ -1,0 +1,62 @@
+"""xformers' memory-efficient attention with block-diagonal masks."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from backends.flash2 import ALIGNED_MEMORIES
+from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
+from backends.metadata import VarlenMetadata
+from reference.profile import Profile
+
+
+class Xformers(Kernel):
+    """``xformers.ops.memory_efficient_attention`` over one packed batch element, its CUTLASS kernel chosen.
+
+    Its FlashAttention backward refuses to run in torch's deterministic mode, which the harness needs.
+    """
+
+    name = "xformers"
+    paths = frozenset({"xformers cutlass"})
+    capabilities = Capabilities(
+        devices=("cuda",),
+        head_dim_multiple=8,
+        # Grouped heads are a dimension of their own to it, and raise in the backward of block-diagonal masks.
+        gqa=False,
+        # Local masks have no backward in the CUTLASS kernel.
+        window=False,
+        softcap=False,
+        queries_without_keys=False,
+        memories=(*ALIGNED_MEMORIES, "broadcast"),
+        repeatable_backward=False,
+        covers_all_rows=False,
+    )
+    # The CUTLASS backward forms dS from P as its tiles keep it, in the storage dtype.
+    profile = Profile(stores_probabilities=True)
+
+    def why_unavailable(self, device: str) -> str | None:
+        if reason := super().why_unavailable(device):
+            return reason
+        if importlib.util.find_spec("xformers") is None:
+            return "the package xformers is not installed"
+        return None
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        # The file is named as the package, which absolute imports do not mind.
+        from xformers import ops
+
+        biases: Any = ops.fmha.attn_bias
+        kind = biases.BlockDiagonalCausalFromBottomRightMask if options.causal else biases.BlockDiagonalMask
+        bias = kind.from_seqlens(list(metadata.lengths_q), list(metadata.lengths_k), device=q.device)
+        operators = ops.fmha.cutlass.FwOp, ops.fmha.cutlass.BwOp
+        batch = (x[None] for x in (q, k, v))
+        out = ops.memory_efficient_attention(*batch, attn_bias=bias, scale=options.scale, op=operators)[0]
+        return Attended(out, None, "xformers cutlass")
+
+
+KERNEL = Xformers()

@@ -1,0 +1,34 @@
+"""torch's scaled_dot_product_attention with one of its kernels forced."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Final
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from backends.kernel import UnsupportedCase
+
+BACKENDS: Final = {
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+@contextlib.contextmanager
+def only(name: str) -> Iterator[None]:
+    """Lets torch take one kernel and no other.
+
+    Raises:
+        UnsupportedCase: when that kernel does not take what it is given.
+    """
+    try:
+        with sdpa_kernel(BACKENDS[name]):
+            yield
+    except RuntimeError as error:
+        if "No available kernel" in str(error) or "No viable backend" in str(error):
+            raise UnsupportedCase(f"torch's {name} kernel does not take these tensors") from error
+        raise

@@ -1,0 +1,25 @@
+"""What every process that runs cases is set up with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+_PRODUCT = """
+import sys
+sys.path[:0] = {path!r}
+import torch
+from attn_fuzz.campaign.process import set_up_process
+
+set_up_process("cpu")
+buffer = torch.full((17, 88), torch.nan, dtype=torch.bfloat16)
+buffer[:, :80] = 1
+print(bool((buffer[:, :80] @ torch.ones(4, 80, dtype=torch.bfloat16).T).isfinite().all()))
+"""
+
+
+def test_products_read_their_rows_and_no_further() -> None:
+    """In a fresh process: the library reads its settings at the first product (docs/oracle.md)."""
+    code = _PRODUCT.format(path=sys.path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
