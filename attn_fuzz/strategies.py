@@ -246,17 +246,17 @@ def layer_cases(draw: st.DrawFn, domain: Domain) -> Case:
     ranks, tensor_ranks = draw(st.sampled_from(domain.ranks)), draw(st.sampled_from(domain.tensor_ranks))
     if ranks * tensor_ranks > 1:
         return draw(rank_cases(domain, ranks, tensor_ranks))
-    number = draw(layout_numbers(domain.capabilities))
-    if number is not None:
-        return draw(layers(domain, pooled_lengths(number, domain.capabilities), 0, number))
-    lengths = draw(document_lengths(empty=domain.capabilities.empty_documents, long=LONG_EDGES[:3]))
-    padding = draw(st.sampled_from([0, 0, 1, 5]))
-    return draw(layers(domain, lengths, padding))
+    capabilities = domain.capabilities
+    number = draw(layout_numbers(capabilities))
+    if number is None:
+        lengths = draw(document_lengths(empty=capabilities.empty_documents, long=LONG_EDGES[:3]))
+        return draw(layers(domain, lengths, draw(st.sampled_from([0, 0, 1, 5]))))
+    return draw(layers(domain, pooled_lengths(number, capabilities), 0, number))
 
 
 @st.composite
 def layers(draw: st.DrawFn, domain: Domain, lengths: Sequence[int], padding: int, number: int | None = None) -> Case:
-    """A layer over these documents, and cuts: those of a layout of the pool, where its number is given."""
+    """A layer over these documents, and cuts: drawn, or those of a pooled layout's number."""
     capabilities = domain.capabilities
     packed = [*lengths, padding] if padding else list(lengths)
     chosen = draw(options(domain, "layer", packed))

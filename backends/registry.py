@@ -142,7 +142,7 @@ def load(name: str) -> Backend:
     kernel_name = name.removeprefix(LEGACY)
     if kernel_name in third_party():
         kernel = _from_package(third_party()[kernel_name])
-        return Backend(name, kernel, LegacyLayer, ("layer",)) if legacy else Backend(name, kernel)
+        return Backend(name, kernel, LegacyLayer, ("layer",), None) if legacy else Backend(name, kernel)
     if kernel_name not in kernel_names():
         raise UnknownBackend(
             f"unknown backend {name!r}; known backends are {', '.join(backend_names())}, and {LEGACY}NAME for each"
