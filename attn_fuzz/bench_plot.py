@@ -18,7 +18,7 @@ def title(result: dict[str, Any]) -> str:
     """Device, plan and date in one line."""
     plan, where = result["plan"], result["environment"]
     return (
-        f"{where['device']}, torch {where['torch']}, {where['date']}: documents of up to {plan['longest'][0]} queries and "
+        f"{where['device']}, torch {where['torch']}, {where['date']}: up to {plan['longest'][0]} queries and "
         f"{plan['longest'][1]} keys, {plan['heads']} heads over {plan['kv_heads']}, head_dim {plan['head_dim']}"
     )
 
