@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any, Final
@@ -274,6 +275,8 @@ def bench(device: str, names: Sequence[str], say: Say, *, exact: bool = False) -
     result: dict[str, Any] = {
         "device": device,
         "environment": environment(device),
+        # Of the minute before: what is measured on the wall clock (several processes, the plain loop) depends on it.
+        "load_average": os.getloadavg()[0],
         "plan": dataclasses.asdict(plan),
         "fused_values": fused_agrees(place),
         "fast_reference": "not asked for"

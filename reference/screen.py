@@ -155,7 +155,8 @@ def screen(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Screened]:
         "SUBNORMAL": SUBNORMAL_SPACING[case.dtype] ** 2 / 12 if case.dtype == "fp16" else 0.0,
         "SOFTCAP": bool(case.softcap),
         "STORES_P": profile.stores_probabilities,
-        "num_warps": 4,
+        # Accumulators of more channels spill out of four warps.
+        "num_warps": 8 if dim > 64 else 4,
     }
     per_row = (delta, delta_variance, shared)
     by_row = [x for name in ("out", "dq", "lse") for x in (found[name].value, found[name].inverse)]
