@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from attn_fuzz.checks.budget import HISTOGRAM_STEP, LIMIT
 from attn_fuzz.tolerances import RULES
+from reference.case import LEVELS
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 FOLDER: Final = ROOT / "results"
@@ -85,16 +86,22 @@ def clean_table(results: Iterable[Result]) -> list[str]:
         names = sorted({name for result in group for name in result["backends"] if _is_correct(name)})
         total = sum(b["cases"] for r in group for name, b in r["backends"].items() if _is_correct(name))
         lines += ["", f"**{where}**: {total:,} cases; commits {commits}", ""]
-        lines += ["| backend | cases | documents | findings | " + " | ".join(f"largest z {d}" for d in DTYPES) + " |"]
-        lines += ["|---|---:|---:|---:|" + "---|" * len(DTYPES)]
+        heads = ("backend", "cases", "kernel", "layer", "documents", "known", "findings")
+        lines += ["| " + " | ".join((*heads, *(f"largest z {d}" for d in DTYPES))) + " |"]
+        lines += ["|---|" + "---:|" * (len(heads) - 1) + "---|" * len(DTYPES)]
         for name in names:
-            counts = {
-                key: sum(r["backends"].get(name, {}).get(key, 0) for r in group) for key in ("cases", "documents")
+            mine_of = [r["backends"].get(name, {}) for r in group]
+            counts = {key: sum(b.get(key, 0) for b in mine_of) for key in ("cases", "documents")}
+            levels = {
+                level: sum(n for b in mine_of for kind, n in b.get("by_kind", {}).items() if kind.startswith(level))
+                for level in LEVELS
             }
+            known = sum(n for b in mine_of for n in b.get("known", {}).values())
             found = sum(finding["backend"] == name for r in group for finding in r["findings"])
             mine = largest(group, name)
             worst = " | ".join(_worst(mine, dtype, rows=False) for dtype in DTYPES)
-            lines.append(f"| {name} | {counts['cases']:,} | {counts['documents']:,} | {found} | {worst} |")
+            numbers = (counts["cases"], levels["kernel"], levels["layer"], counts["documents"], known, found)
+            lines.append(f"| {name} | " + " | ".join(f"{number:,}" for number in numbers) + f" | {worst} |")
     return lines
 
 
@@ -231,9 +238,9 @@ def plot(results: list[Result], path: Path) -> None:
                 if counts:
                     beyond = [sum(counts[index:]) / sum(counts) for index in range(len(counts))]
                     edges = [index * HISTOGRAM_STEP for index in range(len(counts))]
-                    style = "-" if "H100" in where else ":"
+                    style = ":" if where.startswith("CPU") else "-"
                     shown = [(edge, share) for edge, share in zip(edges, beyond, strict=True) if share]
-                    label = f"{name} ({'H100' if 'H100' in where else 'CPU'}), {sum(counts):.1e} elements"
+                    label = f"{name} ({where.split(',')[0]}), {sum(counts):.1e} elements"
                     axis.semilogy(*zip(*shown, strict=True), style, label=label)
         axis.axvline(LIMIT, color="black", linewidth=1)
         axis.set(title=dtype, xlabel="z")

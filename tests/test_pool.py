@@ -185,6 +185,22 @@ def test_the_signal_of_a_scheduler_keeps_what_was_found() -> None:
     assert outcome.tallies["fault:M51-swapped"].cases >= 1
 
 
+class ToldTwice(Pool):
+    """A second signal comes while what workers had said is taken."""
+
+    def _drain(self, worker: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        super()._drain(worker)
+
+
+def test_a_signal_that_comes_twice_loses_nothing() -> None:
+    """As when a scheduler tells the process and then its group."""
+    assignments = [Assignment(backend="fault:M51-swapped", device="cpu", seed=1, cases=10_000)]
+    outcome = ToldTwice(assignments, 1, nothing, lambda finding: signal.raise_signal(signal.SIGTERM)).run()
+    assert outcome.interrupted
+    assert len(outcome.findings) == 1
+
+
 class StopsAtSuspect(Pool):
     """Ctrl-C comes as soon as a worker has begun to shrink."""
 

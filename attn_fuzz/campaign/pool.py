@@ -247,16 +247,20 @@ class Pool:
         # A scheduler's SIGTERM ends a campaign as Ctrl-C does: with everything that was found until then.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            while self._waiting or self._running:
-                self._step()
-        except KeyboardInterrupt:
-            interrupted = True
+            try:
+                while self._waiting or self._running:
+                    self._step()
+            except KeyboardInterrupt:
+                interrupted = True
+            finally:
+                # Whoever ends a process group may say so twice, to the process and to the group: once is enough.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                for worker in self._running:
+                    worker.process.kill()
+            for worker in self._running:
+                self._drain(worker)
+                self._keep_suspect(worker)
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
-            for worker in self._running:
-                worker.process.kill()
-        for worker in self._running:
-            self._drain(worker)
-            self._keep_suspect(worker)
         tallies = self._tallies()
         return Outcome(tallies, list(self._findings.values()), time.monotonic() - started, interrupted)

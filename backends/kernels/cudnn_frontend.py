@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Final
 
 import torch
 
 from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Configuration, Kernel
 from backends.metadata import VarlenMetadata
-from reference.case import MEMORIES
+from reference.case import MEMORIES, Case
 
 CONFIGURATIONS: Final = (
     Configuration("bf16", 64, 4, 2, True),
@@ -52,6 +53,12 @@ def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     masked = CAUSAL or WINDOW != (-1, -1)
     options = dict(scale=SCALE, is_causal=CAUSAL, causal_bottom_right=masked, return_lse=True)
     return cudnn.sdpa_torch(q, k, v, **sums, **sides, **options)[0]"""
+
+    def limit(self, case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str | None:
+        if any(max((n for pair in call for n in pair), default=0) == 1 for call in calls):
+            # It says so itself, in an error.
+            return "calls whose documents have one query and one key at most"
+        return None
 
     def why_unavailable(self, device: str) -> str | None:
         if reason := super().why_unavailable(device):
