@@ -78,6 +78,7 @@ def test_defaults_are_those_that_stored_cases_rely_on() -> None:
         "padding": 0,
         "cuts": (),
         "ranks": 1,
+        "tensor_ranks": 1,
         "document_ids": None,
         "heads": 1,
         "kv_heads": 1,
