@@ -12,8 +12,8 @@ import torch
 
 from attn_fuzz.bench_narrow import bare, narrow_of, plain_of, shared_of
 from attn_fuzz.campaign.plan import available_backends
-from attn_fuzz.campaign.worker import set_up_process
 from attn_fuzz.environment import environment
+from attn_fuzz.process import set_up_process
 from attn_fuzz.shrink import minimise
 from attn_fuzz.timing import median, now, once
 from attn_fuzz.wide.call import Call, run

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as hypothesis_seed
 
 from attn_fuzz.campaign.messages import Assignment, Failed, Found, Message
-from attn_fuzz.campaign.process import set_up_process
 from attn_fuzz.campaign.worker import hunt
 from attn_fuzz.examine import examine
 from attn_fuzz.findings import Finding
+from attn_fuzz.process import set_up_process
 from attn_fuzz.shrink import fewer_documents, one_shorter
 from attn_fuzz.strategies import Domain, cases
 from attn_fuzz.tolerances import failing

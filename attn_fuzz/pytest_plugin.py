@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 from attn_fuzz.campaign.plan import default_device
-from attn_fuzz.campaign.process import set_up_process
+from attn_fuzz.process import set_up_process
 from backends import registry
 from backends.kernel import BackendUnavailable
 from backends.registry import UnknownBackend

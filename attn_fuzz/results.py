@@ -219,35 +219,39 @@ def with_results(text: str, results: list[Result]) -> str:
     return text
 
 
+def _counts(group: Iterable[Result], name: str, dtype: str) -> list[int]:
+    """A backend's elements by z, over several campaigns and all tensors of one dtype."""
+    counts: list[int] = []
+    for result in group:
+        for key, bins in result["backends"].get(name, {}).get("histograms", {}).items():
+            if key.startswith(dtype):
+                counts = [a + b for a, b in zip(counts or [0] * len(bins), bins, strict=True)]
+    return counts
+
+
 def plot(results: list[Result], path: Path) -> None:
-    """Draws, per backend of the CUDA campaigns, the share of elements beyond each z; needs matplotlib."""
+    """Draws, per machine and backend, the share of elements beyond each z; needs matplotlib."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for axis, dtype in zip(axes, ("bf16", "fp16"), strict=True):
-        for where, group in by_machine(results).items():
-            for name in sorted({name for r in group for name in r["backends"]}):
-                counts: list[int] = []
-                for result in group:
-                    for key, bins in result["backends"].get(name, {}).get("histograms", {}).items():
-                        if key.startswith(dtype):
-                            counts = [a + b for a, b in zip(counts or [0] * len(bins), bins, strict=True)]
-                if counts:
-                    beyond = [sum(counts[index:]) / sum(counts) for index in range(len(counts))]
-                    edges = [index * HISTOGRAM_STEP for index in range(len(counts))]
-                    style = ":" if where.startswith("CPU") else "-"
-                    shown = [(edge, share) for edge, share in zip(edges, beyond, strict=True) if share]
-                    label = f"{name} ({where.split(',')[0]}), {sum(counts):.1e} elements"
-                    axis.semilogy(*zip(*shown, strict=True), style, label=label)
-        axis.axvline(LIMIT, color="black", linewidth=1)
-        axis.set(title=dtype, xlabel="z")
-        axis.legend(fontsize=6)
-    axes[0].set_ylabel("share of elements beyond z")
+    machines = by_machine(results)
+    dtypes = ("bf16", "fp16")
+    figure, grid = pyplot.subplots(len(machines), 2, figsize=(13, 4 * len(machines)), sharex=True, squeeze=False)
+    for row, (where, group) in zip(grid, machines.items(), strict=True):
+        for axis, dtype in zip(row, dtypes, strict=True):
+            for name in sorted({name for r in group for name in r["backends"] if _is_correct(name)}):
+                if not (counts := _counts(group, name, dtype)):
+                    continue
+                beyond = [sum(counts[index:]) / sum(counts) for index in range(len(counts))]
+                shown = [(index * HISTOGRAM_STEP, share) for index, share in enumerate(beyond) if share]
+                axis.semilogy(*zip(*shown, strict=True), label=f"{name}, {sum(counts):.0e} elements")
+            axis.axvline(LIMIT, color="black", linewidth=1)
+            axis.set(title=f"{where.partition(',')[0]}, {dtype}", xlabel="z", ylabel="share of elements beyond z")
+            axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:

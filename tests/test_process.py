@@ -9,7 +9,7 @@ _PRODUCT = """
 import sys
 sys.path[:0] = {path!r}
 import torch
-from attn_fuzz.campaign.process import set_up_process
+from attn_fuzz.process import set_up_process
 
 set_up_process("cpu")
 buffer = torch.full((17, 88), torch.nan, dtype=torch.bfloat16)

@@ -13,8 +13,8 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.campaign.process import DEAD_CONTEXT, context_alive, set_apart, set_up_process
 from attn_fuzz.examine import Verdict, examine
+from attn_fuzz.process import DEAD_CONTEXT, context_alive, set_apart, set_up_process
 from attn_fuzz.symptoms import Crashed, Hung, Symptom
 from backends import registry
 from backends.kernel import UnsupportedCase

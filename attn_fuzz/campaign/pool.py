@@ -27,11 +27,11 @@ from attn_fuzz.campaign.messages import (
     Tally,
     Trying,
 )
-from attn_fuzz.campaign.process import set_apart
 from attn_fuzz.campaign.wide import hunt_wide
 from attn_fuzz.campaign.worker import hunt
 from attn_fuzz.environment import environment
 from attn_fuzz.findings import Finding
+from attn_fuzz.process import set_apart
 from attn_fuzz.shrink import minimise
 from reference.case import Case
 

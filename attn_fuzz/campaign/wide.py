@@ -11,12 +11,12 @@ from typing import Final
 import torch
 
 from attn_fuzz.campaign.messages import Assignment, Died, Failed, Finished, Found, Progress, Trying
-from attn_fuzz.campaign.process import DEAD_CONTEXT, context_alive, set_up_process
 from attn_fuzz.campaign.worker import Hunt, Send
 from attn_fuzz.checks.budget import LIMIT, limit
 from attn_fuzz.environment import environment
 from attn_fuzz.examine import Verdict
 from attn_fuzz.findings import Finding
+from attn_fuzz.process import DEAD_CONTEXT, context_alive, set_up_process
 from attn_fuzz.strategies import Domain
 from attn_fuzz.wide.call import Call
 from attn_fuzz.wide.cutout import bisected, candidates, subset

@@ -28,13 +28,13 @@ from attn_fuzz.campaign.messages import (
     Tally,
     Trying,
 )
-from attn_fuzz.campaign.process import DEAD_CONTEXT, context_alive, set_up_process
 from attn_fuzz.checks import PROBES, Check
 from attn_fuzz.checks.regroup import regrouped_case
 from attn_fuzz.environment import environment
 from attn_fuzz.examine import Verdict, examine, some_probes
 from attn_fuzz.findings import Finding, summarise
 from attn_fuzz.poison import POISONS
+from attn_fuzz.process import DEAD_CONTEXT, context_alive, set_up_process
 from attn_fuzz.shrink import minimise
 from attn_fuzz.strategies import Domain, cases, straddling
 from attn_fuzz.symptoms import MEMORY_SYMPTOMS, Crashed, Hung, Symptom

@@ -15,7 +15,6 @@ from attn_fuzz import show
 from attn_fuzz.campaign.isolated import FATAL, Isolated
 from attn_fuzz.campaign.plan import available_backends, require_available
 from attn_fuzz.campaign.pool import HANG_SECONDS
-from attn_fuzz.campaign.process import set_up_process
 from attn_fuzz.cases_on_disk import REGRESSIONS, Seed, find_seed
 from attn_fuzz.commands.arguments import (
     DEFAULT_STORE,
@@ -27,6 +26,7 @@ from attn_fuzz.commands.arguments import (
     device_of,
 )
 from attn_fuzz.examine import Verdict, examine
+from attn_fuzz.process import set_up_process
 from attn_fuzz.script import ScriptError, standalone
 from backends import registry
 from backends.kernel import UnsupportedCase

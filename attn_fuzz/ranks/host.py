@@ -138,7 +138,7 @@ def _prepare() -> None:
 
     import attn_fuzz.ranks.member
     import attn_fuzz.ranks.slices  # noqa: F401
-    from attn_fuzz.campaign.worker import set_up_process
+    from attn_fuzz.process import set_up_process
 
     set_up_process("cpu")
     # Switching this on imports a compiler.

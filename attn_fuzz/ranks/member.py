@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
+from attn_fuzz.process import set_up_process
 from attn_fuzz.ranks.wire import packed, unpacked
 from backends.collectives import Collectives, Distributed
 from backends.kernel import UnsupportedCase
@@ -74,9 +75,6 @@ def here() -> Here:
 
 
 def _join(seat: Seat) -> Here:
-    # Not at the top: campaigns stand on trials, which stand on teams of ranks.
-    from attn_fuzz.campaign.worker import set_up_process
-
     if sys.platform in _LOOPBACK:
         # Ranks are neighbours; a host name that does not resolve is no reason to fail.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK[sys.platform])
