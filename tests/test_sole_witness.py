@@ -40,6 +40,7 @@ WITNESSES = {
     ),
     "isolation": ("X07", '{"level": "kernel", "lengths": [2]}'),
     "regrouping": ("M38-twice", '{"level": "layer", "lengths": [12]}'),
+    "replicas": ("R10", '{"level": "layer", "lengths": [1, 1], "ranks": 2}'),
     "repeatable": ("X32", '{"level": "kernel", "lengths": [5, 3], "dtype": "bf16"}'),
 }
 

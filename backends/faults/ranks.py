@@ -66,6 +66,33 @@ class GatheredBackwards(RankFault):
             rows.copy_(rows.flip(0))
 
 
+class OthersNotKept(RankFault):
+    """Of the last micro-sequence, ranks but the first drop gathered rows of documents that they have no query of.
+
+    Nothing comes out wrong before somebody takes the buffer for what it is meant to be, the same on every rank.
+    """
+
+    id = "R10"
+
+    def store(self, metadata: MicroSequenceMetadata, k: torch.Tensor, v: torch.Tensor) -> None:
+        super().store(metadata, k, v)
+        assert isinstance(metadata, RankMetadata)
+        if self.collectives.rank and metadata.shared_end == self.case.tokens:
+            for buffer in (self.buffer.k, self.buffer.v):
+                buffer[metadata.shared_begin : max(metadata.shared_begin, metadata.first_document_begin)] = 0
+
+
+class SumsLeftEverywhere(_OtherReduction):
+    """Reduced gradient rows are left on all ranks and not on their owner alone, where nobody asks for them again."""
+
+    id = "R11"
+
+    def reduce(self, metadata: RankMetadata) -> None:
+        own = self.reduced(metadata)
+        rows = self.buffer.gradient[metadata.shared_begin : metadata.shared_end]
+        self.collectives.gather(own, rows).wait()
+
+
 class _WrittenOnWait(Collectives):
     """Collectives that have nothing to show before they are waited for.
 
