@@ -65,4 +65,6 @@ def test_bad_input_is_one_sentence(arguments: list[str], said: str) -> None:
     )
     assert done.returncode == 2
     assert said in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    # What torch itself warns about (a missing numpy, say) is not ours.
+    assert len([line for line in done.stderr.splitlines() if line.startswith("attn-fuzz: ")]) == 1
+    assert "Traceback" not in done.stderr
