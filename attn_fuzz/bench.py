@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any, Final
 
@@ -228,8 +228,64 @@ def rare_of(plan: Plan, name: str, device: torch.device) -> dict[str, Any]:
     return {"sizes": sizes, "documents": seen, "seconds": taken, "shrunk": None}
 
 
+def row_of(plan: Plan, backend: Backend, device: str, say: Say, *, exact: bool) -> tuple[dict[str, Any], Case] | None:
+    """One backend's figures, and the layout that they were taken on; None when it does not take the layout."""
+    name, place = backend.name, torch.device(device)
+    say(f"{name}: bare kernel and wide gear")
+    found = fitting(plan, backend, place)
+    if found is None:
+        say(f"{name}: does not take the layout")
+        return None
+    case, seconds = found
+    wide = wide_of(case, [backend], place, exact=exact)
+    say(f"{name}: {wide['documents_per_s']:,.0f} documents/s wide, {wide['seconds'] / seconds:.1f} times bare")
+    layer = layer_of(plan, backend, place, len(case.lengths))
+    if layer is not None:
+        say(f"{name}: {layer['documents_per_s']:,.0f} documents/s wide at layer level")
+    narrow = narrow_of(name, device, plan.narrow_seconds, plan.narrow_cases)
+    say(f"{name}: {narrow['cases_per_s']:,.0f} cases/s narrow")
+    row = {
+        "name": name,
+        "bare_kernel_s": seconds,
+        "wide_documents_per_s": wide["documents_per_s"],
+        "wide_over_bare": wide["seconds"] / seconds,
+        "wide": wide,
+        "wide_layer": layer,
+        "narrow_cases_per_s": narrow["cases_per_s"],
+        "narrow_documents_per_s": narrow["documents_per_s"],
+        "narrow": narrow,
+        "wide_over_narrow": wide["documents_per_s"] / max(narrow["documents_per_s"], 1e-9),
+    }
+    return row, case
+
+
+Part = tuple[str, dict[str, Any]]
+
+
+def together_of(
+    plan: Plan, fitted: Sequence[tuple[Backend, Case, float]], device: str, say: Say, *, exact: bool
+) -> Iterator[Part]:
+    """What is measured over all backends, or on the first of them: (key, figures), one after another."""
+    place = torch.device(device)
+    most = max(len(case.lengths) for _, case, _ in fitted)
+    packed = [(backend, seconds) for backend, case, seconds in fitted if len(case.lengths) == most]
+    backends, bares = [backend for backend, _ in packed], [seconds for _, seconds in packed]
+    first = backends[0].name
+    say(f"all of {', '.join(backend.name for backend in backends)} on one layout")
+    together = wide_of(layout(plan, most), backends, place, exact=exact)
+    over_bare = {"bare_kernels_s": sum(bares), "over_bare": together["seconds"] / sum(bares)}
+    yield "together", together | {"backends": [b.name for b in backends], **over_bare}
+    say(f"{first}: a fault in one size of {plan.rare_longest}")
+    yield "rare", rare_of(plan, first, place) | {"backend": first}
+    say(f"{first}: {' and '.join(map(str, plan.processes))} processes on one device")
+    shared = {str(n): shared_of(first, device, n, plan.narrow_seconds) for n in plan.processes}
+    yield "processes", {"backend": first, "cases_per_s": shared}
+    say(f"{first}: a plain pytest loop")
+    yield "plain", (plain_of(first, device, plan.plain_cases) or {}) | {"backend": first}
+
+
 def bench(device: str, names: Sequence[str], say: Say, *, exact: bool = False) -> dict[str, Any]:
-    """Everything, as the JSON object of ``bench --json``.
+    """Everything, as the JSON object of ``bench --json``; after an interruption, what had been measured until then.
 
     Args:
         device: ``cpu`` or ``cuda``.
@@ -240,38 +296,7 @@ def bench(device: str, names: Sequence[str], say: Say, *, exact: bool = False) -
     set_up_process(device)
     place = torch.device(device)
     plan = PLANS[place.type]
-    rows: list[dict[str, Any]] = []
-    fitted: list[tuple[Backend, Case, float]] = []
-    for name in names or available_backends(device, (plan.dtype,)):
-        backend = registry.load(name)
-        say(f"{name}: bare kernel and wide gear")
-        found = fitting(plan, backend, place)
-        if found is None:
-            say(f"{name}: does not take the layout")
-            continue
-        case, seconds = found
-        wide = wide_of(case, [backend], place, exact=exact)
-        fitted.append((backend, case, seconds))
-        say(f"{name}: {wide['documents_per_s']:,.0f} documents/s wide, {wide['seconds'] / seconds:.1f} times bare")
-        layer = layer_of(plan, backend, place, len(case.lengths))
-        if layer is not None:
-            say(f"{name}: {layer['documents_per_s']:,.0f} documents/s wide at layer level")
-        narrow = narrow_of(name, device, plan.narrow_seconds, plan.narrow_cases)
-        say(f"{name}: {narrow['cases_per_s']:,.0f} cases/s narrow")
-        rows.append(
-            {
-                "name": name,
-                "bare_kernel_s": seconds,
-                "wide_documents_per_s": wide["documents_per_s"],
-                "wide_over_bare": wide["seconds"] / seconds,
-                "wide": wide,
-                "wide_layer": layer,
-                "narrow_cases_per_s": narrow["cases_per_s"],
-                "narrow_documents_per_s": narrow["documents_per_s"],
-                "narrow": narrow,
-                "wide_over_narrow": wide["documents_per_s"] / max(narrow["documents_per_s"], 1e-9),
-            }
-        )
+    trust = "on GPUs only" if device == "cpu" else "not asked for" if exact else distrust(place) or "in use"
     result: dict[str, Any] = {
         "device": device,
         "environment": environment(device),
@@ -279,30 +304,22 @@ def bench(device: str, names: Sequence[str], say: Say, *, exact: bool = False) -
         "load_average": os.getloadavg()[0],
         "plan": dataclasses.asdict(plan),
         "fused_values": fused_agrees(place),
-        "fast_reference": "not asked for"
-        if exact
-        else distrust(place) or "in use"
-        if device != "cpu"
-        else "on GPUs only",
-        "backends": rows,
+        "fast_reference": trust,
+        "interrupted": False,
+        "backends": [],
     }
-    if fitted:
-        most = max(len(case.lengths) for _, case, _ in fitted)
-        packed = [(backend, seconds) for backend, case, seconds in fitted if len(case.lengths) == most]
-        backends, bares = [backend for backend, _ in packed], [seconds for _, seconds in packed]
-        first = backends[0].name
-        say(f"all of {', '.join(backend.name for backend in backends)} on one layout")
-        together = wide_of(layout(plan, most), backends, place, exact=exact)
-        result["together"] = together | {
-            "backends": [b.name for b in backends],
-            "bare_kernels_s": sum(bares),
-            "over_bare": together["seconds"] / sum(bares),
-        }
-        say(f"{first}: a fault in one size of {plan.rare_longest}")
-        result["rare"] = rare_of(plan, first, place) | {"backend": first}
-        say(f"{first}: {' and '.join(map(str, plan.processes))} processes on one device")
-        shared = {str(n): shared_of(first, device, n, plan.narrow_seconds) for n in plan.processes}
-        result["processes"] = {"backend": first, "cases_per_s": shared}
-        say(f"{first}: a plain pytest loop")
-        result["plain"] = (plain_of(first, device, plan.plain_cases) or {}) | {"backend": first}
+    fitted: list[tuple[Backend, Case, float]] = []
+    try:
+        for name in names or available_backends(device, (plan.dtype,)):
+            backend = registry.load(name)
+            if (found := row_of(plan, backend, device, say, exact=exact)) is not None:
+                row, case = found
+                result["backends"].append(row)
+                fitted.append((backend, case, row["bare_kernel_s"]))
+        if fitted:
+            # One after another, so that an interruption keeps those before it.
+            for part in together_of(plan, fitted, device, say, exact=exact):
+                result.update([part])
+    except KeyboardInterrupt:
+        result["interrupted"] = True
     return result

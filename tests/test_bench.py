@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from attn_fuzz import bench
 from attn_fuzz.timing import median
 from backends import registry
+from reference.case import Case
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +40,18 @@ def test_the_command_prints_one_object_of_the_promised_form(tmp_path: Path) -> N
     assert row["wide"]["seconds"] >= row["wide"]["parts"]["reference"]
     assert told["rare"]["shrunk"] == {"level": "kernel", "lengths": [3], "key_lengths": [7], "head_dim": 1}
     assert told["plain"]["cases_per_s"] > 0
+
+
+def test_an_interruption_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(plan: object, backend: registry.Backend, *rest: object, **more: object) -> tuple[dict[str, object], Case]:
+        if backend.name == "backup":
+            raise KeyboardInterrupt
+        return {"name": backend.name, "bare_kernel_s": 1.0}, Case(level="kernel")
+
+    monkeypatch.setattr(bench, "row_of", row)
+    told = bench.bench("cpu", ("loop", "backup", "sdpa_dense"), lambda line: None)
+    assert told["interrupted"]
+    assert [entry["name"] for entry in told["backends"]] == ["loop"]
 
 
 def test_layouts_are_as_stated() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from typing import Annotated, Any
 
 import typer
@@ -27,6 +28,8 @@ def bench(
     where = device_of(device)
     names = tuple(dict.fromkeys(backend or ()))
     require_available(names, where)
+    # A scheduler's SIGTERM ends it as Ctrl-C does: with what was measured until then.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     result = measure(where, names, lambda line: progress_console.print(line, markup=False), exact=exact)
     if as_json:
         typer.echo(json.dumps(result))
@@ -77,16 +80,17 @@ def show(console: Console, result: dict[str, Any]) -> None:
             f"all on one layout: {together['verdicts_per_s']:,.0f} document verdicts/s, "
             f"{together['over_bare']:.1f} times the bare kernels' {1e3 * together['bare_kernels_s']:.2f} ms"
         )
-        rare = result["rare"]
+    if (rare := result.get("rare")) is not None:
         console.print(
             f"a fault in 1 of {rare['sizes']:,} sizes: found after {rare['documents']:,} documents and "
             f"{rare['seconds']:.3f} s, shrunk to {json.dumps(rare['shrunk'])}"
         )
-        for count, rate in result["processes"]["cases_per_s"].items():
-            console.print(f"{count} processes on {result['processes']['backend']}: {rate:,.0f} cases/s")
-        if "cases_per_s" in result["plain"]:
-            plain = result["plain"]
-            console.print(
-                f"a plain pytest loop on {plain['backend']}: {plain['cases_per_s']:,.1f} cases/s, "
-                f"{plain['documents_per_s']:,.0f} documents/s"
-            )
+    for count, rate in result.get("processes", {}).get("cases_per_s", {}).items():
+        console.print(f"{count} processes on {result['processes']['backend']}: {rate:,.0f} cases/s")
+    if "cases_per_s" in (plain := result.get("plain", {})):
+        console.print(
+            f"a plain pytest loop on {plain['backend']}: {plain['cases_per_s']:,.1f} cases/s, "
+            f"{plain['documents_per_s']:,.0f} documents/s"
+        )
+    if result["interrupted"]:
+        console.print("interrupted: the rest was not measured")
