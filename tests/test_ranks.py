@@ -384,6 +384,8 @@ EXPECTED = {
     "R07": "unwritten",
     "R08": "exact_accumulation",
     "R09": "budget",
+    "R10": "replicas",
+    "R11": "dead_rows_by_rank",
     "T01": "budget",
     "T02": "budget",
     "T03": "budget",
