@@ -79,9 +79,10 @@ class Backend:
                 return "non-causal documents spread over ranks"
         lengths = calls_of(case)
         pairs = [pair for call in lengths for pair in call]
-        if not self.isolated and (issue := crash_issue_of(self.name, device, case, lengths)) is not None:
+        declared = self.kernel.capabilities_on(device).refusal(case, device, pairs) or self.kernel.limit(case, lengths)
+        if declared is None and not self.isolated and (issue := crash_issue_of(self.name, device, case, lengths)):
             return f"what is known to end its process ({issue.id})"
-        return self.kernel.capabilities_on(device).refusal(case, device, pairs) or self.kernel.limit(case, lengths)
+        return declared
 
 
 def kernel_names() -> tuple[str, ...]:

@@ -137,13 +137,12 @@ class Hunt:
             raise _Stop
         if not shrinking and self.over():
             raise _Stop
-        issue = crash_issue_of(self.backend.name, self.device.type, case, registry.calls_of(case))
-        if issue is not None:
-            self.try_isolated(case, issue)
-            return
         try:
             verdict = self.examine(case, probes=PROBES if shrinking else some_probes(case))
         except UnsupportedCase as refusal:
+            if not shrinking and (issue := self.only_isolated(case)) is not None:
+                self.try_isolated(case, issue)
+                return
             self.tally.refused += not shrinking
             self.refusal = str(refusal)
             return
@@ -163,11 +162,17 @@ class Hunt:
             self.failure = (case, verdict)
         raise symptom
 
+    def only_isolated(self, case: Case) -> KnownIssue | None:
+        """The crash-class issue that is the only reason to refuse a case, if there is one."""
+        if dataclasses.replace(self.backend, isolated=True).refusal(case, self.device.type) is not None:
+            return None
+        return crash_issue_of(self.backend.name, self.device.type, case, registry.calls_of(case))
+
     def try_isolated(self, case: Case, issue: KnownIssue) -> None:
         """A case that is known to end its process, in another one; the first few only, for each costs a process."""
         tried = self.isolated.get(issue.id, 0)
-        if tried >= _ISOLATED_CASES or self.failure is not None:
-            self.tally.refused += self.failure is None
+        if tried >= _ISOLATED_CASES:
+            self.tally.refused += 1
             return
         self.isolated[issue.id] = tried + 1
         self.send(Progress(copy.deepcopy(self.tally)))
