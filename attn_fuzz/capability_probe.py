@@ -103,7 +103,7 @@ def _questions(base: Case, stated: Capabilities) -> Iterator[tuple[str, bool, di
     yield "window, causal", left_window, {"causal": True, "window": (7, -1)}
     both = stated.window and stated.noncausal and not stated.window_needs_causal
     yield "window, non-causal", both, {"causal": False, "window": (7, 3)}
-    yield "softcap", stated.softcap or bool([c for c in stated.configurations if c.softcap]), {"softcap": 20.0}
+    yield "softcap", stated.softcap, {"softcap": 20.0}
     yield "scale", stated.scale, {"scale": 0.25}
     for memory in MEMORIES:
         yield f"memory {memory}", memory in stated.memories, {"memory": memory}

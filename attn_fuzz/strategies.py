@@ -144,6 +144,16 @@ def windows(draw: st.DrawFn, domain: Domain, *, causal: bool, longest: int) -> t
     return draw(st.sampled_from([(left, left), (left, -1), (-1, left), (left, 0), (left, draw(side))]))
 
 
+def scales(capabilities: Capabilities, head_dim: int) -> st.SearchStrategy[float | None]:
+    """The usual scale, or powers of two around it.
+
+    Far from it scores grow so large that their rounding in the storage dtype, where a backend does that, moves
+    probabilities by more than any first-order budget describes.
+    """
+    half = 2.0 ** math.floor(math.log2(head_dim**-0.5))
+    return st.sampled_from([None, None, half, 2 * half]) if capabilities.scale else st.none()
+
+
 @st.composite
 def compiled(draw: st.DrawFn, domain: Domain, longest: int) -> dict[str, object]:
     """Options that a compiling backend has compiled."""
@@ -151,8 +161,7 @@ def compiled(draw: st.DrawFn, domain: Domain, longest: int) -> dict[str, object]
     sides = window_sides(domain.capabilities, longest)
     left = draw(sides) if chosen.window in ("left", "both") else -1
     right = draw(sides) if chosen.window in ("right", "both") else -1
-    half = 2.0 ** math.floor(math.log2(chosen.head_dim**-0.5))
-    scale = draw(st.sampled_from([None, None, half, 2 * half])) if domain.capabilities.scale else None
+    scale = draw(scales(domain.capabilities, chosen.head_dim))
     return {**chosen._asdict(), "window": (left, right), "scale": scale}
 
 
@@ -179,16 +188,13 @@ def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int])
     heads, kv_heads = draw(st.sampled_from(groups or list(domain.head_groups[:2])))
     dims = [dim for dim in domain.head_dims if tokens * heads * dim <= _MAX_CHANNELS[level]]
     head_dim = draw(st.sampled_from(dims or list(domain.head_dims[:1])))
-    # Powers of two around the usual scale. Far from it scores grow so large that their rounding in the storage dtype,
-    # where a backend does that, moves probabilities by more than any first-order budget describes.
-    half = 2.0 ** math.floor(math.log2(head_dim**-0.5))
     return {
         "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "causal": causal,
         "window": draw(windows(domain, causal=causal, longest=longest)),
-        "scale": draw(st.sampled_from([None, None, half, 2 * half])) if capabilities.scale else None,
+        "scale": draw(scales(capabilities, head_dim)),
         "softcap": draw(st.sampled_from([0.0, 0.0, 20.0, 3.0])) if capabilities.softcap else 0.0,
         "dtype": draw(st.sampled_from(domain.dtypes)),
         **draw(free_options(capabilities, level)),

@@ -21,9 +21,7 @@ def mask_of(metadata: VarlenMetadata, options: AttentionOptions) -> Callable[...
     """The mask as FlexAttention wants it; all numbers are tensors, so that one compiled kernel serves every layout."""
     m = metadata
     document_q, document_k = m.document_index_q.long(), m.document_index_k.long()
-    # Rows counted from the end of their own document are aligned by definition of bottom-right.
-    end_q = m.cu_seqlens_q[document_q] - torch.arange(len(document_q), device=m.device)
-    end_k = m.cu_seqlens_k[document_k] - torch.arange(len(document_k), device=m.device)
+    end_q, end_k = m.rows_from_end()
     sides = [_FAR if side < 0 else side for side in options.effective_window]
     left, right = torch.tensor(sides, device=m.device)
 

@@ -74,6 +74,16 @@ class VarlenMetadata:
         """Whether some document has other numbers of queries and keys, so that causal alignment matters."""
         return self.lengths_q != self.lengths_k
 
+    def rows_from_end(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """How far each query and each key stands from the end of its own document, ``[tokens_q]`` and ``[tokens_k]``.
+
+        Rows counted so are aligned by definition of bottom-right.
+        """
+        index_q, index_k = self.document_index_q.long(), self.document_index_k.long()
+        from_end_q = self.cu_seqlens_q[index_q] - torch.arange(len(index_q), device=self.device)
+        from_end_k = self.cu_seqlens_k[index_k] - torch.arange(len(index_k), device=self.device)
+        return from_end_q, from_end_k
+
     def allowed(self, window: tuple[int, int]) -> torch.Tensor:
         """The explicit bottom-right mask, bool ``[tokens_q, tokens_k]``, True where a query sees a key.
 
@@ -85,9 +95,7 @@ class VarlenMetadata:
         left, right = window
         if left < 0 and right < 0:
             return mask
-        # Rows counted from the end of their own document are aligned by definition of bottom-right.
-        from_end_q = self.cu_seqlens_q[index_q] - torch.arange(len(index_q), device=self.device)
-        from_end_k = self.cu_seqlens_k[index_k] - torch.arange(len(index_k), device=self.device)
+        from_end_q, from_end_k = self.rows_from_end()
         distance = from_end_k[None, :] - from_end_q[:, None]
         if left >= 0:
             mask &= distance <= left
