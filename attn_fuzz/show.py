@@ -30,7 +30,9 @@ def campaign_table(outcome: Outcome) -> Table:
     """One row per backend."""
     table = Table(title=f"{sum(t.cases for t in outcome.tallies.values())} cases in {outcome.seconds:.0f} s")
     for column in ("backend", "cases", "documents", "straddling", "refused", "largest z of clean cases", "findings"):
-        table.add_column(column, justify="left" if column in ("backend", "largest z of clean cases") else "right")
+        justify = "left" if column in ("backend", "largest z of clean cases") else "right"
+        # Backends differ in the ends of their names.
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for name, tally in outcome.tallies.items():
         found = [finding for finding in outcome.findings if finding.backend == name]
         counts = (str(n) for n in (tally.cases, tally.documents, tally.straddling, tally.refused))

@@ -41,6 +41,7 @@ def test_a_script_can_say_that_the_defect_is_there(name: str) -> None:
         ("print('there'); sys.exit(1)", "reproduced"),
         ("print('no package'); sys.exit(3)", "not tried"),
         ("import os; os.abort()", "reproduced"),
+        ("sys.exit(7)", "failed"),
         ("raise ValueError('our mistake')", "failed"),
     ],
 )

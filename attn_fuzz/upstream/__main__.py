@@ -45,9 +45,10 @@ def attempt(name: str) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"id": name, "about": about(name), "answer": "reproduced", "seen": f"no end after {SECONDS:.0f} s"}
     said = (done.stdout.strip() or done.stderr.strip() or "(nothing)").splitlines()[-1]
-    # A traceback is a mistake of ours, a signal is none.
+    # A traceback is a mistake of ours, as is a status that no script has; a signal is the defect.
     failed = "Traceback" in done.stderr and not done.stdout.strip()
-    answer = "failed" if failed else ANSWERS.get(done.returncode, "reproduced")
+    other = "reproduced" if done.returncode < 0 else "failed"
+    answer = "failed" if failed else ANSWERS.get(done.returncode, other)
     return {"id": name, "about": about(name), "answer": answer, "seen": said[:300]}
 
 
