@@ -23,7 +23,13 @@ REQUIRE_CUDA = "--require-cuda"
 
 def register_profiles() -> None:
     """``dev`` is quick, ``ci`` thorough, ``nightly`` as long as a night allows; all print the reproduction blob."""
-    common = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
+    # Hypothesis derandomises where it sees a CI machine, and then ignores --hypothesis-seed.
+    common = {
+        "deadline": None,
+        "derandomize": False,
+        "print_blob": True,
+        "suppress_health_check": [HealthCheck.too_slow],
+    }
     settings.register_profile("dev", settings(max_examples=20, **common))  # type: ignore[arg-type]
     settings.register_profile("ci", settings(max_examples=100, **common))  # type: ignore[arg-type]
     settings.register_profile(
