@@ -8,16 +8,15 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import seed as hypothesis_seed
 
 from attn_fuzz.campaign.messages import Assignment, Failed, Found, Message
 from attn_fuzz.campaign.worker import hunt
+from attn_fuzz.drawing import FEW, few_cases
 from attn_fuzz.examine import examine
 from attn_fuzz.findings import Finding
 from attn_fuzz.process import set_up_process
 from attn_fuzz.shrink import fewer_documents, one_shorter
-from attn_fuzz.strategies import Domain, cases
+from attn_fuzz.strategies import Domain
 from attn_fuzz.tolerances import failing
 from attn_fuzz.trial import Trial
 from backends import registry
@@ -110,14 +109,8 @@ def drawn(backend: registry.Backend, seed: int, count: int, spread: Spread = ALO
             if backend.refusal(case, device) is None:
                 found.append(case)
 
-        options = settings(
-            max_examples=count,
-            database=None,
-            deadline=None,
-            phases=(Phase.generate,),
-            suppress_health_check=list(HealthCheck),
-        )
-        hypothesis_seed(seed)(options(given(cases(level, domain))(keep)))()
+        for number in range(0, count, FEW):
+            few_cases(level, domain, seed * 1_000_003 + number, keep, min(FEW, count - number))
     return found
 
 

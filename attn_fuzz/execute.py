@@ -70,18 +70,39 @@ def around(
     attempt(whole=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is asked of autograd in a kernel call."""
+
+    gradients: tuple[str, ...] = ("q", "k", "v")
+    """The inputs that require a gradient; none: the forward runs without autograd, as inference does."""
+    twice: bool = False
+    """The backward runs twice over the same graph, and its second results count."""
+
+
 class KernelCall:
     """One varlen call: tensors in place, then forward, then backward."""
 
-    def __init__(self, backend: Backend, case: Case, inputs: Inputs, poison: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        case: Case,
+        inputs: Inputs,
+        poison: str,
+        device: torch.device,
+        asked: Asked = Asked(),
+    ) -> None:
+        self.asked = asked
         self.backend, self.case, self.device, self.poison = backend, case, device, poison
         self.placed = {name: self._place(name, getattr(inputs, name)) for name in ("q", "k", "v", "dout")}
         self.metadata = VarlenMetadata(lengths_q=case.packed_lengths, lengths_k=case.packed_key_lengths, device=device)
         sums = {"cu_seqlens_q": self.metadata.cu_seqlens_q, "cu_seqlens_k": self.metadata.cu_seqlens_k}
         self.sums = {name: (tensor, tensor.clone()) for name, tensor in sums.items()}
-        self.leaves = [self.placed[name].tensor.detach().requires_grad_() for name in ("q", "k", "v")]
+        self.leaves = {
+            name: self.placed[name].tensor.detach().requires_grad_(name in asked.gradients) for name in ("q", "k", "v")
+        }
         self.attended: Attended | None = None
-        self.gradients: tuple[torch.Tensor, ...] = ()
+        self.gradients: dict[str, torch.Tensor] = {}
 
     def _place(self, name: str, x: torch.Tensor) -> Placed:
         fill = filler(self.poison)
@@ -95,12 +116,20 @@ class KernelCall:
         return place(x, self.case.memory, fill, shared)
 
     def forward(self) -> None:
-        q, k, v = self.leaves
-        self.attended = self.backend.kernel.attend(q, k, v, self.metadata, AttentionOptions.of(self.case))
+        q, k, v = self.leaves.values()
+        with torch.set_grad_enabled(bool(self.asked.gradients)):
+            self.attended = self.backend.kernel.attend(q, k, v, self.metadata, AttentionOptions.of(self.case))
 
     def backward(self) -> None:
         assert self.attended is not None
-        self.gradients = torch.autograd.grad(self.attended.out, self.leaves, self.placed["dout"].tensor)
+        if not self.asked.gradients:
+            return
+        out, dout = self.attended.out, self.placed["dout"].tensor
+        leaves = [self.leaves[name] for name in self.asked.gradients]
+        if self.asked.twice:
+            torch.autograd.grad(out, leaves, dout, retain_graph=True)
+        gradients = torch.autograd.grad(out, leaves, dout)
+        self.gradients = {f"d{name}": x for name, x in zip(self.asked.gradients, gradients, strict=True)}
 
     def changed(self) -> list[str]:
         """Inputs, metadata or guard margins whose bits changed, in words."""
@@ -110,7 +139,7 @@ class KernelCall:
     def observe(self) -> Observation:
         """What the call gave back, on the CPU."""
         assert self.attended is not None
-        results = {"out": self.attended.out.detach(), **dict(zip(("dq", "dk", "dv"), self.gradients, strict=True))}
+        results = {"out": self.attended.out.detach(), **self.gradients}
         if self.attended.lse is not None:
             lse = self.attended.lse.detach().T
             convention = self.backend.kernel.capabilities_on(self.device.type).lse_of_blind_rows
@@ -128,14 +157,20 @@ class KernelCall:
 
 
 def run_kernel(
-    backend: Backend, case: Case, inputs: Inputs, poison: str, device: torch.device, decoy: Case | None = None
+    backend: Backend,
+    case: Case,
+    inputs: Inputs,
+    poison: str,
+    device: torch.device,
+    decoy: Case | None = None,
+    asked: Asked = Asked(),
 ) -> Observation:
     """Forward and backward of one varlen call on ``device``, around those of a decoy where one is given.
 
     Raises:
         UnsupportedCase: when the backend itself refuses; the message says if it had written anything by then.
     """
-    call = KernelCall(backend, case, inputs, poison, device)
+    call = KernelCall(backend, case, inputs, poison, device, asked)
     with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly(call):
         for _ in around(decoy, lambda other: KernelCall(backend, other, kernel_inputs(other, "cpu"), poison, device)):
             call.forward()

@@ -75,6 +75,6 @@ def measured(backend: Backend, device: str) -> Measured:
         isolates = (
             call is not None
             and call.attended is not None
-            and all(bool(x[last].isfinite().all()) for x in (call.attended.out, *call.gradients))
+            and all(bool(x[last].isfinite().all()) for x in (call.attended.out, *call.gradients.values()))
         )
     return Measured(capacity, isolates)

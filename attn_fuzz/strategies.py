@@ -25,14 +25,33 @@ TILE_EDGES: tuple[int, ...] = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65)
 
 LONG_EDGES: tuple[int, ...] = (127, 128, 129, 255, 256, 257)
 
-HEAD_GROUPS: tuple[tuple[int, int], ...] = ((1, 1), (2, 1), (2, 2), (4, 2), (3, 1), (6, 2), (4, 1), (8, 8))
-"""(heads, kv_heads): MHA, GQA and MQA, groups of 1, 2, 3, 4 and 8."""
+VERY_LONG: tuple[int, ...] = (300, 511, 512, 513, 640, 1023, 1024, 1025)
+"""Drawn seldom, for what they cost: the square of them."""
 
-HEAD_DIMS: tuple[int, ...] = (16, 8, 32, 64, 24, 5, 80, 96, 128, 192, 256, 1, 320)
+PASTS: tuple[int, ...] = (
+    *(191, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025),
+    *(2047, 2048, 2049, 4095, 4096, 4097, 8191, 8192, 8193),
+)
+"""Keys before a document's own, for few queries: where kernels split the keys of a row among several workers."""
+
+MANY: tuple[int, ...] = (33, 65, 129, 260)
+"""Documents of a call, beyond what fits into a warp or a block of threads."""
+
+HEAD_GROUPS: tuple[tuple[int, int], ...] = (
+    *((1, 1), (2, 1), (2, 2), (4, 2), (3, 1), (6, 2), (4, 1), (8, 8)),
+    *((5, 1), (8, 1), (12, 12), (16, 2), (14, 2), (32, 4)),
+)
+"""(heads, kv_heads): MHA, GQA and MQA, groups of 1 to 8."""
+
+HEAD_DIMS: tuple[int, ...] = (16, 8, 32, 64, 24, 5, 80, 96, 128, 192, 256, 1, 320, 48, 40, 72, 112, 160, 224)
 
 _MAX_DRAWN_TOKENS = 700
 # A float64 reference keeps several [samples, heads, q, k] tensors: this bounds heads * longest^2 where it can.
 _MAX_SCORES = {"kernel": 1 << 17, "layer": 1 << 14}
+# Kernels with an explicit mask compute all pairs of the call, whatever its documents: heads * queries * keys.
+_MAX_PAIRS = 1 << 19
+# And those pairs times head_dim.
+_MAX_PRODUCTS = 1 << 24
 # And this what projections cost: tokens * heads * head_dim.
 _MAX_CHANNELS = {"kernel": 1 << 17, "layer": 1 << 15}
 _MAX_SELECTION = 128
@@ -92,8 +111,17 @@ class Domain:
         return tuple(pair for pair in HEAD_GROUPS if self.capabilities.gqa or pair[0] == pair[1])
 
 
-def document_lengths(*, empty: bool, long: Sequence[int] = LONG_EDGES) -> st.SearchStrategy[list[int]]:
-    """Lengths of a few documents: small ones, tile edges, one long among many tiny."""
+def document_lengths(
+    *, empty: bool, long: Sequence[int] = LONG_EDGES, many: Sequence[int] = (), very_long: Sequence[int] = ()
+) -> st.SearchStrategy[list[int]]:
+    """Lengths of documents: small ones, tile edges, one long among many tiny.
+
+    Args:
+        empty: whether a document may have no tokens.
+        long: lengths of the one that is long.
+        many: how many documents there are where there are many.
+        very_long: lengths that are drawn seldom.
+    """
     smallest = 0 if empty else 1
     small = st.integers(smallest, 9)
     edges = st.sampled_from(TILE_EDGES)
@@ -102,7 +130,16 @@ def document_lengths(*, empty: bool, long: Sequence[int] = LONG_EDGES) -> st.Sea
     beside_long = st.tuples(
         st.lists(st.integers(smallest, 4), max_size=6), st.sampled_from(long), st.lists(small, max_size=3)
     ).map(lambda parts: [*parts[0], parts[1], *parts[2]])
-    return st.one_of(mixed, tiny, beside_long).filter(lambda lengths: 1 <= sum(lengths) <= _MAX_DRAWN_TOKENS)
+    usual = st.one_of(mixed, tiny, beside_long).filter(lambda lengths: 1 <= sum(lengths) <= _MAX_DRAWN_TOKENS)
+    seldom: list[st.SearchStrategy[list[int]]] = []
+    if many:
+        # A pattern over and over: hundreds of draws would make the rest of the case hard to shrink.
+        pattern = st.lists(st.integers(smallest, 3), min_size=1, max_size=3).filter(any)
+        repeated = st.tuples(pattern, st.sampled_from(many)).map(lambda parts: (parts[0] * parts[1])[: parts[1]])
+        seldom.append(repeated.filter(any))
+    if very_long:
+        seldom.append(st.tuples(tiny, st.sampled_from(very_long)).map(lambda parts: [*parts[0][:3], parts[1]]))
+    return st.one_of(*[usual] * 10, *seldom) if seldom else usual
 
 
 @st.composite
@@ -177,16 +214,32 @@ def free_options(draw: st.DrawFn, capabilities: Capabilities, level: str) -> dic
 
 
 @st.composite
-def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int]) -> dict[str, object]:
-    """Everything that kernel and layer cases share."""
+def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int], past: int = 0) -> dict[str, object]:
+    """Everything that kernel and layer cases share.
+
+    Args:
+        domain: what to draw from.
+        level: ``kernel`` or ``layer``.
+        lengths: of all documents, padding included.
+        past: keys that stand before those, where there is a long past.
+    """
     capabilities, longest, tokens = domain.capabilities, max(lengths), sum(lengths)
+    pairs = tokens * (tokens + past)
     if capabilities.configurations:
         return {**draw(compiled(domain, longest)), **draw(free_options(capabilities, level))}
     causal_choices = [choice for choice in (True, False) if (capabilities.causal if choice else capabilities.noncausal)]
     causal = draw(st.sampled_from(causal_choices))
-    groups = [group for group in domain.head_groups if group[0] * longest**2 <= _MAX_SCORES[level]]
+    groups = [
+        group
+        for group in domain.head_groups
+        if group[0] * longest**2 <= _MAX_SCORES[level] and group[0] * pairs <= _MAX_PAIRS
+    ]
     heads, kv_heads = draw(st.sampled_from(groups or list(domain.head_groups[:2])))
-    dims = [dim for dim in domain.head_dims if tokens * heads * dim <= _MAX_CHANNELS[level]]
+    dims = [
+        dim
+        for dim in domain.head_dims
+        if (tokens + past // 2) * heads * dim <= _MAX_CHANNELS[level] and pairs * heads * dim <= _MAX_PRODUCTS
+    ]
     head_dim = draw(st.sampled_from(dims or list(domain.head_dims[:1])))
     return {
         "heads": heads,
@@ -213,6 +266,16 @@ def _key_length(queries: int, capabilities: Capabilities, *, causal: bool) -> st
     return st.one_of(*choices)
 
 
+@st.composite
+def long_pasts(draw: st.DrawFn, lengths: Sequence[int]) -> tuple[int, int]:
+    """(a document with few queries, how many keys stand before its own); (0, 0) for none, most often."""
+    if draw(st.integers(0, 5)) < 5:
+        return 0, 0
+    short = sorted((length, index) for index, length in enumerate(lengths) if length)
+    _, index = draw(st.sampled_from(short[:2]))
+    return index, draw(st.sampled_from([past for past in PASTS if past * sum(lengths) <= _MAX_PAIRS] or [0]))
+
+
 def layout_numbers(capabilities: Capabilities) -> st.SearchStrategy[int | None]:
     """Which layout of the pool, for a backend that compiles for shapes."""
     return st.integers(0, capabilities.layouts - 1) if capabilities.layouts else st.none()
@@ -224,16 +287,20 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
     capabilities = domain.capabilities
     number = draw(layout_numbers(capabilities))
     if number is None:
-        lengths = draw(document_lengths(empty=capabilities.empty_documents))
+        lengths = draw(document_lengths(empty=capabilities.empty_documents, many=MANY, very_long=VERY_LONG))
     else:
         lengths = pooled_lengths(number, capabilities)
-    chosen = draw(options(domain, "kernel", lengths))
+    straddling_one, past = draw(long_pasts(lengths)) if number is None else (0, 0)
+    chosen = draw(options(domain, "kernel", lengths, past))
     key_lengths = None
     if number is not None:
         keys = pooled_keys(number, lengths, capabilities, causal=bool(chosen["causal"]))
         key_lengths = tuple(keys) if keys != lengths else None
-    elif draw(st.booleans()):
-        keys = [draw(_key_length(length, capabilities, causal=bool(chosen["causal"]))) for length in lengths]
+    elif past or draw(st.booleans()):
+        causal = bool(chosen["causal"])
+        keys = [draw(_key_length(length, capabilities, causal=causal)) for length in lengths]
+        if not (causal and capabilities.causal_needs_equal_lengths):
+            keys[straddling_one] += past
         key_lengths = tuple(keys) if sum(keys) and keys != lengths else None
     capacities = [0, 0, 0, 1, 17] if capabilities.capacity is not False and number is None else [0]
     capacity = draw(st.sampled_from(capacities))

@@ -82,6 +82,12 @@ class NotRepeatable(Symptom):
     rank = 15
 
 
+class WrongWhenAsked(Symptom):
+    """A result is wrong when less is asked of autograd, or the same twice."""
+
+    rank = 15
+
+
 class NotRegrouped(Symptom):
     """The same documents in another order, or cut elsewhere, give other results."""
 

@@ -49,6 +49,10 @@ class Call:
     options: AttentionOptions
     group: int
     dtype: torch.dtype
+    training: bool = True
+    """Whether autograd records the call."""
+    wanted: tuple[bool, bool, bool] = (True, True, True)
+    """Which of q, k and v need a gradient."""
 
 
 class Loop:
@@ -243,5 +247,6 @@ def attend(
     loop: Loop, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of a loop, differentiable."""
-    call = Call(metadata, options, q.shape[1] // k.shape[1], q.dtype)
+    wanted = (q.requires_grad, k.requires_grad, v.requires_grad)
+    call = Call(metadata, options, q.shape[1] // k.shape[1], q.dtype, torch.is_grad_enabled(), wanted)
     return LoopFunction.apply(q, k, v, loop, call)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
 
 from reference import attention, budget
 from reference.case import Case
-from reference.layout import call_segments
+from reference.layout import Segment, call_segments
 from reference.profile import Profile
 from reference.values import draw
 
@@ -57,8 +58,30 @@ def kernel_inputs(case: Case, device: torch.device | str) -> Inputs:
 KERNEL_TENSORS = ("out", "lse", "dq", "dk", "dv")
 
 
+def alike(segments: Sequence[Segment], scores: int) -> Iterator[list[Segment]]:
+    """Documents of the same numbers of queries and keys, to be computed side by side.
+
+    Args:
+        segments: of all documents.
+        scores: how many (query, key) pairs a group may have, unless a single document has more.
+    """
+    by_size: dict[tuple[int, int], list[Segment]] = {}
+    for segment in segments:
+        by_size.setdefault((segment.queries.length, segment.keys.length), []).append(segment)
+    for (queries, keys), group in by_size.items():
+        count = max(1, scores // max(1, queries * keys))
+        for begin in range(0, len(group), count):
+            yield group[begin : begin + count]
+
+
+_PAIRS: Final = 1 << 20
+"""(query, key) pairs computed side by side: float64 tensors of that size, times heads, are what is kept at a time."""
+
+
 def kernel_answer(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Expected]:
     """Expected ``out``, ``lse`` (``[tokens_q, heads]``), ``dq``, ``dk`` and ``dv`` of a kernel case.
+
+    Every document is computed on its own; those of one size lie side by side in a leading dimension.
 
     Args:
         case: a kernel case.
@@ -66,16 +89,21 @@ def kernel_answer(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Exp
         profile: the roundings of the backend under test.
     """
     group = case.heads // case.kv_heads
-    q, k, v, dout = (x.double().transpose(0, 1) for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
+    q, k, v, dout = (x.double() for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
     values = {"out": torch.zeros_like(q), "lse": q.new_full(q.shape[:2], -torch.inf), "dq": torch.zeros_like(q)}
     values |= {"dk": torch.zeros_like(k), "dv": torch.zeros_like(v)}
     variances = {name: torch.zeros_like(value) for name, value in values.items()}
     degrees = {name: torch.ones_like(values[name][..., 0]) for name in KERNEL_TENSORS if name != "lse"}
-    for segment in call_segments(case):
-        rows, keys = slice(*segment.queries), slice(*segment.keys)
-        qd, doutd = q[:, rows], dout[:, rows]
-        kd, vd = (attention.expand_heads(k[:, keys], group), attention.expand_heads(v[:, keys], group))
-        mask = attention.allowed_keys(segment.queries.length, segment.keys.length, case.effective_window, q.device)
+    for documents in alike(call_segments(case), _PAIRS // case.heads):
+        queries, seen = documents[0].queries.length, documents[0].keys.length
+        rows, keys = (
+            torch.tensor([span.begin for span in spans], device=q.device)[:, None]
+            + torch.arange(length, device=q.device)
+            for spans, length in (([d.queries for d in documents], queries), ([d.keys for d in documents], seen))
+        )
+        qd, kd, vd, doutd = (x[place].transpose(1, 2) for x, place in ((q, rows), (k, keys), (v, keys), (dout, rows)))
+        kd, vd = attention.expand_heads(kd, group), attention.expand_heads(vd, group)
+        mask = attention.allowed_keys(queries, seen, case.effective_window, q.device)
         result = attention.forward(qd, kd, vd, mask, case.softmax_scale, case.softcap)
         grads = attention.backward(qd, kd, vd, doutd, case.softmax_scale, result)
         spread = budget.attention_variances(
@@ -90,24 +118,17 @@ def kernel_answer(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Exp
             dtype=case.dtype,
             profile=profile,
         )
-        document = {
+        found = {
             "out": result.out,
             "lse": result.lse,
             "dq": grads.dq,
             "dk": attention.sum_groups(grads.dk, group),
             "dv": attention.sum_groups(grads.dv, group),
         }
-        for name, value in document.items():
+        for name, value in found.items():
             place = keys if name in ("dk", "dv") else rows
-            values[name][:, place] = value
-            variances[name][:, place] = getattr(spread, name)
+            values[name][place] = value.transpose(1, 2)
+            variances[name][place] = getattr(spread, name).transpose(1, 2)
             if name in degrees:
-                degrees[name][:, place] = spread.degrees[name]
-    return {
-        name: Expected(
-            values[name].transpose(0, 1).contiguous(),
-            variances[name].transpose(0, 1).contiguous(),
-            degrees[name].transpose(0, 1) if name in degrees else None,
-        )
-        for name in KERNEL_TENSORS
-    }
+                degrees[name][place] = spread.degrees[name].transpose(1, 2)
+    return {name: Expected(values[name], variances[name], degrees.get(name)) for name in KERNEL_TENSORS}

@@ -38,6 +38,7 @@ WITNESSES = {
         "M40",
         '{"level": "layer", "lengths": [2], "cuts": [1], "head_dim": 1, "hidden": 1, "dtype": "bf16"}',
     ),
+    "asked": ("X33", '{"level": "kernel", "lengths": [1], "key_lengths": [2], "head_dim": 1}'),
     "isolation": ("X07", '{"level": "kernel", "lengths": [2]}'),
     "regrouping": ("M38-twice", '{"level": "layer", "lengths": [12]}'),
     "replicas": ("R10", '{"level": "layer", "lengths": [1, 1], "ranks": 2}'),

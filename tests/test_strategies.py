@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attn_fuzz.drawing import FEW, few_cases
 from attn_fuzz.strategies import HEAD_DIMS, HEAD_GROUPS, Domain, cases, straddling
 from backends.kernel import Capabilities
 from backends.registry import calls_of
@@ -21,30 +22,23 @@ ALL = Capabilities()
 
 
 def drawn(
-    level: str, capabilities: Capabilities, *, seeds: int = 1, count: int = 30, dtypes: tuple[str, ...] = ()
+    level: str, capabilities: Capabilities, *, seeds: int = 8, count: int = FEW, dtypes: tuple[str, ...] = ()
 ) -> list[Case]:
-    """So many cases of a level from each of several seeds, always the same ones: within a run they resemble another."""
+    """So many cases of a level from each of several seeds, always the same ones."""
     found: list[Case] = []
 
     def keep(case: Case) -> None:
         found.append(case)
 
-    options = settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        phases=(Phase.generate,),
-        suppress_health_check=list(HealthCheck),
-    )
     for number in range(seeds):
-        seed(number)(options(given(cases(level, Domain.of(capabilities, "cpu", dtypes)))(keep)))()
+        few_cases(level, Domain.of(capabilities, "cpu", dtypes), number, keep, count)
     return found
 
 
 @functools.cache
 def sample(level: str) -> list[Case]:
     """Cases of a backend that takes everything."""
-    return drawn(level, ALL, seeds=14)
+    return drawn(level, ALL, seeds=105)
 
 
 @settings(max_examples=60, deadline=None)
@@ -52,7 +46,7 @@ def sample(level: str) -> list[Case]:
 def test_a_drawn_case_survives_json(case: Case) -> None:
     """Building a case validates it, so that one that comes back is possible, too."""
     assert Case.from_json(case.to_json()) == case
-    assert case.tokens <= 1000
+    assert case.tokens <= 1100
     assert case.seed < 4
 
 
@@ -83,6 +77,10 @@ KERNEL: dict[str, Callable[[Case], bool]] = {
     "rows beyond the last document": lambda case: case.capacity > 0,
     "windows to the right only": lambda case: case.window[0] < 0 < case.window[1],
     "broadcast memory": lambda case: case.memory == "broadcast",
+    "more documents than threads in a warp": lambda case: len(case.lengths) > 32,
+    "a document of more than 256 queries": lambda case: max(case.lengths) > 257,
+    "a past of thousands": lambda case: max(case.packed_key_lengths) > 2000,
+    "more than eight heads": lambda case: case.heads > 8,
 }
 LAYER: dict[str, Callable[[Case], bool]] = {
     "empty documents": lambda case: 0 in case.lengths,
@@ -179,7 +177,7 @@ NARROW: dict[str, tuple[dict[str, object], Callable[[Case], bool]]] = {
 @pytest.mark.parametrize("name", NARROW)
 def test_what_a_backend_does_not_take_is_not_drawn(name: str, level: str) -> None:
     changes, holds = NARROW[name]
-    narrow = drawn(level, dataclasses.replace(ALL, **changes), count=15)  # type: ignore[arg-type]
+    narrow = drawn(level, dataclasses.replace(ALL, **changes), seeds=4)  # type: ignore[arg-type]
     assert [case for case in narrow if not holds(case)] == []
 
 
@@ -194,7 +192,7 @@ def test_several_limits_at_once_leave_cases_that_are_taken() -> None:
         softcap=False,
     )
     for level, least in (("kernel", 0.6), ("layer", 0.3)):
-        found = drawn(level, capabilities, seeds=3, dtypes=("bf16", "fp32"))
+        found = drawn(level, capabilities, seeds=20, dtypes=("bf16", "fp32"))
         taken = [case for case in found if capabilities.refusal(case, "cpu", queries_and_keys(case)) is None]
         assert {case.dtype for case in found} == {"bf16"}
         assert len(taken) >= least * len(found), level

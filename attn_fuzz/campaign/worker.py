@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import seed as hypothesis_seed
 from hypothesis.errors import Flaky, HypothesisException
 
 from attn_fuzz.campaign.isolated import Isolated
@@ -30,13 +28,14 @@ from attn_fuzz.campaign.messages import (
 )
 from attn_fuzz.checks import PROBES, Check
 from attn_fuzz.checks.regroup import regrouped_case
+from attn_fuzz.drawing import few_cases
 from attn_fuzz.environment import environment
 from attn_fuzz.examine import Verdict, examine, some_probes
 from attn_fuzz.findings import Finding, summarise
 from attn_fuzz.poison import POISONS
 from attn_fuzz.process import DEAD_CONTEXT, context_alive, set_up_process
 from attn_fuzz.shrink import minimise
-from attn_fuzz.strategies import Domain, cases, straddling
+from attn_fuzz.strategies import Domain, straddling
 from attn_fuzz.symptoms import MEMORY_SYMPTOMS, Crashed, Hung, Symptom
 from backends import registry
 from backends.kernel import UnsupportedCase
@@ -44,9 +43,6 @@ from backends.known import KnownIssue, crash_issue_of
 from reference.case import Case
 
 Send = Callable[[Message], None]
-
-ROUND: Final = 50
-"""Cases per Hypothesis run: long enough for it to build up, short enough to alternate levels."""
 
 _PROGRESS_EVERY: Final = 0.2
 _SHRINK_SECONDS: Final = 8.0
@@ -84,6 +80,9 @@ class Hunt:
         self.failed_at = 0.0
         self.refusal = ""
         self.isolated: dict[str, int] = {}
+        self.simplest: dict[str, Case] = {}
+        """By level: the case that every run of Hypothesis begins with, unless its strategy forbids it."""
+        self.run_begins = False
 
     def examine(self, case: Case, poisons: Sequence[str] | None = None, probes: Sequence[Check] = PROBES) -> Verdict:
         """A verdict, with the case announced first; under the assignment's poisons unless others are given."""
@@ -137,6 +136,8 @@ class Hunt:
             raise _Stop
         if not shrinking and self.over():
             raise _Stop
+        if not shrinking and self.begun_before(case):
+            return
         try:
             verdict = self.examine(case, probes=PROBES if shrinking else some_probes(case))
         except UnsupportedCase as refusal:
@@ -161,6 +162,12 @@ class Hunt:
         elif type(symptom) is type(self.failure[1].first):
             self.failure = (case, verdict)
         raise symptom
+
+    def begun_before(self, case: Case) -> bool:
+        """Whether an earlier run of Hypothesis began with the same case."""
+        begins, self.run_begins = self.run_begins, False
+        known = case.level in self.simplest
+        return begins and self.simplest.setdefault(case.level, case) == case and known
 
     def only_isolated(self, case: Case) -> KnownIssue | None:
         """The crash-class issue that is the only reason to refuse a case, if there is one."""
@@ -189,26 +196,19 @@ class Hunt:
         job = self.assignment
         capabilities = self.backend.kernel.capabilities_on(self.device.type)
         domain = Domain.of(capabilities, self.device.type, job.dtypes, job.ranks, job.tensor_ranks)
-        remaining = ROUND if self.assignment.cases is None else min(ROUND, self.assignment.cases - self.tally.cases)
         self.failure = self.original = None
-        run = hypothesis_seed(self.assignment.seed * 1_000_003 + number)(
-            settings(
-                max_examples=max(remaining, 1),
-                database=None,
-                deadline=None,
-                phases=(Phase.generate, Phase.shrink),
-                report_multiple_bugs=False,
-                print_blob=False,
-                suppress_health_check=list(HealthCheck),
-            )(given(cases(level, domain))(self.test))
-        )
+        self.run_begins = True
+        before = self.tally.cases + self.tally.refused
         try:
-            run()
+            few_cases(level, domain, job.seed * 1_000_003 + number, self.test, shrink=True)
         except (Symptom, Flaky, HypothesisException, ExceptionGroup, _Stop):
             if self.failure is None and not self.over():
                 raise
         if self.failure is not None:
             self.report(*self.failure)
+        elif self.tally.cases + self.tally.refused == before:
+            # There is nothing else to draw: so it counts.
+            self.simplest.pop(level, None)
 
     def report(self, case: Case, verdict: Verdict) -> None:
         """Shrinks a failing case to the end and sends it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from attn_fuzz.checks.accumulation import exact_accumulation
+from attn_fuzz.checks.asked import asked_otherwise
 from attn_fuzz.checks.budget import histograms, within_budget, worst_errors
 from attn_fuzz.checks.dead_rows import dead_rows_zero
 from attn_fuzz.checks.exact import needle_found, rows_counted, uniform_keys
@@ -45,6 +46,7 @@ PROBES: tuple[Check, ...] = (
     repeats_itself,
     documents_apart,
     future_apart,
+    asked_otherwise,
 )
 """Functions of runs of their own, with inputs of their own: asked where nothing has failed yet."""
 

@@ -84,3 +84,47 @@ class PlanOfTheLast(KernelFault):
     def weighted(self, call: Call, document: Document, probabilities: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         value = super().weighted(call, document, probabilities, v)
         return value if self._same else value * (1 + 2.0**-9)
+
+
+class InferenceTopLeft(KernelFault):
+    """The inference path aligns causal attention top-left; training is right."""
+
+    id = "X33"
+    reports = ("the class of SageAttention#372", "the class of pytorch#108108")
+    levels = ("kernel",)
+
+    def shift(self, call: Call, document: Document) -> int:
+        return super().shift(call, document) if call.training else 0
+
+
+class DeltaOnlyWithValues(KernelFault):
+    """rowsum(dO O) is computed beside dV, and left out where V needs no gradient."""
+
+    id = "X34"
+    reports = ("the class of pytorch#148476",)
+    levels = ("kernel",)
+
+    def delta(self, call: Call, document: Document, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
+        delta = super().delta(call, document, out, dout)
+        return delta if call.wanted[2] else torch.zeros_like(delta)
+
+
+class ScratchOfTheGraph(KernelFault):
+    """dQ is summed up in scratch that belongs to the graph and is cleared by the forward only."""
+
+    id = "X35"
+    levels = ("kernel",)
+
+    def backward(
+        self,
+        call: Call,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        dout: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dq, dk, dv = super().backward(call, q, k, v, out, lse, dout)
+        dq = vars(call)["scratch"] = dq + vars(call).get("scratch", 0)
+        return dq, dk, dv
