@@ -98,7 +98,7 @@ def examine(
                 seen = True
                 yield symptom
         for probe in probes if not seen else ():
-            for symptom in probe(trial):
+            for symptom in _asked(probe, trial):
                 symptom.probe = probe
                 yield symptom
 
@@ -120,6 +120,18 @@ def examine(
         {} if found else histograms(trial),
         known,
     )
+
+
+def _asked(probe: Check, trial: Trial) -> Iterator[Symptom]:
+    """A probe's symptoms; a backend that falls over its runs only is found again by asking it again."""
+    try:
+        yield from probe(trial)
+    except (Symptom, UnsupportedCase):
+        raise
+    except Exception as error:
+        if _is_out_of_memory(error):
+            raise
+        yield _fallen(error)
 
 
 def _without_known(found: Sequence[Symptom], trial: Trial) -> tuple[list[Symptom], tuple[str, ...]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from attn_fuzz.observation import Observation, Watch
+from attn_fuzz.observation import HandedBack, Observation, Watch
 from attn_fuzz.poison import filler, poisoned
 from backends.kernel import Attended, AttentionOptions, UnsupportedCase
 from backends.layer import Layer
@@ -188,8 +188,7 @@ class LayerRun:
         self.weight_names = tuple(inputs.weights)
         self.observation = Observation(poison, {})
         self.parts = micro_sequences(case)
-        self.outputs: list[torch.Tensor] = []
-        self.input_gradients: list[torch.Tensor] = []
+        self.outputs, self.input_gradients = HandedBack("out"), HandedBack("dx")
 
     def _place(self, name: str, x: torch.Tensor) -> Placed:
         fill = filler(self.poison)
@@ -218,17 +217,17 @@ class LayerRun:
         self.buffer_gradient.note(self.layer.key_value_gradients())
         x = self.placed["x"].tensor
         for part in self.parts:
-            self.outputs.append(self.layer.forward(x[slice(*self.own(part))], *part))
             step = f"forward of {list(part)}"
+            self.outputs.add(step, self.layer.forward(x[slice(*self.own(part))], *part))
             self.observation.strays += self.buffer.compare(self.layer.key_value(), step, *part)
             self.observation.strays += self.buffer_gradient.compare(self.layer.key_value_gradients(), step, 0, 0)
 
     def backward(self) -> None:
         dout = self.placed["dout"].tensor
         for part in reversed(self.parts):
-            self.input_gradients.append(self.layer.backward(dout[slice(*self.own(part))]))
-            extent = active_extent(self.case.packed_lengths, self.slice_of_queries(part))
             step = f"backward of {list(part)}"
+            self.input_gradients.add(step, self.layer.backward(dout[slice(*self.own(part))]))
+            extent = active_extent(self.case.packed_lengths, self.slice_of_queries(part))
             self.observation.strays += self.buffer_gradient.compare(self.layer.key_value_gradients(), step, *extent)
             self.observation.strays += self.buffer.compare(self.layer.key_value(), step, 0, 0)
 
@@ -236,9 +235,10 @@ class LayerRun:
         """What the layer gave back, on the CPU."""
         observation, layer = self.observation, self.layer
         observation.results |= {
-            "out": torch.cat(self.outputs).detach(),
-            "dx": torch.cat(self.input_gradients[::-1]).detach(),
+            "out": torch.cat(self.outputs.values()),
+            "dx": torch.cat(self.input_gradients.values()[::-1]),
         }
+        observation.strays += self.outputs.changed() + self.input_gradients.changed()
         for names, tensors in ((("k", "v"), layer.key_value()), (("dk", "dv"), layer.key_value_gradients())):
             if tensors is not None:
                 observation.results |= {

@@ -14,7 +14,7 @@ class Stray:
     """Rows that changed where nothing may be written."""
 
     tensor: str
-    """Buffer ``k`` or ``v``, or gradient buffer ``dk`` or ``dv``."""
+    """Buffer ``k`` or ``v``, gradient buffer ``dk`` or ``dv``, or ``out`` or ``dx`` as handed back."""
     step: str
     """The micro-sequence and the pass, in words."""
     rows: tuple[int, ...]
@@ -58,10 +58,15 @@ def differing(first: Observation, second: Observation) -> list[str]:
 
 
 def strays(name: str, step: str, before: torch.Tensor, after: torch.Tensor, begin: int, end: int) -> list[Stray]:
-    """Rows outside ``[begin, end)`` whose bits differ."""
+    """Rows outside ``[begin, end)`` whose bits differ, of those that were there before: a buffer may grow."""
     if begin == end and same_bits(before, after):
         # By far the most frequent case, and several times as fast.
         return []
+    if before.shape[1:] != after.shape[1:] or before.dtype != after.dtype:
+        # Nothing to compare row by row; what it is in the end is judged by its shape and dtype.
+        return []
+    rows_kept = min(len(before), len(after))
+    before, after = before[:rows_kept], after[:rows_kept]
     differs = (bits(before) != bits(after)).flatten(1).any(1)
     differs[begin:end] = False
     rows = differs.nonzero()[:, 0].tolist()
@@ -69,6 +74,26 @@ def strays(name: str, step: str, before: torch.Tensor, after: torch.Tensor, begi
         return []
     row_differs = bits(before)[rows[0]] != bits(after)[rows[0]]
     return [Stray(name, step, tuple(rows), after[rows[0]][row_differs][0].item())]
+
+
+class HandedBack:
+    """What was handed back, and what it was then: nothing that comes later may change it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._given: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+    def add(self, step: str, tensor: torch.Tensor) -> None:
+        """Remembers a result as it is."""
+        self._given.append((step, tensor.detach(), tensor.detach().clone()))
+
+    def values(self) -> list[torch.Tensor]:
+        """The results as they were when they were handed back, in that order."""
+        return [then for _, _, then in self._given]
+
+    def changed(self) -> list[Stray]:
+        """Rows of results that are no longer what they were."""
+        return [stray for step, now, then in self._given for stray in strays(self.name, step, then, now, 0, 0)]
 
 
 class Watch:

@@ -185,12 +185,12 @@ def needle_probe(case: Case) -> NeedleProbe | None:
 
 @dataclasses.dataclass(frozen=True)
 class AccumulationProbe:
-    """A layer case whose dV is a sum of whole numbers, one per micro-sequence."""
+    """A layer case whose dV and whose output projection's gradient are sums of whole numbers, per micro-sequence."""
 
     case: Case
     inputs: LayerInputs
-    dv: torch.Tensor
-    """``[tokens, kv_heads, head_dim]`` float64."""
+    exact: dict[str, torch.Tensor]
+    """float64: ``dv [tokens, kv_heads, head_dim]``, and ``d_dense [hidden, heads * head_dim]`` where it is whole."""
 
 
 _WHOLE = {"bf16": 129, "fp16": 1025}
@@ -204,6 +204,9 @@ def accumulation_probe(case: Case) -> AccumulationProbe | None:
     share of every micro-sequence each document has at most one row with an output gradient, ``w n`` with n a power of
     two: 1/n and ``w n`` are exact in the dtype, and so is ``w``, which is added to dV of that row's keys. w alternates
     between two neighbours, whose sum the dtype cannot hold.
+
+    All values are the same +-1, and so is the context of those rows: a micro-sequence adds to the output projection's
+    gradient +-w times the sum of its n, which is exact where that is a power of two.
     """
     if case.dtype not in _WHOLE or len(rank_slices(case)) < 2:
         return None
@@ -216,7 +219,9 @@ def accumulation_probe(case: Case) -> AccumulationProbe | None:
     dout = torch.zeros(case.tokens, case.heads, case.head_dim)
     dv = torch.zeros(case.tokens, case.kv_heads, case.head_dim, dtype=torch.float64)
     added = torch.zeros(case.tokens, dtype=torch.int64)
+    ddense, dense_exact = 0, case.all_ranks == 1
     for number, part in enumerate(rank_slices(case)):
+        weight, rows_keys = whole + number % 2, 0
         for segment in segments(case.packed_lengths, part):
             seen = segment_mask(case, segment)
             counts = seen.sum(1)
@@ -224,17 +229,32 @@ def accumulation_probe(case: Case) -> AccumulationProbe | None:
             if not powers.any():
                 continue
             row = int(powers.nonzero()[-1, 0])
-            weight = whole + number % 2
             keys = torch.arange(*segment.keys)[seen[row]]
             dout[segment.queries.begin + row, ::group] = weight * int(counts[row])
             dv[keys] += weight
             added[keys] += 1
+            rows_keys += int(counts[row])
+        dense_exact &= rows_keys & (rows_keys - 1) == 0 and weight * rows_keys <= 60000
+        ddense += weight * rows_keys
     if not (added > 1).any():
         return None
     inputs = layer_inputs(probe, "cpu")
+    x, key_value = inputs.x.clone(), inputs.weights["key_value"].clone()
+    x[:, 0] = 1.0
+    rows = case.kv_heads * case.head_dim
+    values = torch.where(key_value[rows:, 0] < 0, -1.0, 1.0)
+    key_value[rows:] = 0.0
+    key_value[rows:, 0] = values.to(dtype)
     weights = {
         **inputs.weights,
         "query": torch.zeros_like(inputs.weights["query"]),
+        "key_value": key_value,
         "dense": torch.eye(width, dtype=dtype),
     }
-    return AccumulationProbe(probe, LayerInputs(inputs.x, dout.flatten(1).to(dtype), weights), dv)
+    exact = {"dv": dv}
+    if dense_exact:
+        context = values.double().view(case.kv_heads, -1).repeat_interleave(group, 0).flatten()
+        moved = torch.zeros(case.heads, case.head_dim, dtype=torch.float64)
+        moved[::group] = ddense
+        exact["d_dense"] = moved.flatten()[:, None] * context
+    return AccumulationProbe(probe, LayerInputs(x, dout.flatten(1).to(dtype), weights), exact)

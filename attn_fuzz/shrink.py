@@ -13,6 +13,7 @@ from typing import Any
 
 from attn_fuzz.fit import fitted
 from reference.case import Case, CaseError
+from reference.layout import document_spans, micro_sequences
 
 Fails = Callable[[Case], bool]
 
@@ -133,6 +134,31 @@ def one_shorter(case: Case) -> Iterator[Case | None]:
                 yield _resized(case, index, fewer_queries, fewer_keys)
 
 
+def shorter_micro_sequences(case: Case) -> Iterator[Case | None]:
+    """With tokens taken from the end of one micro-sequence, whosever they are; the number of cuts may be what fails."""
+    if case.level == "layer" and case.cuts:
+        for part in micro_sequences(case):
+            for fewer in _smaller(part.length):
+                yield _without_tokens(case, part.begin + fewer, part.end)
+
+
+def _without_tokens(case: Case, begin: int, end: int) -> Case | None:
+    """Without the tokens ``[begin, end)``, nor documents that have no other; later cuts move along."""
+    lengths = [
+        span.length - max(0, min(span.end, end) - max(span.begin, begin))
+        for span in document_spans(case.packed_lengths)
+    ]
+    padding = lengths.pop() if case.padding else 0
+    kept = [index for index, length in enumerate(lengths) if length or not case.lengths[index]]
+    return _changed(
+        case,
+        lengths=tuple(lengths[index] for index in kept),
+        padding=padding,
+        cuts=tuple(cut if cut <= begin else max(begin, cut - (end - begin)) for cut in case.cuts),
+        document_ids=tuple(case.packed_ids[index] for index in kept),
+    )
+
+
 def simpler_cuts(case: Case) -> Iterator[Case | None]:
     """Without a cut, or with one moved back."""
     for index, cut in enumerate(case.cuts):
@@ -171,16 +197,8 @@ def _simplicity(field: str, value: object) -> int:
     return choices.index(value) if value in choices else len(choices)
 
 
-def simpler_options(case: Case) -> Iterator[Case | None]:
-    """With one option at a simpler value."""
-    for padding in _smaller(case.padding):
-        yield _changed(case, padding=padding, cuts=tuple(c for c in case.cuts if c < sum(case.lengths) + padding))
-    if case.padding and case.document_ids is None and case.all_ranks == 1:
-        yield _changed(case, lengths=(*case.lengths, case.padding), padding=0)
-    if case.all_ranks > 1 and case.padding:
-        yield _changed(case, lengths=(*case.lengths[:-1], case.lengths[-1] + case.padding), padding=0)
-    for capacity in _smaller(case.capacity):
-        yield _changed(case, capacity=capacity)
+def narrower(case: Case) -> Iterator[Case | None]:
+    """With fewer heads or channels: what every later attempt costs less for."""
     for heads, kv_heads in ((1, 1), (2, 1), (2, 2), (case.heads // case.kv_heads, 1), (case.kv_heads, case.kv_heads)):
         if (heads, kv_heads) < (case.heads, case.kv_heads):
             yield _changed(case, heads=heads, kv_heads=kv_heads)
@@ -191,6 +209,18 @@ def simpler_options(case: Case) -> Iterator[Case | None]:
         for hidden in (1, 2, 4, 8, case.hidden // 2):
             if 0 < hidden < case.hidden:
                 yield _changed(case, hidden=hidden)
+
+
+def simpler_options(case: Case) -> Iterator[Case | None]:
+    """With one option at a simpler value."""
+    for padding in _smaller(case.padding):
+        yield _changed(case, padding=padding, cuts=tuple(c for c in case.cuts if c < sum(case.lengths) + padding))
+    if case.padding and case.document_ids is None and case.all_ranks == 1:
+        yield _changed(case, lengths=(*case.lengths, case.padding), padding=0)
+    if case.all_ranks > 1 and case.padding:
+        yield _changed(case, lengths=(*case.lengths[:-1], case.lengths[-1] + case.padding), padding=0)
+    for capacity in _smaller(case.capacity):
+        yield _changed(case, capacity=capacity)
     for field, choices in _SIMPLER.items():
         current = _simplicity(field, getattr(case, field))
         for choice in choices[:current]:
@@ -217,7 +247,16 @@ def _changed(case: Case, **changes: Any) -> Case | None:
     return None if replaced and changed.all_ranks == case.all_ranks else changed
 
 
-PASSES = (fewer_ranks, fewer_documents, shorter_documents, merged_documents, simpler_cuts, simpler_options)
+PASSES = (
+    fewer_ranks,
+    fewer_documents,
+    narrower,
+    shorter_micro_sequences,
+    shorter_documents,
+    merged_documents,
+    simpler_cuts,
+    simpler_options,
+)
 
 
 def minimise(case: Case, fails: Fails, seconds: float = 60.0, clock: Callable[[], float] = time.process_time) -> Case:

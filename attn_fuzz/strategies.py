@@ -23,6 +23,9 @@ from reference.layout import document_spans
 TILE_EDGES: tuple[int, ...] = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65)
 """Lengths at which kernels change their code path: one row, and either side of a tile."""
 
+_ROTARY_THETAS = (10000.0, 10000.0, 500.0, 1e6)
+_ROTARY_FRACTIONS = (0.5, 0.25, 0.75, 1.0)
+
 LONG_EDGES: tuple[int, ...] = (127, 128, 129, 255, 256, 257)
 
 VERY_LONG: tuple[int, ...] = (300, 511, 512, 513, 640, 1023, 1024, 1025)
@@ -55,6 +58,9 @@ _MAX_PRODUCTS = 1 << 24
 # And this what projections cost: tokens * heads * head_dim.
 _MAX_CHANNELS = {"kernel": 1 << 17, "layer": 1 << 15}
 _MAX_SELECTION = 128
+# What is done once per micro-sequence is most of the time that a case with many of them takes.
+_MAX_MICRO_SEQUENCES = 24
+_REGULAR_STEPS = (1, 2, 3, 4, 5, 8, 16, 32)
 # Which channels there are is nothing to ranks; borders are, and narrow heads let more of them be tried.
 _MAX_RANK_HEAD_DIM = 32
 
@@ -144,22 +150,34 @@ def document_lengths(
 
 @st.composite
 def cut_points(draw: st.DrawFn, lengths: Sequence[int], *, causal: bool) -> tuple[int, ...]:
-    """Cuts on and beside document boundaries and anywhere else; non-causal ones on boundaries only."""
+    """Cuts on and beside document boundaries and anywhere else; non-causal ones on boundaries only.
+
+    A few drawn ones, mostly; or many: on every boundary, every so many tokens as trainers cut, or a run of
+    micro-sequences of one token each.
+    """
     total = sum(lengths)
+    if total == 1:
+        return ()
     boundaries = sorted({end for end in accumulate(lengths) if 0 < end < total})
     if not causal:
-        places = boundaries
-    else:
-        beside = {cut + step for cut in (0, *boundaries, total) for step in (-1, 0, 1)}
-        near = sorted(cut for cut in beside if 0 < cut < total)
-        anywhere = st.integers(1, total - 1) if total > 1 else st.nothing()
-        if total == 1:
-            return ()
-        chosen = draw(st.lists(st.one_of(st.sampled_from(near), anywhere) if near else anywhere, max_size=4))
-        return tuple(sorted(set(chosen)))
-    if not places:
-        return ()
-    return tuple(sorted(draw(st.sets(st.sampled_from(places), max_size=4))))
+        return tuple(sorted(draw(some_or_all(boundaries)))) if boundaries else ()
+    beside = {cut + step for cut in (0, *boundaries, total) for step in (-1, 0, 1)}
+    near = sorted(cut for cut in beside if 0 < cut < total)
+    few = st.lists(st.one_of(st.sampled_from(near), st.integers(1, total - 1)), max_size=4)
+    least = -(-total // _MAX_MICRO_SEQUENCES)
+    steps = [step for step in _REGULAR_STEPS if least <= step < total] or [least]
+    regular = st.sampled_from(steps).map(lambda step: list(range(step, total, step)))
+    run = st.tuples(st.integers(1, total - 1), st.integers(2, 8)).map(
+        lambda place: list(range(place[0], min(sum(place), total)))
+    )
+    many = [regular, run, some_or_all(boundaries).map(sorted)] if boundaries else [regular, run]
+    return tuple(sorted(set(draw(st.one_of(few, few, few, *many)))))
+
+
+def some_or_all(boundaries: Sequence[int]) -> st.SearchStrategy[set[int]]:
+    """A few of these places, or every one of them."""
+    every = st.just(set(boundaries[: _MAX_MICRO_SEQUENCES - 1]))
+    return st.one_of(st.sets(st.sampled_from(boundaries), max_size=4), every)
 
 
 def window_sides(capabilities: Capabilities, longest: int) -> st.SearchStrategy[int]:
@@ -341,7 +359,9 @@ def layers(draw: st.DrawFn, domain: Domain, lengths: Sequence[int], padding: int
     else:
         cuts = pooled_cuts(number, packed, causal=bool(chosen["causal"]))
     norm = st.sampled_from(["none", "rms"] if capabilities.norms else ["none"])
-    even = int(chosen["head_dim"]) % 2 == 0  # type: ignore[call-overload]
+    rotary, pairs = "none", int(chosen["head_dim"]) // 2  # type: ignore[call-overload]
+    if pairs * 2 == chosen["head_dim"]:
+        rotary = draw(st.sampled_from(capabilities.rotaries))
     return Case(
         lengths=tuple(lengths),
         padding=padding,
@@ -351,7 +371,12 @@ def layers(draw: st.DrawFn, domain: Domain, lengths: Sequence[int], padding: int
         key_norm=draw(norm),
         value_norm=draw(norm),
         shared_key_value=draw(st.booleans()) if capabilities.shared_key_value else False,
-        rotary=draw(st.sampled_from(capabilities.rotaries)) if even else "none",
+        rotary=rotary,
+        rotary_theta=draw(st.sampled_from(_ROTARY_THETAS)) if rotary != "none" else 10000.0,
+        # Whole numbers of pairs only: what becomes of a broken one is a question of taste.
+        rotary_fraction=draw(st.sampled_from([f for f in _ROTARY_FRACTIONS if (f * pairs).is_integer()]))
+        if rotary == "proportional"
+        else 0.5,
         weights=weights,
         capacity=draw(st.sampled_from([0, 0, 1, 17])),
         **chosen,  # type: ignore[arg-type]

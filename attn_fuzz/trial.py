@@ -20,6 +20,7 @@ from reference.arithmetic import CONFIRMING_SAMPLES, SAMPLES
 from reference.case import Case
 from reference.layer import LayerInputs, layer_answer, layer_inputs
 from reference.layout import document_spans
+from reference.profile import Profile
 
 BACKWARD = ("dq", "dk", "dv", "dx")
 
@@ -80,7 +81,15 @@ class Trial:
         profile = self.backend.kernel.profile_on(self.device.type)
         if isinstance(self.inputs, Inputs):
             return kernel_answer(self.case, self.inputs, profile)
-        return layer_answer(self.case, self.inputs, profile, samples)
+        return layer_answer(self.case, self.inputs, self._as_shown(profile), samples)
+
+    def _as_shown(self, profile: Profile) -> Profile:
+        """The profile with the sums that the layer shows: in float32 they are held to it, in its dtype they are not."""
+        stored = set(profile.stored_sums)
+        for name, got in self.observations[0].results.items():
+            if name in ("dk", "dv") or name.startswith("d_"):
+                (stored.discard if got.dtype == torch.float32 else stored.add)(name)
+        return dataclasses.replace(profile, stored_sums=frozenset(stored))
 
     @functools.cached_property
     def answer(self) -> dict[str, Expected]:

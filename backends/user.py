@@ -10,6 +10,7 @@ Options that the signature lacks are not exercised. An attribute ``capabilities`
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -47,6 +48,12 @@ _CAUTIOUS = Profile(
     normalises_by_lse=True,
     exp_error=20 * 2.0**-23,
     tanh_error=2.0**-11,
+)
+
+# And an unknown layer around it: rotary as it is often written, and K/V gradients as autograd adds them to a leaf. What
+# a layer shows tells more (attn_fuzz/trial.py).
+_CAUTIOUS_LAYER = dataclasses.replace(
+    _CAUTIOUS, rotates_in_dtype=True, float32_angles=True, stored_sums=frozenset({"dk", "dv"})
 )
 
 
@@ -205,7 +212,7 @@ class UserKernel(Kernel):
 class InsideLayer(Kernel):
     """Stands for the kernel of a user's layer, which nobody calls but the layer itself."""
 
-    profile = _CAUTIOUS
+    profile = _CAUTIOUS_LAYER
 
     def __init__(self, name: str, capabilities: Capabilities) -> None:
         self.name, self.capabilities = name, capabilities  # type: ignore[misc]

@@ -15,13 +15,16 @@ import torch
 
 from reference.answer import Expected
 from reference.arithmetic import SAMPLES, Arithmetic
-from reference.budget import rounding_variance
+from reference.budget import ROUNDING_SECOND_MOMENT, rounding_variance
 from reference.case import Case
 from reference.layout import Span, document_spans, owned_slices, rank_slices
-from reference.profile import ACCUMULATION, Profile
+from reference.profile import ACCUMULATION, UNIT_ROUNDOFF, Profile
 from reference.simulated import SimulatedAttention, sum_of
 from reference.values import draw
 from reference.weights import NORM_EPSILON, layer_weights
+
+_FLOAT32 = ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF["fp32"] ** 2
+"""Relative variance of one float32 rounding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +50,21 @@ def rotary_angles(case: Case, positions: torch.Tensor) -> torch.Tensor:
     ``theta ** (-2 c / head_dim)`` per position (Su et al., 2021); ``proportional`` leaves the pairs behind the leading
     ``rotary_fraction`` at angle 0.
     """
+    return positions.double()[:, None] * rotary_frequencies(case, positions.device)
+
+
+def rotary_frequencies(case: Case, device: torch.device) -> torch.Tensor:
+    """Angle per position of each channel pair, float64 ``[head_dim // 2]``."""
     pairs = case.head_dim // 2
-    frequency = case.rotary_theta ** (-torch.arange(pairs, dtype=torch.float64, device=positions.device) / pairs)
+    frequency = case.rotary_theta ** (-torch.arange(pairs, dtype=torch.float64, device=device) / pairs)
     if case.rotary == "proportional":
         frequency[math.ceil(case.rotary_fraction * pairs) :] = 0
-    return positions.double()[:, None] * frequency
+    return frequency
 
 
-def _rotate(x: torch.Tensor, angles: torch.Tensor, sign: float) -> torch.Tensor:
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turns ``[..., tokens, heads, d]``."""
     real, imaginary = x.chunk(2, -1)
-    cos, sin = angles.cos()[:, None], sign * angles.sin()[:, None]
     return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1)
 
 
@@ -77,7 +84,8 @@ class _Layer:
         # With tensor parallelism each of these numbers of heads has partial sums of its own, which are stored, too.
         self.shares = case.tensor_ranks
         positions = torch.cat([torch.arange(span.length, device=device) for span in self.spans])
-        self.angles = rotary_angles(case, positions)
+        if case.rotary != "none":
+            self.cos, self.sin = self.rotary_tables(positions)
         self.gradients: dict[str, torch.Tensor] = {}
         self.own_variance: dict[str, torch.Tensor | int] = {}
 
@@ -113,7 +121,7 @@ class _Layer:
         return self.arithmetic.accumulate(dy @ weight, dy[0].square() @ weight[0].square())
 
     def sum_over_parts(self, name: str, terms: list[torch.Tensor], squares: list[torch.Tensor]) -> None:
-        """A parameter gradient: each micro-sequence's is stored, their sum is float32.
+        """A parameter gradient: each micro-sequence's is stored, their sum is float32 unless the profile knows better.
 
         Nothing is computed from it, so that its own roundings need no samples: their variances are known.
         """
@@ -122,6 +130,10 @@ class _Layer:
             rounding_variance(term[0], self.case.dtype) + ACCUMULATION**2 * square
             for term, square in zip(terms, squares, strict=True)
         )
+        if f"d_{name}" in self.profile.stored_sums:
+            # Of the last micro-sequence, of the last two, ...: each running sum is rounded.
+            running = torch.stack([term[0] for term in terms[::-1]]).cumsum(0)[1:]
+            self.own_variance[name] += rounding_variance(running, self.case.dtype).sum(0)
 
     def weight_gradient(self, name: str, dy: torch.Tensor, x: torch.Tensor, parts: Sequence[Span]) -> None:
         """``dy.T @ x`` of each part of the tokens."""
@@ -163,10 +175,31 @@ class _Layer:
 
     # Rotary.
 
+    def rotary_tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin ``[samples, tokens, 1, head_dim // 2]``; queries and keys meet the same errors in them."""
+        frequency = rotary_frequencies(self.case, positions.device)[None]
+        if self.profile.float32_angles:
+            # The exponent's rounding, times its logarithm's slope, and two roundings of the power and its reciprocal.
+            relative = frequency[0].clamp_min(1e-300).log().square() + 4
+            frequency = self.arithmetic.perturb(frequency, frequency[0].square() * relative * _FLOAT32)
+        angles = positions.double()[:, None] * frequency[:, None]
+        if self.profile.float32_angles:
+            angles = self.arithmetic.perturb(angles, angles[0].square() * _FLOAT32)
+        tables = angles.cos(), angles.sin()
+        if self.profile.rotates_in_dtype:
+            tables = self.arithmetic.store(tables[0]), self.arithmetic.store(tables[1])
+        return tables[0][..., None, :], tables[1][..., None, :]
+
     def rotary(self, x: torch.Tensor, sign: float = 1.0) -> torch.Tensor:
         if self.case.rotary == "none":
             return x
-        y = _rotate(x, self.angles, sign)
+        y = _turned(x, self.cos, sign * self.sin)
+        if self.profile.rotates_in_dtype:
+            real, imaginary = x[0].chunk(2, -1)
+            by_cos, by_sin = torch.cat([real, imaginary], -1), torch.cat([imaginary, real], -1)
+            products = by_cos * self.cos[0].repeat(1, 1, 2), by_sin * self.sin[0].repeat(1, 1, 2)
+            roundings = [rounding_variance(product, self.case.dtype) for product in products]
+            y = self.arithmetic.perturb(y, roundings[0] + roundings[1])
         # cos and sin are float32; each output mixes both channels of a pair.
         pair = x[0].square()
         mixed = pair + torch.cat(pair.chunk(2, -1)[::-1], -1)

@@ -44,5 +44,11 @@ class Profile:
     """P = exp(s - lse) in the forward too, so that the rounding of lse scales the whole output row."""
     exp_error: float = 0.0
     """Largest relative error of the exponential, where it is above the accumulation error."""
+    rotates_in_dtype: bool = False
+    """Layers only: rotary's cos and sin are stored in the dtype, and so is each product with them."""
+    float32_angles: bool = False
+    """Layers only: rotary's frequencies and angles are float32."""
+    stored_sums: frozenset[str] = frozenset()
+    """Layers only: results (``dk``, ``d_query``, ...) whose sums over micro-sequences are kept in the dtype."""
     tanh_error: float = 0.0
     """Largest relative error of the tanh behind softcap (2**-11 for the hardware approximation)."""

@@ -121,7 +121,20 @@ class SimulatedAttention:
                 rows = slice(begin - self.span.begin, end - self.span.begin)
                 dk.append(self._reduced(scale, ds[..., rows, :], self.q[..., rows, :], self.profile.scales_gradients))
                 dv.append(self._reduced(1.0, self.stored[..., rows, :], dout[..., rows, :], False))
-        return (arithmetic.store(dq).transpose(1, 2), sum_of(dk).transpose(1, 2), sum_of(dv).transpose(1, 2))
+        sums = (self._summed(name, terms).transpose(1, 2) for name, terms in (("dk", dk), ("dv", dv)))
+        return (arithmetic.store(dq).transpose(1, 2), *sums)
+
+    def _summed(self, name: str, terms: list[torch.Tensor]) -> torch.Tensor:
+        """Shares of micro-sequences added up, the last first; in the dtype where each running sum is stored in it."""
+        if name not in self.profile.stored_sums:
+            return sum_of(terms)
+        total = terms[-1]
+        for term in terms[-2::-1]:
+            total = total + term
+            # Adding nothing rounds nothing: earlier micro-sequences have not met later keys.
+            rounding = torch.where(term[0] == 0, 0.0, rounding_variance(total[0], self.case.dtype))
+            total = self.arithmetic.perturb(total, rounding)
+        return total
 
     def _reduced(self, scale: float, weights: torch.Tensor, x: torch.Tensor, scaled_after: bool) -> torch.Tensor:
         """One part's ``scale * weights.T @ x``, per K/V head; what each rank makes of its query heads is stored."""

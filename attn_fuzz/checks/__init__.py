@@ -13,7 +13,7 @@ from attn_fuzz.checks.budget import histograms, within_budget, worst_errors
 from attn_fuzz.checks.dead_rows import dead_rows_zero
 from attn_fuzz.checks.exact import needle_found, rows_counted, uniform_keys
 from attn_fuzz.checks.isolation import documents_apart, future_apart
-from attn_fuzz.checks.memory import buffer_intact, inputs_intact, results_complete, unwritten_unread
+from attn_fuzz.checks.memory import buffer_intact, inputs_intact, results_complete, results_kept, unwritten_unread
 from attn_fuzz.checks.ranks import dead_rows_zero_by_rank, replicas_equal
 from attn_fuzz.checks.regroup import regrouped
 from attn_fuzz.checks.repeat import path_taken, repeats_itself
@@ -30,6 +30,7 @@ CHECKS: tuple[Check, ...] = (
     dead_rows_zero_by_rank,
     replicas_equal,
     buffer_intact,
+    results_kept,
     inputs_intact,
     path_taken,
     within_budget,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from attn_fuzz.checks.budget import place_of
 from attn_fuzz.execute import require_support
 from attn_fuzz.probes import accumulation_probe
 from attn_fuzz.symptoms import NotExact, Symptom
@@ -15,7 +16,7 @@ from backends.kernel import UnsupportedCase
 
 
 def exact_accumulation(trial: Trial) -> Iterator[Symptom]:
-    """dV in a float32 gradient buffer is an exact sum of what each micro-sequence and rank adds."""
+    """Float32 sums of what each micro-sequence and rank adds are exact: dV, the output projection's gradient."""
     if trial.case.level != "layer" or (probe := accumulation_probe(trial.case)) is None:
         return
     try:
@@ -23,16 +24,17 @@ def exact_accumulation(trial: Trial) -> Iterator[Symptom]:
     except UnsupportedCase:
         return
     second = dataclasses.replace(trial, case=probe.case)
-    got = second.observe_with(probe.inputs, trial.poisons[0]).results.get("dv")
-    if got is None or got.dtype != torch.float32 or got.shape != probe.dv.shape:
-        return
-    wrong = got.double() != probe.dv
-    if wrong.any():
-        row, head, channel = (int(i) for i in wrong.nonzero()[0])
-        document, within = trial.document_of("dv", row)
-        yield NotExact(
-            "exact_accumulation",
-            "dv",
-            f"document {document}, row {within}, head {head}, channel {channel}: {got[row, head, channel].item():.6g} "
-            f"instead of the whole number {probe.dv[row, head, channel].item():.0f}; {int(wrong.sum())} elements wrong",
-        )
+    results = second.observe_with(probe.inputs, trial.poisons[0]).results
+    for name, expected in probe.exact.items():
+        got = results.get(name)
+        if got is None or got.dtype != torch.float32 or got.shape != expected.shape:
+            continue
+        wrong = got.double() != expected
+        if wrong.any():
+            first = int(wrong.flatten().nonzero()[0])
+            yield NotExact(
+                "exact_accumulation",
+                name,
+                f"{place_of(second, name, first, got.shape)}: {got.flatten()[first].item():.6g} instead of the whole "
+                f"number {expected.flatten()[first].item():.0f}; {int(wrong.sum())} elements wrong",
+            )

@@ -12,7 +12,7 @@ from attn_fuzz.trial import Trial
 from reference.memory import same_bits
 from reference.values import DTYPES
 
-_IN_CASE_DTYPE = ("out", "dq", "dx", "k", "v")
+_IN_CASE_DTYPE = ("out", "dq", "dx")
 
 
 def results_complete(trial: Trial) -> Iterator[Symptom]:
@@ -28,7 +28,7 @@ def results_complete(trial: Trial) -> Iterator[Symptom]:
             if got.shape != expected.value.shape:
                 wanted = list(expected.value.shape)
                 yield MissingResult("complete", name, f"its shape is {list(got.shape)}, but should be {wanted}")
-            # Gradient buffers and parameter gradients may be kept in a wider dtype.
+            # Buffers and parameter gradients may be kept in a wider dtype.
             elif got.dtype != dtype and (name in _IN_CASE_DTYPE or got.dtype != torch.float32):
                 yield MissingResult("complete", name, f"its dtype is {got.dtype}, but should be {dtype}")
 
@@ -77,6 +77,19 @@ def inputs_intact(trial: Trial) -> Iterator[Symptom]:
     """Inputs, weights, metadata and the guard margins around them keep their bits."""
     for what in dict.fromkeys(what for observation in trial.observations for what in observation.changed):
         yield InputsChanged("inputs_intact", what, "its bits changed")
+
+
+def results_kept(trial: Trial) -> Iterator[Symptom]:
+    """What a layer has handed back stays as it is: whoever has it may need it until the backward is over."""
+    for observation in trial.observations:
+        for stray in observation.strays:
+            if stray.tensor in ("out", "dx"):
+                yield WroteOutside(
+                    "results_kept",
+                    stray.tensor,
+                    f"rows {list(stray.rows)[:8]} of what the {stray.step} handed back became {stray.value:.6g} "
+                    "afterwards: it is memory that later steps, or another sequence, write to",
+                )
 
 
 def buffer_intact(trial: Trial) -> Iterator[Symptom]:
