@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -32,12 +33,12 @@ class WroteBeforeRefusing(Exception):
 
 
 @contextlib.contextmanager
-def refusing_cleanly(run: KernelCall | LayerRun) -> Iterator[None]:
+def refusing_cleanly(runs: Sequence[KernelCall | LayerRun]) -> Iterator[None]:
     """A backend that refuses must not have written anything."""
     try:
         yield
     except (UnsupportedCase, NotImplementedError) as refusal:
-        if changed := run.changed():
+        if changed := [what for run in runs for what in run.changed()]:
             raise WroteBeforeRefusing(f"{changed[0]} changed before it refused: {refusal}") from refusal
         raise UnsupportedCase(str(refusal)) from refusal
 
@@ -170,12 +171,15 @@ def run_kernel(
     Raises:
         UnsupportedCase: when the backend itself refuses; the message says if it had written anything by then.
     """
-    call = KernelCall(backend, case, inputs, poison, device, asked)
-    with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly(call):
-        for _ in around(decoy, lambda other: KernelCall(backend, other, kernel_inputs(other, "cpu"), poison, device)):
-            call.forward()
-        call.backward()
-    return call.observe()
+    made = functools.partial(KernelCall, backend, poison=poison, device=device)
+    calls: list[KernelCall] = []
+    with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly(calls):
+        for _ in around(decoy, lambda other: made(case=other, inputs=kernel_inputs(other, "cpu"))):
+            # Not before the first decoy is gone, whose memory this call then gets: what is kept by address is stale.
+            calls.append(made(case=case, inputs=inputs, asked=asked))
+            calls[0].forward()
+        calls[0].backward()
+    return calls[0].observe()
 
 
 class LayerRun:
@@ -261,7 +265,7 @@ def run_layer(
 ) -> Observation:
     """A packed sequence through the backend's layer on ``device``, around a decoy's where one is given."""
     run = LayerRun(backend, case, inputs, poison, device)
-    with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly(run):
+    with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly([run]):
         for _ in around(decoy, lambda other: LayerRun(backend, other, layer_inputs(other, "cpu"), poison, device)):
             run.forward()
         run.backward()

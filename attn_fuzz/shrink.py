@@ -122,6 +122,16 @@ def shorter_documents(case: Case) -> Iterator[Case | None]:
             yield _resized(case, index, queries, fewer)
 
 
+def shorter_everywhere(case: Case) -> Iterator[Case | None]:
+    """With all documents at most so long at once: what needs their number may not need their lengths."""
+    keys = case.key_lengths
+    longest = max(*case.lengths, *(keys or ()))
+    for most in _smaller(longest):
+        shorter = [min(length, most) for length in case.lengths]
+        fewer = None if keys is None else [min(length, most) for length in keys]
+        yield with_lengths(case, shorter, range(len(shorter)), fewer)
+
+
 def one_shorter(case: Case) -> Iterator[Case | None]:
     """With one document shorter by one token: queries and keys together, then each alone."""
     for index, queries in enumerate(case.lengths):

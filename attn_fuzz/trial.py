@@ -72,9 +72,8 @@ class Trial:
 
     def repeats(self, name: str) -> bool:
         """Whether the backend promises the same bits every time for this result."""
-        capabilities = self.backend.kernel.capabilities_on(self.device.type)
         backward = name in BACKWARD or name.startswith("d_")
-        return capabilities.repeatable and (capabilities.repeatable_backward or not backward)
+        return self.measured.repeatable and (self.measured.repeatable_backward or not backward)
 
     def answer_with(self, samples: int) -> dict[str, Expected]:
         """The reference's answer; ``samples`` matter to layer budgets only."""

@@ -92,9 +92,10 @@ class Capabilities:
     """NaN in one document stays out of all others (False for a product with an explicit mask); None: by trying."""
     lse_of_blind_rows: float = -math.inf
     """The LSE of rows that see no key: -inf by definition, +inf by some kernels' convention."""
-    repeatable: bool = True
-    """The same call twice gives the same bits, forward and backward."""
-    repeatable_backward: bool = True
+    repeatable: bool | None = True
+    """The same call twice gives the same bits; None: found out by trying."""
+    repeatable_backward: bool | None = True
+    """The same for gradients, which some kernels sum up in the order in which blocks happen to finish."""
     covers_all_rows: bool = True
     """Rows outside the documents get zeros; False: the kernel leaves them unwritten."""
     configurations: tuple[Configuration, ...] = ()

@@ -155,7 +155,13 @@ def _taken_options(function: Callable[..., Any], name: str) -> set[str]:
 _OPTIONS = ("softmax_scale", "causal", "window_size", "softcap")
 
 
-_UNPROMISED = {"covers_all_rows": False, "capacity": None, "isolates_nonfinite": None}
+_UNPROMISED = {
+    "covers_all_rows": False,
+    "capacity": None,
+    "isolates_nonfinite": None,
+    "repeatable": None,
+    "repeatable_backward": None,
+}
 """What nobody has stated about a user's kernel."""
 
 

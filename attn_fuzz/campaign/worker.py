@@ -51,6 +51,14 @@ _SHRINK_SECONDS: Final = 8.0
 
 _MINIMISE_SECONDS: Final = 60.0
 
+_ATTEMPTS: Final = 12
+"""How often a smaller case is tried where the failing one, run once more, was right."""
+
+_NOW_AND_THEN: Final = (
+    "The same case, run once more, was right: a race, or something that earlier calls leave behind. Replay it several "
+    "times."
+)
+
 REFUSALS: Final = 500
 """A backend that has refused so many and taken none would refuse for ever."""
 
@@ -215,6 +223,7 @@ class Hunt:
         # All probes may see something that names it better than those it was found by.
         careful = self.examine(case)
         best = careful if careful.symptoms else verdict
+        attempts = 1 if careful.symptoms else _ATTEMPTS
         if best.first is not None and best.first.check == "regrouping" and (other := regrouped_case(case)) is not None:
             # The case passes and another arrangement of it fails: that one is the finding, if it fails by itself.
             moved = self.examine(other)
@@ -229,6 +238,9 @@ class Hunt:
         asked = () if best.first is None or best.first.probe is None else (best.first.probe,)
 
         def fails(candidate: Case) -> bool:
+            return any(fails_once(candidate) for _ in range(attempts))
+
+        def fails_once(candidate: Case) -> bool:
             nonlocal best
             try:
                 found = self.examine(candidate, poisons, asked)
@@ -244,7 +256,10 @@ class Hunt:
         whole = self.examine(small, poisons)
         best = whole if type(whole.first) is symptom else best
         self.found.add(symptom.__name__)
-        self.send(Found(dataclasses.replace(self.finding(small, best), symptom=symptom.__name__)))
+        finding = dataclasses.replace(self.finding(small, best), symptom=symptom.__name__)
+        if attempts > 1:
+            finding = dataclasses.replace(finding, messages=(*finding.messages, _NOW_AND_THEN))
+        self.send(Found(finding))
 
     def finding(self, case: Case, verdict: Verdict) -> Finding:
         """The finding of a case that failed."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from attn_fuzz.observation import differing
-from attn_fuzz.symptoms import InputsChanged, MissingResult, PoisonLeaked, Symptom, WroteOutside
+from attn_fuzz.symptoms import InputsChanged, MissingResult, NotRepeatable, PoisonLeaked, Symptom, WroteOutside
 from attn_fuzz.trial import Trial
 from reference.memory import same_bits
 from reference.values import DTYPES
@@ -54,13 +54,15 @@ def unwritten_unread(trial: Trial) -> Iterator[Symptom]:
             )
     if len(trial.observations) == 2:
         for name in differing(*trial.observations):
-            if (
-                trial.repeats(name)
-                and not trial.observations[0].results[name].isnan().any()
-                and _by_poison(trial, name)
-            ):
+            if not trial.repeats(name) or trial.observations[0].results[name].isnan().any():
+                continue
+            if _by_poison(trial, name):
                 yield PoisonLeaked(
                     "unwritten", name, "its bits change with the contents of memory that nobody has written"
+                )
+            else:
+                yield NotRepeatable(
+                    "repeatable", name, "two runs of the same call gave other bits, and not for what memory held"
                 )
 
 

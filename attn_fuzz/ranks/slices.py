@@ -55,7 +55,7 @@ def run_slice(backend: str, case: Case, inputs: LayerInputs, poison: str, decoy:
     def made(other: Case) -> RankRun:
         return RankRun(loaded, other, drawn(other), poison, device)
 
-    with poisoned(poison, device, compiled=loaded.kernel.compiled), refusing_cleanly(run):
+    with poisoned(poison, device, compiled=loaded.kernel.compiled), refusing_cleanly([run]):
         for _ in around(decoy, made, lockstep=True):
             run.forward()
         run.backward()
