@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from doubles import double, trial
@@ -106,6 +108,28 @@ def test_a_decoy_runs_before_the_forward_and_again_before_the_backward() -> None
     ]
     # Under the second poison the case is alone.
     assert who[5:] == [("forward", "case"), ("backward", "case")]
+
+
+class NotesMetadata(Loop):
+    """Notes which of the prefix sums that it was handed before are still in memory."""
+
+    def __init__(self) -> None:
+        self.handed: list[weakref.ref[torch.Tensor]] = []
+        self.alive: list[int] = []
+
+    def forward(
+        self, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.alive.append(sum(handed() is not None for handed in self.handed))
+        self.handed.append(weakref.ref(call.metadata.cu_seqlens_q))
+        return super().forward(call, q, k, v)
+
+
+def test_a_case_is_put_where_its_decoy_was() -> None:
+    """What is kept by address is then the decoy's: its tensors are gone when those of the case are made."""
+    loop = NotesMetadata()
+    assert trial(loop, CASE).observations
+    assert loop.alive[1] == 0
 
 
 class KeepsScale(Loop):
