@@ -79,7 +79,7 @@ class _Layer:
         positions = torch.cat([torch.arange(span.length, device=device) for span in self.spans])
         self.angles = rotary_angles(case, positions)
         self.gradients: dict[str, torch.Tensor] = {}
-        self.own_variance: dict[str, torch.Tensor | int] = {}
+        self.own_variance: dict[str, torch.Tensor] = {}
 
     # Projections.
 
@@ -117,11 +117,10 @@ class _Layer:
 
         Nothing is computed from it, so that its own roundings need no samples: their variances are known.
         """
-        self.gradients[name] = sum_of(terms)
-        self.own_variance[name] = sum(
-            rounding_variance(term[0], self.case.dtype) + ACCUMULATION**2 * square
-            for term, square in zip(terms, squares, strict=True)
-        )
+        stacked = torch.stack(terms)
+        self.gradients[name] = stacked.sum(0)
+        roundings = rounding_variance(stacked[:, 0], self.case.dtype).sum(0)
+        self.own_variance[name] = roundings + ACCUMULATION**2 * sum_of(squares)
 
     def weight_gradient(self, name: str, dy: torch.Tensor, x: torch.Tensor, parts: Sequence[Span]) -> None:
         """``dy.T @ x`` of each part of the tokens."""

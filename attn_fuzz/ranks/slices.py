@@ -44,16 +44,16 @@ class RankRun(LayerRun):
 _loaded = functools.lru_cache(maxsize=None)(registry.load)
 
 
-def run_slice(backend: str, case: Case, inputs: LayerInputs, poison: str, decoy: Case | None) -> Observation:
+def run_slice(
+    backend: str, case: Case, inputs: LayerInputs, poison: str, decoy: Case | None, decoys: LayerInputs | None
+) -> Observation:
     """What one rank does: called in every rank of a team."""
     device, loaded = here().device, _loaded(backend)
     run = RankRun(loaded, case, inputs, poison, device)
 
-    # The decoy is run twice.
-    drawn = functools.lru_cache(maxsize=1)(functools.partial(layer_inputs, device="cpu"))
-
     def made(other: Case) -> RankRun:
-        return RankRun(loaded, other, drawn(other), poison, device)
+        assert decoys is not None
+        return RankRun(loaded, other, decoys, poison, device, watched=False)
 
     with poisoned(poison, device, compiled=loaded.kernel.compiled), refusing_cleanly(run):
         for _ in around(decoy, made, lockstep=True):
@@ -72,7 +72,8 @@ def run_ranks(
         RanksHung: when ranks did not come back.
         UnsupportedCase: when the backend itself refuses.
     """
-    arguments = (backend.name, case, inputs, poison, decoy)
+    # Drawn here once, and not on every rank.
+    arguments = (backend.name, case, inputs, poison, decoy, decoy and layer_inputs(decoy, "cpu"))
     return assembled(case, poison, teams().call(case.all_ranks, device, run_slice, arguments))
 
 
