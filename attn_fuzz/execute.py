@@ -172,9 +172,11 @@ def run_kernel(
         UnsupportedCase: when the backend itself refuses; the message says if it had written anything by then.
     """
     made = functools.partial(KernelCall, backend, poison=poison, device=device)
+    # Drawn once, and with nobody filling the memory that it takes.
+    others = kernel_inputs(decoy, "cpu") if decoy is not None else inputs
     calls: list[KernelCall] = []
     with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly(calls):
-        for _ in around(decoy, lambda other: made(case=other, inputs=kernel_inputs(other, "cpu"))):
+        for _ in around(decoy, lambda other: made(case=other, inputs=others)):
             # Not before the first decoy is gone, whose memory this call then gets: what is kept by address is stale.
             calls.append(made(case=case, inputs=inputs, asked=asked))
             calls[0].forward()
@@ -183,10 +185,28 @@ def run_kernel(
 
 
 class LayerRun:
-    """A packed sequence through a layer: all micro-sequences forward, then all backward in reverse."""
+    """A packed sequence through a layer: all micro-sequences forward, then all backward in reverse.
 
-    def __init__(self, backend: Backend, case: Case, inputs: LayerInputs, poison: str, device: torch.device) -> None:
-        self.backend, self.case, self.poison = backend, case, poison
+    Args:
+        backend: whose layer.
+        case: what to run.
+        inputs: its tensors.
+        poison: contents of unwritten memory.
+        device: where.
+        watched: whether the K/V buffer is compared step by step, which nobody asks of a decoy.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        case: Case,
+        inputs: LayerInputs,
+        poison: str,
+        device: torch.device,
+        *,
+        watched: bool = True,
+    ) -> None:
+        self.backend, self.case, self.poison, self.watched = backend, case, poison, watched
         named = {"x": inputs.x, "dout": inputs.dout, **{f"weight {name}": w for name, w in inputs.weights.items()}}
         self.placed = {name: self._place(name, tensor.to(device)) for name, tensor in named.items()}
         self.weight_names = tuple(inputs.weights)
@@ -216,24 +236,25 @@ class LayerRun:
 
     def forward(self) -> None:
         self.layer = self.make_layer({name: self.placed[f"weight {name}"].tensor for name in self.weight_names})
-        self.buffer, self.buffer_gradient = Watch(("k", "v")), Watch(("dk", "dv"))
-        self.buffer.note(self.layer.key_value())
-        self.buffer_gradient.note(self.layer.key_value_gradients())
+        self.buffer = Watch(("k", "v"), self.layer.key_value)
+        self.buffer_gradient = Watch(("dk", "dv"), self.layer.key_value_gradients)
         x = self.placed["x"].tensor
         for part in self.parts:
             step = f"forward of {list(part)}"
             self.outputs.add(step, self.layer.forward(x[slice(*self.own(part))], *part))
-            self.observation.strays += self.buffer.compare(self.layer.key_value(), step, *part)
-            self.observation.strays += self.buffer_gradient.compare(self.layer.key_value_gradients(), step, 0, 0)
+            if self.watched:
+                self.observation.strays += self.buffer.compare(step, *part)
+                self.observation.strays += self.buffer_gradient.compare(step, 0, 0)
 
     def backward(self) -> None:
         dout = self.placed["dout"].tensor
         for part in reversed(self.parts):
             step = f"backward of {list(part)}"
             self.input_gradients.add(step, self.layer.backward(dout[slice(*self.own(part))]))
-            extent = active_extent(self.case.packed_lengths, self.slice_of_queries(part))
-            self.observation.strays += self.buffer_gradient.compare(self.layer.key_value_gradients(), step, *extent)
-            self.observation.strays += self.buffer.compare(self.layer.key_value(), step, 0, 0)
+            if self.watched:
+                extent = active_extent(self.case.packed_lengths, self.slice_of_queries(part))
+                self.observation.strays += self.buffer_gradient.compare(step, *extent)
+                self.observation.strays += self.buffer.compare(step, 0, 0)
 
     def observe(self) -> Observation:
         """What the layer gave back, on the CPU."""
@@ -265,8 +286,10 @@ def run_layer(
 ) -> Observation:
     """A packed sequence through the backend's layer on ``device``, around a decoy's where one is given."""
     run = LayerRun(backend, case, inputs, poison, device)
+    # Drawn once, and with nobody filling the memory that it takes.
+    others = layer_inputs(decoy, "cpu") if decoy is not None else inputs
     with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly([run]):
-        for _ in around(decoy, lambda other: LayerRun(backend, other, layer_inputs(other, "cpu"), poison, device)):
+        for _ in around(decoy, lambda other: LayerRun(backend, other, others, poison, device, watched=False)):
             run.forward()
         run.backward()
     return run.observe()

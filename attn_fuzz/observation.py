@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
-from reference.memory import bits, same_bits
+from reference.memory import live_bits, same_bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,23 +58,45 @@ def differing(first: Observation, second: Observation) -> list[str]:
     ]
 
 
-def strays(name: str, step: str, before: torch.Tensor, after: torch.Tensor, begin: int, end: int) -> list[Stray]:
-    """Rows outside ``[begin, end)`` whose bits differ, of those that were there before: a buffer may grow."""
-    if begin == end and same_bits(before, after):
-        # By far the most frequent case, and several times as fast.
-        return []
-    if before.shape[1:] != after.shape[1:] or before.dtype != after.dtype:
-        # Nothing to compare row by row; what it is in the end is judged by its shape and dtype.
-        return []
-    rows_kept = min(len(before), len(after))
-    before, after = before[:rows_kept], after[:rows_kept]
-    differs = (bits(before) != bits(after)).flatten(1).any(1)
-    differs[begin:end] = False
-    rows = differs.nonzero()[:, 0].tolist()
-    if not rows:
-        return []
-    row_differs = bits(before)[rows[0]] != bits(after)[rows[0]]
-    return [Stray(name, step, tuple(rows), after[rows[0]][row_differs][0].item())]
+class _Watched:
+    """One tensor's bits at the last look. Few operations: every tensor is looked at after every step of every run."""
+
+    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+        self._name = name
+        self._tensor, self._live = tensor, live_bits(tensor)
+        self._before = self._live.clone()
+
+    def compare(self, tensor: torch.Tensor, step: str, begin: int, end: int) -> list[Stray]:
+        """Rows outside ``[begin, end)`` that changed since the last look."""
+        if tensor is not self._tensor or tensor.data_ptr() != self._live.data_ptr():
+            # A layer may hand out a new view every time, or have moved.
+            self._tensor, self._live = tensor, live_bits(tensor)
+        before, live = self._before, self._live
+        if before.shape != live.shape or before.dtype != live.dtype:
+            return self._resized(step, begin, end)
+        if begin == end and torch.equal(before, live):
+            # By far the most frequent case, and nothing to remember.
+            return []
+        differs = before != live
+        differs[begin:end] = False
+        found = [self._stray(differs, step)] if differs.any() else []
+        before.copy_(live)
+        return found
+
+    def _resized(self, step: str, begin: int, end: int) -> list[Stray]:
+        """The same for a buffer of another size: what it is in the end is judged by its shape and dtype."""
+        before, self._before = self._before, self._live.clone()
+        if before.shape[1:] != self._live.shape[1:] or before.dtype != self._live.dtype:
+            return []
+        kept = min(len(before), len(self._live))
+        differs = before[:kept] != self._live[:kept]
+        differs[begin:end] = False
+        return [self._stray(differs, step)] if differs.any() else []
+
+    def _stray(self, differs: torch.Tensor, step: str) -> Stray:
+        rows = differs.flatten(1).any(1).nonzero()[:, 0].tolist()
+        value = self._tensor.detach()[rows[0]][differs[rows[0]]][0].item()
+        return Stray(self._name, step, tuple(rows), value)
 
 
 class HandedBack:
@@ -81,43 +104,42 @@ class HandedBack:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._given: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        self._given: list[tuple[str, torch.Tensor, torch.Tensor, _Watched]] = []
 
     def add(self, step: str, tensor: torch.Tensor) -> None:
         """Remembers a result as it is."""
-        self._given.append((step, tensor.detach(), tensor.detach().clone()))
+        given = tensor.detach()
+        self._given.append((step, given, given.clone(), _Watched(self.name, given)))
 
     def values(self) -> list[torch.Tensor]:
         """The results as they were when they were handed back, in that order."""
-        return [then for _, _, then in self._given]
+        return [then for _, _, then, _ in self._given]
 
     def changed(self) -> list[Stray]:
         """Rows of results that are no longer what they were."""
-        return [stray for step, now, then in self._given for stray in strays(self.name, step, then, now, 0, 0)]
+        return [stray for step, now, _, watched in self._given for stray in watched.compare(now, step, 0, 0)]
 
 
 class Watch:
-    """Compares a buffer's bits before and after each step.
+    """Compares a buffer's bits before and after each step, out of sight of whatever fills or traces memory.
 
     Args:
         names: of the two tensors watched.
+        look: gives them as they are now, or None where there are none to see.
     """
 
-    def __init__(self, names: tuple[str, str]) -> None:
-        self.names = names
-        self.before: tuple[torch.Tensor, ...] | None = None
+    def __init__(self, names: tuple[str, str], look: Callable[[], tuple[torch.Tensor, torch.Tensor] | None]) -> None:
+        self._names, self._look = names, look
+        self._watched: list[_Watched] = []
+        self.compare("", 0, 0)
 
-    def compare(
-        self, tensors: tuple[torch.Tensor, torch.Tensor] | None, step: str, begin: int, end: int
-    ) -> list[Stray]:
+    def compare(self, step: str, begin: int, end: int) -> list[Stray]:
         """Rows outside ``[begin, end)`` that changed since the last look."""
-        found: list[Stray] = []
-        if tensors is not None and self.before is not None:
-            for name, before, after in zip(self.names, self.before, tensors, strict=True):
-                found += strays(name, step, before, after, begin, end)
-        self.note(tensors)
-        return found
-
-    def note(self, tensors: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-        """Remembers the bits as they are."""
-        self.before = None if tensors is None else tuple(tensor.detach().clone() for tensor in tensors)
+        tensors = self._look()
+        # A dispatch mode (poison.py) would have every operation pass through Python.
+        with torch._C._DisableTorchDispatch():
+            if tensors is None or not self._watched:
+                self._watched = [_Watched(*pair) for pair in zip(self._names, tensors or (), strict=False)]
+                return []
+            pairs = zip(self._watched, tensors, strict=True)
+            return [stray for watched, tensor in pairs for stray in watched.compare(tensor, step, begin, end)]

@@ -13,7 +13,7 @@ from attn_fuzz.execute import run_kernel, run_layer
 from attn_fuzz.measured import Measured, measured
 from attn_fuzz.observation import Observation
 from attn_fuzz.poison import POISONS
-from attn_fuzz.ranks.slices import run_ranks
+from attn_fuzz.ranks.whole import run_ranks
 from backends.registry import Backend
 from reference.answer import Expected, Inputs, kernel_answer, kernel_inputs
 from reference.arithmetic import CONFIRMING_SAMPLES, SAMPLES

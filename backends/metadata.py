@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -11,10 +12,8 @@ import torch
 
 def prefix_sums(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     """int32 ``[len(lengths) + 1]`` starting at 0."""
-    sums = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=device)
-    if lengths:
-        sums[1:] = torch.tensor(list(lengths), dtype=torch.int32).to(device, non_blocking=True).cumsum(0)
-    return sums
+    sums = list(itertools.accumulate(lengths, initial=0))
+    return torch.tensor(sums, dtype=torch.int32).to(device, non_blocking=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

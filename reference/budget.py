@@ -62,12 +62,10 @@ def degrees_of_freedom(total: torch.Tensor, sources: torch.Tensor, rounding: tor
 
 def rounding_variance(x: torch.Tensor, dtype: str) -> torch.Tensor:
     """rvar: the error variance of storing ``x`` in ``dtype``."""
-    magnitude = x.abs()
-    normal = (ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[dtype] ** 2) * x.square()
-    subnormal = torch.full_like(x, SUBNORMAL_SPACING[dtype] ** 2 / 12)
+    normal = x.square().mul_(ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[dtype] ** 2)
+    stored = torch.where(x.abs() >= SMALLEST_NORMAL[dtype], normal, SUBNORMAL_SPACING[dtype] ** 2 / 12)
     # A float64 result that should be 0 comes out near 1e-17 of its terms; it is a zero as far as rounding goes.
-    stored = torch.where(magnitude >= SMALLEST_NORMAL[dtype], normal, subnormal)
-    return torch.where(magnitude == 0, torch.zeros_like(x), stored)
+    return stored.masked_fill_(x == 0, 0.0)
 
 
 def flush_variance(p: torch.Tensor) -> torch.Tensor:

@@ -87,7 +87,7 @@ class _Layer:
         if case.rotary != "none":
             self.cos, self.sin = self.rotary_tables(positions)
         self.gradients: dict[str, torch.Tensor] = {}
-        self.own_variance: dict[str, torch.Tensor | int] = {}
+        self.own_variance: dict[str, torch.Tensor] = {}
 
     # Projections.
 
@@ -125,14 +125,13 @@ class _Layer:
 
         Nothing is computed from it, so that its own roundings need no samples: their variances are known.
         """
-        self.gradients[name] = sum_of(terms)
-        self.own_variance[name] = sum(
-            rounding_variance(term[0], self.case.dtype) + ACCUMULATION**2 * square
-            for term, square in zip(terms, squares, strict=True)
-        )
+        stacked = torch.stack(terms)
+        self.gradients[name] = stacked.sum(0)
+        roundings = rounding_variance(stacked[:, 0], self.case.dtype).sum(0)
+        self.own_variance[name] = roundings + ACCUMULATION**2 * sum_of(squares)
         if f"d_{name}" in self.profile.stored_sums:
             # Of the last micro-sequence, of the last two, ...: each running sum is rounded.
-            running = torch.stack([term[0] for term in terms[::-1]]).cumsum(0)[1:]
+            running = stacked[:, 0].flip(0).cumsum(0)[1:]
             self.own_variance[name] += rounding_variance(running, self.case.dtype).sum(0)
 
     def weight_gradient(self, name: str, dy: torch.Tensor, x: torch.Tensor, parts: Sequence[Span]) -> None:

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
-if TYPE_CHECKING:
-    from reference.case import Case
+
+class Arranged(Protocol):
+    """What layouts need to know of a case (``reference/case.py`` says what each means)."""
+
+    @property
+    def cuts(self) -> tuple[int, ...]: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def ranks(self) -> int: ...
+    @property
+    def all_ranks(self) -> int: ...
+    @property
+    def packed_lengths(self) -> tuple[int, ...]: ...
+    @property
+    def packed_key_lengths(self) -> tuple[int, ...]: ...
 
 
 class Span(NamedTuple):
@@ -47,7 +61,7 @@ def cut_inside_document(lengths: Sequence[int], cuts: Sequence[int]) -> int | No
     return next((cut for cut in cuts if cut not in boundaries), None)
 
 
-def micro_sequences(case: Case) -> tuple[Span, ...]:
+def micro_sequences(case: Arranged) -> tuple[Span, ...]:
     """The micro-sequences of a layer case, in forward order."""
     bounds = (0, *case.cuts, case.tokens)
     return tuple(Span(begin, end) for begin, end in itertools.pairwise(bounds))
@@ -59,12 +73,12 @@ def rank_slice(micro_sequence: Span, rank: int, ranks: int) -> Span:
     return Span(micro_sequence.begin + rank * size, micro_sequence.begin + (rank + 1) * size)
 
 
-def rank_slices(case: Case) -> tuple[Span, ...]:
+def rank_slices(case: Arranged) -> tuple[Span, ...]:
     """Every rank's share of every micro-sequence, in the order of tokens; with one rank, the micro-sequences."""
     return tuple(rank_slice(part, rank, case.ranks) for part in micro_sequences(case) for rank in range(case.ranks))
 
 
-def owned_slices(case: Case) -> tuple[Span, ...]:
+def owned_slices(case: Arranged) -> tuple[Span, ...]:
     """Every process's own tokens of every micro-sequence; without tensor parallelism, the same as ``rank_slices``."""
     return tuple(
         rank_slice(part, rank, case.all_ranks) for part in micro_sequences(case) for rank in range(case.all_ranks)
@@ -93,7 +107,7 @@ def active_extent(lengths: Sequence[int], micro_sequence: Span) -> Span:
     return Span(segments(lengths, micro_sequence)[0].keys.begin, micro_sequence.end)
 
 
-def call_segments(case: Case) -> tuple[Segment, ...]:
+def call_segments(case: Arranged) -> tuple[Segment, ...]:
     """Queries and keys of every document of a kernel case."""
     queries = document_spans(case.packed_lengths)
     keys = document_spans(case.packed_key_lengths)

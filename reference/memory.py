@@ -18,6 +18,11 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(_INTEGERS[x.element_size()])
 
 
+def live_bits(x: torch.Tensor) -> torch.Tensor:
+    """``bits`` as a view, whatever the strides: it follows what is written later."""
+    return x.detach().view(_INTEGERS[x.element_size()])
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors hold the same bits."""
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))

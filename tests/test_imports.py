@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,33 @@ def test_imports_go_down(floor: str, path: Path) -> None:
 )
 def test_rule_sees_violations(floor: str, source: str) -> None:
     assert violations(floor, source)
+
+
+def circle(sources: Mapping[str, str]) -> list[str]:
+    """Modules that import one another in a circle, by type or in functions too; none for a house in order.
+
+    Args:
+        sources: texts by module name.
+    """
+    graph = {name: {other for other in imported(text) if other in sources} - {name} for name, text in sources.items()}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        found: list[str] = error.args[1]
+        return found
+    return []
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for _, path in modules()}
+    sources = {name.removesuffix(".__init__"): path.read_text() for path, name in names.items()}
+    assert circle(sources) == []
+
+
+def test_circles_are_seen() -> None:
+    sources = {"a.x": "from a import y", "a.y": "def f():\n    import a.z", "a.z": "from a.x import thing", "b": ""}
+    assert set(circle(sources)) == {"a.x", "a.y", "a.z"}
+    assert circle({"a.x": "import a.y", "a.y": "import b", "b": ""}) == []
 
 
 def test_every_module_is_small_and_says_what_it_is() -> None:

@@ -12,6 +12,7 @@ from attn_fuzz.trial import Trial
 from reference.answer import Expected
 from reference.budget import ROUNDING_SECOND_MOMENT
 from reference.case import Case
+from reference.memory import same_bits
 
 LIMIT: Final = 10.0
 """Standard deviations. The largest error of correct tensor-core kernels over 4e9 elements was 8.6 (docs/oracle.md)."""
@@ -94,14 +95,23 @@ def worst_errors(trial: Trial) -> dict[str, float]:
 
 def _largest(trial: Trial, answer: dict[str, Expected]) -> dict[str, float]:
     worst: dict[str, float] = {}
-    for observation in trial.observations:
-        for name, got in observation.results.items():
-            expected = answer.get(name)
-            if expected is not None and got.shape == expected.value.shape and got.numel():
-                # Where structured values allow for more, in units in which the verdict is at LIMIT as elsewhere.
-                z = deviations(trial.case, got, expected).max().item() * LIMIT / limit(trial.case)
-                worst[name] = max(z, worst.get(name, 0.0))
+    for name, got in _distinct_results(trial):
+        expected = answer.get(name)
+        if expected is not None and got.shape == expected.value.shape and got.numel():
+            # Where structured values allow for more, in units in which the verdict is at LIMIT as elsewhere.
+            z = deviations(trial.case, got, expected).max().item() * LIMIT / limit(trial.case)
+            worst[name] = max(z, worst.get(name, 0.0))
     return worst
+
+
+def _distinct_results(trial: Trial) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and results of all observations, those left out whose bits the first one has, as nearly all have."""
+    first, *others = trial.observations
+    yield from first.results.items()
+    for observation in others:
+        for name, got in observation.results.items():
+            if name not in first.results or not same_bits(got, first.results[name]):
+                yield name, got
 
 
 HISTOGRAM_STEP: Final = 0.5
@@ -127,17 +137,16 @@ def histograms(trial: Trial) -> dict[str, list[int]]:
 def _suspects(trial: Trial, answer: dict[str, Expected]) -> dict[str, torch.Tensor]:
     """z of the results that exceed the limit, by name; non-finite observations belong to other checks' runs."""
     found: dict[str, torch.Tensor] = {}
-    for observation in trial.observations:
-        for name, got in observation.results.items():
-            expected = answer.get(name)
-            if expected is None or got.shape != expected.value.shape or name in found:
-                continue
-            z = deviations(trial.case, got, expected)
-            owed_zero = (expected.variance == 0) & (expected.value == 0)
+    for name, got in _distinct_results(trial):
+        expected = answer.get(name)
+        if expected is None or got.shape != expected.value.shape or name in found:
+            continue
+        z = deviations(trial.case, got, expected)
+        if name in ("dk", "dv", "dq"):
             # Dead rows have a check of their own, which names them.
-            z = torch.where(owed_zero & (name in ("dk", "dv", "dq")), 0.0, z)
-            if z.numel() and z.max() > limit(trial.case):
-                found[name] = z
+            z = torch.where((expected.variance == 0) & (expected.value == 0), 0.0, z)
+        if z.numel() and z.max() > limit(trial.case):
+            found[name] = z
     return found
 
 

@@ -1,5 +1,5 @@
 """Ranks under test: processes that live from case to case, and what one case has them do.
 
-``host`` forks them, ``member`` is what runs in each, ``team`` is those that work together, as the parent sees them, and
-``slices`` runs a layer case on a team.
+In the parent, ``whole`` runs a layer case on a ``team`` of ranks, whose processes ``host`` has the ``nursery`` fork. In
+each of them ``member`` waits for calls, and ``slices`` is what a case asks of it.
 """

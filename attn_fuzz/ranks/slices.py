@@ -1,9 +1,8 @@
-"""A layer case on several ranks: each runs its slice of every micro-sequence; the parent assembles what they saw."""
+"""What one rank does of a layer case: its slice of every micro-sequence."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 
@@ -11,19 +10,11 @@ from attn_fuzz.execute import LayerRun, around, refusing_cleanly
 from attn_fuzz.observation import Observation
 from attn_fuzz.poison import poisoned
 from attn_fuzz.ranks.member import here
-from attn_fuzz.ranks.team import teams
 from backends import registry
 from backends.layer import Layer
-from backends.registry import Backend
 from reference.case import Case
-from reference.layer import LayerInputs, layer_inputs
-from reference.layout import Span, micro_sequences, rank_slice
-
-OWNED = ("out", "dx", "dk", "dv")
-"""Results of which each rank has the rows of its own tokens."""
-
-REPLICATED = ("k", "v")
-"""Results that every rank has whole, to the bit."""
+from reference.layer import LayerInputs
+from reference.layout import Span, rank_slice
 
 
 class RankRun(LayerRun):
@@ -44,86 +35,19 @@ class RankRun(LayerRun):
 _loaded = functools.lru_cache(maxsize=None)(registry.load)
 
 
-def run_slice(backend: str, case: Case, inputs: LayerInputs, poison: str, decoy: Case | None) -> Observation:
+def run_slice(
+    backend: str, case: Case, inputs: LayerInputs, poison: str, decoy: Case | None, decoys: LayerInputs | None
+) -> Observation:
     """What one rank does: called in every rank of a team."""
     device, loaded = here().device, _loaded(backend)
     run = RankRun(loaded, case, inputs, poison, device)
 
-    # The decoy is run twice.
-    drawn = functools.lru_cache(maxsize=1)(functools.partial(layer_inputs, device="cpu"))
-
     def made(other: Case) -> RankRun:
-        return RankRun(loaded, other, drawn(other), poison, device)
+        assert decoys is not None
+        return RankRun(loaded, other, decoys, poison, device, watched=False)
 
     with poisoned(poison, device, compiled=loaded.kernel.compiled), refusing_cleanly([run]):
         for _ in around(decoy, made, lockstep=True):
             run.forward()
         run.backward()
     return run.observe()
-
-
-def run_ranks(
-    backend: Backend, case: Case, inputs: LayerInputs, poison: str, device: torch.device, decoy: Case | None = None
-) -> Observation:
-    """A packed sequence through the backend's layer on ``case.all_ranks`` ranks, around a decoy's where one is given.
-
-    Raises:
-        RankFailed: when a rank raised or died.
-        RanksHung: when ranks did not come back.
-        UnsupportedCase: when the backend itself refuses.
-    """
-    arguments = (backend.name, case, inputs, poison, decoy)
-    return assembled(case, poison, teams().call(case.all_ranks, device, run_slice, arguments))
-
-
-def assembled(case: Case, poison: str, observed: Sequence[Observation]) -> Observation:
-    """The observation of a whole case from those of its ranks, in their order.
-
-    Owned rows are put in the order of tokens, what is replicated is the first rank's, and parameter gradients are added
-    up, in float32 as data-parallel training does.
-    """
-    found = Observation(poison, {}, paths=frozenset().union(*(one.paths for one in observed)))
-    names = [name for name in observed[0].results if all(name in one.results for one in observed)]
-    for name in names:
-        results = [one.results[name] for one in observed]
-        if name in REPLICATED:
-            found.results[name] = results[0]
-        elif name in OWNED:
-            found.results[name] = _by_tokens(case, results, own_rows_only=name in ("out", "dx"))
-        else:
-            found.results[name] = _parameter_gradient(case, name, results)
-    for rank, one in enumerate(observed):
-        found.changed += [f"{what} on rank {rank}" for what in one.changed]
-        found.strays += [stray.on_rank(rank) for stray in one.strays]
-    found.by_rank = tuple({name: one.results[name] for name in names if name in BUFFERS} for one in observed)
-    return found
-
-
-def _parameter_gradient(case: Case, name: str, results: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A parameter's gradient, added up over the ranks that have the same share of it, shares side by side."""
-    dimension = {"d_query": 0, "d_dense": 1}.get(name)
-    if dimension is None:
-        return torch.stack(list(results)).sum(0)
-    shares = [torch.stack(list(results[share :: case.tensor_ranks])).sum(0) for share in range(case.tensor_ranks)]
-    return torch.cat(shares, dimension)
-
-
-BUFFERS = ("k", "v", "dk", "dv")
-
-
-def _by_tokens(case: Case, results: Sequence[torch.Tensor], *, own_rows_only: bool) -> torch.Tensor:
-    """Every rank's own rows, in the order of tokens.
-
-    Args:
-        case: the case.
-        results: per rank, rows of its own slices one after another, or rows of all tokens.
-        own_rows_only: which of the two.
-    """
-    rows, taken = [], 0
-    for part in micro_sequences(case):
-        size = part.length // case.all_ranks
-        for rank, result in enumerate(results):
-            own = Span(taken, taken + size) if own_rows_only else rank_slice(part, rank, case.all_ranks)
-            rows.append(result[slice(*own)])
-        taken += size
-    return torch.cat(rows)

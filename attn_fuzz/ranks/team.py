@@ -15,13 +15,16 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
-from attn_fuzz.ranks.host import Host
+from attn_fuzz.ranks.host import Host, HostError
 from attn_fuzz.ranks.member import Failure, Seat
 from attn_fuzz.ranks.wire import packed, unpacked
 from backends.kernel import UnsupportedCase
 
 PATIENCE: Final = 120.0
 """Seconds after which silent ranks count as hung: below a campaign's own patience, above what a JIT compiler takes."""
+
+QUICK_PATIENCE: Final = 30.0
+"""The same where nobody compiles: a thousand times what a case takes on the CPU."""
 
 GRACE: Final = 0.5
 """Seconds that the others have to fail too, once one rank has: what one died of explains what the others raised."""
@@ -73,6 +76,7 @@ class Team:
         Raises:
             RankFailed: when a rank raised or died.
             RanksHung: when some have not answered after so many seconds.
+        HostError: when the process that forked them is gone.
             UnsupportedCase: when a rank refused.
             torch.OutOfMemoryError: when one had too little memory.
         """
@@ -152,6 +156,10 @@ class Teams:
         team = self.team(ranks, device)
         try:
             return team.call(function, arguments, seconds)
+        except HostError:
+            # All ranks of all teams ended with it.
+            self.close()
+            raise
         except BaseException:
             del self._teams[ranks, str(device)]
             team.end()
