@@ -20,9 +20,10 @@ from attn_fuzz.process import DEAD_CONTEXT, context_alive, set_up_process
 from attn_fuzz.strategies import Domain
 from attn_fuzz.wide.call import Call
 from attn_fuzz.wide.cutout import bisected, candidates, subset
-from attn_fuzz.wide.gear import Outcome, Suspicion, suspected, verdicts
+from attn_fuzz.wide.gear import Outcome, Suspicion, probe_verdict, suspected, verdicts
 from attn_fuzz.wide.layer import draw_layer_case, layer_verdict
 from attn_fuzz.wide.layouts import LONGEST, Sweep, draw_case
+from attn_fuzz.wide.pace import affordable, masks_whole_pack
 from backends.kernel import UnsupportedCase
 from reference.case import LEVELS, Case
 
@@ -34,6 +35,12 @@ CALL_SECONDS: Final = 0.5
 not, without anybody saying which it is."""
 
 BISECT_SECONDS: Final = 30.0
+
+WAYS: Final = ("budget", "probe", "twice")
+"""How kernel calls are judged, in turn: by the budget; by exact probes; by the budget and the bits of a second run."""
+
+_GROWN: Final = 8
+"""Where kernels form masks over the whole pack, one call in so many has as many documents as others have."""
 
 _BISECTIONS: Final = 3
 """A fault that no cut-out shows is bisected so often, not in every call that it spoils."""
@@ -52,6 +59,8 @@ class WideHunt(Hunt):
         self.sweeps = [Sweep(longest, self.random.randrange(1 << 16)) for longest in sizes]
         self.documents = {(level, size): FIRST_DOCUMENTS for level in LEVELS for size in range(len(sizes))}
         self.bisections = 0
+        self.way, self.turn = WAYS[0], 0
+        self.masks_all = self.device.type == "cpu" and masks_whole_pack(self.backend, self.domain)
 
     def wide_fails(self, case: Case) -> bool:
         """Whether a packed call fails, announced first."""
@@ -64,16 +73,20 @@ class WideHunt(Hunt):
     def draw(self, level: str, size: int) -> Case | None:
         """The next case of a level and size."""
         documents = self.documents[level, size]
+        if self.masks_all and self.turn % _GROWN != _GROWN - 1:
+            documents = min(documents, affordable(self.sweeps[size].longest))
         if level == "layer":
             longest = self.sweeps[size].longest[0]
             return draw_layer_case(self.random, self.backend, self.domain, documents, longest)
         return draw_case(self.random, self.sweeps[size], self.backend, self.domain, documents)
 
     def judge(self, case: Case) -> Outcome:
-        """Runs a case and judges its documents."""
+        """Runs a case and judges its documents in the way whose turn it is."""
         if case.level == "layer":
             return layer_verdict(case, self.backend, self.device)
-        (outcome,) = verdicts(Call.of(case, self.device), [self.backend])
+        if self.way == "probe":
+            return probe_verdict(case, self.backend, self.device)
+        (outcome,) = verdicts(Call.of(case, self.device), [self.backend], twice=self.way == "twice")
         return outcome
 
     def call(self, level: str, size: int) -> None:
@@ -111,11 +124,13 @@ class WideHunt(Hunt):
         tally.cases += 1
         tally.documents += len(case.packed_lengths)
         tally.seconds = time.monotonic() - self.started
-        kind = f"wide-{case.level} {case.dtype}"
+        kind = f"wide-{'probe' if outcome.exact else case.level} {case.dtype}"
         tally.by_kind[kind] = tally.by_kind.get(kind, 0) + 1
-        if clean:
+        if clean and not outcome.exact:
             worst, places = (outcome.z * LIMIT / limit(case)).max(0)
             for name, z, place in zip(outcome.names, worst.tolist(), places.tolist(), strict=True):
+                if name == "bits":
+                    continue
                 key = f"{kind} {name}"
                 alone = subset(case, [place])
                 if z > tally.worst_z.get(key, -1.0) and alone is not None:
@@ -183,10 +198,12 @@ class WideHunt(Hunt):
         levels = [level for level in self.assignment.levels if level in self.backend.levels]
         if not levels:
             raise ValueError(f"{self.backend.name} has no {' or '.join(self.assignment.levels)} level")
-        turn = 0
         while not self.over():
-            self.call(levels[turn % len(levels)], turn // len(levels) % len(self.sweeps))
-            turn += 1
+            level, round_ = levels[self.turn % len(levels)], self.turn // len(levels)
+            size = round_ % len(self.sweeps)
+            self.way = WAYS[(round_ // len(self.sweeps)) % len(WAYS)]
+            self.call(level, size)
+            self.turn += 1
             if self.found and self.assignment.stop_at_first:
                 break
         self.tally.seconds = time.monotonic() - self.started
