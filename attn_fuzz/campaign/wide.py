@@ -18,6 +18,7 @@ from attn_fuzz.examine import Verdict
 from attn_fuzz.findings import Finding
 from attn_fuzz.process import DEAD_CONTEXT, context_alive, set_up_process
 from attn_fuzz.strategies import Domain
+from attn_fuzz.timing import now
 from attn_fuzz.wide.call import Call
 from attn_fuzz.wide.cutout import bisected, candidates, subset
 from attn_fuzz.wide.gear import Outcome, Suspicion, probe_verdict, suspected, verdicts
@@ -31,8 +32,8 @@ FIRST_DOCUMENTS: Final = 64
 MOST_DOCUMENTS: Final = 16384
 
 CALL_SECONDS: Final = 0.5
-"""Calls grow until one takes so long: a kernel that forms whole masks is asked for fewer documents than one that does
-not, without anybody saying which it is."""
+"""Calls grow until one takes so long, of processor time on a CPU, so that a busy machine's are as large as an idle
+one's: a slow kernel is asked for fewer documents than a fast one, without anybody saying which it is."""
 
 BISECT_SECONDS: Final = 30.0
 
@@ -41,6 +42,11 @@ WAYS: Final = ("budget", "probe", "twice")
 
 _GROWN: Final = 8
 """Where kernels form masks over the whole pack, one call in so many has as many documents as others have."""
+
+CROWD: Final = 1100
+"""Documents of a call now and then, whatever it takes: more than 2^10, with 2^13 to 2^15 queries in them."""
+
+_CROWDED, _FIRST_CROWDED = 17, 4
 
 _BISECTIONS: Final = 3
 """A fault that no cut-out shows is bisected so often, not in every call that it spoils."""
@@ -59,8 +65,10 @@ class WideHunt(Hunt):
         self.sweeps = [Sweep(longest, self.random.randrange(1 << 16)) for longest in sizes]
         self.documents = {(level, size): FIRST_DOCUMENTS for level in LEVELS for size in range(len(sizes))}
         self.bisections = 0
-        self.way, self.turn = WAYS[0], 0
-        self.masks_all = self.device.type == "cpu" and masks_whole_pack(self.backend, self.domain)
+        self.way, self.turn, self.kernel_calls = WAYS[0], 0, 0
+        self.masks_all = self.device.type == "cpu" and masks_whole_pack(
+            self.backend, self.domain, lambda case: self.send(Trying(case.to_json()))
+        )
 
     def wide_fails(self, case: Case) -> bool:
         """Whether a packed call fails, announced first."""
@@ -75,10 +83,20 @@ class WideHunt(Hunt):
         documents = self.documents[level, size]
         if self.masks_all and self.turn % _GROWN != _GROWN - 1:
             documents = min(documents, affordable(self.sweeps[size].longest))
+        elif self.crowded(level):
+            documents = max(documents, CROWD)
         if level == "layer":
             longest = self.sweeps[size].longest[0]
             return draw_layer_case(self.random, self.backend, self.domain, documents, longest)
         return draw_case(self.random, self.sweeps[size], self.backend, self.domain, documents)
+
+    def crowded(self, level: str) -> bool:
+        """Whether it is the turn of a call of more documents than CALL_SECONDS allow, and there is time for it."""
+        if level != "kernel" or self.masks_all or self.device.type != "cpu":
+            return False
+        self.kernel_calls += 1
+        left = self.assignment.seconds is None or time.monotonic() - self.started < 0.7 * self.assignment.seconds
+        return left and self.kernel_calls % _CROWDED == _FIRST_CROWDED
 
     def judge(self, case: Case) -> Outcome:
         """Runs a case and judges its documents in the way whose turn it is."""
@@ -96,7 +114,7 @@ class WideHunt(Hunt):
             self.tally.refused += 1
             return
         self.send(Trying(case.to_json()))
-        started = time.monotonic()
+        started = now(self.device)
         size_of = (level, size)
         try:
             outcome = self.judge(case)
@@ -111,7 +129,7 @@ class WideHunt(Hunt):
         if outcome.broken is not None and not context_alive(self.device):
             self.send(Died(outcome.broken))
             os._exit(DEAD_CONTEXT)
-        if time.monotonic() - started < CALL_SECONDS / 2:
+        if now(self.device) - started < CALL_SECONDS / 2:
             self.documents[size_of] = min(2 * self.documents[size_of], MOST_DOCUMENTS)
         found = suspected(case, outcome, self.judge)
         self.tally_call(case, outcome, clean=found is None)
@@ -198,7 +216,7 @@ class WideHunt(Hunt):
         levels = [level for level in self.assignment.levels if level in self.backend.levels]
         if not levels:
             raise ValueError(f"{self.backend.name} has no {' or '.join(self.assignment.levels)} level")
-        while not self.over():
+        while not self.turn or not self.over():
             level, round_ = levels[self.turn % len(levels)], self.turn // len(levels)
             size = round_ % len(self.sweeps)
             self.way = WAYS[(round_ // len(self.sweeps)) % len(WAYS)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -13,10 +14,11 @@ from backends.kernel import UnsupportedCase
 from backends.registry import Backend
 from reference.case import Case
 
-_FEW: Final = 32
-_MANY: Final = 128
+_FEW: Final = 16
+_MANY: Final = 64
+_REPEATS: Final = 5
 
-_SQUARE: Final = 1.7
+_SQUARE: Final = 1.5
 """How much a document's time may grow by from few to many: not at all where documents are apart, fourfold where a mask
 over all of them is all that counts."""
 
@@ -24,8 +26,14 @@ _TOKENS: Final = 700
 """Queries and keys of a call beyond which masks over the whole pack take longer than the reference does."""
 
 
-def masks_whole_pack(backend: Backend, domain: Domain) -> bool:
-    """Whether a kernel's time grows with the square of the pack, as trying shows; False where nothing can be tried."""
+def masks_whole_pack(backend: Backend, domain: Domain, announce: Callable[[Case], object] = id) -> bool:
+    """Whether a kernel's time grows with the square of the pack, as trying shows; False where nothing can be tried.
+
+    Args:
+        backend: with or without a kernel level.
+        domain: the options that it takes.
+        announce: told each case before it runs.
+    """
     taken = []
     for count in (_FEW, _MANY):
         case = Case(
@@ -38,9 +46,10 @@ def masks_whole_pack(backend: Backend, domain: Domain) -> bool:
         )
         if "kernel" not in backend.levels or backend.refusal(case, domain.device) is not None:
             return False
+        announce(case)
         call = Call.of(case, torch.device(domain.device))
         try:
-            taken.append(min(_seconds(call, backend) for _ in range(4)) / count)
+            taken.append(min(_seconds(call, backend) for _ in range(_REPEATS)) / count)
         except (UnsupportedCase, NotImplementedError, MemoryError, RuntimeError):
             # What is wrong with it is for the hunt to say.
             return False
