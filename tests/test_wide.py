@@ -20,7 +20,7 @@ from attn_fuzz.findings import Finding
 from attn_fuzz.strategies import Domain
 from attn_fuzz.symptoms import PoisonLeaked, WrongSpread
 from attn_fuzz.wide.call import Call
-from attn_fuzz.wide.cutout import ENOUGH, bisected, candidates, subset
+from attn_fuzz.wide.cutout import ENOUGH, bisected, candidates, plainer, subset
 from attn_fuzz.wide.gear import Outcome, examine_wide, suspicion, verdicts
 from attn_fuzz.wide.judge import ROWS
 from attn_fuzz.wide.layouts import Sweep, draw_case
@@ -178,6 +178,10 @@ def test_what_needs_company_is_found_by_bisection() -> None:
     assert not any(examine_wide(small, backend, CPU) for small in candidates(case, found.documents))
     small = bisected(case, lambda each: examine_wide(each, backend, CPU) is not None, 60.0)
     assert ENOUGH < len(small.lengths) == 16
+    small = plainer(small, lambda each: examine_wide(each, backend, CPU) is not None, 60.0)
+    assert len(small.lengths) == 16
+    assert max(small.lengths) == max(small.packed_key_lengths) == 1
+    assert small.head_dim == 1
 
 
 def test_a_call_that_raises_or_changes_its_inputs_fails_as_a_whole() -> None:

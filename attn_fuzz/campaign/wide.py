@@ -20,7 +20,7 @@ from attn_fuzz.process import DEAD_CONTEXT, context_alive, set_up_process
 from attn_fuzz.strategies import Domain
 from attn_fuzz.timing import now
 from attn_fuzz.wide.call import Call
-from attn_fuzz.wide.cutout import bisected, candidates, subset
+from attn_fuzz.wide.cutout import bisected, candidates, plainer, subset
 from attn_fuzz.wide.gear import Outcome, Suspicion, probe_verdict, suspected, verdicts
 from attn_fuzz.wide.layer import draw_layer_case, layer_verdict
 from attn_fuzz.wide.layouts import LONGEST, Sweep, draw_case
@@ -46,7 +46,8 @@ _GROWN: Final = 8
 CROWD: Final = 1100
 """Documents of a call now and then, whatever it takes: more than 2^10, with 2^13 to 2^15 queries in them."""
 
-_CROWDED, _FIRST_CROWDED = 17, 4
+# With sizes and ways in turn, crowds of all sizes come to be judged in all ways.
+_CROWDED, _FIRST_CROWDED = 7, 3
 
 _BISECTIONS: Final = 3
 """A fault that no cut-out shows is bisected so often, not in every call that it spoils."""
@@ -174,6 +175,8 @@ class WideHunt(Hunt):
             return
         self.bisections += 1
         small = bisected(found.case, self.wide_fails, BISECT_SECONDS)
+        # What needs many documents needs little of each, and the narrow gear looks at all of them every time.
+        small = plainer(small, self.wide_fails, BISECT_SECONDS)
         verdict = self.narrow(small)
         if verdict is not None and verdict.first is not None:
             self.hand_over(small, verdict)

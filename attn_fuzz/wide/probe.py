@@ -73,10 +73,12 @@ def wide_probe(case: Case, device: torch.device) -> WideProbe:
     last = (lengths - 1).clamp_min(0)
     row = torch.stack([torch.zeros_like(last), last, pick(1, last + 1)]).gather(0, pick(2, 3)[None])[0]
     head, channel = pick(3, heads), pick(4, dim)
-    dout = torch.zeros(sum(case.packed_lengths), heads, dim, device=device)
-    there = lengths > 0
+    queries = sum(case.packed_lengths)
+    # One row more, for documents without queries: to leave them out, the host would have to know which they are.
+    dout = torch.zeros(queries + 1, heads, dim, device=device)
     begins = lengths.cumsum(0) - lengths
-    dout[(begins + row)[there], head[there], channel[there]] = 1.0
+    dout[torch.where(lengths > 0, begins + row, queries), head, channel] = 1.0
+    dout = dout[:queries]
     # Seed and options decide it, not the documents.
     shift = uniform_probe(case.replace(lengths=(1,), key_lengths=(1,), document_ids=None)).shift
     q = torch.zeros_like(dout)
@@ -152,12 +154,10 @@ class _Wrong:
         position = _positions(self.key_lengths, owner)
         begin, end = self.run(self.probe.row, torch.arange(len(self.lengths), device=dv.device))
         hot = (position >= begin[owner]) & (position < end[owner]) & (self.lengths > 0)[owner]
-        rows = hot.nonzero()[:, 0] if hot.device.type == "cpu" else None
         weight = torch.where(hot, 1.0 / (end - begin).clamp_min(1)[owner].double(), 0.0)
         wanted = torch.zeros_like(dv)
-        every = torch.arange(len(owner), device=dv.device) if rows is None else rows
-        at = owner[every]
-        wanted[every, self.probe.head[at] // self.group, self.probe.channel[at]] = weight[every]
+        every = torch.arange(len(owner), device=dv.device)
+        wanted[every, self.probe.head[owner] // self.group, self.probe.channel[owner]] = weight
         slack = 0.02 + 4 * 2.0**-23 * abs(self.score)
         wrong = torch.where(wanted == 0, dv != 0, ~((dv - wanted).abs() <= slack * wanted))
         if self.score:
