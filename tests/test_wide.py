@@ -193,6 +193,54 @@ def test_a_call_that_raises_or_changes_its_inputs_fails_as_a_whole() -> None:
         assert len(found.documents) == len(case.lengths)
 
 
+class Refusing(LoopKernel):
+    """Takes nothing, and does not say so."""
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        raise NotImplementedError("not today")
+
+
+class Flat(LoopKernel):
+    """Reads whole vectors of channels, which not every memory layout has."""
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        if q.shape[-1] > 1 and q.stride(-1) != 1:
+            raise RuntimeError("channels must be contiguous")
+        return super().attend(q, k, v, metadata, options)
+
+
+def hunted_kernel(kernel: LoopKernel, calls: int) -> list[Message]:
+    messages: list[Message] = []
+    job = Assignment(backend="mine", device="cpu", seed=3, levels=("kernel",), cases=calls)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "load", lambda name: Backend(name, kernel, levels=("kernel",)))
+        patch.setattr("attn_fuzz.campaign.wide.FIRST_DOCUMENTS", 4)
+        patch.setattr("attn_fuzz.campaign.wide.MOST_DOCUMENTS", 4)
+        patch.setattr("attn_fuzz.campaign.wide.CROWD", 4)
+        hunt_wide(job, messages.append)
+    return messages
+
+
+def test_a_backend_that_refuses_everything_is_no_finding_and_no_endless_hunt() -> None:
+    messages = hunted_kernel(Refusing(), 5)
+    assert not [message for message in messages if isinstance(message, Found)]
+    last = messages[-1]
+    assert isinstance(last, Failed)
+    assert "not today" in last.reason
+
+
+def test_an_unusual_layout_that_is_not_taken_is_refused() -> None:
+    messages = hunted_kernel(Flat(), 16)
+    assert not [message.finding.messages for message in messages if isinstance(message, Found)]
+    last = messages[-1]
+    assert isinstance(last, Finished)
+    assert last.tally.refused
+
+
 def test_cut_out_documents_keep_their_values() -> None:
     case = drawn("loop", 0, 12)
     whole, kept = kernel_inputs(case, "cpu"), (3, 7)

@@ -14,7 +14,7 @@ from attn_fuzz.campaign.messages import Assignment, Died, Failed, Finished, Foun
 from attn_fuzz.campaign.worker import Hunt, Send
 from attn_fuzz.checks.budget import LIMIT, limit
 from attn_fuzz.environment import environment
-from attn_fuzz.examine import Verdict
+from attn_fuzz.examine import USUAL_MEMORIES, Verdict
 from attn_fuzz.findings import Finding
 from attn_fuzz.process import DEAD_CONTEXT, context_alive, set_up_process
 from attn_fuzz.strategies import Domain
@@ -34,6 +34,9 @@ MOST_DOCUMENTS: Final = 16384
 CALL_SECONDS: Final = 0.5
 """Calls grow until one takes so long, of processor time on a CPU, so that a busy machine's are as large as an idle
 one's: a slow kernel is asked for fewer documents than a fast one, without anybody saying which it is."""
+
+REFUSED_CALLS: Final = 60
+"""A backend that has refused so many and taken none would refuse for ever."""
 
 BISECT_SECONDS: Final = 30.0
 
@@ -113,29 +116,43 @@ class WideHunt(Hunt):
         case = self.draw(level, size)
         if case is None:
             self.tally.refused += 1
+            self.refusal = self.refusal or "no call that was drawn is one that it declares to take"
             return
         self.send(Trying(case.to_json()))
         started = now(self.device)
         size_of = (level, size)
         try:
             outcome = self.judge(case)
-        except UnsupportedCase:
+            if outcome.broken is not None and not context_alive(self.device):
+                self.send(Died(outcome.broken))
+                os._exit(DEAD_CONTEXT)
+            if self.refuses_layout(case, outcome):
+                self.tally.refused += 1
+                return
+            if now(self.device) - started < CALL_SECONDS / 2:
+                self.documents[size_of] = min(2 * self.documents[size_of], MOST_DOCUMENTS)
+            found = suspected(case, outcome, self.judge)
+        except UnsupportedCase as refusal:
             self.tally.refused += 1
+            self.refusal = str(refusal)
             return
         except (torch.OutOfMemoryError, MemoryError):
             if self.documents[size_of] <= 1:
                 raise
             self.documents[size_of] //= 2
             return
-        if outcome.broken is not None and not context_alive(self.device):
-            self.send(Died(outcome.broken))
-            os._exit(DEAD_CONTEXT)
-        if now(self.device) - started < CALL_SECONDS / 2:
-            self.documents[size_of] = min(2 * self.documents[size_of], MOST_DOCUMENTS)
-        found = suspected(case, outcome, self.judge)
         self.tally_call(case, outcome, clean=found is None)
         if found is not None:
             self.pursue(found)
+
+    def refuses_layout(self, case: Case, outcome: Outcome) -> bool:
+        """Whether a call fell over an unusual memory layout and does not without: a clean refusal, as elsewhere."""
+        if outcome.broken is None or case.level != "kernel" or case.memory in USUAL_MEMORIES:
+            return False
+        if self.judge(case.replace(memory="contiguous")).broken is not None:
+            return False
+        self.refusal = outcome.broken
+        return True
 
     def tally_call(self, case: Case, outcome: Outcome, *, clean: bool) -> None:
         """Adds a call to the tally, as one case of many documents."""
@@ -225,6 +242,10 @@ class WideHunt(Hunt):
             self.way = WAYS[(round_ // len(self.sweeps)) % len(WAYS)]
             self.call(level, size)
             self.turn += 1
+            if not self.tally.cases and self.tally.refused > REFUSED_CALLS:
+                raise ValueError(
+                    f"{self.backend.name} refused all {self.tally.refused} calls, the last with: {self.refusal}"
+                )
             if self.found and self.assignment.stop_at_first:
                 break
         self.tally.seconds = time.monotonic() - self.started

@@ -57,8 +57,10 @@ def _attempt(call: Call, backend: Backend, poison: str) -> tuple[dict[str, torch
     """(results, what is wrong with the call as a whole)."""
     try:
         found = run(call, backend, poison)
-    except (UnsupportedCase, NotImplementedError, torch.OutOfMemoryError, MemoryError):
+    except (UnsupportedCase, torch.OutOfMemoryError, MemoryError):
         raise
+    except NotImplementedError as refusal:
+        raise UnsupportedCase(str(refusal)) from refusal
     except Exception as error:
         return {}, words(error)
     missing = complete(call.case, found, call.inputs)
