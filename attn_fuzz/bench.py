@@ -45,7 +45,12 @@ class Plan:
     kv_heads: int
     head_dim: int
     dtype: str = "bf16"
+    fewest: int
+    """Documents of the first call that is tried."""
+    narrow_hunt: int
+    """Cases that one process hunts, counted rather than timed: a busy machine would get no further than its warm-up."""
     narrow_seconds: float
+    """How long several processes hunt."""
     processes: tuple[int, ...]
     """How many processes share the device, tried in turn."""
     narrow_cases: int = 60
@@ -65,6 +70,8 @@ PLANS: Final = {
         heads=4,
         kv_heads=2,
         head_dim=64,
+        fewest=64,
+        narrow_hunt=4000,
         narrow_seconds=6.0,
         processes=(8, 16),
         plain_cases=200,
@@ -78,7 +85,9 @@ PLANS: Final = {
         heads=2,
         kv_heads=1,
         head_dim=16,
-        narrow_seconds=5.0,
+        fewest=32,
+        narrow_hunt=120,
+        narrow_seconds=15.0,
         processes=(2,),
         plain_cases=40,
         rare=(11, 23),
@@ -112,7 +121,7 @@ def layout(plan: Plan, documents: int, seed: int = 0) -> Case:
 
 def fitting(plan: Plan, backend: Backend, device: torch.device) -> tuple[Case, float] | None:
     """The plan's layout and the kernel's bare time, with fewer documents where they are faster that way."""
-    documents = min(64, plan.documents)
+    documents = min(plan.fewest, plan.documents)
     best: tuple[Case, float] | None = None
     while documents <= plan.documents:
         case = layout(plan, documents)
@@ -239,10 +248,11 @@ def row_of(plan: Plan, backend: Backend, device: str, say: Say, *, exact: bool) 
     case, seconds = found
     wide = wide_of(case, [backend], place, exact=exact)
     say(f"{name}: {wide['documents_per_s']:,.0f} documents/s wide, {wide['seconds'] / seconds:.1f} times bare")
-    layer = layer_of(plan, backend, place, len(case.lengths))
+    # A micro-sequence is one of nine.
+    layer = layer_of(plan, backend, place, min(4 * len(case.lengths), plan.documents))
     if layer is not None:
         say(f"{name}: {layer['documents_per_s']:,.0f} documents/s wide at layer level")
-    narrow = narrow_of(name, device, plan.narrow_seconds, plan.narrow_cases)
+    narrow = narrow_of(name, device, plan.narrow_hunt, plan.narrow_cases)
     say(f"{name}: {narrow['cases_per_s']:,.0f} cases/s narrow")
     row = {
         "name": name,
@@ -300,7 +310,7 @@ def bench(device: str, names: Sequence[str], say: Say, *, exact: bool = False) -
     result: dict[str, Any] = {
         "device": device,
         "environment": environment(device),
-        # Of the minute before: what is measured on the wall clock (several processes, the plain loop) depends on it.
+        # Of the minute before: what is measured on the wall clock (several processes) depends on it.
         "load_average": os.getloadavg()[0],
         "plan": dataclasses.asdict(plan),
         "fused_values": fused_agrees(place),

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -23,6 +24,8 @@ from backends import registry
 from backends.kernel import AttentionOptions, UnsupportedCase
 from backends.registry import Backend
 
+_WARM_UP: Final = 10
+
 
 def bare(call: Call, backend: Backend) -> Callable[[], object]:
     """The kernel's own forward and backward on a call's tensors, and nothing else."""
@@ -36,16 +39,23 @@ def bare(call: Call, backend: Backend) -> Callable[[], object]:
     return work
 
 
-def narrow_of(name: str, device: str, seconds: float, count: int) -> dict[str, float]:
-    """Cases and documents per second of one process, all checks on, with what its generation and kernels take."""
+def narrow_of(name: str, device: str, cases: int, count: int) -> dict[str, float]:
+    """Cases and documents per second of one process, all checks on, with what its generation and kernels take.
+
+    Args:
+        name: of the backend.
+        device: where.
+        cases: that are hunted, after a few that do not count.
+        count: cases drawn to time their generation and their bare kernels.
+    """
     messages: list[Message] = []
     place = torch.device(device)
-    taken = once(
-        lambda: hunt(
-            Assignment(backend=name, device=device, seed=1, levels=("kernel",), seconds=seconds), messages.append
-        ),
-        place,
-    )
+
+    def work(number: int, seed: int) -> None:
+        hunt(Assignment(backend=name, device=device, seed=seed, levels=("kernel",), cases=number), messages.append)
+
+    work(_WARM_UP, 2)
+    taken = once(lambda: work(cases, 1), place)
     last = messages[-1]
     if not isinstance(last, Finished) or not last.tally.cases:
         return {"cases_per_s": 0.0, "documents_per_s": 0.0}
@@ -53,15 +63,14 @@ def narrow_of(name: str, device: str, seconds: float, count: int) -> dict[str, f
     started = now(place)
     every = drawn(backend, 1, count, device=place.type)
     drawing = (now(place) - started) / max(len(every), 1)
-    cases = [case for case in every if case.level == "kernel"]
     kernels = []
-    for case in cases:
-        work = bare(Call.of(case.replace(capacity=0, memory="contiguous"), place), backend)
+    for case in (case for case in every if case.level == "kernel"):
+        alone = bare(Call.of(case.replace(capacity=0, memory="contiguous"), place), backend)
         try:
-            work()
+            alone()
         except (RuntimeError, UnsupportedCase, NotImplementedError):
             continue
-        kernels.append(once(work, place))
+        kernels.append(once(alone, place))
     return {
         "cases_per_s": last.tally.cases / taken,
         "documents_per_s": last.tally.documents / taken,

@@ -151,7 +151,12 @@ def _without_known(found: Sequence[Symptom], trial: Trial) -> tuple[list[Symptom
 def _refuses_layout(trial: Trial, error: BaseException) -> bool:
     """Whether an ordinary error about an unusual memory layout goes away with the layout: a clean refusal."""
     case = trial.case
-    if case.level != "kernel" or case.memory in _USUAL or "CUDA error" in str(error) or "CUDA driver" in str(error):
+    if (
+        case.level != "kernel"
+        or case.memory in USUAL_MEMORIES
+        or "CUDA error" in str(error)
+        or "CUDA driver" in str(error)
+    ):
         return False
     try:
         dataclasses.replace(trial, case=case.replace(memory="contiguous")).observe(trial.poisons[0])
@@ -160,7 +165,7 @@ def _refuses_layout(trial: Trial, error: BaseException) -> bool:
     return True
 
 
-_USUAL = ("contiguous", "fused", "head_major", "sliced")
+USUAL_MEMORIES = ("contiguous", "fused", "head_major", "sliced")
 """Layouts that a varlen kernel meets every day; on these an error is a finding."""
 
 

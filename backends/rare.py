@@ -2,6 +2,11 @@
 
 ``rare:QUERIES,KEYS:KERNEL`` is a backend like any other. It is no fault of the exam (backends/faults), whose faults
 show within a few hundred drawn cases: this one shows in one of as many documents as there are pairs of lengths.
+``rare:QUERIES,KEYS,HOW:KERNEL`` says how it is wrong there:
+
+    scale   the output is off by 2^-4, its gradients with it: what is meant where nothing is said
+    row     the output is off by 1 %: too little for any element in half precision, too much for a row of them
+    key     the second key's value is taken for the first key's too
 """
 
 from __future__ import annotations
@@ -17,18 +22,23 @@ from reference.profile import Profile
 
 PREFIX = "rare:"
 
+SCALES = {"scale": 2.0**-4, "row": 5 * 2.0**-9}
+HOWS = (*SCALES, "key")
+
 
 class RareKernel(Kernel):
-    """Another kernel, with the output of documents of one size scaled by 1 + 2^-4, their gradients with it.
+    """Another kernel, wrong for documents of one size.
 
     Args:
         inner: the kernel.
         queries: of the documents that come out wrong.
         keys: of the same.
+        how: one of ``HOWS``.
     """
 
-    def __init__(self, inner: Kernel, queries: int, keys: int) -> None:
-        self.name, self.inner, self.size = f"{PREFIX}{queries},{keys}:{inner.name}", inner, (queries, keys)  # type: ignore[misc]
+    def __init__(self, inner: Kernel, queries: int, keys: int, how: str = "scale") -> None:
+        self.name = f"{PREFIX}{queries},{keys},{how}:{inner.name}"  # type: ignore[misc]
+        self.inner, self.size, self.how = inner, (queries, keys), how
 
     def capabilities_on(self, device: str) -> Capabilities:
         return self.inner.capabilities_on(device)
@@ -48,19 +58,26 @@ class RareKernel(Kernel):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
     ) -> Attended:
-        attended = self.inner.attend(q, k, v, metadata, options)
         queries, keys = self.size
         hit = (metadata.cu_seqlens_q.diff() == queries) & (metadata.cu_seqlens_k.diff() == keys)
-        rows = hit[metadata.document_index_q.long() - 1]
-        return attended._replace(out=torch.where(rows[:, None, None], attended.out * (1 + 2.0**-4), attended.out))
+        if self.how == "key":
+            first = metadata.cu_seqlens_k[:-1][hit].long()
+            source = torch.arange(len(v), device=v.device)
+            source[first] = (first + 1).clamp_max(len(v) - 1)
+            return self.inner.attend(q, k, v[source], metadata, options)
+        attended = self.inner.attend(q, k, v, metadata, options)
+        rows = hit[metadata.document_index_q.long() - 1][:, None, None]
+        return attended._replace(out=torch.where(rows, attended.out * (1 + SCALES[self.how]), attended.out))
 
 
-def size_of(name: str) -> tuple[int, int, str]:
-    """(queries, keys, kernel's name) of ``rare:QUERIES,KEYS:KERNEL``.
+def size_of(name: str) -> tuple[int, int, str, str]:
+    """(queries, keys, how, kernel's name) of ``rare:QUERIES,KEYS[,HOW]:KERNEL``.
 
     Raises:
         ValueError: for anything else.
     """
     size, _, kernel = name.removeprefix(PREFIX).partition(":")
-    queries, _, keys = size.partition(",")
-    return int(queries), int(keys), kernel
+    queries, keys, *how = size.split(",")
+    if len(how) > 1 or not set(how) <= set(HOWS):
+        raise ValueError(f"{name!r} does not say how in one word of {', '.join(HOWS)}")
+    return int(queries), int(keys), how[0] if how else "scale", kernel

@@ -134,10 +134,10 @@ def load(name: str) -> Backend:
         return Backend(name, *parts_of(planted[fault_id]))
     if name.startswith(RARE):
         try:
-            queries, keys, inner = size_of(name)
+            queries, keys, how, inner = size_of(name)
         except ValueError:
-            raise UnknownBackend(f"{name!r} is not of the form {RARE}QUERIES,KEYS:KERNEL") from None
-        return Backend(name, RareKernel(load(inner).kernel, queries, keys), levels=("kernel",))
+            raise UnknownBackend(f"{name!r} is not of the form {RARE}QUERIES,KEYS[,HOW]:KERNEL") from None
+        return Backend(name, RareKernel(load(inner).kernel, queries, keys, how), levels=("kernel",))
     if ":" in name and not legacy:
         return Backend(name, UserKernel(name))
     kernel_name = name.removeprefix(LEGACY)

@@ -11,12 +11,14 @@ thousand documents need not hold all their answers at once: it takes them chunk 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import torch
 
-from reference import attention, budget
+from reference import lean
 from reference.answer import KERNEL_TENSORS, Expected, Inputs
 from reference.case import Case
 from reference.profile import Profile
@@ -27,6 +29,11 @@ multiples."""
 
 _CPU_BYTES: Final = 48 << 20
 """A chunk's working set where it is to stay near the processor's caches."""
+
+_CPU_SHARE: Final = 0.25
+
+_CPU_OVERHEAD: Final = 4 << 20
+"""Working set that takes a processor as long as the hundred operations of a chunk take by themselves: a millisecond."""
 
 _CUDA_SHARE: Final = 0.25
 _CUDA_BYTES: Final = 4 << 30
@@ -47,12 +54,15 @@ class Rows:
     lengths: torch.Tensor
     """int64 ``[documents]``."""
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
+    def gather(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Packed ``[tokens, heads, ...]`` to ``[documents, heads, size, ...]``, zeros where there is no row."""
+        size = (*self.index.shape, *x.shape[1:])
         if not len(x):
-            return x.new_zeros(*self.index.shape, *x.shape[1:]).transpose(1, 2)
-        there = self.there.view(*self.there.shape, *(1,) * (x.dim() - 1))
-        return torch.where(there, x[self.index], torch.zeros((), dtype=x.dtype, device=x.device)).transpose(1, 2)
+            return x.new_zeros(size, dtype=dtype).transpose(1, 2)
+        # Not by a product: what is read for padding may be NaN.
+        missing = ~self.there.view(*self.there.shape, *(1,) * (x.dim() - 1))
+        found = x.index_select(0, self.index.flatten()).view(size).to(dtype)
+        return found.masked_fill_(missing, 0).transpose(1, 2)
 
     def scatter(self, packed: torch.Tensor, x: torch.Tensor) -> None:
         """Stores ``[documents, heads, size, ...]`` into the rows of ``packed [tokens, heads, ...]``."""
@@ -82,33 +92,69 @@ def padded_size(length: int) -> int:
     return next(size for size in SIZES if size >= length)
 
 
+def _free_bytes() -> int:
+    """What the operating system could hand out without waiting, or no bound where it does not say."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return sys.maxsize
+
+
 def _memory(device: torch.device) -> int:
     """Bytes that one chunk may take."""
     if device.type != "cuda":
-        return _CPU_BYTES
+        return min(_CPU_BYTES, int(_free_bytes() * _CPU_SHARE))
     free, _ = torch.cuda.mem_get_info(device)
     # What the caching allocator holds and nobody uses is free too.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(int(free * _CUDA_SHARE), _CUDA_BYTES)
 
 
-def plan_chunks(case: Case, memory: int, documents: Sequence[int] | None = None) -> list[tuple[int, int, list[int]]]:
+def _merged(
+    buckets: dict[tuple[int, int], list[int]], worth: Callable[[int, int], float]
+) -> dict[tuple[int, int], list[int]]:
+    """Buckets whose documents cost less as part of a larger one than a chunk of their own does.
+
+    Args:
+        buckets: documents by (padded queries, padded keys).
+        worth: what one document of a size costs, in units of what a chunk costs.
+    """
+    kept = dict(buckets)
+    for size in sorted(buckets, key=lambda size: worth(*size)):
+        larger = [other for other in kept if other != size and other[0] >= size[0] and other[1] >= size[1]]
+        if not larger:
+            continue
+        best = min(larger, key=lambda other: worth(*other))
+        if len(kept[size]) * (worth(*best) - worth(*size)) < 1:
+            kept[best] = kept[best] + kept.pop(size)
+    return kept
+
+
+def plan_chunks(
+    case: Case, memory: int, documents: Sequence[int] | None = None, *, overhead: int = 0
+) -> list[tuple[int, int, list[int]]]:
     """(padded queries, padded keys, documents) of every chunk.
 
     Args:
         case: a kernel case.
         memory: bytes that one chunk may take.
         documents: places in the call; None for all.
+        overhead: bytes of working set that cost as much to pass over as a chunk costs by itself.
     """
     lengths, key_lengths = case.packed_lengths, case.packed_key_lengths
     buckets: dict[tuple[int, int], list[int]] = {}
     sizes = {length: padded_size(length) for length in {*lengths, *key_lengths}}
     for index in range(len(lengths)) if documents is None else documents:
         buckets.setdefault((sizes[lengths[index]], sizes[key_lengths[index]]), []).append(index)
+
+    def size_of(queries: int, keys: int) -> int:
+        return 8 * case.heads * (_LIVE_SCORES * queries * keys + _LIVE_ROWS * (queries + keys) * case.head_dim)
+
+    if overhead:
+        buckets = _merged(buckets, lambda queries, keys: size_of(queries, keys) / overhead)
     chunks = []
     for (queries, keys), members in sorted(buckets.items()):
-        elements = _LIVE_SCORES * queries * keys + _LIVE_ROWS * (queries + keys) * case.head_dim
-        count = max(1, memory // (8 * case.heads * elements))
+        count = max(1, memory // size_of(queries, keys))
         chunks += [(queries, keys, members[i : i + count]) for i in range(0, len(members), count)]
     return chunks
 
@@ -152,40 +198,31 @@ def answers(
         degrees: whether to count independent errors per row.
     """
     device = inputs.q.device
-    group = case.heads // case.kv_heads
     lengths, key_lengths = (torch.tensor(x) for x in (case.packed_lengths, case.packed_key_lengths))
     begins, key_begins = (x.cumsum(0) - x for x in (lengths, key_lengths))
     # One transfer for all chunks: the host knows every layout, the device needs it once.
     table = torch.stack([lengths, begins, key_lengths, key_begins]).to(device)
-    for queries, keys, members in plan_chunks(case, _memory(device) if memory is None else memory, documents):
+    planned = plan_chunks(
+        case,
+        _memory(device) if memory is None else memory,
+        documents,
+        overhead=_CPU_OVERHEAD if device.type == "cpu" else 0,
+    )
+    for queries, keys, members in planned:
         chosen = torch.tensor(members).to(device)
         length, begin, key_length, key_begin = table[:, chosen]
         rows, key_rows = _rows(begin, length, queries), _rows(key_begin, key_length, keys)
-        q, dout = (rows.gather(x).double() for x in (inputs.q, inputs.dout))
-        k, v = (attention.expand_heads(key_rows.gather(x).double(), group) for x in (inputs.k, inputs.v))
-        result = attention.forward(
-            q, k, v, _mask(rows, key_rows, case.effective_window), case.softmax_scale, case.softcap
-        )
-        spread = budget.attention_variances(
-            q,
-            k,
-            v,
-            dout,
-            result,
+        q, dout = (rows.gather(x, torch.float64) for x in (inputs.q, inputs.dout))
+        k, v = (key_rows.gather(x, torch.float64) for x in (inputs.k, inputs.v))
+        expected = lean.answer(
+            lean.Documents(q, k, v, dout, _mask(rows, key_rows, case.effective_window)),
             scale=case.softmax_scale,
             softcap=case.softcap,
-            group=group,
             dtype=case.dtype,
             profile=profile,
             degrees=degrees,
         )
-        values = {"out": result.out, "lse": result.lse, **spread.gradients._asdict()}
-        yield Chunk(
-            chosen,
-            rows,
-            key_rows,
-            {name: Expected(values[name], getattr(spread, name), spread.degrees.get(name)) for name in KERNEL_TENSORS},
-        )
+        yield Chunk(chosen, rows, key_rows, expected)
 
 
 def kernel_answer(

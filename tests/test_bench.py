@@ -18,7 +18,7 @@ from reference.case import Case
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = bench.dataclasses.replace(
-    bench.PLANS["cpu"], documents=32, narrow_seconds=0.5, rare=(3, 7), rare_longest=(5, 9)
+    bench.PLANS["cpu"], documents=64, narrow_seconds=0.5, rare=(3, 7), rare_longest=(5, 9)
 )
 
 
@@ -26,7 +26,7 @@ def test_the_command_prints_one_object_of_the_promised_form(tmp_path: Path) -> N
     # The same command with a small plan.
     program = (
         "import dataclasses, attn_fuzz.bench as b; b.PLANS['cpu'] = dataclasses.replace(b.PLANS['cpu'], documents=32, "
-        "narrow_seconds=4.0, processes=(), plain_cases=3, narrow_cases=5, rare=(3, 7), rare_longest=(5, 9)); "
+        "narrow_hunt=12, processes=(), plain_cases=3, narrow_cases=5, rare=(3, 7), rare_longest=(5, 9)); "
         "from attn_fuzz.cli import main; main()"
     )
     command = [sys.executable, "-c", program, "bench", "--device", "cpu", "--json", "--backend", "loop"]

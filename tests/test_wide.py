@@ -11,16 +11,20 @@ from random import Random
 import pytest
 import torch
 
-from attn_fuzz.campaign.messages import Assignment, Failed, Finished, Found, Message
-from attn_fuzz.campaign.wide import hunt_wide
+from attn_fuzz.campaign.messages import Assignment, Failed, Finished, Found, Message, Trying
+from attn_fuzz.campaign.wide import CROWD, WideHunt, hunt_wide
 from attn_fuzz.checks.budget import deviations
+from attn_fuzz.checks.spread import row_spreads
 from attn_fuzz.execute import run_kernel
 from attn_fuzz.findings import Finding
 from attn_fuzz.strategies import Domain
+from attn_fuzz.symptoms import PoisonLeaked, WrongSpread
 from attn_fuzz.wide.call import Call
-from attn_fuzz.wide.cutout import ENOUGH, bisected, candidates, subset
-from attn_fuzz.wide.gear import examine_wide, suspicion, verdicts
+from attn_fuzz.wide.cutout import ENOUGH, bisected, candidates, plainer, subset
+from attn_fuzz.wide.gear import Outcome, examine_wide, suspicion, verdicts
+from attn_fuzz.wide.judge import ROWS
 from attn_fuzz.wide.layouts import Sweep, draw_case
+from attn_fuzz.wide.pace import masks_whole_pack
 from backends import registry
 from backends.kernel import Attended, AttentionOptions
 from backends.kernels.loop import LoopKernel
@@ -94,7 +98,7 @@ def test_correct_backends_are_not_accused(name: str) -> None:
     if backend.kernel.why_unavailable("cpu") is not None:
         pytest.skip("not on this machine")
     for seed in range(3):
-        assert examine_wide(drawn(name, seed, 60), backend, CPU) is None
+        assert examine_wide(drawn(name, seed, 60), backend, CPU, twice=True) is None
 
 
 def test_z_is_that_of_the_narrow_gear() -> None:
@@ -107,6 +111,37 @@ def test_z_is_that_of_the_narrow_gear() -> None:
     for column, name in enumerate(KERNEL_TENSORS):
         worst = deviations(case, observation.results[name], answer[name]).max().item()
         assert outcome.z[:, column].max().item() == pytest.approx(worst, rel=1e-6)
+
+
+def test_rows_are_those_of_the_narrow_gear() -> None:
+    case = drawn("loop", 1, 20).replace(values="gaussian")
+    backend = registry.load("loop")
+    (outcome,) = verdicts(Call.of(case, CPU), [backend])
+    inputs = kernel_inputs(case, "cpu")
+    answer = kernel_answer(case, inputs, backend.kernel.profile)
+    observation = run_kernel(backend, case, inputs, "nan", CPU)
+    for name in ROWS:
+        worst = 10.0 * row_spreads(case, observation.results[name], answer[name]).max().item()
+        column = outcome.z[:, outcome.names.index(f"{name}-rows")]
+        assert column.max().item() == pytest.approx(worst, rel=1e-6)
+
+
+def test_a_row_that_is_off_as_a_whole_is_seen() -> None:
+    backend = registry.load("rare:6,13,row:loop")
+    case = Case(level="kernel", lengths=(3, 6, 9), key_lengths=(3, 13, 17), head_dim=128, dtype="bf16")
+    found = examine_wide(case, backend, CPU)
+    assert found is not None
+    assert found.symptom is WrongSpread
+    assert found.documents == (1,)
+
+
+def test_two_poisons_are_held_against_one_another() -> None:
+    backend = registry.load("fault:X29")
+    case = Case(level="kernel", lengths=(3, 6, 9), key_lengths=(3, 13, 17), dtype="bf16")
+    assert examine_wide(case, backend, CPU) is None
+    found = examine_wide(case, backend, CPU, twice=True)
+    assert found is not None
+    assert found.symptom is PoisonLeaked
 
 
 def test_backends_share_a_call() -> None:
@@ -124,8 +159,9 @@ def test_a_planted_fault_is_found_and_shrunk(fault: str) -> None:
     assert len(finding.original_case.lengths) >= 40
 
 
-def test_a_size_in_hundreds_is_found_and_shrinks_to_itself() -> None:
-    finding, last = hunted("rare:11,23:loop", calls=60)
+@pytest.mark.parametrize("how", ["scale", "key"])
+def test_a_size_in_hundreds_is_found_and_shrinks_to_itself(how: str) -> None:
+    finding, last = hunted(f"rare:11,23,{how}:loop", calls=60)
     assert finding is not None
     assert (finding.case.lengths, finding.case.key_lengths) == ((11,), (23,))
     assert (finding.case.heads, finding.case.head_dim) == (1, 1)
@@ -142,6 +178,10 @@ def test_what_needs_company_is_found_by_bisection() -> None:
     assert not any(examine_wide(small, backend, CPU) for small in candidates(case, found.documents))
     small = bisected(case, lambda each: examine_wide(each, backend, CPU) is not None, 60.0)
     assert ENOUGH < len(small.lengths) == 16
+    small = plainer(small, lambda each: examine_wide(each, backend, CPU) is not None, 60.0)
+    assert len(small.lengths) == 16
+    assert max(small.lengths) == max(small.packed_key_lengths) == 1
+    assert small.head_dim == 1
 
 
 def test_a_call_that_raises_or_changes_its_inputs_fails_as_a_whole() -> None:
@@ -151,6 +191,54 @@ def test_a_call_that_raises_or_changes_its_inputs_fails_as_a_whole() -> None:
         assert found is not None
         assert words in found.message
         assert len(found.documents) == len(case.lengths)
+
+
+class Refusing(LoopKernel):
+    """Takes nothing, and does not say so."""
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        raise NotImplementedError("not today")
+
+
+class Flat(LoopKernel):
+    """Reads whole vectors of channels, which not every memory layout has."""
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        if q.shape[-1] > 1 and q.stride(-1) != 1:
+            raise RuntimeError("channels must be contiguous")
+        return super().attend(q, k, v, metadata, options)
+
+
+def hunted_kernel(kernel: LoopKernel, calls: int) -> list[Message]:
+    messages: list[Message] = []
+    job = Assignment(backend="mine", device="cpu", seed=3, levels=("kernel",), cases=calls)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "load", lambda name: Backend(name, kernel, levels=("kernel",)))
+        patch.setattr("attn_fuzz.campaign.wide.FIRST_DOCUMENTS", 4)
+        patch.setattr("attn_fuzz.campaign.wide.MOST_DOCUMENTS", 4)
+        patch.setattr("attn_fuzz.campaign.wide.CROWD", 4)
+        hunt_wide(job, messages.append)
+    return messages
+
+
+def test_a_backend_that_refuses_everything_is_no_finding_and_no_endless_hunt() -> None:
+    messages = hunted_kernel(Refusing(), 5)
+    assert not [message for message in messages if isinstance(message, Found)]
+    last = messages[-1]
+    assert isinstance(last, Failed)
+    assert "not today" in last.reason
+
+
+def test_an_unusual_layout_that_is_not_taken_is_refused() -> None:
+    messages = hunted_kernel(Flat(), 16)
+    assert not [message.finding.messages for message in messages if isinstance(message, Found)]
+    last = messages[-1]
+    assert isinstance(last, Finished)
+    assert last.tally.refused
 
 
 def test_cut_out_documents_keep_their_values() -> None:
@@ -176,6 +264,33 @@ def test_layouts_have_documents_of_every_kind() -> None:
     kinds = {(q > k) - (q < k) for q, k in pairs} | {"empty" for q, k in pairs if q == k == 0}
     assert kinds == {-1, 0, 1, "empty"}
     assert drawn("loop", 0, 400, (16, 32)) == case
+
+
+@pytest.mark.parametrize(("name", "masks"), [("loop", False), ("backup", True), ("sdpa_dense", True)])
+def test_kernels_that_mask_the_whole_pack_are_known_by_their_time(name: str, masks: bool) -> None:
+    backend = registry.load(name)
+    assert masks_whole_pack(backend, Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")) is masks
+
+
+def test_cut_outs_have_a_key() -> None:
+    case = Case(level="kernel", lengths=(2, 3, 4), key_lengths=(0, 3, 0))
+    assert subset(case, [0, 2]) is None
+    assert [small.key_lengths for small in candidates(case, (0,))] == [(0, 3), (0, 3, 0)]
+
+
+def test_calls_of_more_documents_than_time_allows_come_early() -> None:
+    messages: list[Message] = []
+    job = Assignment(backend="crowd", device="cpu", seed=0, levels=("kernel",), cases=5, stop_at_first=True)
+    with pytest.MonkeyPatch.context() as patch:
+        # Nothing but the number of documents is asked here: no kernel, no reference.
+        patch.setattr(registry, "load", lambda name: Backend(name, LoopKernel(), levels=("kernel",)))
+        patch.setattr(
+            WideHunt, "judge", lambda self, case: Outcome(torch.zeros(len(case.lengths), 5), None, KERNEL_TENSORS)
+        )
+        hunt_wide(job, messages.append)
+    cases = [Case.from_json(message.case) for message in messages if isinstance(message, Trying)]
+    assert max(len(case.lengths) for case in cases) >= CROWD
+    assert len(cases[0].lengths) < CROWD
 
 
 def test_the_command_finds_and_stores(tmp_path: Path) -> None:

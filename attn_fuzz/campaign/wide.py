@@ -14,15 +14,17 @@ from attn_fuzz.campaign.messages import Assignment, Died, Failed, Finished, Foun
 from attn_fuzz.campaign.worker import Hunt, Send
 from attn_fuzz.checks.budget import LIMIT, limit
 from attn_fuzz.environment import environment
-from attn_fuzz.examine import Verdict
+from attn_fuzz.examine import USUAL_MEMORIES, Verdict
 from attn_fuzz.findings import Finding
 from attn_fuzz.process import DEAD_CONTEXT, context_alive, set_up_process
 from attn_fuzz.strategies import Domain
+from attn_fuzz.timing import now
 from attn_fuzz.wide.call import Call
-from attn_fuzz.wide.cutout import bisected, candidates, subset
-from attn_fuzz.wide.gear import Outcome, Suspicion, suspected, verdicts
+from attn_fuzz.wide.cutout import bisected, candidates, plainer, subset
+from attn_fuzz.wide.gear import Outcome, Suspicion, probe_verdict, suspected, verdicts
 from attn_fuzz.wide.layer import draw_layer_case, layer_verdict
 from attn_fuzz.wide.layouts import LONGEST, Sweep, draw_case
+from attn_fuzz.wide.pace import affordable, masks_whole_pack
 from backends.kernel import UnsupportedCase
 from reference.case import LEVELS, Case
 
@@ -30,10 +32,25 @@ FIRST_DOCUMENTS: Final = 64
 MOST_DOCUMENTS: Final = 16384
 
 CALL_SECONDS: Final = 0.5
-"""Calls grow until one takes so long: a kernel that forms whole masks is asked for fewer documents than one that does
-not, without anybody saying which it is."""
+"""Calls grow until one takes so long, of processor time on a CPU, so that a busy machine's are as large as an idle
+one's: a slow kernel is asked for fewer documents than a fast one, without anybody saying which it is."""
+
+REFUSED_CALLS: Final = 60
+"""A backend that has refused so many and taken none would refuse for ever."""
 
 BISECT_SECONDS: Final = 30.0
+
+WAYS: Final = ("budget", "probe", "twice")
+"""How kernel calls are judged, in turn: by the budget; by exact probes; by the budget and the bits of a second run."""
+
+_GROWN: Final = 8
+"""Where kernels form masks over the whole pack, one call in so many has as many documents as others have."""
+
+CROWD: Final = 1100
+"""Documents of a call now and then, whatever it takes: more than 2^10, with 2^13 to 2^15 queries in them."""
+
+# With sizes and ways in turn, crowds of all sizes come to be judged in all ways.
+_CROWDED, _FIRST_CROWDED = 7, 3
 
 _BISECTIONS: Final = 3
 """A fault that no cut-out shows is bisected so often, not in every call that it spoils."""
@@ -52,6 +69,10 @@ class WideHunt(Hunt):
         self.sweeps = [Sweep(longest, self.random.randrange(1 << 16)) for longest in sizes]
         self.documents = {(level, size): FIRST_DOCUMENTS for level in LEVELS for size in range(len(sizes))}
         self.bisections = 0
+        self.way, self.turn, self.kernel_calls = WAYS[0], 0, 0
+        self.masks_all = self.device.type == "cpu" and masks_whole_pack(
+            self.backend, self.domain, lambda case: self.send(Trying(case.to_json()))
+        )
 
     def wide_fails(self, case: Case) -> bool:
         """Whether a packed call fails, announced first."""
@@ -64,16 +85,30 @@ class WideHunt(Hunt):
     def draw(self, level: str, size: int) -> Case | None:
         """The next case of a level and size."""
         documents = self.documents[level, size]
+        if self.masks_all and self.turn % _GROWN != _GROWN - 1:
+            documents = min(documents, affordable(self.sweeps[size].longest))
+        elif self.crowded(level):
+            documents = max(documents, CROWD)
         if level == "layer":
             longest = self.sweeps[size].longest[0]
             return draw_layer_case(self.random, self.backend, self.domain, documents, longest)
         return draw_case(self.random, self.sweeps[size], self.backend, self.domain, documents)
 
+    def crowded(self, level: str) -> bool:
+        """Whether it is the turn of a call of more documents than CALL_SECONDS allow, and there is time for it."""
+        if level != "kernel" or self.masks_all or self.device.type != "cpu":
+            return False
+        self.kernel_calls += 1
+        left = self.assignment.seconds is None or time.monotonic() - self.started < 0.7 * self.assignment.seconds
+        return left and self.kernel_calls % _CROWDED == _FIRST_CROWDED
+
     def judge(self, case: Case) -> Outcome:
-        """Runs a case and judges its documents."""
+        """Runs a case and judges its documents in the way whose turn it is."""
         if case.level == "layer":
             return layer_verdict(case, self.backend, self.device)
-        (outcome,) = verdicts(Call.of(case, self.device), [self.backend])
+        if self.way == "probe":
+            return probe_verdict(case, self.backend, self.device)
+        (outcome,) = verdicts(Call.of(case, self.device), [self.backend], twice=self.way == "twice")
         return outcome
 
     def call(self, level: str, size: int) -> None:
@@ -81,29 +116,43 @@ class WideHunt(Hunt):
         case = self.draw(level, size)
         if case is None:
             self.tally.refused += 1
+            self.refusal = self.refusal or "no call that was drawn is one that it declares to take"
             return
         self.send(Trying(case.to_json()))
-        started = time.monotonic()
+        started = now(self.device)
         size_of = (level, size)
         try:
             outcome = self.judge(case)
-        except UnsupportedCase:
+            if outcome.broken is not None and not context_alive(self.device):
+                self.send(Died(outcome.broken))
+                os._exit(DEAD_CONTEXT)
+            if self.refuses_layout(case, outcome):
+                self.tally.refused += 1
+                return
+            if now(self.device) - started < CALL_SECONDS / 2:
+                self.documents[size_of] = min(2 * self.documents[size_of], MOST_DOCUMENTS)
+            found = suspected(case, outcome, self.judge)
+        except UnsupportedCase as refusal:
             self.tally.refused += 1
+            self.refusal = str(refusal)
             return
         except (torch.OutOfMemoryError, MemoryError):
             if self.documents[size_of] <= 1:
                 raise
             self.documents[size_of] //= 2
             return
-        if outcome.broken is not None and not context_alive(self.device):
-            self.send(Died(outcome.broken))
-            os._exit(DEAD_CONTEXT)
-        if time.monotonic() - started < CALL_SECONDS / 2:
-            self.documents[size_of] = min(2 * self.documents[size_of], MOST_DOCUMENTS)
-        found = suspected(case, outcome, self.judge)
         self.tally_call(case, outcome, clean=found is None)
         if found is not None:
             self.pursue(found)
+
+    def refuses_layout(self, case: Case, outcome: Outcome) -> bool:
+        """Whether a call fell over an unusual memory layout and does not without: a clean refusal, as elsewhere."""
+        if outcome.broken is None or case.level != "kernel" or case.memory in USUAL_MEMORIES:
+            return False
+        if self.judge(case.replace(memory="contiguous")).broken is not None:
+            return False
+        self.refusal = outcome.broken
+        return True
 
     def tally_call(self, case: Case, outcome: Outcome, *, clean: bool) -> None:
         """Adds a call to the tally, as one case of many documents."""
@@ -111,11 +160,13 @@ class WideHunt(Hunt):
         tally.cases += 1
         tally.documents += len(case.packed_lengths)
         tally.seconds = time.monotonic() - self.started
-        kind = f"wide-{case.level} {case.dtype}"
+        kind = f"wide-{'probe' if outcome.exact else case.level} {case.dtype}"
         tally.by_kind[kind] = tally.by_kind.get(kind, 0) + 1
-        if clean:
+        if clean and not outcome.exact:
             worst, places = (outcome.z * LIMIT / limit(case)).max(0)
             for name, z, place in zip(outcome.names, worst.tolist(), places.tolist(), strict=True):
+                if name == "bits":
+                    continue
                 key = f"{kind} {name}"
                 alone = subset(case, [place])
                 if z > tally.worst_z.get(key, -1.0) and alone is not None:
@@ -141,6 +192,8 @@ class WideHunt(Hunt):
             return
         self.bisections += 1
         small = bisected(found.case, self.wide_fails, BISECT_SECONDS)
+        # What needs many documents needs little of each, and the narrow gear looks at all of them every time.
+        small = plainer(small, self.wide_fails, BISECT_SECONDS)
         verdict = self.narrow(small)
         if verdict is not None and verdict.first is not None:
             self.hand_over(small, verdict)
@@ -183,10 +236,16 @@ class WideHunt(Hunt):
         levels = [level for level in self.assignment.levels if level in self.backend.levels]
         if not levels:
             raise ValueError(f"{self.backend.name} has no {' or '.join(self.assignment.levels)} level")
-        turn = 0
-        while not self.over():
-            self.call(levels[turn % len(levels)], turn // len(levels) % len(self.sweeps))
-            turn += 1
+        while not self.turn or not self.over():
+            level, round_ = levels[self.turn % len(levels)], self.turn // len(levels)
+            size = round_ % len(self.sweeps)
+            self.way = WAYS[(round_ // len(self.sweeps)) % len(WAYS)]
+            self.call(level, size)
+            self.turn += 1
+            if not self.tally.cases and self.tally.refused > REFUSED_CALLS:
+                raise ValueError(
+                    f"{self.backend.name} refused all {self.tally.refused} calls, the last with: {self.refusal}"
+                )
             if self.found and self.assignment.stop_at_first:
                 break
         self.tally.seconds = time.monotonic() - self.started

@@ -53,27 +53,27 @@ class Call:
 
 
 @contextlib.contextmanager
-def _poisoned_results(call: Call) -> Iterator[None]:
-    """Whatever the backend allocates for its results and leaves unwritten is NaN."""
+def _poisoned_results(call: Call, poison: str, *, compiled: bool) -> Iterator[None]:
+    """Whatever the backend allocates for its results and leaves unwritten holds a poison."""
     if call.device.type != "cuda":
-        with poisoned("nan", call.device):
+        with poisoned(poison, call.device, compiled=compiled):
             yield
         return
     # Deterministic mode would choose other kernels. The caching allocator hands these blocks out again.
-    tensors = call.placed.values()
-    blocks = [torch.full_like(item.tensor, torch.nan, memory_format=torch.contiguous_format) for item in tensors]
-    blocks.append(torch.full(call.inputs.q.shape[:2], torch.nan, dtype=torch.float32, device=call.device))
+    fill, tensors = filler(poison), call.placed.values()
+    blocks = [torch.full_like(item.tensor, fill, memory_format=torch.contiguous_format) for item in tensors]
+    blocks.append(torch.full(call.inputs.q.shape[:2], fill, dtype=torch.float32, device=call.device))
     del blocks
     yield
 
 
-def run(call: Call, backend: Backend) -> dict[str, torch.Tensor]:
+def run(call: Call, backend: Backend, poison: str = "nan") -> dict[str, torch.Tensor]:
     """Forward and backward of a backend: its results on the device, token-major, ``lse [tokens_q, heads]``.
 
     Nothing here waits for the device.
     """
     q, k, v = leaves = [call.placed[name].tensor.detach().requires_grad_() for name in ("q", "k", "v")]
-    with _poisoned_results(call):
+    with _poisoned_results(call, poison, compiled=backend.kernel.compiled):
         attended = backend.kernel.attend(q, k, v, call.metadata, AttentionOptions.of(call.case))
         gradients = torch.autograd.grad(attended.out, leaves, call.placed["dout"].tensor)
     results = {"out": attended.out.detach(), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}

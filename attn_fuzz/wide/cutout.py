@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from attn_fuzz.shrink import with_lengths
+from attn_fuzz.shrink import simpler_options, with_lengths
 from reference.case import Case, CaseError
 
 Fails = Callable[[Case], bool]
@@ -16,6 +16,9 @@ SUSPECTS: Final = 3
 
 NEIGHBOURS: Final = (0, 1, 4)
 """How many on each side come along."""
+
+CLIPS: Final = (1, 2, 4, 8, 16, 32)
+"""Lengths to which all documents of a call are cut down at once."""
 
 ENOUGH: Final = 12
 """Documents that the narrow gear shrinks by itself."""
@@ -27,6 +30,9 @@ def subset(case: Case, places: Iterable[int]) -> Case | None:
     if case.level == "layer":
         return with_lengths(case, [case.lengths[i] for i in kept], kept, None)
     lengths, keys, ids = case.packed_lengths, case.packed_key_lengths, case.packed_ids
+    if not any(keys[i] for i in kept):
+        # The narrow gear draws no call without a key, and its needle has none to point at.
+        return None
     try:
         return case.replace(
             lengths=tuple(lengths[i] for i in kept),
@@ -70,4 +76,45 @@ def bisected(case: Case, fails: Fails, seconds: float) -> Case:
             else:
                 begin += size
         size = min(size, count) // 2
+    return case
+
+
+def _clipped(case: Case, queries: int, keys: int) -> Case | None:
+    """With no document longer than so many tokens."""
+    lengths = [min(length, queries) for length in case.lengths]
+    clipped = None if case.key_lengths is None else [min(length, keys) for length in case.key_lengths]
+    return with_lengths(case, lengths, range(len(lengths)), clipped)
+
+
+def plainer(case: Case, fails: Fails, seconds: float) -> Case:
+    """The same call with short documents and simple options, as far as it still fails.
+
+    Args:
+        case: a failing call.
+        fails: whether a call fails.
+        seconds: after which what has been reached is returned.
+    """
+    deadline = time.monotonic() + seconds
+    longest_q, longest_k = max(case.packed_lengths), max(case.packed_key_lengths)
+    both = ((clip, clip) for clip in CLIPS)
+    one = [*((clip, longest_k) for clip in CLIPS), *((longest_q, clip) for clip in CLIPS)]
+    for queries, keys in (*both, *one):
+        small = _clipped(case, queries, keys)
+        if time.monotonic() > deadline:
+            return case
+        if small is not None and small != case and fails(small):
+            case = small
+            break
+    tried = {case}
+    progress = True
+    while progress:
+        progress = False
+        for small in simpler_options(case):
+            if time.monotonic() > deadline:
+                return case
+            if small is not None and small not in tried:
+                tried.add(small)
+                if fails(small):
+                    case, progress = small, True
+                    break
     return case

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from attn_fuzz.checks.budget import limit
-from attn_fuzz.symptoms import Crashed, Symptom, wrong_tensor
+from attn_fuzz.symptoms import Crashed, PoisonLeaked, Symptom, WrongSpread, wrong_tensor
 from attn_fuzz.trial import SECOND_SEED
 from attn_fuzz.wide.call import Call, run
-from attn_fuzz.wide.judge import complete, largest_z, screened_z
+from attn_fuzz.wide.judge import COLUMNS, complete, largest_z, other_bits, screened_z
+from attn_fuzz.wide.probe import SYMPTOMS, wide_probe, wrong_documents
 from backends.kernel import UnsupportedCase
 from backends.registry import Backend
 from reference.answer import KERNEL_TENSORS
@@ -25,14 +26,16 @@ class Outcome:
     """What one backend made of one wide call."""
 
     z: torch.Tensor
-    """float64 ``[documents, 5]`` on the CPU: largest deviation per document and tensor (``KERNEL_TENSORS``)."""
+    """float64 ``[documents, columns]`` on the CPU: what is wrong with each document, beyond the limit or not."""
     broken: str | None = None
     """What is wrong with the call as a whole, in words: it raised, results are missing, inputs changed."""
-    names: tuple[str, ...] = KERNEL_TENSORS
+    names: tuple[str, ...] = COLUMNS
     """The columns of ``z``."""
+    exact: bool = False
+    """Whole numbers were asked for, and no second value seed need agree."""
 
     def failing(self, beyond: float) -> torch.Tensor:
-        """bool ``[documents, 5]``; every document where the call as a whole is wrong."""
+        """bool ``[documents, columns]``; every document where the call as a whole is wrong."""
         return torch.full_like(self.z, True, dtype=torch.bool) if self.broken else self.z > beyond
 
 
@@ -50,13 +53,36 @@ def effective_profile(profile: Profile, case: Case) -> Profile:
     return profile
 
 
-def verdicts(call: Call, backends: Sequence[Backend], *, screened: bool = True) -> list[Outcome]:
+def _attempt(call: Call, backend: Backend, poison: str) -> tuple[dict[str, torch.Tensor], str | None]:
+    """(results, what is wrong with the call as a whole)."""
+    try:
+        found = run(call, backend, poison)
+    except (UnsupportedCase, torch.OutOfMemoryError, MemoryError):
+        raise
+    except NotImplementedError as refusal:
+        raise UnsupportedCase(str(refusal)) from refusal
+    except Exception as error:
+        return {}, words(error)
+    missing = complete(call.case, found, call.inputs)
+    return found, f"{', '.join(missing)} missing, or of another shape or dtype" if missing else None
+
+
+def _promised(backend: Backend, device: torch.device) -> tuple[str, ...]:
+    """Results for which a backend promises the same bits every time."""
+    capabilities = backend.kernel.capabilities_on(device.type)
+    if not capabilities.repeatable:
+        return ()
+    return KERNEL_TENSORS if capabilities.repeatable_backward else ("out", "lse")
+
+
+def verdicts(call: Call, backends: Sequence[Backend], *, screened: bool = True, twice: bool = False) -> list[Outcome]:
     """Runs backends on one call and judges every document.
 
     Args:
         call: a packed call.
         backends: those that take it.
         screened: judge by the fast reference where it can, and by the exact one only what looks suspicious there.
+        twice: run it under the second poison too, and hold the bits of both runs against one another.
 
     Raises:
         UnsupportedCase: when a backend refuses, which its declarations should have said.
@@ -66,20 +92,18 @@ def verdicts(call: Call, backends: Sequence[Backend], *, screened: bool = True) 
     broken: dict[int, str] = {}
     results: list[dict[str, torch.Tensor]] = []
     touched: list[torch.Tensor] = []
+    moved = torch.zeros(len(backends), count, dtype=torch.bool, device=call.device)
     for index, backend in enumerate(backends):
-        try:
-            found = run(call, backend)
-        except (UnsupportedCase, NotImplementedError, torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as error:
-            broken[index] = words(error)
-            found = {}
-        else:
-            if missing := complete(call.case, found, call.inputs):
-                broken[index] = f"{', '.join(missing)} missing, or of another shape or dtype"
+        found, wrong = _attempt(call, backend, "nan")
+        if wrong is None and twice and (names := _promised(backend, call.device)):
+            again, wrong = _attempt(call, backend, "finite")
+            if wrong is None:
+                moved[index] = other_bits(call.case, found, again, names)
+        if wrong is not None:
+            broken[index] = wrong
         results.append(found)
         touched.append(call.changed())
-    z = torch.zeros(len(backends), count, len(KERNEL_TENSORS), dtype=torch.float64, device=call.device)
+    z = torch.zeros(len(backends), count, len(COLUMNS), dtype=torch.float64, device=call.device)
     alike: dict[Profile, list[int]] = {}
     for index, backend in enumerate(backends):
         if index not in broken:
@@ -91,6 +115,7 @@ def verdicts(call: Call, backends: Sequence[Backend], *, screened: bool = True) 
         judge = screened_z if fits else largest_z
         z[members] = judge(call.case, call.inputs, profile, [results[index] for index in members])
         fast |= dict.fromkeys(members, profile) if fits else {}
+    z[..., COLUMNS.index("bits")] = torch.where(moved, torch.inf, 0.0)
     # The one transfer: everything before it was only queued.
     packed = torch.cat([z.flatten(1), torch.stack(touched)[:, None].double()], 1).cpu()
     changed = packed[:, -1].bool().tolist()
@@ -101,11 +126,31 @@ def verdicts(call: Call, backends: Sequence[Backend], *, screened: bool = True) 
     judged = packed[:, :-1].view(len(backends), count, -1)
     for index, profile in fast.items():
         # What the fast reference finds suspicious is for the exact one to say; on clean calls it is not asked.
-        documents = (judged[index] > SUSPICIOUS * limit(call.case)).any(1).nonzero()[:, 0].tolist()
+        documents = (judged[index, :, :-1] > SUSPICIOUS * limit(call.case)).any(1).nonzero()[:, 0].tolist()
         if documents:
             exact = largest_z(call.case, call.inputs, profile, [results[index]], documents=documents)
-            judged[index, documents] = exact[0, documents].cpu()
+            judged[index, documents, :-1] = exact[0, documents, :-1].cpu()
     return [Outcome(judged[index], broken.get(index)) for index in range(len(backends))]
+
+
+def probe_verdict(case: Case, backend: Backend, device: torch.device) -> Outcome:
+    """Which keys took part, in every document of a call: census and support, exactly, and inputs intact.
+
+    Raises:
+        UnsupportedCase: as ``verdicts`` does.
+        torch.OutOfMemoryError: as it comes.
+    """
+    probe = wide_probe(case, device)
+    call = Call.of(case, device, probe.inputs)
+    found, wrong = _attempt(call, backend, "nan")
+    documents = torch.zeros(len(case.packed_lengths), len(KERNEL_TENSORS), dtype=torch.bool, device=device)
+    if wrong is None:
+        documents = wrong_documents(case, probe, found)
+    packed = torch.cat([documents.flatten(), call.changed()[None]]).cpu()
+    if packed[-1]:
+        wrong = wrong or "an input or its guard margin changed"
+    z = torch.where(packed[:-1].view(-1, len(KERNEL_TENSORS)), torch.inf, 0.0).double()
+    return Outcome(z, wrong, KERNEL_TENSORS, exact=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +170,20 @@ def _named(case: Case, outcome: Outcome, failing: torch.Tensor, documents: Seque
     if outcome.broken is not None:
         return Crashed, f"a call of {count} documents: {outcome.broken}"
     first = documents[0]
-    column = int(torch.where(failing[first], outcome.z[first], -1.0).argmax())
-    name = outcome.names[column]
-    return wrong_tensor(name), (
-        f"{name} of document {first} ({case.packed_lengths[first]} queries, {case.packed_key_lengths[first]} keys): "
-        f"z = {outcome.z[first, column].item():.3g}; {len(documents)} of {count} documents wrong"
-    )
+    # An element outside its budget says more than its row does.
+    elements = failing[first] & torch.tensor(["-" not in name for name in outcome.names])
+    said = elements if elements.any() else failing[first]
+    column = int(torch.where(said, outcome.z[first], -1.0).argmax())
+    name, z = outcome.names[column], outcome.z[first, column].item()
+    place = f"document {first} ({case.packed_lengths[first]} queries, {case.packed_key_lengths[first]} keys)"
+    rest = f"{len(documents)} of {count} documents wrong"
+    if outcome.exact:
+        return SYMPTOMS[name], f"{name} of {place} is not what equal scores make of its keys; {rest}"
+    if name == "bits":
+        return PoisonLeaked, f"results of {place} change with the contents of memory that nobody has written; {rest}"
+    if name.endswith("-rows"):
+        return WrongSpread, f"{name.removesuffix('-rows')} of {place}: a row as a whole is off ({z:.3g}); {rest}"
+    return wrong_tensor(name), f"{name} of {place}: z = {z:.3g}; {rest}"
 
 
 def suspected(case: Case, outcome: Outcome, judge: Callable[[Case], Outcome]) -> Suspicion | None:
@@ -139,13 +192,13 @@ def suspected(case: Case, outcome: Outcome, judge: Callable[[Case], Outcome]) ->
     Args:
         case: what was run.
         outcome: what came of it.
-        judge: runs another case on the same backend.
+        judge: runs another case on the same backend, in the same way.
     """
     beyond = limit(case)
     failing = outcome.failing(beyond)
     if not failing.any():
         return None
-    if outcome.broken is None:
+    if outcome.broken is None and not outcome.exact:
         failing &= judge(case.replace(seed=case.seed ^ SECOND_SEED)).failing(beyond)
     worst = torch.where(failing, outcome.z, -1.0).amax(1)
     order = worst.argsort(descending=True, stable=True)
@@ -155,18 +208,27 @@ def suspected(case: Case, outcome: Outcome, judge: Callable[[Case], Outcome]) ->
     return Suspicion(case, documents, *_named(case, outcome, failing, documents))
 
 
-def suspicion(call: Call, backend: Backend, outcome: Outcome) -> Suspicion | None:
+def suspicion(call: Call, backend: Backend, outcome: Outcome, *, twice: bool = False) -> Suspicion | None:
     """``suspected`` for a packed call."""
 
     def judge(case: Case) -> Outcome:
-        (second,) = verdicts(Call.of(case, call.device), [backend])
+        (second,) = verdicts(Call.of(case, call.device), [backend], twice=twice)
         return second
 
     return suspected(call.case, outcome, judge)
 
 
-def examine_wide(case: Case, backend: Backend, device: torch.device) -> Suspicion | None:
-    """The wide verdict on one case and one backend: None for a clean one."""
+def examine_wide(case: Case, backend: Backend, device: torch.device, *, twice: bool = False) -> Suspicion | None:
+    """The wide verdict on one case and one backend by the budget: None for a clean one."""
     call = Call.of(case, device)
-    (outcome,) = verdicts(call, [backend])
-    return suspicion(call, backend, outcome)
+    (outcome,) = verdicts(call, [backend], twice=twice)
+    return suspicion(call, backend, outcome, twice=twice)
+
+
+def examine_probe(case: Case, backend: Backend, device: torch.device) -> Suspicion | None:
+    """The wide verdict by the exact probes."""
+
+    def judge(again: Case) -> Outcome:
+        return probe_verdict(again, backend, device)
+
+    return suspected(case, judge(case), judge)

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 
-from attn_fuzz.checks.budget import deviations
+from attn_fuzz.checks.budget import LIMIT, deviations, limit
+from attn_fuzz.checks.spread import CONTINUOUS, row_bound
 from reference.answer import KERNEL_TENSORS, Expected, Inputs
 from reference.batched import answers
 from reference.case import Case
+from reference.memory import bits
 from reference.profile import Profile
 from reference.screen import row_maxima, screen
+
+ROWS: Final = ("out", "dq", "dk", "dv")
+"""Results that have a row statistic."""
+
+COLUMNS: Final = (*KERNEL_TENSORS, *(f"{name}-rows" for name in ROWS), "bits")
+"""What is judged of each document: the largest deviation of each result, then the largest row statistic of those that
+have one, in units in which the verdict is at LIMIT, and whether two runs of the call gave other bits (inf)."""
+
+_OWED: Final = 1e-300
+"""Stands for a variance of 0: the least that can be wrong is 1e-45, and then 1e105 standard deviations off."""
+
+_EQUALITY: Final = 1e60
+_LARGEST_FP16: Final = 65504.0
 
 
 def complete(case: Case, results: dict[str, torch.Tensor], inputs: Inputs) -> list[str]:
@@ -45,43 +61,85 @@ def largest_z(
         documents: places in the call of those to judge; None for all.
 
     Returns:
-        float64 ``[backends, documents of the call, 5]`` on the device, tensors in the order of ``KERNEL_TENSORS``; 0
-        where nothing was judged, inf where equality was owed or a finite value is missing.
+        float64 ``[backends, documents of the call, columns]`` on the device, in the order of ``COLUMNS``; 0 where
+        nothing was judged, inf where equality was owed or a finite value is missing.
     """
     count = len(case.packed_lengths)
-    z = torch.zeros(len(results), count, len(KERNEL_TENSORS), dtype=torch.float64, device=inputs.q.device)
-    for chunk in answers(case, inputs, profile, documents=documents):
+    z = torch.zeros(len(results), count, len(COLUMNS), dtype=torch.float64, device=inputs.q.device)
+    by_row = case.values in CONTINUOUS and limit(case) <= LIMIT
+    for chunk in answers(case, inputs, profile, documents=documents, degrees=by_row):
         for column, name in enumerate(KERNEL_TENSORS):
             rows, expected = chunk.rows(name), chunk.expected[name]
-            there = rows.there[:, None, :]
             for backend, found in enumerate(results):
-                if name in found:
-                    worst = _row_maxima(case, rows.gather(found[name]), expected).masked_fill(~there, 0.0)
+                if name not in found:
+                    continue
+                got = rows.gather(found[name], torch.float64)
+                if name == "lse":
+                    worst = deviations(case, got, expected).masked_fill(~rows.there[:, None, :], 0.0)
                     z[backend, chunk.documents, column] = worst.amax((1, 2))
+                    continue
+                worst, mean = _by_row(case, got, expected)
+                z[backend, chunk.documents, column] = worst.amax((1, 2))
+                if by_row:
+                    z[backend, chunk.documents, COLUMNS.index(f"{name}-rows")] = LIMIT * mean.amax((1, 2))
     return z
+
+
+def _by_row(case: Case, got: torch.Tensor, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
+    """``deviations``' largest and ``row_spreads`` of every row ``[documents, heads, size]``, in as few passes.
+
+    Padding is 0, as its answer is. ``got`` is written over.
+    """
+    z2 = got.sub_(expected.value).square_().div_(expected.variance.clamp_min(_OWED))
+    if case.dtype == "fp16":
+        # Others hold whatever the modes of values drawn here can sum up to.
+        z2.masked_fill_(expected.value.abs() > 0.5 * _LARGEST_FP16, 0.0)
+    worst = z2.amax(-1).sqrt_().nan_to_num_(torch.inf)
+    worst = worst.masked_fill_(worst > _EQUALITY, torch.inf)
+    if expected.degrees is None:
+        return worst, torch.zeros_like(worst)
+    owing = expected.variance.amin(-1) > 0
+    mean = (z2.mean(-1) / row_bound(expected.degrees)).sqrt_().nan_to_num_(torch.inf)
+    return worst, torch.where(owing, mean, 0.0)
+
+
+def owners(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """The document of each row: int64 ``[tokens]``."""
+    sizes = torch.tensor(lengths).to(device, non_blocking=True)
+    return torch.repeat_interleave(torch.arange(len(lengths), device=device), sizes, output_size=sum(lengths))
+
+
+def of_documents(case: Case, name: str, by_row: torch.Tensor) -> torch.Tensor:
+    """Which documents have a row of a result for which something holds: bool ``[tokens]`` to bool ``[documents]``."""
+    lengths = case.packed_key_lengths if name in ("dk", "dv") else case.packed_lengths
+    found = torch.zeros(len(lengths), dtype=torch.uint8, device=by_row.device)
+    return found.scatter_reduce_(0, owners(lengths, by_row.device), by_row.byte(), "amax").bool()
+
+
+def other_bits(
+    case: Case, first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], names: Sequence[str]
+) -> torch.Tensor:
+    """Documents some of whose results have other bits in one run than in another: bool ``[documents]``."""
+    count = len(case.packed_lengths)
+    found = torch.zeros(count, dtype=torch.bool, device=first["out"].device)
+    for name in names:
+        if name in first and name in second and len(first[name]):
+            differs = (bits(first[name]) != bits(second[name])).flatten(1).any(1)
+            found |= of_documents(case, name, differs)
+    return found
 
 
 def screened_z(
     case: Case, inputs: Inputs, profile: Profile, results: Sequence[dict[str, torch.Tensor]]
 ) -> torch.Tensor:
-    """What ``largest_z`` gives, for all documents, by the fast reference (reference/screen.py)."""
+    """What ``largest_z`` gives, for all documents, by the fast reference (reference/screen.py); no row statistic."""
     screened = screen(case, inputs, profile)
     device, count = inputs.q.device, len(case.packed_lengths)
-    documents = torch.arange(count, device=device)
-    owners = {}
-    for side, lengths in (("q", case.packed_lengths), ("k", case.packed_key_lengths)):
-        sizes = torch.tensor(lengths).to(device, non_blocking=True)
-        owners[side] = torch.repeat_interleave(documents, sizes, output_size=sum(lengths))
-    z = torch.zeros(len(results), len(KERNEL_TENSORS), count, dtype=torch.float32, device=device)
+    sides = {"q": owners(case.packed_lengths, device), "k": owners(case.packed_key_lengths, device)}
+    z = torch.zeros(len(results), len(COLUMNS), count, dtype=torch.float32, device=device)
     for column, name in enumerate(KERNEL_TENSORS):
-        owner = owners["k" if name in ("dk", "dv") else "q"]
+        owner = sides["k" if name in ("dk", "dv") else "q"]
         for backend, found in enumerate(results):
             if name in found:
                 z[backend, column].scatter_reduce_(0, owner, row_maxima(found[name], screened[name]), "amax")
     return z.transpose(1, 2).double()
-
-
-def _row_maxima(case: Case, got: torch.Tensor, expected: Expected) -> torch.Tensor:
-    """``[documents, heads, rows]``."""
-    z = deviations(case, got, expected)
-    return z.amax(-1) if z.dim() == 4 else z

@@ -94,8 +94,10 @@ def layer_verdict(case: Case, backend: Backend, device: torch.device) -> Outcome
     z = torch.zeros(count, len(EXACT_TENSORS), dtype=torch.float64, device=device)
     try:
         results = run(case, inputs, backend)
-    except (UnsupportedCase, NotImplementedError, torch.OutOfMemoryError, MemoryError):
+    except (UnsupportedCase, torch.OutOfMemoryError, MemoryError):
         raise
+    except NotImplementedError as refusal:
+        raise UnsupportedCase(str(refusal)) from refusal
     except Exception as error:
         return Outcome(z.cpu(), words(error), EXACT_TENSORS)
     expected = exact_layer_answer(case, inputs, backend.kernel.profile_on(device.type), _answer)

@@ -1,0 +1,172 @@
+"""Census and support (attn_fuzz/probes.py) for thousands of documents in one call, without a reference.
+
+Which keys each row sees is a run whose ends follow from the lengths, sums over a run are differences of prefix sums,
+and all of it is whole numbers: one wrong key in one of a hundred thousand documents shows, exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Final
+
+import torch
+
+from attn_fuzz.checks.exact import census_sees
+from attn_fuzz.probes import uniform_probe
+from attn_fuzz.symptoms import Symptom, WrongKeys, WrongKeysBackward, WrongLse
+from attn_fuzz.wide.judge import of_documents, owners
+from reference.answer import KERNEL_TENSORS, Inputs
+from reference.case import Case
+from reference.values import DTYPES, draw
+
+SYMPTOMS: Final[dict[str, type[Symptom]]] = {
+    "out": WrongKeys,
+    "lse": WrongLse,
+    "dq": WrongKeysBackward,
+    "dk": WrongKeysBackward,
+    "dv": WrongKeysBackward,
+}
+"""What a result that fails the probe is called."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WideProbe:
+    """``probes.uniform_probe`` of a call of many documents, on a device."""
+
+    inputs: Inputs
+    row: torch.Tensor
+    """int64 ``[documents]``: the row within each document whose output gradient is hot; 0 where it has no queries."""
+    head: torch.Tensor
+    channel: torch.Tensor
+    shift: float
+    """The product q k of every query and key, before the scale."""
+
+
+def _positions(lengths: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+    begins = lengths.cumsum(0) - lengths
+    return torch.arange(len(owner), device=owner.device) - begins[owner]
+
+
+def wide_probe(case: Case, device: torch.device) -> WideProbe:
+    """The census and support probe of a kernel case, the same numbers as ``uniform_probe`` gives."""
+    dtype, heads, dim = DTYPES[case.dtype], case.heads, case.head_dim
+    plain = case.replace(values="gaussian", dtype="fp32")
+    v, k = (
+        torch.where(draw(plain, name, case.kv_heads, dim, device, keys=True) < 0, -1.0, 1.0)
+        for name in ("census", "probe keys")
+    )
+    lengths, key_lengths, ids = (
+        torch.tensor(x, dtype=torch.int64).to(device)
+        for x in (case.packed_lengths, case.packed_key_lengths, case.packed_ids)
+    )
+    owner = owners(case.packed_key_lengths, device)
+    position = _positions(key_lengths, owner)
+    # Opposite neighbours: no run of keys can drift.
+    second = (position % 2 == 1) & (position < key_lengths[owner] // 2 * 2)
+    v = torch.where(second[:, None, None], -v.roll(1, 0), v)
+
+    def pick(salt: int, count: torch.Tensor | int) -> torch.Tensor:
+        mixed = (case.seed * 1_000_003 + ids * 8191 + salt * 131) * 0x9E3779B1
+        return ((mixed >> 7) & 0xFFFFFF) % count
+
+    last = (lengths - 1).clamp_min(0)
+    row = torch.stack([torch.zeros_like(last), last, pick(1, last + 1)]).gather(0, pick(2, 3)[None])[0]
+    head, channel = pick(3, heads), pick(4, dim)
+    queries = sum(case.packed_lengths)
+    # One row more, for documents without queries: to leave them out, the host would have to know which they are.
+    dout = torch.zeros(queries + 1, heads, dim, device=device)
+    begins = lengths.cumsum(0) - lengths
+    dout[torch.where(lengths > 0, begins + row, queries), head, channel] = 1.0
+    dout = dout[:queries]
+    # Seed and options decide it, not the documents.
+    shift = uniform_probe(case.replace(lengths=(1,), key_lengths=(1,), document_ids=None)).shift
+    q = torch.zeros_like(dout)
+    q[..., 0] = shift
+    k[..., 0] = 1.0
+    return WideProbe(Inputs(*(x.to(dtype) for x in (q, k, v, dout))), row, head, channel, shift)
+
+
+def wrong_documents(case: Case, probe: WideProbe, results: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Which documents' results are not what the probe says: bool ``[documents, 5]``, as ``KERNEL_TENSORS``.
+
+    Args:
+        case: a kernel case.
+        probe: its inputs.
+        results: of a run on them, complete.
+    """
+    wrong = _Wrong(case, probe, results)
+    by_row = {"out": wrong.out(), "lse": wrong.lse(), "dq": wrong.dq(), **dict(zip(("dk", "dv"), wrong.keys()))}
+    return torch.stack([of_documents(case, name, by_row[name]) for name in KERNEL_TENSORS], 1)
+
+
+class _Wrong:
+    """Wrong rows of each result, bool ``[tokens]``."""
+
+    def __init__(self, case: Case, probe: WideProbe, results: dict[str, torch.Tensor]) -> None:
+        self.case, self.probe, self.results = case, probe, results
+        device = results["out"].device
+        self.lengths, self.key_lengths = (
+            torch.tensor(x, dtype=torch.int64).to(device) for x in (case.packed_lengths, case.packed_key_lengths)
+        )
+        self.owner = owners(case.packed_lengths, device)
+        self.position = _positions(self.lengths, self.owner)
+        self.begin, self.end = self.run(self.position, self.owner)
+        self.counts = self.end - self.begin
+        self.score = probe.shift * case.softmax_scale
+        self.group = case.heads // case.kv_heads
+
+    def run(self, position: torch.Tensor, document: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys ``[begin, end)`` of its document that a query at a position sees."""
+        keys = self.key_lengths[document]
+        own = position + keys - self.lengths[document]
+        left, right = self.case.effective_window
+        begin = (own - left).clamp_min(0) if left >= 0 else torch.zeros_like(own)
+        end = torch.minimum(own + right + 1, keys) if right >= 0 else keys
+        return begin, torch.maximum(begin, end)
+
+    def out(self) -> torch.Tensor:
+        v = self.probe.inputs.v.double()
+        sums = torch.cat([torch.zeros_like(v[:1]) if len(v) else v.new_zeros(1, *v.shape[1:]), v.cumsum(0)])
+        first = (self.key_lengths.cumsum(0) - self.key_lengths)[self.owner]
+        # A run that is empty may lie behind the document.
+        end = torch.where(self.counts > 0, self.end, 0)
+        begin = torch.where(self.counts > 0, self.begin, 0)
+        wanted = (sums[first + end] - sums[first + begin]).repeat_interleave(self.group, 1)
+        return census_sees(self.results["out"].double(), self.counts, wanted).flatten(1).any(1)
+
+    def lse(self) -> torch.Tensor:
+        if (lse := self.results.get("lse")) is None:
+            return torch.zeros_like(self.owner, dtype=torch.bool)
+        score = self.score
+        if self.case.softcap:
+            score = self.case.softcap * math.tanh(score / self.case.softcap)
+        wanted = (self.counts.double().log() + score)[:, None]
+        # The slack of the pure check (attn_fuzz/checks/exact.py).
+        slack = 1e-3 + 2.0**-10 * abs(score) * bool(self.case.softcap) + 2.0**-20 * abs(score)
+        got = lse.double()
+        return (~((got - wanted).abs() <= slack) & (got != wanted)).any(1)
+
+    def keys(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of dk and of dv."""
+        dk, dv = self.results["dk"], self.results["dv"].double()
+        owner = owners(self.case.packed_key_lengths, dv.device)
+        position = _positions(self.key_lengths, owner)
+        begin, end = self.run(self.probe.row, torch.arange(len(self.lengths), device=dv.device))
+        hot = (position >= begin[owner]) & (position < end[owner]) & (self.lengths > 0)[owner]
+        weight = torch.where(hot, 1.0 / (end - begin).clamp_min(1)[owner].double(), 0.0)
+        wanted = torch.zeros_like(dv)
+        every = torch.arange(len(owner), device=dv.device)
+        wanted[every, self.probe.head[owner] // self.group, self.probe.channel[owner]] = weight
+        slack = 0.02 + 4 * 2.0**-23 * abs(self.score)
+        wrong = torch.where(wanted == 0, dv != 0, ~((dv - wanted).abs() <= slack * wanted))
+        if self.score:
+            # The channel that makes the score has a gradient, on the keys of the hot rows.
+            dk = dk.clone()
+            dk[..., 0] = torch.where((wanted != 0).any(-1), 0.0, dk[..., 0])
+        return (dk != 0).flatten(1).any(1), wrong.flatten(1).any(1)
+
+    def dq(self) -> torch.Tensor:
+        hot = (self.position == self.probe.row[self.owner])[:, None]
+        hot = hot & (torch.arange(self.case.heads, device=hot.device) == self.probe.head[self.owner][:, None])
+        return ((self.results["dq"] != 0).any(-1) & ~hot).any(1)

@@ -1,0 +1,84 @@
+"""Census and support over many documents: the pure probe's numbers, silent on correct kernels, exact on wrong keys."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+import torch
+
+from attn_fuzz.probes import uniform_probe
+from attn_fuzz.strategies import Domain
+from attn_fuzz.symptoms import WrongKeys
+from attn_fuzz.wide.call import Call, run
+from attn_fuzz.wide.gear import examine_probe, probe_verdict
+from attn_fuzz.wide.layouts import Sweep, draw_case
+from attn_fuzz.wide.probe import wide_probe, wrong_documents
+from backends import registry
+from backends.registry import Backend
+from reference.answer import KERNEL_TENSORS
+from reference.case import Case
+
+CPU = torch.device("cpu")
+
+
+def drawn(backend: Backend, seed: int, documents: int = 40) -> Case:
+    domain = Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")
+    case = draw_case(Random(seed), Sweep((9, 17), seed), backend, domain, documents)
+    assert case is not None
+    return case
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_numbers_are_those_of_the_pure_probe(seed: int) -> None:
+    case = drawn(registry.load("loop"), seed)
+    pure, wide = uniform_probe(case), wide_probe(case, CPU)
+    for name in ("q", "k", "v", "dout"):
+        assert torch.equal(getattr(pure.inputs, name), getattr(wide.inputs, name)), name
+    assert pure.shift == wide.shift
+    for document, hot in pure.hot.items():
+        assert (hot.row, hot.head, hot.channel) == tuple(
+            int(each[document]) for each in (wide.row, wide.head, wide.channel)
+        )
+
+
+@pytest.mark.parametrize("name", registry.kernel_names())
+def test_correct_backends_pass(name: str) -> None:
+    backend = registry.load(name)
+    if backend.kernel.why_unavailable("cpu") is not None:
+        pytest.skip("not on this machine")
+    for seed in range(4):
+        assert examine_probe(drawn(backend, seed), backend, CPU) is None
+
+
+def test_one_wrong_key_in_one_size_is_seen_and_named() -> None:
+    backend = registry.load("rare:6,13,key:loop")
+    lengths, keys = (3, 6, 0, 9, 6) * 40, (3, 12, 4, 17, 6) * 40
+    case = Case(level="kernel", lengths=(*lengths, 6), key_lengths=(*keys, 13), head_dim=16, dtype="bf16", causal=False)
+    found = examine_probe(case, backend, CPU)
+    assert found is not None
+    assert found.symptom is WrongKeys
+    assert found.documents == (200,)
+    assert "6 queries, 13 keys" in found.message
+
+
+@pytest.mark.parametrize("name", KERNEL_TENSORS)
+def test_each_result_is_looked_at(name: str) -> None:
+    backend = registry.load("loop")
+    case = Case(level="kernel", lengths=(5, 3, 7), key_lengths=(5, 6, 7), head_dim=4, heads=2, dtype="bf16", seed=1)
+    probe = wide_probe(case, CPU)
+    results = run(Call.of(case, CPU, probe.inputs), backend)
+    assert not wrong_documents(case, probe, results).any()
+    # The second document's last row, or last key: of documents with a gradient in one row only, most are silent.
+    silent = int(probe.row[1] == 2)
+    results[name][{"dq": 7 - silent}.get(name, 10 if name in ("dk", "dv") else 7)] += 1.0
+    wrong = wrong_documents(case, probe, results)
+    assert wrong.nonzero().tolist() == [[1, KERNEL_TENSORS.index(name)]]
+
+
+def test_no_second_seed_need_agree() -> None:
+    outcome = probe_verdict(Case(level="kernel", lengths=(4,), head_dim=4), registry.load("fault:M18"), CPU)
+    assert outcome.exact
+    assert not outcome.failing(10.0).any()
+    case = Case(level="kernel", lengths=(4,), key_lengths=(9,), head_dim=4)
+    assert probe_verdict(case, registry.load("fault:M18"), CPU).failing(10.0).any()
