@@ -136,7 +136,7 @@ def needle_probe(case: Case) -> NeedleProbe | None:
     """The needle probe of a kernel case, or None where keys cannot be told apart or scores are capped."""
     longest = max(case.packed_key_lengths)
     coded = min(case.head_dim, _CODE_CHANNELS)
-    if case.softcap or longest > 1 << coded or case.softmax_scale <= 0:
+    if case.softcap or not 0 < longest <= 1 << coded or case.softmax_scale <= 0:
         return None
     dtype = DTYPES[case.dtype]
     keys = _signs(case, "needle keys", case.kv_heads, keys=True)

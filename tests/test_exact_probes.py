@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from attn_fuzz.checks.exact import needle_found, uniform_keys
+from attn_fuzz.examine import examine
 from attn_fuzz.probes import needle_probe, uniform_probe
 from attn_fuzz.symptoms import Symptom
 from attn_fuzz.trial import Trial
+from backends import registry
 from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from backends.loop import Call, Document, Loop, attend
 from backends.metadata import VarlenMetadata
@@ -126,3 +128,10 @@ def test_needles_are_told_apart() -> None:
 def test_no_needle_where_keys_cannot_be_told_apart() -> None:
     assert needle_probe(CASE.replace(head_dim=1)) is None
     assert needle_probe(CASE.replace(softcap=5.0)) is None
+
+
+def test_a_call_without_a_single_key_is_judged() -> None:
+    """A right kernel is not accused of it, by probes that have nothing to point at."""
+    case = Case(level="kernel", lengths=(2,), key_lengths=(0,))
+    assert needle_probe(case) is None
+    assert examine(case, registry.load("loop"), "cpu").symptoms == ()
