@@ -85,6 +85,8 @@ class HandedBack:
 
     def add(self, step: str, tensor: torch.Tensor) -> None:
         """Remembers a result as it is."""
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"the {step} should give a tensor, but gave {type(tensor).__name__}")
         self._given.append((step, tensor.detach(), tensor.detach().clone()))
 
     def values(self) -> list[torch.Tensor]:
@@ -120,4 +122,6 @@ class Watch:
 
     def note(self, tensors: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         """Remembers the bits as they are."""
+        if tensors is not None and (not isinstance(tensors, (tuple, list)) or len(tensors) != len(self.names)):
+            raise TypeError(f"a buffer should be two tensors, {' and '.join(self.names)}, or None")
         self.before = None if tensors is None else tuple(tensor.detach().clone() for tensor in tensors)
