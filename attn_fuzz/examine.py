@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sysconfig
+import traceback
 import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -169,6 +172,13 @@ USUAL_MEMORIES = ("contiguous", "fused", "head_major", "sliced")
 """Layouts that a varlen kernel meets every day; on these an error is a finding."""
 
 
+_ROOT = Path(__file__).resolve().parent.parent
+_NOT_THEIRS = (
+    *(_ROOT / package for package in ("attn_fuzz", "backends", "reference")),
+    *(Path(sysconfig.get_path(place)) for place in ("stdlib", "purelib", "platlib")),
+)
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
@@ -176,7 +186,14 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _fallen(error: BaseException) -> Symptom:
     """The symptom of a call that did not come back as it should."""
     kind = Hung if isinstance(error, RanksHung) else Crashed
-    return kind("runs", "call", f"{type(error).__name__}: {_one_line(error)}")
+    return kind("runs", "call", f"{type(error).__name__}: {_one_line(error)}{_place(error)}")
+
+
+def _place(error: BaseException) -> str:
+    """Where in somebody's own file it happened: the innermost frame that is neither installed nor this project's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not any(Path(frame.filename).is_relative_to(folder) for folder in _NOT_THEIRS)]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 
 
 def _one_line(error: BaseException) -> str:

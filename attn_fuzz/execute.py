@@ -270,7 +270,9 @@ class LayerRun:
                     name: tensor.detach()[: self.case.tokens].clone()
                     for name, tensor in zip(names, tensors, strict=True)
                 }
-        observation.results |= {f"d_{name}": tensor.detach() for name, tensor in layer.parameter_gradients().items()}
+        # A parameter that nothing ever reached may have None: that result is missing.
+        gradients = layer.parameter_gradients().items()
+        observation.results |= {f"d_{name}": got.detach() for name, got in gradients if isinstance(got, torch.Tensor)}
         # A user's own layer need not say which implementation ran.
         observation.paths = getattr(layer, "paths", frozenset)()
         observation.changed = self.changed()

@@ -108,6 +108,8 @@ class HandedBack:
 
     def add(self, step: str, tensor: torch.Tensor) -> None:
         """Remembers a result as it is."""
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"the {step} should give a tensor, but gave {type(tensor).__name__}")
         given = tensor.detach()
         self._given.append((step, given, given.clone(), _Watched(self.name, given)))
 
@@ -136,6 +138,8 @@ class Watch:
     def compare(self, step: str, begin: int, end: int) -> list[Stray]:
         """Rows outside ``[begin, end)`` that changed since the last look."""
         tensors = self._look()
+        if tensors is not None and (not isinstance(tensors, (tuple, list)) or len(tensors) != len(self._names)):
+            raise TypeError(f"a buffer should be two tensors, {' and '.join(self._names)}, or None")
         # A dispatch mode (poison.py) would have every operation pass through Python.
         with torch._C._DisableTorchDispatch():
             if tensors is None or not self._watched:

@@ -205,8 +205,9 @@ def accumulation_probe(case: Case) -> AccumulationProbe | None:
     two: 1/n and ``w n`` are exact in the dtype, and so is ``w``, which is added to dV of that row's keys. w alternates
     between two neighbours, whose sum the dtype cannot hold.
 
-    All values are the same +-1, and so is the context of those rows: a micro-sequence adds to the output projection's
-    gradient +-w times the sum of its n, which is exact where that is a power of two.
+    All values are +-1, the same in all tokens, and so is the context of those rows. Documents take turns in the channel
+    that their gradient is in: a micro-sequence adds +-w n to a row of the output projection's gradient, or w times the
+    sum of several n where there are more documents than channels.
     """
     if case.dtype not in _WHOLE or len(rank_slices(case)) < 2:
         return None
@@ -219,9 +220,9 @@ def accumulation_probe(case: Case) -> AccumulationProbe | None:
     dout = torch.zeros(case.tokens, case.heads, case.head_dim)
     dv = torch.zeros(case.tokens, case.kv_heads, case.head_dim, dtype=torch.float64)
     added = torch.zeros(case.tokens, dtype=torch.int64)
-    ddense, dense_exact = 0, case.all_ranks == 1
+    ddense, dense_exact = torch.zeros(case.head_dim, dtype=torch.float64), case.all_ranks == 1
     for number, part in enumerate(rank_slices(case)):
-        weight, rows_keys = whole + number % 2, 0
+        weight, summed = whole + number % 2, [0] * case.head_dim
         for segment in segments(case.packed_lengths, part):
             seen = segment_mask(case, segment)
             counts = seen.sum(1)
@@ -230,12 +231,13 @@ def accumulation_probe(case: Case) -> AccumulationProbe | None:
                 continue
             row = int(powers.nonzero()[-1, 0])
             keys = torch.arange(*segment.keys)[seen[row]]
-            dout[segment.queries.begin + row, ::group] = weight * int(counts[row])
-            dv[keys] += weight
+            channel = segment.document % case.head_dim
+            dout[segment.queries.begin + row, ::group, channel] = weight * int(counts[row])
+            dv[keys, :, channel] += weight
             added[keys] += 1
-            rows_keys += int(counts[row])
-        dense_exact &= rows_keys & (rows_keys - 1) == 0 and weight * rows_keys <= 60000
-        ddense += weight * rows_keys
+            summed[channel] += int(counts[row])
+        dense_exact &= all(n & (n - 1) == 0 and weight * n <= 60000 for n in summed)
+        ddense += weight * torch.tensor(summed)
     if not (added > 1).any():
         return None
     inputs = layer_inputs(probe, "cpu")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from attn_fuzz.checks.accumulation import exact_accumulation
 from attn_fuzz.checks.exact import needle_found, uniform_keys
 from attn_fuzz.examine import examine
-from attn_fuzz.probes import needle_probe, uniform_probe
-from attn_fuzz.symptoms import Symptom
+from attn_fuzz.probes import accumulation_probe, needle_probe, uniform_probe
+from attn_fuzz.symptoms import NotExact, Symptom
 from attn_fuzz.trial import Trial
 from backends import registry
 from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
@@ -135,3 +136,24 @@ def test_a_call_without_a_single_key_is_judged() -> None:
     case = Case(level="kernel", lengths=(2,), key_lengths=(0,))
     assert needle_probe(case) is None
     assert examine(case, registry.load("loop"), "cpu").symptoms == ()
+
+
+def test_float32_sums_of_the_output_projection_are_whole() -> None:
+    """Documents of one token: each micro-sequence adds +-w to every element of a row."""
+    case = Case(lengths=(1, 1, 1), cuts=(1, 2), heads=2, kv_heads=2, head_dim=4, dtype="bf16", seed=2)
+    assert accumulation_probe(case) is None
+    straddling = Case(lengths=(4,), cuts=(1, 2, 3), heads=2, head_dim=4, dtype="bf16")
+    probe = accumulation_probe(straddling)
+    assert probe is not None
+    # Rows 0, 1 and 3 have 1, 2 and 4 keys; w is 129 and 130 in turn.
+    assert set(probe.exact["d_dense"][0].abs().tolist()) == {129.0 + 2 * 130 + 4 * 130}
+    assert not probe.exact["d_dense"][1:].any()
+    trial = Trial(straddling, registry.load("loop"), torch.device("cpu"))
+    assert list(exact_accumulation(trial)) == []
+
+
+def test_rounded_sums_of_the_output_projection_are_seen() -> None:
+    case = Case(lengths=(4,), cuts=(1, 2, 3), heads=2, head_dim=4, dtype="bf16")
+    (symptom,) = exact_accumulation(Trial(case, registry.load("fault:L02"), torch.device("cpu")))
+    assert (type(symptom), symptom.tensor) == (NotExact, "d_dense")
+    assert "instead of the whole number" in symptom.message

@@ -267,3 +267,31 @@ def test_layer_gradients_equal_finite_differences() -> None:
             below = loss()
             tensor[index] = kept
             assert answer[name].value[index].item() == pytest.approx((above - below) / 2e-6, abs=1e-7), name
+
+
+EVERY_TOKEN = Case(lengths=(8,), cuts=(1, 2, 3, 4, 5, 6, 7), head_dim=4, rotary="default", dtype="bf16")
+
+
+def test_sums_that_are_kept_in_the_dtype_are_allowed_each_rounding() -> None:
+    """Eight equal shares: running sums of 2 to 8 of them, squared, make 203 beside the 8 of the shares themselves."""
+    inputs = layer_inputs(EVERY_TOKEN, "cpu")
+    strict = layer_answer(EVERY_TOKEN, inputs, Profile(), samples=64)
+    lax = layer_answer(EVERY_TOKEN, inputs, Profile(stored_sums=frozenset({"dk", "d_query"})), samples=64)
+    for name, answer in strict.items():
+        assert torch.allclose(answer.value, lax[name].value, rtol=1e-12, atol=1e-12), name
+    assert torch.equal(strict["d_dense"].variance, lax["d_dense"].variance)
+    assert (lax["d_query"].variance > strict["d_query"].variance).all()
+    assert lax["dk"].variance[0].mean() > 1.2 * strict["dk"].variance[0].mean()
+    # The last key gets one share only, and adding nothing rounds nothing.
+    assert lax["dk"].variance[-1].mean() < 1.5 * strict["dk"].variance[-1].mean()
+
+
+@pytest.mark.parametrize("how", ["float32_angles", "rotates_in_dtype"])
+def test_rotary_may_be_rounded_in_more_ways(how: str) -> None:
+    case = Case(lengths=(100,), head_dim=8, rotary="default", dtype="fp32" if how == "float32_angles" else "bf16")
+    inputs = layer_inputs(case, "cpu")
+    strict, lax = (layer_answer(case, inputs, profile, samples=64) for profile in (Profile(), Profile(**{how: True})))
+    assert torch.equal(strict["k"].value, lax["k"].value)
+    assert lax["k"].variance.mean() > 1.5 * strict["k"].variance.mean()
+    # Values are not rotated.
+    assert torch.allclose(strict["v"].variance, lax["v"].variance, rtol=0.5)

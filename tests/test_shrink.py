@@ -15,6 +15,7 @@ from attn_fuzz.shrink import (
     minimise,
     one_shorter,
     shorter_documents,
+    shorter_micro_sequences,
     simpler_cuts,
 )
 from attn_fuzz.strategies import Domain, cases, straddling
@@ -151,6 +152,16 @@ def test_an_option_that_matters_stays() -> None:
     assert (small.memory, small.head_dim, small.seed) == ("contiguous", 1, 0)
 
 
+def test_micro_sequences_are_shortened_with_their_documents_and_later_cuts() -> None:
+    offered = layouts(shorter_micro_sequences, LAYER)
+    # [2, 7) without its last two tokens, without all but the first, and gone; document 1 has a single token, in there.
+    assert ((4, 1, 8), None, (2, 5), (0, 1, 2)) in offered
+    assert ((3, 8), None, (2, 3), (0, 2)) in offered
+    assert ((2, 8), None, (2,), (0, 2)) in offered
+    # Padding is the last micro-sequence's, too.
+    assert {case.padding for case in candidates(shorter_micro_sequences, LAYER)} >= {0, 1, 3}
+
+
 # All together.
 
 FAILURES: dict[str, Callable[[Case], bool]] = {
@@ -160,6 +171,7 @@ FAILURES: dict[str, Callable[[Case], bool]] = {
     "two documents": lambda case: sum(length > 0 for length in case.lengths) >= 2,
     "more keys than queries": lambda case: case.packed_key_lengths > case.packed_lengths,
     "a straddling document": straddling,
+    "six micro-sequences": lambda case: len(case.cuts) >= 5,
     "two heads": lambda case: case.heads >= 2,
     "half precision": lambda case: case.dtype != "fp32",
     "odd luck": lambda case: hash((case.tokens, case.heads)) % 3 > 0,
@@ -190,7 +202,13 @@ def test_what_comes_out_fails_is_no_larger_and_minimal(case: Case, failure: str)
 
 @pytest.mark.parametrize(
     ("failure", "tokens", "documents"),
-    [("always", 1, 1), ("three tokens", 3, 1), ("two documents", 2, 2), ("a straddling document", 2, 1)],
+    [
+        ("always", 1, 1),
+        ("three tokens", 3, 1),
+        ("two documents", 2, 2),
+        ("a straddling document", 2, 1),
+        ("six micro-sequences", 6, 1),
+    ],
 )
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())

@@ -20,6 +20,7 @@ WITNESSES = {
         "M41-past",
         '{"level": "layer", "lengths": [1], "padding": 1, "cuts": [1], "head_dim": 1, "hidden": 1}',
     ),
+    "results_kept": ("L05", '{"level": "layer", "lengths": [2], "cuts": [1], "head_dim": 1, "hidden": 1}'),
     "path": ("X11", '{"level": "kernel", "lengths": [5, 3], "heads": 2}'),
     "budget": ("M46-backward", '{"level": "kernel", "lengths": [3], "softcap": 3.0}'),
     "spread": ("X27", '{"level": "kernel", "lengths": [40, 9], "head_dim": 64, "dtype": "bf16"}'),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable
 
@@ -85,6 +86,18 @@ KERNEL: dict[str, Callable[[Case], bool]] = {
 LAYER: dict[str, Callable[[Case], bool]] = {
     "empty documents": lambda case: 0 in case.lengths,
     "cuts inside documents": straddling,
+    "many micro-sequences": lambda case: len(case.cuts) > 10,
+    "equally long micro-sequences": lambda case: (
+        len(case.cuts) > 3 and len({b - a for a, b in itertools.pairwise((0, *case.cuts))}) == 1
+    ),
+    "micro-sequences of one token in a row": lambda case: (
+        sum(b - a == 1 for a, b in itertools.pairwise((0, *case.cuts, case.tokens))) > 2
+    ),
+    "a cut on every boundary": lambda case: (
+        len(case.packed_lengths) > 2 and {0, *case.cuts, case.tokens} >= {0, *itertools.accumulate(case.packed_lengths)}
+    ),
+    "rotary bases": lambda case: case.rotary_theta != 10000.0,
+    "rotary fractions": lambda case: case.rotary_fraction != 0.5,
     "cuts on boundaries": lambda case: bool(case.cuts) and not straddling(case),
     "several cuts": lambda case: len(case.cuts) > 2,
     "a document over three micro-sequences": lambda case: parts_of_longest(case) >= 3,
