@@ -67,11 +67,18 @@ def fewer_ranks(case: Case) -> Iterator[Case | None]:
     """On fewer ranks, tensor-parallel or not.
 
     What three ranks share in one micro-sequence, two share in two of them: with a cut, for which there may be padding.
+    Where what shows may not bear padding, the longest document gives up the tokens that do not fit.
     """
     for tensor_ranks in range(1, case.tensor_ranks):
         yield _changed(case, tensor_ranks=tensor_ranks)
     for ranks in range(1, case.ranks):
         yield _changed(case, ranks=ranks)
+        longest = max(case.lengths)
+        if (over := case.tokens % (ranks * case.tensor_ranks)) and over < longest:
+            index = case.lengths.index(longest)
+            yield _changed(
+                case, ranks=ranks, lengths=(*case.lengths[:index], longest - over, *case.lengths[index + 1 :])
+            )
         for padding in (case.padding, case.padding + case.ranks):
             more = tuple(range(ranks, case.tokens + case.ranks, ranks))
             yield _changed(case, ranks=ranks, padding=padding, cuts=more)

@@ -19,6 +19,7 @@ from attn_fuzz.checks.ranks import attended
 from attn_fuzz.exam import hunt_fault
 from attn_fuzz.examine import examine
 from attn_fuzz.fit import fitted
+from attn_fuzz.ranks.host import HostError
 from attn_fuzz.ranks.team import RankFailed, RanksHung, Teams, seats, teams
 from attn_fuzz.ranks.wire import packed, unpacked
 from attn_fuzz.shrink import fewer_ranks, minimise
@@ -307,6 +308,17 @@ def test_ranks_that_block_are_given_up_and_replaced() -> None:
     clean(ACROSS.replace(ranks=2))
 
 
+def test_when_their_host_dies_ranks_end_and_others_take_their_place() -> None:
+    mine = Teams()
+    before = [*mine.call(2, CPU, os.getpid, ()), *mine.call(3, CPU, os.getpid, ())]
+    os.kill(mine.call(2, CPU, os.getppid, ())[0], signal.SIGKILL)
+    with pytest.raises(HostError, match="is gone"):
+        mine.call(2, CPU, signal.pause, ())
+    for ranks in (2, 3):
+        assert not set(before) & set(mine.call(ranks, CPU, os.getpid, ()))
+    mine.close()
+
+
 def test_what_a_rank_raises_comes_back() -> None:
     with pytest.raises(RankFailed, match="rank 0 of 2 raised ValueError: invalid literal"):
         teams().call(2, CPU, int, ("x",))
@@ -373,6 +385,11 @@ def test_shrinking_tries_every_lower_number_of_ranks() -> None:
     assert (smallest.ranks, smallest.tokens, smallest.cuts) == (3, 3, ())
 
 
+def test_shrinking_takes_tokens_away_where_padding_would_hide_what_shows() -> None:
+    smallest = minimise(Case(lengths=(3,), ranks=3), lambda case: case.ranks > 1 and not case.padding)
+    assert (smallest.ranks, smallest.tokens) == (2, 2)
+
+
 EXPECTED = {
     "R01": "budget",
     "R02": "dead_rows",
@@ -386,6 +403,12 @@ EXPECTED = {
     "R09": "budget",
     "R10": "replicas",
     "R11": "dead_rows_by_rank",
+    "R12": "budget",
+    "R13": "dead_rows",
+    "R14": "budget",
+    "R15": "buffer_intact",
+    "R16": "budget",
+    "R17": "budget",
     "T01": "budget",
     "T02": "budget",
     "T03": "budget",
