@@ -19,9 +19,12 @@ from attn_fuzz.checks.ranks import attended
 from attn_fuzz.exam import hunt_fault
 from attn_fuzz.examine import examine
 from attn_fuzz.fit import fitted
+from attn_fuzz.ranks import results as rank_results
 from attn_fuzz.ranks.host import HostError
+from attn_fuzz.ranks.rate import processor_seconds
 from attn_fuzz.ranks.team import RankFailed, RanksHung, Teams, seats, teams
 from attn_fuzz.ranks.wire import packed, unpacked
+from attn_fuzz.results import load as load_results
 from attn_fuzz.shrink import fewer_ranks, minimise
 from attn_fuzz.strategies import Domain, cases
 from attn_fuzz.trial import Trial
@@ -446,6 +449,27 @@ def test_workers_leave_room_for_their_ranks(
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     assert default_workers(device, ranks) == workers
+
+
+def test_the_table_of_clean_cases_is_that_of_the_committed_results() -> None:
+    page, told = rank_results.PAGE.read_text(), load_results(rank_results.FOLDER)
+    assert rank_results.with_ranks(page, told) == page, "run python -m attn_fuzz.ranks.results"
+    assert all(row[7] == "0" for row in rank_results.rank_rows(told))
+
+
+def test_a_page_without_a_place_for_the_table_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no section between"):
+        rank_results.with_ranks("# Ranks", [])
+
+
+def test_processor_time_is_that_of_all_processes_below(tmp_path: Path) -> None:
+    second = os.sysconf("SC_CLK_TCK")
+    for pid, parent, own, ended in [(7, 1, 50, 0), (8, 7, 1, 2), (9, 8, 3, 0), (10, 1, 99, 0)]:
+        (tmp_path / str(pid)).mkdir()
+        times = f"{own * second} 0 {ended * second} 0"
+        (tmp_path / str(pid) / "stat").write_text(f"{pid} (a) b) S {parent} 0 0 0 0 0 0 0 0 0 {times} 20")
+    assert processor_seconds(7, tmp_path) == 6
+    assert processor_seconds(7, tmp_path / "7") is None
 
 
 @pytest.mark.cuda

@@ -1,15 +1,17 @@
 """How many rank cases a second: ``python -m attn_fuzz.ranks.rate --ranks 2 --backend sdpa_dense --seconds 60``.
 
-A case is what a campaign makes of it: both poisons, a decoy, the reference, all checks, a third of the probes. Printed
-are cases per second of wall-clock time once all teams are warm, and processor seconds per case of the whole run, start
-included, which other work on the machine moves less.
+A case is what a campaign makes of it: both poisons, a decoy, the reference, all checks, a third of the probes. Once all
+teams are warm, cases are counted by wall-clock time and by the processor time of all processes, which other work on the
+machine moves less: a machine that is busy with it shows in ``load``, and in ``processors_had``, how many this run got.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import resource
+import os
 import time
+from pathlib import Path
 from typing import Annotated, Final
 
 import typer
@@ -20,9 +22,30 @@ from attn_fuzz.campaign.pool import Pool
 from attn_fuzz.commands.arguments import device_of
 
 
-def _processor_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def processor_seconds(root: int, proc: Path = Path("/proc")) -> float | None:
+    """User and system time of all processes below one, those that have ended included.
+
+    Args:
+        root: id of the process above them.
+        proc: where the system tells of its processes.
+
+    Returns:
+        None where it does not.
+    """
+    parents: dict[int, int] = {}
+    ticks: dict[int, int] = {}
+    for stat in proc.glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # A command's name may hold anything; what follows its last bracket is numbers (man proc_pid_stat).
+            fields = stat.read_text().rpartition(")")[2].split()
+            pid = int(stat.parent.name)
+            parents[pid], ticks[pid] = int(fields[1]), sum(map(int, fields[11:15]))
+    if not ticks:
+        return None
+    below = {root}
+    while more := {pid for pid, parent in parents.items() if parent in below} - below:
+        below |= more
+    return sum(ticks[pid] for pid in below - {root}) / os.sysconf("SC_CLK_TCK")
 
 
 WARM_CASES: Final = 50
@@ -50,18 +73,18 @@ def main(
         dtypes=(),
         ranks=(ranks,),
     )
-    before = _processor_seconds()
-    seen: list[tuple[float, int]] = []
+    seen: list[tuple[float, int, float | None]] = []
 
     def note(tallies: dict[str, Tally]) -> None:
         if (cases := tallies[backend].cases) >= WARM_CASES * len(assignments):
-            seen.append((time.monotonic(), cases))
+            seen.append((time.monotonic(), cases, processor_seconds(os.getpid())))
 
     outcome = Pool(assignments, processes, note, lambda finding: None).run()
     tally = outcome.tallies[backend]
     if len(seen) < 2:
         raise typer.BadParameter(f"only {tally.cases} cases in that time, too few to say", param_hint="--seconds")
-    (begin, first), (end, last) = seen[0], seen[-1]
+    (begin, first, idle), (end, last, busy) = seen[0], seen[-1]
+    spent = None if idle is None or busy is None else busy - idle
     typer.echo(
         json.dumps(
             {
@@ -72,7 +95,10 @@ def main(
                 "cases": tally.cases,
                 "findings": len(outcome.findings),
                 "cases_per_s": round((last - first) / (end - begin), 1),
-                "processor_s_per_case": round((_processor_seconds() - before) / tally.cases, 4),
+                "processor_s_per_case": None if spent is None else round(spent / (last - first), 4),
+                "processors_had": None if spent is None else round(spent / (end - begin), 2),
+                "processors": os.cpu_count(),
+                "load": round(os.getloadavg()[0], 1),
             }
         )
     )

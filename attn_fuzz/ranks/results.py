@@ -1,0 +1,84 @@
+"""The table of clean cases in docs/ranks.md, from committed results: ``python -m attn_fuzz.ranks.results``.
+
+``results/ranks/*.json`` are what ``attn_fuzz run --ranks N --json`` printed, unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from attn_fuzz.results import BEGIN, END, ROOT, Result, campaigns, load
+from reference.case import Case
+
+FOLDER: Final = ROOT / "results" / "ranks"
+PAGE: Final = ROOT / "docs" / "ranks.md"
+
+_BEGIN: Final = BEGIN.format("ranks").replace("attn_fuzz.results", "attn_fuzz.ranks.results")
+_END: Final = END.format("ranks")
+
+_NAMED: Final = ("ranks", "tensor ranks", "dtype", "backend")
+_COUNTED: Final = ("cases", "documents", "straddling", "findings", "largest z")
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return ", ".join(str(value) for value in sorted(set(values)))
+
+
+def rank_rows(results: Iterable[Result]) -> list[tuple[str, ...]]:
+    """One row per campaign and backend, by number of ranks, then dtype."""
+    rows: list[tuple[str, ...]] = []
+    for result in campaigns(results):
+        for name, told in result["backends"].items():
+            # The cases with the largest errors say on how many ranks all were drawn.
+            worst = [Case.from_dict(data) for data in told["worst_case"].values()]
+            key = max(told["worst_z"], key=lambda kind: told["worst_z"][kind])
+            found = sum(finding["backend"] == name for finding in result["findings"])
+            counts = (told["cases"], told["documents"], told["straddling"], found)
+            rows.append(
+                (
+                    _numbers(case.ranks for case in worst),
+                    _numbers(case.tensor_ranks for case in worst),
+                    _kinds(told["by_kind"]),
+                    name,
+                    *(f"{count:,}" for count in counts),
+                    f"{told['worst_z'][key]:.1f} ({key.split()[-1]})",
+                )
+            )
+    return sorted(rows)
+
+
+def _kinds(by_kind: Iterable[str]) -> str:
+    return ", ".join(sorted({kind.split()[1] for kind in by_kind}))
+
+
+def rank_table(results: list[Result]) -> list[str]:
+    """Lines of the table, with where and when it was measured."""
+    environments = [result["environment"] for result in campaigns(results)]
+    fields = ("device", "torch", "date", "commit")
+    told = ", ".join(" or ".join(dict.fromkeys(f"{e[field]}" for e in environments)) for field in fields)
+    lines = ["", f"On {told}:", "", "| " + " | ".join((*_NAMED, *_COUNTED)) + " |"]
+    lines.append("|" + "---|" * len(_NAMED) + "---:|" * len(_COUNTED))
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rank_rows(results))]
+
+
+def with_ranks(text: str, results: list[Result]) -> str:
+    """The page's text with its table made anew.
+
+    Raises:
+        ValueError: when the text has no place for it.
+    """
+    if _BEGIN not in text or _END not in text:
+        raise ValueError(f"the page has no section between {_BEGIN!r} and {_END!r}")
+    head, _, rest = text.partition(_BEGIN)
+    return head + "\n".join([_BEGIN, *rank_table(results), "", _END]) + rest.partition(_END)[2]
+
+
+def main(page: Path = PAGE) -> None:
+    """Rewrites the page's table."""
+    page.write_text(with_ranks(page.read_text(), load(FOLDER)))
+
+
+if __name__ == "__main__":
+    main()
