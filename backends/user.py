@@ -50,10 +50,10 @@ _CAUTIOUS = Profile(
     tanh_error=2.0**-11,
 )
 
-# And an unknown layer around it: rotary as it is often written, and K/V gradients as autograd adds them to a leaf. What
-# a layer shows tells more (attn_fuzz/trial.py).
+# And an unknown layer around it: norms and rotary as they are often written, and K/V gradients as autograd adds them to
+# a leaf. What a layer shows tells more (attn_fuzz/trial.py).
 _CAUTIOUS_LAYER = dataclasses.replace(
-    _CAUTIOUS, rotates_in_dtype=True, float32_angles=True, stored_sums=frozenset({"dk", "dv"})
+    _CAUTIOUS, norms_in_dtype=True, rotates_in_dtype=True, float32_angles=True, stored_sums=frozenset({"dk", "dv"})
 )
 
 

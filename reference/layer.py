@@ -149,7 +149,8 @@ class _Layer:
         if name not in self.weights:
             return x
         r = (x.square().mean(-1, keepdim=True) + NORM_EPSILON).rsqrt()
-        y = x * r * self.weights[name]
+        normed = self.arithmetic.store(x * r) if self.profile.norms_in_dtype else x * r
+        y = normed * self.weights[name]
         return self.arithmetic.store(self.arithmetic.accumulate(y, y[0].square()))
 
     def norm_back(self, name: str, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
@@ -158,6 +159,8 @@ class _Layer:
         r = (x.square().mean(-1, keepdim=True) + NORM_EPSILON).rsqrt()
         normed = x * r
         product = dy * normed
+        if self.profile.norms_in_dtype:
+            product = self.arithmetic.store(dy * self.arithmetic.store(normed))
         on_queries = name == "query_norm"
         shares = [
             share[:, slice(*part)]
@@ -168,6 +171,8 @@ class _Layer:
         squares = [share[0].square().sum((0, 1)) for share in shares]
         self.sum_over_parts(name, terms, squares)
         g = dy * self.weights[name]
+        if self.profile.norms_in_dtype:
+            g = self.arithmetic.store(g)
         dx = r * (g - normed * (g * normed).mean(-1, keepdim=True))
         # The two terms may cancel; each carries float32's relative error.
         return self.arithmetic.store(self.arithmetic.accumulate(dx, (r * g)[0].square()))

@@ -44,6 +44,8 @@ class Profile:
     """P = exp(s - lse) in the forward too, so that the rounding of lse scales the whole output row."""
     exp_error: float = 0.0
     """Largest relative error of the exponential, where it is above the accumulation error."""
+    norms_in_dtype: bool = False
+    """Layers only: a norm is stored before it is multiplied by its weight, and so are the products of its gradient."""
     rotates_in_dtype: bool = False
     """Layers only: rotary's cos and sin are stored in the dtype, and so is each product with them."""
     float32_angles: bool = False

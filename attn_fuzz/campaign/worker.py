@@ -27,7 +27,7 @@ from attn_fuzz.campaign.messages import (
     Trying,
 )
 from attn_fuzz.checks import PROBES, Check
-from attn_fuzz.checks.regroup import regrouped_case
+from attn_fuzz.checks.regroup import regrouped, regrouped_case
 from attn_fuzz.drawing import few_cases
 from attn_fuzz.environment import environment
 from attn_fuzz.examine import Verdict, examine, some_probes
@@ -224,10 +224,10 @@ class Hunt:
         careful = self.examine(case)
         best = careful if careful.symptoms else verdict
         attempts = 1 if careful.symptoms else _ATTEMPTS
-        if best.first is not None and best.first.check == "regrouping" and (other := regrouped_case(case)) is not None:
+        if best.first is not None and best.first.probe is regrouped and (other := regrouped_case(case)) is not None:
             # The case passes and another arrangement of it fails: that one is the finding, if it fails by itself.
             moved = self.examine(other)
-            if moved.first is not None and moved.first.check != "regrouping":
+            if moved.first is not None and moved.first.probe is not regrouped:
                 case, best = other, moved
         symptom = type(best.first)
         # On memory as it comes a small case fails or passes by luck; poison shows what it would do on a bad day.
