@@ -443,6 +443,24 @@ def test_a_campaign_over_ranks_runs_layers_only(tmp_path: Path) -> None:
     assert all(kind.startswith("layer ") for kind in told["by_kind"])
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--ranks", "100"], "make 100 ranks, each a process; 64 are the most"),
+        (["--ranks", "13", "--tensor-ranks", "5"], "make 65 ranks"),
+        (["--ranks", "2", "--level", "kernel"], "a kernel call has no ranks"),
+    ],
+)
+def test_ranks_that_cannot_be_are_bad_usage(options: list[str], reason: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "attn_fuzz", "run", "-b", "loop", "--device", "cpu", "--cases", "1"]
+    done = subprocess.run(
+        [*command, "--store", str(tmp_path), *options], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(("device", "ranks", "workers"), [("cpu", 1, 8), ("cpu", 2, 6), ("cpu", 8, 2), ("cuda", 8, 2)])
 def test_workers_leave_room_for_their_ranks(
     device: str, ranks: int, workers: int, monkeypatch: pytest.MonkeyPatch

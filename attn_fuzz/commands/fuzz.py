@@ -39,6 +39,7 @@ from attn_fuzz.commands.screen import Screen
 from attn_fuzz.environment import environment
 from attn_fuzz.findings import Finding
 from attn_fuzz.poison import POISONS
+from attn_fuzz.ranks.host import MAX_RANKS
 from attn_fuzz.store import Store, StoreError
 from backends import registry
 from reference.case import DTYPES, LEVELS
@@ -106,7 +107,10 @@ def _fuzz(
     kept.prepare()
     if cases is None and seconds is None:
         seconds = DEFAULT_SECONDS
-    processes = workers or default_workers(where, max(ranks or (1,)) * max(tensor_ranks or (1,)))
+    together = max(ranks or (1,)) * max(tensor_ranks or (1,))
+    if together > MAX_RANKS:
+        raise UsageError(f"--ranks and --tensor-ranks make {together} ranks, each a process; {MAX_RANKS} are the most")
+    processes = workers or default_workers(where, together)
     assignments = plan(
         names,
         where,
@@ -152,7 +156,10 @@ def _fuzz(
 
 def _levels(level: list[str] | None, ranks: list[int] | None) -> tuple[str, ...]:
     """Those asked for; of a campaign over ranks only layers, since a kernel call has no ranks."""
-    return choices(level, LEVELS, "level") or (("layer",) if ranks else LEVELS[::-1])
+    chosen = choices(level, LEVELS, "level")
+    if ranks and chosen and max(ranks) > 1 and "layer" not in chosen:
+        raise UsageError("a kernel call has no ranks: --ranks and --tensor-ranks spread the cases of --level layer")
+    return chosen or (("layer",) if ranks else LEVELS[::-1])
 
 
 def run(
@@ -183,7 +190,7 @@ def run(
         seconds=seconds,
         cases=cases,
         seed=seed,
-        levels=_levels(level, ranks or tensor_ranks),
+        levels=_levels(level, [*(ranks or ()), *(tensor_ranks or ())]),
         dtypes=dtypes,
         ranks=ranks,
         tensor_ranks=tensor_ranks,
@@ -225,7 +232,7 @@ def check(
         seconds=seconds,
         cases=cases,
         seed=seed,
-        levels=_levels(level, ranks or tensor_ranks),
+        levels=_levels(level, [*(ranks or ()), *(tensor_ranks or ())]),
         dtypes=choices(dtype, DTYPES, "dtype"),
         ranks=ranks,
         tensor_ranks=tensor_ranks,

@@ -13,6 +13,9 @@ from typing import Any, Final
 MESSAGE: Final = 1 << 16
 """The longest request or answer, in bytes."""
 
+MAX_RANKS: Final = 64
+"""The most ranks of a team: each costs a process that has all of torch in it."""
+
 _NURSERY: Final = "attn_fuzz.ranks.nursery"
 
 

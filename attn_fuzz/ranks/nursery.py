@@ -22,11 +22,8 @@ import torch
 
 import attn_fuzz.ranks.slices  # noqa: F401  ranks are asked for its functions, and it takes seconds to import
 from attn_fuzz.process import set_up_process
-from attn_fuzz.ranks.host import MESSAGE
+from attn_fuzz.ranks.host import MAX_RANKS, MESSAGE
 from attn_fuzz.ranks.member import Seat, serve
-
-_MAX_RANKS: Final = 64
-
 
 _DEATH_SIGNAL: Final = 1
 """Linux's PR_SET_PDEATHSIG."""
@@ -78,7 +75,7 @@ def _serve(control: socket.socket) -> None:
     living: set[int] = set()
     stores: set[Path] = set()
     while True:
-        data, descriptors, _, _ = socket.recv_fds(control, MESSAGE, _MAX_RANKS)
+        data, descriptors, _, _ = socket.recv_fds(control, MESSAGE, MAX_RANKS)
         if not data:
             _end(sorted(living))
             # A parent that was killed has cleaned up nothing.
