@@ -267,12 +267,14 @@ def _changed(case: Case, **changes: Any) -> Case | None:
 PASSES = (
     fewer_ranks,
     fewer_documents,
+    # Early, because a plain case costs less to try, and so do all that come from it.
     narrower,
+    simpler_options,
+    shorter_everywhere,
     shorter_micro_sequences,
     shorter_documents,
     merged_documents,
     simpler_cuts,
-    simpler_options,
 )
 
 

@@ -245,7 +245,9 @@ def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int],
     pairs = tokens * (tokens + past)
     if capabilities.configurations:
         return {**draw(compiled(domain, longest)), **draw(free_options(capabilities, level))}
-    causal_choices = [choice for choice in (True, False) if (capabilities.causal if choice else capabilities.noncausal)]
+    # Of layers more are causal: what is not cannot be cut inside a document.
+    choices = (True, False, True) if level == "layer" else (True, False)
+    causal_choices = [choice for choice in choices if (capabilities.causal if choice else capabilities.noncausal)]
     causal = draw(st.sampled_from(causal_choices))
     groups = [
         group

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from attn_fuzz.checks import CHECKS, Check
-from attn_fuzz.checks.budget import LIMIT, deviations
+from attn_fuzz.checks.budget import LIMIT, beyond_doubt, deviations
 from attn_fuzz.checks.memory import unwritten_unread
 from attn_fuzz.examine import Verdict, examine
 from attn_fuzz.symptoms import (
@@ -37,8 +37,9 @@ from backends.layer import BufferedLayer
 from backends.loop import Call, Loop, attend
 from backends.metadata import VarlenMetadata
 from backends.registry import Backend, LayerFactory, load
-from reference.answer import Expected, kernel_inputs
+from reference.answer import Expected, kernel_answer, kernel_inputs
 from reference.case import Case
+from reference.profile import Profile
 
 CPU = torch.device("cpu")
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -443,19 +444,32 @@ def test_wrong_layer_gradients_are_seen(layer: type[BufferedLayer], symptom: typ
 
 
 class WrongForOneDraw(Loop):
-    """Wrong only for one draw of values."""
+    """Wrong only for one draw of values.
+
+    Args:
+        z: by how much, in standard deviations of the budget.
+    """
+
+    def __init__(self, z: float) -> None:
+        answer = kernel_answer(KERNEL, kernel_inputs(KERNEL, "cpu"), Profile())["dv"]
+        self.error = z * float(answer.variance[0, 0, 0].sqrt())
 
     def backward(self, call: Call, q: torch.Tensor, *args: torch.Tensor) -> Gradients:
-        gradients = super().backward(call, q, *args)
+        dq, dk, dv = super().backward(call, q, *args)
         if torch.equal(q, kernel_inputs(KERNEL, "cpu").q):
-            largest_wrong(*gradients)
-        return gradients
+            dv[0, 0, 0] += self.error
+        return dq, dk, dv
 
 
 def test_an_error_under_one_value_seed_only_accuses_nobody() -> None:
-    verdict = kernel_verdict(WrongForOneDraw())
+    verdict = kernel_verdict(WrongForOneDraw(3 * LIMIT))
     assert verdict.worst_z["dv"] > LIMIT
     assert verdict.symptoms == ()
+
+
+def test_an_error_beyond_doubt_needs_no_second_value_seed() -> None:
+    (symptom,) = kernel_verdict(WrongForOneDraw(2 * beyond_doubt(KERNEL))).symptoms
+    assert isinstance(symptom, WrongGradV)
 
 
 def expected(value: float, variance: float) -> Expected:

@@ -32,7 +32,7 @@ WITNESSES = {
     ),
     "every_row": (
         "X28",
-        '{"level": "kernel", "lengths": [129], "head_dim": 32, "values": "large", "dtype": "bf16", "seed": 0}',
+        '{"level": "kernel", "lengths": [129], "head_dim": 32, "values": "large", "dtype": "bf16", "seed": 1}',
     ),
     "needle": ("X06", '{"level": "kernel", "lengths": [1], "head_dim": 8}'),
     "exact_accumulation": (

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from attn_fuzz.shrink import simpler_options, with_lengths
+from attn_fuzz.shrink import narrower, simpler_options, with_lengths
 from reference.case import Case, CaseError
 
 Fails = Callable[[Case], bool]
@@ -109,7 +109,7 @@ def plainer(case: Case, fails: Fails, seconds: float) -> Case:
     progress = True
     while progress:
         progress = False
-        for small in simpler_options(case):
+        for small in (*narrower(case), *simpler_options(case)):
             if time.monotonic() > deadline:
                 return case
             if small is not None and small not in tried:
