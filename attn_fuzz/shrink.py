@@ -132,7 +132,7 @@ def shorter_documents(case: Case) -> Iterator[Case | None]:
 def shorter_everywhere(case: Case) -> Iterator[Case | None]:
     """With all documents at most so long at once: what needs their number may not need their lengths."""
     keys = case.key_lengths
-    longest = max(*case.lengths, *(keys or ()))
+    longest = max((*case.lengths, *(keys or ())))
     for most in _smaller(longest):
         shorter = [min(length, most) for length in case.lengths]
         fewer = None if keys is None else [min(length, most) for length in keys]
