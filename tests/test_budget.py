@@ -235,13 +235,10 @@ ROUNDED_MORE: dict[str, set[str]] = {
     "float32_angles": set(),
 }
 
-LAYERS_ONLY = {"norms_in_dtype", "rotates_in_dtype", "float32_angles"}
-"""Roundings around the kernel, which no kernel's budget knows (tests/test_reference.py)."""
-
 
 def test_every_rounding_of_a_profile_is_listed() -> None:
     flags = {field.name for field in dataclasses.fields(Profile) if field.default is False}
-    assert flags - LAYERS_ONLY == set(ROUNDED_MORE)
+    assert flags == set(ROUNDED_MORE)
 
 
 @pytest.mark.parametrize("flag", ROUNDED_MORE)
