@@ -10,35 +10,28 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from itertools import accumulate
 
 from hypothesis import strategies as st
 
 from attn_fuzz.fit import fitted
 from attn_fuzz.layout_pool import pooled_cuts, pooled_keys, pooled_lengths
+from attn_fuzz.layout_strategies import (
+    LONG_EDGES,
+    MANY,
+    MAX_PAIRS,
+    TILE_EDGES,
+    VERY_LONG,
+    cut_points,
+    document_lengths,
+    key_length,
+    long_pasts,
+)
 from backends.kernel import Capabilities
 from reference.case import VALUES, Case
 from reference.layout import document_spans
 
-TILE_EDGES: tuple[int, ...] = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65)
-"""Lengths at which kernels change their code path: one row, and either side of a tile."""
-
 _ROTARY_THETAS = (10000.0, 10000.0, 500.0, 1e6)
 _ROTARY_FRACTIONS = (0.5, 0.25, 0.75, 1.0)
-
-LONG_EDGES: tuple[int, ...] = (127, 128, 129, 255, 256, 257)
-
-VERY_LONG: tuple[int, ...] = (300, 511, 512, 513, 640, 1023, 1024, 1025)
-"""Drawn seldom, for what they cost: the square of them."""
-
-PASTS: tuple[int, ...] = (
-    *(191, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025),
-    *(2047, 2048, 2049, 4095, 4096, 4097, 8191, 8192, 8193),
-)
-"""Keys before a document's own, for few queries: where kernels split the keys of a row among several workers."""
-
-MANY: tuple[int, ...] = (33, 65, 129, 260)
-"""Documents of a call, beyond what fits into a warp or a block of threads."""
 
 HEAD_GROUPS: tuple[tuple[int, int], ...] = (
     *((1, 1), (2, 1), (2, 2), (4, 2), (3, 1), (6, 2), (4, 1), (8, 8)),
@@ -48,19 +41,13 @@ HEAD_GROUPS: tuple[tuple[int, int], ...] = (
 
 HEAD_DIMS: tuple[int, ...] = (16, 8, 32, 64, 24, 5, 80, 96, 128, 192, 256, 1, 320, 48, 40, 72, 112, 160, 224)
 
-_MAX_DRAWN_TOKENS = 700
 # A float64 reference keeps several [samples, heads, q, k] tensors: this bounds heads * longest^2 where it can.
 _MAX_SCORES = {"kernel": 1 << 17, "layer": 1 << 14}
-# Kernels with an explicit mask compute all pairs of the call, whatever its documents: heads * queries * keys.
-_MAX_PAIRS = 1 << 19
-# And those pairs times head_dim.
+# Pairs of a call (layout_strategies.py) times head_dim.
 _MAX_PRODUCTS = 1 << 24
 # And this what projections cost: tokens * heads * head_dim.
 _MAX_CHANNELS = {"kernel": 1 << 17, "layer": 1 << 15}
 _MAX_SELECTION = 128
-# What is done once per micro-sequence is most of the time that a case with many of them takes.
-_MAX_MICRO_SEQUENCES = 24
-_REGULAR_STEPS = (1, 2, 3, 4, 5, 8, 16, 32)
 # Which channels there are is nothing to ranks; borders are, and narrow heads let more of them be tried.
 _MAX_RANK_HEAD_DIM = 32
 
@@ -115,69 +102,6 @@ class Domain:
     @property
     def head_groups(self) -> tuple[tuple[int, int], ...]:
         return tuple(pair for pair in HEAD_GROUPS if self.capabilities.gqa or pair[0] == pair[1])
-
-
-def document_lengths(
-    *, empty: bool, long: Sequence[int] = LONG_EDGES, many: Sequence[int] = (), very_long: Sequence[int] = ()
-) -> st.SearchStrategy[list[int]]:
-    """Lengths of documents: small ones, tile edges, one long among many tiny.
-
-    Args:
-        empty: whether a document may have no tokens.
-        long: lengths of the one that is long.
-        many: how many documents there are where there are many.
-        very_long: lengths that are drawn seldom.
-    """
-    smallest = 0 if empty else 1
-    small = st.integers(smallest, 9)
-    edges = st.sampled_from(TILE_EDGES)
-    mixed = st.lists(st.one_of(small, edges), min_size=1, max_size=5)
-    tiny = st.lists(st.integers(smallest, 3), min_size=1, max_size=24)
-    beside_long = st.tuples(
-        st.lists(st.integers(smallest, 4), max_size=6), st.sampled_from(long), st.lists(small, max_size=3)
-    ).map(lambda parts: [*parts[0], parts[1], *parts[2]])
-    usual = st.one_of(mixed, tiny, beside_long).filter(lambda lengths: 1 <= sum(lengths) <= _MAX_DRAWN_TOKENS)
-    seldom: list[st.SearchStrategy[list[int]]] = []
-    if many:
-        # A pattern over and over: hundreds of draws would make the rest of the case hard to shrink.
-        pattern = st.lists(st.integers(smallest, 3), min_size=1, max_size=3).filter(any)
-        repeated = st.tuples(pattern, st.sampled_from(many)).map(lambda parts: (parts[0] * parts[1])[: parts[1]])
-        seldom.append(repeated.filter(any))
-    if very_long:
-        seldom.append(st.tuples(tiny, st.sampled_from(very_long)).map(lambda parts: [*parts[0][:3], parts[1]]))
-    return st.one_of(*[usual] * 10, *seldom) if seldom else usual
-
-
-@st.composite
-def cut_points(draw: st.DrawFn, lengths: Sequence[int], *, causal: bool) -> tuple[int, ...]:
-    """Cuts on and beside document boundaries and anywhere else; non-causal ones on boundaries only.
-
-    A few drawn ones, mostly; or many: on every boundary, every so many tokens as trainers cut, or a run of
-    micro-sequences of one token each.
-    """
-    total = sum(lengths)
-    if total == 1:
-        return ()
-    boundaries = sorted({end for end in accumulate(lengths) if 0 < end < total})
-    if not causal:
-        return tuple(sorted(draw(some_or_all(boundaries)))) if boundaries else ()
-    beside = {cut + step for cut in (0, *boundaries, total) for step in (-1, 0, 1)}
-    near = sorted(cut for cut in beside if 0 < cut < total)
-    few = st.lists(st.one_of(st.sampled_from(near), st.integers(1, total - 1)), max_size=4)
-    least = -(-total // _MAX_MICRO_SEQUENCES)
-    steps = [step for step in _REGULAR_STEPS if least <= step < total] or [least]
-    regular = st.sampled_from(steps).map(lambda step: list(range(step, total, step)))
-    run = st.tuples(st.integers(1, total - 1), st.integers(2, 8)).map(
-        lambda place: list(range(place[0], min(sum(place), total)))
-    )
-    many = [regular, run, some_or_all(boundaries).map(sorted)] if boundaries else [regular, run]
-    return tuple(sorted(set(draw(st.one_of(few, few, few, *many)))))
-
-
-def some_or_all(boundaries: Sequence[int]) -> st.SearchStrategy[set[int]]:
-    """A few of these places, or every one of them."""
-    every = st.just(set(boundaries[: _MAX_MICRO_SEQUENCES - 1]))
-    return st.one_of(st.sets(st.sampled_from(boundaries), max_size=4), every)
 
 
 def window_sides(capabilities: Capabilities, longest: int) -> st.SearchStrategy[int]:
@@ -252,7 +176,7 @@ def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int],
     groups = [
         group
         for group in domain.head_groups
-        if group[0] * longest**2 <= _MAX_SCORES[level] and group[0] * pairs <= _MAX_PAIRS
+        if group[0] * longest**2 <= _MAX_SCORES[level] and group[0] * pairs <= MAX_PAIRS
     ]
     heads, kv_heads = draw(st.sampled_from(groups or list(domain.head_groups[:2])))
     dims = [
@@ -272,28 +196,6 @@ def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int],
         "dtype": draw(st.sampled_from(domain.dtypes)),
         **draw(free_options(capabilities, level)),
     }
-
-
-def _key_length(queries: int, capabilities: Capabilities, *, causal: bool) -> st.SearchStrategy[int]:
-    """Keys of a document with so many queries: as many, more (a past), or fewer."""
-    choices: list[st.SearchStrategy[int]] = [st.just(queries)]
-    if not (causal and capabilities.causal_needs_equal_lengths):
-        choices.append(st.one_of(st.integers(1, 9), st.sampled_from(TILE_EDGES)).map(lambda past: queries + past))
-        if capabilities.queries_without_keys:
-            choices.append(st.integers(0, queries))
-        elif not causal:
-            choices.append(st.integers(min(1, queries), max(queries, 1)))
-    return st.one_of(*choices)
-
-
-@st.composite
-def long_pasts(draw: st.DrawFn, lengths: Sequence[int]) -> tuple[int, int]:
-    """(a document with few queries, how many keys stand before its own); (0, 0) for none, most often."""
-    if draw(st.integers(0, 5)) < 5:
-        return 0, 0
-    short = sorted((length, index) for index, length in enumerate(lengths) if length)
-    _, index = draw(st.sampled_from(short[:2]))
-    return index, draw(st.sampled_from([past for past in PASTS if past * sum(lengths) <= _MAX_PAIRS] or [0]))
 
 
 def layout_numbers(capabilities: Capabilities) -> st.SearchStrategy[int | None]:
@@ -318,7 +220,7 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
         key_lengths = tuple(keys) if keys != lengths else None
     elif past or draw(st.booleans()):
         causal = bool(chosen["causal"])
-        keys = [draw(_key_length(length, capabilities, causal=causal)) for length in lengths]
+        keys = [draw(key_length(length, capabilities, causal=causal)) for length in lengths]
         if not (causal and capabilities.causal_needs_equal_lengths):
             keys[straddling_one] += past
         key_lengths = tuple(keys) if sum(keys) and keys != lengths else None

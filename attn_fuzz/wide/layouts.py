@@ -9,7 +9,8 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.strategies import TILE_EDGES, Domain
+from attn_fuzz.layout_strategies import TILE_EDGES
+from attn_fuzz.strategies import Domain
 from backends.registry import Backend
 from reference.case import Case
 

@@ -1,0 +1,119 @@
+"""Where documents lie: Hypothesis strategies for lengths, keys and cuts, the simplest first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+from hypothesis import strategies as st
+
+from backends.kernel import Capabilities
+
+TILE_EDGES: tuple[int, ...] = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65)
+"""Lengths at which kernels change their code path: one row, and either side of a tile."""
+
+LONG_EDGES: tuple[int, ...] = (127, 128, 129, 255, 256, 257)
+
+VERY_LONG: tuple[int, ...] = (300, 511, 512, 513, 640, 1023, 1024, 1025)
+"""Drawn seldom, for what they cost: the square of them."""
+
+PASTS: tuple[int, ...] = (
+    *(191, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025),
+    *(2047, 2048, 2049, 4095, 4096, 4097, 8191, 8192, 8193),
+)
+"""Keys before a document's own, for few queries: where kernels split the keys of a row among several workers."""
+
+MANY: tuple[int, ...] = (33, 65, 129, 260)
+"""Documents of a call, beyond what fits into a warp or a block of threads."""
+
+_MAX_DRAWN_TOKENS = 700
+# Kernels with an explicit mask compute all pairs of the call, whatever its documents: heads * queries * keys.
+MAX_PAIRS = 1 << 19
+# What is done once per micro-sequence is most of the time that a case with many of them takes.
+_MAX_MICRO_SEQUENCES = 24
+_REGULAR_STEPS = (1, 2, 3, 4, 5, 8, 16, 32)
+
+
+def document_lengths(
+    *, empty: bool, long: Sequence[int] = LONG_EDGES, many: Sequence[int] = (), very_long: Sequence[int] = ()
+) -> st.SearchStrategy[list[int]]:
+    """Lengths of documents: small ones, tile edges, one long among many tiny.
+
+    Args:
+        empty: whether a document may have no tokens.
+        long: lengths of the one that is long.
+        many: how many documents there are where there are many.
+        very_long: lengths that are drawn seldom.
+    """
+    smallest = 0 if empty else 1
+    small = st.integers(smallest, 9)
+    edges = st.sampled_from(TILE_EDGES)
+    mixed = st.lists(st.one_of(small, edges), min_size=1, max_size=5)
+    tiny = st.lists(st.integers(smallest, 3), min_size=1, max_size=24)
+    beside_long = st.tuples(
+        st.lists(st.integers(smallest, 4), max_size=6), st.sampled_from(long), st.lists(small, max_size=3)
+    ).map(lambda parts: [*parts[0], parts[1], *parts[2]])
+    usual = st.one_of(mixed, tiny, beside_long).filter(lambda lengths: 1 <= sum(lengths) <= _MAX_DRAWN_TOKENS)
+    seldom: list[st.SearchStrategy[list[int]]] = []
+    if many:
+        # A pattern over and over: hundreds of draws would make the rest of the case hard to shrink.
+        pattern = st.lists(st.integers(smallest, 3), min_size=1, max_size=3).filter(any)
+        repeated = st.tuples(pattern, st.sampled_from(many)).map(lambda parts: (parts[0] * parts[1])[: parts[1]])
+        seldom.append(repeated.filter(any))
+    if very_long:
+        seldom.append(st.tuples(tiny, st.sampled_from(very_long)).map(lambda parts: [*parts[0][:3], parts[1]]))
+    return st.one_of(*[usual] * 10, *seldom) if seldom else usual
+
+
+@st.composite
+def cut_points(draw: st.DrawFn, lengths: Sequence[int], *, causal: bool) -> tuple[int, ...]:
+    """Cuts on and beside document boundaries and anywhere else; non-causal ones on boundaries only.
+
+    A few drawn ones, mostly; or many: on every boundary, every so many tokens as trainers cut, or a run of
+    micro-sequences of one token each.
+    """
+    total = sum(lengths)
+    if total == 1:
+        return ()
+    boundaries = sorted({end for end in accumulate(lengths) if 0 < end < total})
+    if not causal:
+        return tuple(sorted(draw(some_or_all(boundaries)))) if boundaries else ()
+    beside = {cut + step for cut in (0, *boundaries, total) for step in (-1, 0, 1)}
+    near = sorted(cut for cut in beside if 0 < cut < total)
+    few = st.lists(st.one_of(st.sampled_from(near), st.integers(1, total - 1)), max_size=4)
+    least = -(-total // _MAX_MICRO_SEQUENCES)
+    steps = [step for step in _REGULAR_STEPS if least <= step < total] or [least]
+    regular = st.sampled_from(steps).map(lambda step: list(range(step, total, step)))
+    run = st.tuples(st.integers(1, total - 1), st.integers(2, 8)).map(
+        lambda place: list(range(place[0], min(sum(place), total)))
+    )
+    many = [regular, run, some_or_all(boundaries).map(sorted)] if boundaries else [regular, run]
+    return tuple(sorted(set(draw(st.one_of(few, few, few, *many)))))
+
+
+def some_or_all(boundaries: Sequence[int]) -> st.SearchStrategy[set[int]]:
+    """A few of these places, or every one of them."""
+    every = st.just(set(boundaries[: _MAX_MICRO_SEQUENCES - 1]))
+    return st.one_of(st.sets(st.sampled_from(boundaries), max_size=4), every)
+
+
+def key_length(queries: int, capabilities: Capabilities, *, causal: bool) -> st.SearchStrategy[int]:
+    """Keys of a document with so many queries: as many, more (a past), or fewer."""
+    choices: list[st.SearchStrategy[int]] = [st.just(queries)]
+    if not (causal and capabilities.causal_needs_equal_lengths):
+        choices.append(st.one_of(st.integers(1, 9), st.sampled_from(TILE_EDGES)).map(lambda past: queries + past))
+        if capabilities.queries_without_keys:
+            choices.append(st.integers(0, queries))
+        elif not causal:
+            choices.append(st.integers(min(1, queries), max(queries, 1)))
+    return st.one_of(*choices)
+
+
+@st.composite
+def long_pasts(draw: st.DrawFn, lengths: Sequence[int]) -> tuple[int, int]:
+    """(a document with few queries, how many keys stand before its own); (0, 0) for none, most often."""
+    if draw(st.integers(0, 5)) < 5:
+        return 0, 0
+    short = sorted((length, index) for index, length in enumerate(lengths) if length)
+    _, index = draw(st.sampled_from(short[:2]))
+    return index, draw(st.sampled_from([past for past in PASTS if past * sum(lengths) <= MAX_PAIRS] or [0]))
