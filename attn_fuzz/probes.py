@@ -197,8 +197,25 @@ _WHOLE = {"bf16": 129, "fp16": 1025}
 """Just above half of what the dtype counts to: one addend is exact in it, the sum of an odd and an even one is not."""
 
 
+def _channels(case: Case) -> dict[int, int]:
+    """A channel for every document, another one than its neighbours in any micro-sequence have where there are enough.
+
+    The lowest ones that are free, so that as many micro-sequences as possible have a gradient in the same.
+    """
+    channels: dict[int, int] = {}
+    for part in rank_slices(case):
+        active = [segment.document for segment in segments(case.packed_lengths, part)]
+        taken = {channels[document] for document in active if document in channels}
+        for document in active:
+            if document not in channels:
+                free = (channel for channel in range(case.head_dim) if channel not in taken)
+                channels[document] = next(free, document % case.head_dim)
+                taken.add(channels[document])
+    return channels
+
+
 def accumulation_probe(case: Case) -> AccumulationProbe | None:
-    """The exact accumulation probe of a layer case, or None where no two micro-sequences or ranks add to the same row.
+    """The exact accumulation probe of a layer case, or None where no two micro-sequences or ranks add to the same.
 
     Query weights are 0, so every key weighs 1/n, and the output projection is the identity. In every rank's
     share of every micro-sequence each document has at most one row with an output gradient, ``w n`` with n a power of
@@ -219,7 +236,8 @@ def accumulation_probe(case: Case) -> AccumulationProbe | None:
     group = case.heads // case.kv_heads
     dout = torch.zeros(case.tokens, case.heads, case.head_dim)
     dv = torch.zeros(case.tokens, case.kv_heads, case.head_dim, dtype=torch.float64)
-    added = torch.zeros(case.tokens, dtype=torch.int64)
+    added, dense_added = torch.zeros(case.tokens, dtype=torch.int64), torch.zeros(case.head_dim, dtype=torch.int64)
+    channels = _channels(case)
     ddense, dense_exact = torch.zeros(case.head_dim, dtype=torch.float64), case.all_ranks == 1
     for number, part in enumerate(rank_slices(case)):
         weight, summed = whole + number % 2, [0] * case.head_dim
@@ -231,14 +249,15 @@ def accumulation_probe(case: Case) -> AccumulationProbe | None:
                 continue
             row = int(powers.nonzero()[-1, 0])
             keys = torch.arange(*segment.keys)[seen[row]]
-            channel = segment.document % case.head_dim
+            channel = channels[segment.document]
             dout[segment.queries.begin + row, ::group, channel] = weight * int(counts[row])
             dv[keys, :, channel] += weight
             added[keys] += 1
             summed[channel] += int(counts[row])
         dense_exact &= all(n & (n - 1) == 0 and weight * n <= 60000 for n in summed)
         ddense += weight * torch.tensor(summed)
-    if not (added > 1).any():
+        dense_added += torch.tensor(summed) > 0
+    if not (added > 1).any() and not (dense_exact and (dense_added > 1).any()):
         return None
     inputs = layer_inputs(probe, "cpu")
     x, key_value = inputs.x.clone(), inputs.weights["key_value"].clone()

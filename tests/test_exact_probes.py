@@ -141,7 +141,11 @@ def test_a_call_without_a_single_key_is_judged() -> None:
 def test_float32_sums_of_the_output_projection_are_whole() -> None:
     """Documents of one token: each micro-sequence adds +-w to every element of a row."""
     case = Case(lengths=(1, 1, 1), cuts=(1, 2), heads=2, kv_heads=2, head_dim=4, dtype="bf16", seed=2)
-    assert accumulation_probe(case) is None
+    apart = accumulation_probe(case)
+    assert apart is not None
+    # All three use the first channel, of either head.
+    assert set(apart.exact["d_dense"][[0, 4]].abs().flatten().tolist()) == {129.0 + 130 + 129}
+    assert accumulation_probe(case.replace(cuts=())) is None
     straddling = Case(lengths=(4,), cuts=(1, 2, 3), heads=2, head_dim=4, dtype="bf16")
     probe = accumulation_probe(straddling)
     assert probe is not None

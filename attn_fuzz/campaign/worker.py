@@ -27,6 +27,8 @@ from attn_fuzz.campaign.messages import (
     Trying,
 )
 from attn_fuzz.checks import PROBES, Check
+from attn_fuzz.checks.accumulation import exact_accumulation
+from attn_fuzz.checks.budget import LIMIT
 from attn_fuzz.checks.regroup import regrouped, regrouped_case
 from attn_fuzz.drawing import few_cases
 from attn_fuzz.environment import environment
@@ -36,7 +38,8 @@ from attn_fuzz.poison import POISONS
 from attn_fuzz.process import DEAD_CONTEXT, context_alive, set_up_process
 from attn_fuzz.shrink import minimise
 from attn_fuzz.strategies import Domain, straddling
-from attn_fuzz.symptoms import MEMORY_SYMPTOMS, Crashed, Hung, Symptom
+from attn_fuzz.symptoms import MEMORY_SYMPTOMS, Crashed, Hung, NotExact, Symptom
+from attn_fuzz.trial import Trial
 from backends import registry
 from backends.kernel import UnsupportedCase
 from backends.known import KnownIssue, crash_issue_of
@@ -58,6 +61,9 @@ _NOW_AND_THEN: Final = (
     "The same case, run once more, was right: a race, or something that earlier calls leave behind. Replay it several "
     "times."
 )
+
+_SMALL_EXCESS: Final = 10.0
+"""Roundings of a few dozen sums reach that many times the limit at most; anything gross is what its budget says."""
 
 REFUSALS: Final = 500
 """A backend that has refused so many and taken none would refuse for ever."""
@@ -229,13 +235,20 @@ class Hunt:
             moved = self.examine(other)
             if moved.first is not None and moved.first.probe is not regrouped:
                 case, best = other, moved
-        symptom = type(best.first)
+        first = best.first
+        assert first is not None
+        symptom = type(first)
         # On memory as it comes a small case fails or passes by luck; poison shows what it would do on a bad day.
         by_luck = "none" in self.assignment.poisons and symptom in MEMORY_SYMPTOMS
         poisons = POISONS if by_luck else self.assignment.poisons
 
         # Only what saw it is asked again; all the rest is once the case is small.
-        asked = () if best.first is None or best.first.probe is None else (best.first.probe,)
+        asked = () if first.probe is None else (first.probe,)
+        # Sums that are rounded leave the budget after many roundings only; whole numbers show it after two.
+        rounded = self.rounds_sums(case, first)
+        faces: tuple[type[Symptom], ...] = MEMORY_SYMPTOMS if by_luck else (symptom,)
+        if rounded:
+            faces, asked = (symptom, NotExact), (exact_accumulation,)
 
         def fails(candidate: Case) -> bool:
             return any(fails_once(candidate) for _ in range(attempts))
@@ -246,7 +259,7 @@ class Hunt:
                 found = self.examine(candidate, poisons, asked)
             except UnsupportedCase:
                 return False
-            if type(found.first) is not symptom and not (by_luck and isinstance(found.first, MEMORY_SYMPTOMS)):
+            if type(found.first) not in faces:
                 return False
             best = found
             return True
@@ -255,11 +268,19 @@ class Hunt:
         small = case if symptom is Hung else minimise(case, fails, _MINIMISE_SECONDS)
         whole = self.examine(small, poisons)
         best = whole if type(whole.first) is symptom else best
+        if rounded and best.first is not None:
+            symptom = type(best.first)
         self.found.add(symptom.__name__)
         finding = dataclasses.replace(self.finding(small, best), symptom=symptom.__name__)
         if attempts > 1:
             finding = dataclasses.replace(finding, messages=(*finding.messages, _NOW_AND_THEN))
         self.send(Found(finding))
+
+    def rounds_sums(self, case: Case, symptom: Symptom) -> bool:
+        """Whether a small excess over the budget comes with sums of whole numbers that are no longer whole."""
+        if case.level != "layer" or symptom.z is None or symptom.z > _SMALL_EXCESS * LIMIT:
+            return False
+        return any(True for _ in exact_accumulation(Trial(case, self.backend, self.device, self.assignment.poisons)))
 
     def finding(self, case: Case, verdict: Verdict) -> Finding:
         """The finding of a case that failed."""
