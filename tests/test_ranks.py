@@ -482,11 +482,11 @@ def test_a_page_without_a_place_for_the_table_is_an_error() -> None:
 
 def test_processor_time_is_that_of_all_processes_below(tmp_path: Path) -> None:
     second = os.sysconf("SC_CLK_TCK")
-    for pid, parent, own, ended in [(7, 1, 50, 0), (8, 7, 1, 2), (9, 8, 3, 0), (10, 1, 99, 0)]:
+    for pid, parent, own, ended in [(7, 1, 50, 4), (8, 7, 1, 2), (9, 8, 3, 0), (10, 1, 99, 0)]:
         (tmp_path / str(pid)).mkdir()
         times = f"{own * second} 0 {ended * second} 0"
         (tmp_path / str(pid) / "stat").write_text(f"{pid} (a) b) S {parent} 0 0 0 0 0 0 0 0 0 {times} 20")
-    assert processor_seconds(7, tmp_path) == 6
+    assert processor_seconds(7, tmp_path) == 10
     assert processor_seconds(7, tmp_path / "7") is None
 
 

@@ -33,19 +33,21 @@ def processor_seconds(root: int, proc: Path = Path("/proc")) -> float | None:
         None where it does not.
     """
     parents: dict[int, int] = {}
-    ticks: dict[int, int] = {}
+    own: dict[int, int] = {}
+    ended: dict[int, int] = {}
     for stat in proc.glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             # A command's name may hold anything; what follows its last bracket is numbers (man proc_pid_stat).
             fields = stat.read_text().rpartition(")")[2].split()
             pid = int(stat.parent.name)
-            parents[pid], ticks[pid] = int(fields[1]), sum(map(int, fields[11:15]))
-    if not ticks:
+            parents[pid] = int(fields[1])
+            own[pid], ended[pid] = sum(map(int, fields[11:13])), sum(map(int, fields[13:15]))
+    if root not in parents:
         return None
     below = {root}
     while more := {pid for pid, parent in parents.items() if parent in below} - below:
         below |= more
-    return sum(ticks[pid] for pid in below - {root}) / os.sysconf("SC_CLK_TCK")
+    return sum(own[pid] * (pid != root) + ended[pid] for pid in below) / os.sysconf("SC_CLK_TCK")
 
 
 WARM_CASES: Final = 50

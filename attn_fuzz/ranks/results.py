@@ -27,26 +27,22 @@ def _numbers(values: Iterable[int]) -> str:
 
 
 def rank_rows(results: Iterable[Result]) -> list[tuple[str, ...]]:
-    """One row per campaign and backend, by number of ranks, then dtype."""
-    rows: list[tuple[str, ...]] = []
+    """One row per number of ranks, dtype and backend, over all campaigns."""
+    groups: dict[tuple[str, ...], list[tuple[Result, int]]] = {}
     for result in campaigns(results):
         for name, told in result["backends"].items():
             # The cases with the largest errors say on how many ranks all were drawn.
             worst = [Case.from_dict(data) for data in told["worst_case"].values()]
-            key = max(told["worst_z"], key=lambda kind: told["worst_z"][kind])
+            spread = (_numbers(case.ranks for case in worst), _numbers(case.tensor_ranks for case in worst))
             found = sum(finding["backend"] == name for finding in result["findings"])
-            counts = (told["cases"], told["documents"], told["straddling"], found)
-            rows.append(
-                (
-                    _numbers(case.ranks for case in worst),
-                    _numbers(case.tensor_ranks for case in worst),
-                    _kinds(told["by_kind"]),
-                    name,
-                    *(f"{count:,}" for count in counts),
-                    f"{told['worst_z'][key]:.1f} ({key.split()[-1]})",
-                )
-            )
-    return sorted(rows)
+            groups.setdefault((*spread, _kinds(told["by_kind"]), name), []).append((told, found))
+    rows: list[tuple[str, ...]] = []
+    for key, group in sorted(groups.items()):
+        counts = [sum(told[count] for told, _ in group) for count in ("cases", "documents", "straddling")]
+        counts.append(sum(found for _, found in group))
+        z, kind = max((z, kind) for told, _ in group for kind, z in told["worst_z"].items())
+        rows.append((*key, *(f"{count:,}" for count in counts), f"{z:.1f} ({kind.split()[-1]})"))
+    return rows
 
 
 def _kinds(by_kind: Iterable[str]) -> str:
