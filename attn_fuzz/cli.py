@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Any, Final, cast
 
@@ -68,6 +69,8 @@ def _usage(error: Any) -> str:
 
 def main() -> None:
     """Entry point: every expected error is one sentence on standard error and exit status 2."""
+    # A scheduler's SIGTERM ends a command as Ctrl-C does: with what it has, and with its children.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Read by cuBLAS when it starts; without it repeatable matrix products are refused.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
