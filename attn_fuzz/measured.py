@@ -106,4 +106,7 @@ def measured(backend: Backend, device: str) -> Measured:
         isolates = observed is not None and all(
             bool(observed.results[name][last].isfinite().all()) for name in ("out", "dq", "dk", "dv")
         )
+    if stated.capacity is None and not isolates:
+        # NaN behind the last document would be multiplied by 0 as that of another document is.
+        capacity = False
     return Measured(capacity, isolates, forward, backward)
