@@ -43,6 +43,11 @@ class Measured:
     repeatable_backward: bool = True
     """And so have gradients."""
 
+    def repeats(self, name: str) -> bool:
+        """Whether a result has the same bits every time."""
+        backward = name in ("dq", "dk", "dv", "dx") or name.startswith("d_")
+        return self.repeatable and (self.repeatable_backward or not backward)
+
 
 def _run(backend: Backend, case: Case, inputs: Inputs, device: torch.device) -> Observation | None:
     """What a call gives, or None where it raises."""

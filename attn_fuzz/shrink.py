@@ -129,14 +129,17 @@ def shorter_documents(case: Case) -> Iterator[Case | None]:
             yield _resized(case, index, queries, fewer)
 
 
+def clipped(case: Case, queries: int, keys: int) -> Case | None:
+    """With no document longer than so many tokens."""
+    lengths = [min(length, queries) for length in case.lengths]
+    fewer = None if case.key_lengths is None else [min(length, keys) for length in case.key_lengths]
+    return with_lengths(case, lengths, range(len(lengths)), fewer)
+
+
 def shorter_everywhere(case: Case) -> Iterator[Case | None]:
     """With all documents at most so long at once: what needs their number may not need their lengths."""
-    keys = case.key_lengths
-    longest = max((*case.lengths, *(keys or ())))
-    for most in _smaller(longest):
-        shorter = [min(length, most) for length in case.lengths]
-        fewer = None if keys is None else [min(length, most) for length in keys]
-        yield with_lengths(case, shorter, range(len(shorter)), fewer)
+    for most in _smaller(max((*case.lengths, *(case.key_lengths or ())))):
+        yield clipped(case, most, most)
 
 
 def one_shorter(case: Case) -> Iterator[Case | None]:

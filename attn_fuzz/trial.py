@@ -22,8 +22,6 @@ from reference.layer import LayerInputs, layer_answer, layer_inputs
 from reference.layout import document_spans
 from reference.profile import Profile
 
-BACKWARD = ("dq", "dk", "dv", "dx")
-
 # Second value seed of a layout: an error that is a property of the layout shows under both.
 SECOND_SEED = 0x9E3779B9
 
@@ -72,8 +70,7 @@ class Trial:
 
     def repeats(self, name: str) -> bool:
         """Whether the backend promises the same bits every time for this result."""
-        backward = name in BACKWARD or name.startswith("d_")
-        return self.measured.repeatable and (self.measured.repeatable_backward or not backward)
+        return self.measured.repeats(name)
 
     def answer_with(self, samples: int) -> dict[str, Expected]:
         """The reference's answer; ``samples`` matter to layer budgets only."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -140,6 +142,17 @@ def test_two_poisons_are_held_against_one_another() -> None:
     case = Case(level="kernel", lengths=(3, 6, 9), key_lengths=(3, 13, 17), dtype="bf16")
     assert examine_wide(case, backend, CPU) is None
     found = examine_wide(case, backend, CPU, twice=True)
+    assert found is not None
+    assert found.symptom is PoisonLeaked
+
+
+def test_so_they_are_for_kernels_that_promise_nothing_and_repeat_themselves() -> None:
+    backend = registry.load("fault:X29")
+    kernel = copy.copy(backend.kernel)
+    silent = dataclasses.replace(kernel.capabilities, repeatable=None, repeatable_backward=None)
+    kernel.capabilities = silent  # type: ignore[misc]
+    case = Case(level="kernel", lengths=(3, 6, 9), key_lengths=(3, 13, 17), dtype="bf16")
+    found = examine_wide(case, dataclasses.replace(backend, kernel=kernel), CPU, twice=True)
     assert found is not None
     assert found.symptom is PoisonLeaked
 

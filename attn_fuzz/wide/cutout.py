@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from attn_fuzz.shrink import narrower, simpler_options, with_lengths
+from attn_fuzz.shrink import clipped, narrower, simpler_options, with_lengths
 from reference.case import Case, CaseError
 
 Fails = Callable[[Case], bool]
@@ -79,13 +79,6 @@ def bisected(case: Case, fails: Fails, seconds: float) -> Case:
     return case
 
 
-def _clipped(case: Case, queries: int, keys: int) -> Case | None:
-    """With no document longer than so many tokens."""
-    lengths = [min(length, queries) for length in case.lengths]
-    clipped = None if case.key_lengths is None else [min(length, keys) for length in case.key_lengths]
-    return with_lengths(case, lengths, range(len(lengths)), clipped)
-
-
 def plainer(case: Case, fails: Fails, seconds: float) -> Case:
     """The same call with short documents and simple options, as far as it still fails.
 
@@ -99,7 +92,7 @@ def plainer(case: Case, fails: Fails, seconds: float) -> Case:
     both = ((clip, clip) for clip in CLIPS)
     one = [*((clip, longest_k) for clip in CLIPS), *((longest_q, clip) for clip in CLIPS)]
     for queries, keys in (*both, *one):
-        small = _clipped(case, queries, keys)
+        small = clipped(case, queries, keys)
         if time.monotonic() > deadline:
             return case
         if small is not None and small != case and fails(small):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from attn_fuzz.checks.budget import limit
+from attn_fuzz.measured import measured
 from attn_fuzz.symptoms import Crashed, PoisonLeaked, Symptom, WrongSpread, wrong_tensor
 from attn_fuzz.trial import SECOND_SEED
 from attn_fuzz.wide.call import Call, run
@@ -68,11 +69,9 @@ def _attempt(call: Call, backend: Backend, poison: str) -> tuple[dict[str, torch
 
 
 def _promised(backend: Backend, device: torch.device) -> tuple[str, ...]:
-    """Results for which a backend promises the same bits every time."""
-    capabilities = backend.kernel.capabilities_on(device.type)
-    if not capabilities.repeatable:
-        return ()
-    return KERNEL_TENSORS if capabilities.repeatable_backward else ("out", "lse")
+    """Results that have the same bits every time: as the backend promises or, where it says nothing, as calls tell."""
+    repeats = measured(backend, str(device)).repeats
+    return tuple(name for name in KERNEL_TENSORS if repeats(name))
 
 
 def verdicts(call: Call, backends: Sequence[Backend], *, screened: bool = True, twice: bool = False) -> list[Outcome]:
