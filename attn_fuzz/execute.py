@@ -19,7 +19,7 @@ from reference.answer import SHARED_DIMENSIONS, Inputs, kernel_inputs
 from reference.case import Case
 from reference.layer import LayerInputs, layer_inputs
 from reference.layout import Span, active_extent, micro_sequences
-from reference.memory import Placed, place
+from reference.memory import Placed, all_intact, place
 
 
 def require_support(backend: Backend, case: Case, device: torch.device) -> None:
@@ -134,6 +134,8 @@ class KernelCall:
 
     def changed(self) -> list[str]:
         """Inputs, metadata or guard margins whose bits changed, in words."""
+        if all_intact([*self.placed.values()], [*self.sums.values()]):
+            return []
         found = [f"{what} of {name}" for name, item in self.placed.items() if (what := item.changed())]
         return found + [name for name, (now, before) in self.sums.items() if not torch.equal(now, before)]
 
@@ -151,7 +153,7 @@ class KernelCall:
             for name, result in list(results.items()):
                 rows = sum(self.case.packed_key_lengths if name in ("dk", "dv") else self.case.packed_lengths)
                 if len(result) == rows + self.case.capacity:
-                    results[name], tails[name] = result[:rows], result[rows:].cpu()
+                    results[name], tails[name] = result[:rows], result[rows:]
         observation = Observation(self.poison, results, paths=frozenset({self.attended.path}), tails=tails)
         observation.changed = self.changed()
         return observation.on_cpu()
@@ -263,6 +265,7 @@ class LayerRun:
             "out": torch.cat(self.outputs.values()),
             "dx": torch.cat(self.input_gradients.values()[::-1]),
         }
+        observation.strays += self.buffer.settle() + self.buffer_gradient.settle()
         observation.strays += self.outputs.changed() + self.input_gradients.changed()
         for names, tensors in ((("k", "v"), layer.key_value()), (("dk", "dv"), layer.key_value_gradients())):
             if tensors is not None:
@@ -280,6 +283,8 @@ class LayerRun:
 
     def changed(self) -> list[str]:
         """Inputs, weights or guard margins whose bits changed, in words."""
+        if all_intact([*self.placed.values()]):
+            return []
         return [f"{what} of {name}" for name, item in self.placed.items() if (what := item.changed())]
 
 

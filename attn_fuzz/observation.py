@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -45,8 +45,21 @@ class Observation:
 
     def on_cpu(self) -> Observation:
         """The same, with results on the CPU."""
-        self.results = {name: tensor.cpu() for name, tensor in self.results.items()}
+        self.results, self.tails = on_cpu(self.results), on_cpu(self.tails)
         return self
+
+
+def on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors on the CPU, for which the device is waited for once: others may be waiting for it, too."""
+    if not any(tensor.is_cuda for tensor in tensors.values()):
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
+    found = {}
+    for name, tensor in tensors.items():
+        # Pinned memory is what a copy need not be waited for in.
+        found[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        found[name].copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(next(tensor.device for tensor in tensors.values() if tensor.is_cuda)).synchronize()
+    return found
 
 
 def differing(first: Observation, second: Observation) -> list[str]:
@@ -58,6 +71,11 @@ def differing(first: Observation, second: Observation) -> list[str]:
     ]
 
 
+def waited_for(tensor: torch.Tensor) -> bool:
+    """Whether looking at a tensor's values means waiting for a device, which others may keep busy."""
+    return tensor.is_cuda
+
+
 class _Watched:
     """One tensor's bits at the last look. Few operations: every tensor is looked at after every step of every run."""
 
@@ -65,23 +83,39 @@ class _Watched:
         self._name = name
         self._tensor, self._live = tensor, live_bits(tensor)
         self._before = self._live.clone()
+        self._pending: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        """Looks at a GPU's memory that were not waited for: step, whether rows differ, which elements, its values."""
 
     def compare(self, tensor: torch.Tensor, step: str, begin: int, end: int) -> list[Stray]:
-        """Rows outside ``[begin, end)`` that changed since the last look."""
+        """Rows outside ``[begin, end)`` that changed since the last look; of a GPU's memory, ``settle`` says it."""
         if tensor is not self._tensor or tensor.data_ptr() != self._live.data_ptr():
             # A layer may hand out a new view every time, or have moved.
             self._tensor, self._live = tensor, live_bits(tensor)
         before, live = self._before, self._live
         if before.shape != live.shape or before.dtype != live.dtype:
             return self._resized(step, begin, end)
+        if waited_for(live):
+            differs, self._before = before != live, live.clone()
+            differs[begin:end] = False
+            self._pending.append((step, differs.any(), differs, self._before.view(self._tensor.dtype)))
+            return []
         if begin == end and torch.equal(before, live):
             # By far the most frequent case, and nothing to remember.
             return []
         differs = before != live
         differs[begin:end] = False
-        found = [self._stray(differs, step)] if differs.any() else []
+        found = [self._stray(differs, step, self._tensor)] if differs.any() else []
         before.copy_(live)
         return found
+
+    def flags(self) -> list[torch.Tensor]:
+        """Of the looks that have not been waited for: whether rows differ, one element each."""
+        return [differ for _, differ, _, _ in self._pending]
+
+    def settle(self) -> list[Stray]:
+        """What those looks saw."""
+        pending, self._pending = self._pending, []
+        return [self._stray(differs, step, then) for step, differ, differs, then in pending if differ]
 
     def _resized(self, step: str, begin: int, end: int) -> list[Stray]:
         """The same for a buffer of another size: what it is in the end is judged by its shape and dtype."""
@@ -91,12 +125,20 @@ class _Watched:
         kept = min(len(before), len(self._live))
         differs = before[:kept] != self._live[:kept]
         differs[begin:end] = False
-        return [self._stray(differs, step)] if differs.any() else []
+        return [self._stray(differs, step, self._tensor)] if differs.any() else []
 
-    def _stray(self, differs: torch.Tensor, step: str) -> Stray:
+    def _stray(self, differs: torch.Tensor, step: str, values: torch.Tensor) -> Stray:
         rows = differs.flatten(1).any(1).nonzero()[:, 0].tolist()
-        value = self._tensor.detach()[rows[0]][differs[rows[0]]][0].item()
+        value = values.detach()[rows[0]][differs[rows[0]]][0].item()
         return Stray(self._name, step, tuple(rows), value)
+
+
+def _settled(every: Sequence[_Watched]) -> list[Stray]:
+    """What looks at a GPU's memory saw, which is waited for once."""
+    flags = [flag for watched in every for flag in watched.flags()]
+    if not flags or not torch.stack(flags).any():
+        return []
+    return [stray for watched in every for stray in watched.settle()]
 
 
 class HandedBack:
@@ -119,7 +161,8 @@ class HandedBack:
 
     def changed(self) -> list[Stray]:
         """Rows of results that are no longer what they were."""
-        return [stray for step, now, _, watched in self._given for stray in watched.compare(now, step, 0, 0)]
+        found = [stray for step, now, _, watched in self._given for stray in watched.compare(now, step, 0, 0)]
+        return found + _settled([watched for *_, watched in self._given])
 
 
 class Watch:
@@ -133,17 +176,23 @@ class Watch:
     def __init__(self, names: tuple[str, str], look: Callable[[], tuple[torch.Tensor, torch.Tensor] | None]) -> None:
         self._names, self._look = names, look
         self._watched: list[_Watched] = []
+        self._past: list[_Watched] = []
         self.compare("", 0, 0)
 
     def compare(self, step: str, begin: int, end: int) -> list[Stray]:
-        """Rows outside ``[begin, end)`` that changed since the last look."""
+        """Rows outside ``[begin, end)`` that changed since the last look; of a GPU's memory, ``settle`` says it."""
         tensors = self._look()
         if tensors is not None and (not isinstance(tensors, (tuple, list)) or len(tensors) != len(self._names)):
             raise TypeError(f"a buffer should be two tensors, {' and '.join(self._names)}, or None")
         # A dispatch mode (poison.py) would have every operation pass through Python.
         with torch._C._DisableTorchDispatch():
             if tensors is None or not self._watched:
+                self._past += self._watched
                 self._watched = [_Watched(*pair) for pair in zip(self._names, tensors or (), strict=False)]
                 return []
             pairs = zip(self._watched, tensors, strict=True)
             return [stray for watched, tensor in pairs for stray in watched.compare(tensor, step, begin, end)]
+
+    def settle(self) -> list[Stray]:
+        """Rows that looks at a GPU's memory found changed; none of them has been waited for until now."""
+        return _settled([*self._past, *self._watched])

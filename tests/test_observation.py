@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from attn_fuzz import observation
 from attn_fuzz.observation import HandedBack, Watch
 
 
@@ -66,3 +67,46 @@ def test_what_is_no_tensor_and_no_pair_of_them_is_refused_in_words() -> None:
         HandedBack("out").add("forward of [0, 1]", None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="should be two tensors, dk and dv, or None"):
         Watch(("dk", "dv"), lambda: torch.zeros(2, 1, 2))  # type: ignore[arg-type, return-value]
+
+
+@pytest.fixture
+def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks are not waited for one by one, as on GPUs."""
+    monkeypatch.setattr(observation, "waited_for", lambda tensor: True)
+
+
+@pytest.mark.usefixtures("waiting")
+def test_every_look_is_told_in_the_end_with_what_it_saw() -> None:
+    k, v = pair(4)
+    watch = Watch(("k", "v"), Shown((k, v)))
+    k[1] = 7.0
+    assert watch.compare("forward of [2, 4]", 2, 4) == []
+    k[1] = 8.0
+    v[3] = 9.0
+    assert watch.compare("backward of [2, 4]", 2, 4) == []
+    assert watch.compare("backward of [0, 2]", 0, 0) == []
+    told = [(stray.tensor, stray.step, stray.rows, stray.value) for stray in watch.settle()]
+    assert told == [("k", "forward of [2, 4]", (1,), 7.0), ("k", "backward of [2, 4]", (1,), 8.0)]
+    assert watch.settle() == []
+
+
+@pytest.mark.usefixtures("waiting")
+def test_what_a_buffer_showed_before_it_was_gone_is_told_too() -> None:
+    shown = Shown(pair(2))
+    watch = Watch(("k", "v"), shown)
+    assert shown.now is not None
+    shown.now[0][0] = 5.0
+    watch.compare("forward", 1, 2)
+    shown.now = None
+    watch.compare("backward", 0, 0)
+    assert [(stray.step, stray.rows) for stray in watch.settle()] == [("forward", (0,))]
+
+
+@pytest.mark.usefixtures("waiting")
+def test_a_result_that_changed_is_told_though_looks_are_not_waited_for() -> None:
+    given, memory = HandedBack("out"), torch.zeros(3, 2)
+    given.add("forward of [0, 3]", memory)
+    assert given.changed() == []
+    memory[2, 1] = 5.0
+    (stray,) = given.changed()
+    assert (stray.rows, stray.value) == ((2,), 5.0)

@@ -11,6 +11,7 @@ import torch
 from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Configuration, Kernel
 from backends.metadata import VarlenMetadata
 from reference.case import MEMORIES
+from reference.profile import Profile
 
 _SHAPES: Final = (("bf16", 64, 4, 2), ("fp16", 128, 2, 2))
 _MASKS: Final = ((True, "none"), (True, "left"), (False, "none"), (False, "both"))
@@ -37,6 +38,9 @@ class Flash4(Kernel):
         covers_all_rows=False,
         configurations=CONFIGURATIONS,
     )
+
+    # Softcap goes through the hardware's tanh, in its fast-math form.
+    profile = Profile(tanh_error=2.0**-11)
 
     call_source = """from flash_attn.cute import flash_attn_varlen_func
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,16 @@ from backends.flash2 import ALIGNED_MEMORIES
 from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from backends.metadata import VarlenMetadata
 from reference.profile import Profile
+
+
+@functools.cache
+def _why_not_loaded(library: str) -> str | None:
+    """Without its compiled library the package imports all the same, with a warning, and then refuses every call."""
+    try:
+        ctypes.CDLL(library)
+    except OSError as error:
+        return f"the library of the package xformers does not load: {error}"
+    return None
 
 
 class Xformers(Kernel):
@@ -40,9 +53,9 @@ class Xformers(Kernel):
     def why_unavailable(self, device: str) -> str | None:
         if reason := super().why_unavailable(device):
             return reason
-        if importlib.util.find_spec("xformers") is None:
+        if (spec := importlib.util.find_spec("xformers")) is None:
             return "the package xformers is not installed"
-        return None
+        return _why_not_loaded(str(Path(str(spec.origin)).with_name("_C.so")))
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
