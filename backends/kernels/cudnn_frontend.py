@@ -40,7 +40,7 @@ class CudnnFrontend(Kernel):
         covers_all_rows=False,
         configurations=CONFIGURATIONS,
         window_sizes=(7,),
-        layouts=6,
+        layouts=4,
     )
 
     call_source = """import cudnn

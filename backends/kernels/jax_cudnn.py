@@ -44,7 +44,7 @@ class JaxCudnn(Kernel):
         repeatable_backward=False,
         configurations=CONFIGURATIONS,
         window_sizes=(0, 7, 64),
-        layouts=12,
+        layouts=8,
     )
 
     def why_unavailable(self, device: str) -> str | None:

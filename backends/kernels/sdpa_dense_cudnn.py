@@ -30,7 +30,7 @@ class SdpaDenseCudnn(ForcedDense):
         head_dims=(8, 32, 64, 128),
         scale=False,
         configurations=CONFIGURATIONS,
-        layouts=24,
+        layouts=12,
     )
 
 

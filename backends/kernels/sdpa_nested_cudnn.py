@@ -28,7 +28,7 @@ class SdpaNestedCudnn(ForcedNested):
         memories=ALIGNED_MEMORIES,
         scale=False,
         configurations=CONFIGURATIONS,
-        layouts=24,
+        layouts=8,
     )
 
     def attend(

@@ -62,7 +62,7 @@ class TorchCudnn(Kernel):
         repeatable_backward=False,
         covers_all_rows=False,
         configurations=CONFIGURATIONS,
-        layouts=24,
+        layouts=8,
     )
 
     def attend(
