@@ -15,8 +15,9 @@ from attn_fuzz.observation import Observation
 from attn_fuzz.poison import POISONS
 from attn_fuzz.ranks.whole import run_ranks
 from backends.registry import Backend
-from reference.answer import Expected, Inputs, kernel_answer, kernel_inputs
+from reference.answer import Expected, Inputs, kernel_inputs
 from reference.arithmetic import CONFIRMING_SAMPLES, SAMPLES
+from reference.batched import kernel_answer
 from reference.case import Case
 from reference.layer import LayerInputs, layer_answer, layer_inputs
 from reference.layout import document_spans
