@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import TypeVar
 
 from hypothesis import strategies as st
 
@@ -33,9 +35,23 @@ MAX_PAIRS = 1 << 19
 _MAX_MICRO_SEQUENCES = 24
 _REGULAR_STEPS = (1, 2, 3, 4, 5, 8, 16, 32)
 
+_T = TypeVar("_T")
 
+
+def among(choices: Sequence[_T]) -> st.SearchStrategy[_T]:
+    """``sampled_from``, made once for the same choices: Hypothesis takes longer to make a strategy than to draw."""
+    return _among(tuple(choices), tuple(map(type, choices)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _among(choices: tuple[_T, ...], kinds: tuple[type, ...]) -> st.SearchStrategy[_T]:
+    # Kinds are part of the key, because 1, 1.0 and True are equal.
+    return st.sampled_from(choices)
+
+
+@functools.lru_cache(maxsize=64)
 def document_lengths(
-    *, empty: bool, long: Sequence[int] = LONG_EDGES, many: Sequence[int] = (), very_long: Sequence[int] = ()
+    *, empty: bool, long: tuple[int, ...] = LONG_EDGES, many: tuple[int, ...] = (), very_long: tuple[int, ...] = ()
 ) -> st.SearchStrategy[list[int]]:
     """Lengths of documents: small ones, tile edges, one long among many tiny.
 
@@ -99,21 +115,29 @@ def some_or_all(boundaries: Sequence[int]) -> st.SearchStrategy[set[int]]:
 
 def key_length(queries: int, capabilities: Capabilities, *, causal: bool) -> st.SearchStrategy[int]:
     """Keys of a document with so many queries: as many, more (a past), or fewer."""
-    choices: list[st.SearchStrategy[int]] = [st.just(queries)]
-    if not (causal and capabilities.causal_needs_equal_lengths):
-        choices.append(st.one_of(st.integers(1, 9), st.sampled_from(TILE_EDGES)).map(lambda past: queries + past))
-        if capabilities.queries_without_keys:
-            choices.append(st.integers(0, queries))
-        elif not causal:
-            choices.append(st.integers(min(1, queries), max(queries, 1)))
+    if causal and capabilities.causal_needs_equal_lengths:
+        return st.just(queries)
+    if capabilities.queries_without_keys:
+        return _key_length(queries, 0)
+    return _key_length(queries, None if causal else min(1, queries))
+
+
+@functools.lru_cache(maxsize=4096)
+def _key_length(queries: int, fewest: int | None) -> st.SearchStrategy[int]:
+    """So many keys as queries, a past more, or fewer down to ``fewest``, where that is not None."""
+    choices: list[st.SearchStrategy[int]] = [st.just(queries), _PAST.map(lambda past: queries + past)]
+    if fewest is not None:
+        choices.append(st.integers(fewest, max(queries, fewest)))
     return st.one_of(*choices)
 
 
-@st.composite
+_PAST = st.one_of(st.integers(1, 9), st.sampled_from(TILE_EDGES))
+
+
 def long_pasts(draw: st.DrawFn, lengths: Sequence[int]) -> tuple[int, int]:
     """(a document with few queries, how many keys stand before its own); (0, 0) for none, most often."""
     if draw(st.integers(0, 5)) < 5:
         return 0, 0
     short = sorted((length, index) for index, length in enumerate(lengths) if length)
-    _, index = draw(st.sampled_from(short[:2]))
-    return index, draw(st.sampled_from([past for past in PASTS if past * sum(lengths) <= MAX_PAIRS] or [0]))
+    _, index = draw(among(short[:2]))
+    return index, draw(among([past for past in PASTS if past * sum(lengths) <= MAX_PAIRS] or [0]))

@@ -21,6 +21,7 @@ from attn_fuzz.layout_strategies import (
     MAX_PAIRS,
     TILE_EDGES,
     VERY_LONG,
+    among,
     cut_points,
     document_lengths,
     key_length,
@@ -107,10 +108,9 @@ class Domain:
 def window_sides(capabilities: Capabilities, longest: int) -> st.SearchStrategy[int]:
     """Sizes of one side of a window, about documents of up to ``longest`` tokens."""
     usual = {0, 1, 2, 7, 15, 16, 31, 63, 64, max(longest - 1, 0), longest, longest + 5}
-    return st.sampled_from(sorted(capabilities.window_sizes or usual))
+    return among(sorted(capabilities.window_sizes or usual))
 
 
-@st.composite
 def windows(draw: st.DrawFn, domain: Domain, *, causal: bool, longest: int) -> tuple[int, int]:
     """None most often; otherwise from the row alone to wider than any document."""
     capabilities = domain.capabilities
@@ -120,7 +120,7 @@ def windows(draw: st.DrawFn, domain: Domain, *, causal: bool, longest: int) -> t
     left = draw(side)
     if causal:
         return (left, -1)
-    return draw(st.sampled_from([(left, left), (left, -1), (-1, left), (left, 0), (left, draw(side))]))
+    return draw(among([(left, left), (left, -1), (-1, left), (left, 0), (left, draw(side))]))
 
 
 def scales(capabilities: Capabilities, head_dim: int) -> st.SearchStrategy[float | None]:
@@ -130,13 +130,12 @@ def scales(capabilities: Capabilities, head_dim: int) -> st.SearchStrategy[float
     probabilities by more than any first-order budget describes.
     """
     half = 2.0 ** math.floor(math.log2(head_dim**-0.5))
-    return st.sampled_from([None, None, half, 2 * half]) if capabilities.scale else st.none()
+    return among([None, None, half, 2 * half]) if capabilities.scale else st.none()
 
 
-@st.composite
 def compiled(draw: st.DrawFn, domain: Domain, longest: int) -> dict[str, object]:
     """Options that a compiling backend has compiled."""
-    chosen = draw(st.sampled_from([c for c in domain.capabilities.configurations if c.dtype in domain.dtypes]))
+    chosen = draw(among([c for c in domain.capabilities.configurations if c.dtype in domain.dtypes]))
     sides = window_sides(domain.capabilities, longest)
     left = draw(sides) if chosen.window in ("left", "both") else -1
     right = draw(sides) if chosen.window in ("right", "both") else -1
@@ -144,22 +143,21 @@ def compiled(draw: st.DrawFn, domain: Domain, longest: int) -> dict[str, object]
     return {**chosen._asdict(), "window": (left, right), "scale": scale}
 
 
-@st.composite
 def free_options(draw: st.DrawFn, capabilities: Capabilities, level: str) -> dict[str, object]:
     """What no backend compiles for: values and memory."""
     memories = [memory for memory in capabilities.memories if level == "kernel" or memory != "broadcast"]
     return {
-        "values": draw(st.sampled_from(VALUES)),
+        "values": draw(among(VALUES)),
         "seed": draw(st.integers(0, 3)),
-        "memory": draw(st.sampled_from(memories)),
+        "memory": draw(among(memories)),
     }
 
 
-@st.composite
 def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int], past: int = 0) -> dict[str, object]:
     """Everything that kernel and layer cases share.
 
     Args:
+        draw: Hypothesis's. Functions that take it cost less than composites, which are made anew at each use.
         domain: what to draw from.
         level: ``kernel`` or ``layer``.
         lengths: of all documents, padding included.
@@ -168,33 +166,33 @@ def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int],
     capabilities, longest, tokens = domain.capabilities, max(lengths), sum(lengths)
     pairs = tokens * (tokens + past)
     if capabilities.configurations:
-        return {**draw(compiled(domain, longest)), **draw(free_options(capabilities, level))}
+        return {**compiled(draw, domain, longest), **free_options(draw, capabilities, level)}
     # Of layers more are causal: what is not cannot be cut inside a document.
     choices = (True, False, True) if level == "layer" else (True, False)
     causal_choices = [choice for choice in choices if (capabilities.causal if choice else capabilities.noncausal)]
-    causal = draw(st.sampled_from(causal_choices))
+    causal = draw(among(causal_choices))
     groups = [
         group
         for group in domain.head_groups
         if group[0] * longest**2 <= _MAX_SCORES[level] and group[0] * pairs <= MAX_PAIRS
     ]
-    heads, kv_heads = draw(st.sampled_from(groups or list(domain.head_groups[:2])))
+    heads, kv_heads = draw(among(groups or list(domain.head_groups[:2])))
     dims = [
         dim
         for dim in domain.head_dims
         if (tokens + past // 2) * heads * dim <= _MAX_CHANNELS[level] and pairs * heads * dim <= _MAX_PRODUCTS
     ]
-    head_dim = draw(st.sampled_from(dims or list(domain.head_dims[:1])))
+    head_dim = draw(among(dims or list(domain.head_dims[:1])))
     return {
         "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "causal": causal,
-        "window": draw(windows(domain, causal=causal, longest=longest)),
+        "window": windows(draw, domain, causal=causal, longest=longest),
         "scale": draw(scales(capabilities, head_dim)),
-        "softcap": draw(st.sampled_from([0.0, 0.0, 20.0, 3.0])) if capabilities.softcap else 0.0,
-        "dtype": draw(st.sampled_from(domain.dtypes)),
-        **draw(free_options(capabilities, level)),
+        "softcap": draw(among([0.0, 0.0, 20.0, 3.0])) if capabilities.softcap else 0.0,
+        "dtype": draw(among(domain.dtypes)),
+        **free_options(draw, capabilities, level),
     }
 
 
@@ -212,8 +210,8 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
         lengths = draw(document_lengths(empty=capabilities.empty_documents, many=MANY, very_long=VERY_LONG))
     else:
         lengths = pooled_lengths(number, capabilities)
-    straddling_one, past = draw(long_pasts(lengths)) if number is None else (0, 0)
-    chosen = draw(options(domain, "kernel", lengths, past))
+    straddling_one, past = long_pasts(draw, lengths) if number is None else (0, 0)
+    chosen = options(draw, domain, "kernel", lengths, past)
     key_lengths = None
     if number is not None:
         keys = pooled_keys(number, lengths, capabilities, causal=bool(chosen["causal"]))
@@ -225,7 +223,7 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
             keys[straddling_one] += past
         key_lengths = tuple(keys) if sum(keys) and keys != lengths else None
     capacities = [0, 0, 0, 1, 17] if capabilities.capacity is not False and number is None else [0]
-    capacity = draw(st.sampled_from(capacities))
+    capacity = draw(among(capacities))
     return Case(
         level="kernel",
         lengths=tuple(lengths),
@@ -238,56 +236,54 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
 @st.composite
 def layer_cases(draw: st.DrawFn, domain: Domain) -> Case:
     """A packed sequence cut into micro-sequences."""
-    ranks, tensor_ranks = draw(st.sampled_from(domain.ranks)), draw(st.sampled_from(domain.tensor_ranks))
+    ranks, tensor_ranks = draw(among(domain.ranks)), draw(among(domain.tensor_ranks))
     if ranks * tensor_ranks > 1:
-        return draw(rank_cases(domain, ranks, tensor_ranks))
+        return rank_cases(draw, domain, ranks, tensor_ranks)
     capabilities = domain.capabilities
     number = draw(layout_numbers(capabilities))
     if number is None:
         lengths = draw(document_lengths(empty=capabilities.empty_documents, long=LONG_EDGES[:3]))
-        return draw(layers(domain, lengths, draw(st.sampled_from([0, 0, 1, 5]))))
-    return draw(layers(domain, pooled_lengths(number, capabilities), 0, number))
+        return layers(draw, domain, lengths, draw(among([0, 0, 1, 5])))
+    return layers(draw, domain, pooled_lengths(number, capabilities), 0, number)
 
 
-@st.composite
 def layers(draw: st.DrawFn, domain: Domain, lengths: Sequence[int], padding: int, number: int | None = None) -> Case:
     """A layer over these documents, and cuts: drawn, or those of a pooled layout's number."""
     capabilities = domain.capabilities
     packed = [*lengths, padding] if padding else list(lengths)
-    chosen = draw(options(domain, "layer", packed))
+    chosen = options(draw, domain, "layer", packed)
     width = int(chosen["heads"]) * int(chosen["head_dim"])  # type: ignore[call-overload]
     # A selection narrower than the heads would repeat channels, whose roundings then agree.
-    weights = draw(st.sampled_from(["gaussian", "selection"])) if width <= _MAX_SELECTION else "gaussian"
+    weights = draw(among(["gaussian", "selection"])) if width <= _MAX_SELECTION else "gaussian"
     if number is None:
         cuts = draw(cut_points(packed, causal=bool(chosen["causal"])))
     else:
         cuts = pooled_cuts(number, packed, causal=bool(chosen["causal"]))
-    norm = st.sampled_from(["none", "rms"] if capabilities.norms else ["none"])
+    norm = among(["none", "rms"] if capabilities.norms else ["none"])
     rotary, pairs = "none", int(chosen["head_dim"]) // 2  # type: ignore[call-overload]
     if pairs * 2 == chosen["head_dim"]:
-        rotary = draw(st.sampled_from(capabilities.rotaries))
+        rotary = draw(among(capabilities.rotaries))
     return Case(
         lengths=tuple(lengths),
         padding=padding,
         cuts=cuts,
-        hidden=width if weights == "selection" else draw(st.sampled_from([16, 8, max(4, min(width, 64))])),
+        hidden=width if weights == "selection" else draw(among([16, 8, max(4, min(width, 64))])),
         query_norm=draw(norm),
         key_norm=draw(norm),
         value_norm=draw(norm),
         shared_key_value=draw(st.booleans()) if capabilities.shared_key_value else False,
         rotary=rotary,
-        rotary_theta=draw(st.sampled_from(_ROTARY_THETAS)) if rotary != "none" else 10000.0,
+        rotary_theta=draw(among(_ROTARY_THETAS)) if rotary != "none" else 10000.0,
         # Whole numbers of pairs only: what becomes of a broken one is a question of taste.
-        rotary_fraction=draw(st.sampled_from([f for f in _ROTARY_FRACTIONS if (f * pairs).is_integer()]))
+        rotary_fraction=draw(among([f for f in _ROTARY_FRACTIONS if (f * pairs).is_integer()]))
         if rotary == "proportional"
         else 0.5,
         weights=weights,
-        capacity=draw(st.sampled_from([0, 0, 1, 17])),
+        capacity=draw(among([0, 0, 1, 17])),
         **chosen,  # type: ignore[arg-type]
     )
 
 
-@st.composite
 def rank_cases(draw: st.DrawFn, domain: Domain, ranks: int, tensor_ranks: int = 1) -> Case:
     """A packed sequence that several ranks share: short documents, which put many borders of many kinds between them.
 
@@ -297,16 +293,16 @@ def rank_cases(draw: st.DrawFn, domain: Domain, ranks: int, tensor_ranks: int = 
     capabilities = domain.capabilities
     small = st.integers(0 if capabilities.empty_documents else 1, 9)
     several = st.lists(small, min_size=1, max_size=4)
-    beside_tile = st.tuples(several, st.sampled_from(TILE_EDGES)).map(lambda parts: [*parts[0], parts[1]])
+    beside_tile = st.tuples(several, among(TILE_EDGES)).map(lambda parts: [*parts[0], parts[1]])
     lengths = draw(st.one_of(several, beside_tile).filter(any))
-    padding = draw(st.sampled_from([0, 0, 1, 5]))
+    padding = draw(among([0, 0, 1, 5]))
     if draw(st.booleans()):
         lengths[-1] += -(sum(lengths) + padding) % (ranks * tensor_ranks)
     widest = max(capabilities.head_dim_multiple, min(capabilities.max_head_dim, _MAX_RANK_HEAD_DIM))
     narrow = dataclasses.replace(domain, capabilities=dataclasses.replace(capabilities, max_head_dim=widest))
-    case = draw(layers(narrow, lengths, padding))
+    case = layers(draw, narrow, lengths, padding)
     if tensor_ranks > 1:
-        heads = tensor_ranks * draw(st.sampled_from([1, 2]))
+        heads = tensor_ranks * draw(among([1, 2]))
         hidden = heads * case.head_dim if case.weights == "selection" else case.hidden
         case = case.replace(heads=heads, kv_heads=1, hidden=hidden)
     spread = {"ranks": ranks, "tensor_ranks": tensor_ranks}

@@ -11,6 +11,7 @@ thousand documents need not hold all their answers at once: it takes them chunk 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -64,9 +65,17 @@ class Rows:
         found = x.index_select(0, self.index.flatten()).view(size).to(dtype)
         return found.masked_fill_(missing, 0).transpose(1, 2)
 
+    @functools.cached_property
+    def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(which of the padded rows are there, where each of them lies in the packed tensor)."""
+        there = self.there.flatten().nonzero()[:, 0]
+        return there, self.index.flatten()[there]
+
     def scatter(self, packed: torch.Tensor, x: torch.Tensor) -> None:
         """Stores ``[documents, heads, size, ...]`` into the rows of ``packed [tokens, heads, ...]``."""
-        packed[self.index[self.there]] = x.transpose(1, 2)[self.there]
+        there, places = self._places
+        rows = x.transpose(1, 2).flatten(0, 1)
+        packed.index_copy_(0, places, rows if len(there) == len(rows) else rows.index_select(0, there))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,23 +119,30 @@ def _memory(device: torch.device) -> int:
     return min(int(free * _CUDA_SHARE), _CUDA_BYTES)
 
 
-def _merged(
-    buckets: dict[tuple[int, int], list[int]], worth: Callable[[int, int], float]
-) -> dict[tuple[int, int], list[int]]:
-    """Buckets whose documents cost less as part of a larger one than a chunk of their own does.
+_Bucket = tuple[tuple[int, int], list[int]]
+"""(padded queries, padded keys) and the documents that lie there."""
+
+
+def _merged(buckets: Sequence[_Bucket], worth: Callable[[int, int], float]) -> list[_Bucket]:
+    """Fewer buckets, where documents cost less in a larger one than a chunk of their own does.
 
     Args:
-        buckets: documents by (padded queries, padded keys).
+        buckets: all of them.
         worth: what one document of a size costs, in units of what a chunk costs.
     """
-    kept = dict(buckets)
-    for size in sorted(buckets, key=lambda size: worth(*size)):
-        larger = [other for other in kept if other != size and other[0] >= size[0] and other[1] >= size[1]]
-        if not larger:
-            continue
-        best = min(larger, key=lambda other: worth(*other))
-        if len(kept[size]) * (worth(*best) - worth(*size)) < 1:
-            kept[best] = kept[best] + kept.pop(size)
+    kept: list[_Bucket] = []
+    for size, members in sorted(buckets, key=lambda bucket: worth(*bucket[0]), reverse=True):
+        least, place = 1.0, -1
+        for index, (other, others) in enumerate(kept):
+            both = worth(max(size[0], other[0]), max(size[1], other[1]))
+            more = len(members) * (both - worth(*size)) + len(others) * (both - worth(*other))
+            if more < least:
+                least, place = more, index
+        if place < 0:
+            kept.append((size, members))
+        else:
+            other, others = kept[place]
+            kept[place] = ((max(size[0], other[0]), max(size[1], other[1])), others + members)
     return kept
 
 
@@ -139,7 +155,9 @@ def plan_chunks(
         case: a kernel case.
         memory: bytes that one chunk may take.
         documents: places in the call; None for all.
-        overhead: bytes of working set that cost as much to pass over as a chunk costs by itself.
+        overhead: bytes of working set that cost as much to pass over as a chunk costs by itself. With some, chunks are
+            no larger than their longest document, and as few as that makes worth while; with none, they have the sizes
+            of buckets, which are kind to a GPU.
     """
     lengths, key_lengths = case.packed_lengths, case.packed_key_lengths
     buckets: dict[tuple[int, int], list[int]] = {}
@@ -150,12 +168,19 @@ def plan_chunks(
     def size_of(queries: int, keys: int) -> int:
         return 8 * case.heads * (_LIVE_SCORES * queries * keys + _LIVE_ROWS * (queries + keys) * case.head_dim)
 
+    def longest(members: Sequence[int]) -> tuple[int, int]:
+        return max(1, *(lengths[i] for i in members)), max(1, *(key_lengths[i] for i in members))
+
+    found: Sequence[_Bucket] = sorted(buckets.items())
     if overhead:
-        buckets = _merged(buckets, lambda queries, keys: size_of(queries, keys) / overhead)
+        tight = [(longest(members), members) for _, members in found]
+        found = _merged(tight, lambda queries, keys: size_of(queries, keys) / overhead)
     chunks = []
-    for (queries, keys), members in sorted(buckets.items()):
+    for (queries, keys), members in found:
         count = max(1, memory // size_of(queries, keys))
-        chunks += [(queries, keys, members[i : i + count]) for i in range(0, len(members), count)]
+        for begin in range(0, len(members), count):
+            some = members[begin : begin + count]
+            chunks.append((*(longest(some) if overhead else (queries, keys)), some))
     return chunks
 
 

@@ -63,7 +63,7 @@ def _beyond(trial: Trial, asked: Asked) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in ("out", "lse", *(f"d{name}" for name in asked.gradients)):
         usual, got = trial.observations[0].results.get(name), observed.results.get(name)
-        if _off(trial, name, usual) is None and (message := _off(trial, name, got)) is not None:
+        if (message := _off(trial, name, got)) is not None and _off(trial, name, usual) is None:
             found[name] = message
     return found
 

@@ -9,16 +9,17 @@ import torch
 from attn_fuzz.observation import Observation
 from attn_fuzz.symptoms import DeadRowsNotZero, Symptom
 from attn_fuzz.trial import Trial
+from reference.answer import Expected
 
 
 def dead_rows_zero(trial: Trial) -> Iterator[Symptom]:
     """dQ, dK and dV rows with no partner are 0, and each backward leaves gradient rows outside its extent alone."""
+    owing = {name: dead for name in ("dq", "dk", "dv") if (dead := _dead(trial.answer.get(name))) is not None}
     for observation in trial.observations:
-        for name in ("dq", "dk", "dv"):
-            got, expected = observation.results.get(name), trial.answer.get(name)
-            if got is None or expected is None or got.shape != expected.value.shape:
+        for name, dead in owing.items():
+            got = observation.results.get(name)
+            if got is None or got.shape != trial.answer[name].value.shape:
                 continue
-            dead = ((expected.value == 0) & (expected.variance == 0)).flatten(1).all(1)
             alive = dead & (got != 0).flatten(1).any(1)
             if rows := alive.nonzero()[:, 0].tolist():
                 document, row = trial.document_of(name, rows[0])
@@ -39,6 +40,16 @@ def dead_rows_zero(trial: Trial) -> Iterator[Symptom]:
                     f"the {stray.step} changed rows {_ranges(stray.rows)} outside its active extent, "
                     f"to {stray.value:.6g}",
                 )
+
+
+def _dead(expected: Expected | None) -> torch.Tensor | None:
+    """Which rows of a gradient owe zeros, ``[rows]``, or None where none do."""
+    if expected is None:
+        return None
+    dead = ~expected.variance.flatten(1).any(1)
+    if not dead.any():
+        return None
+    return dead & ~expected.value.flatten(1).any(1)
 
 
 def _tails_zero(observation: Observation) -> Iterator[Symptom]:

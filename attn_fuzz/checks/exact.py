@@ -15,7 +15,8 @@ from attn_fuzz.observation import Observation
 from attn_fuzz.probes import Hot, every_row_probe, needle_probe, segment_mask, uniform_probe
 from attn_fuzz.symptoms import Symptom, WrongKeys, WrongKeysBackward, WrongLse
 from attn_fuzz.trial import Trial
-from reference.answer import Inputs, kernel_answer
+from reference.answer import Inputs
+from reference.batched import kernel_answer
 from reference.layout import Segment, call_segments
 
 _QUARTER = 0.25

@@ -10,7 +10,7 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.checks.budget import LIMIT, deviations, limit
+from attn_fuzz.checks.budget import LIMIT, deviations, first_deviations, limit
 from attn_fuzz.symptoms import Symptom, WrongSpread
 from attn_fuzz.trial import Trial
 from reference.answer import Expected
@@ -37,8 +37,12 @@ def row_bound(degrees: torch.Tensor) -> torch.Tensor:
 
 def row_spreads(case: Case, got: torch.Tensor, expected: Expected) -> torch.Tensor:
     """sqrt(mean z^2 / bound) per row ``[tokens, heads]``: beyond 1, the row as a whole is off."""
+    return _row_spreads(deviations(case, got, expected), expected)
+
+
+def _row_spreads(z: torch.Tensor, expected: Expected) -> torch.Tensor:
     assert expected.degrees is not None
-    z2 = deviations(case, got, expected).square()
+    z2 = z.square()
     # A row that owes bits, or subnormals that may be flushed, is not one of many independent errors.
     owing = (expected.variance > 0).all(-1)
     return torch.where(owing, (z2.mean(-1) / row_bound(expected.degrees)).sqrt(), 0.0)
@@ -56,7 +60,8 @@ def spreads(trial: Trial, answer: dict[str, Expected] | None = None) -> dict[str
     for name, expected in (trial.answer if answer is None else answer).items():
         got = trial.observations[0].results.get(name)
         if expected.degrees is not None and got is not None and got.shape == expected.value.shape and got.numel():
-            found[name] = row_spreads(trial.case, got, expected)
+            z = first_deviations(trial, name) if answer is None else deviations(trial.case, got, expected)
+            found[name] = _row_spreads(z, expected)
     return found
 
 
@@ -66,7 +71,7 @@ def worst_spreads(trial: Trial) -> dict[str, float]:
 
 
 def _outside(trial: Trial, name: str) -> bool:
-    return bool((deviations(trial.case, trial.observations[0].results[name], trial.answer[name]) > LIMIT).any())
+    return bool((first_deviations(trial, name) > LIMIT).any())
 
 
 def rows_within_budget(trial: Trial) -> Iterator[Symptom]:
@@ -83,7 +88,7 @@ def rows_within_budget(trial: Trial) -> Iterator[Symptom]:
             continue
         row, head = (int(i) for i in torch.unravel_index(rows.argmax(), rows.shape))
         document, within = trial.document_of(name, row)
-        z2 = deviations(trial.case, trial.observations[0].results[name], trial.answer[name])[row, head].square().mean()
+        z2 = first_deviations(trial, name)[row, head].square().mean()
         yield WrongSpread(
             "spread",
             name,
