@@ -215,6 +215,9 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
     key_lengths = None
     if number is not None:
         keys = pooled_keys(number, lengths, capabilities, causal=bool(chosen["causal"]))
+        # What is compiled for is how many documents there are and how long, not their order.
+        order = draw(st.permutations(range(len(lengths))))
+        lengths, keys = ([counts[index] for index in order] for counts in (lengths, keys))
         key_lengths = tuple(keys) if keys != lengths else None
     elif past or draw(st.booleans()):
         causal = bool(chosen["causal"])
