@@ -184,9 +184,10 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         backends=("cudnn_frontend",),
         device="cuda",
         about="sdpa_torch's backward puts dQ, and for some lengths dK and dV, where the row stride of q, k and v says, "
-        "although gradients are packed: wrong or unwritten when those are slices of a wider buffer.",
-        reference=f"cudnn-frontend 1.32.0, cuDNN 9.19, {_TORCH} on an H200, 2026-11-24; of the kind of "
-        "cudnn-frontend#516 and #540",
+        "although gradients are packed: wrong or unwritten when those are slices of a wider buffer, and whatever lies "
+        "there is written over: with windows and 128 channels in fp16 the call ends in an illegal instruction.",
+        reference=f"cudnn-frontend 1.32.0, cuDNN 9.19, {_TORCH} on an H200, 2026-11-24, and on an H100, 2026-11-25; of "
+        "the kind of cudnn-frontend#516 and #540",
         present=_cudnn_919,
         covers=lambda case, calls: case.level == "kernel" and case.memory in ("fused", "sliced", "head_major"),
         tensors=_BACKWARD,
@@ -195,6 +196,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
             '{"level": "kernel", "lengths": [2, 3], "heads": 4, "kv_heads": 2, "head_dim": 64, "dtype": "bf16", '
             '"memory": "fused"}'
         ),
+        crashes=True,
     ),
     KnownIssue(
         id="cudnn-frontend-no-keys",
