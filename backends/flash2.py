@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from typing import Final
 
 from reference.case import Case
+from reference.profile import Profile
+
+FLASH2_PROFILE: Final = Profile(expands_kv=True, tanh_error=2.0**-11)
+"""Its backward stores dK and dV of every query head and adds up those of a group; softcap goes through the hardware's
+tanh."""
 
 ALIGNED_MEMORIES: Final = ("contiguous", "fused", "head_major", "sliced")
 """Base pointers off 16-byte alignment end in a misaligned-address fault that takes the CUDA context with it."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -46,13 +48,15 @@ class Segment(NamedTuple):
     """Rows of the key tensor."""
 
 
+@functools.lru_cache(maxsize=16)
+def _bounds(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """Where each document begins, and where the last one ends."""
+    return tuple(itertools.accumulate(lengths, initial=0))
+
+
 def document_spans(lengths: Sequence[int]) -> tuple[Span, ...]:
     """Where each document lies in the packed sequence."""
-    spans, begin = [], 0
-    for length in lengths:
-        spans.append(Span(begin, begin + length))
-        begin += length
-    return tuple(spans)
+    return tuple(map(Span._make, itertools.pairwise(_bounds(tuple(lengths)))))
 
 
 def cut_inside_document(lengths: Sequence[int], cuts: Sequence[int]) -> int | None:
@@ -91,20 +95,25 @@ def segments(lengths: Sequence[int], micro_sequence: Span) -> tuple[Segment, ...
     A document's keys reach from its own beginning to the end of its queries in this micro-sequence. Empty documents
     belong to the micro-sequence in which they stand; at the very end of the sequence, to the last one.
     """
-    begin, end = micro_sequence
-    total = sum(lengths)
-    active = []
-    for index, span in enumerate(document_spans(lengths)):
-        inside = begin <= span.begin < end or span.begin == end == total
-        if (span.length == 0 and inside) or (span.length and span.begin < end and span.end > begin):
-            stop = min(span.end, end)
-            active.append(Segment(index, Span(max(span.begin, begin), stop), Span(span.begin, stop)))
-    return tuple(active)
+    return tuple(_active(tuple(lengths), *micro_sequence))
+
+
+def _active(lengths: tuple[int, ...], begin: int, end: int) -> Iterator[Segment]:
+    """``segments``, in order; of thousands of documents only those near the micro-sequence are looked at."""
+    bounds = _bounds(lengths)
+    total = bounds[-1]
+    first = min(bisect.bisect_right(bounds, begin) - 1, bisect.bisect_left(bounds, begin))
+    last = len(lengths) if end == total else min(bisect.bisect_left(bounds, end), len(lengths))
+    for index in range(first, last):
+        start, stop = bounds[index], bounds[index + 1]
+        empty_here = start == stop and (begin <= start < end or start == end == total)
+        if empty_here or (start < stop and start < end and stop > begin):
+            yield Segment(index, Span(max(start, begin), min(stop, end)), Span(start, min(stop, end)))
 
 
 def active_extent(lengths: Sequence[int], micro_sequence: Span) -> Span:
     """K/V rows ``[first_document_begin, end)`` that a micro-sequence may read; all others are dead to it."""
-    return Span(segments(lengths, micro_sequence)[0].keys.begin, micro_sequence.end)
+    return Span(next(_active(tuple(lengths), *micro_sequence)).keys.begin, micro_sequence.end)
 
 
 def call_segments(case: Arranged) -> tuple[Segment, ...]:

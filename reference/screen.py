@@ -20,6 +20,7 @@ import torch
 from reference.answer import Inputs, kernel_inputs
 from reference.batched import kernel_answer
 from reference.case import Case
+from reference.packed import packed
 from reference.profile import ACCUMULATION, SMALLEST_NORMAL, SUBNORMAL_SPACING, UNIT_ROUNDOFF, Profile
 
 SUSPICIOUS: Final = 0.8
@@ -91,12 +92,6 @@ def distrust(device: torch.device) -> str | None:
     return None
 
 
-def _prefix_sums(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    sums = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    torch.cumsum(torch.tensor(lengths), 0, out=sums[1:])
-    return sums.to(device, non_blocking=True)
-
-
 def _power(length: int, least: int, most: int) -> int:
     return max(least, min(most, 1 << (length - 1).bit_length()))
 
@@ -117,19 +112,13 @@ def screen(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Screened]:
 
     found = {"out": like(q), "lse": like(q[..., 0]), "dq": like(q), "dk": like(k), "dv": like(v)}
     delta, delta_variance, shared = torch.empty(3, tokens, heads, device=device).unbind()
-    longest_q, longest_k = max(case.packed_lengths), max(case.packed_key_lengths)
+    queries, keys = (packed(lengths, device) for lengths in (case.packed_lengths, case.packed_key_lengths))
     documents = len(case.packed_lengths)
     left, right = case.effective_window
-    block_m, block_n = _power(longest_q, 16, 32), _power(longest_k, 16, 32)
+    block_m, block_n = _power(queries.longest, 16, 32), _power(keys.longest, 16, 32)
     scale = case.softmax_scale
     cap = case.softcap or 1.0
-    inputs_and_places = (
-        q,
-        k,
-        v,
-        dout,
-        *(_prefix_sums(x, device) for x in (case.packed_lengths, case.packed_key_lengths)),
-    )
+    inputs_and_places = (q, k, v, dout, queries.bounds, keys.bounds)
     strides = tuple(stride for x in (q, k, v, dout) for stride in x.stride())
     factor = min(1.0, abs(scale), abs(scale / case.softcap) if case.softcap else 1.0)
     scalars = (
@@ -161,10 +150,10 @@ def screen(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Screened]:
     per_row = (delta, delta_variance, shared)
     by_row = [x for name in ("out", "dq", "lse") for x in (found[name].value, found[name].inverse)]
     by_key = [x for name in ("dk", "dv") for x in (found[name].value, found[name].inverse)]
-    fused.rows_kernel[(documents, heads, -(-longest_q // block_m))](
+    fused.rows_kernel[(documents, heads, -(-queries.longest // block_m))](
         *inputs_and_places, *by_row, *per_row, *strides, *scalars, **constants, BY_LSE=profile.normalises_by_lse
     )
-    fused.keys_kernel[(documents, case.kv_heads, -(-longest_k // block_n))](
+    fused.keys_kernel[(documents, case.kv_heads, -(-keys.longest // block_n))](
         *inputs_and_places,
         *by_key,
         found["lse"].value,

@@ -13,6 +13,7 @@ from reference.answer import KERNEL_TENSORS, Expected, Inputs
 from reference.batched import answers
 from reference.case import Case
 from reference.memory import bits
+from reference.packed import packed
 from reference.profile import Profile
 from reference.screen import row_maxima, screen
 
@@ -103,17 +104,11 @@ def _by_row(case: Case, got: torch.Tensor, expected: Expected) -> tuple[torch.Te
     return worst, torch.where(owing, mean, 0.0)
 
 
-def owners(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    """The document of each row: int64 ``[tokens]``."""
-    sizes = torch.tensor(lengths).to(device, non_blocking=True)
-    return torch.repeat_interleave(torch.arange(len(lengths), device=device), sizes, output_size=sum(lengths))
-
-
 def of_documents(case: Case, name: str, by_row: torch.Tensor) -> torch.Tensor:
     """Which documents have a row of a result for which something holds: bool ``[tokens]`` to bool ``[documents]``."""
     lengths = case.packed_key_lengths if name in ("dk", "dv") else case.packed_lengths
     found = torch.zeros(len(lengths), dtype=torch.uint8, device=by_row.device)
-    return found.scatter_reduce_(0, owners(lengths, by_row.device), by_row.byte(), "amax").bool()
+    return found.scatter_reduce_(0, packed(lengths, by_row.device).owner, by_row.byte(), "amax").bool()
 
 
 def other_bits(
@@ -135,7 +130,7 @@ def screened_z(
     """What ``largest_z`` gives, for all documents, by the fast reference (reference/screen.py); no row statistic."""
     screened = screen(case, inputs, profile)
     device, count = inputs.q.device, len(case.packed_lengths)
-    sides = {"q": owners(case.packed_lengths, device), "k": owners(case.packed_key_lengths, device)}
+    sides = {"q": packed(case.packed_lengths, device).owner, "k": packed(case.packed_key_lengths, device).owner}
     z = torch.zeros(len(results), len(COLUMNS), count, dtype=torch.float32, device=device)
     for column, name in enumerate(KERNEL_TENSORS):
         owner = sides["k" if name in ("dk", "dv") else "q"]

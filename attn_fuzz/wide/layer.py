@@ -22,6 +22,7 @@ from reference.case import Case
 from reference.exact_layer import EXACT_TENSORS, exact_layer_answer
 from reference.layer import LayerInputs, layer_inputs
 from reference.layout import document_spans, micro_sequences
+from reference.packed import packed
 from reference.profile import Profile
 from reference.screen import screen, takes
 
@@ -101,8 +102,7 @@ def layer_verdict(case: Case, backend: Backend, device: torch.device) -> Outcome
     except Exception as error:
         return Outcome(z.cpu(), words(error), EXACT_TENSORS)
     expected = exact_layer_answer(case, inputs, backend.kernel.profile_on(device.type), _answer)
-    sizes = torch.tensor(case.packed_lengths).to(device)
-    owner = torch.repeat_interleave(torch.arange(count, device=device), sizes, output_size=case.tokens)
+    owner = packed(case.packed_lengths, device).owner
     for column, name in enumerate(EXACT_TENSORS):
         if name not in results:
             continue

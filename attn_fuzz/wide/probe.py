@@ -15,9 +15,10 @@ import torch
 from attn_fuzz.checks.exact import census_sees
 from attn_fuzz.probes import uniform_probe
 from attn_fuzz.symptoms import Symptom, WrongKeys, WrongKeysBackward, WrongLse
-from attn_fuzz.wide.judge import of_documents, owners
+from attn_fuzz.wide.judge import of_documents
 from reference.answer import KERNEL_TENSORS, Inputs
 from reference.case import Case
+from reference.packed import packed
 from reference.values import DTYPES, draw
 
 SYMPTOMS: Final[dict[str, type[Symptom]]] = {
@@ -60,7 +61,7 @@ def wide_probe(case: Case, device: torch.device) -> WideProbe:
         torch.tensor(x, dtype=torch.int64).to(device)
         for x in (case.packed_lengths, case.packed_key_lengths, case.packed_ids)
     )
-    owner = owners(case.packed_key_lengths, device)
+    owner = packed(case.packed_key_lengths, device).owner
     position = _positions(key_lengths, owner)
     # Opposite neighbours: no run of keys can drift.
     second = (position % 2 == 1) & (position < key_lengths[owner] // 2 * 2)
@@ -109,7 +110,7 @@ class _Wrong:
         self.lengths, self.key_lengths = (
             torch.tensor(x, dtype=torch.int64).to(device) for x in (case.packed_lengths, case.packed_key_lengths)
         )
-        self.owner = owners(case.packed_lengths, device)
+        self.owner = packed(case.packed_lengths, device).owner
         self.position = _positions(self.lengths, self.owner)
         self.begin, self.end = self.run(self.position, self.owner)
         self.counts = self.end - self.begin
@@ -150,7 +151,7 @@ class _Wrong:
     def keys(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of dk and of dv."""
         dk, dv = self.results["dk"], self.results["dv"].double()
-        owner = owners(self.case.packed_key_lengths, dv.device)
+        owner = packed(self.case.packed_key_lengths, dv.device).owner
         position = _positions(self.key_lengths, owner)
         begin, end = self.run(self.probe.row, torch.arange(len(self.lengths), device=dv.device))
         hot = (position >= begin[owner]) & (position < end[owner]) & (self.lengths > 0)[owner]

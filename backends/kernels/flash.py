@@ -9,11 +9,10 @@ from typing import ClassVar
 
 import torch
 
-from backends.flash2 import ALIGNED_MEMORIES, flash2_limit
+from backends.flash2 import ALIGNED_MEMORIES, FLASH2_PROFILE, flash2_limit
 from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel
 from backends.metadata import VarlenMetadata
 from reference.case import Case
-from reference.profile import Profile
 
 
 class Flash(Kernel):
@@ -30,7 +29,7 @@ class Flash(Kernel):
         repeatable_backward=False,
         covers_all_rows=False,
     )
-    profile = Profile(tanh_error=2.0**-11)
+    profile = FLASH2_PROFILE
     deterministic: ClassVar[bool] = False
     """Whether the backward is asked to add up dQ in a fixed order."""
     call_source = """from flash_attn import flash_attn_varlen_func

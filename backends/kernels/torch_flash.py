@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from backends.flash2 import ALIGNED_MEMORIES, flash2_limit
+from backends.flash2 import ALIGNED_MEMORIES, FLASH2_PROFILE, flash2_limit
 from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel
 from backends.metadata import VarlenMetadata
 from reference.case import Case
@@ -28,6 +28,7 @@ class TorchFlash(Kernel):
         repeatable_backward=False,
         covers_all_rows=False,
     )
+    profile = FLASH2_PROFILE
 
     call_source = """def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     sums = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from backends.flash2 import ALIGNED_MEMORIES, flash2_limit
+from backends.flash2 import ALIGNED_MEMORIES, FLASH2_PROFILE, flash2_limit
 from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel
 from backends.metadata import VarlenMetadata
 from reference.case import Case
@@ -30,6 +30,7 @@ class TorchVarlen(Kernel):
         repeatable_backward=False,
         covers_all_rows=False,
     )
+    profile = FLASH2_PROFILE
 
     call_source = """from torch.nn.attention.varlen import varlen_attn
 
