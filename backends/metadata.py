@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -128,6 +129,12 @@ class MicroSequenceMetadata:
         return rows - self.varlen.cu_seqlens_k[documents - 1]
 
 
+@functools.lru_cache(maxsize=16)
+def _bounds(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """Where each document begins, and where the last one ends."""
+    return tuple(itertools.accumulate(lengths, initial=0))
+
+
 def preprocess(
     lengths: Sequence[int], begin: int, end: int, *, causal: bool, device: torch.device
 ) -> MicroSequenceMetadata:
@@ -143,18 +150,22 @@ def preprocess(
     Raises:
         ValueError: when the window is no part of the sequence, or non-causal attention would need keys behind it.
     """
-    total = sum(lengths)
+    bounds = _bounds(tuple(lengths))
+    total = bounds[-1]
     if not 0 <= begin < end <= total:
         raise ValueError(f"micro-sequence [{begin}, {end}) is no part of a sequence of {total} tokens")
+    # From the document that holds the first token, or an empty one that stands before it.
+    first = min(bisect.bisect_right(bounds, begin) - 1, bisect.bisect_left(bounds, begin))
     lengths_q: list[int] = []
     lengths_k: list[int] = []
     first_document_begin = begin
-    document_begin = 0
-    for length in lengths:
-        document_end = document_begin + length
+    for document_begin, document_end in itertools.pairwise(bounds[first:]):
+        if document_begin >= end and end != total:
+            break
         cropped_begin, cropped_end = max(document_begin, begin), min(document_end, end)
         # An empty document belongs where it stands; one at the very end closes the last micro-sequence.
-        empty_here = length == 0 and (begin <= document_begin < end or document_begin == end == total)
+        empty = document_begin == document_end
+        empty_here = empty and (begin <= document_begin < end or document_begin == end == total)
         if cropped_end > cropped_begin or empty_here:
             if not lengths_q:
                 first_document_begin = document_begin
@@ -165,7 +176,6 @@ def preprocess(
                     f"non-causal attention needs whole documents, but [{begin}, {end}) cuts one that ends at "
                     f"{document_end}"
                 )
-        document_begin = document_end
     return MicroSequenceMetadata(
         begin=begin,
         end=end,

@@ -29,7 +29,7 @@ from backends.rare import RareKernel, size_of
 from backends.tensor_layer import TensorLayer, rank_layer
 from backends.user import UserKernel, import_object, user_layer
 from reference.case import Case
-from reference.layout import call_segments, cut_inside_document, rank_slices, segments
+from reference.layout import cut_inside_document, rank_slices, segments
 
 LEGACY = "legacy:"
 ENTRY_POINTS = "attn_fuzz.backends"
@@ -44,10 +44,9 @@ class UnknownBackend(LookupError):
 
 def calls_of(case: Case) -> list[list[tuple[int, int]]]:
     """(queries, keys) of every document of every varlen call that a case makes."""
-    if case.level == "layer":
-        calls = [segments(case.packed_lengths, part) for part in rank_slices(case)]
-    else:
-        calls = [call_segments(case)]
+    if case.level == "kernel":
+        return [list(zip(case.packed_lengths, case.packed_key_lengths, strict=True))]
+    calls = [segments(case.packed_lengths, part) for part in rank_slices(case)]
     return [[(segment.queries.length, segment.keys.length) for segment in call] for call in calls]
 
 
