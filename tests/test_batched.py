@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reference import answer, batched
+from reference import answer, batched, lean
 from reference.answer import kernel_inputs
 from reference.case import DTYPES, Case
 from reference.profile import ACCUMULATION, Profile
@@ -79,10 +81,17 @@ def assert_both_agree(case: Case, profile: Profile, memory: int | None) -> None:
         assert torch.equal(*dead), name
 
 
-@settings(max_examples=60, deadline=None)
-@given(case=packed_cases(), profile=st.sampled_from(PROFILES), memory=st.sampled_from([1, 1 << 16, 1 << 30]))
-def test_equals_the_pure_reference(case: Case, profile: Profile, memory: int) -> None:
-    assert_both_agree(case, profile, memory)
+@settings(max_examples=80, deadline=None)
+@given(
+    case=packed_cases(),
+    profile=st.sampled_from(PROFILES),
+    memory=st.sampled_from([1, 1 << 16, 1 << 30]),
+    scores=st.sampled_from([1, 1 << 15]),
+)
+def test_equals_the_pure_reference(case: Case, profile: Profile, memory: int, scores: int) -> None:
+    # With 1, queries are taken eight at a time.
+    with mock.patch.object(lean, "_CPU_SCORES", scores):
+        assert_both_agree(case, profile, memory)
 
 
 @pytest.mark.parametrize("causal", [True, False])
