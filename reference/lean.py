@@ -134,7 +134,7 @@ def answer(
 
     def of_rows_named(found: Sequence[torch.Tensor]) -> torch.Tensor:
         # A group's rows are stacked within each block.
-        unstacked = [x.view(count, heads, -1, *x.shape[2:]) for x in found]
+        unstacked = [x.reshape(count, heads, -1, *x.shape[2:]) for x in found]
         return torch.cat(unstacked, 2) if len(unstacked) > 1 else unstacked[0]
 
     results: dict[str, Expected] = {}
@@ -258,7 +258,7 @@ def _block(
     if _by_head(profile, group):
 
         def of_heads(x: torch.Tensor) -> torch.Tensor:
-            return x.view(count * heads, queries, -1)
+            return x.reshape(count * heads, queries, -1)
 
         dk, dv = scale * (of_heads(ds).mT @ of_heads(q)), of_heads(p).mT @ of_heads(dout)
     else:

@@ -74,7 +74,9 @@ def assert_both_agree(case: Case, profile: Profile, memory: int | None) -> None:
             whole = alike.all(-1)
             assert torch.allclose(got[name].degrees[whole], expected.degrees[whole], rtol=1e-7), name
         # The errors of a tanh, 2^-11, cancel down to float32's, and leave a rounding error of their own size.
-        close = 1e-8 if case.softcap and profile.tanh_error and case.dtype == "fp32" else 1e-9
+        # A dS that is 0 in one order of summing and 1e-17 in another has a subnormal's rounding error in one of them.
+        cancels = case.softcap and profile.tanh_error and case.dtype == "fp32"
+        close = 1e-8 if cancels or case.dtype == "fp16" else 1e-9
         assert difference(torch.where(alike, got[name].variance, expected.variance), expected.variance) <= close, name
         # Equality is demanded of the same rows: those that have no partner.
         dead = [(each[name].variance == 0).reshape(len(expected.value), -1).all(1) for each in (got, wanted)]
@@ -92,6 +94,14 @@ def test_equals_the_pure_reference(case: Case, profile: Profile, memory: int, sc
     # With 1, queries are taken eight at a time.
     with mock.patch.object(lean, "_CPU_SCORES", scores):
         assert_both_agree(case, profile, memory)
+
+
+@pytest.mark.parametrize("head_dim", [1, 5])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_blocks_of_rows_whose_heads_share_keys(profile: Profile, head_dim: int) -> None:
+    case = Case(level="kernel", lengths=(3, 20), key_lengths=(30, 21), heads=2, kv_heads=1, head_dim=head_dim)
+    with mock.patch.object(lean, "_CPU_SCORES", 1):
+        assert_both_agree(case, profile, None)
 
 
 @pytest.mark.parametrize("causal", [True, False])
