@@ -61,6 +61,9 @@ def assert_both_agree(case: Case, profile: Profile, memory: int | None) -> None:
     wanted = answer.kernel_answer(case, inputs, profile)
     # Where terms cancel, what is left is a rounding error of theirs; float32's budget, over a, is their size.
     in_float32 = answer.kernel_answer(case.replace(dtype="fp32"), inputs, Profile())
+    # A dS that is 0 in one order of summing and 1e-17 in another has the rounding error of a subnormal in one of them,
+    # which beside what else a row that sees one key may be off is little, and in bf16 and float32 nothing.
+    vague = 1e-5 if case.dtype == "fp16" else 1e-7
     for name, expected in wanted.items():
         # What cancels to 0 in one order of summing is 1e-16 in another, and only one of them has a rounding error.
         alike = (got[name].value == 0) == (expected.value == 0)
@@ -72,11 +75,10 @@ def assert_both_agree(case: Case, profile: Profile, memory: int | None) -> None:
             terms = in_float32[name].variance.sqrt() / ACCUMULATION
             assert difference(got[name].value, expected.value, terms) <= 1e-12, name
             whole = alike.all(-1)
-            assert torch.allclose(got[name].degrees[whole], expected.degrees[whole], rtol=1e-7), name
+            assert torch.allclose(got[name].degrees[whole], expected.degrees[whole], rtol=vague), name
         # The errors of a tanh, 2^-11, cancel down to float32's, and leave a rounding error of their own size.
-        # A dS that is 0 in one order of summing and 1e-17 in another has a subnormal's rounding error in one of them.
         cancels = case.softcap and profile.tanh_error and case.dtype == "fp32"
-        close = 1e-8 if cancels or case.dtype == "fp16" else 1e-9
+        close = vague if case.dtype == "fp16" else 1e-8 if cancels else 1e-9
         assert difference(torch.where(alike, got[name].variance, expected.variance), expected.variance) <= close, name
         # Equality is demanded of the same rows: those that have no partner.
         dead = [(each[name].variance == 0).reshape(len(expected.value), -1).all(1) for each in (got, wanted)]
