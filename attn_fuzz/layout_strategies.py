@@ -75,10 +75,10 @@ def document_lengths(
         # A pattern over and over: hundreds of draws would make the rest of the case hard to shrink.
         pattern = st.lists(st.integers(smallest, 3), min_size=1, max_size=3).filter(any)
         repeated = st.tuples(pattern, st.sampled_from(many)).map(lambda parts: (parts[0] * parts[1])[: parts[1]])
-        seldom.append(repeated.filter(any))
+        seldom += [repeated.filter(any)] * 2
     if very_long:
         seldom.append(st.tuples(tiny, st.sampled_from(very_long)).map(lambda parts: [*parts[0][:3], parts[1]]))
-    return st.one_of(*[usual] * 10, *seldom) if seldom else usual
+    return st.one_of(*[usual] * 20, *seldom) if seldom else usual
 
 
 @st.composite

@@ -60,17 +60,29 @@ def degrees_of_freedom(total: torch.Tensor, sources: torch.Tensor, rounding: tor
     return 1 / (1 / rounding.shape[-1] + concentration.nan_to_num(1.0).clamp(0, 1))
 
 
-def rounding_variance(x: torch.Tensor, dtype: str) -> torch.Tensor:
-    """rvar: the error variance of storing ``x`` in ``dtype``."""
-    normal = x.square().mul_(ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[dtype] ** 2)
-    stored = torch.where(x.abs() >= SMALLEST_NORMAL[dtype], normal, SUBNORMAL_SPACING[dtype] ** 2 / 12)
-    # A float64 result that should be 0 comes out near 1e-17 of its terms; it is a zero as far as rounding goes.
-    return stored.masked_fill_(x == 0, 0.0)
+def rounding_variance(x: torch.Tensor, dtype: str, factor: float = 1.0) -> torch.Tensor:
+    """rvar: the error variance of storing ``x`` in ``dtype``, or ``factor * x``, divided by the factor afterwards.
+
+    Written without a choice by element, which takes a processor ten times as long as an operation on all of them.
+
+    Args:
+        x: float64.
+        dtype: storage dtype.
+        factor: positive.
+    """
+    relative = ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[dtype] ** 2
+    # Just below the variance of the smallest normal number.
+    subnormal = relative * (SMALLEST_NORMAL[dtype] / factor) ** 2 * (1 - 2.0**-52)
+    spacing = SUBNORMAL_SPACING[dtype] / factor
+    stored = torch.nn.functional.threshold(x.square().mul_(relative), subnormal, spacing**2 / 12, inplace=True)
+    # Zero is stored without error.
+    return stored.mul_(x.sign().square_())
 
 
 def flush_variance(p: torch.Tensor) -> torch.Tensor:
     """Probabilities at the bottom of float32's range may come out as 0: fast exponentials flush subnormal results."""
-    return torch.where(p < 2 * SMALLEST_NORMAL["fp32"], p.square(), 0.0)
+    p2 = p.square()
+    return p2 - torch.nn.functional.threshold(p2, (2 * SMALLEST_NORMAL["fp32"]) ** 2 * (1 - 2.0**-52), 0.0)
 
 
 def stored_ds_variance(ds: torch.Tensor, scale: float, softcap: float, dtype: str) -> torch.Tensor:
@@ -79,7 +91,7 @@ def stored_ds_variance(ds: torch.Tensor, scale: float, softcap: float, dtype: st
     For normal numbers that makes no difference; a subnormal product keeps fewer digits.
     """
     factor = min(1.0, abs(scale), abs(scale / softcap) if softcap else 1.0)
-    return rounding_variance(factor * ds, dtype) / factor**2
+    return rounding_variance(ds, dtype, factor)
 
 
 def attention_variances(

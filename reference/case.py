@@ -288,9 +288,9 @@ _LAYER_ONLY = [
 
 
 def _check_kernel(case: Case) -> None:
-    defaults = {field.name: field.default for field in dataclasses.fields(case)}
     for name in _LAYER_ONLY:
-        if getattr(case, name) != defaults[name]:
+        # A field's default is an attribute of the class.
+        if getattr(case, name) != getattr(Case, name):
             raise CaseError(f"{name} belongs to layer cases, but this is a kernel case")
     if case.key_lengths is not None:
         if len(case.key_lengths) != len(case.lengths) or min(case.key_lengths) < 0:

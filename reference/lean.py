@@ -7,7 +7,7 @@ summed; terms with a common factor become one product; intermediate tensors are 
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 import torch
@@ -20,12 +20,8 @@ from reference.budget import (
     rounding_variance,
     stored_ds_variance,
 )
-from reference.profile import ACCUMULATION, UNIT_ROUNDOFF, Profile
-
-_A2: Final = ACCUMULATION**2
-
-_NORMAL_RANGE: Final = 80.0
-"""Scores of a row that lie no further apart make probabilities above 2^-125, e^-86, for up to e^6 keys."""
+from reference.lean_scores import A2, bounded_scores, forward
+from reference.profile import UNIT_ROUNDOFF, Profile
 
 
 class Documents(NamedTuple):
@@ -41,78 +37,40 @@ class Documents(NamedTuple):
     """bool ``[documents, 1, q, k]``."""
 
 
-def _bounded(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float) -> bool:
-    """Whether no probability can be subnormal in float32, by Cauchy-Schwarz. Asked on the host only: it waits."""
-    if q.device.type != "cpu" or k.shape[-2] > 256:
-        return False
-    if softcap:
-        return 2 * softcap < _NORMAL_RANGE
-    longest = q.square().sum(-1).amax() * k.square().sum(-1).amax()
-    return 2 * abs(scale) * math.sqrt(longest.item()) < _NORMAL_RANGE
+class _Keys(NamedTuple):
+    """What the rows of a block put into the results of the keys, before anything is rounded to be stored."""
+
+    dk: torch.Tensor
+    """``[n, k, d]``, or of each query head ``[documents * heads, k, d]`` where those are rounded by themselves."""
+    dv: torch.Tensor
+    var_dk: torch.Tensor
+    """``[n, k, d]``."""
+    var_dv: torch.Tensor
+    dk_sources: torch.Tensor
+    """``[n, k]``: squares of what single rows put into the variance, summed; 0 where nobody asked."""
+    dv_sources: torch.Tensor
 
 
-class _Scores(NamedTuple):
-    """The forward and what the budget has of it, rows of a group stacked: ``[n, rows, k]`` and ``[n, rows, d]``."""
+class _Rows(NamedTuple):
+    """Results of a block's rows, with their variances: ``[n, rows, d]``, ``lse`` ``[n, rows, 1]``."""
 
-    p: torch.Tensor
-    p2: torch.Tensor
-    lse: torch.Tensor
-    """``[n, rows, 1]``."""
-    slope: torch.Tensor | None
-    """None without softcap, where it is 1."""
-    raw: torch.Tensor
-    """Variance of an uncapped score."""
-    w: torch.Tensor
-    """``p^2`` times the variance of a (capped) score."""
-    rp: torch.Tensor
+    values: dict[str, torch.Tensor]
+    variances: dict[str, torch.Tensor]
+    degrees: dict[str, torch.Tensor]
 
 
-def _softmax(scores: torch.Tensor, mask: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(probabilities, lse) in the place of the scores; rows without keys give 0 and -inf."""
-    if not scores.shape[-1]:
-        return scores, scores.new_full((*scores.shape[:-1], 1), -torch.inf)
-    scores.view(shape).masked_fill_(~mask, -torch.inf)
-    highest = scores.amax(-1, keepdim=True)
-    blind = highest == -torch.inf
-    p = scores.softmax(-1).masked_fill_(blind, 0.0)
-    # The highest probability is 1 over the row's sum.
-    return p, (highest - p.amax(-1, keepdim=True).log()).masked_fill_(blind, -torch.inf)
+_CPU_SCORES: Final = 1 << 15
+"""Scores of a block: a few tensors of that size lie in a processor's cache, where passing over them costs a tenth."""
 
 
-def _forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    mask: torch.Tensor,
-    shape: tuple[int, ...],
-    *,
-    scale: float,
-    softcap: float,
-    dtype: str,
-    profile: Profile,
-    plain: bool,
-) -> _Scores:
-    c = ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[dtype] ** 2
-    keys, keys2 = k.mT, k.square().mT
-    scores = (scale * q) @ keys
-    size = scale**2 * (_A2 + (2 * c if profile.scales_inputs else 0.0))
-    folded = plain and profile.rounds_scores
-    raw = torch.baddbmm(scores.square(), q.square(), keys2, beta=_A2 / 16 + (c if folded else 0.0), alpha=size)
-    if profile.rounds_scores and not plain:
-        raw += rounding_variance(scores, dtype)
-    raw += _A2 + profile.exp_error**2
-    slope = None
-    if softcap:
-        tanh = scores.div_(softcap).tanh_()
-        slope = 1 - tanh.square()
-        scores = tanh.mul_(softcap)
-    p, lse = _softmax(scores, mask, shape)
-    p2 = p.square()
-    rp = c * p2 if plain else rounding_variance(p, dtype)
-    if slope is None:
-        w = p2 * raw
-    else:
-        w = (slope.square() * raw).add_(1 - slope, alpha=(_A2 + profile.tanh_error**2) * softcap**2).mul_(p2)
-    return _Scores(p, p2, lse, slope, raw, w, rp)
+def _blocks(documents: Documents) -> Iterator[slice]:
+    """The queries in blocks that a processor has room for; on a GPU all at once."""
+    count, heads, queries, _ = documents.q.shape
+    size = queries
+    if documents.q.device.type == "cpu":
+        size = max(8, _CPU_SCORES // max(1, count * heads * documents.k.shape[-2]))
+    for begin in range(0, max(queries, 1), max(size, 1)):
+        yield slice(begin, min(begin + size, queries))
 
 
 def answer(
@@ -131,16 +89,84 @@ def answer(
     Returns:
         ``[documents, heads, size, d]`` each, ``lse`` without the channels.
     """
+    count, heads, _, dim = documents.q.shape
+    kv_heads, keys = documents.k.shape[1:3]
+    group = heads // kv_heads
+    # fp16 has subnormals in everyday numbers; the others where probabilities are extreme.
+    bounded = bounded_scores(documents.q, documents.k, scale, softcap)
+    blocks: list[_Rows] = []
+    summed: _Keys | None = None
+    for rows in _blocks(documents):
+        part = documents._replace(
+            q=documents.q[:, :, rows], dout=documents.dout[:, :, rows], mask=documents.mask[:, :, rows]
+        )
+        of_rows, of_keys = _block(
+            part, scale=scale, softcap=softcap, dtype=dtype, profile=profile, degrees=degrees, bounded=bounded
+        )
+        blocks.append(of_rows)
+        summed = of_keys if summed is None else _Keys(*(x + y for x, y in zip(summed, of_keys, strict=True)))
+    assert summed is not None
+
+    def rvar(x: torch.Tensor) -> torch.Tensor:
+        return rounding_variance(x, dtype)
+
+    dk, dv, var_dk, var_dv, dk_sources, dv_sources = summed
+    if _by_head(profile, group):
+
+        def over_group(x: torch.Tensor) -> torch.Tensor:
+            return x.view(count * kv_heads, group, keys, dim).sum(1)
+
+        stored_heads = over_group(rvar(dk))
+        if profile.scales_gradients:
+            var_dk = var_dk + stored_heads
+        if profile.expands_kv and group > 1:
+            var_dk, var_dv = var_dk + stored_heads, var_dv + over_group(rvar(dv))
+        dk, dv = over_group(dk), over_group(dv)
+    stored_dk, stored_dv = rvar(dk), rvar(dv)
+    var_dk, var_dv = var_dk + stored_dk, var_dv + stored_dv
+    key_values, key_variances = {"dk": dk, "dv": dv}, {"dk": var_dk, "dv": var_dv}
+    key_degrees: dict[str, torch.Tensor] = {}
+    if degrees:
+        key_degrees = {
+            "dk": degrees_of_freedom(var_dk.sum(-1), dk_sources, stored_dk),
+            "dv": degrees_of_freedom(var_dv.sum(-1), dv_sources, stored_dv),
+        }
+
+    def of_rows_named(found: Sequence[torch.Tensor]) -> torch.Tensor:
+        # A group's rows are stacked within each block.
+        unstacked = [x.reshape(count, heads, -1, *x.shape[2:]) for x in found]
+        return torch.cat(unstacked, 2) if len(unstacked) > 1 else unstacked[0]
+
+    results: dict[str, Expected] = {}
+    for name in blocks[0].values:
+        value, variance = (of_rows_named([getattr(b, kind)[name] for b in blocks]) for kind in ("values", "variances"))
+        degree = of_rows_named([b.degrees[name] for b in blocks]) if name in blocks[0].degrees else None
+        results[name] = Expected(value, variance, degree)
+    results["lse"] = Expected(results["lse"].value[..., 0], results["lse"].variance[..., 0])
+    for name, value in key_values.items():
+        shape = (count, kv_heads, keys)
+        degree = key_degrees[name].view(shape) if degrees else None
+        results[name] = Expected(value.view(*shape, dim), key_variances[name].view(*shape, dim), degree)
+    return results
+
+
+def _by_head(profile: Profile, group: int) -> bool:
+    """Whether dK and dV of every query head are rounded by themselves."""
+    return profile.scales_gradients or (profile.expands_kv and group > 1)
+
+
+def _block(
+    documents: Documents, *, scale: float, softcap: float, dtype: str, profile: Profile, degrees: bool, bounded: bool
+) -> tuple[_Rows, _Keys]:
+    """Some queries of every document, with all of its keys; arguments are those of ``answer``."""
     count, heads, queries, dim = documents.q.shape
     kv_heads, keys = documents.k.shape[1:3]
     group = heads // kv_heads
     q, dout = (x.reshape(count * kv_heads, group * queries, dim) for x in (documents.q, documents.dout))
     k, v = (x.reshape(count * kv_heads, keys, dim) for x in (documents.k, documents.v))
-    # fp16 has subnormals in everyday numbers; the others where probabilities are extreme.
-    bounded = _bounded(q, k, scale, softcap)
     plain = bounded and dtype != "fp16"
     c = ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[dtype] ** 2
-    found = _forward(
+    found = forward(
         q,
         k,
         documents.mask,
@@ -161,38 +187,38 @@ def answer(
     stored_out = rvar(out)
     shared = w.sum(-1, keepdim=True)
     lse = found.lse.masked_fill(found.lse.isinf(), 0.0)
-    stored_lse = (_A2 / 16) * lse.square()
-    by_row = (w + rp).add_(p, alpha=_A2)
+    stored_lse = (A2 / 16) * lse.square()
+    by_row = (w + rp).add_(p, alpha=A2)
     # sum_j w (v - o)^2, multiplied out; the difference of squares cannot go below zero by more than its own rounding,
     # which only the large errors of a tanh raise above the other terms.
     if softcap:
         spread = w @ v2 - 2 * out * (w @ v) + out.square() * shared
-        var_out = torch.add(rp, p, alpha=_A2) @ v2 + spread.clamp_min(0) + stored_out
+        var_out = torch.add(rp, p, alpha=A2) @ v2 + spread.clamp_min(0) + stored_out
     else:
         var_out = (by_row @ v2).add_(out * (out * shared - 2 * (w @ v))).clamp_min_(0).add_(stored_out)
     if profile.normalises_by_lse:
         var_out += stored_lse * out.square()
     shared = shared + stored_lse
-    var_lse = shared + _A2 * (1 + lse.square())
+    var_lse = shared + A2 * (1 + lse.square())
 
     dp = dout @ v.mT
     dp2 = dp.square()
     weighted = dout * out
     delta = weighted.sum(-1, keepdim=True)
     folded = c if plain and profile.rounds_dp else 0.0
-    var_dp = torch.baddbmm(dp2, dout2, v2.mT, beta=folded, alpha=_A2)
+    var_dp = torch.baddbmm(dp2, dout2, v2.mT, beta=folded, alpha=A2)
     if profile.rounds_dp and not plain:
         var_dp += rvar(dp)
     var_delta = torch.zeros_like(delta)
     if profile.delta_from_output:
-        var_delta = (dout2 * var_out).sum(-1, keepdim=True) + _A2 * weighted.square().sum(-1, keepdim=True)
+        var_delta = (dout2 * var_out).sum(-1, keepdim=True) + A2 * weighted.square().sum(-1, keepdim=True)
     if profile.delta_from_probabilities:
-        relative = torch.add(w, p2, alpha=_A2)
+        relative = torch.add(w, p2, alpha=A2)
         if profile.stores_probabilities:
             relative += rp
         var_delta = var_delta + relative.mul_(dp2).addcmul_(p2, var_dp).sum(-1, keepdim=True)
     # float32 storage of D and dP - D, by p^2 as the error of dP itself.
-    var_dp.add_(dp2, alpha=_A2).add_(_A2 * delta.square())
+    var_dp.add_(dp2, alpha=A2).add_(A2 * delta.square())
     difference = dp.sub_(delta)
     difference2 = torch.mul(difference, difference, out=dp2)
     by_difference = w + rp if profile.stores_probabilities else w
@@ -206,7 +232,7 @@ def answer(
         slope2 = slope.square()
         var_ds *= slope2
         steep = 1 - slope
-        var_slope = 4 * steep * (slope2 * found.raw / softcap**2 + (_A2 + profile.tanh_error**2) * steep)
+        var_slope = 4 * steep * (slope2 * found.raw / softcap**2 + (A2 + profile.tanh_error**2) * steep)
         var_ds.addcmul_(p2 * difference2, var_slope)
         pg = p * slope
         ds = difference.mul_(pg)
@@ -217,42 +243,29 @@ def answer(
         var_ds += stored_ds_variance(ds, scale, softcap, dtype)
 
     seen = pg @ k
-    by_query = torch.add(var_ds, ds2, alpha=_A2)
+    by_query = torch.add(var_ds, ds2, alpha=A2)
     dq = ds @ (scale * k)
     stored_dq = rvar(dq)
     var_dq = (by_query @ k2).addcmul_(var_delta, seen.square()).mul_(scale**2)
     var_dq.addcmul_(shared, dq.square()).add_(stored_dq)
-    accumulated = shared + _A2
+    accumulated = shared + A2
     by_key = var_ds.addcmul_(p2 if slope is None else pg.square(), var_delta).addcmul_(ds2, accumulated)
     by_key_dv = torch.addcmul(w + rp, p2, accumulated)
     var_dk = by_key.mT @ (scale**2 * q2)
     var_dv = by_key_dv.mT @ dout2
-    per_head = profile.expands_kv and group > 1
-    if per_head or profile.scales_gradients:
+    if profile.scales_gradients:
+        var_dq = var_dq + stored_dq
+    if _by_head(profile, group):
 
         def of_heads(x: torch.Tensor) -> torch.Tensor:
-            return x.view(count * heads, queries, -1)
+            return x.reshape(count * heads, queries, -1)
 
-        def over_group(x: torch.Tensor) -> torch.Tensor:
-            return x.view(count * kv_heads, group, keys, dim).sum(1)
-
-        head_dk = scale * (of_heads(ds).mT @ of_heads(q))
-        dk = over_group(head_dk)
-        stored_heads = over_group(rvar(head_dk))
-        if profile.scales_gradients:
-            var_dq, var_dk = var_dq + stored_dq, var_dk + stored_heads
-        if per_head:
-            head_dv = of_heads(p).mT @ of_heads(dout)
-            dv = over_group(head_dv)
-            var_dk, var_dv = var_dk + stored_heads, var_dv + over_group(rvar(head_dv))
-        else:
-            dv = p.mT @ dout
+        dk, dv = scale * (of_heads(ds).mT @ of_heads(q)), of_heads(p).mT @ of_heads(dout)
     else:
         dk, dv = ds.mT @ (scale * q), p.mT @ dout
-    stored_dk, stored_dv = rvar(dk), rvar(dv)
-    var_dk, var_dv = var_dk + stored_dk, var_dv + stored_dv
 
     counted: dict[str, torch.Tensor] = {}
+    dk_sources = dv_sources = torch.zeros((), dtype=q.dtype, device=q.device)
     if degrees:
         by_channels = scale**2 * seen.square().sum(-1)
         dq_sources = (
@@ -264,18 +277,9 @@ def answer(
         counted = {
             "out": degrees_of_freedom(var_out.sum(-1), _concentrated(by_row, v2), stored_out),
             "dq": degrees_of_freedom(var_dq.sum(-1), dq_sources, stored_dq),
-            "dk": degrees_of_freedom(var_dk.sum(-1), dk_sources, stored_dk),
-            "dv": degrees_of_freedom(var_dv.sum(-1), dv_sources, stored_dv),
         }
-    of_rows, of_keys = (count, heads, queries), (count, kv_heads, keys)
-    pairs = {"out": (out, var_out), "lse": (found.lse[..., 0], var_lse[..., 0]), "dq": (dq, var_dq)}
-    pairs |= {"dk": (dk, var_dk), "dv": (dv, var_dv)}
-    results: dict[str, Expected] = {}
-    for name, (value, variance) in pairs.items():
-        shape = (*(of_keys if name in ("dk", "dv") else of_rows), *value.shape[2:])
-        degree = counted[name].view(shape[:3]) if name in counted else None
-        results[name] = Expected(value.view(shape), variance.view(shape), degree)
-    return results
+    rows = _Rows({"out": out, "lse": found.lse, "dq": dq}, {"out": var_out, "lse": var_lse, "dq": var_dq}, counted)
+    return rows, _Keys(dk, dv, var_dk, var_dv, dk_sources, dv_sources)
 
 
 def _concentrated(weights: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reference import answer, batched
+from reference import answer, batched, lean
 from reference.answer import kernel_inputs
 from reference.case import DTYPES, Case
 from reference.profile import ACCUMULATION, Profile
@@ -59,6 +61,9 @@ def assert_both_agree(case: Case, profile: Profile, memory: int | None) -> None:
     wanted = answer.kernel_answer(case, inputs, profile)
     # Where terms cancel, what is left is a rounding error of theirs; float32's budget, over a, is their size.
     in_float32 = answer.kernel_answer(case.replace(dtype="fp32"), inputs, Profile())
+    # A dS that is 0 in one order of summing and 1e-17 in another has the rounding error of a subnormal in one of them,
+    # which beside what else a row that sees one key may be off is little, and in bf16 and float32 nothing.
+    vague = 1e-5 if case.dtype == "fp16" else 1e-7
     for name, expected in wanted.items():
         # What cancels to 0 in one order of summing is 1e-16 in another, and only one of them has a rounding error.
         alike = (got[name].value == 0) == (expected.value == 0)
@@ -70,19 +75,35 @@ def assert_both_agree(case: Case, profile: Profile, memory: int | None) -> None:
             terms = in_float32[name].variance.sqrt() / ACCUMULATION
             assert difference(got[name].value, expected.value, terms) <= 1e-12, name
             whole = alike.all(-1)
-            assert torch.allclose(got[name].degrees[whole], expected.degrees[whole], rtol=1e-7), name
+            assert torch.allclose(got[name].degrees[whole], expected.degrees[whole], rtol=vague), name
         # The errors of a tanh, 2^-11, cancel down to float32's, and leave a rounding error of their own size.
-        close = 1e-8 if case.softcap and profile.tanh_error and case.dtype == "fp32" else 1e-9
+        cancels = case.softcap and profile.tanh_error and case.dtype == "fp32"
+        close = vague if case.dtype == "fp16" else 1e-8 if cancels else 1e-9
         assert difference(torch.where(alike, got[name].variance, expected.variance), expected.variance) <= close, name
         # Equality is demanded of the same rows: those that have no partner.
         dead = [(each[name].variance == 0).reshape(len(expected.value), -1).all(1) for each in (got, wanted)]
         assert torch.equal(*dead), name
 
 
-@settings(max_examples=60, deadline=None)
-@given(case=packed_cases(), profile=st.sampled_from(PROFILES), memory=st.sampled_from([1, 1 << 16, 1 << 30]))
-def test_equals_the_pure_reference(case: Case, profile: Profile, memory: int) -> None:
-    assert_both_agree(case, profile, memory)
+@settings(max_examples=80, deadline=None)
+@given(
+    case=packed_cases(),
+    profile=st.sampled_from(PROFILES),
+    memory=st.sampled_from([1, 1 << 16, 1 << 30]),
+    scores=st.sampled_from([1, 1 << 15]),
+)
+def test_equals_the_pure_reference(case: Case, profile: Profile, memory: int, scores: int) -> None:
+    # With 1, queries are taken eight at a time.
+    with mock.patch.object(lean, "_CPU_SCORES", scores):
+        assert_both_agree(case, profile, memory)
+
+
+@pytest.mark.parametrize("head_dim", [1, 5])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_blocks_of_rows_whose_heads_share_keys(profile: Profile, head_dim: int) -> None:
+    case = Case(level="kernel", lengths=(3, 20), key_lengths=(30, 21), heads=2, kv_heads=1, head_dim=head_dim)
+    with mock.patch.object(lean, "_CPU_SCORES", 1):
+        assert_both_agree(case, profile, None)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -29,7 +30,7 @@ def repeats_itself(trial: Trial) -> Iterator[Symptom]:
 
 def _run_smaller(trial: Trial) -> None:
     """A call of another shape; what it does is judged when a case of its own is drawn."""
-    for other in (*fewer_documents(trial.case), *one_shorter(trial.case)):
+    for other in itertools.chain(fewer_documents(trial.case), one_shorter(trial.case)):
         if other is None or sum(other.packed_lengths) == sum(trial.case.packed_lengths):
             continue
         try:

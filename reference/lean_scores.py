@@ -1,0 +1,91 @@
+"""The forward of lean.py: scores and probabilities of many documents, with what the budget has of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Final, NamedTuple
+
+import torch
+
+from reference.budget import ROUNDING_SECOND_MOMENT, rounding_variance
+from reference.profile import ACCUMULATION, UNIT_ROUNDOFF, Profile
+
+A2: Final = ACCUMULATION**2
+
+_NORMAL_RANGE: Final = 86.0
+"""Scores of a row of n keys that lie no further apart than this less log n make probabilities above 2^-125, e^-86.6."""
+
+
+def bounded_scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float) -> bool:
+    """Whether no probability can be subnormal in float32, by Cauchy-Schwarz. Asked on the host only: it waits."""
+    if q.device.type != "cpu":
+        return False
+    apart = _NORMAL_RANGE - math.log(max(k.shape[-2], 1))
+    if softcap:
+        return 2 * softcap < apart
+    longest = q.square().sum(-1).amax() * k.square().sum(-1).amax()
+    return 2 * abs(scale) * math.sqrt(longest.item()) < apart
+
+
+class Scores(NamedTuple):
+    """The forward and what the budget has of it, rows of a group stacked: ``[n, rows, k]`` and ``[n, rows, d]``."""
+
+    p: torch.Tensor
+    p2: torch.Tensor
+    lse: torch.Tensor
+    """``[n, rows, 1]``."""
+    slope: torch.Tensor | None
+    """None without softcap, where it is 1."""
+    raw: torch.Tensor
+    """Variance of an uncapped score."""
+    w: torch.Tensor
+    """``p^2`` times the variance of a (capped) score."""
+    rp: torch.Tensor
+
+
+def _softmax(scores: torch.Tensor, mask: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(probabilities, lse) in the place of the scores; rows without keys give 0 and -inf."""
+    if not scores.shape[-1]:
+        return scores, scores.new_full((*scores.shape[:-1], 1), -torch.inf)
+    scores.view(shape).masked_fill_(~mask, -torch.inf)
+    highest = scores.amax(-1, keepdim=True)
+    blind = highest == -torch.inf
+    p = scores.softmax(-1).masked_fill_(blind, 0.0)
+    # The highest probability is 1 over the row's sum.
+    return p, (highest - p.amax(-1, keepdim=True).log()).masked_fill_(blind, -torch.inf)
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    mask: torch.Tensor,
+    shape: tuple[int, ...],
+    *,
+    scale: float,
+    softcap: float,
+    dtype: str,
+    profile: Profile,
+    plain: bool,
+) -> Scores:
+    c = ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[dtype] ** 2
+    keys, keys2 = k.mT, k.square().mT
+    scores = (scale * q) @ keys
+    size = scale**2 * (A2 + (2 * c if profile.scales_inputs else 0.0))
+    folded = plain and profile.rounds_scores
+    raw = torch.baddbmm(scores.square(), q.square(), keys2, beta=A2 / 16 + (c if folded else 0.0), alpha=size)
+    if profile.rounds_scores and not plain:
+        raw += rounding_variance(scores, dtype)
+    raw += A2 + profile.exp_error**2
+    slope = None
+    if softcap:
+        tanh = scores.div_(softcap).tanh_()
+        slope = 1 - tanh.square()
+        scores = tanh.mul_(softcap)
+    p, lse = _softmax(scores, mask, shape)
+    p2 = p.square()
+    rp = c * p2 if plain else rounding_variance(p, dtype)
+    if slope is None:
+        w = p2 * raw
+    else:
+        w = (slope.square() * raw).add_(1 - slope, alpha=(A2 + profile.tanh_error**2) * softcap**2).mul_(p2)
+    return Scores(p, p2, lse, slope, raw, w, rp)
