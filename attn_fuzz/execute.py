@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Final
 
 import torch
 
@@ -186,6 +187,10 @@ def run_kernel(
     return calls[0].observe()
 
 
+DECOY_STEPS: Final = 3
+"""Micro-sequences of a decoy: every one of twenty would cost as much again as a run of the case."""
+
+
 class LayerRun:
     """A packed sequence through a layer: all micro-sequences forward, then all backward in reverse.
 
@@ -195,7 +200,8 @@ class LayerRun:
         inputs: its tensors.
         poison: contents of unwritten memory.
         device: where.
-        watched: whether the K/V buffer is compared step by step, which nobody asks of a decoy.
+        decoy: whether nobody looks at what comes out. It runs the first few micro-sequences only, as many as it takes
+            to leave something behind of a sequence's beginning and of documents that continue, and unwatched.
     """
 
     def __init__(
@@ -206,14 +212,14 @@ class LayerRun:
         poison: str,
         device: torch.device,
         *,
-        watched: bool = True,
+        decoy: bool = False,
     ) -> None:
-        self.backend, self.case, self.poison, self.watched = backend, case, poison, watched
+        self.backend, self.case, self.poison, self.watched = backend, case, poison, not decoy
         named = {"x": inputs.x, "dout": inputs.dout, **{f"weight {name}": w for name, w in inputs.weights.items()}}
         self.placed = {name: self._place(name, tensor.to(device)) for name, tensor in named.items()}
         self.weight_names = tuple(inputs.weights)
         self.observation = Observation(poison, {})
-        self.parts = micro_sequences(case)
+        self.parts = micro_sequences(case)[: DECOY_STEPS if decoy else None]
         self.outputs, self.input_gradients = HandedBack("out"), HandedBack("dx")
 
     def _place(self, name: str, x: torch.Tensor) -> Placed:
@@ -296,7 +302,7 @@ def run_layer(
     # Drawn once, and with nobody filling the memory that it takes.
     others = layer_inputs(decoy, "cpu") if decoy is not None else inputs
     with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly([run]):
-        for _ in around(decoy, lambda other: LayerRun(backend, other, others, poison, device, watched=False)):
+        for _ in around(decoy, lambda other: LayerRun(backend, other, others, poison, device, decoy=True)):
             run.forward()
         run.backward()
     return run.observe()

@@ -7,6 +7,8 @@ under two poisons, NaN and a large finite value. Equal bits under both prove tha
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -21,6 +23,9 @@ FINITE_BYTE: Final = 0x5A
 
 NAN_BYTE: Final = 0xFF
 """NaN in every floating dtype."""
+
+_M_PERTURB: Final = -6
+"""glibc's mallopt parameter: memory is handed out filled with the complement of a byte, and is filled when freed."""
 
 # Sizes that together reach into every bin of the CUDA caching allocator that a narrow case uses (512 B to 20 MiB).
 _PRIMED: Final = (*((1 << exponent, 8) for exponent in range(9, 20)), (1 << 20, 16), (20 << 20, 2))
@@ -53,6 +58,74 @@ class _FillAllocations(TorchDispatchMode):
         if func in _ALLOCATIONS and type(result) is torch.Tensor and result.device.type in ("cpu", "cuda"):
             result.untyped_storage().fill_(FINITE_BYTE)  # type: ignore[attr-defined]
         return result
+
+
+def _perturb(byte: int) -> bool:
+    """Has the C library fill the memory that it hands out with a byte, or with 0 no longer; False where it cannot."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(_M_PERTURB, byte ^ 0xFF if byte else 0))
+
+
+@functools.cache
+def _heap_fills() -> bool:
+    """Whether what torch allocates on the CPU comes filled by the C library: tried, since it may allocate otherwise."""
+    # Below a kilobyte a cache of free blocks may now and then hand one out as it is.
+    sizes = (2_000, 100_000, 3_000_000)
+    if not _perturb(FINITE_BYTE):
+        return False
+    try:
+        zeros = [torch.zeros(size, dtype=torch.uint8) for size in sizes for _ in range(2)]
+        del zeros
+        return all(bool((torch.empty(size, dtype=torch.uint8) == FINITE_BYTE).all()) for size in sizes)
+    finally:
+        _perturb(0)
+
+
+_ALLOCATORS: Final = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch.Tensor, "new_empty"),
+    (torch.Tensor, "new_empty_strided"),
+)
+"""How Python code asks for unwritten memory."""
+
+
+def _filling(allocate: Callable[..., Any]) -> Callable[..., Any]:
+    """The same allocation, filled."""
+
+    @functools.wraps(allocate)
+    def filled(*args: Any, **kwargs: Any) -> Any:
+        result = allocate(*args, **kwargs)
+        if type(result) is torch.Tensor and result.device.type == "cpu" and kwargs.get("out") is None:
+            storage = result.untyped_storage()
+            ctypes.memset(storage.data_ptr(), FINITE_BYTE, storage.nbytes())
+        return result
+
+    return filled
+
+
+@contextlib.contextmanager
+def _filled_heap() -> Iterator[None]:
+    """Fills what is allocated, by kernels written in C++ too, and does nothing about any other operation.
+
+    The C library fills all blocks but a few small ones; those that Python code asks for are filled here for certain.
+    """
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
+    memory.fill_uninitialized_memory = False
+    with contextlib.ExitStack() as undo:
+        undo.callback(setattr, memory, "fill_uninitialized_memory", fill)
+        undo.callback(_perturb, 0)
+        _perturb(FINITE_BYTE)
+        for owner, name in _ALLOCATORS:
+            own, allocate = name in vars(owner), getattr(owner, name)
+            undo.callback(*((setattr, owner, name, allocate) if own else (delattr, owner, name)))
+            setattr(owner, name, _filling(allocate))
+        yield
 
 
 def _prime_cuda(device: torch.device, byte: int = FINITE_BYTE) -> None:
@@ -91,7 +164,11 @@ def _finite_poison(device: torch.device, *, compiled: bool) -> Iterator[None]:
     if device.type == "cuda":
         _prime_cuda(device)
     # A compiler cannot trace what runs under a dispatch mode; its allocations come from the free blocks.
-    with contextlib.nullcontext() if compiled else _FillAllocations():
+    if compiled:
+        yield
+        return
+    # A dispatch mode would double the time of a narrow layer's small operations.
+    with _filled_heap() if device.type == "cpu" and _heap_fills() else _FillAllocations():
         yield
 
 

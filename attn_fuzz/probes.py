@@ -22,9 +22,10 @@ import torch
 from reference.answer import Inputs
 from reference.attention import allowed_keys
 from reference.case import Case
-from reference.layer import LayerInputs, layer_inputs
+from reference.layer import LayerInputs
 from reference.layout import Segment, call_segments, rank_slices, segments
 from reference.values import DTYPES, draw
+from reference.weights import layer_weights
 
 LOGIT_GAP = 30.0
 _CODE_CHANNELS = 16
@@ -197,6 +198,9 @@ _WHOLE = {"bf16": 129, "fp16": 1025}
 """Just above half of what the dtype counts to: one addend is exact in it, the sum of an odd and an even one is not."""
 
 
+_KEY_CHANNELS = 16
+
+
 def _channels(case: Case) -> dict[int, int]:
     """A channel for every document, another one than its neighbours in any micro-sequence have where there are enough.
 
@@ -259,16 +263,18 @@ def accumulation_probe(case: Case) -> AccumulationProbe | None:
         dense_added += torch.tensor(summed) > 0
     if not (added > 1).any() and not (dense_exact and (dense_added > 1).any()):
         return None
-    inputs = layer_inputs(probe, "cpu")
-    x, key_value = inputs.x.clone(), inputs.weights["key_value"].clone()
+    x = draw(probe, "x", 1, width, "cpu")[:, 0]
     x[:, 0] = 1.0
+    # No score depends on the keys: a few channels of the input are enough to make them of, and to draw.
+    drawn = layer_weights(probe.replace(hidden=min(width, _KEY_CHANNELS)), "cpu")
     rows = case.kv_heads * case.head_dim
-    values = torch.where(key_value[rows:, 0] < 0, -1.0, 1.0)
-    key_value[rows:] = 0.0
+    values = torch.where(drawn["key_value"][rows:, 0] < 0, -1.0, 1.0)
+    key_value = torch.zeros(2 * rows, width, dtype=dtype)
+    key_value[:rows, : drawn["key_value"].shape[1]] = drawn["key_value"][:rows]
     key_value[rows:, 0] = values.to(dtype)
     weights = {
-        **inputs.weights,
-        "query": torch.zeros_like(inputs.weights["query"]),
+        **drawn,
+        "query": torch.zeros(width, width, dtype=dtype),
         "key_value": key_value,
         "dense": torch.eye(width, dtype=dtype),
     }

@@ -60,10 +60,14 @@ class Arithmetic:
         return bank[start : start + count]
 
     def _noise(self, x: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+        if not self._samples:
+            return x
         shape = x.shape[1:]
-        noise = self._normals(self._samples * math.prod(shape)).view(self._samples, *shape) * variance.sqrt()
-        exact = x[:1]
-        return torch.cat([exact, (x[1:] if len(x) > 1 else exact) + noise])
+        normals = self._normals(self._samples * math.prod(shape)).view(self._samples, *shape)
+        noisy = x.new_empty(1 + self._samples, *shape)
+        noisy[0] = x[0]
+        torch.addcmul(x[1:] if len(x) > 1 else x, normals, variance.sqrt(), out=noisy[1:])
+        return noisy
 
     def store(self, x: torch.Tensor) -> torch.Tensor:
         """Rounds to the storage dtype."""
@@ -87,7 +91,7 @@ class Arithmetic:
         if len(x) == 1:
             propagated = torch.zeros_like(x[0])
         else:
-            propagated = (x[1:] - x[:1]).square().mean(0)
+            propagated = (x[1:] - x[:1]).square_().mean(0)
             within_row = tuple(range(min(1, propagated.dim() - 1), propagated.dim()))
             propagated = (propagated + propagated.mean(within_row, keepdim=True)) / 2
         return propagated + rounding_variance(x[0], self._dtype if stored else "fp32")

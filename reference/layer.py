@@ -19,7 +19,7 @@ from reference.budget import ROUNDING_SECOND_MOMENT, rounding_variance
 from reference.case import Case
 from reference.layout import Span, document_spans, owned_slices, rank_slices
 from reference.profile import ACCUMULATION, UNIT_ROUNDOFF, Profile
-from reference.simulated import SimulatedAttention, sum_of
+from reference.simulated import Packed, SimulatedAttention, groups_of, sum_of
 from reference.values import draw
 from reference.weights import NORM_EPSILON, layer_weights
 
@@ -120,28 +120,31 @@ class _Layer:
         """``dy @ weight``, not yet stored."""
         return self.arithmetic.accumulate(dy @ weight, dy[0].square() @ weight[0].square())
 
-    def sum_over_parts(self, name: str, terms: list[torch.Tensor], squares: list[torch.Tensor]) -> None:
+    def sum_over_parts(self, name: str, whole: torch.Tensor, terms: list[torch.Tensor], squares: torch.Tensor) -> None:
         """A parameter gradient: each micro-sequence's is stored, their sum is float32 unless the profile knows better.
 
         Nothing is computed from it, so that its own roundings need no samples: their variances are known.
+
+        Args:
+            name: of the parameter.
+            whole: the sum, with samples.
+            terms: each micro-sequence's share of it, without.
+            squares: what the squares of everything that is added up come to.
         """
+        self.gradients[name] = whole
         stacked = torch.stack(terms)
-        self.gradients[name] = stacked.sum(0)
-        roundings = rounding_variance(stacked[:, 0], self.case.dtype).sum(0)
-        self.own_variance[name] = roundings + ACCUMULATION**2 * sum_of(squares)
+        roundings = rounding_variance(stacked, self.case.dtype).sum(0)
+        self.own_variance[name] = roundings + ACCUMULATION**2 * squares
         if f"d_{name}" in self.profile.stored_sums:
             # Of the last micro-sequence, of the last two, ...: each running sum is rounded.
-            running = stacked[:, 0].flip(0).cumsum(0)[1:]
+            running = stacked.flip(0).cumsum(0)[1:]
             self.own_variance[name] += rounding_variance(running, self.case.dtype).sum(0)
 
     def weight_gradient(self, name: str, dy: torch.Tensor, x: torch.Tensor, parts: Sequence[Span]) -> None:
-        """``dy.T @ x`` of each part of the tokens."""
-        terms, squares = [], []
-        for part in parts:
-            dy_part, x_part = dy[:, slice(*part)].transpose(-1, -2), x[:, slice(*part)]
-            terms.append(dy_part @ x_part)
-            squares.append(dy_part[0].square() @ x_part[0].square())
-        self.sum_over_parts(name, terms, squares)
+        """``dy.T @ x`` of each part of the tokens, and of all."""
+        dy = dy.transpose(-1, -2)
+        terms = [dy[0, :, slice(*part)] @ x[0, slice(*part)] for part in parts]
+        self.sum_over_parts(name, dy @ x, terms, dy[0].square() @ x[0].square())
 
     # Norms over head channels, [..., tokens, heads, d].
 
@@ -162,14 +165,12 @@ class _Layer:
         if self.profile.norms_in_dtype:
             product = self.arithmetic.store(dy * self.arithmetic.store(normed))
         on_queries = name == "query_norm"
-        shares = [
-            share[:, slice(*part)]
+        terms = [
+            share.sum((0, 1))
             for part in (self.parts if on_queries else self.own_parts)
-            for share in product.chunk(self.shares if on_queries else 1, 2)
+            for share in product[0, slice(*part)].chunk(self.shares if on_queries else 1, 1)
         ]
-        terms = [share.sum((1, 2)) for share in shares]
-        squares = [share[0].square().sum((0, 1)) for share in shares]
-        self.sum_over_parts(name, terms, squares)
+        self.sum_over_parts(name, product.sum((1, 2)), terms, product[0].square().sum((0, 1)))
         g = dy * self.weights[name]
         if self.profile.norms_in_dtype:
             g = self.arithmetic.store(g)
@@ -220,22 +221,18 @@ class _Layer:
         q = self.rotary(self.norm("query_norm", q0))
         k = self.rotary(self.norm("key_norm", k0))
         v = self.norm("value_norm", v0)
-        documents = [
-            SimulatedAttention(case, self.profile, arithmetic, span, *(t[:, slice(*span)] for t in (q, k, v)))
-            for span in self.spans
-            if span.length
+        groups = [
+            SimulatedAttention(case, self.profile, arithmetic, spans, self.parts, q, k, v)
+            for spans in groups_of(self.spans)
         ]
-        context = arithmetic.store(torch.cat([document.forward() for document in documents], 1))
+        by_token = Packed(groups, x.device)
+        context = arithmetic.store(by_token([group.forward() for group in groups]))
         flat = context.flatten(-2)
         out = self.project_by_share(flat, self.weights["dense"])
 
         self.weight_gradient("dense", dout, flat, self.parts)
         dcontext = arithmetic.store(self.project_back(dout, self.weights["dense"])).unflatten(-1, (case.heads, -1))
-        pieces = [
-            document.backward(context[:, slice(*document.span)], dcontext[:, slice(*document.span)], self.parts)
-            for document in documents
-        ]
-        dq, dk, dv = (torch.cat([piece[index] for piece in pieces], 1) for index in range(3))
+        dq, dk, dv = map(by_token, zip(*(group.backward(context, dcontext) for group in groups), strict=True))
         dq0 = self.norm_back("query_norm", q0, self.rotary(dq, -1.0))
         # The buffer's own slice goes back to the storage dtype before rotary and projection see it.
         dk0 = self.norm_back("key_norm", k0, self.rotary(arithmetic.store(dk), -1.0))

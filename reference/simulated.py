@@ -1,4 +1,4 @@
-"""Attention of one document with every rounding simulated: attention.py's formulas under arithmetic.py's noise."""
+"""Attention of documents with every rounding simulated: attention.py's formulas under arithmetic.py's noise."""
 
 from __future__ import annotations
 
@@ -13,16 +13,36 @@ from reference.case import Case
 from reference.layout import Span
 from reference.profile import ACCUMULATION, UNIT_ROUNDOFF, Profile
 
+_TOGETHER = 32
+"""Up to this length, documents are padded to the longest of their group; padding longer ones would cost too much."""
+
+
+def groups_of(spans: Sequence[Span]) -> list[list[Span]]:
+    """Documents that are evaluated side by side: short ones of about the same length; empty ones are left out."""
+    groups: dict[int, list[Span]] = {}
+    alone: list[list[Span]] = []
+    for span in spans:
+        if span.length > _TOGETHER:
+            alone.append([span])
+        elif span.length:
+            groups.setdefault(max(4, 1 << (span.length - 1).bit_length()), []).append(span)
+    return [*groups.values(), *alone]
+
 
 class SimulatedAttention:
-    """One document of a layer case; sample 0 is exact.
+    """Some documents of a layer case, side by side; sample 0 is exact.
+
+    Tensors of its own are ``[samples, documents, heads, rows, ...]`` with as many rows as the longest document has. A
+    shorter one's last rows hold anything finite: no key there is seen, and no query sees a key, so that all weights
+    there are 0, and so is what comes of them.
 
     Args:
         case: options and dtype.
         profile: which intermediates the backend rounds.
         arithmetic: the rounding points.
-        span: where the document lies in the packed sequence.
-        q: ``[samples, tokens, heads, d]``, the document's rows.
+        spans: where the documents lie in the packed sequence; none is empty.
+        parts: micro-sequences; each rounds its own share of dk and dv.
+        q: ``[samples, tokens, heads, d]``, the whole packed sequence.
         k: ``[samples, tokens, kv_heads, d]``.
         v: as ``k``.
     """
@@ -32,31 +52,56 @@ class SimulatedAttention:
         case: Case,
         profile: Profile,
         arithmetic: Arithmetic,
-        span: Span,
+        spans: Sequence[Span],
+        parts: Sequence[Span],
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
     ) -> None:
-        self.case, self.profile, self.arithmetic, self.span = (case, profile, arithmetic, span)
+        self.case, self.profile, self.arithmetic = case, profile, arithmetic
+        self.spans, self.rows = spans, max(span.length for span in spans)
         self.group = case.heads // case.kv_heads
-        self.q = q.transpose(1, 2)
-        self.k, self.v = (attention.expand_heads(x.transpose(1, 2), self.group) for x in (k, v))
-        mask = attention.allowed_keys(span.length, span.length, case.effective_window, q.device)
+        self.index = torch.tensor(
+            [min(span.begin + row, span.end - 1) for span in spans for row in range(self.rows)], device=q.device
+        )
+        # The share of each document that each micro-sequence has, a document's one after another.
+        self.shares = [
+            (document, Span(max(part.begin, span.begin) - span.begin, min(part.end, span.end) - span.begin))
+            for document, span in enumerate(spans)
+            for part in parts
+            if max(part.begin, span.begin) < min(part.end, span.end)
+        ]
+        self.q = self._taken(q)
+        self.k, self.v = (attention.expand_heads(self._taken(x), self.group) for x in (k, v))
         scores, self.slope = self._scores()
-        probabilities, lse = attention.softmax_rows(scores, mask)
+        probabilities, lse = attention.softmax_rows(scores, self._mask(q.device))
         # The float32 LSE that rows are normalised by, at least in the backward.
         finite = lse[0].masked_fill(~lse[0].isfinite(), 0.0)
-        scaled = (
-            probabilities * arithmetic.perturb(torch.ones_like(lse), ACCUMULATION**2 * finite.square() / 16)[..., None]
-        )
+        ones = torch.ones_like(lse[:1])
+        scaled = probabilities * arithmetic.perturb(ones, ACCUMULATION**2 * finite.square() / 16)[..., None]
         self.stored_forward = arithmetic.store(scaled if profile.normalises_by_lse else probabilities)
         # A backward recomputes scores and exponentials, and nothing normalises them again.
         recomputed = ACCUMULATION**2 * scores[0].square() / 16 + profile.exp_error**2
-        self.probabilities = scaled * arithmetic.perturb(torch.ones_like(scaled), recomputed)
+        self.probabilities = scaled * arithmetic.perturb(torch.ones_like(scaled[:1]), recomputed)
         self.stored = self.stored_forward if profile.normalises_by_lse else arithmetic.store(self.probabilities)
 
-    def _scores(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Capped scores and their slope; forward and backward compute the same ones, errors included."""
+    def _taken(self, x: torch.Tensor) -> torch.Tensor:
+        """These documents' rows of ``[samples, tokens, heads, d]``."""
+        if len(self.spans) == 1:
+            return x[:, None, slice(*self.spans[0])].transpose(2, 3)
+        return x.index_select(1, self.index).unflatten(1, (len(self.spans), self.rows)).transpose(2, 3)
+
+    def _mask(self, device: torch.device) -> torch.Tensor:
+        """Which keys each query sees, bool ``[rows, rows]`` or ``[documents, 1, rows, rows]``."""
+        mask = attention.allowed_keys(self.rows, self.rows, self.case.effective_window, device)
+        if all(span.length == self.rows for span in self.spans):
+            return mask
+        lengths = torch.tensor([span.length for span in self.spans], device=device)
+        own = torch.arange(self.rows, device=device) < lengths[:, None]
+        return (mask & own[:, :, None] & own[:, None, :])[:, None]
+
+    def _scores(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Capped scores and their slope where it is not 1; forward and backward compute the same, errors included."""
         case, profile, arithmetic = self.case, self.profile, self.arithmetic
         scores = case.softmax_scale * (self.q @ self.k.transpose(-1, -2))
         products = case.softmax_scale**2 * (self.q[0].square() @ self.k[0].square().transpose(-1, -2))
@@ -67,16 +112,16 @@ class SimulatedAttention:
             variance = variance + rounding_variance(scores[0], case.dtype)
         scores = arithmetic.perturb(scores, variance)
         if not case.softcap:
-            return scores, torch.ones_like(scores)
+            return scores, None
         tanh = torch.tanh(scores / case.softcap)
         tanh = arithmetic.perturb(tanh, (profile.tanh_error**2 + ACCUMULATION**2) * tanh[0].square())
         return case.softcap * tanh, 1 - tanh.square()
 
     def forward(self) -> torch.Tensor:
-        """Output ``[samples, tokens, heads, d]``, not yet stored."""
+        """Output, not yet stored."""
         out = self.stored_forward @ self.v
         squares = self.probabilities[0] @ self.v[0].square()
-        return self.arithmetic.accumulate(out, squares).transpose(1, 2)
+        return self.arithmetic.accumulate(out, squares)
 
     def _ds(self, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
         """Gradient of the uncapped, unscaled scores, stored."""
@@ -96,57 +141,100 @@ class SimulatedAttention:
         delta = arithmetic.accumulate(delta, terms[0].square().sum(-1, keepdim=True))
         difference = arithmetic.accumulate(dp - delta, dp[0].square() + delta[0].square())
         p = arithmetic.perturb(p, flush_variance(p[0]))
-        ds = p * difference * self.slope
+        ds = p * difference
+        if self.slope is not None:
+            ds = ds * self.slope
         case = self.case
         return arithmetic.perturb(ds, stored_ds_variance(ds[0], case.softmax_scale, case.softcap, case.dtype))
 
-    def backward(self, out: torch.Tensor, dout: torch.Tensor, parts: Sequence[Span]) -> tuple[torch.Tensor, ...]:
-        """(dq stored, dk, dv), the latter summed over micro-sequences in float32, token-major.
+    def backward(self, out: torch.Tensor, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(dq stored, dk, dv), the latter per K/V head and summed over micro-sequences in float32.
 
         Args:
-            out: stored output ``[samples, tokens, heads, d]``.
+            out: stored output ``[samples, tokens, heads, d]``, the whole packed sequence.
             dout: its gradient.
-            parts: micro-sequences; each rounds its own share of dk and dv.
         """
         arithmetic, scale = self.arithmetic, self.case.softmax_scale
-        dout = dout.transpose(1, 2)
-        ds = self._ds(out.transpose(1, 2), dout)
+        dout = self._taken(dout)
+        ds = self._ds(self._taken(out), dout)
         dq = arithmetic.accumulate(scale * (ds @ self.k), scale**2 * (ds[0].square() @ self.k[0].square()))
         if self.profile.scales_gradients:
             dq = arithmetic.store(dq)
-        dk, dv = [], []
-        for part in parts:
-            begin, end = max(part.begin, self.span.begin), min(part.end, self.span.end)
-            if begin < end:
-                rows = slice(begin - self.span.begin, end - self.span.begin)
-                dk.append(self._reduced(scale, ds[..., rows, :], self.q[..., rows, :], self.profile.scales_gradients))
-                dv.append(self._reduced(1.0, self.stored[..., rows, :], dout[..., rows, :], False))
-        sums = (self._summed(name, terms).transpose(1, 2) for name, terms in (("dk", dk), ("dv", dv)))
-        return (arithmetic.store(dq).transpose(1, 2), *sums)
+        dk = self._summed("dk", self._reduced(scale, ds, self.q, self.profile.scales_gradients))
+        dv = self._summed("dv", self._reduced(1.0, self.stored, dout, False))
+        return arithmetic.store(dq), dk, dv
 
-    def _summed(self, name: str, terms: list[torch.Tensor]) -> torch.Tensor:
+    def _summed(self, name: str, terms: torch.Tensor) -> torch.Tensor:
         """Shares of micro-sequences added up, the last first; in the dtype where each running sum is stored in it."""
+        if len(self.shares) == len(self.spans):
+            return terms
         if name not in self.profile.stored_sums:
-            return sum_of(terms)
-        total = terms[-1]
-        for term in terms[-2::-1]:
-            total = total + term
+            if len(self.spans) == 1:
+                return terms.sum(1, keepdim=True)
+            documents = torch.tensor([document for document, _ in self.shares], device=terms.device)
+            total = terms.new_zeros(len(terms), len(self.spans), *terms.shape[2:])
+            return total.index_add_(1, documents, terms)
+        by_document: list[list[int]] = [[] for _ in self.spans]
+        for index, (document, _) in enumerate(self.shares):
+            by_document[document].insert(0, index)
+        total = terms[:, [indices[0] for indices in by_document]]
+        for turn in range(1, max(map(len, by_document))):
+            having = [document for document, indices in enumerate(by_document) if turn < len(indices)]
+            term = terms[:, [by_document[document][turn] for document in having]]
+            running = total[:, having] + term
             # Adding nothing rounds nothing: earlier micro-sequences have not met later keys.
-            rounding = torch.where(term[0] == 0, 0.0, rounding_variance(total[0], self.case.dtype))
-            total = self.arithmetic.perturb(total, rounding)
+            rounding = torch.where(term[0] == 0, 0.0, rounding_variance(running[0], self.case.dtype))
+            total[:, having] = self.arithmetic.perturb(running, rounding)
         return total
 
+    def _by_share(self, weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """``weights.T @ x`` over the query rows of each share, ``[samples, shares, heads, rows, d]``."""
+        if len(self.shares) == len(self.spans):
+            return weights.transpose(-1, -2) @ x
+        if len(self.spans) == 1:
+            rows = [slice(*rows) for _, rows in self.shares]
+            return torch.cat([weights[..., own, :].transpose(-1, -2) @ x[..., own, :] for own in rows], 1)
+        documents = torch.tensor([document for document, _ in self.shares], device=x.device)
+        bounds = torch.tensor([rows for _, rows in self.shares], device=x.device)
+        row = torch.arange(self.rows, device=x.device)
+        own = (row >= bounds[:, :1]) & (row < bounds[:, 1:])
+        masked = weights.index_select(1, documents) * own[:, None, :, None]
+        return masked.transpose(-1, -2) @ x.index_select(1, documents)
+
     def _reduced(self, scale: float, weights: torch.Tensor, x: torch.Tensor, scaled_after: bool) -> torch.Tensor:
-        """One part's ``scale * weights.T @ x``, per K/V head; what each rank makes of its query heads is stored."""
+        """Each share's ``scale * weights.T @ x``, per K/V head; what each rank makes of its query heads is stored."""
         arithmetic = self.arithmetic
-        weights = weights.transpose(-1, -2)
-        product = arithmetic.accumulate(scale * (weights @ x), scale**2 * (weights[0].square() @ x[0].square()))
+        squares = self._by_share(weights[:1].square(), x[:1].square())[0]
+        product = arithmetic.accumulate(scale * self._by_share(weights, x), scale**2 * squares)
         if scaled_after:
             product = arithmetic.store(product)
         if self.profile.expands_kv and self.group > 1:
             product = arithmetic.store(product)
         shares = self.case.tensor_ranks
         return attention.sum_groups(arithmetic.store(attention.sum_groups(product, self.group // shares)), shares)
+
+
+class Packed:
+    """Results of groups of documents, back in the order of tokens.
+
+    Args:
+        groups: all documents that are not empty.
+        device: of the results.
+    """
+
+    def __init__(self, groups: Sequence[SimulatedAttention], device: torch.device) -> None:
+        places: list[tuple[int, int]] = []
+        offset = 0
+        for group in groups:
+            for document, span in enumerate(group.spans):
+                first = offset + document * group.rows
+                places += [(span.begin + row, first + row) for row in range(span.length)]
+            offset += len(group.spans) * group.rows
+        self._order = torch.tensor([place for _, place in sorted(places)], device=device)
+
+    def __call__(self, results: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Each group's ``[samples, documents, heads, rows, d]`` as one ``[samples, tokens, heads, d]``."""
+        return torch.cat([x.transpose(2, 3).flatten(1, 2) for x in results], 1).index_select(1, self._order)
 
 
 def sum_of(terms: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from attn_fuzz.poison import FINITE_BYTE, POISONS, filler, poisoned
+from attn_fuzz.poison import FINITE_BYTE, POISONS, _heap_fills, filler, poisoned
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -61,6 +61,50 @@ def test_finite_fills_allocations_with_one_byte(allocation: str, dtype: torch.dt
     with poisoned("finite", CPU):
         x = ALLOCATIONS[allocation](dtype)
     assert (x.contiguous().view(torch.uint8) == FINITE_BYTE).all()
+
+
+@every_dtype
+@every_allocation
+def test_finite_fills_allocations_where_the_heap_does_not(
+    allocation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attn_fuzz.poison._heap_fills", lambda: False)
+    with poisoned("finite", CPU):
+        assert _get_current_dispatch_mode() is not None
+        x = ALLOCATIONS[allocation](dtype)
+    assert (x.contiguous().view(torch.uint8) == FINITE_BYTE).all()
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("size", [1, 7, 64, 1000, 50_000, 2_000_000])
+def test_fills_memory_that_was_in_use_before(poison: str, size: int) -> None:
+    with poisoned(poison, CPU):
+        for _ in range(3):
+            used = torch.zeros(size)
+            del used
+            x = torch.empty(size)
+            assert x.isnan().all() if poison == "nan" else (x.view(torch.uint8) == FINITE_BYTE).all()
+
+
+@pytest.mark.skipif(not _heap_fills(), reason="needs a C library that fills what it hands out")
+def test_what_kernels_allocate_is_filled_too() -> None:
+    used = torch.zeros(5000)
+    del used
+    with poisoned("finite", CPU):
+        # Resized by an operator, in C++.
+        x = torch.zeros(0).resize_(5000)
+    assert (x.view(torch.uint8) == FINITE_BYTE).all()
+
+
+def test_torch_allocates_as_before_afterwards() -> None:
+    functions = [torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty]
+    with poisoned("finite", CPU):
+        pass
+    assert functions == [torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty]
+    assert "new_empty" not in vars(torch.Tensor)
+    blocks = [torch.zeros(4096, dtype=torch.uint8) for _ in range(3)]
+    del blocks
+    assert not (torch.empty(4096, dtype=torch.uint8) == FINITE_BYTE).all()
 
 
 @every_dtype

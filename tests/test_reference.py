@@ -14,8 +14,9 @@ from reference import attention
 from reference.answer import Inputs, kernel_answer, kernel_inputs
 from reference.case import Case
 from reference.layer import LayerInputs, layer_answer, layer_inputs
-from reference.layout import call_segments
+from reference.layout import call_segments, document_spans
 from reference.profile import Profile
+from reference.simulated import groups_of
 from reference.weights import NORM_EPSILON
 
 CAPABILITIES = Capabilities(dtypes=("fp32",))
@@ -245,6 +246,26 @@ def test_layer_values_depend_on_neither_cuts_nor_samples(case: Case) -> None:
     uncut = layer_answer(case.replace(cuts=()), inputs, Profile(), samples=2)
     for name in answer:
         assert torch.allclose(answer[name].value, uncut[name].value, rtol=1e-12, atol=1e-12), name
+
+
+@settings(max_examples=20, deadline=None)
+@given(case=small_layer_cases(), stored=st.sampled_from([frozenset(), frozenset({"dk", "dv"})]))
+def test_documents_side_by_side_equal_one_at_a_time(case: Case, stored: frozenset[str]) -> None:
+    inputs, profile = layer_inputs(case, "cpu"), Profile(stored_sums=stored)
+    together = layer_answer(case, inputs, profile, samples=128)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("reference.layer.groups_of", lambda spans: [[span] for span in spans if span.length])
+        alone = layer_answer(case, inputs, profile, samples=128)
+    for name, answer in alone.items():
+        assert torch.allclose(together[name].value, answer.value, rtol=1e-12, atol=1e-12), name
+        # What owes bits owes them either way; what does not, differs by the noise of the samples.
+        assert torch.equal(together[name].variance == 0, answer.variance == 0), name
+        assert together[name].variance.sum().item() == pytest.approx(answer.variance.sum().item(), rel=0.5), name
+
+
+def test_documents_are_padded_to_others_of_about_their_length() -> None:
+    spans = document_spans((3, 0, 129, 9, 1, 16, 4, 129))
+    assert [[span.length for span in group] for group in groups_of(spans)] == [[3, 1, 4], [9, 16], [129], [129]]
 
 
 def test_layer_gradients_equal_finite_differences() -> None:
