@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
 
 import torch
 
@@ -187,10 +186,6 @@ def run_kernel(
     return calls[0].observe()
 
 
-DECOY_STEPS: Final = 3
-"""Micro-sequences of a decoy: every one of twenty would cost as much again as a run of the case."""
-
-
 class LayerRun:
     """A packed sequence through a layer: all micro-sequences forward, then all backward in reverse.
 
@@ -200,8 +195,7 @@ class LayerRun:
         inputs: its tensors.
         poison: contents of unwritten memory.
         device: where.
-        decoy: whether nobody looks at what comes out. It runs the first few micro-sequences only, as many as it takes
-            to leave something behind of a sequence's beginning and of documents that continue, and unwatched.
+        watched: whether the K/V buffer is compared step by step, which nobody asks of a decoy.
     """
 
     def __init__(
@@ -212,14 +206,14 @@ class LayerRun:
         poison: str,
         device: torch.device,
         *,
-        decoy: bool = False,
+        watched: bool = True,
     ) -> None:
-        self.backend, self.case, self.poison, self.watched = backend, case, poison, not decoy
+        self.backend, self.case, self.poison, self.watched = backend, case, poison, watched
         named = {"x": inputs.x, "dout": inputs.dout, **{f"weight {name}": w for name, w in inputs.weights.items()}}
         self.placed = {name: self._place(name, tensor.to(device)) for name, tensor in named.items()}
         self.weight_names = tuple(inputs.weights)
         self.observation = Observation(poison, {})
-        self.parts = micro_sequences(case)[: DECOY_STEPS if decoy else None]
+        self.parts = micro_sequences(case)
         self.outputs, self.input_gradients = HandedBack("out"), HandedBack("dx")
 
     def _place(self, name: str, x: torch.Tensor) -> Placed:
@@ -302,7 +296,7 @@ def run_layer(
     # Drawn once, and with nobody filling the memory that it takes.
     others = layer_inputs(decoy, "cpu") if decoy is not None else inputs
     with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly([run]):
-        for _ in around(decoy, lambda other: LayerRun(backend, other, others, poison, device, decoy=True)):
+        for _ in around(decoy, lambda other: LayerRun(backend, other, others, poison, device, watched=False)):
             run.forward()
         run.backward()
     return run.observe()

@@ -44,7 +44,7 @@ def run_slice(
 
     def made(other: Case) -> RankRun:
         assert decoys is not None
-        return RankRun(loaded, other, decoys, poison, device, decoy=True)
+        return RankRun(loaded, other, decoys, poison, device, watched=False)
 
     with poisoned(poison, device, compiled=loaded.kernel.compiled), refusing_cleanly([run]):
         for _ in around(decoy, made, lockstep=True):
