@@ -28,6 +28,9 @@ from reference.profile import ACCUMULATION, SMALLEST_NORMAL, SUBNORMAL_SPACING, 
 
 ROUNDING_SECOND_MOMENT = 0.18
 
+_SPLIT = 2.0**-10
+"""How large the lesser of two TF32 parts of a float32 number may be, in units of the number."""
+
 
 class Variances(NamedTuple):
     """Error variances of one document's results, shaped as the results (dk, dv per K/V head)."""
@@ -75,6 +78,10 @@ def rounding_variance(x: torch.Tensor, dtype: str, factor: float = 1.0) -> torch
     subnormal = relative * (SMALLEST_NORMAL[dtype] / factor) ** 2 * (1 - 2.0**-52)
     spacing = SUBNORMAL_SPACING[dtype] / factor
     stored = torch.nn.functional.threshold(x.square().mul_(relative), subnormal, spacing**2 / 12, inplace=True)
+    if dtype == "fp32":
+        # Tensor cores take float32 operands as sums of TF32 parts; a lesser part that is subnormal is flushed.
+        flushed = x.square().mul_(_SPLIT**2).clamp_max_((SMALLEST_NORMAL[dtype] / factor) ** 2)
+        stored.add_(flushed, alpha=1 / 3)
     # Zero is stored without error.
     return stored.mul_(x.sign().square_())
 

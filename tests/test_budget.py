@@ -84,6 +84,21 @@ def test_the_rounding_of_subnormal_numbers() -> None:
     assert error.square().mean().item() == pytest.approx(rounding_variance(x, "fp16")[0].item(), rel=0.02)
 
 
+def test_float32_products_may_be_made_of_two_tf32_parts_the_lesser_flushed() -> None:
+    """As tensor cores take them; where the lesser part is a normal number, nothing of this kind is allowed."""
+    generator = torch.Generator().manual_seed(1)
+    for exponent in (-126, -120, -116, -112, -105, -90):
+        x = (2.0**exponent * (1 + torch.rand(100_000, generator=generator))).float()
+        # The 13 lowest bits do not fit into TF32.
+        greater = (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+        lesser = x - greater
+        kept = torch.where(lesser.abs() < SMALLEST_NORMAL["fp32"], 0.0, lesser)
+        error = greater.double() + kept.double() - x.double()
+        assert (error.abs() / rounding_variance(x.double(), "fp32").sqrt()).max().item() < 2.0
+    ordinary = torch.tensor([2.0**-95], dtype=torch.float64)
+    assert rounding_variance(ordinary, "fp32") == pytest.approx(rounding_variance(ordinary, "bf16") * 2.0**-32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_zero_is_stored_exactly(dtype: str) -> None:
     assert rounding_variance(torch.zeros(3, dtype=torch.float64), dtype).tolist() == [0.0, 0.0, 0.0]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from attn_fuzz.campaign import worker
 from attn_fuzz.campaign.messages import Assignment, Failed, Finished, Found, Message, Suspect, Trying
 from attn_fuzz.campaign.worker import hunt
+from attn_fuzz.examine import Verdict
 from reference.case import Case
 
 EXAMPLE = (Path(__file__).resolve().parent.parent / "examples" / "my_kernel.py").read_text()
@@ -93,3 +95,21 @@ def test_what_cannot_be_done_is_one_message(changes: dict[str, object], reason: 
     (failed,) = said(dataclasses.replace(SWAPPED, **changes))  # type: ignore[arg-type]
     assert isinstance(failed, Failed)
     assert reason in failed.reason
+
+
+def test_a_mistake_of_the_harness_ends_the_hunt_even_at_its_last_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    examined = worker.examine
+    seen: list[Case] = []
+
+    def broken(case: Case, *args: Any, **options: Any) -> Verdict:
+        seen.append(case)
+        if len(seen) == 8:
+            raise IndexError("a mistake of ours")
+        return examined(case, *args, **options)
+
+    monkeypatch.setattr(worker, "examine", broken)
+    job = Assignment(backend="loop", device="cpu", seed=1, cases=8, levels=("kernel",), dtypes=("fp32",))
+    messages = said(job)
+    assert isinstance(messages[-1], Failed)
+    assert "a mistake of ours" in messages[-1].reason
+    assert len(seen) == 8

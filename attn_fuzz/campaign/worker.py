@@ -78,6 +78,10 @@ class _Stop(BaseException):
     """Leaves Hypothesis's engine; not an Exception, so that it is not taken for a failing case."""
 
 
+class _Broken(BaseException):
+    """Leaves Hypothesis's engine, a mistake of ours its cause: shrunk as a failing case is, it could be missed."""
+
+
 class Hunt:
     """The state of one assignment."""
 
@@ -161,6 +165,8 @@ class Hunt:
             self.tally.refused += not shrinking
             self.refusal = str(refusal)
             return
+        except Exception as error:
+            raise _Broken from error
         if not shrinking:
             self.count(case, verdict)
         symptom = verdict.first
@@ -218,6 +224,8 @@ class Hunt:
         except (Symptom, Flaky, HypothesisException, ExceptionGroup, _Stop):
             if self.failure is None and not self.over():
                 raise
+        except _Broken as broken:
+            raise broken.__cause__ or broken from None
         if self.failure is not None:
             self.report(*self.failure)
         elif self.tally.cases + self.tally.refused == before:
