@@ -154,31 +154,22 @@ def preprocess(
     total = bounds[-1]
     if not 0 <= begin < end <= total:
         raise ValueError(f"micro-sequence [{begin}, {end}) is no part of a sequence of {total} tokens")
-    # From the document that holds the first token, or an empty one that stands before it.
+    # From the document that holds the first token, or an empty one that stands before it. Empty documents belong where
+    # they stand; those at the very end close the last micro-sequence.
     first = min(bisect.bisect_right(bounds, begin) - 1, bisect.bisect_left(bounds, begin))
-    lengths_q: list[int] = []
-    lengths_k: list[int] = []
-    first_document_begin = begin
-    for document_begin, document_end in itertools.pairwise(bounds[first:]):
-        if document_begin >= end and end != total:
-            break
-        cropped_begin, cropped_end = max(document_begin, begin), min(document_end, end)
-        # An empty document belongs where it stands; one at the very end closes the last micro-sequence.
-        empty = document_begin == document_end
-        empty_here = empty and (begin <= document_begin < end or document_begin == end == total)
-        if cropped_end > cropped_begin or empty_here:
-            if not lengths_q:
-                first_document_begin = document_begin
-            lengths_q.append(cropped_end - cropped_begin)
-            lengths_k.append(cropped_end - document_begin)
-            if not causal and document_end > end:
-                raise ValueError(
-                    f"non-causal attention needs whole documents, but [{begin}, {end}) cuts one that ends at "
-                    f"{document_end}"
-                )
+    last = len(lengths) if end == total else bisect.bisect_left(bounds, end)
+    if not causal and bounds[last] > end:
+        raise ValueError(
+            f"non-causal attention needs whole documents, but [{begin}, {end}) cuts one that ends at {bounds[last]}"
+        )
+    # What the micro-sequence cuts is the first document's beginning and the last one's end.
+    lengths_k = [*lengths[first:last]]
+    lengths_k[-1] -= max(bounds[last] - end, 0)
+    lengths_q = [*lengths_k]
+    lengths_q[0] -= max(begin - bounds[first], 0)
     return MicroSequenceMetadata(
         begin=begin,
         end=end,
-        first_document_begin=first_document_begin,
+        first_document_begin=bounds[first],
         varlen=VarlenMetadata(lengths_q=tuple(lengths_q), lengths_k=tuple(lengths_k), device=device),
     )

@@ -29,7 +29,7 @@ from backends.rare import RareKernel, size_of
 from backends.tensor_layer import TensorLayer, rank_layer
 from backends.user import UserKernel, import_object, user_layer
 from reference.case import Case
-from reference.layout import cut_inside_document, rank_slices, segments
+from reference.layout import active_lengths, cut_inside_document, rank_slices
 
 LEGACY = "legacy:"
 ENTRY_POINTS = "attn_fuzz.backends"
@@ -46,8 +46,8 @@ def calls_of(case: Case) -> list[list[tuple[int, int]]]:
     """(queries, keys) of every document of every varlen call that a case makes."""
     if case.level == "kernel":
         return [list(zip(case.packed_lengths, case.packed_key_lengths, strict=True))]
-    calls = [segments(case.packed_lengths, part) for part in rank_slices(case)]
-    return [[(segment.queries.length, segment.keys.length) for segment in call] for call in calls]
+    calls = [active_lengths(case.packed_lengths, part) for part in rank_slices(case)]
+    return [list(zip(*call, strict=True)) for call in calls]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -179,7 +179,8 @@ def attention_variances(
         relative = p2 * var_dp + (w + a2 * p2) * dp.square()
         if profile.stores_probabilities:
             relative = relative + rp * dp.square()
-        var_delta = var_delta + relative.sum(-1, keepdim=True)
+        # Its sum rounds, and so does the normaliser that all its terms share.
+        var_delta = var_delta + relative.sum(-1, keepdim=True) + (a2 + shared) * delta.square()
     ds = p * (dp - delta) * slope
     slope2 = slope.square()
     # float32 storage of D and dP - D: cancellation leaves a share of their own size even where dS is 0.

@@ -16,7 +16,7 @@ from reference.answer import Expected, Inputs
 from reference.budget import rounding_variance
 from reference.case import Case
 from reference.layer import LayerInputs
-from reference.layout import active_extent, micro_sequences, segments
+from reference.layout import active_extent, active_lengths, micro_sequences
 from reference.profile import ACCUMULATION, Profile
 
 KernelAnswer = Callable[[Case, Inputs, Profile], dict[str, Expected]]
@@ -61,12 +61,12 @@ def exact_layer_answer(
     values = {name: torch.zeros(like.shape, dtype=torch.float64, device=x.device) for name, like in names.items()}
     variances = {name: torch.zeros_like(value) for name, value in values.items()}
     for part in micro_sequences(case):
-        active = segments(case.packed_lengths, part)
+        queries, keys = active_lengths(case.packed_lengths, part)
         rows, extent = slice(*part), slice(*active_extent(case.packed_lengths, part))
         call = Case(
             level="kernel",
-            lengths=tuple(segment.queries.length for segment in active),
-            key_lengths=tuple(segment.keys.length for segment in active),
+            lengths=queries,
+            key_lengths=keys,
             heads=case.heads,
             kv_heads=case.kv_heads,
             head_dim=case.head_dim,

@@ -99,16 +99,29 @@ def segments(lengths: Sequence[int], micro_sequence: Span) -> tuple[Segment, ...
 
 
 def _active(lengths: tuple[int, ...], begin: int, end: int) -> Iterator[Segment]:
-    """``segments``, in order; of thousands of documents only those near the micro-sequence are looked at."""
+    """``segments``, in order."""
     bounds = _bounds(lengths)
-    total = bounds[-1]
+    for index in _active_documents(lengths, begin, end):
+        start, stop = bounds[index], min(bounds[index + 1], end)
+        yield Segment(index, Span(max(start, begin), stop), Span(start, stop))
+
+
+def _active_documents(lengths: tuple[int, ...], begin: int, end: int) -> range:
+    """Places of the documents of ``segments``, found without a look at the others, of which there may be thousands."""
+    bounds = _bounds(lengths)
+    # The first that stands where the micro-sequence begins, be it empty, or the one that it begins within.
     first = min(bisect.bisect_right(bounds, begin) - 1, bisect.bisect_left(bounds, begin))
-    last = len(lengths) if end == total else min(bisect.bisect_left(bounds, end), len(lengths))
-    for index in range(first, last):
-        start, stop = bounds[index], bounds[index + 1]
-        empty_here = start == stop and (begin <= start < end or start == end == total)
-        if empty_here or (start < stop and start < end and stop > begin):
-            yield Segment(index, Span(max(start, begin), min(stop, end)), Span(start, min(stop, end)))
+    return range(first, len(lengths) if end == bounds[-1] else bisect.bisect_left(bounds, end))
+
+
+def active_lengths(lengths: Sequence[int], micro_sequence: Span) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Queries and keys of the documents of ``segments``: only the first and the last can be cut."""
+    lengths, (begin, end) = tuple(lengths), micro_sequence
+    bounds, active = _bounds(lengths), _active_documents(lengths, begin, end)
+    keys = [*lengths[active.start : active.stop]]
+    keys[-1] = min(bounds[active.stop], end) - bounds[active.stop - 1]
+    queries = [keys[0] - max(begin - bounds[active.start], 0), *keys[1:]]
+    return tuple(queries), tuple(keys)
 
 
 def active_extent(lengths: Sequence[int], micro_sequence: Span) -> Span:

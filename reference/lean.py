@@ -217,6 +217,7 @@ def _block(
         if profile.stores_probabilities:
             relative += rp
         var_delta = var_delta + relative.mul_(dp2).addcmul_(p2, var_dp).sum(-1, keepdim=True)
+        var_delta += (A2 + shared) * delta.square()
     # float32 storage of D and dP - D, by p^2 as the error of dP itself.
     var_dp.add_(dp2, alpha=A2).add_(A2 * delta.square())
     difference = dp.sub_(delta)

@@ -13,6 +13,7 @@ from reference.layout import (
     Segment,
     Span,
     active_extent,
+    active_lengths,
     call_segments,
     cut_inside_document,
     document_spans,
@@ -56,6 +57,17 @@ def test_by_hand() -> None:
         (Segment(4, Span(14, 22), Span(12, 22)),),
     ]
     assert [active_extent(case.lengths, part) for part in micro_sequences(case)] == [(0, 7), (7, 14), (12, 22)]
+
+
+@quick
+@given(lengths=LENGTHS, data=st.data())
+def test_lengths_of_active_documents_are_those_of_their_segments(lengths: tuple[int, ...], data: st.DataObject) -> None:
+    begin = data.draw(st.integers(0, sum(lengths) - 1))
+    part = Span(begin, data.draw(st.integers(begin + 1, sum(lengths))))
+    active = segments(lengths, part)
+    queries, keys = active_lengths(lengths, part)
+    assert queries == tuple(segment.queries.length for segment in active)
+    assert keys == tuple(segment.keys.length for segment in active)
 
 
 @quick
