@@ -15,6 +15,7 @@ from attn_fuzz.campaign.plan import available_backends
 from attn_fuzz.environment import environment
 from attn_fuzz.process import set_up_process
 from attn_fuzz.shrink import minimise
+from attn_fuzz.symptoms import Symptom
 from attn_fuzz.timing import median, now, once
 from attn_fuzz.wide.call import Call, run
 from attn_fuzz.wide.cutout import subset
@@ -225,8 +226,15 @@ def rare_of(plan: Plan, name: str, device: torch.device) -> dict[str, Any]:
         if found is not None:
             small = subset(case, found.documents[:1])
             assert small is not None
-            shrinking = now(device)
-            small = minimise(small, lambda each: examine_wide(each, backend, device) is not None, 20.0)
+            shrinking, symptom = now(device), found.symptom
+
+            def fails(each: Case, symptom: type[Symptom] = symptom) -> bool:
+                if backend.refusal(each, device.type) is not None:
+                    return False
+                suspicion = examine_wide(each, backend, device)
+                return suspicion is not None and suspicion.symptom is symptom
+
+            small = minimise(small, fails, 20.0)
             return {
                 "sizes": sizes,
                 "documents": seen,

@@ -42,6 +42,13 @@ def test_the_command_prints_one_object_of_the_promised_form(tmp_path: Path) -> N
     assert told["plain"]["cases_per_s"] > 0
 
 
+def test_the_rare_fault_shrinks_to_what_the_backend_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = registry.load("loop").kernel
+    monkeypatch.setattr(kernel, "capabilities", bench.dataclasses.replace(kernel.capabilities, dtypes=("bf16",)))
+    shrunk = bench.rare_of(SMALL, "loop", CPU)["shrunk"]
+    assert shrunk == {"level": "kernel", "lengths": [3], "key_lengths": [7], "head_dim": 1, "dtype": "bf16"}
+
+
 def test_an_interruption_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     def row(plan: object, backend: registry.Backend, *rest: object, **more: object) -> tuple[dict[str, object], Case]:
         if backend.name == "backup":
