@@ -57,6 +57,11 @@ _CAUTIOUS_LAYER = dataclasses.replace(
 )
 
 
+def _on(device: str, profile: Profile) -> Profile:
+    """What is built on torch's attention may, on CPUs, do as that does."""
+    return dataclasses.replace(profile, stores_partial_sums=device == "cpu")
+
+
 def import_object(name: str) -> Any:
     """``MODULE:NAME`` or ``PATH.py:NAME``.
 
@@ -177,6 +182,9 @@ class UserKernel(Kernel):
 
     profile = _CAUTIOUS
 
+    def profile_on(self, device: str) -> Profile:
+        return _on(device, self.profile)
+
     def __init__(self, name: str) -> None:
         self.name = name  # type: ignore[misc]
         self._function = import_object(name)
@@ -219,6 +227,9 @@ class InsideLayer(Kernel):
     """Stands for the kernel of a user's layer, which nobody calls but the layer itself."""
 
     profile = _CAUTIOUS_LAYER
+
+    def profile_on(self, device: str) -> Profile:
+        return _on(device, self.profile)
 
     def __init__(self, name: str, capabilities: Capabilities) -> None:
         self.name, self.capabilities = name, capabilities  # type: ignore[misc]

@@ -21,6 +21,7 @@ import torch
 
 from reference import lean
 from reference.answer import KERNEL_TENSORS, Expected, Inputs
+from reference.budget import sums_of
 from reference.case import Case
 from reference.profile import Profile
 
@@ -223,6 +224,7 @@ def answers(
         degrees: whether to count independent errors per row.
     """
     device = inputs.q.device
+    sums = sums_of(max(case.packed_lengths), max(case.packed_key_lengths), profile)
     lengths, key_lengths = (torch.tensor(x) for x in (case.packed_lengths, case.packed_key_lengths))
     begins, key_begins = (x.cumsum(0) - x for x in (lengths, key_lengths))
     # One transfer for all chunks: the host knows every layout, the device needs it once.
@@ -246,6 +248,7 @@ def answers(
             dtype=case.dtype,
             profile=profile,
             degrees=degrees,
+            sums=sums,
         )
         yield Chunk(chosen, rows, key_rows, expected)
 

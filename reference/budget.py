@@ -19,6 +19,7 @@ profile says so. The margin between z = 1 and the verdict's z = 10 is measured, 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,30 @@ ROUNDING_SECOND_MOMENT = 0.18
 
 _SPLIT = 2.0**-10
 """How large the lesser of two TF32 parts of a float32 number may be, in units of the number."""
+
+
+class Sums(NamedTuple):
+    """How sums over a document's keys and query rows round, beyond what a few partial sums do."""
+
+    over_keys: float
+    """Squared error of a float32 sum over keys, in units of its terms' squares."""
+    over_rows: float
+    """The same over query rows."""
+    stored: int
+    """How often the running sums of dK and dV are stored in the dtype before they are complete."""
+
+
+_SEQUENTIAL = ROUNDING_SECOND_MOMENT / 2 * UNIT_ROUNDOFF["fp32"] ** 2
+"""A sum taken term by term rounds as often as it has terms, of partial sums with half its square on average."""
+
+
+def sums_of(queries: int, keys: int, profile: Profile) -> Sums:
+    """For a call whose longest document has so many queries, and whose longest has so many keys."""
+    stored = 0
+    if profile.stores_partial_sums and queries > 1:
+        # torch's blocks; a document's first and last are parts of one each.
+        stored = math.ceil(queries / (32 if queries < 192 else 64 if queries < 768 else 256))
+    return Sums(ACCUMULATION**2 + _SEQUENTIAL * keys, ACCUMULATION**2 + _SEQUENTIAL * queries, stored)
 
 
 class Variances(NamedTuple):
@@ -74,9 +99,11 @@ def rounding_variance(x: torch.Tensor, dtype: str, factor: float = 1.0) -> torch
         factor: positive.
     """
     relative = ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[dtype] ** 2
-    # Just below the variance of the smallest normal number.
-    subnormal = relative * (SMALLEST_NORMAL[dtype] / factor) ** 2 * (1 - 2.0**-52)
     spacing = SUBNORMAL_SPACING[dtype] / factor
+    # Just below the variance of the smallest normal number; of twice that where what is smaller may be flushed, for a
+    # little error of its own takes a number there.
+    smallest = max(SMALLEST_NORMAL[dtype] / factor, 2 * spacing)
+    subnormal = relative * smallest**2 * (1 - 2.0**-52)
     stored = torch.nn.functional.threshold(x.square().mul_(relative), subnormal, spacing**2 / 12, inplace=True)
     if dtype == "fp32":
         # Tensor cores take float32 operands as sums of TF32 parts; a lesser part that is subnormal is flushed.
@@ -114,6 +141,7 @@ def attention_variances(
     dtype: str,
     profile: Profile,
     degrees: bool = True,
+    sums: Sums | None = None,
 ) -> Variances:
     """The budget of one document, for K/V with one head per query head; leading dimensions are documents of one size.
 
@@ -129,8 +157,12 @@ def attention_variances(
         dtype: storage dtype.
         profile: how the backend computes.
         degrees: whether to count independent errors too.
+        sums: of the call; those of a call of these documents when not given.
     """
     a2 = ACCUMULATION**2
+    over_keys, over_rows, times_stored = sums or sums_of(q.shape[-2], k.shape[-2], profile)
+    # Partial sums of a random walk that is to end where it does: half-way as large as all of its terms on average.
+    over_rows = over_rows + times_stored / 6 * ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[dtype] ** 2
 
     def rvar(x: torch.Tensor) -> torch.Tensor:
         return rounding_variance(x, dtype)
@@ -158,7 +190,7 @@ def attention_variances(
     rp = rvar(p)
     # sum_j w (v - o)^2, multiplied out; the difference of squares cannot go below zero by more than its own rounding.
     spread = w @ v2 - 2 * out * (w @ v) + out.square() * shared
-    var_out = rp @ v2 + spread.clamp_min(0) + a2 * (p @ v2) + rvar(out)
+    var_out = rp @ v2 + spread.clamp_min(0) + over_keys * (p @ v2) + rvar(out)
     if profile.normalises_by_lse:
         var_out = var_out + stored_lse * out.square()
     shared = shared + stored_lse
@@ -180,7 +212,7 @@ def attention_variances(
         if profile.stores_probabilities:
             relative = relative + rp * dp.square()
         # Its sum rounds, and so does the normaliser that all its terms share.
-        var_delta = var_delta + relative.sum(-1, keepdim=True) + (a2 + shared) * delta.square()
+        var_delta = var_delta + relative.sum(-1, keepdim=True) + (over_keys + shared) * delta.square()
     ds = p * (dp - delta) * slope
     slope2 = slope.square()
     # float32 storage of D and dP - D: cancellation leaves a share of their own size even where dS is 0.
@@ -199,18 +231,22 @@ def attention_variances(
     dq, dk, dv = (scale * (ds @ k), scale * (ds.transpose(-1, -2) @ q), p.transpose(-1, -2) @ dout)
     ds2 = ds.square()
     var_dq = (
-        scale**2 * (var_ds @ k2 + var_delta * (pg @ k).square() + a2 * (ds2 @ k2)) + shared * dq.square() + rvar(dq)
+        scale**2 * (var_ds @ k2 + var_delta * (pg @ k).square() + over_keys * (ds2 @ k2))
+        + shared * dq.square()
+        + rvar(dq)
     )
-    by_key = (var_ds + pg.square() * var_delta + (a2 + shared) * ds2).transpose(-1, -2)
+    by_key = (var_ds + pg.square() * var_delta + (over_rows + shared) * ds2).transpose(-1, -2)
     var_dk_head = scale**2 * (by_key @ q2)
-    by_key_dv = (rp + w + (a2 + shared) * p2).transpose(-1, -2)
+    by_key_dv = (rp + w + flush_variance(p) + (over_rows + shared) * p2).transpose(-1, -2)
     var_dv_head = by_key_dv @ dout2
     if profile.scales_gradients:
         var_dq, var_dk_head = var_dq + rvar(dq), var_dk_head + rvar(dk)
     if profile.expands_kv and group > 1:
-        var_dk_head, var_dv_head = var_dk_head + rvar(dk), var_dv_head + rvar(dv)
+        by_head = 1 + times_stored
+        var_dk_head, var_dv_head = var_dk_head + by_head * rvar(dk), var_dv_head + by_head * rvar(dv)
+        times_stored = 0
     gradients = Gradients(dq, sum_groups(dk, group), sum_groups(dv, group))
-    stored_dk, stored_dv = rvar(gradients.dk), rvar(gradients.dv)
+    stored_dk, stored_dv = (1 + times_stored) * rvar(gradients.dk), (1 + times_stored) * rvar(gradients.dv)
     var_dk, var_dv = sum_groups(var_dk_head, group) + stored_dk, sum_groups(var_dv_head, group) + stored_dv
 
     if not degrees:
@@ -222,7 +258,7 @@ def attention_variances(
 
     by_channels = scale**2 * (pg @ k).square().sum(-1)
     dq_sources = (
-        scale**4 * concentrated(var_ds + a2 * ds2, k2)
+        scale**4 * concentrated(var_ds + over_keys * ds2, k2)
         + (var_delta[..., 0] * by_channels).square()
         + (shared[..., 0] * dq.square().sum(-1)).square()
     )
@@ -235,7 +271,7 @@ def attention_variances(
         dk=var_dk,
         dv=var_dv,
         degrees={
-            "out": degrees_of_freedom(var_out.sum(-1), concentrated(rp + a2 * p + w, v2), rvar(out)),
+            "out": degrees_of_freedom(var_out.sum(-1), concentrated(rp + over_keys * p + w, v2), rvar(out)),
             "dq": degrees_of_freedom(var_dq.sum(-1), dq_sources, rvar(dq)),
             "dk": degrees_of_freedom(var_dk.sum(-1), dk_sources, stored_dk),
             "dv": degrees_of_freedom(var_dv.sum(-1), dv_sources, stored_dv),

@@ -15,6 +15,7 @@ import torch
 from reference.answer import Expected
 from reference.budget import (
     ROUNDING_SECOND_MOMENT,
+    Sums,
     degrees_of_freedom,
     flush_variance,
     rounding_variance,
@@ -74,7 +75,7 @@ def _blocks(documents: Documents) -> Iterator[slice]:
 
 
 def answer(
-    documents: Documents, *, scale: float, softcap: float, dtype: str, profile: Profile, degrees: bool
+    documents: Documents, *, scale: float, softcap: float, dtype: str, profile: Profile, degrees: bool, sums: Sums
 ) -> dict[str, Expected]:
     """Values, variances and, where asked for, degrees of freedom, by the names of ``answer.KERNEL_TENSORS``.
 
@@ -85,6 +86,7 @@ def answer(
         dtype: storage dtype.
         profile: how the backend computes.
         degrees: whether to count independent errors.
+        sums: how those of the call round.
 
     Returns:
         ``[documents, heads, size, d]`` each, ``lse`` without the channels.
@@ -101,7 +103,14 @@ def answer(
             q=documents.q[:, :, rows], dout=documents.dout[:, :, rows], mask=documents.mask[:, :, rows]
         )
         of_rows, of_keys = _block(
-            part, scale=scale, softcap=softcap, dtype=dtype, profile=profile, degrees=degrees, bounded=bounded
+            part,
+            scale=scale,
+            softcap=softcap,
+            dtype=dtype,
+            profile=profile,
+            degrees=degrees,
+            bounded=bounded,
+            sums=sums,
         )
         blocks.append(of_rows)
         summed = of_keys if summed is None else _Keys(*(x + y for x, y in zip(summed, of_keys, strict=True)))
@@ -111,6 +120,7 @@ def answer(
         return rounding_variance(x, dtype)
 
     dk, dv, var_dk, var_dv, dk_sources, dv_sources = summed
+    times_stored = sums.stored
     if _by_head(profile, group):
 
         def over_group(x: torch.Tensor) -> torch.Tensor:
@@ -120,9 +130,11 @@ def answer(
         if profile.scales_gradients:
             var_dk = var_dk + stored_heads
         if profile.expands_kv and group > 1:
-            var_dk, var_dv = var_dk + stored_heads, var_dv + over_group(rvar(dv))
+            by_head = 1 + times_stored
+            var_dk, var_dv = var_dk + by_head * stored_heads, var_dv + by_head * over_group(rvar(dv))
+            times_stored = 0
         dk, dv = over_group(dk), over_group(dv)
-    stored_dk, stored_dv = rvar(dk), rvar(dv)
+    stored_dk, stored_dv = (1 + times_stored) * rvar(dk), (1 + times_stored) * rvar(dv)
     var_dk, var_dv = var_dk + stored_dk, var_dv + stored_dv
     key_values, key_variances = {"dk": dk, "dv": dv}, {"dk": var_dk, "dv": var_dv}
     key_degrees: dict[str, torch.Tensor] = {}
@@ -156,7 +168,15 @@ def _by_head(profile: Profile, group: int) -> bool:
 
 
 def _block(
-    documents: Documents, *, scale: float, softcap: float, dtype: str, profile: Profile, degrees: bool, bounded: bool
+    documents: Documents,
+    *,
+    scale: float,
+    softcap: float,
+    dtype: str,
+    profile: Profile,
+    degrees: bool,
+    bounded: bool,
+    sums: Sums,
 ) -> tuple[_Rows, _Keys]:
     """Some queries of every document, with all of its keys; arguments are those of ``answer``."""
     count, heads, queries, dim = documents.q.shape
@@ -188,12 +208,13 @@ def _block(
     shared = w.sum(-1, keepdim=True)
     lse = found.lse.masked_fill(found.lse.isinf(), 0.0)
     stored_lse = (A2 / 16) * lse.square()
-    by_row = (w + rp).add_(p, alpha=A2)
+    over_keys = sums.over_keys
+    by_row = (w + rp).add_(p, alpha=over_keys)
     # sum_j w (v - o)^2, multiplied out; the difference of squares cannot go below zero by more than its own rounding,
     # which only the large errors of a tanh raise above the other terms.
     if softcap:
         spread = w @ v2 - 2 * out * (w @ v) + out.square() * shared
-        var_out = torch.add(rp, p, alpha=A2) @ v2 + spread.clamp_min(0) + stored_out
+        var_out = torch.add(rp, p, alpha=over_keys) @ v2 + spread.clamp_min(0) + stored_out
     else:
         var_out = (by_row @ v2).add_(out * (out * shared - 2 * (w @ v))).clamp_min_(0).add_(stored_out)
     if profile.normalises_by_lse:
@@ -217,7 +238,7 @@ def _block(
         if profile.stores_probabilities:
             relative += rp
         var_delta = var_delta + relative.mul_(dp2).addcmul_(p2, var_dp).sum(-1, keepdim=True)
-        var_delta += (A2 + shared) * delta.square()
+        var_delta += (over_keys + shared) * delta.square()
     # float32 storage of D and dP - D, by p^2 as the error of dP itself.
     var_dp.add_(dp2, alpha=A2).add_(A2 * delta.square())
     difference = dp.sub_(delta)
@@ -244,14 +265,16 @@ def _block(
         var_ds += stored_ds_variance(ds, scale, softcap, dtype)
 
     seen = pg @ k
-    by_query = torch.add(var_ds, ds2, alpha=A2)
+    by_query = torch.add(var_ds, ds2, alpha=over_keys)
     dq = ds @ (scale * k)
     stored_dq = rvar(dq)
     var_dq = (by_query @ k2).addcmul_(var_delta, seen.square()).mul_(scale**2)
     var_dq.addcmul_(shared, dq.square()).add_(stored_dq)
-    accumulated = shared + A2
+    accumulated = shared + (sums.over_rows + sums.stored / 6 * c)
     by_key = var_ds.addcmul_(p2 if slope is None else pg.square(), var_delta).addcmul_(ds2, accumulated)
     by_key_dv = torch.addcmul(w + rp, p2, accumulated)
+    if not bounded:
+        by_key_dv += flush_variance(p)
     var_dk = by_key.mT @ (scale**2 * q2)
     var_dv = by_key_dv.mT @ dout2
     if profile.scales_gradients:

@@ -50,6 +50,8 @@ class Profile:
     """Layers only: rotary's cos and sin are stored in the dtype, and so is each product with them."""
     float32_angles: bool = False
     """Layers only: rotary's frequencies and angles are float32."""
+    stores_partial_sums: bool = False
+    """dK and dV are stored, and added to, every 32, 64 or 256 query rows, as torch's flash attention on CPUs does."""
     stored_sums: frozenset[str] = frozenset()
     """Layers only: results (``dk``, ``d_query``, ...) whose sums over micro-sequences are kept in the dtype."""
     tanh_error: float = 0.0

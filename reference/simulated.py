@@ -8,7 +8,7 @@ import torch
 
 from reference import attention
 from reference.arithmetic import Arithmetic
-from reference.budget import ROUNDING_SECOND_MOMENT, flush_variance, rounding_variance, stored_ds_variance
+from reference.budget import ROUNDING_SECOND_MOMENT, flush_variance, rounding_variance, stored_ds_variance, sums_of
 from reference.case import Case
 from reference.layout import Span
 from reference.profile import ACCUMULATION, UNIT_ROUNDOFF, Profile
@@ -206,6 +206,10 @@ class SimulatedAttention:
         arithmetic = self.arithmetic
         squares = self._by_share(weights[:1].square(), x[:1].square())[0]
         product = arithmetic.accumulate(scale * self._by_share(weights, x), scale**2 * squares)
+        if times := sums_of(self.rows, self.rows, self.profile).stored:
+            dtype = self.case.dtype
+            walks = times / 6 * ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[dtype] ** 2 * scale**2 * squares
+            product = arithmetic.perturb(product, walks + times * rounding_variance(product[0], dtype))
         if scaled_after:
             product = arithmetic.store(product)
         if self.profile.expands_kv and self.group > 1:

@@ -244,6 +244,7 @@ ROUNDED_MORE: dict[str, set[str]] = {
     "expands_kv": {"dk", "dv"},
     "normalises_by_lse": {"out", "dq", "dk"},
     "delta_from_probabilities": {"dq", "dk"},
+    "stores_partial_sums": {"dk", "dv"},
     # Around the kernel, not in it (tests/test_reference.py).
     "norms_in_dtype": set(),
     "rotates_in_dtype": set(),

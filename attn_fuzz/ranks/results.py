@@ -50,13 +50,22 @@ def _kinds(by_kind: Iterable[str]) -> str:
 
 
 def rank_table(results: list[Result]) -> list[str]:
-    """Lines of the table, with where and when it was measured."""
-    environments = [result["environment"] for result in campaigns(results)]
-    fields = ("device", "torch", "date", "commit")
-    told = ", ".join(" or ".join(dict.fromkeys(f"{e[field]}" for e in environments)) for field in fields)
-    lines = ["", f"On {told}:", "", "| " + " | ".join((*_NAMED, *_COUNTED)) + " |"]
-    lines.append("|" + "---|" * len(_NAMED) + "---:|" * len(_COUNTED))
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rank_rows(results))]
+    """Lines of a table for each device, with where and when it was measured."""
+    lines: list[str] = []
+    for device, group in sorted(_by_device(results).items()):
+        fields = ("torch", "date", "commit")
+        told = ", ".join(" or ".join(dict.fromkeys(f"{r['environment'][field]}" for r in group)) for field in fields)
+        lines += ["", f"On {device}, {told}:", "", "| " + " | ".join((*_NAMED, *_COUNTED)) + " |"]
+        lines.append("|" + "---|" * len(_NAMED) + "---:|" * len(_COUNTED))
+        lines += ["| " + " | ".join(row) + " |" for row in rank_rows(group)]
+    return lines
+
+
+def _by_device(results: Iterable[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for result in campaigns(results):
+        found.setdefault(result["environment"]["device"], []).append(result)
+    return found
 
 
 def with_ranks(text: str, results: list[Result]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Final
 
 import torch
@@ -66,6 +67,9 @@ class SdpaDense(Kernel):
         *heads_first, attn_mask=mask.to(DEVICE)[None, None], scale=SCALE
     )
     return out[0].transpose(0, 1)"""
+
+    def profile_on(self, device: str) -> Profile:
+        return dataclasses.replace(self.profile, stores_partial_sums=True) if device == "cpu" else self.profile
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions

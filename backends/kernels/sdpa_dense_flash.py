@@ -10,6 +10,7 @@ from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilitie
 from backends.kernels.sdpa_dense_math import ForcedDense
 from backends.metadata import VarlenMetadata
 from backends.sdpa import only
+from reference.profile import Profile
 
 
 class SdpaDenseFlash(ForcedDense):
@@ -21,6 +22,9 @@ class SdpaDenseFlash(ForcedDense):
 
     def paths_on(self, device: str) -> frozenset[str]:
         return frozenset({"flash by document"}) if device == "cuda" else self.paths
+
+    def profile_on(self, device: str) -> Profile:
+        return dataclasses.replace(self.profile, stores_partial_sums=True) if device == "cpu" else self.profile
 
     def capabilities_on(self, device: str) -> Capabilities:
         if device != "cuda":

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
-from backends.kernels.sdpa_dense import SdpaDense, dense_attention
+from backends.kernels.sdpa_dense import CPU_EXP_ERROR, SdpaDense, dense_attention
 from backends.metadata import VarlenMetadata
 from backends.sdpa import only
 from reference.case import MEMORIES
@@ -48,6 +48,9 @@ class SdpaDenseMath(ForcedDense):
         stores_probabilities=True,
         expands_kv=True,
     )
+
+    def profile_on(self, device: str) -> Profile:
+        return dataclasses.replace(self.profile, exp_error=CPU_EXP_ERROR) if device == "cpu" else self.profile
 
 
 KERNEL = SdpaDenseMath()
