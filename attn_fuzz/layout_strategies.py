@@ -35,6 +35,9 @@ MAX_PAIRS = 1 << 19
 _MAX_MICRO_SEQUENCES = 24
 _REGULAR_STEPS = (1, 2, 3, 4, 5, 8, 16, 32)
 
+_IN_ALL = 48
+"""Of so many layouts two have many documents, and one has a very long one."""
+
 _T = TypeVar("_T")
 
 
@@ -70,15 +73,16 @@ def document_lengths(
         st.lists(st.integers(smallest, 4), max_size=6), st.sampled_from(long), st.lists(small, max_size=3)
     ).map(lambda parts: [*parts[0], parts[1], *parts[2]])
     usual = st.one_of(mixed, tiny, beside_long).filter(lambda lengths: 1 <= sum(lengths) <= _MAX_DRAWN_TOKENS)
-    seldom: list[st.SearchStrategy[list[int]]] = []
+    kinds = [usual] * _IN_ALL
     if many:
         # A pattern over and over: hundreds of draws would make the rest of the case hard to shrink.
         pattern = st.lists(st.integers(smallest, 3), min_size=1, max_size=3).filter(any)
         repeated = st.tuples(pattern, st.sampled_from(many)).map(lambda parts: (parts[0] * parts[1])[: parts[1]])
-        seldom += [repeated.filter(any)] * 2
+        kinds[-3:-1] = [repeated.filter(any)] * 2
     if very_long:
-        seldom.append(st.tuples(tiny, st.sampled_from(very_long)).map(lambda parts: [*parts[0][:3], parts[1]]))
-    return st.one_of(*[usual] * 20, *seldom) if seldom else usual
+        kinds[-1] = st.tuples(tiny, st.sampled_from(very_long)).map(lambda parts: [*parts[0][:3], parts[1]])
+    # Not one_of, which counts the branches of each instead.
+    return st.integers(0, _IN_ALL - 1).flatmap(lambda kind: kinds[kind]) if many or very_long else usual
 
 
 @st.composite
@@ -113,13 +117,33 @@ def some_or_all(boundaries: Sequence[int]) -> st.SearchStrategy[set[int]]:
     return st.one_of(st.sets(st.sampled_from(boundaries), max_size=4), every)
 
 
-def key_length(queries: int, capabilities: Capabilities, *, causal: bool) -> st.SearchStrategy[int]:
-    """Keys of a document with so many queries: as many, more (a past), or fewer."""
+def keys_of(draw: st.DrawFn, lengths: Sequence[int], capabilities: Capabilities, *, causal: bool) -> list[int]:
+    """Keys of every document: as many as it has queries, more (a past), or fewer.
+
+    Of many documents the first few are drawn, and the others take after them: Hypothesis gives up on cases of so many
+    choices, and nearly all cases of hundreds of documents would be lost.
+    """
     if causal and capabilities.causal_needs_equal_lengths:
-        return st.just(queries)
+        return list(lengths)
+    fewest = [_fewest_keys(length, capabilities, causal=causal) for length in lengths]
+    drawn = [draw(_key_length(*pair)) for pair in zip(lengths[:_DRAWN_KEYS], fewest[:_DRAWN_KEYS], strict=True)]
+    beyond = [keys - length for keys, length in zip(drawn, lengths, strict=False)]
+    return drawn + [
+        max(lengths[index] + beyond[index % _DRAWN_KEYS], lengths[index] if least is None else least)
+        for index, least in enumerate(fewest)
+        if index >= _DRAWN_KEYS
+    ]
+
+
+_DRAWN_KEYS = 29
+"""More than there are documents but where there are many, and no divisor of their number."""
+
+
+def _fewest_keys(queries: int, capabilities: Capabilities, *, causal: bool) -> int | None:
+    """The fewest keys of a document that may have fewer than it has queries, or None."""
     if capabilities.queries_without_keys:
-        return _key_length(queries, 0)
-    return _key_length(queries, None if causal else min(1, queries))
+        return 0
+    return None if causal else min(1, queries)
 
 
 @functools.lru_cache(maxsize=4096)

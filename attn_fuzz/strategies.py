@@ -24,7 +24,7 @@ from attn_fuzz.layout_strategies import (
     among,
     cut_points,
     document_lengths,
-    key_length,
+    keys_of,
     long_pasts,
 )
 from backends.kernel import Capabilities
@@ -225,7 +225,7 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
         key_lengths = tuple(keys) if keys != lengths else None
     elif past or draw(st.booleans()):
         causal = bool(chosen["causal"])
-        keys = [draw(key_length(length, capabilities, causal=causal)) for length in lengths]
+        keys = keys_of(draw, lengths, capabilities, causal=causal)
         if not (causal and capabilities.causal_needs_equal_lengths):
             keys[straddling_one] += past
         key_lengths = tuple(keys) if sum(keys) and keys != lengths else None
