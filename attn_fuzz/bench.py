@@ -15,7 +15,7 @@ from attn_fuzz.campaign.plan import available_backends
 from attn_fuzz.environment import environment
 from attn_fuzz.process import set_up_process
 from attn_fuzz.shrink import minimise
-from attn_fuzz.symptoms import Symptom
+from attn_fuzz.symptoms import Crashed
 from attn_fuzz.timing import median, now, once
 from attn_fuzz.wide.call import Call, run
 from attn_fuzz.wide.cutout import subset
@@ -197,6 +197,14 @@ def layer_of(plan: Plan, backend: Backend, device: torch.device, documents: int)
     return {"documents": documents, "seconds": whole, "documents_per_s": documents / whole, "bare_layer_s": alone}
 
 
+def _is_wrong(case: Case, backend: Backend, device: torch.device) -> bool:
+    """Whether the backend takes a case and gives wrong results, whichever."""
+    if backend.refusal(case, device.type) is not None:
+        return False
+    suspicion = examine_wide(case, backend, device)
+    return suspicion is not None and suspicion.symptom is not Crashed
+
+
 def rare_of(plan: Plan, name: str, device: torch.device) -> dict[str, Any]:
     """How long a fault in documents of one size stays hidden, and what it shrinks to."""
     queries, keys = plan.rare
@@ -226,15 +234,8 @@ def rare_of(plan: Plan, name: str, device: torch.device) -> dict[str, Any]:
         if found is not None:
             small = subset(case, found.documents[:1])
             assert small is not None
-            shrinking, symptom = now(device), found.symptom
-
-            def fails(each: Case, symptom: type[Symptom] = symptom) -> bool:
-                if backend.refusal(each, device.type) is not None:
-                    return False
-                suspicion = examine_wide(each, backend, device)
-                return suspicion is not None and suspicion.symptom is symptom
-
-            small = minimise(small, fails, 20.0)
+            shrinking = now(device)
+            small = minimise(small, lambda each: _is_wrong(each, backend, device), 20.0)
             return {
                 "sizes": sizes,
                 "documents": seen,

@@ -116,7 +116,7 @@ class WideHunt(Hunt):
         case = self.draw(level, size)
         if case is None:
             self.tally.refused += 1
-            self.refusal = self.refusal or "no call that was drawn is one that it declares to take"
+            self.refusals["no call that was drawn is one that it declares to take"] += 1
             return
         self.send(Trying(case.to_json()))
         started = now(self.device)
@@ -134,7 +134,7 @@ class WideHunt(Hunt):
             found = suspected(case, outcome, self.judge)
         except UnsupportedCase as refusal:
             self.tally.refused += 1
-            self.refusal = str(refusal)
+            self.refusals[str(refusal)] += 1
             return
         except (torch.OutOfMemoryError, MemoryError):
             if self.documents[size_of] <= 1:
@@ -151,7 +151,7 @@ class WideHunt(Hunt):
             return False
         if self.judge(case.replace(memory="contiguous")).broken is not None:
             return False
-        self.refusal = outcome.broken
+        self.refusals[str(outcome.broken)] += 1
         return True
 
     def tally_call(self, case: Case, outcome: Outcome, *, clean: bool) -> None:
@@ -244,7 +244,7 @@ class WideHunt(Hunt):
             self.turn += 1
             if not self.tally.cases and self.tally.refused > REFUSED_CALLS:
                 raise ValueError(
-                    f"{self.backend.name} refused all {self.tally.refused} calls, the last with: {self.refusal}"
+                    f"{self.backend.name} refused all {self.tally.refused} calls, most with: {self.most_refused()}"
                 )
             if self.found and self.assignment.stop_at_first:
                 break

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -96,7 +97,7 @@ class Hunt:
         self.failure: tuple[Case, Verdict] | None = None
         self.original: Case | None = None
         self.failed_at = 0.0
-        self.refusal = ""
+        self.refusals: Counter[str] = Counter()
         self.isolated: dict[str, int] = {}
         self.simplest: dict[str, Case] = {}
         """By level: the case that every run of Hypothesis begins with, unless its strategy forbids it."""
@@ -163,7 +164,7 @@ class Hunt:
                 self.try_isolated(case, issue)
                 return
             self.tally.refused += not shrinking
-            self.refusal = str(refusal)
+            self.refusals[str(refusal)] += 1
             return
         except Exception as error:
             raise _Broken from error
@@ -182,6 +183,10 @@ class Hunt:
         elif type(symptom) is type(self.failure[1].first):
             self.failure = (case, verdict)
         raise symptom
+
+    def most_refused(self) -> str:
+        """What the backend has refused most often."""
+        return self.refusals.most_common(1)[0][0]
 
     def begun_before(self, case: Case) -> bool:
         """Whether an earlier run of Hypothesis began with the same case."""
@@ -334,7 +339,7 @@ class Hunt:
                 break
             if not self.tally.cases and self.tally.refused > REFUSALS:
                 raise ValueError(
-                    f"{self.backend.name} refused all {self.tally.refused} cases, the last with: {self.refusal}"
+                    f"{self.backend.name} refused all {self.tally.refused} cases, most with: {self.most_refused()}"
                 )
         self.tally.seconds = time.monotonic() - self.started
         self.send(Finished(self.tally))
