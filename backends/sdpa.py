@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Final
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backends.kernel import UnsupportedCase
+from reference.profile import Profile
 
 BACKENDS: Final = {
     "math": SDPBackend.MATH,
@@ -16,6 +18,11 @@ BACKENDS: Final = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+
+
+def as_flash_does(profile: Profile, device: str) -> Profile:
+    """A profile of what may be torch's flash attention, which on CPUs is another than on GPUs."""
+    return dataclasses.replace(profile, stores_partial_sums=device == "cpu")
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ from backends.kernel import (
 )
 from backends.layer import Layer, LayerFactory
 from backends.metadata import VarlenMetadata
+from backends.sdpa import as_flash_does
 from reference.case import MEMORIES, ROTARIES, Case
 from reference.profile import Profile
 
@@ -55,11 +56,6 @@ _CAUTIOUS = Profile(
 _CAUTIOUS_LAYER = dataclasses.replace(
     _CAUTIOUS, norms_in_dtype=True, rotates_in_dtype=True, float32_angles=True, stored_sums=frozenset({"dk", "dv"})
 )
-
-
-def _on(device: str, profile: Profile) -> Profile:
-    """What is built on torch's attention may, on CPUs, do as that does."""
-    return dataclasses.replace(profile, stores_partial_sums=device == "cpu")
 
 
 def import_object(name: str) -> Any:
@@ -183,7 +179,8 @@ class UserKernel(Kernel):
     profile = _CAUTIOUS
 
     def profile_on(self, device: str) -> Profile:
-        return _on(device, self.profile)
+        # It may be built on torch's.
+        return as_flash_does(self.profile, device)
 
     def __init__(self, name: str) -> None:
         self.name = name  # type: ignore[misc]
@@ -229,7 +226,8 @@ class InsideLayer(Kernel):
     profile = _CAUTIOUS_LAYER
 
     def profile_on(self, device: str) -> Profile:
-        return _on(device, self.profile)
+        # It may be built on torch's.
+        return as_flash_does(self.profile, device)
 
     def __init__(self, name: str, capabilities: Capabilities) -> None:
         self.name, self.capabilities = name, capabilities  # type: ignore[misc]

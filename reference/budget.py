@@ -5,13 +5,17 @@ With u the unit roundoff of the storage dtype, eta its subnormal spacing and a t
 
     rvar(x)  = 0.18 u^2 x^2 for normal x, eta^2 / 12 for subnormal x, 0 for x = 0
     vs_ij    = g_ij^2 a^2 (scale^2 sum_c q^2 k^2 + s_ij^2 / 16 + 1) + a^2 (cap t)^2 [+ rvar(s_ij)]      error of a score
-    V(o_ic)  = sum_j rvar(p_ij) v_jc^2 + sum_j p_ij^2 vs_ij (v_jc - o_ic)^2 + a^2 sum_j p_ij v_jc^2 + rvar(o_ic)
-    V(D_i)   = sum_c do_ic^2 V(o_ic) + a^2 sum_c (do_ic o_ic)^2
+    V(o_ic)  = sum_j rvar(p_ij) v_jc^2 + sum_j p_ij^2 vs_ij (v_jc - o_ic)^2 + ak^2 sum_j p_ij v_jc^2 + rvar(o_ic)
+    V(D_i)   = sum_c do_ic^2 V(o_ic) + a^2 sum_c (do_ic o_ic)^2         of the stored output, or
+               sum_j V(p_ij dP_ij) + (ak^2 + V(L_i)) D_i^2                     of P and dP, as the profile says
     V(dS_ij) = rvar(dS_ij) + p_ij^2 vs_ij (dP_ij - D_i)^2 + p_ij^2 (a^2 sum_c do_ic^2 v_jc^2 [+ rvar(dP_ij)])
     V(L_i)   = sum_j p_ij^2 vs_ij                                       error of a row's normaliser, common to its keys
     V(dq_ic) = scale^2 sum_j V(dS_ij) k_jc^2 + V(D_i) (scale sum_j p_ij g_ij k_jc)^2 + V(L_i) dq_ic^2 + rvar(dq_ic)
     V(dk_jc) = scale^2 sum_i (V(dS_ij) + p_ij^2 g_ij^2 V(D_i) + V(L_i) dS_ij^2) q_ic^2 + rvar(dk_jc)
     V(dv_jc) = sum_i (rvar(p_ij) + p_ij^2 (vs_ij + V(L_i))) do_ic^2 + rvar(dv_jc)
+
+ak^2 = a^2 + 0.09 u32^2 n for a float32 sum over n keys, and likewise over query rows (``sums_of``); dq, dk and dv have
+such a term of their own, as scale^2 ak^2 sum_j dS_ij^2 k_jc^2. dv also allows for probabilities that are flushed.
 
 0.18 is E[eps^2] / u^2 of round-to-nearest for mantissas spread as 1/x. Bracketed terms apply where the backend's
 profile says so. The margin between z = 1 and the verdict's z = 10 is measured, not assumed: see docs/oracle.md.

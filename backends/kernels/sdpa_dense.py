@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Final
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from backends.flash2 import ALIGNED_MEMORIES
 from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from backends.metadata import VarlenMetadata
+from backends.sdpa import as_flash_does
 from reference.profile import Profile
 
 CPU_EXP_ERROR: Final = 20 * 2.0**-23
@@ -69,7 +69,7 @@ class SdpaDense(Kernel):
     return out[0].transpose(0, 1)"""
 
     def profile_on(self, device: str) -> Profile:
-        return dataclasses.replace(self.profile, stores_partial_sums=True) if device == "cpu" else self.profile
+        return as_flash_does(self.profile, device)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions

@@ -9,7 +9,7 @@ import torch
 from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities
 from backends.kernels.sdpa_dense_math import ForcedDense
 from backends.metadata import VarlenMetadata
-from backends.sdpa import only
+from backends.sdpa import as_flash_does, only
 from reference.profile import Profile
 
 
@@ -24,7 +24,7 @@ class SdpaDenseFlash(ForcedDense):
         return frozenset({"flash by document"}) if device == "cuda" else self.paths
 
     def profile_on(self, device: str) -> Profile:
-        return dataclasses.replace(self.profile, stores_partial_sums=True) if device == "cpu" else self.profile
+        return as_flash_does(self.profile, device)
 
     def capabilities_on(self, device: str) -> Capabilities:
         if device != "cuda":
