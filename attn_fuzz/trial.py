@@ -35,6 +35,8 @@ class Trial:
     backend: Backend
     device: torch.device
     poisons: Sequence[str] = POISONS
+    company: bool | None = None
+    """Whether a decoy runs around the first run; None: as the case's seed says (``in_company``)."""
     first_deviations: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False)
     """What ``checks.budget.first_deviations`` has computed: several checks ask for the same."""
 
@@ -47,10 +49,19 @@ class Trial:
         """
         return (kernel_inputs if self.case.level == "kernel" else layer_inputs)(self.case, "cpu")
 
+    @property
+    def in_company(self) -> bool:
+        """Whether a decoy runs around the first run.
+
+        Ranks do not keep more between calls than one process does, and two more passes of all their collectives would
+        be a third of a case: of those cases, one seed in four, which is none that a shrinker leaves.
+        """
+        return self.company if self.company is not None else self.case.all_ranks == 1 or self.case.seed % 4 == 0
+
     @functools.cached_property
     def observations(self) -> tuple[Observation, ...]:
         """One run per poison; the first in the company of a decoy, the others alone."""
-        decoy = decoy_of(self.case, self.backend, self.device.type)
+        decoy = decoy_of(self.case, self.backend, self.device.type) if self.in_company else None
         first, *others = self.poisons
         return (self.observe(first, decoy), *(self.observe(poison) for poison in others))
 
@@ -104,7 +115,8 @@ class Trial:
     @functools.cached_property
     def second(self) -> Trial:
         """The same layout with other values."""
-        return dataclasses.replace(self, case=self.case.replace(seed=self.case.seed ^ SECOND_SEED))
+        other = self.case.replace(seed=self.case.seed ^ SECOND_SEED)
+        return dataclasses.replace(self, case=other, company=self.in_company)
 
     def document_of(self, tensor: str, row: int) -> tuple[int | None, int]:
         """(document, row within it) of a tensor's row; parameters have no documents."""

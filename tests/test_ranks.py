@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rank_calls import gathers, unwaited
 
 from attn_fuzz.campaign.plan import default_workers
 from attn_fuzz.checks.ranks import attended
@@ -230,10 +231,10 @@ def test_few_gpus_are_shared_and_enough_are_not(monkeypatch: pytest.MonkeyPatch)
         (3, 4, "gloo", ["cuda:2"] * 4),
     ]:
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
-        taken = seats(torch.device("cuda", gpus - 1), ranks, "store")
+        taken = seats(torch.device("cuda", gpus - 1), ranks, Path("team"))
         assert {seat.transport for seat in taken} == {transport}
         assert [seat.device for seat in taken] == devices
-    assert {(seat.transport, seat.device) for seat in seats(CPU, 2, "store")} == {("gloo", "cpu")}
+    assert {(seat.transport, seat.device) for seat in seats(CPU, 2, Path("team"))} == {("gloo", "cpu")}
 
 
 def clean(case: Case) -> None:
@@ -309,6 +310,22 @@ def test_ranks_that_block_are_given_up_and_replaced() -> None:
         teams().call(2, CPU, signal.pause, (), seconds=0.05)
     assert not set(before) & set(teams().call(2, CPU, os.getpid, ()))
     clean(ACROSS.replace(ranks=2))
+
+
+def test_a_rank_that_waits_for_one_that_came_back_is_given_up_at_once() -> None:
+    before = teams().call(2, CPU, gathers, ((2, 2),))
+    with pytest.raises(RanksHung, match="of 2 ranks, 1 came back without taking part in the last 1 collective calls"):
+        # Patience would outlast the test; nothing here depends on how long it takes.
+        teams().call(2, CPU, gathers, ((3, 2),), seconds=100_000.0)
+    assert not set(before) & set(teams().call(2, CPU, gathers, ((4, 4),)))
+
+
+def test_ranks_that_come_back_out_of_step_are_replaced() -> None:
+    """A collective that nobody waited for would be met by the next case."""
+    before = teams().call(2, CPU, os.getpid, ())
+    with pytest.raises(RanksHung, match="0 came back without taking part in the last 2 collective calls of 1"):
+        teams().call(2, CPU, unwaited, (2,))
+    assert not set(before) & set(teams().call(2, CPU, gathers, ((1, 1),)))
 
 
 def test_when_their_host_dies_ranks_end_and_others_take_their_place() -> None:
@@ -412,6 +429,7 @@ EXPECTED = {
     "R15": "buffer_intact",
     "R16": "budget",
     "R17": "budget",
+    "R18": "runs",
     "T01": "budget",
     "T02": "budget",
     "T03": "budget",

@@ -277,11 +277,16 @@ class Hunt:
             best = found
             return True
 
-        # Every candidate that hangs would cost the whole patience.
-        small = case if symptom is Hung else minimise(case, fails, _MINIMISE_SECONDS)
+        # Ranks out of step wait for ever, or fall over what was meant for another: which of the two is chance.
+        out_of_step = case.all_ranks > 1 and symptom in (Crashed, Hung)
+        if out_of_step:
+            faces = (Crashed, Hung)
+        # Whoever waits for ranks that hang takes no processor time.
+        clock = time.monotonic if out_of_step else time.process_time
+        small = minimise(case, fails, _MINIMISE_SECONDS, clock)
         whole = self.examine(small, poisons)
         best = whole if type(whole.first) is symptom else best
-        if rounded and best.first is not None:
+        if (rounded or out_of_step) and best.first is not None:
             symptom = type(best.first)
         self.found.add(symptom.__name__)
         finding = dataclasses.replace(self.finding(small, best), symptom=symptom.__name__)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from attn_fuzz.process import set_up_process
+from attn_fuzz.ranks.progress import Counted, Progress
 from attn_fuzz.ranks.wire import packed, unpacked
 from backends.collectives import Collectives, Distributed
 from backends.kernel import UnsupportedCase
@@ -33,6 +34,8 @@ class Seat:
     """``gloo`` or ``nccl``."""
     store: str
     """File through which the ranks of a team find one another."""
+    progress: str
+    """File in which they count their collectives."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +94,7 @@ def _join(seat: Seat) -> Here:
     )
     group = dist.group.WORLD
     assert group is not None
-    return Here(device, Distributed(group))
+    return Here(device, Counted(Distributed(group), Progress(seat.progress, seat.ranks), seat.rank))
 
 
 def serve(seat: Seat, connection: Connection) -> None:

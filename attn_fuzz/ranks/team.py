@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from attn_fuzz.ranks.host import Host, HostError
 from attn_fuzz.ranks.member import Failure, Seat
+from attn_fuzz.ranks.progress import Progress
 from attn_fuzz.ranks.wire import packed, unpacked
 from backends.kernel import UnsupportedCase
 
@@ -29,6 +30,12 @@ QUICK_PATIENCE: Final = 30.0
 GRACE: Final = 0.5
 """Seconds that the others have to fail too, once one rank has: what one died of explains what the others raised."""
 
+SETTLED: Final = 1.0
+"""Seconds that a rank has to come back on its own, once another has come back that made fewer collective calls."""
+
+_LOOK: Final = 0.1
+"""Seconds between looks at what ranks are waiting for, once the first of them has come back."""
+
 
 class RankFailed(RuntimeError):
     """A rank raised, or its process died; the message says which and how."""
@@ -38,14 +45,15 @@ class RanksHung(RuntimeError):
     """Ranks did not answer in time."""
 
 
-def seats(device: torch.device, ranks: int, store: str) -> list[Seat]:
+def seats(device: torch.device, ranks: int, folder: Path) -> list[Seat]:
     """Where the ranks of a team sit: NCCL with a GPU each where there are enough, otherwise gloo on one device."""
+    files = str(folder / "store"), str(folder / "progress")
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     if gpus >= ranks and dist.is_nccl_available():
         first = device.index or 0
-        return [Seat(rank, ranks, f"cuda:{(first + rank) % gpus}", "nccl", store) for rank in range(ranks)]
+        return [Seat(rank, ranks, f"cuda:{(first + rank) % gpus}", "nccl", *files) for rank in range(ranks)]
     place = f"cuda:{device.index or 0}" if device.type == "cuda" else str(device)
-    return [Seat(rank, ranks, place, "gloo", store) for rank in range(ranks)]
+    return [Seat(rank, ranks, place, "gloo", *files) for rank in range(ranks)]
 
 
 class Team:
@@ -62,7 +70,8 @@ class Team:
         self._folder = tempfile.TemporaryDirectory(prefix="attn-fuzz-ranks-")
         pairs = [Pipe() for _ in range(ranks)]
         self._connections: list[Connection] = [ours for ours, _ in pairs]
-        places = seats(device, ranks, str(Path(self._folder.name) / "store"))
+        places = seats(device, ranks, Path(self._folder.name))
+        self._progress = Progress(places[0].progress, ranks)
         self.transport = places[0].transport
         try:
             self.pids = host.fork([dataclasses.asdict(seat) for seat in places], [there.fileno() for _, there in pairs])
@@ -75,8 +84,8 @@ class Team:
 
         Raises:
             RankFailed: when a rank raised or died.
-            RanksHung: when some have not answered after so many seconds.
-        HostError: when the process that forked them is gone.
+            RanksHung: when some have not answered after so many seconds, or never will.
+            HostError: when the process that forked them is gone.
             UnsupportedCase: when a rank refused.
             torch.OutOfMemoryError: when one had too little memory.
         """
@@ -100,7 +109,10 @@ class Team:
             if failure.kind == "memory":
                 raise torch.OutOfMemoryError(failure.message)
             raise RankFailed(f"rank {rank} of {self._ranks} raised {failure.type}: {failure.message}")
-        if silent := [str(rank) for rank in range(self._ranks) if rank not in answers]:
+        silent = [str(rank) for rank in range(self._ranks) if rank not in answers]
+        if apart := self._out_of_step(sorted(answers)):
+            raise RanksHung(f"of {self._ranks} ranks, {apart}")
+        if silent:
             raise RanksHung(f"of {self._ranks} ranks, {', '.join(silent)} did not answer within {seconds:g} seconds")
         return [answers[rank] for rank in range(self._ranks)]
 
@@ -109,7 +121,12 @@ class Team:
         answers: dict[int, Any] = {}
         dead: list[int] = []
         open_ones = {connection: rank for rank, connection in enumerate(self._connections)}
+        certain = False
         while open_ones and (left := deadline - time.monotonic()) > 0:
+            if answers and not certain:
+                certain, left = self._out_of_step(sorted(answers)) is not None, min(left, _LOOK)
+                # Others may yet come back.
+                deadline = min(deadline, time.monotonic() + SETTLED) if certain else deadline
             for connection in wait(list(open_ones), timeout=left):
                 rank = open_ones.pop(connection)  # type: ignore[call-overload]
                 try:
@@ -119,6 +136,20 @@ class Team:
                 if rank in dead or isinstance(answers[rank], Failure):
                     deadline = min(deadline, time.monotonic() + GRACE)
         return answers, sorted(dead)
+
+    def _out_of_step(self, back: Sequence[int]) -> str | None:
+        """Who made more collective calls than ranks that have come back, which therefore take no part in the last.
+
+        Args:
+            back: the ranks that have; the counts of others still grow.
+        """
+        counts = self._progress.counts()
+        fewest = min(back, key=lambda rank: counts[rank], default=0)
+        most = max(range(self._ranks), key=lambda rank: counts[rank])
+        if not back or counts[most] <= counts[fewest]:
+            return None
+        missing = counts[most] - counts[fewest]
+        return f"{fewest} came back without taking part in the last {missing} collective calls of {most}"
 
     def end(self) -> None:
         """Kills what is left of it."""

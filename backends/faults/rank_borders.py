@@ -110,3 +110,14 @@ class PositionsFromTheBorder(RankFault):
             same = position_index == first + torch.arange(len(position_index), device=self.device)
             position_index = torch.where(same, position_index - first, position_index)
         return super().query_key_value(x, position_index)
+
+
+class PaddingLeavesEarly(RankFault):
+    """A rank whose slice is padding alone has no gradient to reduce, and does not: the others wait for it for ever."""
+
+    id = "R18"
+    reports = ("the class of vllm#43547",)
+
+    def reduce(self, metadata: RankMetadata) -> None:
+        if metadata.begin < sum(self.case.lengths):
+            super().reduce(metadata)

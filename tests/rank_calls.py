@@ -1,0 +1,26 @@
+"""Functions that tests have ranks call, apart so that a rank need not import a test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from attn_fuzz.ranks.member import here
+from backends.collectives import Handle
+
+_kept: list[Handle] = []
+
+
+def gathers(times: Sequence[int]) -> int:
+    """So many collectives on each rank, each waited for; the process's id."""
+    for _ in range(times[here().collectives.rank]):
+        here().collectives.gather(torch.ones(1), torch.empty(2)).wait()
+    return os.getpid()
+
+
+def unwaited(times: int) -> None:
+    """So many collectives on rank 1 alone, which nobody waits for."""
+    if here().collectives.rank == 1:
+        _kept.extend(here().collectives.gather(torch.ones(1), torch.empty(2)) for _ in range(times))
