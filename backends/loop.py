@@ -55,6 +55,10 @@ class Call:
     """Which of q, k and v need a gradient."""
 
 
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""dq, dk, dv."""
+
+
 class Loop:
     """Forward and backward over the documents of a call."""
 
@@ -195,7 +199,7 @@ class Loop:
         out: torch.Tensor,
         lse: torch.Tensor,
         dout: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Gradients:
         """(dq, dk, dv) as q, k, v; probabilities are recomputed from the saved lse."""
         dq, dk, dv = self.allocate(q, "dq"), self.allocate(k, "dk"), self.allocate(v, "dv")
         for document in self.documents(call, q, k, v, backward=True):
@@ -213,7 +217,11 @@ class Loop:
             dvd = self.reduce(call, rounded.transpose(-1, -2) @ doutd)
             self.write(dk, document.keys, dkd, "dk")
             self.write(dv, document.keys, dvd, "dv")
-        return dq, dk, dv
+        return self.handed_back(call, (dq, dk, dv))
+
+    def handed_back(self, call: Call, gradients: Gradients) -> Gradients:
+        """What the backward gives, once all of it is written."""
+        return gradients
 
 
 class LoopFunction(torch.autograd.Function):

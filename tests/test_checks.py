@@ -34,7 +34,7 @@ from attn_fuzz.symptoms import (
 from attn_fuzz.trial import Trial
 from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel, UnsupportedCase
 from backends.layer import BufferedLayer
-from backends.loop import Call, Loop, attend
+from backends.loop import Call, Gradients, Loop, attend
 from backends.metadata import VarlenMetadata
 from backends.registry import Backend, LayerFactory, load
 from reference.answer import Expected, kernel_answer, kernel_inputs
@@ -42,7 +42,7 @@ from reference.case import Case
 from reference.profile import Profile
 
 CPU = torch.device("cpu")
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 KERNEL = Case(level="kernel", lengths=(3, 0, 4), key_lengths=(3, 2, 6), heads=2, kv_heads=2)
 """Its second document has keys and no queries: key rows 3 and 4 are dead."""

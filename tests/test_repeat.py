@@ -10,12 +10,11 @@ from attn_fuzz.checks.repeat import path_taken, repeats_itself
 from attn_fuzz.symptoms import NotRepeatable, WrongPath
 from attn_fuzz.trial import Trial
 from backends import registry
-from backends.loop import Call, Loop
+from backends.loop import Call, Gradients, Loop
 from reference.case import Case
 
 CASE = Case(level="kernel", lengths=(3, 4), head_dim=4)
 CPU = torch.device("cpu")
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class RemembersShape(Loop):

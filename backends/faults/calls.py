@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from backends.faults.fault import KernelFault
-from backends.loop import Call
+from backends.loop import Call, Gradients
 
 
 class NowAndThen(KernelFault):
@@ -18,17 +16,8 @@ class NowAndThen(KernelFault):
     def __init__(self) -> None:
         self._calls = 0
 
-    def backward(
-        self,
-        call: Call,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        dout: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        dq, dk, dv = super().backward(call, q, k, v, out, lse, dout)
+    def handed_back(self, call: Call, gradients: Gradients) -> Gradients:
+        dq, dk, dv = gradients
         self._calls += 1
         if self._calls % 61 == 0:
             dv[:1] = 0

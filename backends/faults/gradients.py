@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from backends.faults.fault import KernelFault
-from backends.loop import Call, Document
+from backends.loop import Call, Document, Gradients
 
 
 class HeadMapBackward(KernelFault):
@@ -95,17 +95,8 @@ class SwappedGradients(KernelFault):
     id = "M51-swapped"
     reports = ("long-context-attention#149", "pytorch#170142")
 
-    def backward(
-        self,
-        call: Call,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        dout: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        dq, dk, dv = super().backward(call, q, k, v, out, lse, dout)
+    def handed_back(self, call: Call, gradients: Gradients) -> Gradients:
+        dq, dk, dv = gradients
         return dq, dv, dk
 
 
@@ -150,17 +141,8 @@ class LastRowWritesAgain(KernelFault):
     id = "J5"
     reports = ("vllm#43810", "#43869")
 
-    def backward(
-        self,
-        call: Call,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        dout: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        dq, dk, dv = super().backward(call, q, k, v, out, lse, dout)
+    def handed_back(self, call: Call, gradients: Gradients) -> Gradients:
+        dq, dk, dv = gradients
         if 0 in call.metadata.lengths_q:
             dk[sum(call.metadata.lengths_k) - 1] += 1.0
         return dq, dk, dv

@@ -6,7 +6,7 @@ import torch
 
 from backends.faults.fault import KernelFault
 from backends.kernel import Capabilities
-from backends.loop import Call, Document
+from backends.loop import Call, Document, Gradients
 
 
 class OneRowBackward(KernelFault):
@@ -115,16 +115,7 @@ class ScratchOfTheGraph(KernelFault):
     id = "X35"
     levels = ("kernel",)
 
-    def backward(
-        self,
-        call: Call,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        dout: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        dq, dk, dv = super().backward(call, q, k, v, out, lse, dout)
+    def handed_back(self, call: Call, gradients: Gradients) -> Gradients:
+        dq, dk, dv = gradients
         dq = vars(call)["scratch"] = dq + vars(call).get("scratch", 0)
         return dq, dk, dv

@@ -6,7 +6,7 @@ import torch
 
 from backends.faults.fault import KernelFault
 from backends.kernel import Capabilities
-from backends.loop import Call, Document
+from backends.loop import Call, Document, Gradients
 
 _TILE = 16
 
@@ -124,17 +124,9 @@ class TailLanes(KernelFault):
     id = "M10"
     reports = ("FlagGems#898",)
 
-    def backward(
-        self,
-        call: Call,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        dout: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        dq, dk, dv = super().backward(call, q, k, v, out, lse, dout)
+    def backward(self, call: Call, *saved: torch.Tensor) -> Gradients:
+        dq, dk, dv = super().backward(call, *saved)
+        *_, dout = saved
         for rows, keys in zip(
             self.bounds(call, "q", backward=True), self.bounds(call, "k", backward=True), strict=True
         ):
