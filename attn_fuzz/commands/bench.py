@@ -13,7 +13,7 @@ from rich.table import Table
 from attn_fuzz.bench import bench as measure
 from attn_fuzz.campaign.plan import require_available
 from attn_fuzz.commands.arguments import BackendOption, DeviceOption, JsonOption, device_of
-from attn_fuzz.commands.screen import progress_console
+from attn_fuzz.commands.screen import progress_console, results_console
 
 
 def bench(
@@ -34,7 +34,7 @@ def bench(
     if as_json:
         typer.echo(json.dumps(result))
     else:
-        show(Console(emoji=False), result)
+        show(results_console(), result)
 
 
 def show(console: Console, result: dict[str, Any]) -> None:

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from attn_fuzz import show
 from attn_fuzz.capability_probe import Answer, probe_backend
 from attn_fuzz.commands.arguments import BackendOption, JsonOption, UsageError, WorkersOption, device_of
+from attn_fuzz.commands.screen import results_console
 from attn_fuzz.environment import environment
 from backends import registry
 
@@ -71,7 +71,7 @@ def backends(
         raise UsageError(f"unknown device {device!r}; use cpu or cuda")
     names = tuple(dict.fromkeys(backend or registry.backend_names()))
     rows = _availability(names, (device,) if device else ("cpu", "cuda"))
-    console = Console(emoji=False)
+    console = results_console()
     if not probe:
         if as_json:
             typer.echo(json.dumps({"backends": _listed(rows)}))

@@ -8,13 +8,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from attn_fuzz import exam, show
 from attn_fuzz.campaign.plan import default_workers
 from attn_fuzz.commands.arguments import JsonOption, UsageError, WorkersOption
-from attn_fuzz.commands.screen import progress_console
+from attn_fuzz.commands.screen import progress_console, results_console
 from attn_fuzz.environment import environment
 from backends.faults.fault import faults as all_faults
 
@@ -68,5 +67,5 @@ def faults(
     if as_json:
         typer.echo(json.dumps({"faults": rows, "seeds": seeds, "environment": environment("cpu")}))
     else:
-        Console(emoji=False).print(show.faults_table(rows))
+        results_console().print(show.faults_table(rows))
     raise typer.Exit(0 if all(row["caught"] for row in rows) else 1)

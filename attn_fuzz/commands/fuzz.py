@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from attn_fuzz import show
 from attn_fuzz.campaign.plan import available_backends, default_workers, plan, require_available
@@ -35,7 +34,7 @@ from attn_fuzz.commands.arguments import (
     device_of,
     gears_of,
 )
-from attn_fuzz.commands.screen import Screen
+from attn_fuzz.commands.screen import Screen, results_console
 from attn_fuzz.environment import environment
 from attn_fuzz.findings import Finding
 from attn_fuzz.poison import POISONS
@@ -141,7 +140,7 @@ def _fuzz(
     if as_json:
         typer.echo(json.dumps(campaign_dict(outcome, where, seed, poisons)))
     else:
-        console = Console(emoji=False)
+        console = results_console()
         console.print(show.campaign_table(outcome))
         show.print_findings(console, outcome.findings, str(store))
         console.print(f"seed {seed}" + (", interrupted" if outcome.interrupted else ""))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from attn_fuzz import show
 from attn_fuzz.campaign.isolated import FATAL, Isolated
@@ -25,6 +24,7 @@ from attn_fuzz.commands.arguments import (
     UsageError,
     device_of,
 )
+from attn_fuzz.commands.screen import results_console
 from attn_fuzz.examine import Verdict, examine
 from attn_fuzz.process import set_up_process
 from attn_fuzz.script import ScriptError, standalone
@@ -97,7 +97,7 @@ def replay(
             )
         )
     else:
-        show.verdict_lines(Console(emoji=False), seed.case, results)
+        show.verdict_lines(results_console(), seed.case, results)
     raise typer.Exit(1 if failed else 0)
 
 

@@ -1,8 +1,10 @@
-"""Progress of a campaign."""
+"""What people see: results on standard output, progress of a campaign on standard error."""
 
 from __future__ import annotations
 
-from typing import Self
+import os
+import sys
+from typing import Final, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -11,6 +13,15 @@ from attn_fuzz.campaign.messages import Tally
 from attn_fuzz.findings import Finding
 
 progress_console = Console(stderr=True, emoji=False)
+
+_FILE_WIDTH: Final = 160
+"""Columns of a table that goes to a file or a log, which has no width of its own."""
+
+
+def results_console() -> Console:
+    """Standard output, as it is now."""
+    wide = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(emoji=False, width=None if wide else _FILE_WIDTH)
 
 
 class Screen:

@@ -16,9 +16,9 @@ from typing import Annotated, Any, Final
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from attn_fuzz.commands.screen import results_console
 from attn_fuzz.environment import environment
 
 SCRIPTS: Final = Path(__file__).parent / "scripts"
@@ -75,7 +75,7 @@ def main(
         table.add_column(column)
     for answer in answers:
         table.add_row(answer["about"], answer["answer"], answer["seen"])
-    Console(emoji=False).print(table)
+    results_console().print(table)
 
 
 if __name__ == "__main__":
