@@ -13,6 +13,7 @@ import pytest
 from attn_fuzz.campaign import pool
 from attn_fuzz.campaign.isolated import Isolated
 from attn_fuzz.campaign.messages import Assignment, Message, Suspect, Tally
+from attn_fuzz.campaign.plan import plan, share_of_time
 from attn_fuzz.campaign.pool import CampaignError, Outcome, Pool
 from attn_fuzz.findings import Finding
 from attn_fuzz.shrink import minimise
@@ -253,3 +254,41 @@ def test_an_isolated_case_that_hangs_is_said_to(kernel: Callable[..., str]) -> N
 def test_an_isolated_process_that_dies_at_its_start_is_a_crash(kernel: Callable[..., str]) -> None:
     isolated = Isolated(kernel("", at_import="os._exit(3)"), "cpu", timeout=100.0)
     assert isolated.symptom(CASE) == "Crashed"
+
+
+# Time.
+
+
+@pytest.mark.parametrize(
+    ("left", "waiting", "workers", "starting", "share"),
+    [
+        (60.0, 0, 2, None, 60.0),
+        (60.0, 0, 2, 4.0, 56.0),
+        (60.0, 6, 2, None, 12.0),
+        (60.0, 6, 2, 5.0, 10.0),
+        # Others took more than they should have: half of what was planned remains.
+        (1.0, 1, 1, 4.0, 8.5),
+    ],
+)
+def test_who_has_to_wait_shares_what_is_left(
+    left: float, waiting: int, workers: int, starting: float | None, share: float
+) -> None:
+    assert share_of_time(17.0, left, waiting, workers, starting) == share
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+def test_a_campaign_of_more_backends_than_workers_ends_in_time(workers: int) -> None:
+    """Slots that start processes of four seconds one after another: none outlasts the campaign's time by a process."""
+    jobs = [
+        job.seconds
+        for job in plan(
+            tuple("abcdefg"), "cpu", workers=workers, seed=0, seconds=100.0, cases=None, levels=("layer",), dtypes=()
+        )
+    ]
+    free_at = [0.0] * workers
+    for index, planned in enumerate(jobs):
+        slot = free_at.index(min(free_at))
+        known = 4.0 if index >= workers else None
+        assert planned is not None
+        free_at[slot] += 4.0 + share_of_time(planned, 100.0 - free_at[slot], len(jobs) - index - 1, workers, known)
+    assert max(free_at) <= 104.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 
@@ -15,6 +16,12 @@ from backends.kernel import BackendUnavailable
 
 MAX_CUDA_WORKERS = 16
 """Processes that share one GPU: beyond this they only wait for one another."""
+
+LEAST_SHARE: Final = 0.5
+"""Of the time that an assignment was planned for, whatever others took."""
+
+STARTING: Final = 3.0
+"""Seconds that a process takes until its first case, as long as none has shown it here."""
 
 
 def default_device() -> str:
@@ -132,3 +139,20 @@ def plan(
                 )
             )
     return assignments
+
+
+def share_of_time(planned: float, left: float, waiting: int, workers: int, starting: float | None) -> float:
+    """Seconds for an assignment that is about to start, so that starting processes does not make a campaign longer.
+
+    Args:
+        planned: seconds that it was given when nobody knew what others would take.
+        left: of the campaign's time.
+        waiting: assignments that will have to follow.
+        workers: at a time.
+        starting: seconds that a process has been seen to take until its first case, which do not count as its share.
+    """
+    rounds = math.ceil((1 + waiting) / workers)
+    if starting is None:
+        # Of a single round nobody is told to hurry before it is known why.
+        starting = STARTING if waiting else 0.0
+    return max(left / rounds - starting, planned * LEAST_SHARE)

@@ -27,6 +27,7 @@ from attn_fuzz.campaign.messages import (
     Tally,
     Trying,
 )
+from attn_fuzz.campaign.plan import share_of_time
 from attn_fuzz.campaign.wide import hunt_wide
 from attn_fuzz.campaign.worker import hunt
 from attn_fuzz.environment import environment
@@ -77,6 +78,8 @@ class _Worker:
     restarts: int
     started: float = dataclasses.field(default_factory=time.monotonic)
     heard: float = dataclasses.field(default_factory=time.monotonic)
+    spoke: float | None = None
+    """When it was first heard of."""
     trying: str | None = None
     last_words: str | None = None
     suspect: Finding | None = None
@@ -93,6 +96,7 @@ class Pool:
         workers: processes at a time.
         on_progress: called with all tallies by backend whenever something changed.
         on_finding: called with each finding as it arrives, so that an interruption loses none.
+        seconds: wall-clock time of them all; those that have to wait for a place share what earlier ones have left.
     """
 
     def __init__(
@@ -101,10 +105,12 @@ class Pool:
         workers: int,
         on_progress: Callable[[dict[str, Tally]], None],
         on_finding: Callable[[Finding], None],
+        seconds: float | None = None,
     ) -> None:
         self._waiting = deque((assignment, 0) for assignment in assignments)
         self._limit = workers
         self._on_progress, self._on_finding = on_progress, on_finding
+        self._seconds, self._started = seconds, time.monotonic()
         self._context = multiprocessing.get_context("spawn")
         # glibc returns large blocks to the system at once, and faulting them in again costs more than the reference.
         os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
@@ -114,7 +120,17 @@ class Pool:
         self._findings: dict[tuple[str, str], Finding] = {}
         self._names = tuple(dict.fromkeys(assignment.backend for assignment in assignments))
 
+    def _in_time(self, assignment: Assignment) -> Assignment:
+        """The assignment with its share of what is left, so that starting processes does not make a campaign longer."""
+        if self._seconds is None or assignment.seconds is None:
+            return assignment
+        known = [worker.spoke - worker.started for worker in self._done if worker.spoke is not None]
+        left = self._started + self._seconds - time.monotonic()
+        share = share_of_time(assignment.seconds, left, len(self._waiting), self._limit, min(known, default=None))
+        return dataclasses.replace(assignment, seconds=share)
+
     def _start(self, assignment: Assignment, restarts: int) -> None:
+        assignment = self._in_time(assignment)
         ours, theirs = self._context.Pipe(duplex=False)
         # No daemon, for those may not have the children that crash-class cases run in; run() kills what is left.
         process = self._context.Process(target=_serve, args=(assignment, theirs))
@@ -142,6 +158,7 @@ class Pool:
             self._keep(worker.suspect)
 
     def _take(self, worker: _Worker, message: Message) -> None:
+        worker.spoke = worker.spoke or worker.heard
         match message:
             case Trying(case):
                 worker.trying = case
@@ -242,7 +259,7 @@ class Pool:
         Raises:
             CampaignError: when a worker cannot do its assignment.
         """
-        started = time.monotonic()
+        self._started = started = time.monotonic()
         interrupted = False
         # A scheduler's SIGTERM ends a campaign as Ctrl-C does: with everything that was found until then.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -136,7 +136,7 @@ def _fuzz(
                 # The campaign goes on; the finding is printed at the end in any case.
                 unstored.append(error)
 
-        outcome = Pool(assignments, processes, screen.update, keep).run()
+        outcome = Pool(assignments, processes, screen.update, keep, seconds).run()
     if as_json:
         typer.echo(json.dumps(campaign_dict(outcome, where, seed, poisons)))
     else:
