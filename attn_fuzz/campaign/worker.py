@@ -27,19 +27,15 @@ from attn_fuzz.campaign.messages import (
     Tally,
     Trying,
 )
+from attn_fuzz.campaign.smallest import NOW_AND_THEN, smallest
 from attn_fuzz.checks import PROBES, Check
-from attn_fuzz.checks.accumulation import exact_accumulation
-from attn_fuzz.checks.budget import LIMIT
-from attn_fuzz.checks.regroup import regrouped, regrouped_case
 from attn_fuzz.drawing import few_cases
 from attn_fuzz.environment import environment
 from attn_fuzz.examine import Verdict, examine, some_probes
 from attn_fuzz.findings import Finding, summarise
-from attn_fuzz.poison import POISONS
 from attn_fuzz.process import DEAD_CONTEXT, context_alive, set_up_process
-from attn_fuzz.shrink import minimise
 from attn_fuzz.strategies import Domain, straddling
-from attn_fuzz.symptoms import MEMORY_SYMPTOMS, Crashed, Hung, NotExact, Symptom
+from attn_fuzz.symptoms import Crashed, Symptom
 from attn_fuzz.trial import Trial
 from backends import registry
 from backends.kernel import UnsupportedCase
@@ -51,20 +47,6 @@ Send = Callable[[Message], None]
 _PROGRESS_EVERY: Final = 0.2
 _SHRINK_SECONDS: Final = 8.0
 """Hypothesis alone would shrink for up to five minutes; minimise() takes over where it is stopped."""
-
-
-_MINIMISE_SECONDS: Final = 60.0
-
-_ATTEMPTS: Final = 12
-"""How often a smaller case is tried where the failing one, run once more, was right."""
-
-_NOW_AND_THEN: Final = (
-    "The same case, run once more, was right: a race, or something that earlier calls leave behind. Replay it several "
-    "times."
-)
-
-_SMALL_EXCESS: Final = 10.0
-"""Roundings of a few dozen sums reach that many times the limit at most; anything gross is what its budget says."""
 
 REFUSALS: Final = 500
 """A backend that has refused so many and taken none would refuse for ever."""
@@ -239,66 +221,14 @@ class Hunt:
 
     def report(self, case: Case, verdict: Verdict) -> None:
         """Shrinks a failing case to the end and sends it."""
-        # All probes may see something that names it better than those it was found by.
-        careful = self.examine(case)
-        best = careful if careful.symptoms else verdict
-        attempts = 1 if careful.symptoms else _ATTEMPTS
-        if best.first is not None and best.first.probe is regrouped and (other := regrouped_case(case)) is not None:
-            # The case passes and another arrangement of it fails: that one is the finding, if it fails by itself.
-            moved = self.examine(other)
-            if moved.first is not None and moved.first.probe is not regrouped:
-                case, best = other, moved
-        first = best.first
-        assert first is not None
-        symptom = type(first)
-        # On memory as it comes a small case fails or passes by luck; poison shows what it would do on a bad day.
-        by_luck = "none" in self.assignment.poisons and symptom in MEMORY_SYMPTOMS
-        poisons = POISONS if by_luck else self.assignment.poisons
-
-        # Only what saw it is asked again; all the rest is once the case is small.
-        asked = () if first.probe is None else (first.probe,)
-        # Sums that are rounded leave the budget after many roundings only; whole numbers show it after two.
-        rounded = self.rounds_sums(case, first)
-        faces: tuple[type[Symptom], ...] = MEMORY_SYMPTOMS if by_luck else (symptom,)
-        if rounded:
-            faces, asked = (symptom, NotExact), (exact_accumulation,)
-
-        def fails(candidate: Case) -> bool:
-            return any(fails_once(candidate) for _ in range(attempts))
-
-        def fails_once(candidate: Case) -> bool:
-            nonlocal best
-            try:
-                found = self.examine(candidate, poisons, asked)
-            except UnsupportedCase:
-                return False
-            if type(found.first) not in faces:
-                return False
-            best = found
-            return True
-
-        # Ranks out of step wait for ever, or fall over what was meant for another: which of the two is chance.
-        out_of_step = case.all_ranks > 1 and symptom in (Crashed, Hung)
-        if out_of_step:
-            faces = (Crashed, Hung)
-        # Whoever waits for ranks that hang takes no processor time.
-        clock = time.monotonic if out_of_step else time.process_time
-        small = minimise(case, fails, _MINIMISE_SECONDS, clock)
-        whole = self.examine(small, poisons)
-        best = whole if type(whole.first) is symptom else best
-        if (rounded or out_of_step) and best.first is not None:
-            symptom = type(best.first)
-        self.found.add(symptom.__name__)
-        finding = dataclasses.replace(self.finding(small, best), symptom=symptom.__name__)
-        if attempts > 1:
-            finding = dataclasses.replace(finding, messages=(*finding.messages, _NOW_AND_THEN))
+        trial = Trial(case, self.backend, self.device, self.assignment.poisons)
+        small = smallest(trial, verdict, self.examine)
+        name = small.symptom.__name__
+        self.found.add(name)
+        finding = dataclasses.replace(self.finding(small.case, small.verdict), symptom=name)
+        if not small.always:
+            finding = dataclasses.replace(finding, messages=(*finding.messages, NOW_AND_THEN))
         self.send(Found(finding))
-
-    def rounds_sums(self, case: Case, symptom: Symptom) -> bool:
-        """Whether a small excess over the budget comes with sums of whole numbers that are no longer whole."""
-        if case.level != "layer" or symptom.z is None or symptom.z > _SMALL_EXCESS * LIMIT:
-            return False
-        return any(True for _ in exact_accumulation(Trial(case, self.backend, self.device, self.assignment.poisons)))
 
     def finding(self, case: Case, verdict: Verdict) -> Finding:
         """The finding of a case that failed."""

@@ -1,0 +1,130 @@
+"""From a case that failed to the smallest one found that fails in the same way."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from attn_fuzz.checks import PROBES, Check
+from attn_fuzz.checks.accumulation import exact_accumulation
+from attn_fuzz.checks.budget import LIMIT
+from attn_fuzz.checks.regroup import regrouped, regrouped_case
+from attn_fuzz.examine import Verdict
+from attn_fuzz.poison import POISONS
+from attn_fuzz.shrink import minimise
+from attn_fuzz.symptoms import MEMORY_SYMPTOMS, Crashed, Hung, NotExact, Symptom
+from attn_fuzz.trial import Trial
+from backends.kernel import UnsupportedCase
+from reference.case import Case
+
+_SECONDS: Final = 60.0
+
+_ATTEMPTS: Final = 12
+"""How often a smaller case is tried where the failing one, run once more, was right."""
+
+NOW_AND_THEN: Final = (
+    "The same case, run once more, was right: a race, or something that earlier calls leave behind. Replay it several "
+    "times."
+)
+
+_SMALL_EXCESS: Final = 10.0
+"""Roundings of a few dozen sums reach that many times the limit at most; anything gross is what its budget says."""
+
+
+class Examine(Protocol):
+    """Gives a verdict on a case; raises UnsupportedCase for what the backend does not take."""
+
+    def __call__(
+        self, case: Case, poisons: Sequence[str] | None = None, probes: Sequence[Check] = PROBES
+    ) -> Verdict: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Smallest:
+    """What a failing case was shrunk to."""
+
+    case: Case
+    verdict: Verdict
+    symptom: type[Symptom]
+    always: bool
+    """Whether the case that was drawn failed again when it was run once more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Same:
+    """What counts as failing in the same way, and what is asked to see it."""
+
+    faces: tuple[type[Symptom], ...]
+    probes: Sequence[Check]
+    poisons: Sequence[str]
+    clock: Callable[[], float] = time.process_time
+    renamed: bool = False
+    """Whether the smallest case's symptom, rather than that of the one that was drawn, names the finding."""
+
+
+def _rounds_sums(trial: Trial, symptom: Symptom) -> bool:
+    """Whether a small excess over the budget comes with sums of whole numbers that are no longer whole."""
+    if trial.case.level != "layer" or symptom.z is None or symptom.z > _SMALL_EXCESS * LIMIT:
+        return False
+    return any(True for _ in exact_accumulation(trial))
+
+
+def _same(trial: Trial, first: Symptom) -> _Same:
+    """How to recognise the failure of a trial, whose first symptom that is."""
+    symptom = type(first)
+    # Only what saw it is asked again; all the rest is once the case is small.
+    probes = () if first.probe is None else (first.probe,)
+    if _rounds_sums(trial, first):
+        # They leave the budget after many roundings only; whole numbers show it after two.
+        return _Same((symptom, NotExact), (exact_accumulation,), trial.poisons, renamed=True)
+    if "none" in trial.poisons and symptom in MEMORY_SYMPTOMS:
+        # On memory as it comes a small case fails or passes by luck; poison shows what it would do on a bad day.
+        return _Same(MEMORY_SYMPTOMS, probes, POISONS)
+    if trial.case.all_ranks > 1 and symptom in (Crashed, Hung):
+        # Ranks out of step wait for ever, or fall over what was meant for another: which of the two is chance. Whoever
+        # waits for those that hang takes no processor time.
+        return _Same((Crashed, Hung), probes, trial.poisons, time.monotonic, renamed=True)
+    return _Same((symptom,), probes, trial.poisons)
+
+
+def smallest(trial: Trial, verdict: Verdict, examine: Examine) -> Smallest:
+    """Shrinks a failing case to the end.
+
+    Args:
+        trial: of the case, under the poisons under which it failed.
+        verdict: why it did.
+        examine: gives further verdicts.
+    """
+    case = trial.case
+    # All probes may see something that names it better than those it was found by.
+    careful = examine(case)
+    best = careful if careful.symptoms else verdict
+    attempts = 1 if careful.symptoms else _ATTEMPTS
+    if best.first is not None and best.first.probe is regrouped and (other := regrouped_case(case)) is not None:
+        # The case passes and another arrangement of it fails: that one is the finding, if it fails by itself.
+        moved = examine(other)
+        if moved.first is not None and moved.first.probe is not regrouped:
+            case, best = other, moved
+    assert best.first is not None
+    symptom = type(best.first)
+    same = _same(dataclasses.replace(trial, case=case), best.first)
+
+    def fails_once(candidate: Case) -> bool:
+        nonlocal best
+        try:
+            found = examine(candidate, same.poisons, same.probes)
+        except UnsupportedCase:
+            return False
+        if type(found.first) not in same.faces:
+            return False
+        best = found
+        return True
+
+    small = minimise(case, lambda candidate: any(fails_once(candidate) for _ in range(attempts)), _SECONDS, same.clock)
+    whole = examine(small, same.poisons)
+    best = whole if type(whole.first) is symptom else best
+    if same.renamed and best.first is not None:
+        symptom = type(best.first)
+    return Smallest(small, best, symptom, always=attempts == 1)
