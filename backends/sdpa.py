@@ -19,10 +19,18 @@ BACKENDS: Final = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 
+CPU_EXP_ERROR: Final = 20 * 2.0**-23
+"""torch's flash attention for CPUs uses a vectorised exponential good to 20 units in the last place."""
+
 
 def as_flash_does(profile: Profile, device: str) -> Profile:
     """A profile of what may be torch's flash attention, which on CPUs is another than on GPUs."""
     return dataclasses.replace(profile, stores_partial_sums=device == "cpu")
+
+
+def as_softmax_does(profile: Profile, device: str) -> Profile:
+    """A profile of what takes torch's softmax, which on CPUs has the exponential of its flash attention there."""
+    return dataclasses.replace(profile, exp_error=CPU_EXP_ERROR) if device == "cpu" else profile
 
 
 @contextlib.contextmanager

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
-from backends.kernels.sdpa_dense import CPU_EXP_ERROR
 from backends.metadata import VarlenMetadata
+from backends.sdpa import as_softmax_does
 from reference.profile import Profile
 
 
@@ -27,8 +25,7 @@ class Backup(Kernel):
     )
 
     def profile_on(self, device: str) -> Profile:
-        # torch's softmax on CPUs takes the same exponential as its flash attention there.
-        return dataclasses.replace(self.profile, exp_error=CPU_EXP_ERROR) if device == "cpu" else self.profile
+        return as_softmax_does(self.profile, device)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
 
 from backends.flash2 import ALIGNED_MEMORIES
 from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from backends.metadata import VarlenMetadata
-from backends.sdpa import as_flash_does
+from backends.sdpa import CPU_EXP_ERROR, as_flash_does
 from reference.profile import Profile
-
-CPU_EXP_ERROR: Final = 20 * 2.0**-23
-"""torch's flash attention for CPUs uses a vectorised exponential good to 20 units in the last place."""
 
 
 def dense_attention(

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 
 from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
-from backends.kernels.sdpa_dense import CPU_EXP_ERROR, SdpaDense, dense_attention
+from backends.kernels.sdpa_dense import SdpaDense, dense_attention
 from backends.metadata import VarlenMetadata
-from backends.sdpa import only
+from backends.sdpa import as_softmax_does, only
 from reference.case import MEMORIES
 from reference.profile import Profile
 
@@ -50,7 +50,7 @@ class SdpaDenseMath(ForcedDense):
     )
 
     def profile_on(self, device: str) -> Profile:
-        return dataclasses.replace(self.profile, exp_error=CPU_EXP_ERROR) if device == "cpu" else self.profile
+        return as_softmax_does(self.profile, device)
 
 
 KERNEL = SdpaDenseMath()

@@ -8,8 +8,9 @@ import torch
 
 from backends.flash2 import ALIGNED_MEMORIES
 from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
-from backends.kernels.sdpa_dense import CPU_EXP_ERROR, dense_attention
+from backends.kernels.sdpa_dense import dense_attention
 from backends.metadata import VarlenMetadata
+from backends.sdpa import CPU_EXP_ERROR
 from reference.profile import Profile
 
 
