@@ -127,8 +127,11 @@ def examine(
 
 def _asked(probe: Check, trial: Trial) -> Iterator[Symptom]:
     """A probe's symptoms; a backend that falls over its runs only is found again by asking it again."""
+    before = len(trial.touched)
     try:
         yield from probe(trial)
+        for what in dict.fromkeys(trial.touched[before:]):
+            yield InputsChanged("inputs_intact", what, "its bits changed in a run for another check")
     except (Symptom, UnsupportedCase):
         raise
     except Exception as error:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Final
 
 import torch
 
@@ -81,6 +82,9 @@ class Asked:
     """The backward runs twice over the same graph, and its second results count."""
 
 
+EVERYTHING: Final = Asked()
+
+
 class KernelCall:
     """One varlen call: tensors in place, then forward, then backward."""
 
@@ -91,7 +95,7 @@ class KernelCall:
         inputs: Inputs,
         poison: str,
         device: torch.device,
-        asked: Asked = Asked(),
+        asked: Asked = EVERYTHING,
     ) -> None:
         self.asked = asked
         self.backend, self.case, self.device, self.poison = backend, case, device, poison
@@ -166,7 +170,7 @@ def run_kernel(
     poison: str,
     device: torch.device,
     decoy: Case | None = None,
-    asked: Asked = Asked(),
+    asked: Asked = EVERYTHING,
 ) -> Observation:
     """Forward and backward of one varlen call on ``device``, around those of a decoy where one is given.
 

@@ -17,6 +17,7 @@ from attn_fuzz.fit import fitted
 from attn_fuzz.layout_pool import pooled_cuts, pooled_keys, pooled_lengths
 from attn_fuzz.layout_strategies import (
     LONG_EDGES,
+    LONG_LAYERS,
     MANY,
     MAX_PAIRS,
     TILE_EDGES,
@@ -36,11 +37,11 @@ _ROTARY_FRACTIONS = (0.5, 0.25, 0.75, 1.0)
 
 HEAD_GROUPS: tuple[tuple[int, int], ...] = (
     *((1, 1), (2, 1), (2, 2), (4, 2), (3, 1), (6, 2), (4, 1), (8, 8)),
-    *((5, 1), (8, 1), (12, 12), (16, 2), (14, 2), (32, 4)),
+    *((5, 1), (8, 1), (6, 3), (12, 12), (16, 2), (14, 2), (32, 4)),
 )
 """(heads, kv_heads): MHA, GQA and MQA, groups of 1 to 8."""
 
-HEAD_DIMS: tuple[int, ...] = (16, 8, 32, 64, 24, 5, 80, 96, 128, 192, 256, 1, 320, 48, 40, 72, 112, 160, 224)
+HEAD_DIMS: tuple[int, ...] = (16, 8, 32, 64, 24, 5, 80, 96, 128, 192, 256, 1, 320, 48, 36, 40, 72, 100, 112, 160, 224)
 
 # A float64 reference keeps several [samples, heads, q, k] tensors: this bounds heads * longest^2 where it can.
 _MAX_SCORES = {"kernel": 1 << 17, "layer": 1 << 14}
@@ -121,7 +122,8 @@ def windows(draw: st.DrawFn, domain: Domain, *, causal: bool, longest: int) -> t
     side = window_sides(capabilities, longest)
     left = draw(side)
     if causal:
-        return (left, -1)
+        # No bound on the right, and none beyond the row itself, mean the same.
+        return (left, draw(among([-1, -1, 0])))
     return draw(among([(left, left), (left, -1), (-1, left), (left, 0), (left, draw(side))]))
 
 
@@ -194,7 +196,7 @@ def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int],
         "causal": causal,
         "window": windows(draw, domain, causal=causal, longest=longest),
         "scale": draw(scales(capabilities, head_dim)),
-        "softcap": draw(among([0.0, 0.0, 20.0, 3.0])) if capabilities.softcap else 0.0,
+        "softcap": draw(among([0.0, 0.0, 20.0, 2.5])) if capabilities.softcap else 0.0,
         "dtype": draw(among(domain.dtypes)),
         **free_options(draw, capabilities, level),
     }
@@ -249,7 +251,11 @@ def layer_cases(draw: st.DrawFn, domain: Domain) -> Case:
     capabilities = domain.capabilities
     number = draw(layout_numbers(capabilities))
     if number is None:
-        lengths = draw(document_lengths(empty=capabilities.empty_documents, long=LONG_EDGES[:3]))
+        lengths = draw(
+            document_lengths(
+                empty=capabilities.empty_documents, long=LONG_EDGES[:3], many=MANY[:3], very_long=LONG_LAYERS
+            )
+        )
         return layers(draw, domain, lengths, draw(among([0, 0, 1, 5])))
     return layers(draw, domain, pooled_lengths(number, capabilities), 0, number)
 

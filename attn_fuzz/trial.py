@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from attn_fuzz.decoy import decoy_of
-from attn_fuzz.execute import run_kernel, run_layer
+from attn_fuzz.execute import EVERYTHING, Asked, run_kernel, run_layer
 from attn_fuzz.measured import Measured, measured
 from attn_fuzz.observation import Observation
 from attn_fuzz.poison import POISONS
@@ -35,6 +35,8 @@ class Trial:
     backend: Backend
     device: torch.device
     poisons: Sequence[str] = POISONS
+    touched: list[str] = dataclasses.field(default_factory=list, repr=False)
+    """Inputs, metadata or guard margins whose bits any run has changed, in words; shared by trials made from this."""
     company: bool | None = None
     """Whether a decoy runs around the first run; None: as the case's seed says (``in_company``)."""
     first_deviations: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False)
@@ -69,13 +71,22 @@ class Trial:
         """A run of its own."""
         return self.observe_with(self.inputs, poison, decoy)
 
-    def observe_with(self, inputs: Inputs | LayerInputs, poison: str, decoy: Case | None = None) -> Observation:
-        """A run with other tensors than the case's."""
+    def observe_with(
+        self,
+        inputs: Inputs | LayerInputs,
+        poison: str,
+        decoy: Case | None = None,
+        asked: Asked = EVERYTHING,
+    ) -> Observation:
+        """A run with other tensors than the case's; of autograd only a kernel case can be asked otherwise."""
         if isinstance(inputs, Inputs):
-            return run_kernel(self.backend, self.case, inputs, poison, self.device, decoy)
-        if self.case.all_ranks > 1:
-            return run_ranks(self.backend, self.case, inputs, poison, self.device, decoy)
-        return run_layer(self.backend, self.case, inputs, poison, self.device, decoy)
+            observed = run_kernel(self.backend, self.case, inputs, poison, self.device, decoy, asked)
+        elif self.case.all_ranks > 1:
+            observed = run_ranks(self.backend, self.case, inputs, poison, self.device, decoy)
+        else:
+            observed = run_layer(self.backend, self.case, inputs, poison, self.device, decoy)
+        self.touched.extend(observed.changed)
+        return observed
 
     @functools.cached_property
     def measured(self) -> Measured:

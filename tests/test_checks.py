@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from attn_fuzz.checks import CHECKS, Check
+from attn_fuzz.checks.additivity import sums_add_up
 from attn_fuzz.checks.budget import LIMIT, beyond_doubt, deviations
 from attn_fuzz.checks.memory import unwritten_unread
 from attn_fuzz.examine import Verdict, examine
@@ -21,6 +22,7 @@ from attn_fuzz.symptoms import (
     DeadRowsNotZero,
     InputsChanged,
     MissingResult,
+    NotExact,
     PoisonLeaked,
     Symptom,
     WrongBuffer,
@@ -628,3 +630,66 @@ def test_symptoms_stand_in_order_of_rank() -> None:
 )
 def test_rows_are_named_by_document(tensor: str, row: int, place: tuple[int | None, int]) -> None:
     assert Trial(KERNEL, load("loop"), CPU).document_of(tensor, row) == place
+
+
+# Runs that other checks make.
+
+
+class InferenceWrites(Double):
+    """Without autograd the output goes where the queries lie."""
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        attended = super().attend(q, k, v, metadata, options)
+        if not torch.is_grad_enabled():
+            q.copy_(attended.out)
+        return attended
+
+
+def test_inputs_that_only_inference_writes_to_are_seen() -> None:
+    verdict = examine(KERNEL, Backend("double", InferenceWrites(Loop())), CPU)
+    assert [(type(symptom), symptom.check, symptom.tensor) for symptom in verdict.symptoms] == [
+        (InputsChanged, "inputs_intact", "values of q")
+    ]
+
+
+# Additivity.
+
+APART = LAYER.replace(lengths=(4, 3, 10), cuts=(4, 7), dtype="bf16", query_norm="rms", key_norm="rms", value_norm="rms")
+"""Cut between documents only."""
+
+
+class RoundsOneSum(BufferedLayer):
+    """Hands one parameter's gradient over in float32, but with what the storage dtype has left of it."""
+
+    rounded = ""
+
+    def parameter_gradients(self) -> dict[str, torch.Tensor]:
+        return {
+            name: gradient.bfloat16().float() if name == self.rounded else gradient
+            for name, gradient in super().parameter_gradients().items()
+        }
+
+
+@pytest.mark.parametrize("name", ["query", "key_value", "query_norm", "key_norm", "value_norm"])
+def test_a_parameters_sum_that_was_rounded_does_not_add_up(name: str) -> None:
+    layer = type("RoundsIt", (RoundsOneSum,), {"rounded": name})
+    trial = Trial(APART, Backend("double", load("loop").kernel, layer), CPU)
+    assert {(symptom.check, symptom.tensor) for symptom in sums_add_up(trial)} == {("additivity", f"d_{name}")}
+    assert type(examine(APART, trial.backend, CPU).first) is NotExact
+
+
+@pytest.mark.parametrize("case", [APART, APART.replace(cuts=(3, 9)), APART.replace(cuts=(4, 8), padding=1, ranks=2)])
+def test_correct_sums_add_up(case: Case) -> None:
+    for dtype in ("bf16", "fp16"):
+        assert list(sums_add_up(Trial(case.replace(dtype=dtype), load("loop"), CPU))) == []
+
+
+def test_what_is_handed_over_in_the_storage_dtype_need_not_add_up() -> None:
+    class InDtype(BufferedLayer):
+        def parameter_gradients(self) -> dict[str, torch.Tensor]:
+            return {name: x.bfloat16() for name, x in super().parameter_gradients().items()}
+
+    trial = Trial(APART, Backend("double", load("loop").kernel, InDtype), CPU)
+    assert list(sums_add_up(trial)) == []

@@ -36,8 +36,12 @@ WITNESSES = {
     ),
     "needle": ("X06", '{"level": "kernel", "lengths": [1], "head_dim": 8}'),
     "exact_accumulation": (
-        "M40",
-        '{"level": "layer", "lengths": [2], "cuts": [1], "head_dim": 1, "hidden": 1, "dtype": "bf16"}',
+        "R08",
+        '{"level": "layer", "lengths": [2], "ranks": 2, "head_dim": 1, "hidden": 1, "dtype": "bf16"}',
+    ),
+    "additivity": (
+        "M40-query",
+        '{"level": "layer", "lengths": [3], "cuts": [2], "head_dim": 1, "hidden": 1, "dtype": "bf16"}',
     ),
     "asked": ("X33", '{"level": "kernel", "lengths": [1], "key_lengths": [2], "head_dim": 1}'),
     "isolation": ("X07", '{"level": "kernel", "lengths": [2]}'),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from attn_fuzz.checks.accumulation import exact_accumulation
+from attn_fuzz.checks.additivity import sums_add_up
 from attn_fuzz.checks.asked import asked_otherwise
 from attn_fuzz.checks.budget import histograms, within_budget, worst_errors
 from attn_fuzz.checks.dead_rows import dead_rows_zero
@@ -44,6 +45,7 @@ PROBES: tuple[Check, ...] = (
     regrouped,
     needle_found,
     exact_accumulation,
+    sums_add_up,
     repeats_itself,
     documents_apart,
     future_apart,

@@ -12,10 +12,9 @@ from typing import Final
 import torch
 
 from attn_fuzz.checks.budget import deviations, limit
-from attn_fuzz.execute import Asked, run_kernel
+from attn_fuzz.execute import Asked
 from attn_fuzz.symptoms import Symptom, WrongWhenAsked
 from attn_fuzz.trial import Trial
-from reference.answer import Inputs
 
 _WAYS: Final = {
     "without autograd": Asked(()),
@@ -58,8 +57,7 @@ def _judged(trial: Trial, how: str, asked: Asked) -> Iterator[Symptom]:
 
 def _beyond(trial: Trial, asked: Asked) -> dict[str, str]:
     """Results beyond their budget, in words, by name; not those that are beyond it when everything is asked for."""
-    assert isinstance(trial.inputs, Inputs)
-    observed = run_kernel(trial.backend, trial.case, trial.inputs, trial.poisons[0], trial.device, asked=asked)
+    observed = trial.observe_with(trial.inputs, trial.poisons[0], asked=asked)
     found: dict[str, str] = {}
     for name in ("out", "lse", *(f"d{name}" for name in asked.gradients)):
         usual, got = trial.observations[0].results.get(name), observed.results.get(name)

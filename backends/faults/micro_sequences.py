@@ -89,3 +89,16 @@ class GrowthLosesRow(LayerFault, BufferedLayer):
         while self._room < end:
             self._room *= 2
         return super().forward(x, begin, end)
+
+
+class QuerySumRounded(LayerFault, BufferedLayer):
+    """Of all sums over micro-sequences, the query projection's gradient alone is rounded to the storage dtype."""
+
+    id = "M40-query"
+    reports = ("the class of Dao-AILab/flash-attention#2723",)
+
+    def backward(self, dout: torch.Tensor) -> torch.Tensor:
+        dx = super().backward(dout)
+        total = self.gradients["query"]
+        total.copy_(total.to(dout.dtype))
+        return dx
