@@ -86,7 +86,13 @@ def test_silent_on_the_backends(name: str, dtype: str) -> None:
     for causal in (True, False):
         for heads, kv_heads, head_dim in ((1, 1, 16), (4, 2, 64), (2, 1, 2)):
             shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "causal": causal, "dtype": dtype}
-            for lengths, keys in (((129, 256), None), ((300, 3), (300, 3)), ((1, 2), (1025, 97)), ((5,), (2049,))):
+            for lengths, keys in (
+                ((129, 256), None),
+                ((300, 3), (300, 3)),
+                ((1, 2), (1025, 97)),
+                ((5,), (2049,)),
+                ((1, 2), (260, 257)),
+            ):
                 case = Case(level="kernel", lengths=lengths, key_lengths=keys, **shape)  # type: ignore[arg-type]
                 if backend.refusal(case, "cpu") is None:
                     assert symptoms(backend, case) == []
