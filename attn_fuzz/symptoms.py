@@ -95,7 +95,7 @@ class NotRegrouped(Symptom):
 
 
 class NotExact(Symptom):
-    """A sum of small whole numbers, which float32 holds exactly, is not exact."""
+    """A sum that float32 holds, of whole numbers or of large and small ones, has lost some of them."""
 
     rank = 17
 

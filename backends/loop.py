@@ -190,6 +190,10 @@ class Loop:
         """dO V^T."""
         return dout @ document.v.transpose(-1, -2)
 
+    def dq(self, call: Call, document: Document, ds: torch.Tensor) -> torch.Tensor:
+        """scale dS K of the stored dS."""
+        return call.options.scale * (ds @ document.k)
+
     def backward(
         self,
         call: Call,
@@ -212,7 +216,7 @@ class Loop:
             ds = self.ds(call, document, p, self.dp(call, document, doutd), delta, slope).to(call.dtype).float()
             rounded = p.to(call.dtype).float()
             scale = call.options.scale
-            self.write(dq, document.rows, scale * (ds @ document.k), "dq")
+            self.write(dq, document.rows, self.dq(call, document, ds), "dq")
             dkd = self.reduce(call, scale * (ds.transpose(-1, -2) @ document.q))
             dvd = self.reduce(call, rounded.transpose(-1, -2) @ doutd)
             self.write(dk, document.keys, dkd, "dk")

@@ -13,6 +13,9 @@ SMALLEST_NORMAL: Final = {"fp32": 2.0**-126, "bf16": 2.0**-126, "fp16": 2.0**-14
 SUBNORMAL_SPACING: Final = {"fp32": 2.0**-126, "bf16": 2.0**-126, "fp16": 2.0**-24}
 """eta, the spacing below the smallest normal number; hardware may flush what fp32 and bf16 have there to zero."""
 
+PARTIAL_SUM_KEYS: Final = 512
+"""After so many keys of a call dQ is stored, and added to, by what ``stores_partial_sums``."""
+
 ACCUMULATION: Final = 8 * 2.0**-24
 """a: relative error of a float32 accumulation with a hardware exponential, per square root of the summed squares."""
 
@@ -51,7 +54,10 @@ class Profile:
     float32_angles: bool = False
     """Layers only: rotary's frequencies and angles are float32."""
     stores_partial_sums: bool = False
-    """dK and dV are stored, and added to, every 32, 64 or 256 query rows, as torch's flash attention on CPUs does."""
+    """dK and dV are stored, and added to, every 32, 64 or 256 query rows, as torch's flash attention on CPUs does.
+
+    So is dQ, every ``PARTIAL_SUM_KEYS`` keys of the call, whosever they are.
+    """
     stored_sums: frozenset[str] = frozenset()
     """Layers only: results (``dk``, ``d_query``, ...) whose sums over micro-sequences are kept in the dtype."""
     tanh_error: float = 0.0

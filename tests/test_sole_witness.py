@@ -43,6 +43,7 @@ WITNESSES = {
         "M40-query",
         '{"level": "layer", "lengths": [3], "cuts": [2], "head_dim": 1, "hidden": 1, "dtype": "bf16"}',
     ),
+    "swamping": ("X38", '{"level": "kernel", "lengths": [96], "head_dim": 2, "dtype": "bf16"}'),
     "asked": ("X33", '{"level": "kernel", "lengths": [1], "key_lengths": [2], "head_dim": 1}'),
     "isolation": ("X07", '{"level": "kernel", "lengths": [2]}'),
     "regrouping": ("M38-twice", '{"level": "layer", "lengths": [12]}'),

@@ -19,6 +19,7 @@ from attn_fuzz.checks.ranks import dead_rows_zero_by_rank, replicas_equal
 from attn_fuzz.checks.regroup import regrouped
 from attn_fuzz.checks.repeat import path_taken, repeats_itself
 from attn_fuzz.checks.spread import rows_within_budget, worst_spreads
+from attn_fuzz.checks.swamping import sums_not_swamped
 from attn_fuzz.symptoms import Symptom
 from attn_fuzz.trial import Trial
 
@@ -50,6 +51,7 @@ PROBES: tuple[Check, ...] = (
     documents_apart,
     future_apart,
     asked_otherwise,
+    sums_not_swamped,
 )
 """Functions of runs of their own, with inputs of their own: asked where nothing has failed yet."""
 

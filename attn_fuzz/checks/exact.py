@@ -35,7 +35,8 @@ def _of_group(values: torch.Tensor, group: int) -> torch.Tensor:
     return values.repeat_interleave(group, dim=1)
 
 
-def _observe(trial: Trial, inputs: Inputs) -> Observation:
+def observe_probe(trial: Trial, inputs: Inputs) -> Observation:
+    """A run of a probe's inputs, unwritten memory full of NaN."""
     case = trial.case
     if case.memory == "broadcast":
         # A probe's keys differ from head to head.
@@ -48,7 +49,7 @@ def uniform_keys(trial: Trial) -> Iterator[Symptom]:
     if trial.case.level != "kernel":
         return
     probe = uniform_probe(trial.case)
-    observation = _observe(trial, probe.inputs)
+    observation = observe_probe(trial, probe.inputs)
     yield from _census(trial, observation, probe.inputs.v.double())
     yield from _row_sums(trial, observation, probe.shift)
     yield from _support(trial, observation, probe.hot, probe.shift * trial.case.softmax_scale)
@@ -191,7 +192,7 @@ def _miscounted(trial: Trial) -> tuple[int, int, float, float, int] | None:
     """(row, head, got, expected, rows wrong) of dV, beyond the budget by element or by row."""
     case = trial.case
     inputs = every_row_probe(case)
-    got = _observe(trial, inputs).results["dv"]
+    got = observe_probe(trial, inputs).results["dv"]
     expected = kernel_answer(case, inputs, trial.backend.kernel.profile_on(trial.device.type))["dv"]
     z = deviations(case, got, expected)
     wrong = ((z > LIMIT).any(-1)) | (row_spreads(case, got, expected) > ALIKE)
@@ -207,7 +208,7 @@ def needle_found(trial: Trial) -> Iterator[Symptom]:
     if trial.case.level != "kernel" or (probe := needle_probe(trial.case)) is None:
         return
     case = trial.case
-    observation = _observe(trial, probe.inputs)
+    observation = observe_probe(trial, probe.inputs)
     out = observation.results["out"]
     group = case.heads // case.kv_heads
     heads = torch.arange(case.heads) // group

@@ -231,6 +231,36 @@ class ScaleRoundedBackward(KernelFault):
         super().write(result, rows, value * (1 + 1.25 * 2.0**-7) if wide else value, name)
 
 
+def _added_up(weights: torch.Tensor, values: torch.Tensor, tile: int, dtype: torch.dtype) -> torch.Tensor:
+    """``weights @ values`` over tiles of keys, the running sum stored in a dtype."""
+    total = torch.zeros_like(weights[..., :0] @ values[:, :0])
+    for part, rows in zip(weights.split(tile, -1), values.split(tile, 1), strict=True):
+        total = (total + part @ rows).to(dtype).float()
+    return total
+
+
+class OutputSwamped(KernelFault):
+    """The output is added up over tiles of 64 keys in the storage dtype."""
+
+    id = "X37"
+    levels = ("kernel",)
+    capabilities = Capabilities(covers_all_rows=False, dtypes=("bf16", "fp16"))
+
+    def weighted(self, call: Call, document: Document, probabilities: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return _added_up(probabilities.to(call.dtype).float(), document.v, 64, call.dtype)
+
+
+class QueryGradientSwamped(KernelFault):
+    """dQ is added up over tiles of 32 keys in the storage dtype."""
+
+    id = "X38"
+    levels = ("kernel",)
+    capabilities = Capabilities(covers_all_rows=False, dtypes=("bf16", "fp16"))
+
+    def dq(self, call: Call, document: Document, ds: torch.Tensor) -> torch.Tensor:
+        return call.options.scale * _added_up(ds, document.k, 32, call.dtype)
+
+
 class PositionDependent(KernelFault):
     """Documents at an odd place in the pack are scaled by 1 + 2^-5."""
 

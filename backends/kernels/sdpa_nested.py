@@ -10,7 +10,7 @@ from backends.flash2 import ALIGNED_MEMORIES
 from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from backends.kernels.sdpa_dense import dense_attention
 from backends.metadata import VarlenMetadata
-from backends.sdpa import CPU_EXP_ERROR
+from backends.sdpa import CPU_EXP_ERROR, as_flash_does
 from reference.profile import Profile
 
 
@@ -89,8 +89,9 @@ class SdpaNested(Kernel):
         return dataclasses.replace(self.capabilities, head_dim_multiple=8) if device == "cuda" else self.capabilities
 
     def profile_on(self, device: str) -> Profile:
-        # On CPU jagged tensors take the unfused composition, every step of it in the storage dtype.
-        return UNFUSED if device == "cpu" else self.profile
+        # On CPU jagged tensors take the unfused composition, every step of it in the storage dtype; causal documents do
+        # not, and may take the flash attention there.
+        return as_flash_does(UNFUSED, device) if device == "cpu" else self.profile
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions

@@ -1,0 +1,47 @@
+"""Float32 sums over keys: outputs and dQ whose running sums are far larger than themselves (attn_fuzz/swamping.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from attn_fuzz.checks.exact import observe_probe
+from attn_fuzz.swamping import REFERENCE_CHANNEL, allowed, sums_of, swamping_probe
+from attn_fuzz.symptoms import NotExact, Symptom
+from attn_fuzz.trial import Trial
+from reference.profile import PARTIAL_SUM_KEYS
+
+
+def sums_not_swamped(trial: Trial) -> Iterator[Symptom]:
+    """The last row of each long document holds the whole sum over its keys, forward and backward."""
+    case = trial.case
+    if (probe := swamping_probe(case)) is None:
+        return
+    profile = trial.backend.kernel.profile_on(trial.device.type)
+    # A dense call counts the keys of all documents.
+    stored = profile.stores_partial_sums and sum(case.packed_key_lengths) > PARTIAL_SUM_KEYS
+    results = observe_probe(trial, probe.inputs).results
+    accused = set[str]()
+    for document in probe.swamped:
+        row = document.segment.queries.end - 1
+        for name, (expected, unit) in sums_of(case, probe, document).items():
+            if name in accused or (name == "dq" and stored):
+                continue
+            got = results[name][row].double()
+            moved, should = (x - x[:, [REFERENCE_CHANNEL]] for x in (got, expected))
+            wrong = ~((moved - should).abs() <= allowed(case, document, unit, got)) | ~got.isfinite()
+            if name == "out":
+                # Channel 0 has no large values: it makes the gradient.
+                wrong[:, 0] = False
+            if not wrong.any():
+                continue
+            accused.add(name)
+            head, channel = (int(i) for i in wrong.nonzero()[0])
+            _, within = trial.document_of(name, row)
+            yield NotExact(
+                "swamping",
+                name,
+                f"document {document.segment.document}, row {within}, head {head}, channel {channel}: the small ones "
+                f"of {document.count} keys, beside large ones that cancel, add up to "
+                f"{moved[head, channel].item() / unit:.4g} instead of {should[head, channel].item() / unit:.0f}; "
+                f"{int(wrong.sum())} elements wrong",
+            )
