@@ -19,7 +19,7 @@ from reference.answer import SHARED_DIMENSIONS, Inputs, kernel_inputs
 from reference.case import Case
 from reference.layer import LayerInputs, layer_inputs
 from reference.layout import Span, active_extent, micro_sequences
-from reference.memory import Placed, all_intact, place
+from reference.memory import Placed, all_intact, layout_of, place
 
 
 def require_support(backend: Backend, case: Case, device: torch.device) -> None:
@@ -114,7 +114,7 @@ class KernelCall:
             x = torch.cat([x, x.new_full((self.case.capacity, *x.shape[1:]), fill)])
         elif self.case.capacity:
             x = x[:1].expand(len(x) + self.case.capacity, *x.shape[1:])
-        return place(x, self.case.memory, fill, shared)
+        return place(x, layout_of(name, self.case.memory), fill, shared)
 
     def forward(self) -> None:
         q, k, v = self.leaves.values()

@@ -204,7 +204,7 @@ _SIMPLER: dict[str, tuple[object, ...]] = {
     "rotary_theta": (10000.0,),
     "values": ("gaussian",),
     "weights": ("gaussian",),
-    "memory": ("contiguous",),
+    "memory": ("contiguous", "fused", "head_major", "sliced"),
     "causal": (True,),
     "seed": (0, 1),
     "dtype": ("fp32", "bf16"),
