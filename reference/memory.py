@@ -15,7 +15,8 @@ MIXED: Final = {"q": "head_major", "k": "contiguous", "v": "sliced", "dout": "fu
 """How each tensor of a call lies with memory ``mixed``.
 
 Rows of V lie further apart than those of K, and those of the output gradient further than those of Q; heads lie
-differently too. Who reads V with the strides of K, or the gradient with those of Q, gets other values, none from outside.
+differently too. Who reads V with the strides of K, or the gradient with those of Q, gets other values, but none from
+outside.
 """
 
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
