@@ -241,7 +241,7 @@ def test_one_stack_for_all_calls_shows_only_where_a_decoy_crosses() -> None:
 
 
 def test_so_does_one_stack_for_all_sequences() -> None:
-    backend = registry.load("fault:X37")
+    backend = registry.load("fault:X39")
     for case in (Case(lengths=(3, 2), cuts=(2,)), Case(lengths=(3,), seed=3)):
         assert examine(case, backend, "cpu", probes=()).symptoms == ()
         assert examine(case.replace(seed=case.seed + 4), backend, "cpu", probes=()).symptoms

@@ -161,7 +161,7 @@ class SharedBuffer(LayerFault, BufferedLayer):
 class SharedStack(LayerFault, BufferedLayer):
     """Contexts of all sequences lie on one stack, and the backward takes the last one."""
 
-    id = "X37"
+    id = "X39"
     _stack: ClassVar[list[tuple[torch.Tensor, torch.Tensor]]] = []
 
     def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> None:
