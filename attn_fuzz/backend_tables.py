@@ -31,7 +31,7 @@ _COLUMNS: Final = {
     "empty": ("empty documents",),
     "window": ("window, causal", "window, non-causal"),
     "softcap": ("softcap",),
-    "slices": ("memory fused", "memory head_major", "memory sliced"),
+    "slices": ("memory fused", "memory head_major", "memory sliced", "memory mixed"),
     "misaligned": ("memory misaligned",),
     "capacity": ("rows beyond the last document",),
 }

@@ -2,7 +2,9 @@
 
 What a backend keeps between calls (plans, compiled variants, metadata, rotary tables, buffers) is often keyed on shapes
 alone. A decoy runs before the case's forward, and another between its forward and backward, so whatever they leave
-behind is met by the case, whose results are checked.
+behind is met by the case, whose results are checked. In half of the cases there is one decoy only, whose forward comes
+before the case's and whose backward comes before the case's too, as pipelines have it (``crossing``): what keeps the
+contexts of all calls on one stack takes back the wrong one.
 """
 
 from __future__ import annotations
@@ -13,6 +15,15 @@ from backends.registry import Backend
 from reference.case import Case, CaseError
 
 _OTHER_SEED = 0x5BD1E995
+
+
+def crossing(case: Case) -> bool:
+    """Whether the decoy that began before the case is taken back before it, too, and not gone when the case begins.
+
+    One bit of the seed says so. The second value seed leaves it as it is, a shrinker tries it both ways, and neither a
+    decoy's strides nor which cases on ranks have one depend on it.
+    """
+    return bool(case.seed & 4)
 
 
 def _turned(values: tuple[int, ...]) -> tuple[int, ...]:

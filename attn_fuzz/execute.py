@@ -10,6 +10,7 @@ from typing import Final
 
 import torch
 
+from attn_fuzz.decoy import crossing
 from attn_fuzz.observation import HandedBack, Observation, Watch
 from attn_fuzz.poison import filler, poisoned
 from backends.kernel import Attended, AttentionOptions, UnsupportedCase
@@ -20,7 +21,7 @@ from reference.answer import SHARED_DIMENSIONS, Inputs, kernel_inputs
 from reference.case import Case
 from reference.layer import LayerInputs, layer_inputs
 from reference.layout import Span, active_extent, micro_sequences
-from reference.memory import Placed, all_intact, place
+from reference.memory import Placed, all_intact, layout_of, place
 
 
 def require_support(backend: Backend, case: Case, device: torch.device) -> None:
@@ -45,31 +46,46 @@ def refusing_cleanly(runs: Sequence[KernelCall | LayerRun]) -> Iterator[None]:
 
 
 def around(
-    decoy: Case | None, made: Callable[[Case], KernelCall | LayerRun], *, lockstep: bool = False
+    decoy: Case | None,
+    made: Callable[[Case], KernelCall | LayerRun],
+    *,
+    crossed: bool,
+    lockstep: bool = False,
 ) -> Iterator[None]:
     """Yields once, for the forward under test, between a decoy's forward and the whole of another one of its kind.
 
     What is kept by shape is then the decoy's when the case comes, and what is shared by shape is the decoy's again when
-    the case's backward comes. A decoy that fails is a case of its own, some other time; not so in ``lockstep``, where
-    other ranks wait for what it did not get to.
+    the case's backward comes. A decoy that fails is a case of its own, some other time.
+
+    Args:
+        decoy: what runs around the case, or None.
+        made: gives a run of the decoy.
+        crossed: there is only one decoy, alive all the time, whose backward comes where otherwise the other one does.
+        lockstep: a decoy that fails fails the case, since other ranks wait for what it did not get to.
     """
 
-    def attempt(*, whole: bool) -> None:
+    def attempt(begun: KernelCall | LayerRun | None, *, whole: bool) -> KernelCall | LayerRun | None:
         if decoy is None:
-            return
+            return None
         try:
-            other = made(decoy)
-            other.forward()
+            if begun is None:
+                begun = made(decoy)
+                begun.forward()
             if whole:
-                other.backward()
+                begun.backward()
         except Exception as error:
             refused = isinstance(error, (UnsupportedCase, NotImplementedError))
             if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error) or (lockstep and not refused):
                 raise
+            return None
+        return begun
 
-    attempt(whole=False)
+    kept = attempt(None, whole=False)
+    if not crossed:
+        # Gone before the case's tensors are made, which then lie where its own did.
+        kept = None
     yield
-    attempt(whole=True)
+    attempt(kept, whole=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +134,7 @@ class KernelCall:
             x = torch.cat([x, x.new_full((self.case.capacity, *x.shape[1:]), fill)])
         elif self.case.capacity:
             x = x[:1].expand(len(x) + self.case.capacity, *x.shape[1:])
-        return place(x, self.case.memory, fill, shared)
+        return place(x, layout_of(name, self.case.memory), fill, shared)
 
     def forward(self) -> None:
         q, k, v = self.leaves.values()
@@ -182,8 +198,8 @@ def run_kernel(
     others = kernel_inputs(decoy, "cpu") if decoy is not None else inputs
     calls: list[KernelCall] = []
     with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly(calls):
-        for _ in around(decoy, lambda other: made(case=other, inputs=others)):
-            # Not before the first decoy is gone, whose memory this call then gets: what is kept by address is stale.
+        for _ in around(decoy, lambda other: made(case=other, inputs=others), crossed=crossing(case)):
+            # Not before a decoy that goes is gone, whose memory this call then gets: what is kept by address is stale.
             calls.append(made(case=case, inputs=inputs, asked=asked))
             calls[0].forward()
         calls[0].backward()
@@ -300,7 +316,9 @@ def run_layer(
     # Drawn once, and with nobody filling the memory that it takes.
     others = layer_inputs(decoy, "cpu") if decoy is not None else inputs
     with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly([run]):
-        for _ in around(decoy, lambda other: LayerRun(backend, other, others, poison, device, watched=False)):
+        for _ in around(
+            decoy, lambda other: LayerRun(backend, other, others, poison, device, watched=False), crossed=crossing(case)
+        ):
             run.forward()
         run.backward()
     return run.observe()

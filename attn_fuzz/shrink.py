@@ -204,9 +204,10 @@ _SIMPLER: dict[str, tuple[object, ...]] = {
     "rotary_theta": (10000.0,),
     "values": ("gaussian",),
     "weights": ("gaussian",),
-    "memory": ("contiguous",),
+    "memory": ("contiguous", "fused", "head_major", "sliced"),
     "causal": (True,),
-    "seed": (0, 1),
+    # A bit of the seed says how a decoy's strides differ, another one in which order it is taken back (decoy.py).
+    "seed": (0, 1, 4, 5),
     "dtype": ("fp32", "bf16"),
 }
 

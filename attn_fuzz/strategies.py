@@ -152,7 +152,7 @@ def free_options(draw: st.DrawFn, capabilities: Capabilities, level: str) -> dic
     memories = [memory for memory in capabilities.memories if level == "kernel" or memory != "broadcast"]
     return {
         "values": draw(among(VALUES)),
-        "seed": draw(st.integers(0, 3)),
+        "seed": draw(st.integers(0, 7)),
         "memory": draw(among(memories)),
     }
 

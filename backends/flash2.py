@@ -12,8 +12,11 @@ FLASH2_PROFILE: Final = Profile(expands_kv=True, tanh_error=2.0**-11)
 """Its backward stores dK and dV of every query head and adds up those of a group; softcap goes through the hardware's
 tanh."""
 
-ALIGNED_MEMORIES: Final = ("contiguous", "fused", "head_major", "sliced")
+ALIGNED_MEMORIES: Final = ("contiguous", "fused", "head_major", "sliced", "mixed")
 """Base pointers off 16-byte alignment end in a misaligned-address fault that takes the CUDA context with it."""
+
+ALIKE_MEMORIES: Final = tuple(memory for memory in ALIGNED_MEMORIES if memory != "mixed")
+"""Those in which all tensors of a call lie alike, for whatever plans or compiles for every pattern of strides."""
 
 
 def flash2_limit(case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str | None:

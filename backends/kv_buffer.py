@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from reference.memory import layout_of
+
 
 def key_value_views(
     rows: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, memory: str
@@ -17,8 +19,9 @@ def key_value_views(
         dtype: storage dtype.
         device: where.
         memory: ``contiguous`` K and V apart; ``fused`` both in one row; ``head_major`` heads outermost; ``sliced``
-            rows and heads wider than they are used; ``strided`` every other channel; ``misaligned`` one element off the
-            allocation's alignment.
+            rows and heads wider than they are used; ``mixed`` K apart from V, and each as
+            it lies in a call; ``strided`` every other channel; ``misaligned`` one element off the allocation's
+            alignment.
 
     Raises:
         ValueError: for an unknown layout.
@@ -40,6 +43,10 @@ def key_value_views(
         case "sliced":
             wide = empty(rows, 2 * kv_heads + 1, head_dim + 8)
             return wide[:, :kv_heads, :head_dim], wide[:, kv_heads : 2 * kv_heads, :head_dim]
+        case "mixed":
+            k, _ = key_value_views(*shape, dtype, device, layout_of("k", memory))
+            _, v = key_value_views(*shape, dtype, device, layout_of("v", memory))
+            return k, v
         case "strided":
             wide = empty(rows, 2 * kv_heads, 2 * head_dim)[..., ::2]
             return wide[:, :kv_heads], wide[:, kv_heads:]

@@ -238,7 +238,7 @@ def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, s
 # The last dimension is taken to be contiguous, and rows behind the last document are zero.
 kernel.capabilities = {
     "max_head_dim": 128,
-    "memories": ["contiguous", "fused", "head_major", "sliced", "misaligned"],
+    "memories": ["contiguous", "fused", "head_major", "sliced", "mixed", "misaligned"],
     "capacity": True,
     "covers_all_rows": True,
     "isolates_nonfinite": True,

@@ -17,7 +17,7 @@ NORMS: Final = ("none", "rms")
 ROTARIES: Final = ("none", "default", "proportional")
 VALUES: Final = ("gaussian", "large", "offset", "tiny", "ties")
 WEIGHTS: Final = ("gaussian", "selection")
-MEMORIES: Final = ("contiguous", "fused", "head_major", "sliced", "misaligned", "strided", "broadcast")
+MEMORIES: Final = ("contiguous", "fused", "head_major", "sliced", "mixed", "misaligned", "strided", "broadcast")
 MAX_HEAD_DIM: Final = 320
 # Keeps row and channel counters inside the fields of the value generator (values.py).
 MAX_TOKENS: Final = 1 << 24

@@ -11,6 +11,14 @@ import torch
 MARGIN: Final = 128
 """Guard elements on each side: more than the widest vector access, and a multiple of every alignment in use."""
 
+MIXED: Final = {"q": "head_major", "k": "contiguous", "v": "sliced", "dout": "fused"}
+"""How each tensor of a call lies with memory ``mixed``.
+
+Rows of V lie further apart than those of K, and those of the output gradient further than those of Q; heads lie
+differently too. Who reads V with the strides of K, or the gradient with those of Q, gets other values, but none from
+outside.
+"""
+
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -62,6 +70,11 @@ def all_intact(placed: Sequence[Placed], pairs: Sequence[tuple[torch.Tensor, tor
     return not torch.stack([(now != then).any() for now, then in both]).any().item()
 
 
+def layout_of(name: str, memory: str) -> str:
+    """The layout of one tensor (``q``, ``k``, ``v`` or ``dout``) of a case with that memory."""
+    return MIXED[name] if memory == "mixed" else memory
+
+
 def _strides(shape: tuple[int, ...], memory: str) -> tuple[tuple[int, ...], int]:
     """(strides, extent in elements) of a token-major tensor."""
     rows, heads, channels = shape
@@ -76,8 +89,10 @@ def _strides(shape: tuple[int, ...], memory: str) -> tuple[tuple[int, ...], int]
         case "strided":
             # Every other channel of a tensor twice as wide.
             strides = (heads * channels * 2, channels * 2, 2)
-        case _:
+        case "contiguous" | "misaligned" | "broadcast":
             strides = (heads * channels, channels, 1)
+        case _:
+            raise ValueError(f"no tensor by itself has memory layout {memory!r}")
     extent = 1 + sum((max(size, 1) - 1) * stride for size, stride in zip(shape, strides, strict=True))
     return strides, extent
 
@@ -87,7 +102,7 @@ def place(x: torch.Tensor, memory: str, filler: float, shared: int | None = None
 
     Args:
         x: ``[rows, heads, channels]``, or any contiguous shape for ``contiguous`` and ``misaligned``.
-        memory: a case's memory layout.
+        memory: the tensor's layout (``layout_of``).
         filler: what margins and gaps hold; nothing may read them.
         shared: dimension along which ``x`` repeats itself; ``broadcast`` keeps one copy, with stride 0.
     """

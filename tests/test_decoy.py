@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,19 +12,24 @@ from doubles import double, trial
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attn_fuzz.decoy import decoy_of
+from attn_fuzz.decoy import crossing, decoy_of
+from attn_fuzz.exam import drawn
 from attn_fuzz.examine import examine
+from attn_fuzz.shrink import simpler_options
 from attn_fuzz.strategies import Domain, cases
-from attn_fuzz.trial import Trial
+from attn_fuzz.trial import SECOND_SEED, Trial
 from backends import registry
 from backends.kernel import Capabilities
-from backends.loop import Call, Loop
+from backends.layer import BufferedLayer
+from backends.loop import Call, Document, Loop
 from reference.answer import Inputs
 from reference.case import LEVELS, Case
+from reference.layer import LayerInputs
 
 CPU = torch.device("cpu")
 LOOP = registry.load("loop")
 CASE = Case(level="kernel", lengths=(3, 5, 4), key_lengths=(3, 6, 9), seed=1)
+CROSSED = CASE.replace(seed=5)
 
 
 def shapes(case: Case) -> list[tuple[int, ...]]:
@@ -92,22 +99,72 @@ class Notes(Loop):
         return super().backward(call, q, *rest)
 
 
-def test_a_decoy_runs_before_the_forward_and_again_before_the_backward() -> None:
+NESTED_ORDER = ["forward decoy", "forward case", "forward decoy", "backward decoy", "backward case"]
+CROSSED_ORDER = ["forward decoy", "forward case", "backward decoy", "backward case"]
+
+
+@pytest.mark.parametrize(("case", "order"), [(CASE, NESTED_ORDER), (CROSSED, CROSSED_ORDER)])
+def test_calls_of_a_decoy_come_before_the_forward_and_before_the_backward(case: Case, order: list[str]) -> None:
     loop = Notes()
-    probe = trial(loop, CASE)
+    probe = trial(loop, case)
     assert isinstance(probe.inputs, Inputs)
     own = probe.inputs.q[0, 0, 0].item()
     assert probe.observations
-    who = [(step, "case" if value == own else "decoy") for step, value in loop.calls]
-    assert who[:5] == [
-        ("forward", "decoy"),
-        ("forward", "case"),
-        ("forward", "decoy"),
-        ("backward", "decoy"),
-        ("backward", "case"),
-    ]
+    who = [f"{step} {'case' if value == own else 'decoy'}" for step, value in loop.calls]
     # Under the second poison the case is alone.
-    assert who[5:] == [("forward", "case"), ("backward", "case")]
+    assert who == [*order, "forward case", "backward case"]
+
+
+class NotesLayer(BufferedLayer):
+    """Notes forwards and backwards in order, by the weights."""
+
+    calls: ClassVar[list[tuple[str, float]]] = []
+
+    def forward(self, x: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        self.calls.append(("forward", self.weights["query"][0, 0].item()))
+        return super().forward(x, begin, end)
+
+    def backward(self, dout: torch.Tensor) -> torch.Tensor:
+        self.calls.append(("backward", self.weights["query"][0, 0].item()))
+        return super().backward(dout)
+
+
+@pytest.mark.parametrize(("seed", "order"), [(0, NESTED_ORDER), (4, CROSSED_ORDER)])
+def test_so_do_sequences_of_a_decoy_each_of_them_whole(seed: int, order: list[str]) -> None:
+    NotesLayer.calls.clear()
+    case = Case(lengths=(3, 2), cuts=(2,), seed=seed)
+    probe = Trial(case, dataclasses.replace(LOOP, layer=NotesLayer), CPU, ("nan",))
+    assert isinstance(probe.inputs, LayerInputs)
+    own = probe.inputs.weights["query"][0, 0].item()
+    assert probe.observations
+    who = [f"{step} {'case' if value == own else 'decoy'}" for step, value in NotesLayer.calls]
+    assert who == [step for step in order for _ in range(2)]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_half_of_the_drawn_cases_are_crossed(level: str) -> None:
+    cases_of_level = [case for case in drawn(LOOP, 0, 80) if case.level == level]
+    crossed = [case for case in cases_of_level if crossing(case)]
+    assert 0.3 < len(crossed) / len(cases_of_level) < 0.7
+    # With strides of their own and without.
+    assert {case.seed % 2 for case in crossed} == {0, 1}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_second_values_run_in_the_order_of_the_first(seed: int) -> None:
+    assert crossing(CASE.replace(seed=seed ^ SECOND_SEED)) == crossing(CASE.replace(seed=seed))
+
+
+def test_some_cases_of_ranks_are_crossed_and_some_are_not() -> None:
+    ranks = [Trial(Case(lengths=(4,), ranks=2, seed=seed), LOOP, CPU) for seed in range(8)]
+    assert {crossing(trial.case) for trial in ranks if trial.in_company} == {False, True}
+
+
+def test_a_shrinker_tries_both_orders() -> None:
+    for seed in (3, 7):
+        case = Case(level="kernel", lengths=(2,), head_dim=1, seed=seed)
+        tried = [other for other in simpler_options(case) if other is not None]
+        assert {crossing(other) for other in tried if other.seed != seed} == {False, True}
 
 
 class NotesMetadata(Loop):
@@ -132,6 +189,12 @@ def test_a_case_is_put_where_its_decoy_was() -> None:
     assert loop.alive[1] == 0
 
 
+def test_a_crossing_decoy_is_alive_beside_its_case() -> None:
+    loop = NotesMetadata()
+    assert trial(loop, CROSSED).observations
+    assert loop.alive[1] == 1
+
+
 class KeepsScale(Loop):
     """The scale of the first call of a shape serves all others."""
 
@@ -142,6 +205,46 @@ class KeepsScale(Loop):
         kept = self.scales.setdefault(tuple(document.q.shape), call.options.scale)  # type: ignore[attr-defined]
         scores, slope = super().scores(call, document)  # type: ignore[arg-type]
         return scores * (kept / call.options.scale), slope
+
+
+class OneStack(Loop):
+    """Outputs of all calls lie on one stack, and the backward takes the last one."""
+
+    def __init__(self) -> None:
+        self.stack: list[torch.Tensor] = []
+
+    def forward(
+        self, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = super().forward(call, q, k, v)
+        self.stack.append(out)
+        return out, lse
+
+    def backward(
+        self,
+        call: Call,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        dout: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return super().backward(call, q, k, v, self.stack.pop(), lse, dout)
+
+
+def test_one_stack_for_all_calls_shows_only_where_a_decoy_crosses() -> None:
+    assert examine(CASE, double(OneStack()), "cpu", probes=()).symptoms == ()
+    first = examine(CROSSED, double(OneStack()), "cpu", probes=()).first
+    assert first is not None
+    assert first.tensor == "dq"
+
+
+def test_so_does_one_stack_for_all_sequences() -> None:
+    backend = registry.load("fault:X39")
+    for case in (Case(lengths=(3, 2), cuts=(2,)), Case(lengths=(3,), seed=3)):
+        assert examine(case, backend, "cpu", probes=()).symptoms == ()
+        assert examine(case.replace(seed=case.seed + 4), backend, "cpu", probes=()).symptoms
 
 
 class FallsOverOthers(Loop):
@@ -160,5 +263,20 @@ def test_what_a_decoy_leaves_behind_is_met_by_the_case() -> None:
     assert first.tensor == "out"
 
 
-def test_a_decoy_that_fails_accuses_nobody() -> None:
-    assert examine(CASE, double(FallsOverOthers()), "cpu", probes=()).symptoms == ()
+@pytest.mark.parametrize("case", [CASE, CROSSED])
+def test_a_decoy_that_fails_accuses_nobody(case: Case) -> None:
+    assert examine(case, double(FallsOverOthers()), "cpu", probes=()).symptoms == ()
+
+
+class FallsOverOthersBackward(Loop):
+    """Raises in the backward of all but the case's own scale."""
+
+    def dp(self, call: Call, document: Document, dout: torch.Tensor) -> torch.Tensor:
+        if call.options.scale != CASE.softmax_scale:
+            raise RuntimeError("another scale")
+        return super().dp(call, document, dout)
+
+
+@pytest.mark.parametrize("case", [CASE, CROSSED])
+def test_nor_does_one_that_fails_later(case: Case) -> None:
+    assert examine(case, double(FallsOverOthersBackward()), "cpu", probes=()).symptoms == ()

@@ -73,6 +73,14 @@ def test_sliced_leaves_gaps_between_heads_and_rows() -> None:
     assert k.stride(0) > 2 * KV_HEADS * k.stride(1)
 
 
+def test_in_a_mixture_k_and_v_lie_apart_and_differ_in_all_strides() -> None:
+    k, v = views("mixed")
+    assert k.stride() == (KV_HEADS * HEAD_DIM, HEAD_DIM, 1)
+    assert v.stride(1) > HEAD_DIM
+    assert v.stride(0) > KV_HEADS * v.stride(1)
+    assert k.untyped_storage().data_ptr() != v.untyped_storage().data_ptr()
+
+
 @every_dtype
 def test_misaligned_starts_one_element_off(dtype: torch.dtype) -> None:
     for view in views("misaligned", dtype):

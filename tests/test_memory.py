@@ -7,8 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reference.case import MEMORIES
-from reference.memory import MARGIN, Placed, bits, place, same_bits
+from attn_fuzz.execute import KernelCall
+from attn_fuzz.wide.call import Call
+from backends import registry
+from reference.answer import kernel_inputs
+from reference.case import MEMORIES, Case
+from reference.memory import MARGIN, Placed, bits, layout_of, place, same_bits
 
 ROWS, HEADS, CHANNELS = 3, 2, 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,7 +27,7 @@ LAYOUTS = {
     "strided": ((16, 8, 2), MARGIN),
     "broadcast": ((8, 4, 1), MARGIN),
 }
-every_memory = pytest.mark.parametrize("memory", MEMORIES)
+every_memory = pytest.mark.parametrize("memory", LAYOUTS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -57,7 +61,7 @@ def test_whatever_is_not_a_value_holds_the_filler(memory: str, filler: float) ->
 
 def test_only_the_misaligned_are() -> None:
     """128-bit accesses need addresses that are multiples of 16 bytes."""
-    for memory in MEMORIES:
+    for memory in LAYOUTS:
         address = place(values(), memory, 0.0).tensor.data_ptr()
         assert (address % 16 == 0) == (memory != "misaligned")
 
@@ -72,6 +76,52 @@ def test_what_repeats_itself_is_kept_once(shared: int, stride: tuple[int, ...]) 
     assert placed.changed() is None
 
 
+NAMES = ("q", "k", "v", "dout")
+CPU = torch.device("cpu")
+
+
+def test_every_layout_but_the_mixture_is_that_of_all_tensors_alike() -> None:
+    assert set(LAYOUTS) == set(MEMORIES) - {"mixed"}
+    for memory in LAYOUTS:
+        assert {layout_of(name, memory) for name in NAMES} == {memory}
+    assert {layout_of(name, "mixed") for name in NAMES} == {"contiguous", "fused", "head_major", "sliced"}
+
+
+def test_a_tensor_by_itself_is_no_mixture() -> None:
+    with pytest.raises(ValueError, match="'mixed'"):
+        place(values(), "mixed", 0.0)
+
+
+def strides(case: Case) -> list[dict[str, tuple[int, ...]]]:
+    """The strides of q, k, v and dout of a kernel case in both gears."""
+    call = KernelCall(registry.load("loop"), case, kernel_inputs(case, "cpu"), "nan", CPU)
+    return [
+        {name: placed[name].tensor.stride() for name in NAMES}
+        for placed in (call.placed, Call.of(case.replace(capacity=0), CPU).placed)
+    ]
+
+
+@pytest.mark.parametrize("capacity", [0, 3])
+@pytest.mark.parametrize("groups", [(2, 2), (4, 2), (3, 3)])
+def test_nothing_in_a_mixture_has_the_strides_of_its_like(groups: tuple[int, int], capacity: int) -> None:
+    heads, kv_heads = groups
+    options = {"heads": heads, "kv_heads": kv_heads, "head_dim": 4, "capacity": capacity}
+    case = Case(level="kernel", lengths=(3, 2), memory="mixed", **options)  # type: ignore[arg-type]
+    for found in strides(case):
+        assert len(set(found.values())) == 4
+        for one, other in (("k", "v"), ("q", "dout")):
+            assert all(a != b for a, b in zip(found[one][:2], found[other][:2], strict=True))
+    for found in strides(case.replace(memory="sliced")):
+        assert (found["k"], found["q"]) == (found["v"], found["dout"])
+
+
+@pytest.mark.parametrize("head_dim", [1, 8, 16])
+def test_nor_with_a_single_head(head_dim: int) -> None:
+    for found in strides(Case(level="kernel", lengths=(3, 2), head_dim=head_dim, memory="mixed")):
+        assert found["k"][0] < found["v"][0]
+        assert found["q"][0] < found["dout"][0]
+
+
 @pytest.mark.parametrize("shape", [(5,), (3, 7), (2, 3, 4, 5), (0, 2, 4), (1, 1, 1)])
 def test_any_shape_can_lie_contiguously(shape: tuple[int, ...]) -> None:
     x = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
@@ -82,7 +132,7 @@ def test_any_shape_can_lie_contiguously(shape: tuple[int, ...]) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    memory=st.sampled_from(MEMORIES),
+    memory=st.sampled_from(sorted(LAYOUTS)),
     rows=st.integers(0, 5),
     heads=st.integers(1, 4),
     channels=st.integers(1, 9),

@@ -430,6 +430,7 @@ EXPECTED = {
     "R16": "budget",
     "R17": "budget",
     "R18": "runs",
+    "R19": "budget",
     "T01": "budget",
     "T02": "budget",
     "T03": "budget",

@@ -36,6 +36,11 @@ BROKEN = {
         "torch.cat(out) * 1.02",
         '{"level": "kernel", "lengths": [2], "dtype": "bf16", "memory": "misaligned"}',
     ),
+    "mixed memory": (
+        "torch.cat(out)",
+        "torch.cat(out) * 1.02",
+        '{"level": "kernel", "lengths": [3], "heads": 2, "kv_heads": 2, "head_dim": 4, "memory": "mixed"}',
+    ),
     "broadcast": (
         "torch.cat(out)",
         "torch.cat(out) * 1.5",
@@ -78,6 +83,7 @@ def test_a_users_kernel_fails_broken_and_passes_mended(name: str, tmp_path: Path
         ("M51-swapped", '{"level": "kernel", "lengths": [2], "head_dim": 2}'),
         ("M16", '{"level": "kernel", "lengths": [3], "key_lengths": [1]}'),
         ("X06", '{"level": "kernel", "lengths": [1], "head_dim": 8}'),
+        ("M32-value", '{"level": "kernel", "lengths": [2], "head_dim": 2, "memory": "mixed"}'),
         ("M46-backward", '{"level": "kernel", "lengths": [3], "softcap": 3.0}'),
     ],
 )

@@ -152,6 +152,12 @@ def test_an_option_that_matters_stays() -> None:
     assert (small.memory, small.head_dim, small.seed) == ("contiguous", 1, 0)
 
 
+@pytest.mark.parametrize("layout", ["fused", "sliced"])
+def test_a_mixture_becomes_the_layout_that_matters(layout: str) -> None:
+    case = SIMPLE.replace(level="kernel", hidden=16, memory="mixed")
+    assert minimise(case, lambda c: c.memory in (layout, "mixed")).memory == layout
+
+
 def test_micro_sequences_are_shortened_with_their_documents_and_later_cuts() -> None:
     offered = layouts(shorter_micro_sequences, LAYER)
     # [2, 7) without its last two tokens, without all but the first, and gone; document 1 has a single token, in there.

@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from attn_fuzz.decoy import crossing
 from attn_fuzz.execute import LayerRun, around, refusing_cleanly
 from attn_fuzz.observation import Observation
 from attn_fuzz.poison import poisoned
@@ -47,7 +48,7 @@ def run_slice(
         return RankRun(loaded, other, decoys, poison, device, watched=False)
 
     with poisoned(poison, device, compiled=loaded.kernel.compiled), refusing_cleanly([run]):
-        for _ in around(decoy, made, lockstep=True):
+        for _ in around(decoy, made, crossed=crossing(case), lockstep=True):
             run.forward()
         run.backward()
     return run.observe()

@@ -14,7 +14,7 @@ from backends.metadata import VarlenMetadata
 from backends.registry import Backend
 from reference.answer import Inputs, kernel_inputs
 from reference.case import Case
-from reference.memory import Placed, bits, place
+from reference.memory import Placed, bits, layout_of, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Call:
         """
         drawn = kernel_inputs(case, device) if inputs is None else inputs
         names = ("q", "k", "v", "dout")
-        placed = {name: place(getattr(drawn, name), case.memory, filler("nan")) for name in names}
+        placed = {name: place(getattr(drawn, name), layout_of(name, case.memory), filler("nan")) for name in names}
         metadata = VarlenMetadata(lengths_q=case.packed_lengths, lengths_k=case.packed_key_lengths, device=device)
         return cls(case, device, placed, metadata)
 

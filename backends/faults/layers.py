@@ -158,6 +158,19 @@ class SharedBuffer(LayerFault, BufferedLayer):
         self.buffer.k, self.buffer.v = pooled.k, pooled.v
 
 
+class SharedStack(LayerFault, BufferedLayer):
+    """Contexts of all sequences lie on one stack, and the backward takes the last one."""
+
+    id = "X39"
+    _stack: ClassVar[list[tuple[torch.Tensor, torch.Tensor]]] = []
+
+    def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> None:
+        super().__init__(weights, case, kernel)
+        # What is never taken back would stay for good.
+        del self._stack[:-1000]
+        self._pending = self._stack
+
+
 class MetadataByLength(LayerFault, BufferedLayer):
     """Metadata is kept from the first micro-sequence of a length."""
 

@@ -160,6 +160,18 @@ class HeadStrideAssumed(KernelFault):
         return super().read(call, x, rows, name)
 
 
+class ValueStrideAssumed(KernelFault):
+    """Rows of V are taken to lie as far apart as those of K."""
+
+    id = "M32-value"
+
+    def documents(
+        self, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, backward: bool
+    ) -> list[Document]:
+        v = v.as_strided(v.shape, (k.stride(0), *v.stride()[1:]), v.storage_offset())
+        return super().documents(call, q, k, v, backward=backward)
+
+
 class LastStrideAssumed(KernelFault):
     """Channels of Q are taken to lie next to one another."""
 

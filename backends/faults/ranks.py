@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 
@@ -225,3 +226,16 @@ class AveragedOverRanks(_OtherReduction):
 
     def reduce(self, metadata: RankMetadata) -> None:
         self.buffer.gradient[metadata.begin : metadata.end] = self.reduced(metadata) / self.collectives.ranks
+
+
+class SharedStackOfRanks(RankFault):
+    """Contexts of all sequences of a rank lie on one stack, and the backward takes the last one."""
+
+    id = "R19"
+    _stack: ClassVar[list[tuple[torch.Tensor, torch.Tensor]]] = []
+
+    def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel, collectives: Collectives) -> None:
+        super().__init__(weights, case, kernel, collectives)
+        # What is never taken back would stay for good.
+        del self._stack[:-1000]
+        self._pending = self._stack

@@ -34,7 +34,8 @@ class CudnnFrontend(Kernel):
         softcap=False,
         scale=False,
         window_convention="left: keys with the row itself counted; right: not counted; -1 for no bound",
-        memories=MEMORIES,
+        # Every pattern of strides is a plan of its own.
+        memories=tuple(memory for memory in MEMORIES if memory != "mixed"),
         # It asserts on the device that the last prefix sum is the number of rows, which ends the CUDA context.
         capacity=False,
         repeatable_backward=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Final
 
+from backends.flash2 import ALIKE_MEMORIES
 from backends.kernel import HALF_DTYPES, Configuration
 from backends.kernels.sdpa_dense_math import ForcedDense
 
@@ -29,6 +30,7 @@ class SdpaDenseCudnn(ForcedDense):
         dtypes=HALF_DTYPES,
         head_dims=(8, 32, 64, 128),
         scale=False,
+        memories=ALIKE_MEMORIES,
         configurations=CONFIGURATIONS,
         layouts=12,
     )

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from backends.flash2 import ALIGNED_MEMORIES
+from backends.flash2 import ALIKE_MEMORIES
 from backends.kernel import HALF_DTYPES, Attended, AttentionOptions
 from backends.kernels.sdpa_nested_math import ForcedNested
 from backends.kernels.torch_cudnn import CONFIGURATIONS
@@ -25,7 +25,7 @@ class SdpaNestedCudnn(ForcedNested):
         dtypes=HALF_DTYPES,
         head_dims=(64, 128),
         empty_documents=True,
-        memories=ALIGNED_MEMORIES,
+        memories=ALIKE_MEMORIES,
         scale=False,
         configurations=CONFIGURATIONS,
         layouts=8,

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import torch
 
-from backends.flash2 import ALIGNED_MEMORIES
+from backends.flash2 import ALIKE_MEMORIES
 from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Configuration, Kernel
 from backends.metadata import VarlenMetadata
 
@@ -58,7 +58,7 @@ class TorchCudnn(Kernel):
         softcap=False,
         scale=False,
         queries_without_keys=False,
-        memories=ALIGNED_MEMORIES,
+        memories=ALIKE_MEMORIES,
         repeatable_backward=False,
         covers_all_rows=False,
         configurations=CONFIGURATIONS,
