@@ -27,7 +27,7 @@ from reference.values import DTYPES, draw
 LARGE: Final = {"bf16": 256, "fp16": 2048}
 """B, to which the dtype counts one by one: a sum of m of them is kept to multiples of m at best, rounding m/2 away."""
 
-FEWEST_KEYS: Final = 96
+FEWEST_KEYS: Final = 32
 REFERENCE_CHANNEL: Final = 1
 _MOST_LARGE = 128
 # 5/8 of a normal variable: the middle's mean is 1/4, its tiles stay below what is rounded away, and its sum is large.

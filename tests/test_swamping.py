@@ -92,6 +92,7 @@ def test_silent_on_the_backends(name: str, dtype: str) -> None:
                 ((1, 2), (1025, 97)),
                 ((5,), (2049,)),
                 ((1, 2), (260, 257)),
+                ((33, 2, 47), None),
             ):
                 case = Case(level="kernel", lengths=lengths, key_lengths=keys, **shape)  # type: ignore[arg-type]
                 if backend.refusal(case, "cpu") is None:
@@ -105,7 +106,7 @@ def test_silent_on_the_backends(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("normalised", [True, False])
 def test_silent_on_float32_sums_over_tiles(dtype: str, tile: int, normalised: bool) -> None:
     backend = Backend("tiled", OfLoop(Tiled(tile, lambda x: x, normalised=normalised)))
-    for keys in (96, 129, 300, 1025, 8193):
+    for keys in (32, 39, 96, 129, 300, 1025, 8193):
         case = CASE.replace(key_lengths=(2, keys, 300), lengths=(2, 3, 1), dtype=dtype)
         assert symptoms(backend, case) == []
 
@@ -128,7 +129,7 @@ def test_planted_sums_are_named(fault: str, tensor: str) -> None:
     assert "document 1, row 128, head 0" in symptom.message
 
 
-@pytest.mark.parametrize("keys", [96, 97, 130, 1023])
+@pytest.mark.parametrize("keys", [32, 33, 97, 130, 1023])
 def test_large_values_cancel(keys: int) -> None:
     """Per channel, and with K's signs in either half; what is left is about a quarter of the middle."""
     case = CASE.replace(lengths=(1,), key_lengths=(keys,), dtype="fp16")

@@ -240,25 +240,25 @@ def _added_up(weights: torch.Tensor, values: torch.Tensor, tile: int, dtype: tor
 
 
 class OutputSwamped(KernelFault):
-    """The output is added up over tiles of 64 keys in the storage dtype."""
+    """The output is added up over tiles of 16 keys in the storage dtype."""
 
     id = "X37"
     levels = ("kernel",)
     capabilities = Capabilities(covers_all_rows=False, dtypes=("bf16", "fp16"))
 
     def weighted(self, call: Call, document: Document, probabilities: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return _added_up(probabilities.to(call.dtype).float(), document.v, 64, call.dtype)
+        return _added_up(probabilities.to(call.dtype).float(), document.v, 16, call.dtype)
 
 
 class QueryGradientSwamped(KernelFault):
-    """dQ is added up over tiles of 32 keys in the storage dtype."""
+    """dQ is added up over tiles of 12 keys in the storage dtype."""
 
     id = "X38"
     levels = ("kernel",)
     capabilities = Capabilities(covers_all_rows=False, dtypes=("bf16", "fp16"))
 
     def dq(self, call: Call, document: Document, ds: torch.Tensor) -> torch.Tensor:
-        return call.options.scale * _added_up(ds, document.k, 32, call.dtype)
+        return call.options.scale * _added_up(ds, document.k, 12, call.dtype)
 
 
 class PositionDependent(KernelFault):
