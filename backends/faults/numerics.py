@@ -240,14 +240,14 @@ def _added_up(weights: torch.Tensor, values: torch.Tensor, tile: int, dtype: tor
 
 
 class OutputSwamped(KernelFault):
-    """The output is added up over tiles of 16 keys in the storage dtype."""
+    """The output is added up over tiles of 32 keys in the storage dtype."""
 
     id = "X37"
     levels = ("kernel",)
     capabilities = Capabilities(covers_all_rows=False, dtypes=("bf16", "fp16"))
 
     def weighted(self, call: Call, document: Document, probabilities: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return _added_up(probabilities.to(call.dtype).float(), document.v, 16, call.dtype)
+        return _added_up(probabilities.to(call.dtype).float(), document.v, 32, call.dtype)
 
 
 class QueryGradientSwamped(KernelFault):
