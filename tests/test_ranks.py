@@ -413,7 +413,8 @@ def test_shrinking_takes_tokens_away_where_padding_would_hide_what_shows() -> No
 EXPECTED = {
     "R01": "budget",
     "R02": "dead_rows",
-    "R03": "budget",
+    # Rows of another rank are wrong keys, and as often as not another document's.
+    "R03": "budget isolation",
     "R04-gather": "unwritten",
     "R04-reduce": "unwritten",
     "R05": "budget",
@@ -443,7 +444,7 @@ def test_a_rank_fault_is_found_on_the_fewest_ranks(fault: str) -> None:
     mark = hunt_fault(fault, seed=4)
     assert mark.finding is not None
     assert mark.minimal
-    assert EXPECTED[fault] in mark.finding.checks
+    assert set(EXPECTED[fault].split()) & set(mark.finding.checks)
     assert mark.finding.case.all_ranks == 2
     assert mark.finding.case.tokens <= 8
 
