@@ -41,6 +41,8 @@ class Plan:
     """What is measured on a kind of device."""
 
     documents: int
+    layer_documents: int
+    """At layer level: its many small operations cost as much for few documents as for many."""
     longest: tuple[int, int]
     heads: int
     kv_heads: int
@@ -67,13 +69,14 @@ class Plan:
 PLANS: Final = {
     "cuda": Plan(
         documents=4096,
+        layer_documents=16384,
         longest=(64, 128),
         heads=4,
         kv_heads=2,
         head_dim=64,
         fewest=64,
         narrow_hunt=150,
-        narrow_seconds=6.0,
+        narrow_seconds=15.0,
         processes=(8, 16),
         plain_cases=200,
         rare=(201, 317),
@@ -82,6 +85,7 @@ PLANS: Final = {
     ),
     "cpu": Plan(
         documents=512,
+        layer_documents=512,
         longest=(16, 32),
         heads=2,
         kv_heads=1,
@@ -258,7 +262,7 @@ def row_of(plan: Plan, backend: Backend, device: str, say: Say, *, exact: bool) 
     wide = wide_of(case, [backend], place, exact=exact)
     say(f"{name}: {wide['documents_per_s']:,.0f} documents/s wide, {wide['seconds'] / seconds:.1f} times bare")
     # A micro-sequence is one of nine.
-    layer = layer_of(plan, backend, place, min(4 * len(case.lengths), plan.documents))
+    layer = layer_of(plan, backend, place, min(4 * len(case.lengths), plan.layer_documents))
     if layer is not None:
         say(f"{name}: {layer['documents_per_s']:,.0f} documents/s wide at layer level")
     narrow = narrow_of(name, device, plan.narrow_hunt, plan.narrow_cases)

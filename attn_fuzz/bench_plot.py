@@ -42,7 +42,9 @@ def draw(results: list[dict[str, Any]], target: Path) -> None:
         bare = [1e6 * row["bare_kernel_s"] / row["wide"]["documents"] for row in rows]
         left.plot(names, bare, "k_", markersize=24, label="bare kernel")
         left.set_ylabel("microseconds per document")
-        left.legend(fontsize=7)
+        # Room for the legend.
+        left.set_ylim(0, 1.3 * max(bottom))
+        left.legend(fontsize=7, ncols=5, loc="upper center")
         for key, label in (("wide_documents_per_s", "wide"), ("narrow_documents_per_s", "narrow")):
             right.plot(names, [row[key] for row in rows], "o", label=label)
         if plain := result.get("plain", {}).get("documents_per_s"):

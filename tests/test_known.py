@@ -61,6 +61,16 @@ def test_an_issue_explains_what_it_covers(
 ENTRIES = [pytest.param(entry, name, id=f"{entry.id}-{name}") for entry in KNOWN for name in entry.backends]
 
 
+def on_gpus(entry: KnownIssue, name: str) -> pytest.MarkDecorator:
+    """``cuda``, which a GPU machine may have to run, unless what the issue is of is not on this one."""
+    if torch.cuda.is_available():
+        if (reason := registry.load(name).kernel.why_unavailable(entry.device)) is not None:
+            return pytest.mark.skip(reason=f"{name}: {reason}")
+        if not entry.applies(name, entry.device):
+            return pytest.mark.skip(reason="not the versions it was seen on")
+    return pytest.mark.cuda
+
+
 @pytest.mark.parametrize(("entry", "name"), ENTRIES)
 def test_an_issue_is_well_formed(entry: KnownIssue, name: str) -> None:
     backend = dataclasses.replace(registry.load(name), isolated=True)
@@ -70,15 +80,17 @@ def test_an_issue_is_well_formed(entry: KnownIssue, name: str) -> None:
     assert entry.reference
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize(("entry", "name"), ENTRIES)
+@pytest.mark.parametrize(
+    ("entry", "name"),
+    [
+        pytest.param(entry, name, id=f"{entry.id}-{name}", marks=on_gpus(entry, name))
+        for entry in KNOWN
+        for name in entry.backends
+    ],
+)
 def test_an_issue_is_still_there(entry: KnownIssue, name: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    if (reason := registry.load(name).kernel.why_unavailable(entry.device)) is not None:
-        pytest.skip(f"{name}: {reason}")
-    if not entry.applies(name, entry.device):
-        pytest.skip("not the versions it was seen on")
     gone = f"{entry.id} no longer shows on {name}: take it out of backends/known.py"
     if entry.crashes:
         child = Isolated(name, entry.device, 120.0)

@@ -339,6 +339,12 @@ def test_when_their_host_dies_ranks_end_and_others_take_their_place() -> None:
     mine.close()
 
 
+def test_teams_whose_host_has_died_can_be_closed() -> None:
+    mine = Teams()
+    os.kill(mine.call(2, CPU, os.getppid, ())[0], signal.SIGKILL)
+    mine.close()
+
+
 def test_what_a_rank_raises_comes_back() -> None:
     with pytest.raises(RankFailed, match="rank 0 of 2 raised ValueError: invalid literal"):
         teams().call(2, CPU, int, ("x",))

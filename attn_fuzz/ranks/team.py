@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import os
 import tempfile
@@ -156,7 +157,9 @@ class Team:
         for connection in self._connections:
             connection.close()
         if self.pids:
-            self._host.end(self.pids)
+            # A host that is gone took them along.
+            with contextlib.suppress(HostError):
+                self._host.end(self.pids)
             self.pids = []
         self._folder.cleanup()
 
