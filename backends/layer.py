@@ -7,6 +7,7 @@ place, without concatenation, and its gradient is accumulated in a shared buffer
 from __future__ import annotations
 
 import abc
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -101,7 +102,8 @@ class BufferRegion(torch.autograd.Function):
             attended = layer.kernel.attend(leaves[0], leaves[1], leaves[2], metadata.varlen, layer.options)
         layer.ran.add(attended.path)
         ctx.leaves, ctx.out = leaves, attended.out  # type: ignore[attr-defined]
-        ctx.layer, ctx.buffer, ctx.extent = layer, layer.buffer, metadata  # type: ignore[attr-defined]
+        # The layer holds this graph until it is taken back; a graph that held the layer, too, would never be freed.
+        ctx.layer, ctx.buffer, ctx.extent = weakref.proxy(layer), layer.buffer, metadata  # type: ignore[attr-defined]
         return attended.out.detach()
 
     @staticmethod

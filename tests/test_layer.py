@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,6 +63,14 @@ def all_forward(case: Case) -> tuple[BufferedLayer, LayerInputs]:
     for part in micro_sequences(case):
         layer.forward(inputs.x[slice(*part)], *part)
     return layer, inputs
+
+
+def test_a_layer_that_is_never_taken_back_is_freed() -> None:
+    layer, _ = all_forward(STRADDLING)
+    seen = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert seen() is None
 
 
 # Cuts.
