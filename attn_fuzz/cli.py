@@ -13,6 +13,7 @@ from attn_fuzz.campaign.messages import CampaignError
 from attn_fuzz.commands import bench, catalogue, faults, fuzz, saved
 from attn_fuzz.commands.arguments import UsageError
 from attn_fuzz.findings import FindingError
+from attn_fuzz.process import interrupt_once
 from attn_fuzz.store import StoreError
 from backends.kernel import BackendUnavailable
 from backends.registry import UnknownBackend
@@ -70,7 +71,7 @@ def _usage(error: Any) -> str:
 def main() -> None:
     """Entry point: every expected error is one sentence on standard error and exit status 2."""
     # A scheduler's SIGTERM ends a command as Ctrl-C does: with what it has, and with its children.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, interrupt_once)
     # Read by cuBLAS when it starts; without it repeatable matrix products are refused.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:

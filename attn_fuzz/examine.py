@@ -61,6 +61,7 @@ def examine(
     poisons: Sequence[str] = POISONS,
     *,
     probes: Sequence[Check] = PROBES,
+    hasty: bool = False,
 ) -> Verdict:
     """Runs a case and asks every check.
 
@@ -70,13 +71,14 @@ def examine(
         device: where.
         poisons: contents of unwritten memory, one run each.
         probes: which checks with runs of their own to ask.
+        hasty: judge layers by quick budgets, which may accuse wrongly.
 
     Raises:
         UnsupportedCase: when the backend declares that it does not take the case.
     """
     device = torch.device(device)
     require_support(backend, case, device)
-    trial = Trial(case, backend, device, poisons)
+    trial = Trial(case, backend, device, poisons, hasty=hasty)
     if case.level == "kernel" and case.capacity and not trial.measured.capacity:
         raise UnsupportedCase(f"{backend.name} does not take rows beyond the last document")
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from types import FrameType
 from typing import Final
 
 import torch
@@ -19,6 +21,16 @@ def context_alive(device: torch.device) -> bool:
         return bool((torch.ones(8, device=device) + 1).sum().item() == 16)
     except RuntimeError:
         return False
+
+
+def interrupt_once(number: int, frame: FrameType | None) -> None:
+    """A signal's handler: ends a command as Ctrl-C does, and ignores the signal from then on.
+
+    Whoever ends a process group may say so twice, to the process and to the group. The second time may come while the
+    first is being seen to, and would lose what the command has found.
+    """
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def set_apart() -> None:

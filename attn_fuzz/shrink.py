@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Final
 
 from attn_fuzz.fit import fitted
 from reference.case import Case, CaseError
@@ -82,6 +82,29 @@ def fewer_ranks(case: Case) -> Iterator[Case | None]:
         for padding in (case.padding, case.padding + case.ranks):
             more = tuple(range(ranks, case.tokens + case.ranks, ranks))
             yield _changed(case, ranks=ranks, padding=padding, cuts=more)
+
+
+_TINY_KEYS: Final = tuple((queries, keys) for queries in (1, 2, 3, 5, 9) for keys in (1, 2, 3, 5, 9))
+_TINY: Final = ((1,), (2,), (1, 1), (3,), (2, 1), (4,), (2, 2), (5,), (6,), (3, 2, 1), (8,), (9,), (17,))
+
+
+def tiny_layouts(case: Case) -> Iterator[Case | None]:
+    """With one of the smallest layouts there are, whatever its own is: many need not be cut down to it step by step.
+
+    Layers are cut nowhere or, where they are cut at all, behind every token.
+    """
+    size = sum(case.lengths) + sum(case.key_lengths or case.lengths)
+    if case.key_lengths is not None:
+        for queries, keys in sorted(_TINY_KEYS, key=sum):
+            if queries + keys < size:
+                yield _changed(case, lengths=(queries,), key_lengths=(keys,), document_ids=None)
+        return
+    for lengths in _TINY:
+        total = sum(lengths)
+        if 2 * total >= size:
+            continue
+        for cuts in dict.fromkeys(((), tuple(range(1, total)) if case.cuts else ())):
+            yield _changed(case, lengths=lengths, cuts=cuts, padding=0, document_ids=None)
 
 
 def fewer_documents(case: Case) -> Iterator[Case | None]:
@@ -270,12 +293,13 @@ def _changed(case: Case, **changes: Any) -> Case | None:
 
 PASSES = (
     fewer_ranks,
+    tiny_layouts,
     fewer_documents,
     # Early, because a plain case costs less to try, and so do all that come from it.
     narrower,
     simpler_options,
-    shorter_everywhere,
     shorter_micro_sequences,
+    shorter_everywhere,
     shorter_documents,
     merged_documents,
     simpler_cuts,

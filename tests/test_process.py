@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+
+import pytest
+
+from attn_fuzz.process import interrupt_once
 
 _PRODUCT = """
 import sys
@@ -23,3 +28,13 @@ def test_products_read_their_rows_and_no_further() -> None:
     code = _PRODUCT.format(path=sys.path)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
+
+
+def test_a_signal_that_comes_twice_interrupts_once() -> None:
+    before = signal.signal(signal.SIGTERM, interrupt_once)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -32,7 +32,7 @@ from attn_fuzz.campaign.wide import hunt_wide
 from attn_fuzz.campaign.worker import hunt
 from attn_fuzz.environment import environment
 from attn_fuzz.findings import Finding
-from attn_fuzz.process import set_apart
+from attn_fuzz.process import interrupt_once, set_apart
 from attn_fuzz.shrink import minimise
 from reference.case import Case
 
@@ -262,7 +262,7 @@ class Pool:
         self._started = started = time.monotonic()
         interrupted = False
         # A scheduler's SIGTERM ends a campaign as Ctrl-C does: with everything that was found until then.
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        before = signal.signal(signal.SIGTERM, interrupt_once)
         try:
             try:
                 while self._waiting or self._running:
@@ -270,7 +270,6 @@ class Pool:
             except KeyboardInterrupt:
                 interrupted = True
             finally:
-                # Whoever ends a process group may say so twice, to the process and to the group: once is enough.
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 for worker in self._running:
                     worker.process.kill()

@@ -11,7 +11,7 @@ from attn_fuzz.checks import PROBES, Check
 from attn_fuzz.checks.accumulation import exact_accumulation
 from attn_fuzz.checks.budget import LIMIT
 from attn_fuzz.checks.regroup import regrouped, regrouped_case
-from attn_fuzz.examine import Verdict
+from attn_fuzz.examine import Verdict, some_probes
 from attn_fuzz.poison import POISONS
 from attn_fuzz.shrink import minimise
 from attn_fuzz.symptoms import MEMORY_SYMPTOMS, Crashed, Hung, NotExact, Symptom
@@ -33,11 +33,20 @@ _SMALL_EXCESS: Final = 10.0
 """Roundings of a few dozen sums reach that many times the limit at most; anything gross is what its budget says."""
 
 
+_GROSS: Final = 1000.0
+"""Errors that no noise of quick budgets mimics: with 8 samples, once in 1e20 elements."""
+
+
 class Examine(Protocol):
     """Gives a verdict on a case; raises UnsupportedCase for what the backend does not take."""
 
     def __call__(
-        self, case: Case, poisons: Sequence[str] | None = None, probes: Sequence[Check] = PROBES
+        self,
+        case: Case,
+        poisons: Sequence[str] | None = None,
+        probes: Sequence[Check] = PROBES,
+        *,
+        hasty: bool = False,
     ) -> Verdict: ...
 
 
@@ -71,11 +80,9 @@ def _rounds_sums(trial: Trial, symptom: Symptom) -> bool:
     return any(True for _ in exact_accumulation(trial))
 
 
-def _same(trial: Trial, first: Symptom) -> _Same:
-    """How to recognise the failure of a trial, whose first symptom that is."""
+def _same(trial: Trial, first: Symptom, probes: Sequence[Check]) -> _Same:
+    """How to recognise the failure of a trial, whose first symptom that is and which these probes show."""
     symptom = type(first)
-    # Only what saw it is asked again; all the rest is once the case is small.
-    probes = () if first.probe is None else (first.probe,)
     if _rounds_sums(trial, first):
         # They leave the budget after many roundings only; whole numbers show it after two.
         return _Same((symptom, NotExact), (exact_accumulation,), trial.poisons, renamed=True)
@@ -89,6 +96,37 @@ def _same(trial: Trial, first: Symptom) -> _Same:
     return _Same((symptom,), probes, trial.poisons)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Again:
+    """A failing case, run once more."""
+
+    verdict: Verdict
+    asked: Sequence[Check]
+    """The probes that show it, the last of them if any: what earlier ones leave behind may be why."""
+    attempts: int
+    """How often a smaller case is tried."""
+    always: bool
+    """Whether it failed again whatever ran before it."""
+
+
+def _alone(verdict: Verdict) -> Sequence[Check]:
+    """Only what saw it is asked again; all the rest is once the case is small."""
+    return () if verdict.first is None or verdict.first.probe is None else (verdict.first.probe,)
+
+
+def _again(case: Case, verdict: Verdict, examine: Examine) -> _Again:
+    # All probes may see something that names it better than those it was found by.
+    careful = examine(case)
+    if careful.first is not None:
+        return _Again(careful, _alone(careful), 1, True)
+    if _alone(verdict):
+        probes = some_probes(case)
+        found = examine(case, probes=probes)
+        if found.first is not None and found.first.probe in probes and type(found.first) is type(verdict.first):
+            return _Again(found, probes[: probes.index(found.first.probe) + 1], 1, False)
+    return _Again(verdict, _alone(verdict), _ATTEMPTS, False)
+
+
 def smallest(trial: Trial, verdict: Verdict, examine: Examine) -> Smallest:
     """Shrinks a failing case to the end.
 
@@ -98,23 +136,22 @@ def smallest(trial: Trial, verdict: Verdict, examine: Examine) -> Smallest:
         examine: gives further verdicts.
     """
     case = trial.case
-    # All probes may see something that names it better than those it was found by.
-    careful = examine(case)
-    best = careful if careful.symptoms else verdict
-    attempts = 1 if careful.symptoms else _ATTEMPTS
+    again = _again(case, verdict, examine)
+    best, asked = again.verdict, again.asked
     if best.first is not None and best.first.probe is regrouped and (other := regrouped_case(case)) is not None:
         # The case passes and another arrangement of it fails: that one is the finding, if it fails by itself.
         moved = examine(other)
         if moved.first is not None and moved.first.probe is not regrouped:
-            case, best = other, moved
-    assert best.first is not None
-    symptom = type(best.first)
-    same = _same(dataclasses.replace(trial, case=case), best.first)
+            case, best, asked = other, moved, _alone(moved)
+    drawn, first = best, best.first
+    assert first is not None
+    symptom = type(first)
+    same = _same(dataclasses.replace(trial, case=case), first, asked)
 
-    def fails_once(candidate: Case) -> bool:
+    def fails_once(candidate: Case, *, hasty: bool) -> bool:
         nonlocal best
         try:
-            found = examine(candidate, same.poisons, same.probes)
+            found = examine(candidate, same.poisons, same.probes, hasty=hasty)
         except UnsupportedCase:
             return False
         if type(found.first) not in same.faces:
@@ -122,9 +159,20 @@ def smallest(trial: Trial, verdict: Verdict, examine: Examine) -> Smallest:
         best = found
         return True
 
-    small = minimise(case, lambda candidate: any(fails_once(candidate) for _ in range(attempts)), _SECONDS, same.clock)
-    whole = examine(small, same.poisons)
+    def shrunk(*, hasty: bool) -> tuple[Case, Verdict]:
+        def fails(candidate: Case) -> bool:
+            return any(fails_once(candidate, hasty=hasty) for _ in range(again.attempts))
+
+        small = minimise(case, fails, _SECONDS, same.clock)
+        return small, examine(small, same.poisons)
+
+    # Careful budgets take more than nine tenths of the time of a layer that fails.
+    hasty = case.level == "layer" and (first.z is None or first.z > _GROSS)
+    small, whole = shrunk(hasty=hasty)
+    if hasty and again.always and type(whole.first) not in same.faces:
+        best = drawn
+        small, whole = shrunk(hasty=False)
     best = whole if type(whole.first) is symptom else best
     if same.renamed and best.first is not None:
         symptom = type(best.first)
-    return Smallest(small, best, symptom, always=attempts == 1)
+    return Smallest(small, best, symptom, always=again.always)

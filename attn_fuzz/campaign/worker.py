@@ -85,11 +85,19 @@ class Hunt:
         """By level: the case that every run of Hypothesis begins with, unless its strategy forbids it."""
         self.run_begins = False
 
-    def examine(self, case: Case, poisons: Sequence[str] | None = None, probes: Sequence[Check] = PROBES) -> Verdict:
+    def examine(
+        self,
+        case: Case,
+        poisons: Sequence[str] | None = None,
+        probes: Sequence[Check] = PROBES,
+        *,
+        hasty: bool = False,
+    ) -> Verdict:
         """A verdict, with the case announced first; under the assignment's poisons unless others are given."""
         self.send(Trying(case.to_json()))
+        poisons = poisons or self.assignment.poisons
         try:
-            verdict = examine(case, self.backend, self.device, poisons or self.assignment.poisons, probes=probes)
+            verdict = examine(case, self.backend, self.device, poisons, probes=probes, hasty=hasty)
         except (torch.OutOfMemoryError, MemoryError) as error:
             # This machine's limit, and nobody's fault.
             raise UnsupportedCase(f"memory ran out: {error}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from typing import Annotated, Any
 
 import typer
@@ -28,8 +27,6 @@ def bench(
     where = device_of(device)
     names = tuple(dict.fromkeys(backend or ()))
     require_available(names, where)
-    # A scheduler's SIGTERM ends it as Ctrl-C does: with what was measured until then.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     result = measure(where, names, lambda line: progress_console.print(line, markup=False), exact=exact)
     if as_json:
         typer.echo(json.dumps(result))
