@@ -76,6 +76,16 @@ def test_a_finding_ends_with_1_and_is_stored(attn_fuzz: Run) -> None:
     assert replayed.json["backends"][0]["checks"] == finding["checks"]
 
 
+def test_what_was_found_on_a_cpu_is_replayed_there(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("findings").mkdir()
+    Store(Path("findings")).save(FINDING)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    done = attn_fuzz("replay", FINDING.id, "--store", "findings", "--json")
+    assert done.status == 1
+    assert done.json["device"] == "cpu"
+    assert [told["name"] for told in done.json["backends"]] == [SWAPPED]
+
+
 def test_a_clean_replay_ends_with_0(attn_fuzz: Run) -> None:
     done = attn_fuzz("replay", CASE, "--backend", "loop", "--device", "cpu", "--json")
     assert done.status == 0

@@ -22,6 +22,14 @@ SWAPPED = "fault:M51-swapped"
 Run = Callable[..., pytest.RunResult]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """What cases need, before pytester looks: it forgets what is imported later, and torch bears no second time."""
+    for name in registry.backend_names():
+        registry.load(name).kernel.why_unavailable(device_here().partition(":")[0])
+    examine(Case(level="kernel", lengths=(1,)), registry.load(SWAPPED), "cpu")
+
+
 @pytest.fixture
 def run(pytester: pytest.Pytester, request: pytest.FixtureRequest) -> Iterator[Run]:
     """Runs a test file with the plugin in this process, whose Hypothesis profile comes back afterwards."""

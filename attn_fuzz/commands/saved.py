@@ -52,6 +52,14 @@ def _verdict_of_survivors(name: str, case: Case, device: str) -> Verdict | str:
     return _verdict(name, case, device) if symptom is None else Verdict((symptom,), {}, frozenset())
 
 
+def _place(device: str | None, seed: Seed) -> str:
+    """The device asked for, else the one to try a case on: where there is a GPU that, unless it failed on CPUs only."""
+    here = device_of(device)
+    if device is None and set(seed.convicts) == {"cpu"}:
+        return "cpu"
+    return here
+
+
 def replay(
     case: Annotated[
         str, typer.Argument(help="A CASE.json file, a finding's id, a seed's name, or a case as JSON text.")
@@ -62,8 +70,8 @@ def replay(
     as_json: JsonOption = False,
 ) -> None:
     """Run one saved case and show every check's verdict. Default backends: a finding's own, else all available."""
-    where = device_of(device)
     seed = find_seed(case, store)
+    where = _place(device, seed)
     own = seed.convicts.get(where.partition(":")[0], ())
     names = tuple(dict.fromkeys(backend or own or available_backends(where)))
     require_available(names, where)
@@ -135,8 +143,8 @@ def script(
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Print a failing kernel case as one Python file that needs nothing of this project, to paste into a report."""
-    where = device_of(device)
     seed = find_seed(case, store)
+    where = _place(device, seed)
     own = seed.convicts.get(where.partition(":")[0], ())
     name = backend or (own[0] if own else None)
     if name is None:

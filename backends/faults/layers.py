@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from typing import ClassVar
 
 import torch
@@ -163,12 +164,15 @@ class SharedStack(LayerFault, BufferedLayer):
 
     id = "X39"
     _stack: ClassVar[list[tuple[torch.Tensor, torch.Tensor]]] = []
+    _owners: ClassVar[deque[BufferedLayer]] = deque(maxlen=50)
 
     def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> None:
         super().__init__(weights, case, kernel)
         # What is never taken back would stay for good.
         del self._stack[:-1000]
         self._pending = self._stack
+        # The backward of a layer that is gone would fail, and not be wrong.
+        self._owners.append(self)
 
 
 class MetadataByLength(LayerFault, BufferedLayer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from typing import ClassVar
 
 import torch
@@ -233,9 +234,12 @@ class SharedStackOfRanks(RankFault):
 
     id = "R19"
     _stack: ClassVar[list[tuple[torch.Tensor, torch.Tensor]]] = []
+    _owners: ClassVar[deque[RankFault]] = deque(maxlen=50)
 
     def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel, collectives: Collectives) -> None:
         super().__init__(weights, case, kernel, collectives)
         # What is never taken back would stay for good.
         del self._stack[:-1000]
         self._pending = self._stack
+        # The backward of a layer that is gone would fail, and not be wrong.
+        self._owners.append(self)
