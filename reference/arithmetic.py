@@ -81,6 +81,14 @@ class Arithmetic:
         """Noise of a given variance (without samples)."""
         return self._noise(x, variance)
 
+    def agree(self, x: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
+        """Noise that a row's elements have together: each row of ``errors`` (without samples) times a normal number."""
+        if not self._samples:
+            return x
+        rows = x.shape[1:-1]
+        normals = self._normals(self._samples * math.prod(rows)).view(self._samples, *rows, 1)
+        return torch.cat([x[:1], torch.addcmul(x[1:] if len(x) > 1 else x, normals, errors)])
+
     def variance(self, x: torch.Tensor, *, stored: bool) -> torch.Tensor:
         """Error variance per element of a result ``[samples, rows, ...]`` or ``[samples, channels]``, not yet rounded.
 

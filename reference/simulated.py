@@ -12,6 +12,7 @@ from reference.budget import ROUNDING_SECOND_MOMENT, flush_variance, rounding_va
 from reference.case import Case
 from reference.layout import Span
 from reference.profile import ACCUMULATION, UNIT_ROUNDOFF, Profile
+from reference.values import DTYPES
 
 _TOGETHER = 32
 """Up to this length, documents are padded to the longest of their group; padding longer ones would cost too much."""
@@ -80,6 +81,8 @@ class SimulatedAttention:
         ones = torch.ones_like(lse[:1])
         scaled = probabilities * arithmetic.perturb(ones, ACCUMULATION**2 * finite.square() / 16)[..., None]
         self.stored_forward = arithmetic.store(scaled if profile.normalises_by_lse else probabilities)
+        for errors in self._rounded_alike(probabilities[0]):
+            self.stored_forward = arithmetic.agree(self.stored_forward, errors)
         # A backward recomputes scores and exponentials, and nothing normalises them again.
         recomputed = ACCUMULATION**2 * scores[0].square() / 16 + profile.exp_error**2
         self.probabilities = scaled * arithmetic.perturb(torch.ones_like(scaled[:1]), recomputed)
@@ -116,6 +119,21 @@ class SimulatedAttention:
         tanh = torch.tanh(scores / case.softcap)
         tanh = arithmetic.perturb(tanh, (profile.tanh_error**2 + ACCUMULATION**2) * tanh[0].square())
         return case.softcap * tanh, 1 - tanh.square()
+
+    def _rounded_alike(self, probabilities: torch.Tensor) -> list[torch.Tensor]:
+        """What storing does to a row's weights as a whole, for each way in which they may be stored.
+
+        Weights that lie closer together than the dtype can tell are rounded alike: that part of the output which stems
+        from their differences is lost. Independent roundings would hardly show it, but keys and values are made of the
+        same input, so that differences of scores go with values.
+        """
+        dtype = DTYPES[self.case.dtype]
+        normalised = probabilities.to(dtype).double() - probabilities
+        if self.profile.normalises_by_lse:
+            return [normalised]
+        largest = probabilities.amax(-1, keepdim=True).clamp_min_(1e-300)
+        relative = probabilities / largest
+        return [normalised, (relative.to(dtype).double() - relative) * largest]
 
     def forward(self) -> torch.Tensor:
         """Output, not yet stored."""
