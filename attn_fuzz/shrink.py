@@ -91,20 +91,21 @@ _TINY: Final = ((1,), (2,), (1, 1), (3,), (2, 1), (4,), (2, 2), (5,), (6,), (3, 
 def tiny_layouts(case: Case) -> Iterator[Case | None]:
     """With one of the smallest layouts there are, whatever its own is: many need not be cut down to it step by step.
 
-    Layers are cut nowhere or, where they are cut at all, behind every token.
+    Nothing becomes more: no documents, queries, keys or cuts. Layers are cut nowhere or behind every token.
     """
-    size = sum(case.lengths) + sum(case.key_lengths or case.lengths)
+    tokens = sum(case.lengths)
     if case.key_lengths is not None:
+        keys_now = sum(case.key_lengths)
         for queries, keys in sorted(_TINY_KEYS, key=sum):
-            if queries + keys < size:
+            if queries <= tokens and keys <= keys_now and queries + keys < tokens + keys_now:
                 yield _changed(case, lengths=(queries,), key_lengths=(keys,), document_ids=None)
         return
     for lengths in _TINY:
         total = sum(lengths)
-        if 2 * total >= size:
-            continue
-        for cuts in dict.fromkeys(((), tuple(range(1, total)) if case.cuts else ())):
-            yield _changed(case, lengths=lengths, cuts=cuts, padding=0, document_ids=None)
+        if total < tokens and len(lengths) <= len(case.lengths):
+            for cuts in dict.fromkeys(((), tuple(range(1, total)))):
+                if len(cuts) <= len(case.cuts):
+                    yield _changed(case, lengths=lengths, cuts=cuts, padding=0, document_ids=None)
 
 
 def fewer_documents(case: Case) -> Iterator[Case | None]:

@@ -17,6 +17,7 @@ from attn_fuzz.shrink import (
     shorter_documents,
     shorter_micro_sequences,
     simpler_cuts,
+    tiny_layouts,
 )
 from attn_fuzz.strategies import Domain, cases, straddling
 from backends.kernel import Capabilities
@@ -108,6 +109,29 @@ def test_neighbours_merge_under_the_first_ones_name() -> None:
 def test_cuts_go_and_move_back() -> None:
     offered = {c.cuts for c in candidates(simpler_cuts, LAYER)}
     assert {(2,), (7,), (1, 7), (1, 2), (2, 3), (2, 5), (2, 6)} == offered
+
+
+def test_tiny_layouts_have_no_more_of_anything() -> None:
+    offered = layouts(tiny_layouts, Case(level="kernel", lengths=(2, 1), key_lengths=(9, 2), document_ids=(4, 6)))
+    assert ((3,), (9,), (), (0,)) in offered
+    assert ((2,), (1,), (), (0,)) in offered
+    assert all(lengths[0] <= 3 for lengths, *_ in offered)
+    offered = layouts(tiny_layouts, Case(lengths=(7,), cuts=(2, 4), padding=1))
+    assert ((3,), None, (1, 2), (0,)) in offered
+    assert ((6,), None, (), (0,)) in offered
+    assert all(len(lengths) == 1 and len(cuts) <= 2 for lengths, _, cuts, _ in offered)
+
+
+def test_a_tiny_layout_is_reached_in_a_few_attempts() -> None:
+    attempts: list[Case] = []
+
+    def fails(case: Case) -> bool:
+        attempts.append(case)
+        return len(case.cuts) >= 5
+
+    small = minimise(Case(lengths=(4, 300), cuts=tuple(range(32, 300, 32))), fails)
+    assert (small.lengths, small.cuts) == ((6,), (1, 2, 3, 4, 5))
+    assert len(attempts) < 100
 
 
 COMPLICATED = {

@@ -1,0 +1,111 @@
+"""From a failing case to the smallest: what is asked on the way, and what has the last word."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from attn_fuzz.campaign.smallest import smallest
+from attn_fuzz.checks import PROBES, Check
+from attn_fuzz.examine import Verdict, some_probes
+from attn_fuzz.symptoms import NotExact, Symptom, WrongOutput
+from attn_fuzz.trial import Trial
+from backends import registry
+from reference.case import Case
+
+CASE = Case(lengths=(3, 40, 2), cuts=(20,))
+CLEAN = Verdict((), {}, frozenset())
+
+
+def wrong(z: float) -> Verdict:
+    return Verdict((WrongOutput("budget", "out", "wrong", z=z),), {}, frozenset())
+
+
+@dataclasses.dataclass
+class Asked:
+    """Stands for a backend: says what fails, and remembers what it was asked."""
+
+    answer: Callable[..., Verdict]
+    hasty: list[bool] = dataclasses.field(default_factory=list)
+    probes: list[Sequence[Check]] = dataclasses.field(default_factory=list)
+
+    def __call__(
+        self,
+        case: Case,
+        poisons: Sequence[str] | None = None,
+        probes: Sequence[Check] = PROBES,
+        *,
+        hasty: bool = False,
+    ) -> Verdict:
+        self.hasty.append(hasty)
+        self.probes.append(tuple(probes))
+        return self.answer(case, tuple(probes), hasty)
+
+
+def trial(case: Case = CASE) -> Trial:
+    return Trial(case, registry.load("loop"), torch.device("cpu"))
+
+
+def test_layers_that_are_grossly_wrong_shrink_by_quick_budgets_and_end_by_careful_ones() -> None:
+    asked = Asked(lambda case, probes, hasty: wrong(1e6) if max(case.lengths) >= 5 else CLEAN)
+    small = smallest(trial(), wrong(1e6), asked)
+    assert small.case.lengths == (5,)
+    assert small.always
+    assert asked.hasty[0] is False
+    assert asked.hasty[-1] is False
+    assert all(asked.hasty[1:-1])
+
+
+def test_what_only_quick_budgets_accuse_is_shrunk_again_by_careful_ones() -> None:
+    asked = Asked(lambda case, probes, hasty: wrong(1e6) if hasty or max(case.lengths) >= 5 else CLEAN)
+    small = smallest(trial(), wrong(1e6), asked)
+    assert small.case.lengths == (5,)
+    assert small.verdict.symptoms
+    assert not asked.hasty[-1]
+
+
+@pytest.mark.parametrize("case", [CASE, Case(level="kernel", lengths=(3, 40, 2))], ids=["layer", "kernel"])
+def test_small_errors_and_kernels_are_judged_as_ever(case: Case) -> None:
+    z = 12.0 if case.level == "layer" else 1e6
+    asked = Asked(lambda case, probes, hasty: wrong(z) if max(case.lengths) >= 5 else CLEAN)
+    assert smallest(trial(case), wrong(z), asked).case.lengths == (5,)
+    assert not any(asked.hasty)
+
+
+def not_exact(probe: Check) -> Verdict:
+    symptom: Symptom = NotExact("additivity", "dv", "off")
+    symptom.probe = probe
+    return Verdict((symptom,), {}, frozenset())
+
+
+def test_what_earlier_calls_leave_behind_is_shrunk_with_the_same_calls() -> None:
+    """It fails only where another probe has run before, as in the hunt and not where all of them are asked."""
+    few = some_probes(CASE)
+    before, probe = few[0], few[1]
+
+    def answer(case: Case, probes: Sequence[Check], hasty: bool) -> Verdict:
+        fails = probe in probes and probes[probes.index(probe) - 1] is before and case.tokens >= 3
+        return not_exact(probe) if fails and len(probes) < len(PROBES) else CLEAN
+
+    asked = Asked(answer)
+    small = smallest(trial(), not_exact(probe), asked)
+    assert small.case.tokens == 3
+    assert small.symptom is NotExact
+    assert not small.always
+    assert set(asked.probes[2:-1]) == {(before, probe)}
+
+
+def test_what_comes_and_goes_is_tried_several_times() -> None:
+    calls = 0
+
+    def answer(case: Case, probes: Sequence[Check], hasty: bool) -> Verdict:
+        nonlocal calls
+        calls += 1
+        return wrong(1e6) if calls % 5 == 0 and case.tokens >= 4 else CLEAN
+
+    small = smallest(trial(), wrong(1e6), Asked(answer))
+    assert small.case.tokens == 4
+    assert not small.always
