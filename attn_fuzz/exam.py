@@ -15,7 +15,7 @@ from attn_fuzz.drawing import FEW, few_cases
 from attn_fuzz.examine import examine
 from attn_fuzz.findings import Finding
 from attn_fuzz.process import set_up_process
-from attn_fuzz.shrink import fewer_documents, one_shorter
+from attn_fuzz.smaller_layouts import fewer_documents, one_shorter
 from attn_fuzz.strategies import Domain
 from attn_fuzz.tolerances import failing
 from attn_fuzz.trial import Trial

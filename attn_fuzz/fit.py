@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+from reference.case import Case, CaseError
 
 
 def fitted(ranks: int, lengths: Sequence[int], padding: int, cuts: Sequence[int]) -> tuple[int, tuple[int, ...]]:
@@ -24,3 +27,20 @@ def fitted(ranks: int, lengths: Sequence[int], padding: int, cuts: Sequence[int]
         padding = total = ranks
     moved = {cut // ranks * ranks for cut in cuts}
     return padding, tuple(sorted(cut for cut in moved if 0 < cut < total))
+
+
+def changed(case: Case, **changes: Any) -> Case | None:
+    """The case with some fields changed, and padding and cuts such that its ranks can share it; None if impossible.
+
+    Nor may padding take the place of what was taken away: documents are what people read.
+    """
+    if case.level == "layer":
+        now = {**vars(case), **changes}
+        ranks = now["ranks"] * now["tensor_ranks"]
+        changes["padding"], changes["cuts"] = fitted(ranks, now["lengths"], now["padding"], now["cuts"])
+    try:
+        other = case.replace(**changes)
+    except CaseError:
+        return None
+    replaced = other.padding > case.padding and other.tokens >= case.tokens
+    return None if replaced and other.all_ranks == case.all_ranks else other

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from attn_fuzz.decoy import crossing, decoy_of
 from attn_fuzz.exam import drawn
 from attn_fuzz.examine import examine
-from attn_fuzz.shrink import simpler_options
+from attn_fuzz.simpler_options import simpler_options
 from attn_fuzz.strategies import Domain, cases
 from attn_fuzz.trial import SECOND_SEED, Trial
 from backends import registry

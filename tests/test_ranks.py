@@ -26,7 +26,8 @@ from attn_fuzz.ranks.rate import processor_seconds
 from attn_fuzz.ranks.team import RankFailed, RanksHung, Teams, seats, teams
 from attn_fuzz.ranks.wire import packed, unpacked
 from attn_fuzz.results import load as load_results
-from attn_fuzz.shrink import fewer_ranks, minimise
+from attn_fuzz.shrink import minimise
+from attn_fuzz.smaller_layouts import fewer_ranks
 from attn_fuzz.strategies import Domain, cases
 from attn_fuzz.trial import Trial
 from backends.collectives import Alone, Collectives, Done, Handle

@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attn_fuzz.shrink import (
-    PASSES,
+from attn_fuzz.shrink import PASSES, minimise
+from attn_fuzz.smaller_layouts import (
     fewer_documents,
     merged_documents,
-    minimise,
     one_shorter,
     shorter_documents,
     shorter_micro_sequences,

@@ -10,7 +10,7 @@ import torch
 
 from attn_fuzz.execute import require_support
 from attn_fuzz.observation import differing
-from attn_fuzz.shrink import fewer_documents, one_shorter
+from attn_fuzz.smaller_layouts import fewer_documents, one_shorter
 from attn_fuzz.symptoms import NotRepeatable, Symptom, WrongPath
 from attn_fuzz.trial import Trial
 from backends.kernel import UnsupportedCase

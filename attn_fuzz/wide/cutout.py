@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from attn_fuzz.shrink import clipped, narrower, simpler_options, with_lengths
+from attn_fuzz.simpler_options import narrower, simpler_options
+from attn_fuzz.smaller_layouts import clipped, with_lengths
 from reference.case import Case, CaseError
 
 Fails = Callable[[Case], bool]
