@@ -69,7 +69,11 @@ def replay(
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
-    """Run one saved case and show every check's verdict. Default backends: a finding's own, else all available."""
+    """Run one saved case and show every check's verdict.
+
+    Default backends: a finding's own, else all available. Default device: the CPU for what was found on CPUs only, else
+    cuda where there is one.
+    """
     seed = find_seed(case, store)
     where = _place(device, seed)
     own = seed.convicts.get(where.partition(":")[0], ())
