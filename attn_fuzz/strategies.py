@@ -252,9 +252,7 @@ def layer_cases(draw: st.DrawFn, domain: Domain) -> Case:
     number = draw(layout_numbers(capabilities))
     if number is None:
         lengths = draw(
-            document_lengths(
-                empty=capabilities.empty_documents, long=LONG_EDGES[:3], many=MANY[:3], very_long=LONG_LAYERS
-            )
+            document_lengths(empty=capabilities.empty_documents, long=LONG_EDGES[:3], many=MANY, very_long=LONG_LAYERS)
         )
         return layers(draw, domain, lengths, draw(among([0, 0, 1, 5])))
     return layers(draw, domain, pooled_lengths(number, capabilities), 0, number)

@@ -114,6 +114,7 @@ LAYER: dict[str, Callable[[Case], bool]] = {
 BOTH: dict[str, Callable[[Case], bool]] = {
     "one document": lambda case: len(case.lengths) == 1,
     "many documents": lambda case: len(case.lengths) > 10,
+    "more documents than a byte counts": lambda case: len(case.lengths) > 256,
     "a long document beside short ones": lambda case: max(case.lengths) > 100 and len(case.lengths) > 2,
     "a tile less one row": lambda case: bool({15, 31, 63, 127} & set(case.lengths)),
     "a tile": lambda case: bool({16, 32, 64, 128} & set(case.lengths)),
