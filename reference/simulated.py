@@ -153,9 +153,11 @@ class SimulatedAttention:
         terms = dout * out
         delta = terms.sum(-1, keepdim=True)
         if profile.delta_from_probabilities:
-            # Where a backend may take either way, the noise of both around the same exact value.
-            strayed = delta - delta[:1] if profile.delta_from_output else 0.0
-            delta = (p * dp).sum(-1, keepdim=True) + strayed
+            summed = (p * dp).sum(-1, keepdim=True)
+            # Where a backend may take either way, half of the samples take each: the noise of both has the same source,
+            # and added up could cancel what P itself carries of it.
+            either = torch.arange(len(summed), device=dp.device)[:, None, None, None, None] % 2 == 0
+            delta = torch.where(either, delta, summed) if profile.delta_from_output else summed
         delta = arithmetic.accumulate(delta, terms[0].square().sum(-1, keepdim=True))
         difference = arithmetic.accumulate(dp - delta, dp[0].square() + delta[0].square())
         p = arithmetic.perturb(p, flush_variance(p[0]))
