@@ -154,8 +154,8 @@ class SimulatedAttention:
         delta = terms.sum(-1, keepdim=True)
         if profile.delta_from_probabilities:
             summed = (p * dp).sum(-1, keepdim=True)
-            # Where a backend may take either way, half of the samples take each: the noise of both has the same source,
-            # and added up could cancel what P itself carries of it.
+            # Where a backend may take either way, half of the samples take each, for the mean of both variances: their
+            # noise has the same source, and added up could cancel what P itself carries of it.
             either = torch.arange(len(summed), device=dp.device)[:, None, None, None, None] % 2 == 0
             delta = torch.where(either, delta, summed) if profile.delta_from_output else summed
         delta = arithmetic.accumulate(delta, terms[0].square().sum(-1, keepdim=True))

@@ -54,10 +54,7 @@ def _verdict_of_survivors(name: str, case: Case, device: str) -> Verdict | str:
 
 def _place(device: str | None, seed: Seed) -> str:
     """The device asked for, else the one to try a case on: where there is a GPU that, unless it failed on CPUs only."""
-    here = device_of(device)
-    if device is None and set(seed.convicts) == {"cpu"}:
-        return "cpu"
-    return here
+    return device_of("cpu" if device is None and set(seed.convicts) == {"cpu"} else device)
 
 
 def replay(
