@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from attn_fuzz.capability_probe import RIGHT
+from attn_fuzz.environment import versions_of
 from backends.known import KNOWN
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -45,8 +46,7 @@ def load(pattern: str, folder: Path = FOLDER) -> list[Result]:
 
 def _where(result: Result) -> str:
     environment = result["environment"]
-    versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "flash-attn") if name in environment)
-    return f"{environment['device']}, {versions}, {environment['date']}, commit {environment['commit']}"
+    return f"{environment['device']}, {versions_of(environment)}, {environment['date']}, commit {environment['commit']}"
 
 
 def _cell(answers: dict[str, Result], questions: Iterable[str]) -> str:

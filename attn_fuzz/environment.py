@@ -9,8 +9,12 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any, Final
 
 import torch
+
+KERNEL_PACKAGES: Final = ("flash-attn", "flash-attn-4", "xformers", "nvidia-cudnn-frontend", "jax", "triton")
+"""Where kernels under test come from, beside torch."""
 
 
 def device_name(device: str) -> str:
@@ -48,13 +52,18 @@ def commit() -> str:
         return "unknown"
 
 
+def versions_of(environment: dict[str, Any]) -> str:
+    """The versions of torch and of the packages with kernels, in words."""
+    return ", ".join(f"{name} {environment[name]}" for name in ("torch", *KERNEL_PACKAGES) if name in environment)
+
+
 def environment(device: str) -> dict[str, str]:
     """What belongs beside every figure."""
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "hypothesis": package_version("hypothesis"),
-        "flash-attn": package_version("flash-attn"),
+        **{name: package_version(name) for name in KERNEL_PACKAGES},
     }
     return {
         "device": device_name(device),

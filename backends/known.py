@@ -106,7 +106,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         about="cuDNN's backward with an explicit mask gives NaN where exp(score - lse) of a masked or padding entry "
         "overflows float32: rows whose scores are all far below zero (-181; -90 is fine), or far below those of keys "
         "that they do not see. Only with a multiple of 64 keys; the memory-efficient and math kernels are right.",
-        reference=f"{_TORCH} with cuDNN 9.19 on an H100, 2026-11-23; not reported before as far as we know",
+        reference=f"pytorch#196678, cudnn-frontend#628; {_TORCH} with cuDNN 9.19 on an H100, 2026-11-23",
         present=_cudnn_919,
         covers=_whole_key_tiles,
         tensors=_LAYER_BACKWARD - {"d_dense"},

@@ -14,6 +14,10 @@ With u the unit roundoff of the storage dtype, eta its subnormal spacing and a t
     V(dk_jc) = scale^2 sum_i (V(dS_ij) + p_ij^2 g_ij^2 V(D_i) + V(L_i) dS_ij^2) q_ic^2 + rvar(dk_jc)
     V(dv_jc) = sum_i (rvar(p_ij) + p_ij^2 (vs_ij + V(L_i))) do_ic^2 + rvar(dv_jc)
 
+Where P and dP are stored, dS can round alike in all of a row, a column (``rounded_alike``); then dq and dk also have
+
+    (scale sum_j g_ij m_ij |k_jc|)^2 / 25   and   (scale sum_i g_ij m_ij |q_ic|)^2 / 25   with m the most that it does.
+
 ak^2 = a^2 + 0.09 u32^2 n for a float32 sum over n keys, and likewise over query rows (``sums_of``); dq, dk and dv have
 such a term of their own, as scale^2 ak^2 sum_j dS_ij^2 k_jc^2. dv also allows for probabilities that are flushed.
 
@@ -132,6 +136,45 @@ def stored_ds_variance(ds: torch.Tensor, scale: float, softcap: float, dtype: st
     return rounding_variance(ds, dtype, factor)
 
 
+ALIKE = 1 / 25
+"""Share of the square of the largest error of roundings that agree: they alone reach half of the verdict's limit."""
+
+_CLOSE = 16
+"""Spread of a row's weights, in units of roundoff, below which storing them leaves a few different ones."""
+
+
+def rounded_alike(
+    p: torch.Tensor, dp: torch.Tensor, delta: torch.Tensor, dtype: str, profile: Profile
+) -> torch.Tensor | None:
+    """The most by which each dS may be off in the same way as all others of its row.
+
+    Products P dP that are stored, or whose factors are stored numbers of which P is nearly constant, lie on the grid of
+    the numbers that dS is rounded to. What is left to round then is P D alone, which is a function of the row's weights
+    and thus of its scores: errors go with q and k, and n of them add up to n. Seen in float16 with one channel on
+    2,059 keys, whose dS are subnormal and have a grid in common (docs/oracle.md).
+
+    Args:
+        p: ``[..., q, k]``.
+        dp: as ``p``; dP.
+        delta: ``[..., q, 1]``; D.
+        dtype: storage dtype.
+        profile: how the backend computes.
+
+    Returns:
+        As ``p``; None where nothing of the kind is to be expected.
+    """
+    if not (profile.stores_products or (profile.stores_probabilities and profile.rounds_dp)):
+        return None
+    half_spacing = (p * dp).abs_().mul_(UNIT_ROUNDOFF[dtype]).clamp_min_(SUBNORMAL_SPACING[dtype] / 2)
+    most = torch.minimum(half_spacing, (p * delta).abs_())
+    if profile.stores_products:
+        return most
+    largest = p.amax(-1, keepdim=True) if p.shape[-1] else p.sum(-1, keepdim=True)
+    # Keys that a row does not see have no weight, and are no part of it.
+    apart = ((p - largest).abs_() > _CLOSE * UNIT_ROUNDOFF[dtype] * largest).logical_and_(p > 0)
+    return most.masked_fill_(apart.any(-1, keepdim=True), 0.0)
+
+
 def attention_variances(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -216,6 +259,8 @@ def attention_variances(
         if profile.stores_probabilities:
             relative = relative + rp * dp.square()
         # Its sum rounds, and so does the normaliser that all its terms share.
+        if profile.stores_products:
+            relative = relative + rvar(p * dp)
         var_delta = var_delta + relative.sum(-1, keepdim=True) + (over_keys + shared) * delta.square()
     ds = p * (dp - delta) * slope
     slope2 = slope.square()
@@ -227,6 +272,8 @@ def attention_variances(
     var_ds = var_ds + slope2 * flush_variance(p) * (dp - delta).square()
     if profile.stores_probabilities:
         var_ds = var_ds + slope2 * rp * (dp - delta).square()
+    if profile.stores_products:
+        var_ds = var_ds + slope2 * rvar(p * dp)
     if softcap:
         # 1 - t^2 moves with the score's own error and the tanh's.
         var_slope = 4 * (1 - slope) * (slope2 * raw / softcap**2 + (a2 + profile.tanh_error**2) * (1 - slope))
@@ -243,6 +290,12 @@ def attention_variances(
     var_dk_head = scale**2 * (by_key @ q2)
     by_key_dv = (rp + w + flush_variance(p) + (over_rows + shared) * p2).transpose(-1, -2)
     var_dv_head = by_key_dv @ dout2
+    alike_dq = alike_dk = None
+    if (alike := rounded_alike(p, dp, delta, dtype, profile)) is not None:
+        alike = scale * slope * alike
+        alike_dq = ALIKE * (alike @ k.abs()).square()
+        alike_dk = ALIKE * sum_groups(alike.transpose(-1, -2) @ q.abs(), group).square()
+        var_dq = var_dq + alike_dq
     if profile.scales_gradients:
         var_dq, var_dk_head = var_dq + rvar(dq), var_dk_head + rvar(dk)
     if profile.expands_kv and group > 1:
@@ -252,6 +305,8 @@ def attention_variances(
     gradients = Gradients(dq, sum_groups(dk, group), sum_groups(dv, group))
     stored_dk, stored_dv = (1 + times_stored) * rvar(gradients.dk), (1 + times_stored) * rvar(gradients.dv)
     var_dk, var_dv = sum_groups(var_dk_head, group) + stored_dk, sum_groups(var_dv_head, group) + stored_dv
+    if alike_dk is not None:
+        var_dk = var_dk + alike_dk
 
     if not degrees:
         return Variances(var_out, var_lse, var_dq, var_dk, var_dv, {}, gradients)
@@ -267,6 +322,9 @@ def attention_variances(
         + (shared[..., 0] * dq.square().sum(-1)).square()
     )
     dk_sources = sum_groups(scale**4 * concentrated(by_key, q2)[..., None], group)[..., 0]
+    if alike_dq is not None and alike_dk is not None:
+        dq_sources = dq_sources + alike_dq.sum(-1).square()
+        dk_sources = dk_sources + alike_dk.sum(-1).square()
     dv_sources = sum_groups(concentrated(by_key_dv, dout2)[..., None], group)[..., 0]
     return Variances(
         out=var_out,

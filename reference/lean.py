@@ -14,10 +14,12 @@ import torch
 
 from reference.answer import Expected
 from reference.budget import (
+    ALIKE,
     ROUNDING_SECOND_MOMENT,
     Sums,
     degrees_of_freedom,
     flush_variance,
+    rounded_alike,
     rounding_variance,
     stored_ds_variance,
 )
@@ -50,6 +52,8 @@ class _Keys(NamedTuple):
     dk_sources: torch.Tensor
     """``[n, k]``: squares of what single rows put into the variance, summed; 0 where nobody asked."""
     dv_sources: torch.Tensor
+    alike: torch.Tensor
+    """``[n, k, d]``: the most that roundings of dS which agree put into dK; 0 where none do."""
 
 
 class _Rows(NamedTuple):
@@ -119,7 +123,10 @@ def answer(
     def rvar(x: torch.Tensor) -> torch.Tensor:
         return rounding_variance(x, dtype)
 
-    dk, dv, var_dk, var_dv, dk_sources, dv_sources = summed
+    dk, dv, var_dk, var_dv, dk_sources, dv_sources, alike = summed
+    if alike.dim():
+        alike_dk = ALIKE * alike.square()
+        var_dk, dk_sources = var_dk + alike_dk, dk_sources + alike_dk.sum(-1).square()
     times_stored = sums.stored
     if _by_head(profile, group):
 
@@ -233,12 +240,17 @@ def _block(
     var_delta = torch.zeros_like(delta)
     if profile.delta_from_output:
         var_delta = (dout2 * var_out).sum(-1, keepdim=True) + A2 * weighted.square().sum(-1, keepdim=True)
+    stored_products = rvar(p * dp) if profile.stores_products else None
     if profile.delta_from_probabilities:
         relative = torch.add(w, p2, alpha=A2)
         if profile.stores_probabilities:
             relative += rp
-        var_delta = var_delta + relative.mul_(dp2).addcmul_(p2, var_dp).sum(-1, keepdim=True)
+        relative.mul_(dp2).addcmul_(p2, var_dp)
+        if stored_products is not None:
+            relative += stored_products
+        var_delta = var_delta + relative.sum(-1, keepdim=True)
         var_delta += (over_keys + shared) * delta.square()
+    alike = rounded_alike(p, dp, delta, dtype, profile)
     # float32 storage of D and dP - D, by p^2 as the error of dP itself.
     var_dp.add_(dp2, alpha=A2).add_(A2 * delta.square())
     difference = dp.sub_(delta)
@@ -247,6 +259,8 @@ def _block(
     if not bounded:
         by_difference = by_difference + flush_variance(p)
     var_ds = var_dp.mul_(p2).addcmul_(by_difference, difference2)
+    if stored_products is not None:
+        var_ds += stored_products
     pg = p
     if slope is None:
         ds = difference.mul_(p)
@@ -277,6 +291,11 @@ def _block(
         by_key_dv += flush_variance(p)
     var_dk = by_key.mT @ (scale**2 * q2)
     var_dv = by_key_dv.mT @ dout2
+    alike_dk = alike_dq = torch.zeros((), dtype=q.dtype, device=q.device)
+    if alike is not None:
+        alike.mul_(scale if slope is None else scale * slope)
+        alike_dk, alike_dq = alike.mT @ q.abs(), ALIKE * (alike @ k.abs()).square()
+        var_dq = var_dq + alike_dq
     if profile.scales_gradients:
         var_dq = var_dq + stored_dq
     if _by_head(profile, group):
@@ -297,13 +316,15 @@ def _block(
             + (var_delta[..., 0] * by_channels).square()
             + (shared[..., 0] * dq.square().sum(-1)).square()
         )
+        if alike is not None:
+            dq_sources = dq_sources + alike_dq.sum(-1).square()
         dk_sources, dv_sources = scale**4 * _concentrated(by_key.mT, q2), _concentrated(by_key_dv.mT, dout2)
         counted = {
             "out": degrees_of_freedom(var_out.sum(-1), _concentrated(by_row, v2), stored_out),
             "dq": degrees_of_freedom(var_dq.sum(-1), dq_sources, stored_dq),
         }
     rows = _Rows({"out": out, "lse": found.lse, "dq": dq}, {"out": var_out, "lse": var_lse, "dq": var_dq}, counted)
-    return rows, _Keys(dk, dv, var_dk, var_dv, dk_sources, dv_sources)
+    return rows, _Keys(dk, dv, var_dk, var_dv, dk_sources, dv_sources, alike_dk)
 
 
 def _concentrated(weights: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:

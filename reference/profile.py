@@ -41,6 +41,8 @@ class Profile:
     """D = rowsum(P * dP), where dP's rounding enters. Both hold for a backend that takes one of two ways."""
     stores_probabilities: bool = False
     """The backward uses P as stored in the dtype rather than recomputing it in float32."""
+    stores_products: bool = False
+    """P * dP is stored in the dtype before P * D is taken from it, as torch's softmax does on CUDA."""
     expands_kv: bool = False
     """K/V are repeated over their group: every query head's dK and dV are rounded before they are summed."""
     normalises_by_lse: bool = False

@@ -8,7 +8,15 @@ import torch
 
 from reference import attention
 from reference.arithmetic import Arithmetic
-from reference.budget import ROUNDING_SECOND_MOMENT, flush_variance, rounding_variance, stored_ds_variance, sums_of
+from reference.budget import (
+    ALIKE,
+    ROUNDING_SECOND_MOMENT,
+    flush_variance,
+    rounded_alike,
+    rounding_variance,
+    stored_ds_variance,
+    sums_of,
+)
 from reference.case import Case
 from reference.layout import Span
 from reference.profile import ACCUMULATION, UNIT_ROUNDOFF, Profile
@@ -162,6 +170,16 @@ class SimulatedAttention:
         difference = arithmetic.accumulate(dp - delta, dp[0].square() + delta[0].square())
         p = arithmetic.perturb(p, flush_variance(p[0]))
         ds = p * difference
+        alike = rounded_alike(p[0], dp[0], delta[0], self.case.dtype, profile)
+        if profile.stores_products:
+            ds = arithmetic.perturb(ds, rounding_variance(p[0] * dp[0], self.case.dtype))
+        if alike is not None:
+            # All one way, or one way for the larger weights of the row and the other for the lesser ones.
+            alike = ALIKE**0.5 * alike
+            seen = (p[0] > 0).sum(-1, keepdim=True).clamp_min(1)
+            lesser = p[0] * seen < p[0].sum(-1, keepdim=True)
+            for errors in (alike, torch.where(lesser, -alike, alike)):
+                ds = arithmetic.agree(ds, errors)
         if self.slope is not None:
             ds = ds * self.slope
         case = self.case

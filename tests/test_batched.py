@@ -19,6 +19,7 @@ PROFILES = (
     Profile(normalises_by_lse=True),
     Profile(scales_inputs=True, scales_gradients=True, rounds_scores=True, rounds_dp=True, stores_probabilities=True),
     Profile(delta_from_output=False, delta_from_probabilities=True, expands_kv=True, tanh_error=2.0**-11),
+    Profile(delta_from_probabilities=True, rounds_dp=True, stores_probabilities=True, stores_products=True),
 )
 
 

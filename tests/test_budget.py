@@ -242,6 +242,7 @@ ROUNDED_MORE: dict[str, set[str]] = {
     "scales_gradients": {"dq", "dk"},
     "rounds_dp": {"dq", "dk"},
     "stores_probabilities": {"dq", "dk"},
+    "stores_products": {"dq", "dk"},
     "expands_kv": {"dk", "dv"},
     "normalises_by_lse": {"out", "dq", "dk"},
     "delta_from_probabilities": {"dq", "dk"},
@@ -266,6 +267,49 @@ def test_one_rounding_more_is_more_variance_where_it_enters(flag: str) -> None:
     larger = {name for name in NAMES if (getattr(after, name) > getattr(before, name) * (1 + 1e-12)).any()}
     assert larger == ROUNDED_MORE[flag]
     assert all((getattr(after, name) >= getattr(before, name)).all() for name in NAMES)
+
+
+# Roundings that agree.
+
+
+def unfused_dq(d: Document, *, by_product: bool) -> torch.Tensor:
+    """dQ as a composition of half precision operations has it, its sums taken without error."""
+    scores = (SCALE * (d.q @ d.k.transpose(-1, -2))).half().double().masked_fill(~d.mask, -torch.inf)
+    p = scores.softmax(-1).half().double()
+    dp = (d.dout @ d.v.transpose(-1, -2)).half().double()
+    products = p * dp
+    if by_product:
+        # As the backward of torch's softmax does on CUDA.
+        products = products.half().double()
+    ds = (products - p * products.sum(-1, keepdim=True)).half().double()
+    return (SCALE * (ds @ d.k)).half().double()
+
+
+def worst(d: Document, *, by_product: bool, **profile: float) -> float:
+    """The largest z of that dQ."""
+    unfused = {"rounds_scores": True, "rounds_dp": True, "stores_probabilities": True, "delta_from_probabilities": True}
+    allowed = budget(d, "fp16", **unfused, **profile)
+    error = unfused_dq(d, by_product=by_product) - allowed.gradients.dq
+    return (error.abs() / allowed.dq.sqrt()).max().item()
+
+
+@pytest.mark.parametrize("keys", [2059, 8195])
+def test_products_that_are_stored_round_alike(keys: int) -> None:
+    """Subnormal dS of one channel: what is left to round of them goes with the scores, and so with the keys."""
+    documents = [document("fp16", seed, heads=8, queries=3, keys=keys, channels=1) for seed in range(8)]
+    assert max(worst(d, by_product=True) for d in documents) > 10
+    assert max(worst(d, by_product=True, stores_products=True) for d in documents) < 7
+    # Nothing of the kind without them.
+    assert max(worst(d, by_product=False) for d in documents) < 5
+
+
+def test_a_row_of_nearly_equal_weights_rounds_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many keys as make weights of about 2^-13: times a stored dP, those of just that much are on dS's grid."""
+    documents = [document("fp16", seed, heads=8, queries=3, keys=8195, channels=1) for seed in range(8)]
+    close = [d._replace(q=(d.q / 2048).half().double()) for d in documents]
+    assert max(worst(d, by_product=False) for d in close) < 5
+    monkeypatch.setattr("reference.budget._CLOSE", -1)
+    assert max(worst(d, by_product=False) for d in close) > 10
 
 
 # Exact zeros: where the variance is 0 nothing but the value will do.

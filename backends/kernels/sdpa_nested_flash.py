@@ -15,7 +15,11 @@ class SdpaNestedFlash(ForcedNested):
     forced = "flash"
     paths = frozenset({"nested flash"})
     capabilities = dataclasses.replace(
-        ForcedNested.capabilities, dtypes=HALF_DTYPES, max_head_dim=256, causal_needs_equal_lengths=False
+        ForcedNested.capabilities,
+        dtypes=HALF_DTYPES,
+        max_head_dim=256,
+        causal_needs_equal_lengths=False,
+        keys_without_queries=False,
     )
 
 

@@ -57,5 +57,9 @@ class SdpaNestedMath(ForcedNested):
     )
     profile = UNFUSED
 
+    def profile_on(self, device: str) -> Profile:
+        # The backward of torch's softmax on CUDA begins with P * dP, a tensor of its own.
+        return dataclasses.replace(self.profile, stores_products=device == "cuda")
+
 
 KERNEL = SdpaNestedMath()
