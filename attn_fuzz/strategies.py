@@ -8,6 +8,7 @@ rounding errors are not independent (docs/oracle.md).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -295,6 +296,14 @@ def layers(draw: st.DrawFn, domain: Domain, lengths: Sequence[int], padding: int
     )
 
 
+@functools.lru_cache(maxsize=2)
+def _few_lengths(smallest: int) -> st.SearchStrategy[list[int]]:
+    """Lengths of a few short documents, the last of which may lie at a tile's edge."""
+    several = st.lists(st.integers(smallest, 9), min_size=1, max_size=4)
+    beside_tile = st.tuples(several, among(TILE_EDGES)).map(lambda parts: [*parts[0], parts[1]])
+    return st.one_of(several, beside_tile).filter(any)
+
+
 def rank_cases(draw: st.DrawFn, domain: Domain, ranks: int, tensor_ranks: int = 1) -> Case:
     """A packed sequence that several ranks share: short documents, which put many borders of many kinds between them.
 
@@ -302,10 +311,7 @@ def rank_cases(draw: st.DrawFn, domain: Domain, ranks: int, tensor_ranks: int = 
     slice holds no document's beginning. Non-causal documents cannot be spread, so there every rank has its own.
     """
     capabilities = domain.capabilities
-    small = st.integers(0 if capabilities.empty_documents else 1, 9)
-    several = st.lists(small, min_size=1, max_size=4)
-    beside_tile = st.tuples(several, among(TILE_EDGES)).map(lambda parts: [*parts[0], parts[1]])
-    lengths = draw(st.one_of(several, beside_tile).filter(any))
+    lengths = list(draw(_few_lengths(0 if capabilities.empty_documents else 1)))
     padding = draw(among([0, 0, 1, 5]))
     if draw(st.booleans()):
         lengths[-1] += -(sum(lengths) + padding) % (ranks * tensor_ranks)

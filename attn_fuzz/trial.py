@@ -66,8 +66,17 @@ class Trial:
     def observations(self) -> tuple[Observation, ...]:
         """One run per poison; the first in the company of a decoy, the others alone."""
         decoy = decoy_of(self.case, self.backend, self.device.type) if self.in_company else None
+        if self.case.all_ranks > 1:
+            assert isinstance(self.inputs, LayerInputs)
+            return tuple(self._on_ranks(self.inputs, self.poisons, decoy))
         first, *others = self.poisons
         return (self.observe(first, decoy), *(self.observe(poison) for poison in others))
+
+    def _on_ranks(self, inputs: LayerInputs, poisons: Sequence[str], decoy: Case | None) -> list[Observation]:
+        """A run under each poison."""
+        observed = run_ranks(self.backend, self.case, inputs, poisons, self.device, decoy)
+        self.touched.extend(what for one in observed for what in one.changed)
+        return observed
 
     def observe(self, poison: str, decoy: Case | None = None) -> Observation:
         """A run of its own."""
@@ -84,7 +93,7 @@ class Trial:
         if isinstance(inputs, Inputs):
             observed = run_kernel(self.backend, self.case, inputs, poison, self.device, decoy, asked)
         elif self.case.all_ranks > 1:
-            observed = run_ranks(self.backend, self.case, inputs, poison, self.device, decoy)
+            return self._on_ranks(inputs, (poison,), decoy)[0]
         else:
             observed = run_layer(self.backend, self.case, inputs, poison, self.device, decoy)
         self.touched.extend(observed.changed)

@@ -85,11 +85,16 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class Distributed(Collectives):
-    """Ranks of a torch.distributed process group: gloo or NCCL, CPU or CUDA tensors."""
+    """Ranks of a torch.distributed process group: gloo or NCCL, CPU or CUDA tensors.
+
+    Gloo has no reduce-scatter: torch has it add everything up everywhere and takes a part, which costs six times the
+    processor time of exchanging the parts and adding up one's own, in rank order.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group.rank(), group.size())
         self._group = group
+        self._exchanges = dist.get_backend(group) == "gloo"
         self._blocks: dict[int, Distributed] = {}
 
     def gather(self, own: torch.Tensor, whole: torch.Tensor) -> Handle:
@@ -102,6 +107,10 @@ class Distributed(Collectives):
 
     def reduce_scatter(self, whole: torch.Tensor, own: torch.Tensor) -> Handle:
         whole = whole.contiguous()
+        if self._exchanges:
+            parts = torch.empty_like(whole)
+            work = dist.all_to_all_single(parts, whole, group=self._group, async_op=True)
+            return _Work(work, (whole, parts), lambda: own.copy_(parts.unflatten(0, (self.ranks, -1)).sum(0)))
         target = own if own.is_contiguous() else torch.empty_like(own, memory_format=torch.contiguous_format)
         work = _reduce_scatter(target, whole, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
         return _Work(work, (whole, target), (lambda: None) if target is own else (lambda: own.copy_(target)))

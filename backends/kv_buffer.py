@@ -56,6 +56,16 @@ def key_value_views(
     raise ValueError(f"unknown memory layout {memory!r}")
 
 
+def side_by_side(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
+    """K and V ``[rows, kv_heads, head_dim]`` as the ``[rows, 2 * kv_heads, head_dim]`` that they are halves of."""
+    apart = v.storage_offset() - k.storage_offset()
+    if k.untyped_storage().data_ptr() != v.untyped_storage().data_ptr() or k.stride() != v.stride():
+        return None
+    if apart != k.shape[1] * k.stride(1):
+        return None
+    return k.as_strided((k.shape[0], 2 * k.shape[1], k.shape[2]), k.stride())
+
+
 class KeyValueBuffer:
     """K and V of a packed sequence in the storage dtype, and their gradients in float32.
 

@@ -15,7 +15,7 @@ import torch
 
 from backends.collectives import Collectives
 from backends.kernel import Kernel
-from backends.kv_buffer import KeyValueBuffer
+from backends.kv_buffer import KeyValueBuffer, side_by_side
 from backends.layer import BufferedLayer, Layer
 from backends.metadata import MicroSequenceMetadata, preprocess
 from reference.case import Case
@@ -94,6 +94,9 @@ class RankLayer(BufferedLayer):
     def store(self, metadata: MicroSequenceMetadata, k: torch.Tensor, v: torch.Tensor) -> None:
         assert isinstance(metadata, RankMetadata)
         rows = self.buffer.claim(metadata.shared_begin, metadata.shared_end)
+        if (both := side_by_side(*rows)) is not None:
+            self.collectives.gather(torch.cat((k, v), 1), both).wait()
+            return
         handles = [self.collectives.gather(own, whole) for own, whole in zip((k, v), rows, strict=True)]
         for handle in handles:
             handle.wait()

@@ -20,6 +20,7 @@ from attn_fuzz.checks.ranks import attended
 from attn_fuzz.exam import hunt_fault
 from attn_fuzz.examine import examine
 from attn_fuzz.fit import fitted
+from attn_fuzz.process import share_of_processors
 from attn_fuzz.ranks import results as rank_results
 from attn_fuzz.ranks.host import HostError
 from attn_fuzz.ranks.rate import processor_seconds
@@ -208,6 +209,26 @@ def test_keys_are_gathered_straight_into_the_buffer_and_waited_for(dtype: str) -
     for target, buffer in zip(collectives.targets, (layer.buffer.k, layer.buffer.v), strict=True):
         assert target.data_ptr() == buffer.data_ptr()
     layer.backward(inputs.dout[4:8])
+
+
+def test_keys_and_values_side_by_side_are_gathered_at_once() -> None:
+    case = Case(lengths=(4, 4), heads=2, kv_heads=2, memory="fused")
+    inputs, collectives = layer_inputs(case, CPU), _Noting()
+    layer = RankLayer(inputs.weights, case, load("loop").kernel, collectives)
+    layer.forward(inputs.x[4:8], 0, 8)
+    assert collectives.log == ["gather", "wait gather"]
+    (target,) = collectives.targets
+    assert target.data_ptr() == layer.buffer.k.data_ptr()
+    assert torch.equal(target, torch.cat((layer.buffer.k, layer.buffer.v), 1))
+    layer.backward(inputs.dout[4:8])
+
+
+def test_processors_are_shared_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 3, 5, 7, 8}, raising=False)
+    assert [share_of_processors(place, 2) for place in range(2)] == [{2, 3}, {5, 7, 8}]
+    assert [share_of_processors(place, 6) for place in (0, 5)] == [None, {8}]
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert share_of_processors(0, 2) is None
 
 
 # Teams of processes.

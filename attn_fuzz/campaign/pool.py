@@ -32,7 +32,7 @@ from attn_fuzz.campaign.wide import hunt_wide
 from attn_fuzz.campaign.worker import hunt
 from attn_fuzz.environment import environment
 from attn_fuzz.findings import Finding
-from attn_fuzz.process import interrupt_once, set_apart
+from attn_fuzz.process import interrupt_once, set_apart, share_of_processors, stay_on
 from attn_fuzz.shrink import minimise
 from reference.case import Case
 
@@ -56,9 +56,11 @@ class Outcome:
     interrupted: bool = False
 
 
-def _serve(assignment: Assignment, connection: Connection) -> None:
+def _serve(assignment: Assignment, connection: Connection, processors: frozenset[int] | None) -> None:
     """Main function of a worker process."""
     set_apart()
+    if processors is not None:
+        stay_on(processors)
     try:
         (hunt_wide if assignment.gear == "wide" else hunt)(assignment, connection.send)
     except KeyboardInterrupt:
@@ -76,6 +78,8 @@ class _Worker:
     process: SpawnProcess
     connection: Connection
     restarts: int
+    place: int
+    """Which of the places at a time it has taken."""
     started: float = dataclasses.field(default_factory=time.monotonic)
     heard: float = dataclasses.field(default_factory=time.monotonic)
     spoke: float | None = None
@@ -133,10 +137,13 @@ class Pool:
         assignment = self._in_time(assignment)
         ours, theirs = self._context.Pipe(duplex=False)
         # No daemon, for those may not have the children that crash-class cases run in; run() kills what is left.
-        process = self._context.Process(target=_serve, args=(assignment, theirs))
+        place = min(set(range(self._limit)) - {worker.place for worker in self._running}, default=0)
+        on_processors = assignment.device == "cpu" and max(assignment.ranks) > 1
+        processors = share_of_processors(place, self._limit) if on_processors else None
+        process = self._context.Process(target=_serve, args=(assignment, theirs, processors))
         process.start()
         theirs.close()
-        self._running.append(_Worker(assignment, process, ours, restarts))
+        self._running.append(_Worker(assignment, process, ours, restarts, place))
 
     def _tallies(self) -> dict[str, Tally]:
         totals = {name: Tally() for name in self._names}

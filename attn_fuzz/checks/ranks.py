@@ -8,7 +8,6 @@ import torch
 
 from attn_fuzz.symptoms import DeadRowsNotZero, RanksDiffer, Symptom
 from attn_fuzz.trial import Trial
-from reference.attention import allowed_keys
 from reference.case import Case
 from reference.layout import micro_sequences, rank_slice, segments
 from reference.memory import bits
@@ -34,12 +33,15 @@ def replicas_equal(trial: Trial) -> Iterator[Symptom]:
 def attended(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Which K/V rows a rank's queries attend to, and which rows it owns, bool ``[tokens]`` each."""
     seen, owned = torch.zeros(2, case.tokens, dtype=torch.bool)
+    left = case.effective_window[0]
     for part in micro_sequences(case):
         owned[slice(*rank_slice(part, rank, case.all_ranks))] = True
         # Tensor-parallel neighbours share the queries of one slice.
         for segment in segments(case.packed_lengths, rank_slice(part, rank // case.tensor_ranks, case.ranks)):
-            mask = allowed_keys(segment.queries.length, segment.keys.length, case.effective_window)
-            seen[slice(*segment.keys)] |= mask.any(0)
+            if segment.queries.length:
+                # The last query stands on the last key, and its neighbours next to it: there are no gaps.
+                first = segment.queries.begin - left if left >= 0 else 0
+                seen[max(segment.keys.begin, first) : segment.keys.end] = True
     return seen, owned
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -37,18 +38,29 @@ _loaded = functools.lru_cache(maxsize=None)(registry.load)
 
 
 def run_slice(
-    backend: str, case: Case, inputs: LayerInputs, poison: str, decoy: Case | None, decoys: LayerInputs | None
-) -> Observation:
-    """What one rank does: called in every rank of a team."""
+    backend: str,
+    case: Case,
+    inputs: LayerInputs,
+    poisons: Sequence[str],
+    decoy: Case | None,
+    decoys: LayerInputs | None,
+) -> list[Observation]:
+    """What one rank does: called in every rank of a team. One run per poison, the first around a decoy if there is one.
+
+    Runs of a case are asked for together, because a call wakes every process up.
+    """
     device, loaded = here().device, _loaded(backend)
-    run = RankRun(loaded, case, inputs, poison, device)
+    observations: list[Observation] = []
+    for poison in poisons:
+        run = RankRun(loaded, case, inputs, poison, device)
 
-    def made(other: Case) -> RankRun:
-        assert decoys is not None
-        return RankRun(loaded, other, decoys, poison, device, watched=False)
+        def made(other: Case, poison: str = poison) -> RankRun:
+            assert decoys is not None
+            return RankRun(loaded, other, decoys, poison, device, watched=False)
 
-    with poisoned(poison, device, compiled=loaded.kernel.compiled), refusing_cleanly([run]):
-        for _ in around(decoy, made, crossed=crossing(case), lockstep=True):
-            run.forward()
-        run.backward()
-    return run.observe()
+        with poisoned(poison, device, compiled=loaded.kernel.compiled), refusing_cleanly([run]):
+            for _ in around(None if observations else decoy, made, crossed=crossing(case), lockstep=True):
+                run.forward()
+            run.backward()
+        observations.append(run.observe())
+    return observations

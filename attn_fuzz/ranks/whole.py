@@ -24,9 +24,16 @@ BUFFERS = ("k", "v", "dk", "dv")
 
 
 def run_ranks(
-    backend: Backend, case: Case, inputs: LayerInputs, poison: str, device: torch.device, decoy: Case | None = None
-) -> Observation:
-    """A packed sequence through the backend's layer on ``case.all_ranks`` ranks, around a decoy's where one is given.
+    backend: Backend,
+    case: Case,
+    inputs: LayerInputs,
+    poisons: Sequence[str],
+    device: torch.device,
+    decoy: Case | None = None,
+) -> list[Observation]:
+    """A packed sequence through the backend's layer on ``case.all_ranks`` ranks, once under each poison.
+
+    Where a decoy is given, the first run is around its own.
 
     Raises:
         RankFailed: when a rank raised or died.
@@ -34,10 +41,11 @@ def run_ranks(
         UnsupportedCase: when the backend itself refuses.
     """
     # Drawn here once, and not on every rank.
-    arguments = (backend.name, case, inputs, poison, decoy, decoy and layer_inputs(decoy, "cpu"))
+    arguments = (backend.name, case, inputs, tuple(poisons), decoy, decoy and layer_inputs(decoy, "cpu"))
     quick = device.type == "cpu" and not backend.kernel.compiled
     patience = QUICK_PATIENCE if quick else PATIENCE
-    return assembled(case, poison, teams().call(case.all_ranks, device, run_slice, arguments, patience))
+    by_rank = teams().call(case.all_ranks, device, run_slice, arguments, patience)
+    return [assembled(case, poison, observed) for poison, *observed in zip(poisons, *by_rank, strict=True)]
 
 
 def assembled(case: Case, poison: str, observed: Sequence[Observation]) -> Observation:
