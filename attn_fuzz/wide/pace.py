@@ -14,14 +14,14 @@ from backends.kernel import UnsupportedCase
 from backends.registry import Backend
 from reference.case import Case
 
-_FEW: Final = 16
-_MANY: Final = 64
-_REPEATS: Final = 10
+_FEW: Final = 32
+_MANY: Final = 256
+_REPEATS: Final = 5
 """The fastest of so many counts: beside other work, caches are somebody else's most of the time."""
 
-_SQUARE: Final = 1.5
-"""How much a document's time may grow by from few to many: not at all where documents are apart, fourfold where a mask
-over all of them is all that counts."""
+_SQUARE: Final = 3.0
+"""How much a document's time may grow by from few to many: not at all where documents are apart, eightfold where a mask
+over all of them is all that counts, and more where that no longer fits into caches."""
 
 _TOKENS: Final = 700
 """Queries and keys of a call beyond which masks over the whole pack take longer than the reference does."""
