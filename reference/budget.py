@@ -14,7 +14,7 @@ With u the unit roundoff of the storage dtype, eta its subnormal spacing and a t
     V(dk_jc) = scale^2 sum_i (V(dS_ij) + p_ij^2 g_ij^2 V(D_i) + V(L_i) dS_ij^2) q_ic^2 + rvar(dk_jc)
     V(dv_jc) = sum_i (rvar(p_ij) + p_ij^2 (vs_ij + V(L_i))) do_ic^2 + rvar(dv_jc)
 
-Where P and dP are stored, dS can round alike in all of a row, a column (``rounded_alike``); then dq and dk also have
+Where dP is stored, dS can round alike in all of a row, a column (``rounded_alike``); then dq and dk also have
 
     (scale sum_j g_ij m_ij |k_jc|)^2 / 25   and   (scale sum_i g_ij m_ij |q_ic|)^2 / 25   with m the most that it does.
 
@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 
 from reference.attention import Forward, Gradients, sum_groups
-from reference.profile import ACCUMULATION, SMALLEST_NORMAL, SUBNORMAL_SPACING, UNIT_ROUNDOFF, Profile
+from reference.profile import ACCUMULATION, PARTIAL_SUM_KEYS, SMALLEST_NORMAL, SUBNORMAL_SPACING, UNIT_ROUNDOFF, Profile
 
 ROUNDING_SECOND_MOMENT = 0.18
 
@@ -50,6 +50,8 @@ class Sums(NamedTuple):
     """The same over query rows."""
     stored: int
     """How often the running sums of dK and dV are stored in the dtype before they are complete."""
+    stored_dq: int
+    """The same for those of dQ."""
 
 
 _SEQUENTIAL = ROUNDING_SECOND_MOMENT / 2 * UNIT_ROUNDOFF["fp32"] ** 2
@@ -58,11 +60,21 @@ _SEQUENTIAL = ROUNDING_SECOND_MOMENT / 2 * UNIT_ROUNDOFF["fp32"] ** 2
 
 def sums_of(queries: int, keys: int, profile: Profile) -> Sums:
     """For a call whose longest document has so many queries, and whose longest has so many keys."""
-    stored = 0
+    stored = stored_dq = 0
+    # torch's blocks; a document's first and last are parts of one each.
     if profile.stores_partial_sums and queries > 1:
-        # torch's blocks; a document's first and last are parts of one each.
         stored = math.ceil(queries / (32 if queries < 192 else 64 if queries < 768 else 256))
-    return Sums(ACCUMULATION**2 + _SEQUENTIAL * keys, ACCUMULATION**2 + _SEQUENTIAL * queries, stored)
+    if profile.stores_partial_sums and keys > 1:
+        stored_dq = math.ceil(keys / PARTIAL_SUM_KEYS)
+    return Sums(ACCUMULATION**2 + _SEQUENTIAL * keys, ACCUMULATION**2 + _SEQUENTIAL * queries, stored, stored_dq)
+
+
+def walk_variance(times: int, dtype: str) -> float:
+    """What storing a running sum so often makes of it, in units of its terms' squares.
+
+    Partial sums of a random walk that is to end where it does: half-way as large as all of its terms on average.
+    """
+    return times / 6 * ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[dtype] ** 2
 
 
 class Variances(NamedTuple):
@@ -148,9 +160,9 @@ def rounded_alike(
 ) -> torch.Tensor | None:
     """The most by which each dS may be off in the same way as all others of its row.
 
-    Products P dP that are stored, or whose factors are stored numbers of which P is nearly constant, lie on the grid of
-    the numbers that dS is rounded to. What is left to round then is P D alone, which is a function of the row's weights
-    and thus of its scores: errors go with q and k, and n of them add up to n. Seen in float16 with one channel on
+    Products P dP that are stored, or of a stored dP and a P that is nearly constant, lie on the grid of the numbers
+    that dS is rounded to, or next to it. What is left to round then is P D alone, a function of the row's weights and
+    thus of its scores: errors go with q and k, and n of them add up to n. Seen in float16 with one channel on
     2,059 keys, whose dS are subnormal and have a grid in common (docs/oracle.md).
 
     Args:
@@ -163,7 +175,7 @@ def rounded_alike(
     Returns:
         As ``p``; None where nothing of the kind is to be expected.
     """
-    if not (profile.stores_products or (profile.stores_probabilities and profile.rounds_dp)):
+    if not (profile.stores_products or profile.rounds_dp):
         return None
     half_spacing = (p * dp).abs_().mul_(UNIT_ROUNDOFF[dtype]).clamp_min_(SUBNORMAL_SPACING[dtype] / 2)
     most = torch.minimum(half_spacing, (p * delta).abs_())
@@ -207,9 +219,10 @@ def attention_variances(
         sums: of the call; those of a call of these documents when not given.
     """
     a2 = ACCUMULATION**2
-    over_keys, over_rows, times_stored = sums or sums_of(q.shape[-2], k.shape[-2], profile)
-    # Partial sums of a random walk that is to end where it does: half-way as large as all of its terms on average.
-    over_rows = over_rows + times_stored / 6 * ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[dtype] ** 2
+    over_keys, over_rows, times_stored, dq_stored = sums or sums_of(q.shape[-2], k.shape[-2], profile)
+    over_rows = over_rows + walk_variance(times_stored, dtype)
+    # Of dQ; the output's sum over keys is kept in float32.
+    dq_over_keys = over_keys + walk_variance(dq_stored, dtype)
 
     def rvar(x: torch.Tensor) -> torch.Tensor:
         return rounding_variance(x, dtype)
@@ -282,9 +295,9 @@ def attention_variances(
     dq, dk, dv = (scale * (ds @ k), scale * (ds.transpose(-1, -2) @ q), p.transpose(-1, -2) @ dout)
     ds2 = ds.square()
     var_dq = (
-        scale**2 * (var_ds @ k2 + var_delta * (pg @ k).square() + over_keys * (ds2 @ k2))
+        scale**2 * (var_ds @ k2 + var_delta * (pg @ k).square() + dq_over_keys * (ds2 @ k2))
         + shared * dq.square()
-        + rvar(dq)
+        + (1 + dq_stored) * rvar(dq)
     )
     by_key = (var_ds + pg.square() * var_delta + (over_rows + shared) * ds2).transpose(-1, -2)
     var_dk_head = scale**2 * (by_key @ q2)
@@ -317,7 +330,7 @@ def attention_variances(
 
     by_channels = scale**2 * (pg @ k).square().sum(-1)
     dq_sources = (
-        scale**4 * concentrated(var_ds + over_keys * ds2, k2)
+        scale**4 * concentrated(var_ds + dq_over_keys * ds2, k2)
         + (var_delta[..., 0] * by_channels).square()
         + (shared[..., 0] * dq.square().sum(-1)).square()
     )
@@ -334,7 +347,7 @@ def attention_variances(
         dv=var_dv,
         degrees={
             "out": degrees_of_freedom(var_out.sum(-1), concentrated(rp + over_keys * p + w, v2), rvar(out)),
-            "dq": degrees_of_freedom(var_dq.sum(-1), dq_sources, rvar(dq)),
+            "dq": degrees_of_freedom(var_dq.sum(-1), dq_sources, (1 + dq_stored) * rvar(dq)),
             "dk": degrees_of_freedom(var_dk.sum(-1), dk_sources, stored_dk),
             "dv": degrees_of_freedom(var_dv.sum(-1), dv_sources, stored_dv),
         },

@@ -22,6 +22,7 @@ from reference.budget import (
     rounded_alike,
     rounding_variance,
     stored_ds_variance,
+    walk_variance,
 )
 from reference.lean_scores import A2, bounded_scores, forward
 from reference.profile import UNIT_ROUNDOFF, Profile
@@ -279,12 +280,13 @@ def _block(
         var_ds += stored_ds_variance(ds, scale, softcap, dtype)
 
     seen = pg @ k
-    by_query = torch.add(var_ds, ds2, alpha=over_keys)
+    by_query = torch.add(var_ds, ds2, alpha=over_keys + walk_variance(sums.stored_dq, dtype))
     dq = ds @ (scale * k)
-    stored_dq = rvar(dq)
+    rounded_dq = rvar(dq)
+    stored_dq = rounded_dq * (1 + sums.stored_dq) if sums.stored_dq else rounded_dq
     var_dq = (by_query @ k2).addcmul_(var_delta, seen.square()).mul_(scale**2)
     var_dq.addcmul_(shared, dq.square()).add_(stored_dq)
-    accumulated = shared + (sums.over_rows + sums.stored / 6 * c)
+    accumulated = shared + (sums.over_rows + walk_variance(sums.stored, dtype))
     by_key = var_ds.addcmul_(p2 if slope is None else pg.square(), var_delta).addcmul_(ds2, accumulated)
     by_key_dv = torch.addcmul(w + rp, p2, accumulated)
     if not bounded:
@@ -297,7 +299,7 @@ def _block(
         alike_dk, alike_dq = alike.mT @ q.abs(), ALIKE * (alike @ k.abs()).square()
         var_dq = var_dq + alike_dq
     if profile.scales_gradients:
-        var_dq = var_dq + stored_dq
+        var_dq = var_dq + rounded_dq
     if _by_head(profile, group):
 
         def of_heads(x: torch.Tensor) -> torch.Tensor:

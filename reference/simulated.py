@@ -16,6 +16,7 @@ from reference.budget import (
     rounding_variance,
     stored_ds_variance,
     sums_of,
+    walk_variance,
 )
 from reference.case import Case
 from reference.layout import Span
@@ -196,6 +197,9 @@ class SimulatedAttention:
         dout = self._taken(dout)
         ds = self._ds(self._taken(out), dout)
         dq = arithmetic.accumulate(scale * (ds @ self.k), scale**2 * (ds[0].square() @ self.k[0].square()))
+        if times := sums_of(self.rows, self.rows, self.profile).stored_dq:
+            walks = scale**2 * walk_variance(times, self.case.dtype) * (ds[0].square() @ self.k[0].square())
+            dq = arithmetic.perturb(dq, walks + times * rounding_variance(dq[0], self.case.dtype))
         if self.profile.scales_gradients:
             dq = arithmetic.store(dq)
         dk = self._summed("dk", self._reduced(scale, ds, self.q, self.profile.scales_gradients))
@@ -246,7 +250,7 @@ class SimulatedAttention:
         product = arithmetic.accumulate(scale * self._by_share(weights, x), scale**2 * squares)
         if times := sums_of(self.rows, self.rows, self.profile).stored:
             dtype = self.case.dtype
-            walks = times / 6 * ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[dtype] ** 2 * scale**2 * squares
+            walks = scale**2 * walk_variance(times, dtype) * squares
             product = arithmetic.perturb(product, walks + times * rounding_variance(product[0], dtype))
         if scaled_after:
             product = arithmetic.store(product)

@@ -20,6 +20,7 @@ PROFILES = (
     Profile(scales_inputs=True, scales_gradients=True, rounds_scores=True, rounds_dp=True, stores_probabilities=True),
     Profile(delta_from_output=False, delta_from_probabilities=True, expands_kv=True, tanh_error=2.0**-11),
     Profile(delta_from_probabilities=True, rounds_dp=True, stores_probabilities=True, stores_products=True),
+    Profile(stores_partial_sums=True, scales_gradients=True),
 )
 
 
