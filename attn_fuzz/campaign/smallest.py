@@ -33,8 +33,8 @@ _SMALL_EXCESS: Final = 10.0
 """Roundings of a few dozen sums reach that many times the limit at most; anything gross is what its budget says."""
 
 
-_GROSS: Final = 1000.0
-"""Errors that no noise of quick budgets mimics: with 8 samples, once in 1e20 elements."""
+_GROSS: Final = 100.0
+"""Errors that no noise of quick budgets mimics: with 8 samples, once in 1e12 elements."""
 
 
 class Examine(Protocol):
