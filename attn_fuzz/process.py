@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from types import FrameType
@@ -54,8 +55,13 @@ def share_of_processors(place: int, places: int) -> frozenset[int] | None:
 
 
 def stay_on(processors: frozenset[int]) -> None:
-    """Keeps this process, and those that it starts, on some processors."""
+    """Keeps this process, and those that it starts, on some processors, where they take turns.
+
+    Whoever is woken up there waits until whoever woke it has nothing more to do, instead of interrupting it.
+    """
     os.sched_setaffinity(0, processors)
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def set_up_process(device: str) -> None:
