@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import weakref
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 
@@ -124,6 +125,8 @@ class BufferedLayer(Layer):
         kernel: the varlen attention to use.
     """
 
+    buffer_type: ClassVar[type[KeyValueBuffer]] = KeyValueBuffer
+
     def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> None:
         self.case, self.kernel, self.weights = case, kernel, weights
         self.heads = case.heads
@@ -137,7 +140,7 @@ class BufferedLayer(Layer):
         self.norms = {
             name: weight.float().requires_grad_() for name, weight in weights.items() if name not in self.gradients
         }
-        self.buffer = KeyValueBuffer(
+        self.buffer = self.buffer_type(
             case.tokens + case.capacity, case.kv_heads, case.head_dim, weights["query"].dtype, self.device, case.memory
         )
         self.ran: set[str] = set()

@@ -80,12 +80,11 @@ class RankLayer(BufferedLayer):
     """
 
     buffer: RankBuffer
+    buffer_type = RankBuffer
 
     def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel, collectives: Collectives) -> None:
         super().__init__(weights, case, kernel)
         self.collectives = collectives
-        rows, dtype = case.tokens + case.capacity, weights["query"].dtype
-        self.buffer = RankBuffer(rows, case.kv_heads, case.head_dim, dtype, self.device, case.memory)
 
     def preprocess(self, begin: int, end: int) -> RankMetadata:
         rank, ranks = self.collectives.rank, self.collectives.ranks

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -51,22 +52,24 @@ class Arithmetic:
         """A tensor that every sample has alike, ``[...]`` to ``[1, ...]`` float64."""
         return x.double()[None]
 
-    def _normals(self, count: int) -> torch.Tensor:
-        """So many standard normals, from a place in the bank that nothing else is likely to start at."""
+    def _normals(self, shape: Sequence[int]) -> torch.Tensor:
+        """Standard normals for every sample of such a shape, from where nothing else in the bank is likely to start."""
         # Knuth's MMIX generator; its high bits choose the place.
         self._state = (self._state * 6364136223846793005 + 1442695040888963407) % (1 << 64)
+        count = self._samples * math.prod(shape)
         bank = self._bank if count <= _BANK else self._bank.repeat(math.ceil(count / _BANK))
-        start = (self._state >> 20) % (len(bank) - count + 1)
-        return bank[start : start + count]
+        start = (self._state >> 20) % (bank.shape[0] - count + 1)
+        return bank[start : start + count].view(self._samples, *shape)
+
+    def _with_samples(self, x: torch.Tensor) -> torch.Tensor:
+        """A copy that has all samples."""
+        return x.clone() if x.shape[0] > 1 else x.expand(1 + self._samples, *x.shape[1:]).contiguous()
 
     def _noise(self, x: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
         if not self._samples:
             return x
-        shape = x.shape[1:]
-        normals = self._normals(self._samples * math.prod(shape)).view(self._samples, *shape)
-        noisy = x.new_empty(1 + self._samples, *shape)
-        noisy[0] = x[0]
-        torch.addcmul(x[1:] if len(x) > 1 else x, normals, variance.sqrt(), out=noisy[1:])
+        noisy = self._with_samples(x)
+        noisy[1:].addcmul_(self._normals(x.shape[1:]), variance.sqrt())
         return noisy
 
     def store(self, x: torch.Tensor) -> torch.Tensor:
@@ -85,9 +88,9 @@ class Arithmetic:
         """Noise that a row's elements have together: each row of ``errors`` (without samples) times a normal number."""
         if not self._samples:
             return x
-        rows = x.shape[1:-1]
-        normals = self._normals(self._samples * math.prod(rows)).view(self._samples, *rows, 1)
-        return torch.cat([x[:1], torch.addcmul(x[1:] if len(x) > 1 else x, normals, errors)])
+        noisy = self._with_samples(x)
+        noisy[1:].addcmul_(self._normals((*x.shape[1:-1], 1)), errors)
+        return noisy
 
     def variance(self, x: torch.Tensor, *, stored: bool) -> torch.Tensor:
         """Error variance per element of a result ``[samples, rows, ...]`` or ``[samples, channels]``, not yet rounded.
@@ -96,7 +99,7 @@ class Arithmetic:
         row (of all channels, where there are no rows). The last rounding, to the dtype if the result is stored in it,
         is known exactly.
         """
-        if len(x) == 1:
+        if x.shape[0] == 1:
             propagated = torch.zeros_like(x[0])
         else:
             propagated = (x[1:] - x[:1]).square_().mean(0)

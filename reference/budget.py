@@ -124,7 +124,7 @@ def rounding_variance(x: torch.Tensor, dtype: str, factor: float = 1.0) -> torch
     # little error of its own takes a number there.
     smallest = max(SMALLEST_NORMAL[dtype] / factor, 2 * spacing)
     subnormal = relative * smallest**2 * (1 - 2.0**-52)
-    stored = torch.nn.functional.threshold(x.square().mul_(relative), subnormal, spacing**2 / 12, inplace=True)
+    stored = torch.threshold_(x.square().mul_(relative), subnormal, spacing**2 / 12)
     if dtype == "fp32":
         # Tensor cores take float32 operands as sums of TF32 parts; a lesser part that is subnormal is flushed.
         flushed = x.square().mul_(_SPLIT**2).clamp_max_((SMALLEST_NORMAL[dtype] / factor) ** 2)
@@ -136,7 +136,7 @@ def rounding_variance(x: torch.Tensor, dtype: str, factor: float = 1.0) -> torch
 def flush_variance(p: torch.Tensor) -> torch.Tensor:
     """Probabilities at the bottom of float32's range may come out as 0: fast exponentials flush subnormal results."""
     p2 = p.square()
-    return p2 - torch.nn.functional.threshold(p2, (2 * SMALLEST_NORMAL["fp32"]) ** 2 * (1 - 2.0**-52), 0.0)
+    return p2 - torch.threshold(p2, (2 * SMALLEST_NORMAL["fp32"]) ** 2 * (1 - 2.0**-52), 0.0)
 
 
 def stored_ds_variance(ds: torch.Tensor, scale: float, softcap: float, dtype: str) -> torch.Tensor:

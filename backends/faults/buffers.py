@@ -14,27 +14,16 @@ from backends.layer import BufferedLayer
 from reference.case import Case
 
 
-class _OtherBuffer(LayerFault, BufferedLayer):
-    """A layer around another buffer."""
-
-    buffer_class: type[KeyValueBuffer] = KeyValueBuffer
-
-    def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> None:
-        super().__init__(weights, case, kernel)
-        rows, dtype = case.tokens + case.capacity, weights["query"].dtype
-        self.buffer = self.buffer_class(rows, case.kv_heads, case.head_dim, dtype, self.device, case.memory)
-
-
 class _Overwrites(KeyValueBuffer):
     def accumulate(self, begin: int, end: int, dk: torch.Tensor, dv: torch.Tensor) -> None:
         self.dk[begin:end] = dk.float()
         self.dv[begin:end] = dv.float()
 
 
-class Overwritten(_OtherBuffer):
+class Overwritten(LayerFault, BufferedLayer):
     """dK and dV are stored over what later micro-sequences had added."""
 
-    id, buffer_class = "M38-overwritten", _Overwrites
+    id, buffer_type = "M38-overwritten", _Overwrites
     reports = ("Fast-LLM#514", "#551", "TransformerEngine#1054")
 
 
@@ -46,10 +35,10 @@ class _NotZeroed(KeyValueBuffer):
         self.dk, self.dv = torch.empty_like(self.dk), torch.empty_like(self.dv)
 
 
-class NotZeroed(_OtherBuffer):
+class NotZeroed(LayerFault, BufferedLayer):
     """The gradient buffer is allocated and not zeroed."""
 
-    id, buffer_class = "M38-unzeroed", _NotZeroed
+    id, buffer_type = "M38-unzeroed", _NotZeroed
     reports = ("Fast-LLM#551",)
 
 
@@ -60,10 +49,10 @@ class _CountsTwice(KeyValueBuffer):
             self.dv[end - 1] += dv[-1]
 
 
-class CountedTwice(_OtherBuffer):
+class CountedTwice(LayerFault, BufferedLayer):
     """The last row's dV is counted twice, but for the last micro-sequence."""
 
-    id, buffer_class = "M38-twice", _CountsTwice
+    id, buffer_type = "M38-twice", _CountsTwice
     reports = ("TransformerEngine#1557",)
 
 
@@ -74,10 +63,10 @@ class _LowPrecision(KeyValueBuffer):
         self.dv[begin:end] = (self.dv[begin:end].to(dtype) + dv).float()
 
 
-class LowPrecisionSums(_OtherBuffer):
+class LowPrecisionSums(LayerFault, BufferedLayer):
     """Sums over micro-sequences are rounded to the storage dtype at every step."""
 
-    id, buffer_class = "M40", _LowPrecision
+    id, buffer_type = "M40", _LowPrecision
     reports = ("ring-flash-attention#42", "Dao-AILab/flash-attention#2723")
 
 
@@ -88,10 +77,10 @@ class _WritesOneMore(KeyValueBuffer):
             self.k[end] = k[-1]
 
 
-class AppendsOneMore(_OtherBuffer):
+class AppendsOneMore(LayerFault, BufferedLayer):
     """A write into the buffer goes one row past its slice."""
 
-    id, buffer_class = "M41-past", _WritesOneMore
+    id, buffer_type = "M41-past", _WritesOneMore
     reports = ("Dao-AILab/flash-attention#638", "vllm#43810")
 
 
@@ -102,10 +91,10 @@ class _WritesFirst(KeyValueBuffer):
             self.v[0] = self.v[0] + 0.0 * v[0] + 2.0**-20
 
 
-class CacheSlotZero(_OtherBuffer):
+class CacheSlotZero(LayerFault, BufferedLayer):
     """A single-token step writes slot 0 as well as its own."""
 
-    id, buffer_class = "F6", _WritesFirst
+    id, buffer_type = "F6", _WritesFirst
     reports = ("Dao-AILab/flash-attention#772",)
 
 
@@ -116,10 +105,10 @@ class _ClearsDead(KeyValueBuffer):
         self.dv[end:] = 0
 
 
-class ClearsLaterRows(_OtherBuffer):
+class ClearsLaterRows(LayerFault, BufferedLayer):
     """A backward zeroes gradient rows behind its extent, which later micro-sequences had filled."""
 
-    id, buffer_class = "X20", _ClearsDead
+    id, buffer_type = "X20", _ClearsDead
 
 
 class _TakesPast(KeyValueBuffer):
@@ -128,10 +117,10 @@ class _TakesPast(KeyValueBuffer):
         return dk, torch.cat([dv[:-1], self.dv[begin : begin + 1].to(dv.dtype)])
 
 
-class TakesWrongRow(_OtherBuffer):
+class TakesWrongRow(LayerFault, BufferedLayer):
     """The last row of a micro-sequence is given the first row's dV."""
 
-    id, buffer_class = "X21", _TakesPast
+    id, buffer_type = "X21", _TakesPast
 
 
 class SharedBuffer(LayerFault, BufferedLayer):
