@@ -196,9 +196,10 @@ class SimulatedAttention:
         arithmetic, scale = self.arithmetic, self.case.softmax_scale
         dout = self._taken(dout)
         ds = self._ds(self._taken(out), dout)
-        dq = arithmetic.accumulate(scale * (ds @ self.k), scale**2 * (ds[0].square() @ self.k[0].square()))
+        squares = scale**2 * (ds[0].square() @ self.k[0].square())
+        dq = arithmetic.accumulate(scale * (ds @ self.k), squares)
         if times := sums_of(self.rows, self.rows, self.profile).stored_dq:
-            walks = scale**2 * walk_variance(times, self.case.dtype) * (ds[0].square() @ self.k[0].square())
+            walks = walk_variance(times, self.case.dtype) * squares
             dq = arithmetic.perturb(dq, walks + times * rounding_variance(dq[0], self.case.dtype))
         if self.profile.scales_gradients:
             dq = arithmetic.store(dq)

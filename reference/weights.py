@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from reference.case import Case
 from reference.values import draw_norm, draw_weight
 
 NORM_EPSILON = 1e-5
-
-
-@functools.lru_cache(maxsize=4)
-def _drawn(case: Case, device: torch.device) -> dict[str, torch.Tensor]:
-    """``layer_weights``, of which nobody may write to anything: cases of one layer come one after another."""
-    kv_rows = (1 if case.shared_key_value else 2) * case.kv_heads * case.head_dim
-    weights = {
-        "query": draw_weight(case, "query", case.heads * case.head_dim, case.hidden, device),
-        "key_value": draw_weight(case, "key_value", kv_rows, case.hidden, device),
-        "dense": draw_weight(case, "dense", case.hidden, case.heads * case.head_dim, device),
-    }
-    for name in ("query_norm", "key_norm", "value_norm"):
-        if getattr(case, name) != "none":
-            weights[name] = draw_norm(case, name, device)
-    return weights
 
 
 def layer_weights(case: Case, device: torch.device | str) -> dict[str, torch.Tensor]:
@@ -35,7 +18,13 @@ def layer_weights(case: Case, device: torch.device | str) -> dict[str, torch.Ten
         values, or ``[kv_heads * head_dim, hidden]`` where they are shared; ``dense [hidden, heads * head_dim]``; and
         ``query_norm``, ``key_norm``, ``value_norm [head_dim]`` where the case has them.
     """
-    # What weights do not depend on.
-    alone = {"lengths": (1,), "document_ids": None, "padding": 0, "cuts": (), "ranks": 1, "tensor_ranks": 1}
-    layer = case.replace(**alone, capacity=0, memory="contiguous")
-    return {name: weight.clone() for name, weight in _drawn(layer, torch.device(device)).items()}
+    kv_rows = (1 if case.shared_key_value else 2) * case.kv_heads * case.head_dim
+    weights = {
+        "query": draw_weight(case, "query", case.heads * case.head_dim, case.hidden, device),
+        "key_value": draw_weight(case, "key_value", kv_rows, case.hidden, device),
+        "dense": draw_weight(case, "dense", case.hidden, case.heads * case.head_dim, device),
+    }
+    for name in ("query_norm", "key_norm", "value_norm"):
+        if getattr(case, name) != "none":
+            weights[name] = draw_norm(case, name, device)
+    return weights

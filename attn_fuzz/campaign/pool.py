@@ -136,10 +136,10 @@ class Pool:
     def _start(self, assignment: Assignment, restarts: int) -> None:
         assignment = self._in_time(assignment)
         ours, theirs = self._context.Pipe(duplex=False)
-        # No daemon, for those may not have the children that crash-class cases run in; run() kills what is left.
         place = min(set(range(self._limit)) - {worker.place for worker in self._running}, default=0)
         on_processors = assignment.device == "cpu" and max(assignment.ranks) > 1
         processors = share_of_processors(place, self._limit) if on_processors else None
+        # No daemon, for those may not have the children that crash-class cases run in; run() kills what is left.
         process = self._context.Process(target=_serve, args=(assignment, theirs, processors))
         process.start()
         theirs.close()
