@@ -45,6 +45,7 @@ _CAUTIOUS = Profile(
     scales_inputs=True,
     delta_from_probabilities=True,
     stores_probabilities=True,
+    may_store_products=True,
     expands_kv=True,
     normalises_by_lse=True,
     exp_error=20 * 2.0**-23,

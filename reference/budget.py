@@ -175,16 +175,20 @@ def rounded_alike(
     Returns:
         As ``p``; None where nothing of the kind is to be expected.
     """
-    if not (profile.stores_products or profile.rounds_dp):
+    if not (profile.stores_products or profile.may_store_products or profile.rounds_dp):
         return None
-    half_spacing = (p * dp).abs_().mul_(UNIT_ROUNDOFF[dtype]).clamp_min_(SUBNORMAL_SPACING[dtype] / 2)
+    products = (p * dp).abs_()
+    half_spacing = (products * UNIT_ROUNDOFF[dtype]).clamp_min_(SUBNORMAL_SPACING[dtype] / 2)
     most = torch.minimum(half_spacing, (p * delta).abs_())
     if profile.stores_products:
         return most
+    # Up to twice the smallest normal number all have one grid; beyond, those of one exponent.
+    subnormal = (products < 2 * SMALLEST_NORMAL[dtype]) if profile.may_store_products else None
     largest = p.amax(-1, keepdim=True) if p.shape[-1] else p.sum(-1, keepdim=True)
     # Keys that a row does not see have no weight, and are no part of it.
     apart = ((p - largest).abs_() > _CLOSE * UNIT_ROUNDOFF[dtype] * largest).logical_and_(p > 0)
-    return most.masked_fill_(apart.any(-1, keepdim=True), 0.0)
+    free = apart.any(-1, keepdim=True)
+    return most.masked_fill_(free if subnormal is None else free & ~subnormal, 0.0)
 
 
 def attention_variances(

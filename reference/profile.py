@@ -43,6 +43,8 @@ class Profile:
     """The backward uses P as stored in the dtype rather than recomputing it in float32."""
     stores_products: bool = False
     """P * dP is stored in the dtype before P * D is taken from it, as torch's softmax does on CUDA."""
+    may_store_products: bool = False
+    """Nobody has said that it does not: what that can do to rows of subnormal products is allowed for, and no more."""
     expands_kv: bool = False
     """K/V are repeated over their group: every query head's dK and dV are rounded before they are summed."""
     normalises_by_lse: bool = False

@@ -517,6 +517,14 @@ def test_workers_leave_room_for_their_ranks(
     assert default_workers(device, ranks) == workers
 
 
+@pytest.mark.parametrize(("gpus", "cores", "workers"), [(1, 64, 16), (4, 64, 64), (4, 32, 32)])
+def test_every_gpu_has_its_workers(gpus: int, cores: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert default_workers("cuda") == workers
+    assert default_workers("cuda:0") == min(cores, 16)
+
+
 def test_the_table_of_clean_cases_is_that_of_the_committed_results() -> None:
     page, told = rank_results.PAGE.read_text(), load_results(rank_results.FOLDER)
     assert rank_results.with_ranks(page, told) == page, "run python -m attn_fuzz.ranks.results"

@@ -68,7 +68,9 @@ def default_workers(device: str, ranks: int = 1) -> int:
     cores = os.cpu_count() or 1
     if ranks > 1:
         cores = min(cores, math.ceil(2 * cores / (ranks + 1)))
-    return max(1, min(cores, MAX_CUDA_WORKERS // ranks)) if device.startswith("cuda") else cores
+    if not device.startswith("cuda"):
+        return cores
+    return max(1, min(cores, MAX_CUDA_WORKERS * len(devices_in_turn(device)) // ranks))
 
 
 def devices_in_turn(device: str) -> tuple[str, ...]:
