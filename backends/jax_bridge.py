@@ -61,8 +61,14 @@ def _call(function: Any, *tensors: torch.Tensor) -> Any:
     """Runs a JAX function on torch tensors; the two have streams of their own, so each waits for the other."""
     import jax
 
+    device = tensors[0].device
+    # JAX makes the last GPU of several the current one when it first looks at them, and torch hands out tensors of the
+    # current one only.
+    jax.local_devices()
+    torch.cuda.set_device(device)
     torch.cuda.synchronize()
     result = jax.block_until_ready(function(*map(_to_jax, tensors)))
+    torch.cuda.set_device(device)
     return jax.tree.map(lambda x: torch.from_dlpack(x).clone(), result)
 
 
