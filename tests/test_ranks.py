@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_calls import gathers, unwaited
 
-from attn_fuzz.campaign.plan import default_workers
+from attn_fuzz.campaign.plan import default_workers, plan
 from attn_fuzz.checks.ranks import attended
 from attn_fuzz.exam import hunt_fault
 from attn_fuzz.examine import examine
@@ -523,6 +523,15 @@ def test_every_gpu_has_its_workers(gpus: int, cores: int, workers: int, monkeypa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert default_workers("cuda") == workers
     assert default_workers("cuda:0") == min(cores, 16)
+
+
+@pytest.mark.parametrize(("ranks", "places"), [(1, [0, 1, 2, 3]), (2, [0, 2, 0, 2]), (4, [0] * 4), (8, [0] * 4)])
+def test_teams_are_spread_over_the_gpus(ranks: int, places: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    made = plan(
+        ("loop",), "cuda", workers=4, seed=0, seconds=9.0, cases=None, levels=("layer",), dtypes=(), ranks=(1, ranks)
+    )
+    assert [job.device for job in made] == [f"cuda:{place}" for place in places]
 
 
 def test_the_table_of_clean_cases_is_that_of_the_committed_results() -> None:

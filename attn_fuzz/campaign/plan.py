@@ -120,6 +120,8 @@ def plan(
     # With more backends than workers, each gets its share of the time.
     share = None if seconds is None else seconds * min(1.0, workers / (len(jobs) * shards))
     places = devices_in_turn(device)
+    # Teams of ranks that have a GPU each begin where others end.
+    places = places[:: max(ranks) * max(tensor_ranks)]
     assignments: list[Assignment] = []
     for shard in range(shards):
         for index, (name, gear) in enumerate(jobs):
