@@ -29,6 +29,19 @@ class VarlenMetadata:
     first_key_row: int = 0
     """Row of the key tensor where the first document starts; 0 in canonical metadata."""
 
+    @classmethod
+    def of_sums(
+        cls,
+        lengths_q: tuple[int, ...],
+        lengths_k: tuple[int, ...],
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+    ) -> VarlenMetadata:
+        """Canonical metadata whose prefix sums lie somewhere already, as parts of one transfer for many calls."""
+        made = cls(lengths_q=lengths_q, lengths_k=lengths_k, device=cu_seqlens_q.device)
+        vars(made).update(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        return made
+
     @functools.cached_property
     def cu_seqlens_q(self) -> torch.Tensor:
         """int32 ``[documents + 1]``."""

@@ -32,7 +32,8 @@ class Assignment:
     """Stop after so long."""
     poisons: tuple[str, ...] = POISONS
     gear: str = "narrow"
-    """``narrow``: one drawn case after another; ``wide``: cases of thousands of documents."""
+    """``narrow``: one drawn case after another; ``wide``: cases of thousands of documents; ``volley``: hundreds of
+    small calls at a time."""
     stop_at_first: bool = False
     """End the assignment with the first finding."""
 
@@ -91,6 +92,8 @@ class Trying:
     """The case that is about to run: all that is left of it if the process dies."""
 
     case: str
+    ends: tuple[int, ...] = ()
+    """Of a volley: one past the last document of each of its calls."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,12 +108,14 @@ def plan(
         levels: ``layer``, ``kernel``.
         dtypes: to draw from; none for all.
         poisons: memory contents to run every case under.
-        gears: ``narrow``, ``wide``; each backend has workers of its own for each.
+        gears: ``narrow``, ``volley``, ``wide``; each backend has workers of its own for each, volleys only where
+            kernels are called.
         stop_at_first: end each assignment with its first finding.
         ranks: to draw layer cases for.
         tensor_ranks: that share the query heads of each of them.
     """
-    jobs = [(name, gear) for gear in gears for name in names]
+    calls = {name: "kernel" in levels and "kernel" in registry.load(name).levels for name in names if "volley" in gears}
+    jobs = [(name, gear) for gear in gears for name in names if gear != "volley" or calls[name]]
     shards = max(1, workers // len(jobs))
     if cases is not None:
         shards = min(shards, max(1, cases // 50))

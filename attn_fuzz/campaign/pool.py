@@ -28,12 +28,14 @@ from attn_fuzz.campaign.messages import (
     Trying,
 )
 from attn_fuzz.campaign.plan import share_of_time
+from attn_fuzz.campaign.volley import hunt_volleys
 from attn_fuzz.campaign.wide import hunt_wide
 from attn_fuzz.campaign.worker import hunt
 from attn_fuzz.environment import environment
 from attn_fuzz.findings import Finding
 from attn_fuzz.process import interrupt_once, set_apart, share_of_processors, stay_on
 from attn_fuzz.shrink import minimise
+from attn_fuzz.volley.layouts import Volley
 from reference.case import Case
 
 HANG_SECONDS: Final = 180.0
@@ -62,7 +64,7 @@ def _serve(assignment: Assignment, connection: Connection, processors: frozenset
     if processors is not None:
         stay_on(processors)
     try:
-        (hunt_wide if assignment.gear == "wide" else hunt)(assignment, connection.send)
+        _HUNTS[assignment.gear](assignment, connection.send)
     except KeyboardInterrupt:
         pass
     except BrokenPipeError:
@@ -70,6 +72,9 @@ def _serve(assignment: Assignment, connection: Connection, processors: frozenset
         pass
     finally:
         connection.close()
+
+
+_HUNTS: Final = {"narrow": hunt, "volley": hunt_volleys, "wide": hunt_wide}
 
 
 @dataclasses.dataclass
@@ -84,7 +89,7 @@ class _Worker:
     heard: float = dataclasses.field(default_factory=time.monotonic)
     spoke: float | None = None
     """When it was first heard of."""
-    trying: str | None = None
+    trying: Trying | None = None
     last_words: str | None = None
     suspect: Finding | None = None
     """What it is shrinking."""
@@ -167,8 +172,8 @@ class Pool:
     def _take(self, worker: _Worker, message: Message) -> None:
         worker.spoke = worker.spoke or worker.heard
         match message:
-            case Trying(case):
-                worker.trying = case
+            case Trying():
+                worker.trying = message
             case Progress(tally) | Finished(tally):
                 worker.tally = tally
                 worker.finished = isinstance(message, Finished)
@@ -195,6 +200,23 @@ class Pool:
         finally:
             isolated.close()
 
+    def _deadly(self, job: Assignment, trying: Trying, symptom: str) -> Case:
+        """The case that a worker was trying; of a volley, the first call that ends another process too, if one does."""
+        case = Case.from_json(trying.case)
+        if not trying.ends or symptom != "Crashed":
+            return case
+        volley, isolated = Volley(case, trying.ends), Isolated(job.backend, job.device, HANG_SECONDS)
+        deadline = time.monotonic() + SHRINK_CRASH_SECONDS
+        try:
+            for index in range(len(volley.ends)):
+                if time.monotonic() > deadline:
+                    break
+                if isolated.symptom(volley.call(index)) == symptom:
+                    return volley.call(index)
+        finally:
+            isolated.close()
+        return case
+
     def _bury(self, worker: _Worker, symptom: str, how: str) -> None:
         """Turns a dead worker's last case into a finding and starts another in its place."""
         worker.process.kill()
@@ -204,7 +226,7 @@ class Pool:
         if worker.trying is None:
             raise CampaignError(f"the worker for {worker.assignment.backend} {how} before its first case")
         self._keep_suspect(worker)
-        original = Case.from_json(worker.trying)
+        original = self._deadly(worker.assignment, worker.trying, symptom)
         finding = Finding(
             backend=worker.assignment.backend,
             device=worker.assignment.device,

@@ -10,12 +10,11 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.campaign.messages import Assignment, Died, Failed, Finished, Found, Progress, Trying
-from attn_fuzz.campaign.worker import Hunt, Send
+from attn_fuzz.campaign.messages import Assignment, Died, Failed, Finished, Progress, Trying
+from attn_fuzz.campaign.pursuit import Pursuit
+from attn_fuzz.campaign.worker import Send
 from attn_fuzz.checks.budget import LIMIT, limit
-from attn_fuzz.environment import environment
-from attn_fuzz.examine import USUAL_MEMORIES, Verdict
-from attn_fuzz.findings import Finding
+from attn_fuzz.examine import USUAL_MEMORIES
 from attn_fuzz.process import DEAD_CONTEXT, context_alive, set_up_process
 from attn_fuzz.strategies import Domain
 from attn_fuzz.timing import now
@@ -56,7 +55,7 @@ _BISECTIONS: Final = 3
 """A fault that no cut-out shows is bisected so often, not in every call that it spoils."""
 
 
-class WideHunt(Hunt):
+class WideHunt(Pursuit):
     """The state of one wide assignment."""
 
     def __init__(self, assignment: Assignment, send: Send) -> None:
@@ -175,7 +174,7 @@ class WideHunt(Hunt):
 
     def pursue(self, found: Suspicion) -> None:
         """Cuts a failing document out of its call and hands it to the narrow gear."""
-        self.original, self.failed_at = found.case, time.monotonic()
+        self.suspect(found.case)
         known: dict[str, None] = {}
         for small in candidates(found.case, found.documents):
             verdict = self.narrow(small)
@@ -184,8 +183,7 @@ class WideHunt(Hunt):
                 return
             known |= dict.fromkeys(verdict.known if verdict is not None else ())
         if known:
-            for issue in known:
-                self.tally.known[issue] = self.tally.known.get(issue, 0) + 1
+            self.count_known(known)
             return
         if self.bisections >= _BISECTIONS:
             self.tally.repeated += 1
@@ -197,39 +195,9 @@ class WideHunt(Hunt):
         verdict = self.narrow(small)
         if verdict is not None and verdict.first is not None:
             self.hand_over(small, verdict)
-        elif found.symptom.__name__ not in self.found:
-            self.found.add(found.symptom.__name__)
-            self.send(Found(self.only_wide(found, small)))
-
-    def narrow(self, case: Case) -> Verdict | None:
-        """All checks of the narrow gear on a cut-out; None where the backend does not take it."""
-        try:
-            return self.examine(case)
-        except UnsupportedCase:
-            return None
-
-    def hand_over(self, case: Case, verdict: Verdict) -> None:
-        """Lets the narrow gear shrink and report what it fails too."""
-        if type(verdict.first).__name__ in self.found:
-            self.tally.repeated += 1
-            return
-        self.report(case, verdict)
-
-    def only_wide(self, found: Suspicion, small: Case) -> Finding:
-        """A finding that no small case shows: the smallest packed call that fails."""
-        assert self.original is not None
-        return Finding(
-            backend=self.backend.name,
-            device=str(self.device),
-            symptom=found.symptom.__name__,
-            checks=("wide",),
-            messages=(f"{found.symptom.__name__} [wide] {found.message}",),
-            case=small,
-            original_case=self.original,
-            cases_to_find=self.tally.cases,
-            seconds_to_find=round(self.failed_at - self.started, 3),
-            environment=environment(str(self.device)),
-        )
+        else:
+            # The smallest packed call that fails, which no small case shows.
+            self.report_as_seen(found.symptom, "wide", found.message, small)
 
     def run(self) -> None:
         """Levels and sizes in turn."""

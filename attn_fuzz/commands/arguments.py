@@ -12,7 +12,7 @@ from attn_fuzz.campaign.plan import default_device
 
 DEFAULT_STORE = Path(".attn-fuzz") / "findings"
 DEFAULT_SECONDS = 60.0
-GEARS = ("narrow", "wide")
+GEARS = ("narrow", "volley", "wide")
 
 BackendOption = Annotated[
     list[str] | None,
@@ -47,7 +47,8 @@ DtypeOption = Annotated[
 GearOption = Annotated[
     str,
     typer.Option(
-        help="narrow: one drawn case after another; wide: packed calls of thousands of documents at kernel level; both."
+        help="narrow: one drawn case after another; volley: hundreds of small kernel calls, one by one, judged "
+        "together; wide: packed calls of thousands of documents; both: narrow and wide; all."
     ),
 ]
 FirstOption = Annotated[bool, typer.Option("--first", help="Stop each backend at its first finding.")]
@@ -72,9 +73,10 @@ def device_of(name: str | None) -> str:
 
 
 def gears_of(name: str) -> tuple[str, ...]:
-    if name not in (*GEARS, "both"):
-        raise UsageError(f"unknown gear {name!r}; use narrow, wide or both")
-    return GEARS if name == "both" else (name,)
+    several = {"both": ("narrow", "wide"), "all": GEARS}
+    if name not in (*GEARS, *several):
+        raise UsageError(f"unknown gear {name!r}; use {', '.join(GEARS)}, both or all")
+    return several.get(name, (name,))
 
 
 def choices(given: list[str] | None, allowed: tuple[str, ...], what: str) -> tuple[str, ...]:

@@ -102,6 +102,8 @@ def _fuzz(
     for name in names:
         if not set(levels) & set(offered := registry.load(name).levels):
             raise UsageError(f"{name} has no {' or '.join(levels)} level; use --level {' or '.join(offered)}")
+    if gears == ("volley",) and not all("kernel" in levels and "kernel" in registry.load(n).levels for n in names):
+        raise UsageError("volleys are of kernel calls: they need backends with a kernel level, and --level kernel")
     kept = Store(store)
     kept.prepare()
     if cases is None and seconds is None:

@@ -68,7 +68,7 @@ def _attempt(call: Call, backend: Backend, poison: str) -> tuple[dict[str, torch
     return found, f"{', '.join(missing)} missing, or of another shape or dtype" if missing else None
 
 
-def _promised(backend: Backend, device: torch.device) -> tuple[str, ...]:
+def promised(backend: Backend, device: torch.device) -> tuple[str, ...]:
     """Results that have the same bits every time: as the backend promises or, where it says nothing, as calls tell."""
     repeats = measured(backend, str(device)).repeats
     return tuple(name for name in KERNEL_TENSORS if repeats(name))
@@ -94,7 +94,7 @@ def verdicts(call: Call, backends: Sequence[Backend], *, screened: bool = True, 
     moved = torch.zeros(len(backends), count, dtype=torch.bool, device=call.device)
     for index, backend in enumerate(backends):
         found, wrong = _attempt(call, backend, "nan")
-        if wrong is None and twice and (names := _promised(backend, call.device)):
+        if wrong is None and twice and (names := promised(backend, call.device)):
             again, wrong = _attempt(call, backend, "finite")
             if wrong is None:
                 moved[index] = other_bits(call.case, found, again, names)

@@ -1,0 +1,206 @@
+"""One worker of the volley gear: volleys until time or number is used up; a call that fails goes to the narrow gear."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from random import Random
+from typing import Final
+
+import torch
+
+from attn_fuzz.campaign.messages import Assignment, Died, Failed, Finished, Progress, Trying
+from attn_fuzz.campaign.pursuit import Pursuit
+from attn_fuzz.campaign.worker import Send
+from attn_fuzz.checks.budget import beyond_doubt
+from attn_fuzz.process import DEAD_CONTEXT, context_alive, set_up_process
+from attn_fuzz.strategies import Domain
+from attn_fuzz.symptoms import Crashed, InputsChanged, PoisonLeaked, Symptom, WrongSpread, wrong_tensor
+from attn_fuzz.timing import now
+from attn_fuzz.trial import SECOND_SEED
+from attn_fuzz.volley.gear import PROBED, Judged, judge
+from attn_fuzz.volley.layouts import LONGEST, Volley, draw_volley
+from attn_fuzz.wide.layouts import Sweep
+from attn_fuzz.wide.probe import SYMPTOMS
+from backends.kernel import UnsupportedCase
+
+FIRST_CALLS: Final = 16
+MOST_CALLS: Final = 512
+
+VOLLEY_SECONDS: Final = 1.0
+"""Volleys grow until one takes so long."""
+
+TWICE: Final = 4
+"""Of so many volleys, the drawn values of one are run twice."""
+
+REFUSED_VOLLEYS: Final = 60
+"""A backend that has refused so many and taken none would refuse for ever."""
+
+_SUSPECTS: Final = 3
+"""Calls of a failing volley that are looked at on their own: its victims are much alike."""
+
+_TOUCHED: Final = 64
+"""Calls that are looked at on their own where something was written that may not be."""
+
+
+def symptom_of(name: str) -> type[Symptom]:
+    """What a call is accused of whose largest deviation is in that column of ``volley.gear.NAMES``."""
+    if name in PROBED:
+        return SYMPTOMS[name.split()[0]]
+    if name == "bits":
+        return PoisonLeaked
+    return WrongSpread if name.endswith("-rows") else wrong_tensor(name)
+
+
+class VolleyHunt(Pursuit):
+    """The state of one assignment of volleys."""
+
+    def __init__(self, assignment: Assignment, send: Send) -> None:
+        super().__init__(assignment, send)
+        kind = self.device.type
+        self.domain = Domain.of(self.backend.kernel.capabilities_on(kind), kind, assignment.dtypes)
+        self.random = Random(assignment.seed)
+        self.sweeps = [Sweep(longest, self.random.randrange(1 << 16)) for longest in LONGEST[kind]]
+        self.calls = [FIRST_CALLS] * len(self.sweeps)
+        self.turn = 0
+
+    def draw(self, size: int) -> Volley | None:
+        """The next volley of a size; no more calls than are still asked for.
+
+        None where nothing that was drawn is taken, as by backends that compile for every layout or option.
+        """
+        if self.domain.capabilities.layouts or self.domain.capabilities.configurations:
+            return None
+        wanted = self.calls[size]
+        if self.assignment.cases is not None:
+            wanted = min(wanted, self.assignment.cases - self.tally.cases)
+        volley = draw_volley(self.random, self.sweeps[size], self.backend, self.domain, wanted)
+        return volley.first(wanted) if volley is not None else None
+
+    def judge(self, volley: Volley, *, twice: bool) -> Judged:
+        """A volley's verdict, with the volley announced first."""
+        self.send(Trying(volley.case.to_json(), volley.ends))
+        judged = judge(volley, self.backend, self.device, twice=twice)
+        if judged.broken and not context_alive(self.device):
+            self.send(Died(next(iter(judged.broken.values()))))
+            os._exit(DEAD_CONTEXT)
+        return judged
+
+    def volley(self, size: int) -> None:
+        """One volley, judged, and pursued where a call fails."""
+        volley = self.draw(size)
+        if volley is None:
+            self.tally.refused += 1
+            self.refusals["no call that was drawn is one that it declares to take"] += 1
+            return
+        started = now(self.device)
+        try:
+            judged = self.judge(volley, twice=self.turn % TWICE == TWICE - 1)
+        except UnsupportedCase as refusal:
+            self.tally.refused += 1
+            self.refusals[str(refusal)] += 1
+            return
+        except (torch.OutOfMemoryError, MemoryError):
+            if self.calls[size] <= 1:
+                raise
+            self.calls[size] //= 2
+            return
+        if now(self.device) - started < VOLLEY_SECONDS / 2:
+            self.calls[size] = min(2 * self.calls[size], MOST_CALLS)
+        failing = judged.failing()
+        self.tally_volley(judged, failing)
+        if judged.touched:
+            self.pursue_touched(judged)
+        elif failing:
+            self.pursue(judged, failing)
+
+    def tally_volley(self, judged: Judged, failing: list[int]) -> None:
+        """Adds the calls to the tally, each as one case."""
+        tally, case = self.tally, judged.volley.case
+        taken = len(judged.volley.ends) - len(judged.refused)
+        tally.cases += taken
+        tally.refused += len(judged.refused)
+        self.refusals.update(judged.refused.values())
+        tally.documents += len(case.packed_lengths)
+        tally.seconds = time.monotonic() - self.started
+        kind = f"volley {case.dtype}"
+        tally.by_kind[kind] = tally.by_kind.get(kind, 0) + taken
+        for path in judged.paths:
+            tally.paths[path] = tally.paths.get(path, 0) + taken
+        if not failing and not judged.touched:
+            for key, (z, index) in judged.largest().items():
+                if z > tally.worst_z.get(f"{kind} {key}", -1.0):
+                    tally.worst_z[f"{kind} {key}"] = z
+                    tally.worst_case[f"{kind} {key}"] = judged.volley.call(index).to_json()
+        self.send(Progress(copy.deepcopy(tally)))
+
+    def handed_over(self, judged: Judged, calls: list[int]) -> bool:
+        """Whether the narrow gear fails, or knows, one of these calls."""
+        known: dict[str, None] = {}
+        for index in calls:
+            small = judged.volley.call(index)
+            verdict = self.narrow(small)
+            if verdict is not None and verdict.first is not None:
+                self.suspect(small)
+                self.hand_over(small, verdict)
+                return True
+            known |= dict.fromkeys(verdict.known if verdict is not None else ())
+        self.count_known(known)
+        return bool(known)
+
+    def pursue(self, judged: Judged, failing: list[int]) -> None:
+        """Hands failing calls to the narrow gear; what only a volley shows is held against other values of it."""
+        if self.handed_over(judged, failing[:_SUSPECTS]):
+            return
+        volley, worst = judged.volley, judged.worst()
+        again = self.judge(volley.other(volley.case.seed ^ SECOND_SEED), twice=True)
+        both = [index for index in failing if index in again.failing()]
+        index = (both or failing)[0]
+        z, name = worst[index]
+        if not both and z <= beyond_doubt(volley.case):
+            # One value seed may have bad luck.
+            return
+        symptom = Crashed if index in judged.broken else symptom_of(name)
+        seen = "under two value seeds" if both else "once: other values did not show it"
+        small = volley.call(index)
+        self.suspect(small)
+        what = judged.broken.get(index, f"{name}: z = {z:.3g}")
+        self.report_as_seen(
+            symptom,
+            "volley",
+            f"call {index} of {len(volley.ends)} in a row, {what}; seen {seen}, and not where the call runs by itself",
+            small,
+        )
+
+    def pursue_touched(self, judged: Judged) -> None:
+        """Finds out which call wrote to what it was handed."""
+        calls = list(range(min(len(judged.volley.ends), _TOUCHED)))
+        if not self.handed_over(judged, calls):
+            self.suspect(judged.volley.case)
+            message = f"one of {len(judged.volley.ends)} calls in a row changed an input, or memory between two calls'"
+            self.report_as_seen(InputsChanged, "volley", message, judged.volley.case)
+
+    def run(self) -> None:
+        """Sizes in turn."""
+        if "kernel" not in self.assignment.levels or "kernel" not in self.backend.levels:
+            raise ValueError(f"{self.backend.name} has no kernel level here, and volleys are of kernel calls")
+        while not self.turn or not self.over():
+            self.volley(self.turn % len(self.sweeps))
+            self.turn += 1
+            if not self.tally.cases and self.tally.refused > REFUSED_VOLLEYS:
+                # The other gears have more to offer it: its tally says that nothing was tested here.
+                break
+            if self.found and self.assignment.stop_at_first:
+                break
+        self.tally.seconds = time.monotonic() - self.started
+        self.send(Finished(self.tally))
+
+
+def hunt_volleys(assignment: Assignment, send: Send) -> None:
+    """Does an assignment of volleys, sending messages as it goes. What cannot be done is a ``Failed`` message."""
+    set_up_process(assignment.device)
+    try:
+        VolleyHunt(assignment, send).run()
+    except (LookupError, ValueError) as error:
+        send(Failed(str(error)))

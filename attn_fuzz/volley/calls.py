@@ -1,0 +1,196 @@
+"""The calls of a volley: tensors in place, then one run after another, nothing of which waits for the device."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+
+from attn_fuzz.poison import filler, poisoned
+from attn_fuzz.volley.layouts import Volley
+from backends.kernel import Attended, AttentionOptions, UnsupportedCase
+from backends.metadata import VarlenMetadata
+from backends.registry import Backend
+from reference.answer import KERNEL_TENSORS, Inputs
+from reference.memory import Placed, bits, layout_of, place
+
+_STEP: Final = 64
+"""Calls begin at multiples of so many rows, of whatever size: aligned as tensors of their own are."""
+
+_SUMS_STEP: Final = 32
+"""Prefix sums begin at multiples of so many numbers: 128 bytes."""
+
+_SIDES: Final = {"q": "q", "dout": "q", "k": "k", "v": "k"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """Where the rows of one side of the calls lie."""
+
+    begins: tuple[int, ...]
+    """First row of each call in the arena."""
+    counts: tuple[int, ...]
+    """Rows of each call."""
+    rows: int
+    """Of the arena, gaps included."""
+    places: torch.Tensor
+    """int64 ``[tokens]``: row in the arena of each row of the packed case."""
+
+
+def _side(volley: Volley, lengths: tuple[int, ...], device: torch.device) -> _Side:
+    counts = [sum(lengths[slice(*span)]) for span in volley.spans]
+    begins, row = [], 0
+    for count in counts:
+        begins.append(row)
+        # A row at least between calls is nobody's.
+        row += (count // _STEP + 1) * _STEP
+    gaps = [begin - packed for begin, packed in zip(begins, itertools.accumulate(counts, initial=0))]
+    numbers = torch.tensor([counts, gaps], dtype=torch.int64).to(device, non_blocking=True)
+    tokens = sum(counts)
+    shifts = torch.repeat_interleave(numbers[1], numbers[0], output_size=tokens)
+    return _Side(tuple(begins), tuple(counts), row, shifts + torch.arange(tokens, device=device))
+
+
+def _sums(volley: Volley, device: torch.device) -> tuple[torch.Tensor, list[VarlenMetadata]]:
+    """(all prefix sums in one allocation, the metadata of each call, whose prefix sums are parts of it)."""
+    numbers: list[int] = []
+    places: list[tuple[int, int]] = []
+    lengths_q, lengths_k = volley.case.packed_lengths, volley.case.packed_key_lengths
+    for span in volley.spans:
+        for lengths in (lengths_q, lengths_k):
+            own = list(itertools.accumulate(lengths[slice(*span)], initial=0))
+            places.append((len(numbers), len(numbers) + len(own)))
+            numbers += own + [-1] * (-len(own) % _SUMS_STEP)
+    every = torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
+    made = [
+        VarlenMetadata.of_sums(
+            lengths_q[slice(*span)], lengths_k[slice(*span)], every[slice(*sums_q)], every[slice(*sums_k)]
+        )
+        for span, sums_q, sums_k in zip(volley.spans, places[::2], places[1::2], strict=True)
+    ]
+    return every, made
+
+
+class Loaded:
+    """A volley's tensors in their places, ready for any number of runs.
+
+    Args:
+        volley: what will run.
+        inputs: tensors of its packed case, on the device.
+        device: where.
+    """
+
+    def __init__(self, volley: Volley, inputs: Inputs, device: torch.device) -> None:
+        self.volley, self.device = volley, device
+        case = volley.case
+        self.sides = {
+            "q": _side(volley, case.packed_lengths, device),
+            "k": _side(volley, case.packed_key_lengths, device),
+        }
+        self.placed = {name: self._place(name, getattr(inputs, name)) for name in _SIDES}
+        self.sums, self.metadata = _sums(volley, device)
+        self._sums_before = self.sums.clone()
+        self.options = AttentionOptions.of(case)
+
+    def _place(self, name: str, x: torch.Tensor) -> Placed:
+        side, fill = self.sides[_SIDES[name]], filler("nan")
+        arena = x.new_full((side.rows, *x.shape[1:]), fill)
+        arena[side.places] = x
+        return place(arena, layout_of(name, self.volley.case.memory), fill)
+
+    def of_call(self, name: str, index: int) -> torch.Tensor:
+        """A call's own rows of ``q``, ``k``, ``v`` or ``dout``."""
+        side = self.sides[_SIDES[name]]
+        return self.placed[name].tensor.narrow(0, side.begins[index], side.counts[index])
+
+    def changed(self) -> torch.Tensor:
+        """Whether any input, gap, guard margin or prefix sum has lost its bits: bool scalar on the device."""
+        moved = [(bits(item.storage) != item.before).any() for item in self.placed.values()]
+        return torch.stack([*moved, (self.sums != self._sums_before).any()]).any()
+
+
+@dataclasses.dataclass
+class Fired:
+    """What came out of a run of all calls."""
+
+    results: dict[str, torch.Tensor]
+    """As those of the packed case, on the device; rows of calls that brought nothing are 0."""
+    broken: dict[int, str]
+    """Calls that raised, or gave something else than was asked for, in words."""
+    refused: dict[int, str]
+    """Calls that the backend refused, in words."""
+    paths: frozenset[str]
+    """Implementations that ran."""
+
+
+def _primed(like: torch.Tensor, keys: torch.Tensor, byte: float) -> None:
+    """Leaves poison in the blocks that a GPU's next results will be given."""
+    heads = like.shape[:2]
+    blocks = [torch.full(x.shape, byte, dtype=x.dtype, device=x.device) for x in (like, like, keys, keys)]
+    blocks.append(torch.full(heads, byte, dtype=torch.float32, device=like.device))
+    del blocks
+
+
+@contextlib.contextmanager
+def _memory(loaded: Loaded, poison: str, *, compiled: bool) -> Iterator[None]:
+    """Unwritten memory holds a poison, of a CPU for all calls together; a GPU's is filled call by call."""
+    if loaded.device.type == "cuda":
+        # Deterministic mode would choose other kernels.
+        yield
+        return
+    with poisoned(poison, loaded.device, compiled=compiled):
+        yield
+
+
+def _one(loaded: Loaded, index: int, backend: Backend, poison: str) -> tuple[Attended, tuple[torch.Tensor, ...]]:
+    q, k, v = leaves = [loaded.of_call(name, index).detach().requires_grad_() for name in ("q", "k", "v")]
+    if loaded.device.type == "cuda" and poison != "none":
+        _primed(q, k, filler(poison))
+    attended = backend.kernel.attend(q, k, v, loaded.metadata[index], loaded.options)
+    return attended, torch.autograd.grad(attended.out, leaves, loaded.of_call("dout", index))
+
+
+def fire(loaded: Loaded, backend: Backend, poison: str) -> Fired:
+    """Forward and backward of every call, one after another.
+
+    Raises:
+        torch.OutOfMemoryError: as it comes.
+    """
+    shapes = {name: loaded.placed[name].tensor.shape for name in ("q", "k")}
+    dtype = loaded.placed["q"].tensor.dtype
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in KERNEL_TENSORS}
+    fired = Fired({}, {}, {}, frozenset())
+    paths: set[str] = set()
+    with _memory(loaded, poison, compiled=backend.kernel.compiled):
+        for index in range(len(loaded.volley.ends)):
+            rows = {side: (loaded.sides[side].counts[index], *shapes[side][1:]) for side in ("q", "k")}
+            wanted = {"out": rows["q"], "dq": rows["q"], "dk": rows["k"], "dv": rows["k"], "lse": rows["q"][:2]}
+            got: dict[str, torch.Tensor] = {}
+            try:
+                attended, gradients = _one(loaded, index, backend, poison)
+                got = {"out": attended.out.detach(), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
+                if attended.lse is not None:
+                    got["lse"] = attended.lse.detach().T
+                paths.add(attended.path)
+            except (torch.OutOfMemoryError, MemoryError):
+                raise
+            except (UnsupportedCase, NotImplementedError) as refusal:
+                fired.refused[index] = str(refusal)
+            except Exception as error:
+                fired.broken[index] = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['-'])[0][:300]}"
+            wrong = [name for name, x in got.items() if x.shape != wanted[name] or (name != "lse" and x.dtype != dtype)]
+            if wrong:
+                fired.broken[index] = f"{', '.join(wrong)} of another shape or dtype"
+            for name, shape in wanted.items():
+                if name in got and name not in wrong:
+                    parts[name].append(got[name])
+                elif name != "lse" or not got or wrong:
+                    parts[name].append(torch.zeros(shape, dtype=dtype, device=loaded.device))
+    results = {name: torch.cat(some) for name, some in parts.items() if len(some) == len(loaded.volley.ends)}
+    fired.paths = frozenset(paths)
+    fired.results = results
+    return fired

@@ -1,0 +1,130 @@
+"""A volley from end to end: run its calls, judge every document of every call, and wait for the device once."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+import torch
+
+from attn_fuzz.checks.budget import LIMIT, limit
+from attn_fuzz.volley.calls import Fired, Loaded, fire
+from attn_fuzz.volley.layouts import Volley
+from attn_fuzz.wide.gear import effective_profile, promised
+from attn_fuzz.wide.judge import COLUMNS, largest_z, other_bits
+from attn_fuzz.wide.probe import wide_probe, wrong_documents
+from backends.registry import Backend
+from reference.answer import KERNEL_TENSORS, kernel_inputs
+
+PROBED: Final = tuple(f"{name} of the probe" for name in KERNEL_TENSORS)
+NAMES: Final = (*COLUMNS, *PROBED)
+"""What is judged of each document: as of a wide call, then the results of the exact probe."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """What a backend made of a volley."""
+
+    volley: Volley
+    z: torch.Tensor
+    """float64 ``[documents, len(NAMES)]`` on the CPU; inf where something exact is wrong."""
+    broken: dict[int, str]
+    """Calls that raised or gave something else than was asked for, in words."""
+    refused: dict[int, str]
+    """Calls that the backend refused."""
+    touched: bool
+    """Some input, gap or prefix sum has other bits than before; nobody knows which call's work that was."""
+    paths: frozenset[str]
+
+    def worst(self) -> list[tuple[float, str]]:
+        """Of every call: the largest deviation in units in which the verdict is at LIMIT, and whose it is."""
+        found = []
+        for index, (begin, end) in enumerate(self.volley.spans):
+            if index in self.broken:
+                found.append((torch.inf, self.broken[index]))
+                continue
+            own = self.z[begin:end]
+            if index in self.refused or not own.numel():
+                found.append((0.0, ""))
+                continue
+            largest, column = own.amax(0).max(0)
+            found.append((largest.item() * LIMIT / limit(self.volley.case), NAMES[int(column)]))
+        return found
+
+    def largest(self) -> dict[str, tuple[float, int]]:
+        """Of each result: its largest deviation in the same units, and the call in which it was seen."""
+        worst, places = (self.z * LIMIT / limit(self.volley.case)).max(0)
+        ends = torch.tensor(self.volley.ends)
+        calls = torch.searchsorted(ends, places, right=True).tolist()
+        return {
+            name: (z, index)
+            for name, z, index in zip(NAMES, worst.tolist(), calls, strict=True)
+            if name in COLUMNS and name != "bits"
+        }
+
+    def failing(self) -> list[int]:
+        """Calls that are beyond the limit, worst first."""
+        worst = self.worst()
+        beyond = [index for index, (z, _) in enumerate(worst) if z > LIMIT]
+        return sorted(beyond, key=lambda index: -worst[index][0])
+
+
+def judge(volley: Volley, backend: Backend, device: torch.device, *, twice: bool) -> Judged:
+    """Runs every call with drawn values and on the exact probe, each from poisoned memory, and judges all of it.
+
+    Every document's results are held to the budget, element by element and row by row, and census and support of the
+    probe to the very number of every key, for which poisons of two kinds lie in the unwritten memory of the two runs.
+
+    Args:
+        volley: the calls.
+        backend: what runs them.
+        device: where.
+        twice: run the drawn values again from memory of the other kind, after all other calls, and compare bits.
+
+    Raises:
+        torch.OutOfMemoryError: as it comes.
+    """
+    case = volley.case
+    drawn = kernel_inputs(case, device)
+    loaded = Loaded(volley, drawn, device)
+    first = fire(loaded, backend, "nan")
+    probe = wide_probe(case, device)
+    on_probe = Loaded(volley, probe.inputs, device)
+    probed = fire(on_probe, backend, "finite")
+    runs: list[Fired] = [first, probed]
+    profile = effective_profile(backend.kernel.profile_on(device.type), case)
+    convention = backend.kernel.capabilities_on(device.type).lse_of_blind_rows
+    for fired in runs:
+        _in_our_convention(fired, convention)
+    z = largest_z(case, drawn, profile, [first.results])[0]
+    if twice and (names := promised(backend, device)):
+        again = fire(loaded, backend, "finite")
+        _in_our_convention(again, convention)
+        runs.append(again)
+        moved = other_bits(case, first.results, again.results, names)
+        z[:, COLUMNS.index("bits")] = torch.where(moved, torch.inf, 0.0)
+    wrong = wrong_documents(case, probe, probed.results)
+    touched = torch.stack([loaded.changed(), on_probe.changed()]).any()
+    # The one transfer: everything before it was only queued.
+    packed = torch.cat([z, torch.where(wrong, torch.inf, 0.0)], 1)
+    flat = torch.cat([packed.flatten(), touched[None].double()]).cpu()
+    broken: dict[int, str] = {}
+    refused: dict[int, str] = {}
+    for fired in runs:
+        broken = fired.broken | broken
+        refused |= fired.refused
+    return Judged(
+        volley,
+        flat[:-1].view(packed.shape),
+        broken,
+        refused,
+        bool(flat[-1]),
+        frozenset().union(*(fired.paths for fired in runs)),
+    )
+
+
+def _in_our_convention(fired: Fired, blind: float) -> None:
+    """The LSE of rows without keys as this project has it; a finite sentinel stays what it is, and wrong."""
+    if "lse" in fired.results:
+        lse = fired.results["lse"]
+        fired.results["lse"] = torch.where(lse == blind, -torch.inf, lse)
