@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 
 from attn_fuzz.bench_narrow import bare, narrow_of, plain_of, shared_of
+from attn_fuzz.bench_volley import volley_of, volleys_shared_of
 from attn_fuzz.campaign.plan import available_backends
 from attn_fuzz.environment import environment
 from attn_fuzz.process import set_up_process
@@ -43,6 +44,8 @@ class Plan:
     documents: int
     layer_documents: int
     """At layer level: its many small operations cost as much for few documents as for many."""
+    volley_documents: int
+    """Of a volley's calls together."""
     longest: tuple[int, int]
     heads: int
     kv_heads: int
@@ -70,6 +73,7 @@ PLANS: Final = {
     "cuda": Plan(
         documents=4096,
         layer_documents=16384,
+        volley_documents=1024,
         longest=(64, 128),
         heads=4,
         kv_heads=2,
@@ -86,6 +90,7 @@ PLANS: Final = {
     "cpu": Plan(
         documents=512,
         layer_documents=512,
+        volley_documents=256,
         longest=(16, 32),
         heads=2,
         kv_heads=1,
@@ -265,6 +270,8 @@ def row_of(plan: Plan, backend: Backend, device: str, say: Say, *, exact: bool) 
     layer = layer_of(plan, backend, place, min(4 * len(case.lengths), plan.layer_documents))
     if layer is not None:
         say(f"{name}: {layer['documents_per_s']:,.0f} documents/s wide at layer level")
+    volley = volley_of(layout(plan, min(plan.volley_documents, len(case.lengths))), backend, place)
+    say(f"{name}: {volley['cases_per_s']:,.0f} cases/s in volleys, {volley['over_bare']:.1f} times bare")
     narrow = narrow_of(name, device, plan.narrow_hunt, plan.narrow_cases)
     say(f"{name}: {narrow['cases_per_s']:,.0f} cases/s narrow")
     row = {
@@ -274,6 +281,7 @@ def row_of(plan: Plan, backend: Backend, device: str, say: Say, *, exact: bool) 
         "wide_over_bare": wide["seconds"] / seconds,
         "wide": wide,
         "wide_layer": layer,
+        "volley": volley,
         "narrow_cases_per_s": narrow["cases_per_s"],
         "narrow_documents_per_s": narrow["documents_per_s"],
         "narrow": narrow,
@@ -302,7 +310,8 @@ def together_of(
     yield "rare", rare_of(plan, first, place) | {"backend": first}
     say(f"{first}: {' and '.join(map(str, plan.processes))} processes on one device")
     shared = {str(n): shared_of(first, device, n, plan.narrow_seconds) for n in plan.processes}
-    yield "processes", {"backend": first, "cases_per_s": shared}
+    volleys = {str(n): volleys_shared_of(first, device, n, plan.narrow_seconds) for n in plan.processes}
+    yield "processes", {"backend": first, "cases_per_s": shared, "volley_cases_per_s": volleys}
     say(f"{first}: a plain pytest loop")
     yield "plain", (plain_of(first, device, plan.plain_cases) or {}) | {"backend": first}
 

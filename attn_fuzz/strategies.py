@@ -128,14 +128,19 @@ def windows(draw: st.DrawFn, domain: Domain, *, causal: bool, longest: int) -> t
     return draw(among([(left, left), (left, -1), (-1, left), (left, 0), (left, draw(side))]))
 
 
-def scales(capabilities: Capabilities, head_dim: int) -> st.SearchStrategy[float | None]:
+def usual_scales(capabilities: Capabilities, head_dim: int) -> tuple[float | None, ...]:
     """The usual scale, or powers of two around it.
 
     Far from it scores grow so large that their rounding in the storage dtype, where a backend does that, moves
     probabilities by more than any first-order budget describes.
     """
     half = 2.0 ** math.floor(math.log2(head_dim**-0.5))
-    return among([None, None, half, 2 * half]) if capabilities.scale else st.none()
+    return (None, None, half, 2 * half) if capabilities.scale else (None,)
+
+
+def scales(capabilities: Capabilities, head_dim: int) -> st.SearchStrategy[float | None]:
+    """One of those."""
+    return among(usual_scales(capabilities, head_dim)) if capabilities.scale else st.none()
 
 
 def compiled(draw: st.DrawFn, domain: Domain, longest: int) -> dict[str, object]:

@@ -19,7 +19,7 @@ from attn_fuzz.strategies import Domain
 from attn_fuzz.symptoms import Crashed, InputsChanged, PoisonLeaked, Symptom, WrongSpread, wrong_tensor
 from attn_fuzz.timing import now
 from attn_fuzz.trial import SECOND_SEED
-from attn_fuzz.volley.gear import PROBED, Judged, judge
+from attn_fuzz.volley.gear import EXTRAS, PROBED, Judged, judge
 from attn_fuzz.volley.layouts import LONGEST, Volley, draw_volley
 from attn_fuzz.wide.layouts import Sweep
 from attn_fuzz.wide.probe import SYMPTOMS
@@ -30,9 +30,6 @@ MOST_CALLS: Final = 512
 
 VOLLEY_SECONDS: Final = 1.0
 """Volleys grow until one takes so long."""
-
-TWICE: Final = 4
-"""Of so many volleys, the drawn values of one are run twice."""
 
 REFUSED_VOLLEYS: Final = 60
 """A backend that has refused so many and taken none would refuse for ever."""
@@ -78,10 +75,10 @@ class VolleyHunt(Pursuit):
         volley = draw_volley(self.random, self.sweeps[size], self.backend, self.domain, wanted)
         return volley.first(wanted) if volley is not None else None
 
-    def judge(self, volley: Volley, *, twice: bool) -> Judged:
+    def judge(self, volley: Volley, extra: str) -> Judged:
         """A volley's verdict, with the volley announced first."""
         self.send(Trying(volley.case.to_json(), volley.ends))
-        judged = judge(volley, self.backend, self.device, twice=twice)
+        judged = judge(volley, self.backend, self.device, extra)
         if judged.broken and not context_alive(self.device):
             self.send(Died(next(iter(judged.broken.values()))))
             os._exit(DEAD_CONTEXT)
@@ -96,7 +93,7 @@ class VolleyHunt(Pursuit):
             return
         started = now(self.device)
         try:
-            judged = self.judge(volley, twice=self.turn % TWICE == TWICE - 1)
+            judged = self.judge(volley, EXTRAS[self.turn % len(EXTRAS)])
         except UnsupportedCase as refusal:
             self.tally.refused += 1
             self.refusals[str(refusal)] += 1
@@ -154,7 +151,7 @@ class VolleyHunt(Pursuit):
         if self.handed_over(judged, failing[:_SUSPECTS]):
             return
         volley, worst = judged.volley, judged.worst()
-        again = self.judge(volley.other(volley.case.seed ^ SECOND_SEED), twice=True)
+        again = self.judge(volley.other(volley.case.seed ^ SECOND_SEED), judged.extra)
         both = [index for index in failing if index in again.failing()]
         index = (both or failing)[0]
         z, name = worst[index]

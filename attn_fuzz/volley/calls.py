@@ -146,33 +146,49 @@ def _memory(loaded: Loaded, poison: str, *, compiled: bool) -> Iterator[None]:
         yield
 
 
-def _one(loaded: Loaded, index: int, backend: Backend, poison: str) -> tuple[Attended, tuple[torch.Tensor, ...]]:
-    q, k, v = leaves = [loaded.of_call(name, index).detach().requires_grad_() for name in ("q", "k", "v")]
+def _one(
+    loaded: Loaded, index: int, backend: Backend, poison: str, *, gradients: bool
+) -> tuple[Attended, tuple[torch.Tensor, ...]]:
+    leaves = [loaded.of_call(name, index).detach().requires_grad_(gradients) for name in ("q", "k", "v")]
+    q, k, v = leaves
     if loaded.device.type == "cuda" and poison != "none":
         _primed(q, k, filler(poison))
-    attended = backend.kernel.attend(q, k, v, loaded.metadata[index], loaded.options)
+    with torch.set_grad_enabled(gradients):
+        attended = backend.kernel.attend(q, k, v, loaded.metadata[index], loaded.options)
+    if not gradients:
+        return attended, ()
     return attended, torch.autograd.grad(attended.out, leaves, loaded.of_call("dout", index))
 
 
-def fire(loaded: Loaded, backend: Backend, poison: str) -> Fired:
+def fire(loaded: Loaded, backend: Backend, poison: str, *, gradients: bool = True, backwards: bool = False) -> Fired:
     """Forward and backward of every call, one after another.
+
+    Args:
+        loaded: the calls.
+        backend: what runs them.
+        poison: contents of unwritten memory; ``none`` for what it happens to hold.
+        gradients: False for the forward alone, without autograd, as inference runs it.
+        backwards: the last call first.
 
     Raises:
         torch.OutOfMemoryError: as it comes.
     """
     shapes = {name: loaded.placed[name].tensor.shape for name in ("q", "k")}
     dtype = loaded.placed["q"].tensor.dtype
-    parts: dict[str, list[torch.Tensor]] = {name: [] for name in KERNEL_TENSORS}
+    names = KERNEL_TENSORS if gradients else ("out", "lse")
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    order = range(len(loaded.volley.ends))
     fired = Fired({}, {}, {}, frozenset())
     paths: set[str] = set()
     with _memory(loaded, poison, compiled=backend.kernel.compiled):
-        for index in range(len(loaded.volley.ends)):
+        for index in reversed(order) if backwards else order:
             rows = {side: (loaded.sides[side].counts[index], *shapes[side][1:]) for side in ("q", "k")}
-            wanted = {"out": rows["q"], "dq": rows["q"], "dk": rows["k"], "dv": rows["k"], "lse": rows["q"][:2]}
+            shape_of = {"out": rows["q"], "dq": rows["q"], "dk": rows["k"], "dv": rows["k"], "lse": rows["q"][:2]}
+            wanted = {name: shape_of[name] for name in names}
             got: dict[str, torch.Tensor] = {}
             try:
-                attended, gradients = _one(loaded, index, backend, poison)
-                got = {"out": attended.out.detach(), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
+                attended, grads = _one(loaded, index, backend, poison, gradients=gradients)
+                got = {"out": attended.out.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=False))}
                 if attended.lse is not None:
                     got["lse"] = attended.lse.detach().T
                 paths.add(attended.path)
@@ -190,7 +206,9 @@ def fire(loaded: Loaded, backend: Backend, poison: str) -> Fired:
                     parts[name].append(got[name])
                 elif name != "lse" or not got or wrong:
                     parts[name].append(torch.zeros(shape, dtype=dtype, device=loaded.device))
-    results = {name: torch.cat(some) for name, some in parts.items() if len(some) == len(loaded.volley.ends)}
+    results = {
+        name: torch.cat(some[::-1] if backwards else some) for name, some in parts.items() if len(some) == len(order)
+    }
     fired.paths = frozenset(paths)
     fired.results = results
     return fired

@@ -35,6 +35,8 @@ class Judged:
     touched: bool
     """Some input, gap or prefix sum has other bits than before; nobody knows which call's work that was."""
     paths: frozenset[str]
+    extra: str
+    """What else was run."""
 
     def worst(self) -> list[tuple[float, str]]:
         """Of every call: the largest deviation in units in which the verdict is at LIMIT, and whose it is."""
@@ -69,7 +71,11 @@ class Judged:
         return sorted(beyond, key=lambda index: -worst[index][0])
 
 
-def judge(volley: Volley, backend: Backend, device: torch.device, *, twice: bool) -> Judged:
+EXTRAS: Final = ("none", "inference", "none", "again")
+"""What else is run of a volley, in turn."""
+
+
+def judge(volley: Volley, backend: Backend, device: torch.device, extra: str = "none") -> Judged:
     """Runs every call with drawn values and on the exact probe, each from poisoned memory, and judges all of it.
 
     Every document's results are held to the budget, element by element and row by row, and census and support of the
@@ -79,7 +85,8 @@ def judge(volley: Volley, backend: Backend, device: torch.device, *, twice: bool
         volley: the calls.
         backend: what runs them.
         device: where.
-        twice: run the drawn values again from memory of the other kind, after all other calls, and compare bits.
+        extra: ``inference`` runs the forward without autograd, and holds it to the same budget; ``again`` runs the
+            drawn values from memory of the other kind, the last call first, and compares bits.
 
     Raises:
         torch.OutOfMemoryError: as it comes.
@@ -96,9 +103,14 @@ def judge(volley: Volley, backend: Backend, device: torch.device, *, twice: bool
     convention = backend.kernel.capabilities_on(device.type).lse_of_blind_rows
     for fired in runs:
         _in_our_convention(fired, convention)
-    z = largest_z(case, drawn, profile, [first.results])[0]
-    if twice and (names := promised(backend, device)):
-        again = fire(loaded, backend, "finite")
+    held = [first.results]
+    if extra == "inference":
+        runs.append(fire(loaded, backend, "finite", gradients=False))
+        _in_our_convention(runs[-1], convention)
+        held.append(runs[-1].results)
+    z = largest_z(case, drawn, profile, held).amax(0)
+    if extra == "again" and (names := promised(backend, device)):
+        again = fire(loaded, backend, "finite", backwards=True)
         _in_our_convention(again, convention)
         runs.append(again)
         moved = other_bits(case, first.results, again.results, names)
@@ -120,6 +132,7 @@ def judge(volley: Volley, backend: Backend, device: torch.device, *, twice: bool
         refused,
         bool(flat[-1]),
         frozenset().union(*(fired.paths for fired in runs)),
+        extra,
     )
 
 

@@ -21,6 +21,13 @@ DOCUMENTS: Final = (1, 1, 2, 2, 3, 4, 4, 5, 7, 12)
 
 _MEAN: Final = sum(DOCUMENTS) / len(DOCUMENTS)
 
+_ANY_OPTIONS: Final = 0.4
+"""Share of volleys whose head dimension, head group and scale are any that are taken: some cost ten times others."""
+
+_MOST_WORK: Final = {"cuda": 4e9, "cpu": 4e7}
+"""Products of a query's and a key's channels in a volley, about half a second of the reference's: longer documents and
+wider heads make fewer calls."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Volley:
@@ -69,10 +76,16 @@ def draw_volley(random: Random, sweep: Sweep, backend: Backend, domain: Domain, 
         domain: the options that it takes.
         calls: how many are drawn.
     """
-    case = draw_case(random, sweep, backend, domain, max(2, round(calls * _MEAN)))
+    every = random.random() < _ANY_OPTIONS
+    case = draw_case(random, sweep, backend, domain, max(2, round(calls * _MEAN)), every=every)
     if case is None:
         return None
-    count, begin = len(case.packed_lengths), 0
+    work, count, begin = 0.0, 0, 0
+    for queries, keys in zip(case.packed_lengths, case.packed_key_lengths, strict=True):
+        work += queries * keys * case.heads * case.head_dim
+        if count and work > _MOST_WORK[domain.device]:
+            break
+        count += 1
     kept: list[int] = []
     ends: list[int] = []
     while begin < count:

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from attn_fuzz.layout_strategies import TILE_EDGES
-from attn_fuzz.strategies import Domain
+from attn_fuzz.strategies import Domain, usual_scales
 from backends.registry import Backend
 from reference.case import Case
 
@@ -85,9 +85,10 @@ def _tamed(lengths: torch.Tensor, keys: torch.Tensor, domain: Domain, *, causal:
     return keys
 
 
-def draw_options(random: Random, domain: Domain) -> dict[str, object]:
-    """Everything about a case but its documents."""
+def draw_options(random: Random, domain: Domain, *, every: bool = False) -> dict[str, object]:
+    """Everything about a case but its documents; ``every``: of all head dimensions, head groups and scales."""
     capabilities = domain.capabilities
+    some = None if every else _OPTIONS[domain.device]
     causal = random.choice(
         [choice for choice in (True, True, False) if (capabilities.causal if choice else capabilities.noncausal)]
     )
@@ -95,22 +96,26 @@ def draw_options(random: Random, domain: Domain) -> dict[str, object]:
     if capabilities.window and random.random() < 0.4:
         left = random.choice(WINDOW_SIDES)
         window = (left, -1 if causal else random.choice((left, random.choice(WINDOW_SIDES))))
-    heads, kv_heads = random.choice(domain.head_groups[: _OPTIONS[domain.device]])
+    heads, kv_heads = random.choice(domain.head_groups[:some])
+    head_dim = random.choice(domain.head_dims[:some])
     return {
         "heads": heads,
         "kv_heads": kv_heads,
-        "head_dim": random.choice(domain.head_dims[: _OPTIONS[domain.device]]),
+        "head_dim": head_dim,
         "causal": causal,
         "window": window,
         "softcap": random.choice((0.0, 0.0, 0.0, 20.0)) if capabilities.softcap else 0.0,
         "dtype": random.choice(domain.dtypes),
         "values": random.choice(VALUES),
         "seed": random.randrange(1 << 16),
+        "scale": random.choice(usual_scales(capabilities, head_dim)) if every else None,
         "memory": random.choice(("contiguous", *(m for m in capabilities.memories if m != "broadcast"))),
     }
 
 
-def draw_case(random: Random, sweep: Sweep, backend: Backend, domain: Domain, documents: int) -> Case | None:
+def draw_case(
+    random: Random, sweep: Sweep, backend: Backend, domain: Domain, documents: int, *, every: bool = False
+) -> Case | None:
     """A packed call that the backend takes, or None where fifty draws were all refused.
 
     Args:
@@ -119,10 +124,11 @@ def draw_case(random: Random, sweep: Sweep, backend: Backend, domain: Domain, do
         backend: what will run it.
         domain: the options that it takes.
         documents: how many.
+        every: from all options, rather than those that cost least.
     """
     for attempt in range(_ATTEMPTS):
         lengths, keys = draw_lengths(random, dataclasses.replace(sweep), documents)
-        options = draw_options(random, domain)
+        options = draw_options(random, domain, every=every)
         # Some limits concern certain pairs of lengths whatever the options: later draws are plainer.
         if attempt > 10:
             options["window"] = (-1, -1)

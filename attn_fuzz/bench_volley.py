@@ -1,0 +1,91 @@
+"""The volley gear's speed, beside the bare kernel on the same calls, in one process and in several."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from random import Random
+from typing import Final
+
+import torch
+
+from attn_fuzz.campaign.messages import Assignment, Tally
+from attn_fuzz.campaign.pool import Pool
+from attn_fuzz.strategies import Domain
+from attn_fuzz.timing import median
+from attn_fuzz.volley.calls import Loaded, fire
+from attn_fuzz.volley.gear import EXTRAS, judge
+from attn_fuzz.volley.layouts import DOCUMENTS, LONGEST, Volley, draw_volley
+from attn_fuzz.wide.gear import effective_profile
+from attn_fuzz.wide.judge import largest_z
+from attn_fuzz.wide.layouts import Sweep
+from backends.registry import Backend
+from reference.answer import kernel_inputs
+from reference.case import Case
+
+_SETTLED: Final = 0.4
+"""Share of the time of several processes after which they count: all have started, and volleys have grown."""
+
+
+def cut_up(case: Case, seed: int = 0) -> Volley:
+    """A packed case cut into calls of as many documents as those of campaigns have."""
+    random, ends = Random(seed), [0]
+    while ends[-1] < len(case.packed_lengths):
+        ends.append(min(ends[-1] + random.choice(DOCUMENTS), len(case.packed_lengths)))
+    return Volley(case, tuple(ends[1:]))
+
+
+def volley_of(case: Case, backend: Backend, device: torch.device) -> dict[str, float]:
+    """Cases per second of one process, and where their time goes, in seconds per case.
+
+    Args:
+        case: documents of one configuration, which are cut into calls.
+        backend: what runs them.
+        device: where.
+    """
+    volley, kind = cut_up(case), device.type
+    count = len(volley.ends)
+    # What else is run of a volley changes from one to the next.
+    checked = statistics.mean(median(lambda e=extra: judge(volley, backend, device, e), device) for extra in EXTRAS)  # type: ignore[misc]
+    inputs = kernel_inputs(volley.case, device)
+    loaded = Loaded(volley, inputs, device)
+    bare = median(lambda: fire(loaded, backend, "none"), device)
+    run = median(lambda: fire(loaded, backend, "nan"), device)
+    placing = median(lambda: Loaded(volley, kernel_inputs(volley.case, device), device), device)
+    results, profile = fire(loaded, backend, "none").results, backend.kernel.profile_on(kind)
+    profile = effective_profile(profile, volley.case)
+    reference = median(lambda: largest_z(volley.case, inputs, profile, [results]), device)
+    domain = Domain.of(backend.kernel.capabilities_on(kind), kind)
+    sweep, random = Sweep(LONGEST[kind][0], 0), Random(0)
+    drawing = median(lambda: draw_volley(random, sweep, backend, domain, count), torch.device("cpu"))
+    return {
+        "calls": count,
+        "cases_per_s": count / (checked + drawing),
+        "documents_per_s": len(volley.case.packed_lengths) / (checked + drawing),
+        "over_bare": (checked + drawing) / bare,
+        "bare_s_per_case": bare / count,
+        "drawing_s_per_case": drawing / count,
+        "placing_s_per_case": 2 * placing / count,
+        "a_run_s_per_case": run / count,
+        "reference_and_budget_s_per_case": reference / count,
+    }
+
+
+def volleys_shared_of(name: str, device: str, processes: int, seconds: float) -> float:
+    """Calls per second that so many processes judge on one device, as a campaign draws them."""
+    jobs = [
+        Assignment(backend=name, device=device, seed=20 + index, levels=("kernel",), seconds=seconds, gear="volley")
+        for index in range(processes)
+    ]
+    seen: list[tuple[float, int]] = []
+
+    def note(tallies: dict[str, Tally]) -> None:
+        seen.append((time.monotonic(), tallies[name].cases))
+
+    Pool(jobs, processes, note, lambda finding: None).run()
+    if len(seen) < 2:
+        return 0.0
+    begin, end = seen[0][0], seen[-1][0]
+    settled = [(at, cases) for at, cases in seen if at >= begin + _SETTLED * (end - begin)]
+    (first, before), (last, after) = settled[0], settled[-1]
+    return (after - before) / (last - first) if last > first else 0.0
