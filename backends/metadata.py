@@ -66,11 +66,11 @@ class VarlenMetadata:
         rows = torch.arange(tokens, dtype=torch.int32, device=self.device)
         return torch.searchsorted(cu_seqlens, rows, right=True, out_int32=True)
 
-    @property
+    @functools.cached_property
     def max_seqlen_q(self) -> int:
         return max(self.lengths_q)
 
-    @property
+    @functools.cached_property
     def max_seqlen_k(self) -> int:
         return max(self.lengths_k)
 

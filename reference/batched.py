@@ -37,6 +37,9 @@ _CPU_SHARE: Final = 0.25
 _CPU_OVERHEAD: Final = 4 << 20
 """Working set that takes a processor as long as the hundred operations of a chunk take by themselves: a millisecond."""
 
+_CUDA_OVERHEAD: Final = 256 << 20
+"""The same of a GPU, where those operations' launches are what a chunk costs by itself."""
+
 _CUDA_SHARE: Final = 0.25
 _CUDA_BYTES: Final = 4 << 30
 
@@ -233,7 +236,7 @@ def answers(
         case,
         _memory(device) if memory is None else memory,
         documents,
-        overhead=_CPU_OVERHEAD if device.type == "cpu" else 0,
+        overhead=_CPU_OVERHEAD if device.type == "cpu" else _CUDA_OVERHEAD,
     )
     for queries, keys, members in planned:
         chosen = torch.tensor(members).to(device)

@@ -28,7 +28,7 @@ from backends.kernel import UnsupportedCase
 FIRST_CALLS: Final = 16
 MOST_CALLS: Final = 512
 
-VOLLEY_SECONDS: Final = 1.0
+VOLLEY_SECONDS: Final = 2.0
 """Volleys grow until one takes so long."""
 
 REFUSED_VOLLEYS: Final = 60

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Final
@@ -102,10 +103,15 @@ class Loaded:
         arena[side.places] = x
         return place(arena, layout_of(name, self.volley.case.memory), fill)
 
-    def of_call(self, name: str, index: int) -> torch.Tensor:
-        """A call's own rows of ``q``, ``k``, ``v`` or ``dout``."""
-        side = self.sides[_SIDES[name]]
-        return self.placed[name].tensor.narrow(0, side.begins[index], side.counts[index])
+    @functools.cached_property
+    def of_calls(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Each call's own rows of q, k, v and dout."""
+        views = []
+        for name in ("q", "k", "v", "dout"):
+            side, whole = self.sides[_SIDES[name]], self.placed[name].tensor
+            pairs = zip(side.begins, side.counts, strict=True)
+            views.append([whole.narrow(0, begin, count) for begin, count in pairs])
+        return list(zip(*views, strict=True))
 
     def changed(self) -> torch.Tensor:
         """Whether any input, gap, guard margin or prefix sum has lost its bits: bool scalar on the device."""
@@ -149,15 +155,15 @@ def _memory(loaded: Loaded, poison: str, *, compiled: bool) -> Iterator[None]:
 def _one(
     loaded: Loaded, index: int, backend: Backend, poison: str, *, gradients: bool
 ) -> tuple[Attended, tuple[torch.Tensor, ...]]:
-    leaves = [loaded.of_call(name, index).detach().requires_grad_(gradients) for name in ("q", "k", "v")]
-    q, k, v = leaves
+    *tensors, dout = loaded.of_calls[index]
+    q, k, v = leaves = [x.detach().requires_grad_(gradients) for x in tensors]
     if loaded.device.type == "cuda" and poison != "none":
         _primed(q, k, filler(poison))
     with torch.set_grad_enabled(gradients):
         attended = backend.kernel.attend(q, k, v, loaded.metadata[index], loaded.options)
     if not gradients:
         return attended, ()
-    return attended, torch.autograd.grad(attended.out, leaves, loaded.of_call("dout", index))
+    return attended, torch.autograd.grad(attended.out, leaves, dout)
 
 
 def fire(loaded: Loaded, backend: Backend, poison: str, *, gradients: bool = True, backwards: bool = False) -> Fired:
@@ -176,6 +182,7 @@ def fire(loaded: Loaded, backend: Backend, poison: str, *, gradients: bool = Tru
     shapes = {name: loaded.placed[name].tensor.shape for name in ("q", "k")}
     dtype = loaded.placed["q"].tensor.dtype
     names = KERNEL_TENSORS if gradients else ("out", "lse")
+    meant = backend.kernel.paths_on(loaded.device.type)
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     order = range(len(loaded.volley.ends))
     fired = Fired({}, {}, {}, frozenset())
@@ -192,6 +199,8 @@ def fire(loaded: Loaded, backend: Backend, poison: str, *, gradients: bool = Tru
                 if attended.lse is not None:
                     got["lse"] = attended.lse.detach().T
                 paths.add(attended.path)
+                if meant and attended.path not in meant:
+                    fired.broken[index] = f"{attended.path!r} ran, but should be {' or '.join(sorted(meant))}"
             except (torch.OutOfMemoryError, MemoryError):
                 raise
             except (UnsupportedCase, NotImplementedError) as refusal:

@@ -55,8 +55,11 @@ class Judged:
 
     def largest(self) -> dict[str, tuple[float, int]]:
         """Of each result: its largest deviation in the same units, and the call in which it was seen."""
-        worst, places = (self.z * LIMIT / limit(self.volley.case)).max(0)
         ends = torch.tensor(self.volley.ends)
+        z = self.z * LIMIT / limit(self.volley.case)
+        for index in self.refused:
+            z[slice(*self.volley.spans[index])] = 0.0
+        worst, places = z.max(0)
         calls = torch.searchsorted(ends, places, right=True).tolist()
         return {
             name: (z, index)
@@ -71,7 +74,7 @@ class Judged:
         return sorted(beyond, key=lambda index: -worst[index][0])
 
 
-EXTRAS: Final = ("none", "inference", "none", "again")
+EXTRAS: Final = ("none", "inference", "none", "none", "none", "again", "none", "none")
 """What else is run of a volley, in turn."""
 
 

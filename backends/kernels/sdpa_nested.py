@@ -85,8 +85,11 @@ class SdpaNested(Kernel):
     profile = Profile(stores_probabilities=True, expands_kv=True)
 
     def capabilities_on(self, device: str) -> Capabilities:
-        # The fused kernels behind jagged tensors want rows of whole 16 bytes.
-        return dataclasses.replace(self.capabilities, head_dim_multiple=8) if device == "cuda" else self.capabilities
+        if device != "cuda":
+            return self.capabilities
+        # The fused kernels behind jagged tensors want rows of whole 16 bytes, and no document without a query or a key:
+        # for calls with one torch takes its unfused composition, which rounds elsewhere (sdpa_nested_math).
+        return dataclasses.replace(self.capabilities, head_dim_multiple=8, keys_without_queries=False)
 
     def profile_on(self, device: str) -> Profile:
         # On CPU jagged tensors take the unfused composition, every step of it in the storage dtype; causal documents do
