@@ -73,7 +73,7 @@ PLANS: Final = {
     "cuda": Plan(
         documents=4096,
         layer_documents=16384,
-        volley_documents=1024,
+        volley_documents=2048,
         longest=(64, 128),
         heads=4,
         kv_heads=2,
@@ -81,7 +81,7 @@ PLANS: Final = {
         fewest=64,
         narrow_hunt=150,
         narrow_seconds=15.0,
-        processes=(8, 16),
+        processes=(4, 8, 16),
         plain_cases=200,
         rare=(201, 317),
         rare_longest=(256, 400),

@@ -57,7 +57,7 @@ class Judged:
         """Of each result: its largest deviation in the same units, and the call in which it was seen."""
         ends = torch.tensor(self.volley.ends)
         z = self.z * LIMIT / limit(self.volley.case)
-        for index in self.refused:
+        for index in self.refused | self.broken:
             z[slice(*self.volley.spans[index])] = 0.0
         worst, places = z.max(0)
         calls = torch.searchsorted(ends, places, right=True).tolist()

@@ -128,7 +128,9 @@ class _Wrong:
 
     def out(self) -> torch.Tensor:
         v = self.probe.inputs.v.double()
-        sums = torch.cat([torch.zeros_like(v[:1]) if len(v) else v.new_zeros(1, *v.shape[1:]), v.cumsum(0)])
+        # Along memory: over the rows as they lie, a GPU has one thread for each channel.
+        running = v.flatten(1).T.contiguous().cumsum(1).T.unflatten(1, v.shape[1:])
+        sums = torch.cat([running.new_zeros(1, *v.shape[1:]), running])
         first = (self.key_lengths.cumsum(0) - self.key_lengths)[self.owner]
         # A run that is empty may lie behind the document.
         end = torch.where(self.counts > 0, self.end, 0)

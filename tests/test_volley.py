@@ -1,0 +1,360 @@
+"""The volley gear: calls are those of the narrow gear, correct backends are left alone, what fails is handed over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from commandline import Run
+
+from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message, Tally
+from attn_fuzz.campaign.plan import plan
+from attn_fuzz.campaign.pool import Pool
+from attn_fuzz.campaign.volley import VolleyHunt, hunt_volleys
+from attn_fuzz.checks.budget import LIMIT, deviations
+from attn_fuzz.execute import run_kernel
+from attn_fuzz.findings import Finding
+from attn_fuzz.strategies import Domain
+from attn_fuzz.volley.calls import Loaded
+from attn_fuzz.volley.gear import EXTRAS, NAMES, judge
+from attn_fuzz.volley.layouts import LONGEST, Volley, draw_volley
+from attn_fuzz.wide.layouts import Sweep
+from backends import registry
+from backends.kernel import Attended, AttentionOptions, UnsupportedCase
+from backends.kernels.loop import LoopKernel
+from backends.metadata import VarlenMetadata
+from backends.registry import Backend
+from reference.answer import KERNEL_TENSORS, kernel_answer, kernel_inputs
+from reference.case import MEMORIES, Case
+
+CPU = torch.device("cpu")
+EXAMPLE = (Path(__file__).resolve().parent.parent / "examples" / "my_kernel.py").read_text()
+CASE = Case(
+    level="kernel",
+    lengths=(3, 6, 1, 9, 2, 5, 4, 8),
+    key_lengths=(3, 13, 1, 17, 9, 5, 8, 8),
+    heads=2,
+    head_dim=8,
+    dtype="bf16",
+)
+VOLLEY = Volley(CASE, (1, 3, 4, 8))
+
+
+def drawn(name: str, seed: int, calls: int = 24) -> Volley:
+    backend = registry.load(name)
+    domain = Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")
+    volley = draw_volley(Random(seed), Sweep((9, 17), seed), backend, domain, calls)
+    assert volley is not None
+    return volley
+
+
+def hunted(
+    backend: str | Backend, monkeypatch: pytest.MonkeyPatch | None = None, *, calls: int = 200, seed: int = 0
+) -> tuple[list[Finding], Tally]:
+    """What volleys find on a backend, and the tally in the end."""
+    messages: list[Message] = []
+    name = backend if isinstance(backend, str) else backend.name
+    job = Assignment(backend=name, device="cpu", seed=seed, cases=calls, gear="volley", stop_at_first=True)
+    if isinstance(backend, str):
+        hunt_volleys(job, messages.append)
+    else:
+        assert monkeypatch is not None
+        monkeypatch.setattr(registry, "load", lambda name: backend)
+        VolleyHunt(job, messages.append).run()
+    last = messages[-1]
+    assert isinstance(last, Finished)
+    return [message.finding for message in messages if isinstance(message, Found)], last.tally
+
+
+class Altered(LoopKernel):
+    """The loop with something done to what it gives back, told how many calls there have been."""
+
+    def __init__(self, deed: Callable[[int, VarlenMetadata, Attended], Attended]) -> None:
+        self.deed, self.count = deed, 0
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        self.count += 1
+        return self.deed(self.count, metadata, super().attend(q, k, v, metadata, options))
+
+
+def altered(deed: Callable[[int, VarlenMetadata, Attended], Attended]) -> Backend:
+    return Backend("altered", Altered(deed), levels=("kernel",))
+
+
+# What a volley is.
+
+
+def test_calls_are_cases_with_the_values_of_the_packed_one() -> None:
+    inputs = kernel_inputs(CASE, "cpu")
+    loaded = Loaded(VOLLEY, inputs, CPU)
+    for index in range(len(VOLLEY.ends)):
+        alone = kernel_inputs(VOLLEY.call(index), "cpu")
+        for name, mine in zip(("q", "k", "v", "dout"), loaded.of_calls[index], strict=True):
+            assert torch.equal(mine, getattr(alone, name)), name
+    sizes = [VOLLEY.call(index).packed_lengths for index in range(len(VOLLEY.ends))]
+    assert sizes == [(3,), (6, 1), (9,), (2, 5, 4, 8)]
+
+
+def test_ends_that_make_no_calls_are_refused() -> None:
+    for ends in ((), (1, 3), (3, 3, 8), (0, 8)):
+        with pytest.raises(ValueError, match="rising places up to 8"):
+            Volley(CASE, ends)
+
+
+@pytest.mark.parametrize("memory", [memory for memory in MEMORIES if memory != "broadcast"])
+def test_calls_lie_aligned_between_rows_of_nan(memory: str) -> None:
+    volley = Volley(CASE.replace(memory=memory), VOLLEY.ends)
+    loaded = Loaded(volley, kernel_inputs(volley.case, "cpu"), CPU)
+    for name, item in loaded.placed.items():
+        side = loaded.sides["k" if name in "kv" else "q"]
+        theirs = torch.zeros(side.rows, dtype=torch.bool)
+        for begin, count in zip(side.begins, side.counts, strict=True):
+            theirs[begin : begin + count] = True
+            assert not theirs[begin + count]
+            first = item.tensor[begin:].data_ptr() - item.tensor.data_ptr()
+            assert first % 128 == 0
+        assert item.tensor[~theirs].isnan().all()
+        assert not item.tensor[theirs].isnan().any()
+    assert not loaded.changed()
+    loaded.placed["k"].tensor[loaded.sides["k"].counts[0]] = 1.0
+    assert loaded.changed()
+
+
+def test_prefix_sums_are_those_of_each_call() -> None:
+    loaded = Loaded(VOLLEY, kernel_inputs(CASE, "cpu"), CPU)
+    for index, metadata in enumerate(loaded.metadata):
+        case = VOLLEY.call(index)
+        own = VarlenMetadata(lengths_q=case.packed_lengths, lengths_k=case.packed_key_lengths, device=CPU)
+        assert metadata == own
+        assert torch.equal(metadata.cu_seqlens_q, own.cu_seqlens_q)
+        assert torch.equal(metadata.cu_seqlens_k, own.cu_seqlens_k)
+        assert metadata.cu_seqlens_k.dtype == torch.int32
+    loaded.metadata[1].cu_seqlens_k[0] = 1
+    assert loaded.changed()
+
+
+@pytest.mark.parametrize("size", range(len(LONGEST["cpu"])))
+def test_drawn_calls_are_such_as_the_backend_takes(size: int) -> None:
+    backend = registry.load("sdpa_nested")
+    domain = Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")
+    for seed in range(4):
+        volley = draw_volley(Random(seed), Sweep(LONGEST["cpu"][size], seed), backend, domain, 20)
+        assert volley is not None
+        for index in range(len(volley.ends)):
+            assert backend.refusal(volley.call(index), "cpu") is None
+
+
+# What it is judged by.
+
+
+@pytest.mark.parametrize("name", registry.kernel_names())
+def test_correct_backends_are_not_accused(name: str) -> None:
+    backend = registry.load(name)
+    if backend.kernel.why_unavailable("cpu") is not None:
+        pytest.skip("not on this machine")
+    for seed, extra in enumerate(("none", "inference", "again")):
+        judged = judge(drawn(name, seed), backend, CPU, extra)
+        assert judged.failing() == []
+        assert not judged.touched
+        assert not judged.broken
+        assert not judged.refused
+
+
+def test_everything_has_its_turn() -> None:
+    assert set(EXTRAS) == {"none", "inference", "again"}
+
+
+def test_z_is_that_of_the_narrow_gear() -> None:
+    backend = registry.load("loop")
+    judged = judge(VOLLEY, backend, CPU)
+    for index, (begin, end) in enumerate(VOLLEY.spans):
+        case = VOLLEY.call(index)
+        inputs = kernel_inputs(case, "cpu")
+        answer = kernel_answer(case, inputs, backend.kernel.profile)
+        observation = run_kernel(backend, case, inputs, "nan", CPU)
+        for column, name in enumerate(KERNEL_TENSORS):
+            worst = deviations(case, observation.results[name], answer[name]).max().item()
+            assert judged.z[begin:end, column].max().item() == pytest.approx(worst, rel=1e-6)
+
+
+def test_the_forward_without_autograd_is_held_to_the_budget() -> None:
+    def deed(count: int, metadata: VarlenMetadata, attended: Attended) -> Attended:
+        return attended if attended.out.requires_grad else attended._replace(out=attended.out * 1.5)
+
+    assert not judge(VOLLEY, altered(deed), CPU).failing()
+    judged = judge(VOLLEY, altered(deed), CPU, "inference")
+    assert sorted(judged.failing()) == [0, 1, 2, 3]
+    assert all(name.startswith("out") for _, name in judged.worst())
+
+
+def test_calls_in_the_other_order_have_the_same_bits() -> None:
+    def deed(count: int, metadata: VarlenMetadata, attended: Attended) -> Attended:
+        # The first call of all, and of the third run the last one in this order.
+        return attended._replace(out=attended.out * (1 + 2.0**-7)) if count in (1, 9) else attended
+
+    backend = altered(deed)
+    judged = judge(VOLLEY, backend, CPU, "again")
+    bits = judged.z[:, NAMES.index("bits")]
+    assert bits.isinf().tolist() == [True] + [False] * 3 + [True] * 4
+    assert set(judged.failing()) == {0, 3}
+
+
+def test_the_probe_sees_one_wrong_key() -> None:
+    class Blind(LoopKernel):
+        def attend(
+            self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+        ) -> Attended:
+            if metadata.lengths_k == (17,):
+                v = torch.cat([v[1:2], v[1:]])
+            return super().attend(q, k, v, metadata, options)
+
+    judged = judge(Volley(CASE.replace(values="offset", causal=False), VOLLEY.ends), Backend("blind", Blind()), CPU)
+    probed = judged.z[:, NAMES.index("out of the probe")]
+    assert probed.isinf().nonzero().tolist() == [[3]]
+
+
+def test_a_call_that_raises_or_refuses_spoils_no_other() -> None:
+    def deed(count: int, metadata: VarlenMetadata, attended: Attended) -> Attended:
+        if len(metadata.lengths_q) == 2:
+            raise RuntimeError("two documents")
+        if len(metadata.lengths_q) > 3:
+            raise UnsupportedCase("more than three")
+        return attended
+
+    judged = judge(VOLLEY, altered(deed), CPU)
+    assert judged.broken == {1: "RuntimeError: two documents"}
+    assert judged.refused == {3: "more than three"}
+    assert judged.failing() == [1]
+    assert all(z <= LIMIT for z, _ in judged.largest().values())
+
+
+def test_results_of_another_shape_or_dtype_are_none() -> None:
+    def deed(count: int, metadata: VarlenMetadata, attended: Attended) -> Attended:
+        out = attended.out
+        return attended._replace(out=out.float() if metadata.lengths_q == (3,) else out)
+
+    assert judge(VOLLEY, altered(deed), CPU).broken == {0: "out of another shape or dtype"}
+
+
+# What becomes of it.
+
+
+@pytest.mark.parametrize("fault", ["M18", "X29", "X33", "X32", "X11", "M28-mean", "M30"])
+def test_planted_faults_are_found_and_handed_over(fault: str) -> None:
+    (finding, *_), _ = hunted(f"fault:{fault}", calls=1000)
+    assert "volley" not in finding.checks
+    assert len(finding.case.lengths) <= 3
+
+
+def test_clean_calls_are_counted_one_by_one() -> None:
+    findings, tally = hunted("loop", calls=150)
+    assert findings == []
+    assert tally.cases == sum(tally.by_kind.values()) == 150
+    assert all(kind.startswith("volley ") for kind in tally.by_kind)
+    assert tally.paths == {"loop": 150}
+    assert set(tally.worst_z) == set(tally.worst_case)
+    assert max(tally.worst_z.values()) < LIMIT
+
+
+def test_the_same_seed_hunts_the_same_cases() -> None:
+    tallies = [hunted("loop", calls=40, seed=3)[1] for _ in range(2)]
+    assert tallies[0].worst_case == tallies[1].worst_case
+    assert tallies[0].documents == tallies[1].documents
+
+
+def test_what_only_many_calls_show_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"before": 0}
+
+    def deed(count: int, metadata: VarlenMetadata, attended: Attended) -> Attended:
+        # Wrong after a longer one: alone, every call comes after itself.
+        rows, before = len(attended.out), state["before"]
+        state["before"] = rows
+        return attended._replace(out=attended.out * 1.5) if before > 2 * rows else attended
+
+    (finding,), _ = hunted(altered(deed), monkeypatch)
+    assert finding.checks == ("volley",)
+    assert "in a row" in finding.messages[0]
+    assert "not where the call runs by itself" in finding.messages[0]
+
+
+def test_an_error_that_comes_once_is_reported_where_nothing_explains_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def once(factor: float) -> Backend:
+        return altered(lambda count, _, a: a._replace(out=a.out * factor) if count == 3 else a)
+
+    (finding,), _ = hunted(once(100.0), monkeypatch, calls=60)
+    assert finding.checks == ("volley",)
+    assert "seen once" in finding.messages[0]
+
+
+def test_bad_luck_under_one_value_seed_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attn_fuzz.campaign.volley.beyond_doubt", lambda case: 1e9)
+    backend = altered(lambda count, _, a: a._replace(out=a.out * 1.25) if count == 3 else a)
+    findings, tally = hunted(backend, monkeypatch, calls=60)
+    assert findings == []
+    assert tally.cases == 60
+
+
+def test_who_writes_to_an_input_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scribbling(LoopKernel):
+        def attend(
+            self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+        ) -> Attended:
+            attended = super().attend(q, k, v, metadata, options)
+            if len(metadata.lengths_q) == 3:
+                k.data[0] += 1
+            return attended
+
+    backend = Backend("scribbling", Scribbling(), levels=("kernel",))
+    (finding, *_), _ = hunted(backend, monkeypatch, calls=100)
+    assert finding.symptom == "InputsChanged"
+    assert len(finding.case.lengths) == 3
+
+
+def test_what_compiles_for_every_layout_is_left_to_the_narrow_gear() -> None:
+    backend = registry.load("loop")
+    domain = Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")
+    assert not domain.capabilities.layouts
+    findings, tally = hunted("flex_compiled", calls=10)
+    assert findings == []
+    assert tally.cases == 0
+    assert tally.refused > 0
+
+
+def test_a_call_that_ends_its_process_is_told_from_the_others(tmp_path: Path) -> None:
+    deed = "    if len(q) == 7:\n        import os\n\n        os._exit(9)\n"
+    path = tmp_path / "kernel.py"
+    path.write_text(EXAMPLE.replace("    out = []\n", f"{deed}    out = []\n"))
+    job = Assignment(
+        backend=f"{path}:kernel", device="cpu", seed=1, cases=400, gear="volley", levels=("kernel",), stop_at_first=True
+    )
+    outcome = Pool([job], 1, lambda tallies: None, lambda finding: None).run()
+    (finding,) = [finding for finding in outcome.findings if finding.symptom == "Crashed"]
+    assert sum(finding.case.packed_lengths) == 7
+    assert len(finding.original_case.lengths) <= 12
+
+
+def test_the_command_has_the_gear(attn_fuzz: Run) -> None:
+    done = attn_fuzz("run", "--gear", "volley", "-b", "loop", "--cases", "40", "--device", "cpu", "--level", "kernel")
+    assert done.status == 0, done.err
+    assert "volley" in done.out
+    done = attn_fuzz("run", "--gear", "volley", "-b", "loop", "--cases", "4", "--device", "cpu", "--level", "layer")
+    assert done.status == 2
+    assert "volleys are of kernel calls" in done.err
+    done = attn_fuzz("run", "--gear", "fast", "-b", "loop", "--cases", "4", "--device", "cpu")
+    assert done.status == 2
+    assert "narrow, volley, wide, both or all" in done.err
+
+
+def test_all_gears_leave_volleys_out_where_there_is_nothing_to_call() -> None:
+    def gears(levels: tuple[str, ...]) -> list[str]:
+        every = ("narrow", "volley", "wide")
+        options = {"workers": 3, "seed": 0, "seconds": 1.0, "cases": None, "dtypes": (), "gears": every}
+        return [job.gear for job in plan(("loop",), "cpu", levels=levels, **options)]  # type: ignore[arg-type]
+
+    assert gears(("layer",)) == ["narrow", "wide"]
+    assert gears(("layer", "kernel")) == ["narrow", "volley", "wide"]
