@@ -14,6 +14,7 @@ import torch
 from attn_fuzz.checks import CHECKS, PROBES, Check, histograms, worst_errors, worst_spreads
 from attn_fuzz.execute import WroteBeforeRefusing, require_support
 from attn_fuzz.poison import POISONS
+from attn_fuzz.process import lacks_memory
 from attn_fuzz.ranks.team import RanksHung
 from attn_fuzz.symptoms import Crashed, Hung, InputsChanged, Symptom
 from attn_fuzz.trial import Trial
@@ -88,8 +89,8 @@ def examine(
     except WroteBeforeRefusing as error:
         return Verdict((InputsChanged("reject_or_correct", "inputs", str(error)),), {}, frozenset())
     except (Exception, AssertionError) as error:
-        if _is_out_of_memory(error):
-            raise
+        if lacks_memory(error):
+            raise torch.OutOfMemoryError(str(error)) from error
         if _refuses_layout(trial, error):
             raise UnsupportedCase(
                 f"{backend.name} does not take memory layout {case.memory}: {_one_line(error)}"
@@ -113,8 +114,8 @@ def examine(
         raise
     except Exception as error:
         # The second value seed runs while the checks do, and a backend may fall over that one only.
-        if _is_out_of_memory(error):
-            raise
+        if lacks_memory(error):
+            raise torch.OutOfMemoryError(str(error)) from error
         found = [_fallen(error)]
     paths = frozenset().union(*(o.paths for o in observations))
     unknown, known = _without_known(found, trial)
@@ -137,8 +138,8 @@ def _asked(probe: Check, trial: Trial) -> Iterator[Symptom]:
     except (Symptom, UnsupportedCase):
         raise
     except Exception as error:
-        if _is_out_of_memory(error):
-            raise
+        if lacks_memory(error):
+            raise torch.OutOfMemoryError(str(error)) from error
         yield _fallen(error)
 
 
@@ -182,10 +183,6 @@ _NOT_THEIRS = (
     *(_ROOT / package for package in ("attn_fuzz", "backends", "reference")),
     *(Path(sysconfig.get_path(place)) for place in ("stdlib", "purelib", "platlib")),
 )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _fallen(error: BaseException) -> Symptom:

@@ -13,6 +13,7 @@ import torch
 from attn_fuzz.decoy import crossing
 from attn_fuzz.observation import HandedBack, Observation, Watch
 from attn_fuzz.poison import filler, poisoned
+from attn_fuzz.process import lacks_memory
 from backends.kernel import Attended, AttentionOptions, UnsupportedCase
 from backends.layer import Layer
 from backends.metadata import VarlenMetadata
@@ -75,7 +76,7 @@ def around(
                 begun.backward()
         except Exception as error:
             refused = isinstance(error, (UnsupportedCase, NotImplementedError))
-            if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error) or (lockstep and not refused):
+            if lacks_memory(error) or "CUDA error" in str(error) or (lockstep and not refused):
                 raise
             return None
         return begun

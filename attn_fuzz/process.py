@@ -13,6 +13,15 @@ import torch
 DEAD_CONTEXT: Final = 77
 """Exit status of a worker whose CUDA context no longer works."""
 
+NO_DEVICE: Final = 78
+"""Exit status of a process that could not use its device from the beginning."""
+
+_LACKING: Final = ("out of memory", "ALLOC_FAILED")
+"""What CUDA and its libraries say where there is too little memory for what torch does not allocate."""
+
+_SCARCE: Final = 8
+"""Below so small a part of a GPU's memory, caches are given back."""
+
 
 def context_alive(device: torch.device) -> bool:
     """Whether the device still computes: some faults end a CUDA context for good."""
@@ -22,6 +31,21 @@ def context_alive(device: torch.device) -> bool:
         return bool((torch.ones(8, device=device) + 1).sum().item() == 16)
     except RuntimeError:
         return False
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error is this machine's lack of memory, and nobody's fault."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _LACKING)
+    )
+
+
+def leave_memory(device: torch.device) -> None:
+    """Gives cached memory of a GPU back where little is left: contexts and libraries of others need some, too."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        if free * _SCARCE < total:
+            torch.cuda.empty_cache()
 
 
 def interrupt_once(number: int, frame: FrameType | None) -> None:

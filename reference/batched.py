@@ -41,7 +41,9 @@ _CUDA_OVERHEAD: Final = 256 << 20
 """The same of a GPU, where those operations' launches are what a chunk costs by itself."""
 
 _CUDA_SHARE: Final = 0.25
-_CUDA_BYTES: Final = 4 << 30
+_CUDA_BYTES: Final = 1 << 30
+"""Enough to keep a GPU busy; what a chunk has taken stays with its process, and sixteen of them may share 80 GiB."""
+
 
 # float64 tensors alive at a time in attention_variances: of [heads, q, k], and of [heads, q + k, d].
 _LIVE_SCORES: Final = 24

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from attn_fuzz.campaign import pool
-from attn_fuzz.campaign.isolated import Isolated
+from attn_fuzz.campaign import autopsy, pool
+from attn_fuzz.campaign.isolated import Isolated, NoDevice
 from attn_fuzz.campaign.messages import Assignment, Message, Suspect, Tally
 from attn_fuzz.campaign.plan import plan, share_of_time
 from attn_fuzz.campaign.pool import CampaignError, Outcome, Pool
@@ -83,7 +84,7 @@ def campaign(
 def test_a_worker_that_dies_is_a_finding_and_the_campaign_goes_on(
     kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "SHRINK_CRASH_SECONDS", -1.0)
+    monkeypatch.setattr(autopsy, "SHRINK_CRASH_SECONDS", -1.0)
     backend = kernel(DIES_SPEAKING)
     outcome = campaign(backend, cases=2)
     (finding,) = outcome.findings
@@ -107,6 +108,28 @@ class InThisProcess:
     close = nothing
 
 
+def test_a_death_that_does_not_come_again_says_so(kernel: Callable[..., str]) -> None:
+    # It leaves a mark, and does not die where there is one.
+    (finding,) = campaign(kernel(DIES_SPEAKING), cases=2).findings
+    assert finding.messages[-1] == autopsy.NOT_AGAIN
+    assert finding.case == finding.original_case
+
+
+def test_where_no_process_can_use_the_device_no_kernel_is_accused(
+    kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deviceless(InThisProcess):
+        def symptom(self, case: Case) -> str | None:
+            raise NoDevice("a new process cannot use cuda:0, whatever it runs there")
+
+    monkeypatch.setattr(autopsy, "Isolated", Deviceless)
+    monkeypatch.setattr(pool, "RESTARTS", 0)
+    outcome = campaign(kernel(DIES_FROM_THREE), cases=200)
+    assert outcome.findings == []
+    (trouble,) = outcome.troubles
+    assert "died with exit code 9, but a new process cannot use cuda:0" in trouble
+
+
 def test_the_case_that_kills_is_shrunk(kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     """By the clock on the wall: this process only waits for others, and its own processor time stands still."""
     clocks: list[Callable[[], float]] = []
@@ -115,8 +138,8 @@ def test_the_case_that_kills_is_shrunk(kernel: Callable[..., str], monkeypatch: 
         clocks.append(clock)
         return minimise(case, fails, seconds)
 
-    monkeypatch.setattr(pool, "minimise", shrink)
-    monkeypatch.setattr(pool, "Isolated", InThisProcess)
+    monkeypatch.setattr(autopsy, "minimise", shrink)
+    monkeypatch.setattr(autopsy, "Isolated", InThisProcess)
     monkeypatch.setattr(pool, "RESTARTS", 0)
     (finding,) = campaign(kernel(DIES_FROM_THREE), cases=200).findings
     assert finding.original_case.tokens >= 3
@@ -227,7 +250,7 @@ def test_an_interruption_while_a_crash_is_shrunk_keeps_it(
         def symptom(self, case: Case) -> str | None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(pool, "Isolated", Interrupted)
+    monkeypatch.setattr(autopsy, "Isolated", Interrupted)
     outcome = campaign(kernel(DIES_FROM_THREE), cases=200)
     assert outcome.interrupted
     (finding,) = outcome.findings
@@ -254,6 +277,13 @@ def test_an_isolated_case_that_hangs_is_said_to(kernel: Callable[..., str]) -> N
 def test_an_isolated_process_that_dies_at_its_start_is_a_crash(kernel: Callable[..., str]) -> None:
     isolated = Isolated(kernel("", at_import="os._exit(3)"), "cpu", timeout=100.0)
     assert isolated.symptom(CASE) == "Crashed"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_an_isolated_process_without_its_device_accuses_nobody() -> None:
+    isolated = Isolated("loop", "cuda:0", timeout=100.0)
+    with pytest.raises(NoDevice, match="a new process cannot use cuda:0"):
+        isolated.symptom(CASE)
 
 
 # Time.

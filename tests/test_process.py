@@ -7,8 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from attn_fuzz.process import interrupt_once
+from attn_fuzz.process import interrupt_once, lacks_memory
 
 _PRODUCT = """
 import sys
@@ -38,3 +39,18 @@ def test_a_signal_that_comes_twice_interrupts_once() -> None:
         signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "lacking"),
+    [
+        (torch.OutOfMemoryError("x"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("ran out of memory"), False),
+    ],
+)
+def test_what_is_a_lack_of_memory(error: Exception, lacking: bool) -> None:
+    assert lacks_memory(error) is lacking

@@ -14,20 +14,32 @@ from typing import Final
 import torch
 
 from attn_fuzz.examine import Verdict, examine
-from attn_fuzz.process import DEAD_CONTEXT, context_alive, set_apart, set_up_process
+from attn_fuzz.process import DEAD_CONTEXT, NO_DEVICE, context_alive, set_apart, set_up_process
 from attn_fuzz.symptoms import Crashed, Hung, Symptom
 from backends import registry
-from backends.kernel import UnsupportedCase
+from backends.kernel import BackendUnavailable, UnsupportedCase
 from reference.case import Case
 
 KNOWN_ISSUE: Final = "KnownIssue"
 """Stands for a symptom that a known issue explains."""
 
 
+class NoDevice(BackendUnavailable):
+    """A new process cannot use the device either: what another died of is no kernel's doing."""
+
+
 def _serve(backend: str, device: str, connection: Connection) -> None:
     set_apart()
-    set_up_process(device)
-    loaded, place = dataclasses.replace(registry.load(backend), isolated=True), torch.device(device)
+    place = torch.device(device)
+    try:
+        set_up_process(device)
+        usable = context_alive(place)
+    except Exception:
+        # A torch built without CUDA lacks even the function.
+        usable = False
+    if not usable:
+        raise SystemExit(NO_DEVICE)
+    loaded = dataclasses.replace(registry.load(backend), isolated=True)
     while True:
         try:
             case = Case.from_json(connection.recv())
@@ -86,7 +98,11 @@ class Isolated:
         self._connection: Connection | None = None
 
     def symptom(self, case: Case) -> str | None:
-        """Name of the case's first symptom: ``Crashed`` when its process died, ``Hung`` when it went silent."""
+        """Name of the case's first symptom: ``Crashed`` when its process died, ``Hung`` when it went silent.
+
+        Raises:
+            NoDevice: when the process could not use its device before there was any case.
+        """
         symptom, _ = self._ask(case)
         return None if symptom is None else symptom[0]
 
@@ -126,7 +142,11 @@ class Isolated:
             found: tuple[tuple[str, str] | None, str | None] = self._connection.recv()
         except (EOFError, OSError):
             # OSError: it died before it had read the case, or in the middle of its answer.
+            self._process.join()
+            without = self._process.exitcode == NO_DEVICE
             self.close()
+            if without:
+                raise NoDevice(f"a new process cannot use {self._arguments[1]}, whatever it runs there") from None
             return _DIED, None
         return found
 

@@ -13,7 +13,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Final
 
-from attn_fuzz.campaign.isolated import Isolated
+from attn_fuzz.campaign.autopsy import NOT_AGAIN, autopsy
+from attn_fuzz.campaign.isolated import NoDevice
 from attn_fuzz.campaign.messages import (
     Assignment,
     CampaignError,
@@ -34,15 +35,10 @@ from attn_fuzz.campaign.worker import hunt
 from attn_fuzz.environment import environment
 from attn_fuzz.findings import Finding
 from attn_fuzz.process import interrupt_once, set_apart, share_of_processors, stay_on
-from attn_fuzz.shrink import minimise
-from attn_fuzz.volley.layouts import Volley
 from reference.case import Case
 
 HANG_SECONDS: Final = 180.0
 """Silence after which a worker counts as hung: compilers of JIT backends take up to half a minute for one case."""
-
-SHRINK_CRASH_SECONDS: Final = 90.0
-"""For cases that kill their process: each failing candidate costs a new one, several seconds on a GPU."""
 
 RESTARTS: Final = 3
 """How often a worker that died is started again; every death is a finding of its own."""
@@ -56,6 +52,8 @@ class Outcome:
     findings: list[Finding]
     seconds: float = 0.0
     interrupted: bool = False
+    troubles: tuple[str, ...] = ()
+    """What was wrong with this machine, in sentences."""
 
 
 def _serve(assignment: Assignment, connection: Connection, processors: frozenset[int] | None) -> None:
@@ -127,6 +125,7 @@ class Pool:
         self._running: list[_Worker] = []
         self._done: list[_Worker] = []
         self._findings: dict[tuple[str, str], Finding] = {}
+        self._troubles: list[str] = []
         self._names = tuple(dict.fromkeys(assignment.backend for assignment in assignments))
 
     def _in_time(self, assignment: Assignment) -> Assignment:
@@ -188,48 +187,20 @@ class Pool:
             case Failed(reason):
                 raise CampaignError(reason)
 
-    def _shrunk(self, job: Assignment, case: Case, symptom: str) -> Case:
-        """A smaller case that kills its process too, found in other processes; hangs are too slow to shrink."""
-        if symptom != "Crashed" or (job.backend, symptom) in self._findings:
-            return case
-        isolated = Isolated(job.backend, job.device, HANG_SECONDS)
-        try:
-            return minimise(
-                case, lambda candidate: isolated.symptom(candidate) == symptom, SHRINK_CRASH_SECONDS, time.monotonic
-            )
-        finally:
-            isolated.close()
-
-    def _deadly(self, job: Assignment, trying: Trying, symptom: str) -> Case:
-        """The case that a worker was trying; of a volley, the first call that ends another process too, if one does."""
-        case = Case.from_json(trying.case)
-        if not trying.ends or symptom != "Crashed":
-            return case
-        volley, isolated = Volley(case, trying.ends), Isolated(job.backend, job.device, HANG_SECONDS)
-        deadline = time.monotonic() + SHRINK_CRASH_SECONDS
-        try:
-            for index in range(len(volley.ends)):
-                if time.monotonic() > deadline:
-                    break
-                if isolated.symptom(volley.call(index)) == symptom:
-                    return volley.call(index)
-        finally:
-            isolated.close()
-        return case
-
     def _bury(self, worker: _Worker, symptom: str, how: str) -> None:
         """Turns a dead worker's last case into a finding and starts another in its place."""
         worker.process.kill()
         worker.process.join()
         self._running.remove(worker)
         self._done.append(worker)
-        if worker.trying is None:
-            raise CampaignError(f"the worker for {worker.assignment.backend} {how} before its first case")
+        job, trying = worker.assignment, worker.trying
+        if trying is None:
+            raise CampaignError(f"the worker for {job.backend} {how} before its first case")
         self._keep_suspect(worker)
-        original = self._deadly(worker.assignment, worker.trying, symptom)
+        original = Case.from_json(trying.case)
         finding = Finding(
-            backend=worker.assignment.backend,
-            device=worker.assignment.device,
+            backend=job.backend,
+            device=job.device,
             symptom=symptom,
             checks=("runs",),
             messages=(worker.last_words or f"{symptom} [runs] process: the process {how} while it ran this case",),
@@ -240,13 +211,18 @@ class Pool:
             environment=environment("cpu"),
         )
         try:
-            case = self._shrunk(worker.assignment, original, symptom)
+            # Hangs are too slow to shrink.
+            if symptom == "Crashed" and (job.backend, symptom) not in self._findings:
+                death = autopsy(job, trying, HANG_SECONDS)
+                messages = finding.messages if death.again else (*finding.messages, NOT_AGAIN)
+                finding = dataclasses.replace(finding, case=death.case, original_case=death.original, messages=messages)
+            self._keep(finding)
+        except NoDevice as trouble:
+            self._troubles.append(f"the worker for {job.backend} {how}, but {trouble}: no finding")
         except KeyboardInterrupt:
             self._keep(finding)
             raise
-        self._keep(dataclasses.replace(finding, case=case))
         if worker.restarts < RESTARTS:
-            job = worker.assignment
             spent = time.monotonic() - worker.started
             seconds = None if job.seconds is None else max(job.seconds - spent, 0.0)
             cases = None if job.cases is None else max(job.cases - worker.tally.cases, 0)
@@ -308,4 +284,5 @@ class Pool:
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
         tallies = self._tallies()
-        return Outcome(tallies, list(self._findings.values()), time.monotonic() - started, interrupted)
+        seconds = time.monotonic() - started
+        return Outcome(tallies, list(self._findings.values()), seconds, interrupted, tuple(self._troubles))

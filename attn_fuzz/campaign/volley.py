@@ -14,7 +14,7 @@ from attn_fuzz.campaign.messages import Assignment, Died, Failed, Finished, Prog
 from attn_fuzz.campaign.pursuit import Pursuit
 from attn_fuzz.campaign.worker import Send
 from attn_fuzz.checks.budget import beyond_doubt
-from attn_fuzz.process import DEAD_CONTEXT, context_alive, set_up_process
+from attn_fuzz.process import DEAD_CONTEXT, context_alive, leave_memory, set_up_process
 from attn_fuzz.strategies import Domain
 from attn_fuzz.symptoms import Crashed, InputsChanged, PoisonLeaked, Symptom, WrongSpread, wrong_tensor
 from attn_fuzz.timing import now
@@ -103,6 +103,7 @@ class VolleyHunt(Pursuit):
                 raise
             self.calls[size] //= 2
             return
+        leave_memory(self.device)
         if now(self.device) - started < VOLLEY_SECONDS / 2:
             self.calls[size] = min(2 * self.calls[size], MOST_CALLS)
         failing = judged.failing()

@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from hypothesis.errors import Flaky, HypothesisException
 
-from attn_fuzz.campaign.isolated import Isolated
+from attn_fuzz.campaign.isolated import Isolated, NoDevice
 from attn_fuzz.campaign.messages import (
     Assignment,
     Died,
@@ -201,6 +201,9 @@ class Hunt:
         child = Isolated(self.backend.name, str(self.device), _ISOLATED_SECONDS)
         try:
             symptom = child.symptom(case)
+        except NoDevice:
+            self.tally.refused += 1
+            return
         finally:
             child.close()
         self.tally.cases += 1

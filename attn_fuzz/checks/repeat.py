@@ -6,10 +6,9 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-import torch
-
 from attn_fuzz.execute import require_support
 from attn_fuzz.observation import differing
+from attn_fuzz.process import lacks_memory
 from attn_fuzz.smaller_layouts import fewer_documents, one_shorter
 from attn_fuzz.symptoms import NotRepeatable, Symptom, WrongPath
 from attn_fuzz.trial import Trial
@@ -39,7 +38,7 @@ def _run_smaller(trial: Trial) -> None:
         except UnsupportedCase:
             continue
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+            if lacks_memory(error) or "CUDA error" in str(error):
                 raise
         return
 

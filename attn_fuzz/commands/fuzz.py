@@ -53,6 +53,7 @@ def campaign_dict(outcome: Outcome, device: str, seed: int, poisons: tuple[str, 
         "seed": seed,
         "poisons": list(poisons),
         "interrupted": outcome.interrupted,
+        "troubles": list(outcome.troubles),
         "environment": environment(device),
         "backends": {
             name: {
@@ -146,13 +147,13 @@ def _fuzz(
         console.print(show.campaign_table(outcome))
         show.print_findings(console, outcome.findings, str(store))
         console.print(f"seed {seed}" + (", interrupted" if outcome.interrupted else ""))
-    for error in unstored:
-        typer.echo(f"attn-fuzz: {error}", err=True)
+    for trouble in (*unstored, *outcome.troubles):
+        typer.echo(f"attn-fuzz: {trouble}", err=True)
     idle = [name for name, tally in outcome.tallies.items() if tally.refused and not tally.cases]
     for name in idle:
         refused = outcome.tallies[name].refused
         typer.echo(f"attn-fuzz: {name} took none of the {refused} cases drawn for it, so nothing was tested", err=True)
-    raise typer.Exit(2 if unstored else 1 if outcome.findings else 2 if idle else 0)
+    raise typer.Exit(2 if unstored or outcome.troubles else 1 if outcome.findings else 2 if idle else 0)
 
 
 def _levels(level: list[str] | None, ranks: list[int] | None) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import Final
 import torch
 
 from attn_fuzz.poison import filler, poisoned
+from attn_fuzz.process import lacks_memory
 from attn_fuzz.volley.layouts import Volley
 from backends.kernel import Attended, AttentionOptions, UnsupportedCase
 from backends.metadata import VarlenMetadata
@@ -201,11 +202,11 @@ def fire(loaded: Loaded, backend: Backend, poison: str, *, gradients: bool = Tru
                 paths.add(attended.path)
                 if meant and attended.path not in meant:
                     fired.broken[index] = f"{attended.path!r} ran, but should be {' or '.join(sorted(meant))}"
-            except (torch.OutOfMemoryError, MemoryError):
-                raise
             except (UnsupportedCase, NotImplementedError) as refusal:
                 fired.refused[index] = str(refusal)
             except Exception as error:
+                if lacks_memory(error):
+                    raise torch.OutOfMemoryError(str(error)) from error
                 fired.broken[index] = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['-'])[0][:300]}"
             wrong = [name for name, x in got.items() if x.shape != wanted[name] or (name != "lse" and x.dtype != dtype)]
             if wrong:
