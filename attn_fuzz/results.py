@@ -15,7 +15,6 @@ from typing import Any, Final
 
 from attn_fuzz.checks.budget import HISTOGRAM_STEP, LIMIT
 from attn_fuzz.tolerances import RULES
-from reference.case import LEVELS
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 FOLDER: Final = ROOT / "results"
@@ -26,6 +25,9 @@ BEGIN: Final = "<!-- {}: python -m attn_fuzz.results -->"
 END: Final = "<!-- end of {} -->"
 
 DTYPES: Final = ("fp32", "bf16", "fp16")
+
+KINDS: Final = ("kernel", "layer", "volley")
+"""Kernel and layer cases of the narrow gear, and kernel calls of volleys."""
 
 Result = dict[str, Any]
 
@@ -86,21 +88,21 @@ def clean_table(results: Iterable[Result]) -> list[str]:
         names = sorted({name for result in group for name in result["backends"] if _is_correct(name)})
         total = sum(b["cases"] for r in group for name, b in r["backends"].items() if _is_correct(name))
         lines += ["", f"**{where}**: {total:,} cases; commits {commits}", ""]
-        heads = ("backend", "cases", "kernel", "layer", "documents", "known", "findings")
+        heads = ("backend", "cases", *KINDS, "documents", "known", "findings")
         lines += ["| " + " | ".join((*heads, *(f"largest z {d}" for d in DTYPES))) + " |"]
         lines += ["|---|" + "---:|" * (len(heads) - 1) + "---|" * len(DTYPES)]
         for name in names:
             mine_of = [r["backends"].get(name, {}) for r in group]
             counts = {key: sum(b.get(key, 0) for b in mine_of) for key in ("cases", "documents")}
-            levels = {
-                level: sum(n for b in mine_of for kind, n in b.get("by_kind", {}).items() if kind.startswith(level))
-                for level in LEVELS
-            }
+            kinds = [
+                sum(n for b in mine_of for name, n in b.get("by_kind", {}).items() if name.startswith(kind))
+                for kind in KINDS
+            ]
             known = sum(n for b in mine_of for n in b.get("known", {}).values())
             found = sum(finding["backend"] == name for r in group for finding in r["findings"])
             mine = largest(group, name)
             worst = " | ".join(_worst(mine, dtype, rows=False) for dtype in DTYPES)
-            numbers = (counts["cases"], levels["kernel"], levels["layer"], counts["documents"], known, found)
+            numbers = (counts["cases"], *kinds, counts["documents"], known, found)
             lines.append(f"| {name} | " + " | ".join(f"{number:,}" for number in numbers) + f" | {worst} |")
     return lines
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from attn_fuzz import results
+from attn_fuzz import bench_table, results
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -22,6 +22,7 @@ def attn_fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_tables_are_those_of_the_committed_results() -> None:
     assert results.with_results(README, results.load()) == README, "run python -m attn_fuzz.results"
+    assert bench_table.with_speed(README, bench_table.load()) == README, "run python -m attn_fuzz.bench_table"
 
 
 def test_every_command_of_the_readme_exists() -> None:
