@@ -57,13 +57,13 @@ def speed_tables(results: list[dict[str, Any]]) -> list[str]:
         ]
         lines += [
             "",
-            f"- all of {', '.join(together['backends'])} on one layout: {together['over_bare']:.1f} times what their bare "
-            f"kernels take together, {together['verdicts_per_s']:,.0f} document verdicts/s",
+            f"- all of {', '.join(together['backends'])} on one layout: {together['over_bare']:.1f} times what their "
+            f"bare kernels take together, {together['verdicts_per_s']:,.0f} document verdicts/s",
             f"- a fault in one of {rare['sizes']:,} pairs of lengths, in {rare['backend']}: found in "
             f"{rare['seconds']:.2f} s, shrunk to a single document in {rare['shrink_s']:.0f} s",
             f"- cases/s of several processes, {shared['backend']}: {'; '.join(rates)}",
-            f"- a plain pytest loop with one comparison a case, {plain['backend']}: {plain['cases_per_s']:,.0f} cases/s, "
-            f"{plain['documents_per_s']:,.0f} documents/s",
+            f"- a plain pytest loop with one comparison a case, {plain['backend']}: {plain['cases_per_s']:,.0f} "
+            f"cases/s, {plain['documents_per_s']:,.0f} documents/s",
         ]
     return lines
 

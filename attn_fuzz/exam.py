@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 
 from attn_fuzz.campaign.messages import Assignment, Failed, Found, Message
+from attn_fuzz.campaign.volley import hunt_volleys
 from attn_fuzz.campaign.worker import hunt
 from attn_fuzz.drawing import FEW, few_cases
 from attn_fuzz.examine import examine
@@ -58,17 +59,24 @@ def _spread(fault: str) -> Spread:
     return planted.ranks, planted.tensor_ranks
 
 
-def hunt_fault(fault: str, seed: int, max_cases: int = MAX_CASES) -> Mark:
-    """Hunts one fault on the CPU until it is found."""
+def called(fault: str) -> bool:
+    """Whether it is one of a kernel, which can be called by itself."""
+    return "kernel" in registry.load(PREFIX + fault).levels
+
+
+def hunt_fault(fault: str, seed: int, max_cases: int = MAX_CASES, gear: str = "narrow") -> Mark:
+    """Hunts one fault on the CPU until it is found, by the narrow gear or by volleys."""
     messages: list[Message] = []
     ranks, tensor_ranks = _spread(fault)
-    hunt(
+    hunts = {"narrow": hunt, "volley": hunt_volleys}
+    hunts[gear](
         Assignment(
             backend=PREFIX + fault,
             device="cpu",
             seed=seed,
             cases=max_cases,
             stop_at_first=True,
+            gear=gear,
             ranks=tuple(ranks),
             tensor_ranks=tuple(tensor_ranks),
         ),
@@ -134,9 +142,9 @@ def rules_on(fault: str, seed: int = 0, count: int = RULE_CASES) -> set[str]:
     return caught
 
 
-def take(fault: str, seed: int | None, max_cases: int) -> Mark | tuple[str, set[str]]:
+def take(fault: str, seed: int | None, max_cases: int, gear: str = "narrow") -> Mark | tuple[str, set[str]]:
     """One unit of work: a hunt, or (seed None) the published rules."""
-    return (fault, rules_on(fault)) if seed is None else hunt_fault(fault, seed, max_cases)
+    return (fault, rules_on(fault)) if seed is None else hunt_fault(fault, seed, max_cases, gear)
 
 
 def row(fault: str, marks: Sequence[Mark], rules: set[str] | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -348,6 +349,19 @@ def test_the_command_has_the_gear(attn_fuzz: Run) -> None:
     done = attn_fuzz("run", "--gear", "fast", "-b", "loop", "--cases", "4", "--device", "cpu")
     assert done.status == 2
     assert "narrow, volley, wide, both or all" in done.err
+
+
+def test_faults_of_kernels_are_hunted_by_volleys_too(attn_fuzz: Run) -> None:
+    command = ("faults", "--gear", "volley", "--no-rules", "--workers", "1", "--json")
+    done = attn_fuzz(*command, "--only", "M51-swapped", "--only", "X32")
+    assert done.status == 0, done.err
+    told = json.loads(done.out)
+    assert told["gear"] == "volley"
+    assert [row["caught"] and row["minimal"] for row in told["faults"]] == [True, True]
+    done = attn_fuzz(*command, "--only", "M01")
+    assert done.status == 2
+    assert "M01 is no fault of a kernel" in done.err
+    assert attn_fuzz("faults", "--gear", "wide").status == 2
 
 
 def test_all_gears_leave_volleys_out_where_there_is_nothing_to_call() -> None:

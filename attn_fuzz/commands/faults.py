@@ -23,6 +23,9 @@ def faults(
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Hunts per fault, each from a seed of its own.")] = 1,
     cases: Annotated[int, typer.Option(min=1, help="Cases after which a fault counts as missed.")] = exam.MAX_CASES,
     rules: Annotated[bool, typer.Option(help="Try published tolerance rules on the same faults.")] = True,
+    gear: Annotated[
+        str, typer.Option(help="What hunts: narrow, or volley, which hunts those of kernels only.")
+    ] = "narrow",
     workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -31,7 +34,11 @@ def faults(
     for fault in only or ():
         if fault not in known:
             raise UsageError(f"unknown fault {fault!r}; there are {', '.join(known)}")
-    names = list(dict.fromkeys(only or known))
+    if gear not in ("narrow", "volley"):
+        raise UsageError(f"unknown gear {gear!r}; faults are hunted by narrow or volley")
+    names = list(dict.fromkeys(only or (name for name in known if gear == "narrow" or exam.called(name))))
+    if uncalled := [name for name in names if gear == "volley" and not exam.called(name)]:
+        raise UsageError(f"{uncalled[0]} is no fault of a kernel, and volleys are of kernel calls")
     marks: dict[str, list[exam.Mark]] = {name: [] for name in names}
     caught_by: dict[str, set[str] | None] = dict.fromkeys(names)
     work = [(name, seed) for seed in [*range(seeds), *([None] if rules else [])] for name in names]
@@ -45,7 +52,7 @@ def faults(
     context = multiprocessing.get_context("spawn")
     with progress, ProcessPoolExecutor(workers or default_workers("cpu"), mp_context=context) as pool:
         task = progress.add_task("hunts", total=len(work))
-        futures = [pool.submit(exam.take, name, seed, cases) for name, seed in work]
+        futures = [pool.submit(exam.take, name, seed, cases, gear) for name, seed in work]
         try:
             for future in as_completed(futures):
                 result = future.result()
@@ -65,7 +72,7 @@ def faults(
         if marks[name]
     ]
     if as_json:
-        typer.echo(json.dumps({"faults": rows, "seeds": seeds, "environment": environment("cpu")}))
+        typer.echo(json.dumps({"faults": rows, "seeds": seeds, "gear": gear, "environment": environment("cpu")}))
     else:
         results_console().print(show.faults_table(rows))
     raise typer.Exit(0 if all(row["caught"] for row in rows) else 1)
