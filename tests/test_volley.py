@@ -20,7 +20,7 @@ from attn_fuzz.execute import run_kernel
 from attn_fuzz.findings import Finding
 from attn_fuzz.strategies import Domain
 from attn_fuzz.volley.calls import Loaded
-from attn_fuzz.volley.gear import EXTRAS, NAMES, judge
+from attn_fuzz.volley.gear import NAMES, TURNS, Turn, judge
 from attn_fuzz.volley.layouts import LONGEST, Volley, draw_volley
 from attn_fuzz.wide.layouts import Sweep
 from backends import registry
@@ -158,8 +158,8 @@ def test_correct_backends_are_not_accused(name: str) -> None:
     backend = registry.load(name)
     if backend.kernel.why_unavailable("cpu") is not None:
         pytest.skip("not on this machine")
-    for seed, extra in enumerate(("none", "inference", "again")):
-        judged = judge(drawn(name, seed), backend, CPU, extra)
+    for seed, turn in enumerate(dict.fromkeys(TURNS)):
+        judged = judge(drawn(name, seed), backend, CPU, turn)
         assert judged.failing() == []
         assert not judged.touched
         assert not judged.broken
@@ -167,7 +167,8 @@ def test_correct_backends_are_not_accused(name: str) -> None:
 
 
 def test_everything_has_its_turn() -> None:
-    assert set(EXTRAS) == {"none", "inference", "again"}
+    assert all(any(turn[field] for turn in TURNS) for field in range(len(Turn._fields)))
+    assert {turn.poison for turn in TURNS} == {"nan", "finite"}
 
 
 def test_z_is_that_of_the_narrow_gear() -> None:
@@ -188,18 +189,18 @@ def test_the_forward_without_autograd_is_held_to_the_budget() -> None:
         return attended if attended.out.requires_grad else attended._replace(out=attended.out * 1.5)
 
     assert not judge(VOLLEY, altered(deed), CPU).failing()
-    judged = judge(VOLLEY, altered(deed), CPU, "inference")
+    judged = judge(VOLLEY, altered(deed), CPU, Turn("finite", inference=True))
     assert sorted(judged.failing()) == [0, 1, 2, 3]
     assert all(name.startswith("out") for _, name in judged.worst())
 
 
 def test_calls_in_the_other_order_have_the_same_bits() -> None:
     def deed(count: int, metadata: VarlenMetadata, attended: Attended) -> Attended:
-        # The first call of all, and of the third run the last one in this order.
-        return attended._replace(out=attended.out * (1 + 2.0**-7)) if count in (1, 9) else attended
+        # The first call of all, and of the second run the one that comes first then.
+        return attended._replace(out=attended.out * (1 + 2.0**-7)) if count in (1, 5) else attended
 
     backend = altered(deed)
-    judged = judge(VOLLEY, backend, CPU, "again")
+    judged = judge(VOLLEY, backend, CPU, Turn("nan", again=True))
     bits = judged.z[:, NAMES.index("bits")]
     assert bits.isinf().tolist() == [True] + [False] * 3 + [True] * 4
     assert set(judged.failing()) == {0, 3}

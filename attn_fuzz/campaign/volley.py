@@ -19,7 +19,7 @@ from attn_fuzz.strategies import Domain
 from attn_fuzz.symptoms import Crashed, InputsChanged, PoisonLeaked, Symptom, WrongSpread, wrong_tensor
 from attn_fuzz.timing import now
 from attn_fuzz.trial import SECOND_SEED
-from attn_fuzz.volley.gear import EXTRAS, PROBED, Judged, judge
+from attn_fuzz.volley.gear import PROBED, TURNS, Judged, Turn, judge
 from attn_fuzz.volley.layouts import LONGEST, Volley, draw_volley
 from attn_fuzz.wide.layouts import Sweep
 from attn_fuzz.wide.probe import SYMPTOMS
@@ -75,10 +75,10 @@ class VolleyHunt(Pursuit):
         volley = draw_volley(self.random, self.sweeps[size], self.backend, self.domain, wanted)
         return volley.first(wanted) if volley is not None else None
 
-    def judge(self, volley: Volley, extra: str) -> Judged:
+    def judge(self, volley: Volley, turn: Turn) -> Judged:
         """A volley's verdict, with the volley announced first."""
         self.send(Trying(volley.case.to_json(), volley.ends))
-        judged = judge(volley, self.backend, self.device, extra)
+        judged = judge(volley, self.backend, self.device, turn)
         if judged.broken and not context_alive(self.device):
             self.send(Died(next(iter(judged.broken.values()))))
             os._exit(DEAD_CONTEXT)
@@ -93,7 +93,7 @@ class VolleyHunt(Pursuit):
             return
         started = now(self.device)
         try:
-            judged = self.judge(volley, EXTRAS[self.turn % len(EXTRAS)])
+            judged = self.judge(volley, TURNS[self.turn % len(TURNS)])
         except UnsupportedCase as refusal:
             self.tally.refused += 1
             self.refusals[str(refusal)] += 1
@@ -152,7 +152,7 @@ class VolleyHunt(Pursuit):
         if self.handed_over(judged, failing[:_SUSPECTS]):
             return
         volley, worst = judged.volley, judged.worst()
-        again = self.judge(volley.other(volley.case.seed ^ SECOND_SEED), judged.extra)
+        again = self.judge(volley.other(volley.case.seed ^ SECOND_SEED), judged.turn)
         both = [index for index in failing if index in again.failing()]
         index = (both or failing)[0]
         z, name = worst[index]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -35,8 +35,8 @@ class Judged:
     touched: bool
     """Some input, gap or prefix sum has other bits than before; nobody knows which call's work that was."""
     paths: frozenset[str]
-    extra: str
-    """What else was run."""
+    turn: Turn
+    """What was asked."""
 
     def worst(self) -> list[tuple[float, str]]:
         """Of every call: the largest deviation in units in which the verdict is at LIMIT, and whose it is."""
@@ -74,22 +74,45 @@ class Judged:
         return sorted(beyond, key=lambda index: -worst[index][0])
 
 
-EXTRAS: Final = ("none", "inference", "none", "none", "none", "again", "none", "none")
-"""What else is run of a volley, in turn."""
+class Turn(NamedTuple):
+    """What is asked of a volley, beside the budgets."""
+
+    poison: str
+    """Contents of unwritten memory when the drawn values run."""
+    probe: bool = False
+    """Census and support, in a run of their own from memory of the other kind."""
+    inference: bool = False
+    """The forward without autograd, which the same budgets hold for."""
+    again: bool = False
+    """The drawn values once more from memory of the other kind, the last call first, for the same bits."""
 
 
-def judge(volley: Volley, backend: Backend, device: torch.device, extra: str = "none") -> Judged:
-    """Runs every call with drawn values and on the exact probe, each from poisoned memory, and judges all of it.
+TURNS: Final = (
+    Turn("nan", probe=True),
+    Turn("finite", inference=True),
+    Turn("nan", probe=True),
+    Turn("finite", again=True),
+    Turn("nan", probe=True),
+    Turn("finite"),
+    Turn("nan", probe=True),
+    Turn("finite"),
+)
+"""Of every campaign, in turn: each run costs as much as the drawn values' own, and a volley more is worth more."""
+
+_OTHER: Final = {"nan": "finite", "finite": "nan"}
+
+
+def judge(volley: Volley, backend: Backend, device: torch.device, turn: Turn = TURNS[0]) -> Judged:
+    """Runs every call with drawn values, and whatever else it is the turn of, from poisoned memory; judges all of it.
 
     Every document's results are held to the budget, element by element and row by row, and census and support of the
-    probe to the very number of every key, for which poisons of two kinds lie in the unwritten memory of the two runs.
+    probe to the very number of every key.
 
     Args:
         volley: the calls.
         backend: what runs them.
         device: where.
-        extra: ``inference`` runs the forward without autograd, and holds it to the same budget; ``again`` runs the
-            drawn values from memory of the other kind, the last call first, and compares bits.
+        turn: what is asked.
 
     Raises:
         torch.OutOfMemoryError: as it comes.
@@ -97,29 +120,31 @@ def judge(volley: Volley, backend: Backend, device: torch.device, extra: str = "
     case = volley.case
     drawn = kernel_inputs(case, device)
     loaded = Loaded(volley, drawn, device)
-    first = fire(loaded, backend, "nan")
-    probe = wide_probe(case, device)
-    on_probe = Loaded(volley, probe.inputs, device)
-    probed = fire(on_probe, backend, "finite")
-    runs: list[Fired] = [first, probed]
+    other = _OTHER[turn.poison]
     profile = effective_profile(backend.kernel.profile_on(device.type), case)
     convention = backend.kernel.capabilities_on(device.type).lse_of_blind_rows
-    for fired in runs:
-        _in_our_convention(fired, convention)
-    held = [first.results]
-    if extra == "inference":
-        runs.append(fire(loaded, backend, "finite", gradients=False))
+    runs: list[Fired] = []
+    placed = [loaded]
+
+    def run(what: Loaded, poison: str, **how: bool) -> dict[str, torch.Tensor]:
+        runs.append(fire(what, backend, poison, **how))
         _in_our_convention(runs[-1], convention)
-        held.append(runs[-1].results)
+        return runs[-1].results
+
+    first = run(loaded, turn.poison)
+    held = [first]
+    if turn.inference:
+        held.append(run(loaded, other, gradients=False))
     z = largest_z(case, drawn, profile, held).amax(0)
-    if extra == "again" and (names := promised(backend, device)):
-        again = fire(loaded, backend, "finite", backwards=True)
-        _in_our_convention(again, convention)
-        runs.append(again)
-        moved = other_bits(case, first.results, again.results, names)
+    if turn.again and (names := promised(backend, device)):
+        moved = other_bits(case, first, run(loaded, other, backwards=True), names)
         z[:, COLUMNS.index("bits")] = torch.where(moved, torch.inf, 0.0)
-    wrong = wrong_documents(case, probe, probed.results)
-    touched = torch.stack([loaded.changed(), on_probe.changed()]).any()
+    wrong = torch.zeros(len(z), len(PROBED), dtype=torch.bool, device=device)
+    if turn.probe:
+        probe = wide_probe(case, device)
+        placed.append(Loaded(volley, probe.inputs, device))
+        wrong = wrong_documents(case, probe, run(placed[-1], other))
+    touched = torch.stack([each.changed() for each in placed]).any()
     # The one transfer: everything before it was only queued.
     packed = torch.cat([z, torch.where(wrong, torch.inf, 0.0)], 1)
     flat = torch.cat([packed.flatten(), touched[None].double()]).cpu()
@@ -135,7 +160,7 @@ def judge(volley: Volley, backend: Backend, device: torch.device, extra: str = "
         refused,
         bool(flat[-1]),
         frozenset().union(*(fired.paths for fired in runs)),
-        extra,
+        turn,
     )
 
 
