@@ -16,6 +16,7 @@ from attn_fuzz.campaign.plan import plan
 from attn_fuzz.campaign.pool import Pool
 from attn_fuzz.campaign.volley import VolleyHunt, hunt_volleys
 from attn_fuzz.checks.budget import LIMIT, deviations
+from attn_fuzz.examine import examine
 from attn_fuzz.execute import run_kernel
 from attn_fuzz.findings import Finding
 from attn_fuzz.strategies import Domain
@@ -164,6 +165,27 @@ def test_correct_backends_are_not_accused(name: str) -> None:
         assert not judged.touched
         assert not judged.broken
         assert not judged.refused
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", registry.kernel_names())
+def test_nor_are_they_on_a_gpu(name: str) -> None:
+    backend = registry.load(name)
+    if backend.kernel.why_unavailable("cuda") is not None:
+        pytest.skip("not on this machine")
+    capabilities = backend.kernel.capabilities_on("cuda")
+    if capabilities.layouts or capabilities.configurations:
+        pytest.skip("compiles for every layout or option")
+    volley = draw_volley(Random(1), Sweep((64, 128), 1), backend, Domain.of(capabilities, "cuda"), 40)
+    assert volley is not None
+    for turn in dict.fromkeys(TURNS):
+        judged = judge(volley, backend, torch.device("cuda"), turn)
+        assert not judged.touched
+        for index in judged.failing():
+            verdict = examine(volley.call(index), backend, "cuda")
+            assert verdict.first is None
+            assert verdict.known
 
 
 def test_everything_has_its_turn() -> None:
