@@ -6,7 +6,7 @@ import json
 from typing import Any, Final
 
 from attn_fuzz.bench_plot import FOLDER, title
-from attn_fuzz.results import README
+from attn_fuzz.results import README, with_section
 
 _BEGIN: Final = "<!-- speed: python -m attn_fuzz.bench_table -->"
 _END: Final = "<!-- end of speed -->"
@@ -74,10 +74,7 @@ def with_speed(text: str, results: list[dict[str, Any]]) -> str:
     Raises:
         ValueError: when the text has no place for them.
     """
-    if _BEGIN not in text or _END not in text:
-        raise ValueError(f"the text has no section between {_BEGIN!r} and {_END!r}")
-    head, _, rest = text.partition(_BEGIN)
-    return head + "\n".join([_BEGIN, *speed_tables(results), "", _END]) + rest.partition(_END)[2]
+    return with_section(text, _BEGIN, [*speed_tables(results), ""], _END)
 
 
 def load() -> list[dict[str, Any]]:

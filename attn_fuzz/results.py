@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -213,12 +213,20 @@ def with_results(text: str, results: list[Result]) -> str:
         ValueError: when the text lacks one of them.
     """
     for name, section in sections(results).items():
-        begin, end = BEGIN.format(name), END.format(name)
-        if begin not in text or end not in text:
-            raise ValueError(f"the README has no section between {begin!r} and {end!r}")
-        head, _, rest = text.partition(begin)
-        text = head + section + rest.partition(end)[2]
+        text = with_section(text, BEGIN.format(name), section.splitlines()[1:-1], END.format(name))
     return text
+
+
+def with_section(text: str, begin: str, lines: Sequence[str], end: str) -> str:
+    """A text with what stands between two marks made anew.
+
+    Raises:
+        ValueError: when the text has no place for it.
+    """
+    if begin not in text or end not in text:
+        raise ValueError(f"the text has no section between {begin!r} and {end!r}")
+    head, _, rest = text.partition(begin)
+    return head + "\n".join([begin, *lines, end]) + rest.partition(end)[2]
 
 
 def _counts(group: Iterable[Result], name: str, dtype: str) -> list[int]:

@@ -10,11 +10,11 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.campaign.messages import Assignment, Died, Failed, Finished, Progress, Trying
+from attn_fuzz.campaign.messages import Assignment, Died, Finished, Progress, Trying
 from attn_fuzz.campaign.pursuit import Pursuit
-from attn_fuzz.campaign.worker import Send
+from attn_fuzz.campaign.worker import Send, hunt
 from attn_fuzz.checks.budget import beyond_doubt
-from attn_fuzz.process import DEAD_CONTEXT, context_alive, leave_memory, set_up_process
+from attn_fuzz.process import DEAD_CONTEXT, context_alive, leave_memory
 from attn_fuzz.strategies import Domain
 from attn_fuzz.symptoms import Crashed, InputsChanged, PoisonLeaked, Symptom, WrongSpread, wrong_tensor
 from attn_fuzz.timing import now
@@ -197,8 +197,4 @@ class VolleyHunt(Pursuit):
 
 def hunt_volleys(assignment: Assignment, send: Send) -> None:
     """Does an assignment of volleys, sending messages as it goes. What cannot be done is a ``Failed`` message."""
-    set_up_process(assignment.device)
-    try:
-        VolleyHunt(assignment, send).run()
-    except (LookupError, ValueError) as error:
-        send(Failed(str(error)))
+    hunt(assignment, send, VolleyHunt)

@@ -10,12 +10,12 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.campaign.messages import Assignment, Died, Failed, Finished, Progress, Trying
+from attn_fuzz.campaign.messages import Assignment, Died, Finished, Progress, Trying
 from attn_fuzz.campaign.pursuit import Pursuit
-from attn_fuzz.campaign.worker import Send
+from attn_fuzz.campaign.worker import Send, hunt
 from attn_fuzz.checks.budget import LIMIT, limit
 from attn_fuzz.examine import USUAL_MEMORIES
-from attn_fuzz.process import DEAD_CONTEXT, context_alive, set_up_process
+from attn_fuzz.process import DEAD_CONTEXT, context_alive
 from attn_fuzz.strategies import Domain
 from attn_fuzz.timing import now
 from attn_fuzz.wide.call import Call
@@ -222,8 +222,4 @@ class WideHunt(Pursuit):
 
 def hunt_wide(assignment: Assignment, send: Send) -> None:
     """Does a wide assignment, sending messages as it goes. What cannot be done is a ``Failed`` message."""
-    set_up_process(assignment.device)
-    try:
-        WideHunt(assignment, send).run()
-    except (LookupError, ValueError) as error:
-        send(Failed(str(error)))
+    hunt(assignment, send, WideHunt)

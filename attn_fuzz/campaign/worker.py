@@ -291,10 +291,10 @@ class Hunt:
         self.send(Finished(self.tally))
 
 
-def hunt(assignment: Assignment, send: Send) -> None:
+def hunt(assignment: Assignment, send: Send, how: type[Hunt] = Hunt) -> None:
     """Does an assignment, sending messages as it goes. What cannot be done is a ``Failed`` message."""
     set_up_process(assignment.device)
     try:
-        Hunt(assignment, send).run()
+        how(assignment, send).run()
     except (LookupError, ValueError) as error:
         send(Failed(str(error)))

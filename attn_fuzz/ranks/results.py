@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from attn_fuzz.results import BEGIN, END, ROOT, Result, campaigns, load
+from attn_fuzz.results import BEGIN, END, ROOT, Result, campaigns, load, with_section
 from reference.case import Case
 
 FOLDER: Final = ROOT / "results" / "ranks"
@@ -74,10 +74,7 @@ def with_ranks(text: str, results: list[Result]) -> str:
     Raises:
         ValueError: when the text has no place for it.
     """
-    if _BEGIN not in text or _END not in text:
-        raise ValueError(f"the page has no section between {_BEGIN!r} and {_END!r}")
-    head, _, rest = text.partition(_BEGIN)
-    return head + "\n".join([_BEGIN, *rank_table(results), "", _END]) + rest.partition(_END)[2]
+    return with_section(text, _BEGIN, [*rank_table(results), ""], _END)
 
 
 def main(page: Path = PAGE) -> None:
