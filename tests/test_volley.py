@@ -371,7 +371,7 @@ def test_the_command_has_the_gear(attn_fuzz: Run) -> None:
     assert "volleys are of kernel calls" in done.err
     done = attn_fuzz("run", "--gear", "fast", "-b", "loop", "--cases", "4", "--device", "cpu")
     assert done.status == 2
-    assert "narrow, volley, wide, both or all" in done.err
+    assert "narrow, volley, wide, several with + between them, both or all" in done.err
 
 
 def test_faults_of_kernels_are_hunted_by_volleys_too(attn_fuzz: Run) -> None:

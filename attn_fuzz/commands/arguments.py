@@ -48,7 +48,7 @@ GearOption = Annotated[
     str,
     typer.Option(
         help="narrow: one drawn case after another; volley: hundreds of small kernel calls, one by one, judged "
-        "together; wide: packed calls of thousands of documents; both: narrow and wide; all."
+        "together; wide: packed calls of thousands of documents; several with + between them; both: narrow+wide; all."
     ),
 ]
 FirstOption = Annotated[bool, typer.Option("--first", help="Stop each backend at its first finding.")]
@@ -74,9 +74,11 @@ def device_of(name: str | None) -> str:
 
 def gears_of(name: str) -> tuple[str, ...]:
     several = {"both": ("narrow", "wide"), "all": GEARS}
-    if name not in (*GEARS, *several):
-        raise UsageError(f"unknown gear {name!r}; use {', '.join(GEARS)}, both or all")
-    return several.get(name, (name,))
+    chosen = several.get(name, tuple(dict.fromkeys(name.split("+"))))
+    if unknown := [part for part in chosen if part not in GEARS]:
+        known = f"{', '.join(GEARS)}, several with + between them, both or all"
+        raise UsageError(f"unknown gear {unknown[0]!r}; use {known}")
+    return chosen
 
 
 def choices(given: list[str] | None, allowed: tuple[str, ...], what: str) -> tuple[str, ...]:

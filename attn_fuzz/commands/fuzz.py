@@ -221,7 +221,7 @@ def check(
     dtype: DtypeOption = None,
     ranks: RanksOption = None,
     tensor_ranks: TensorRanksOption = None,
-    gear: GearOption = "narrow",
+    gear: GearOption = "narrow+volley",
     first: FirstOption = False,
     workers: WorkersOption = None,
     store: StoreOption = DEFAULT_STORE,
