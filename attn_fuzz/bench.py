@@ -73,7 +73,7 @@ PLANS: Final = {
     "cuda": Plan(
         documents=4096,
         layer_documents=16384,
-        volley_documents=2048,
+        volley_documents=1024,
         longest=(64, 128),
         heads=4,
         kv_heads=2,

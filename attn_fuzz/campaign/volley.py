@@ -26,7 +26,8 @@ from attn_fuzz.wide.probe import SYMPTOMS
 from backends.kernel import UnsupportedCase
 
 FIRST_CALLS: Final = 16
-MOST_CALLS: Final = 512
+MOST_CALLS: Final = {"cuda": 256, "cpu": 64}
+"""More calls make each cheaper, but have their configuration in common: many volleys see more of those."""
 
 VOLLEY_SECONDS: Final = 2.0
 """Volleys grow until one takes so long."""
@@ -105,7 +106,7 @@ class VolleyHunt(Pursuit):
             return
         leave_memory(self.device)
         if now(self.device) - started < VOLLEY_SECONDS / 2:
-            self.calls[size] = min(2 * self.calls[size], MOST_CALLS)
+            self.calls[size] = min(2 * self.calls[size], MOST_CALLS[self.device.type])
         failing = judged.failing()
         self.tally_volley(judged, failing)
         if judged.touched:
