@@ -66,7 +66,9 @@ class RareKernel(Kernel):
             source[first] = (first + 1).clamp_max(len(v) - 1)
             return self.inner.attend(q, k, v[source], metadata, options)
         attended = self.inner.attend(q, k, v, metadata, options)
-        rows = hit[metadata.document_index_q.long() - 1][:, None, None]
+        owned = hit[metadata.document_index_q.long() - 1]
+        # Rows behind the last document are nobody's.
+        rows = torch.nn.functional.pad(owned, (0, len(attended.out) - len(owned)))[:, None, None]
         return attended._replace(out=torch.where(rows, attended.out * (1 + SCALES[self.how]), attended.out))
 
 

@@ -257,6 +257,18 @@ def test_an_interruption_while_a_crash_is_shrunk_keeps_it(
     assert (finding.symptom, finding.case) == ("Crashed", finding.original_case)
 
 
+def test_one_finding_of_a_backend_is_enough_for_all_its_hunts() -> None:
+    """The narrow gear would look for that size for hours."""
+    jobs = [
+        Assignment(backend="rare:11,23:loop", device="cpu", seed=1, levels=("kernel",), stop_at_first=True, gear=gear)
+        for gear in ("narrow", "wide", "narrow")
+    ]
+    outcome = Pool(jobs, 2, nothing, nothing).run()
+    (finding,) = outcome.findings
+    assert finding.case.lengths == (11,)
+    assert not outcome.interrupted
+
+
 # One case in a process of its own.
 
 

@@ -17,6 +17,7 @@ from attn_fuzz.campaign.messages import Assignment, Failed, Finished, Found, Mes
 from attn_fuzz.campaign.wide import CROWD, WideHunt, hunt_wide
 from attn_fuzz.checks.budget import deviations
 from attn_fuzz.checks.spread import row_spreads
+from attn_fuzz.examine import examine
 from attn_fuzz.execute import run_kernel
 from attn_fuzz.findings import Finding
 from attn_fuzz.strategies import Domain
@@ -323,3 +324,11 @@ def test_what_cannot_be_is_one_sentence(arguments: list[str]) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("how", ["scale", "key", "row"])
+def test_the_rare_fault_takes_rows_behind_the_last_document(how: str) -> None:
+    backend = registry.load(f"rare:11,23,{how}:loop")
+    case = Case(level="kernel", lengths=(2, 3), capacity=2, head_dim=128, dtype="bf16")
+    assert examine(case, backend, "cpu").symptoms == ()
+    assert examine(case.replace(lengths=(2, 11), key_lengths=(3, 23)), backend, "cpu").symptoms

@@ -182,10 +182,22 @@ class Pool:
             case Found(finding):
                 worker.suspect = None
                 self._keep(finding)
+                if worker.assignment.stop_at_first:
+                    self._end_others(worker)
             case Died(last_words):
                 worker.last_words = last_words
             case Failed(reason):
                 raise CampaignError(reason)
+
+    def _end_others(self, worker: _Worker) -> None:
+        """Ends what else hunts a backend of which one finding is enough, but for who is shrinking another."""
+        name = worker.assignment.backend
+        self._waiting = deque(each for each in self._waiting if each[0].backend != name)
+        for other in [each for each in self._running if each is not worker and each.assignment.backend == name]:
+            if other.suspect is None:
+                other.process.kill()
+                self._running.remove(other)
+                self._done.append(other)
 
     def _bury(self, worker: _Worker, symptom: str, how: str) -> None:
         """Turns a dead worker's last case into a finding and starts another in its place."""
@@ -235,6 +247,9 @@ class Pool:
             self._start(*self._waiting.popleft())
         ready = wait([worker.connection for worker in self._running], timeout=1.0)
         for worker in list(self._running):
+            if worker not in self._running:
+                # Another one's finding was enough.
+                continue
             if worker.connection in ready:
                 worker.heard = time.monotonic()
                 try:
