@@ -285,6 +285,22 @@ def test_clean_calls_are_counted_one_by_one() -> None:
     assert max(tally.worst_z.values()) < LIMIT
 
 
+def test_a_slow_kernel_is_heard_of_between_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attn_fuzz.campaign.volley.BEAT_SECONDS", -1.0)
+    messages: list[Message] = []
+    calls: list[int] = []
+
+    def deed(count: int, metadata: VarlenMetadata, attended: Attended) -> Attended:
+        calls.append(len(messages))
+        return attended
+
+    backend = altered(deed)
+    monkeypatch.setattr(registry, "load", lambda name: backend)
+    VolleyHunt(Assignment(backend="altered", device="cpu", seed=0, cases=8, gear="volley"), messages.append).run()
+    assert len(calls) >= 16
+    assert all(later > earlier for earlier, later in zip(calls, calls[1:], strict=False))
+
+
 def test_the_same_seed_hunts_the_same_cases() -> None:
     tallies = [hunted("loop", calls=40, seed=3)[1] for _ in range(2)]
     assert tallies[0].worst_case == tallies[1].worst_case

@@ -25,12 +25,15 @@ from attn_fuzz.wide.layouts import Sweep
 from attn_fuzz.wide.probe import SYMPTOMS
 from backends.kernel import UnsupportedCase
 
-FIRST_CALLS: Final = 16
+FIRST_CALLS: Final = 4
 MOST_CALLS: Final = {"cuda": 256, "cpu": 64}
 """More calls make each cheaper, but have their configuration in common: many volleys see more of those."""
 
 VOLLEY_SECONDS: Final = 2.0
 """Volleys grow until one takes so long."""
+
+BEAT_SECONDS: Final = 5.0
+"""Silence after which a call says that there are more to come."""
 
 REFUSED_VOLLEYS: Final = 60
 """A backend that has refused so many and taken none would refuse for ever."""
@@ -79,11 +82,17 @@ class VolleyHunt(Pursuit):
     def judge(self, volley: Volley, turn: Turn) -> Judged:
         """A volley's verdict, with the volley announced first."""
         self.send(Trying(volley.case.to_json(), volley.ends))
-        judged = judge(volley, self.backend, self.device, turn)
+        judged = judge(volley, self.backend, self.device, turn, self.beat)
         if judged.broken and not context_alive(self.device):
             self.send(Died(next(iter(judged.broken.values()))))
             os._exit(DEAD_CONTEXT)
         return judged
+
+    def beat(self) -> None:
+        """Says now and then that calls go on: a volley of a slow kernel takes as long as many cases."""
+        if time.monotonic() - self.last_sent > BEAT_SECONDS:
+            self.last_sent = time.monotonic()
+            self.send(Progress(copy.deepcopy(self.tally)))
 
     def volley(self, size: int) -> None:
         """One volley, judged, and pursued where a call fails."""
@@ -132,6 +141,7 @@ class VolleyHunt(Pursuit):
                 if z > tally.worst_z.get(f"{kind} {key}", -1.0):
                     tally.worst_z[f"{kind} {key}"] = z
                     tally.worst_case[f"{kind} {key}"] = judged.volley.call(index).to_json()
+        self.last_sent = time.monotonic()
         self.send(Progress(copy.deepcopy(tally)))
 
     def handed_over(self, judged: Judged, calls: list[int]) -> bool:

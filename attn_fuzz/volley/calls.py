@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import torch
@@ -167,7 +167,15 @@ def _one(
     return attended, torch.autograd.grad(attended.out, leaves, dout)
 
 
-def fire(loaded: Loaded, backend: Backend, poison: str, *, gradients: bool = True, backwards: bool = False) -> Fired:
+def fire(
+    loaded: Loaded,
+    backend: Backend,
+    poison: str,
+    *,
+    gradients: bool = True,
+    backwards: bool = False,
+    beat: Callable[[], None] = lambda: None,
+) -> Fired:
     """Forward and backward of every call, one after another.
 
     Args:
@@ -176,6 +184,7 @@ def fire(loaded: Loaded, backend: Backend, poison: str, *, gradients: bool = Tru
         poison: contents of unwritten memory; ``none`` for what it happens to hold.
         gradients: False for the forward alone, without autograd, as inference runs it.
         backwards: the last call first.
+        beat: called before every call, for whoever would take a slow kernel for one that hangs.
 
     Raises:
         torch.OutOfMemoryError: as it comes.
@@ -190,6 +199,7 @@ def fire(loaded: Loaded, backend: Backend, poison: str, *, gradients: bool = Tru
     paths: set[str] = set()
     with _memory(loaded, poison, compiled=backend.kernel.compiled):
         for index in reversed(order) if backwards else order:
+            beat()
             rows = {side: (loaded.sides[side].counts[index], *shapes[side][1:]) for side in ("q", "k")}
             shape_of = {"out": rows["q"], "dq": rows["q"], "dk": rows["k"], "dv": rows["k"], "lse": rows["q"][:2]}
             wanted = {name: shape_of[name] for name in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import torch
@@ -102,7 +103,13 @@ TURNS: Final = (
 _OTHER: Final = {"nan": "finite", "finite": "nan"}
 
 
-def judge(volley: Volley, backend: Backend, device: torch.device, turn: Turn = TURNS[0]) -> Judged:
+def judge(
+    volley: Volley,
+    backend: Backend,
+    device: torch.device,
+    turn: Turn = TURNS[0],
+    beat: Callable[[], None] = lambda: None,
+) -> Judged:
     """Runs every call with drawn values, and whatever else it is the turn of, from poisoned memory; judges all of it.
 
     Every document's results are held to the budget, element by element and row by row, and census and support of the
@@ -113,6 +120,7 @@ def judge(volley: Volley, backend: Backend, device: torch.device, turn: Turn = T
         backend: what runs them.
         device: where.
         turn: what is asked.
+        beat: called before every call of every run.
 
     Raises:
         torch.OutOfMemoryError: as it comes.
@@ -127,7 +135,7 @@ def judge(volley: Volley, backend: Backend, device: torch.device, turn: Turn = T
     placed = [loaded]
 
     def run(what: Loaded, poison: str, **how: bool) -> dict[str, torch.Tensor]:
-        runs.append(fire(what, backend, poison, **how))
+        runs.append(fire(what, backend, poison, beat=beat, **how))
         _in_our_convention(runs[-1], convention)
         return runs[-1].results
 
