@@ -228,6 +228,43 @@ def test_calls_in_the_other_order_have_the_same_bits() -> None:
     assert set(judged.failing()) == {0, 3}
 
 
+def test_gradients_of_some_inputs_are_held_to_the_budget() -> None:
+    class Frozen(LoopKernel):
+        def attend(
+            self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+        ) -> Attended:
+            attended = super().attend(q, k, v, metadata, options)
+            # With a frozen query the gradients of what it meets are those of something else.
+            return attended if q.requires_grad else attended._replace(out=attended.out * 1.5)
+
+    backend = Backend("frozen", Frozen())
+    assert not judge(VOLLEY, backend, CPU).failing()
+    seen = [bool(judge(VOLLEY.other(seed), backend, CPU, Turn("nan", partly=True)).failing()) for seed in range(4)]
+    assert seen == [False, True, True, True]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_documents_are_apart(seed: int) -> None:
+    """By NaN, infinities and large numbers in either half of the documents."""
+
+    class Mean(LoopKernel):
+        def attend(
+            self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+        ) -> Attended:
+            attended = super().attend(q, k, v, metadata, options)
+            # One bit where another document of the call is large.
+            factor = 1 + 2.0**-8 * (v.detach().float().nan_to_num(9.0, 9.0, 9.0).abs().max() > 8).float()
+            return attended._replace(out=(attended.out.float() * factor).to(q.dtype))
+
+    turn = Turn("nan", apart=True)
+    assert not judge(VOLLEY.other(seed), registry.load("loop"), CPU, turn).failing()
+    judged = judge(VOLLEY.other(seed), Backend("mean", Mean()), CPU, turn)
+    # A call of one document has no other.
+    assert judged.failing()
+    assert set(judged.failing()) <= {1, 3}
+    assert {judged.worst()[index][1] for index in judged.failing()} == {"isolation"}
+
+
 def test_the_probe_sees_one_wrong_key() -> None:
     class Blind(LoopKernel):
         def attend(
@@ -268,7 +305,7 @@ def test_results_of_another_shape_or_dtype_are_none() -> None:
 # What becomes of it.
 
 
-@pytest.mark.parametrize("fault", ["M18", "X29", "X33", "X32", "X11", "M28-mean", "M30"])
+@pytest.mark.parametrize("fault", ["M18", "X29", "X33", "X32", "X11", "M28-mean", "M30", "M08", "X07"])
 def test_planted_faults_are_found_and_handed_over(fault: str) -> None:
     (finding, *_), _ = hunted(f"fault:{fault}", calls=1000)
     assert "volley" not in finding.checks

@@ -16,10 +16,10 @@ from attn_fuzz.campaign.worker import Send, hunt
 from attn_fuzz.checks.budget import beyond_doubt
 from attn_fuzz.process import DEAD_CONTEXT, context_alive, leave_memory
 from attn_fuzz.strategies import Domain
-from attn_fuzz.symptoms import Crashed, InputsChanged, PoisonLeaked, Symptom, WrongSpread, wrong_tensor
+from attn_fuzz.symptoms import Crashed, InputsChanged, NotIsolated, PoisonLeaked, Symptom, WrongSpread, wrong_tensor
 from attn_fuzz.timing import now
 from attn_fuzz.trial import SECOND_SEED
-from attn_fuzz.volley.gear import PROBED, TURNS, Judged, Turn, judge
+from attn_fuzz.volley.gear import APART, PROBED, TURNS, Judged, Turn, judge
 from attn_fuzz.volley.layouts import LONGEST, Volley, draw_volley
 from attn_fuzz.wide.layouts import Sweep
 from attn_fuzz.wide.probe import SYMPTOMS
@@ -49,8 +49,8 @@ def symptom_of(name: str) -> type[Symptom]:
     """What a call is accused of whose largest deviation is in that column of ``volley.gear.NAMES``."""
     if name in PROBED:
         return SYMPTOMS[name.split()[0]]
-    if name == "bits":
-        return PoisonLeaked
+    if name in ("bits", APART):
+        return PoisonLeaked if name == "bits" else NotIsolated
     return WrongSpread if name.endswith("-rows") else wrong_tensor(name)
 
 

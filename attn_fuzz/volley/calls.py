@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import torch
@@ -17,7 +17,7 @@ from attn_fuzz.volley.layouts import Volley
 from backends.kernel import Attended, AttentionOptions, UnsupportedCase
 from backends.metadata import VarlenMetadata
 from backends.registry import Backend
-from reference.answer import KERNEL_TENSORS, Inputs
+from reference.answer import Inputs
 from reference.memory import Placed, bits, layout_of, place
 
 _STEP: Final = 64
@@ -154,17 +154,19 @@ def _memory(loaded: Loaded, poison: str, *, compiled: bool) -> Iterator[None]:
 
 
 def _one(
-    loaded: Loaded, index: int, backend: Backend, poison: str, *, gradients: bool
+    loaded: Loaded, index: int, backend: Backend, poison: str, gradients: Sequence[str]
 ) -> tuple[Attended, tuple[torch.Tensor, ...]]:
     *tensors, dout = loaded.of_calls[index]
-    q, k, v = leaves = [x.detach().requires_grad_(gradients) for x in tensors]
+    named = zip(("q", "k", "v"), tensors, strict=True)
+    q, k, v = leaves = [x.detach().requires_grad_(name in gradients) for name, x in named]
     if loaded.device.type == "cuda" and poison != "none":
         _primed(q, k, filler(poison))
-    with torch.set_grad_enabled(gradients):
+    with torch.set_grad_enabled(bool(gradients)):
         attended = backend.kernel.attend(q, k, v, loaded.metadata[index], loaded.options)
     if not gradients:
         return attended, ()
-    return attended, torch.autograd.grad(attended.out, leaves, dout)
+    asked = [x for x in leaves if x.requires_grad]
+    return attended, torch.autograd.grad(attended.out, asked, dout)
 
 
 def fire(
@@ -172,7 +174,7 @@ def fire(
     backend: Backend,
     poison: str,
     *,
-    gradients: bool = True,
+    gradients: Sequence[str] = ("q", "k", "v"),
     backwards: bool = False,
     beat: Callable[[], None] = lambda: None,
 ) -> Fired:
@@ -182,7 +184,7 @@ def fire(
         loaded: the calls.
         backend: what runs them.
         poison: contents of unwritten memory; ``none`` for what it happens to hold.
-        gradients: False for the forward alone, without autograd, as inference runs it.
+        gradients: the inputs that require one; none for the forward alone, without autograd, as inference runs it.
         backwards: the last call first.
         beat: called before every call, for whoever would take a slow kernel for one that hangs.
 
@@ -191,7 +193,8 @@ def fire(
     """
     shapes = {name: loaded.placed[name].tensor.shape for name in ("q", "k")}
     dtype = loaded.placed["q"].tensor.dtype
-    names = KERNEL_TENSORS if gradients else ("out", "lse")
+    given = tuple(f"d{name}" for name in ("q", "k", "v") if name in gradients)
+    names = ("out", "lse", *given)
     meant = backend.kernel.paths_on(loaded.device.type)
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     order = range(len(loaded.volley.ends))
@@ -205,8 +208,8 @@ def fire(
             wanted = {name: shape_of[name] for name in names}
             got: dict[str, torch.Tensor] = {}
             try:
-                attended, grads = _one(loaded, index, backend, poison, gradients=gradients)
-                got = {"out": attended.out.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=False))}
+                attended, grads = _one(loaded, index, backend, poison, gradients)
+                got = {"out": attended.out.detach(), **dict(zip(given, grads, strict=True))}
                 if attended.lse is not None:
                     got["lse"] = attended.lse.detach().T
                 paths.add(attended.path)

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 import torch
 
 from attn_fuzz.checks.budget import LIMIT, limit
+from attn_fuzz.checks.isolation import GARBAGE
+from attn_fuzz.measured import measured
 from attn_fuzz.volley.calls import Fired, Loaded, fire
 from attn_fuzz.volley.layouts import Volley
 from attn_fuzz.wide.gear import effective_profile, promised
-from attn_fuzz.wide.judge import COLUMNS, largest_z, other_bits
+from attn_fuzz.wide.judge import COLUMNS, largest_z, of_documents, other_bits
 from attn_fuzz.wide.probe import wide_probe, wrong_documents
 from backends.registry import Backend
-from reference.answer import KERNEL_TENSORS, kernel_inputs
+from reference.answer import KERNEL_TENSORS, Inputs, kernel_inputs
+from reference.case import Case
+from reference.packed import packed
 
 PROBED: Final = tuple(f"{name} of the probe" for name in KERNEL_TENSORS)
-NAMES: Final = (*COLUMNS, *PROBED)
-"""What is judged of each document: as of a wide call, then the results of the exact probe."""
+APART: Final = "isolation"
+NAMES: Final = (*COLUMNS, APART, *PROBED)
+"""What is judged of each document: as of a wide call, isolation from others, then the results of the exact probe."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +89,10 @@ class Turn(NamedTuple):
     """Census and support, in a run of their own from memory of the other kind."""
     inference: bool = False
     """The forward without autograd, which the same budgets hold for."""
+    partly: bool = False
+    """Gradients of some inputs only, which the same budgets hold for."""
+    apart: bool = False
+    """Every other document full of garbage, for the same results of the others."""
     again: bool = False
     """The drawn values once more from memory of the other kind, the last call first, for the same bits."""
 
@@ -94,9 +103,9 @@ TURNS: Final = (
     Turn("nan", probe=True),
     Turn("finite", again=True),
     Turn("nan", probe=True),
-    Turn("finite"),
+    Turn("finite", apart=True),
     Turn("nan", probe=True),
-    Turn("finite"),
+    Turn("finite", partly=True),
 )
 """Of every campaign, in turn: each run costs as much as the drawn values' own, and a volley more is worth more."""
 
@@ -125,7 +134,7 @@ def judge(
     Raises:
         torch.OutOfMemoryError: as it comes.
     """
-    case = volley.case
+    case, count = volley.case, len(volley.case.packed_lengths)
     drawn = kernel_inputs(case, device)
     loaded = Loaded(volley, drawn, device)
     other = _OTHER[turn.poison]
@@ -134,28 +143,39 @@ def judge(
     runs: list[Fired] = []
     placed = [loaded]
 
-    def run(what: Loaded, poison: str, **how: bool) -> dict[str, torch.Tensor]:
-        runs.append(fire(what, backend, poison, beat=beat, **how))
+    def run(
+        what: Loaded, poison: str, gradients: Sequence[str] = ("q", "k", "v"), *, backwards: bool = False
+    ) -> dict[str, torch.Tensor]:
+        runs.append(fire(what, backend, poison, gradients=gradients, backwards=backwards, beat=beat))
         _in_our_convention(runs[-1], convention)
         return runs[-1].results
 
     first = run(loaded, turn.poison)
     held = [first]
-    if turn.inference:
-        held.append(run(loaded, other, gradients=False))
-    z = largest_z(case, drawn, profile, held).amax(0)
+    # What is compiled would be compiled once more for each way to ask.
+    if turn.inference and not backend.kernel.compiled:
+        held.append(run(loaded, other, ()))
+    if turn.partly and not backend.kernel.compiled:
+        held.append(run(loaded, other, _PARTS[case.seed % len(_PARTS)]))
+    z = torch.cat(
+        [largest_z(case, drawn, profile, held).amax(0), torch.zeros(count, 1 + len(PROBED), device=device)], 1
+    )
     if turn.again and (names := promised(backend, device)):
         moved = other_bits(case, first, run(loaded, other, backwards=True), names)
-        z[:, COLUMNS.index("bits")] = torch.where(moved, torch.inf, 0.0)
-    wrong = torch.zeros(len(z), len(PROBED), dtype=torch.bool, device=device)
+        z[:, NAMES.index("bits")] = torch.where(moved, torch.inf, 0.0)
+    if turn.apart and (names := promised(backend, device)):
+        garbage = _garbage(case, measured(backend, str(device)).isolates_nonfinite)
+        placed.append(Loaded(volley, _spoiled(case, drawn, garbage), device))
+        moved = _moved(case, first, run(placed[-1], turn.poison), names)
+        z[:, NAMES.index(APART)] = torch.where(moved, torch.inf, 0.0)
     if turn.probe:
         probe = wide_probe(case, device)
         placed.append(Loaded(volley, probe.inputs, device))
         wrong = wrong_documents(case, probe, run(placed[-1], other))
+        z[:, len(NAMES) - len(PROBED) :] = torch.where(wrong, torch.inf, 0.0)
     touched = torch.stack([each.changed() for each in placed]).any()
     # The one transfer: everything before it was only queued.
-    packed = torch.cat([z, torch.where(wrong, torch.inf, 0.0)], 1)
-    flat = torch.cat([packed.flatten(), touched[None].double()]).cpu()
+    flat = torch.cat([z.flatten(), touched[None].double()]).cpu()
     broken: dict[int, str] = {}
     refused: dict[int, str] = {}
     for fired in runs:
@@ -163,13 +183,53 @@ def judge(
         refused |= fired.refused
     return Judged(
         volley,
-        flat[:-1].view(packed.shape),
+        flat[:-1].view(z.shape),
         broken,
         refused,
         bool(flat[-1]),
         frozenset().union(*(fired.paths for fired in runs)),
         turn,
     )
+
+
+_PARTS: Final = (("q",), ("k",), ("v",), ("k", "v"))
+"""Inputs that require a gradient, where not all do."""
+
+
+def _kept(case: Case, name: str, device: torch.device) -> torch.Tensor:
+    """Rows of a result that belong to documents which keep their values: every other one, by the seed."""
+    lengths = case.packed_key_lengths if name in ("k", "v", "dk", "dv") else case.packed_lengths
+    return packed(lengths, device).owner % 2 == case.seed // 3 % 2
+
+
+def _garbage(case: Case, isolates: bool) -> float:
+    """As the narrow check has it (attn_fuzz/checks/isolation.py)."""
+    return (GARBAGE, torch.nan, torch.inf)[case.seed % 3] if isolates else GARBAGE
+
+
+def _spoiled(case: Case, drawn: Inputs, garbage: float) -> Inputs:
+    """A case's tensors with garbage in every other document."""
+    names = ("q", "k", "v", "dout")
+    tensors = {name: getattr(drawn, name) for name in names}
+    spoilt = {
+        name: torch.where(_kept(case, name, x.device)[:, None, None], x, x.new_tensor(garbage))
+        for name, x in tensors.items()
+    }
+    return Inputs(**spoilt)
+
+
+def _moved(
+    case: Case, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], names: Sequence[str]
+) -> torch.Tensor:
+    """Documents that kept their values and did not keep a result: bool ``[documents]``."""
+    found = torch.zeros(len(case.packed_lengths), dtype=torch.bool, device=before["out"].device)
+    for name in names:
+        if name in before and name in after and len(before[name]):
+            was, now = before[name], after[name]
+            # 0 times a negative number is -0: signs of zeros may move.
+            differs = ((was != now) & ~(was.isnan() & now.isnan())).flatten(1).any(1)
+            found |= of_documents(case, name, differs & _kept(case, name, differs.device))
+    return found
 
 
 def _in_our_convention(fired: Fired, blind: float) -> None:
