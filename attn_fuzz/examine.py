@@ -14,7 +14,7 @@ import torch
 from attn_fuzz.checks import CHECKS, PROBES, Check, histograms, worst_errors, worst_spreads
 from attn_fuzz.execute import WroteBeforeRefusing, require_support
 from attn_fuzz.poison import POISONS
-from attn_fuzz.process import lacks_memory
+from attn_fuzz.process import raise_lack_of_memory
 from attn_fuzz.ranks.team import RanksHung
 from attn_fuzz.symptoms import Crashed, Hung, InputsChanged, Symptom
 from attn_fuzz.trial import Trial
@@ -93,8 +93,7 @@ def examine(
     except WroteBeforeRefusing as error:
         return Verdict((InputsChanged("reject_or_correct", "inputs", str(error)),), {}, frozenset())
     except (Exception, AssertionError) as error:
-        if lacks_memory(error):
-            raise torch.OutOfMemoryError(str(error)) from error
+        raise_lack_of_memory(error)
         if _refuses_layout(trial, error):
             raise UnsupportedCase(
                 f"{backend.name} does not take memory layout {case.memory}: {_one_line(error)}"
@@ -118,8 +117,7 @@ def examine(
         raise
     except Exception as error:
         # The second value seed runs while the checks do, and a backend may fall over that one only.
-        if lacks_memory(error):
-            raise torch.OutOfMemoryError(str(error)) from error
+        raise_lack_of_memory(error)
         found = [_fallen(error)]
     paths = frozenset().union(*(o.paths for o in observations))
     unknown, known = _without_known(found, trial)
@@ -142,8 +140,7 @@ def _asked(probe: Check, trial: Trial) -> Iterator[Symptom]:
     except (Symptom, UnsupportedCase):
         raise
     except Exception as error:
-        if lacks_memory(error):
-            raise torch.OutOfMemoryError(str(error)) from error
+        raise_lack_of_memory(error)
         yield _fallen(error)
 
 

@@ -40,6 +40,14 @@ def lacks_memory(error: BaseException) -> bool:
     )
 
 
+def raise_lack_of_memory(error: Exception) -> None:
+    """Raises an error that is a lack of memory, as one of the kinds that callers know, and no other."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        raise error
+    if lacks_memory(error):
+        raise torch.OutOfMemoryError(str(error)) from error
+
+
 def leave_memory(device: torch.device) -> None:
     """Gives cached memory of a GPU back where little is left: contexts and libraries of others need some, too."""
     if device.type == "cuda":

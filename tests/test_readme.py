@@ -36,7 +36,11 @@ def test_example_kernel_is_clean(tmp_path: Path) -> None:
     kernel = "examples/my_kernel.py:kernel"
     done = attn_fuzz("check", kernel, "--device", "cpu", "--cases", "20", "--json", "--store", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["cases"] == 20
+    told = json.loads(done.stdout)
+    (mine,) = told["backends"].values()
+    # So many of each gear that it is fuzzed by.
+    assert sum(count for kind, count in mine["by_kind"].items() if kind.startswith("volley")) == 20
+    assert told["cases"] == 40
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ DeviceOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 SecondsOption = Annotated[float | None, typer.Option(min=0.1, help="Wall-clock time. Default: 60.")]
-CasesOption = Annotated[int | None, typer.Option(min=1, help="Cases per backend, instead of a time.")]
+CasesOption = Annotated[int | None, typer.Option(min=1, help="Cases per backend and gear, instead of a time.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the campaign; the same seed draws the same cases.")]
 RanksOption = Annotated[
     list[int] | None,

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 
 from attn_fuzz.poison import filler, poisoned
-from attn_fuzz.process import lacks_memory
+from attn_fuzz.process import raise_lack_of_memory
 from attn_fuzz.volley.layouts import Volley
 from backends.kernel import Attended, AttentionOptions, UnsupportedCase
 from backends.metadata import VarlenMetadata
@@ -218,8 +218,7 @@ def fire(
             except (UnsupportedCase, NotImplementedError) as refusal:
                 fired.refused[index] = str(refusal)
             except Exception as error:
-                if lacks_memory(error):
-                    raise torch.OutOfMemoryError(str(error)) from error
+                raise_lack_of_memory(error)
                 fired.broken[index] = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['-'])[0][:300]}"
             wrong = [name for name, x in got.items() if x.shape != wanted[name] or (name != "lse" and x.dtype != dtype)]
             if wrong:

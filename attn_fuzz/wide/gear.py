@@ -9,7 +9,7 @@ import torch
 
 from attn_fuzz.checks.budget import limit
 from attn_fuzz.measured import measured
-from attn_fuzz.process import lacks_memory
+from attn_fuzz.process import raise_lack_of_memory
 from attn_fuzz.symptoms import Crashed, PoisonLeaked, Symptom, WrongSpread, wrong_tensor
 from attn_fuzz.trial import SECOND_SEED
 from attn_fuzz.wide.call import Call, run
@@ -64,8 +64,7 @@ def _attempt(call: Call, backend: Backend, poison: str) -> tuple[dict[str, torch
     except NotImplementedError as refusal:
         raise UnsupportedCase(str(refusal)) from refusal
     except Exception as error:
-        if lacks_memory(error):
-            raise torch.OutOfMemoryError(str(error)) from error
+        raise_lack_of_memory(error)
         return {}, words(error)
     missing = complete(call.case, found, call.inputs)
     return found, f"{', '.join(missing)} missing, or of another shape or dtype" if missing else None
