@@ -12,7 +12,7 @@ import torch
 from commandline import Run
 
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message, Tally
-from attn_fuzz.campaign.plan import plan
+from attn_fuzz.campaign.plan import available_backends, plan
 from attn_fuzz.campaign.pool import Pool
 from attn_fuzz.campaign.volley import VolleyHunt, hunt_volleys
 from attn_fuzz.checks.budget import LIMIT, deviations
@@ -54,12 +54,17 @@ def drawn(name: str, seed: int, calls: int = 24) -> Volley:
 
 
 def hunted(
-    backend: str | Backend, monkeypatch: pytest.MonkeyPatch | None = None, *, calls: int = 200, seed: int = 0
+    backend: str | Backend,
+    monkeypatch: pytest.MonkeyPatch | None = None,
+    *,
+    calls: int = 200,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> tuple[list[Finding], Tally]:
     """What volleys find on a backend, and the tally in the end."""
     messages: list[Message] = []
     name = backend if isinstance(backend, str) else backend.name
-    job = Assignment(backend=name, device="cpu", seed=seed, cases=calls, gear="volley", stop_at_first=True)
+    job = Assignment(backend=name, device=device, seed=seed, cases=calls, gear="volley", stop_at_first=True)
     if isinstance(backend, str):
         hunt_volleys(job, messages.append)
     else:
@@ -169,14 +174,14 @@ def test_correct_backends_are_not_accused(name: str) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", registry.kernel_names())
+@pytest.mark.parametrize("name", available_backends("cuda"))
 def test_nor_are_they_on_a_gpu(name: str) -> None:
+    # With --require-cuda a skipped test would be a failure.
     backend = registry.load(name)
-    if backend.kernel.why_unavailable("cuda") is not None:
-        pytest.skip("not on this machine")
     capabilities = backend.kernel.capabilities_on("cuda")
     if capabilities.layouts or capabilities.configurations:
-        pytest.skip("compiles for every layout or option")
+        assert hunted(name, calls=4, device="cuda")[1].cases == 0
+        return
     volley = draw_volley(Random(1), Sweep((64, 128), 1), backend, Domain.of(capabilities, "cuda"), 40)
     assert volley is not None
     for turn in dict.fromkeys(TURNS):
@@ -374,6 +379,30 @@ def test_bad_luck_under_one_value_seed_is_no_finding(monkeypatch: pytest.MonkeyP
     findings, tally = hunted(backend, monkeypatch, calls=60)
     assert findings == []
     assert tally.cases == 60
+
+
+def test_a_layout_that_a_kernel_refuses_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Aligned(LoopKernel):
+        def attend(
+            self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+        ) -> Attended:
+            if q.stride(-1) != 1 or q.data_ptr() % 16:
+                raise RuntimeError("q must be aligned, its last dimension contiguous")
+            return super().attend(q, k, v, metadata, options)
+
+    findings, tally = hunted(Backend("aligned", Aligned(), levels=("kernel",)), monkeypatch, calls=400, seed=1)
+    assert findings == []
+    assert tally.refused > 0
+
+
+def test_a_lack_of_memory_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def deed(count: int, metadata: VarlenMetadata, attended: Attended) -> Attended:
+        raise torch.OutOfMemoryError("out of memory")
+
+    findings, tally = hunted(altered(deed), monkeypatch, calls=40)
+    assert findings == []
+    assert tally.cases == 0
+    assert tally.refused > 0
 
 
 def test_who_writes_to_an_input_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

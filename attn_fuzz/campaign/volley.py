@@ -23,7 +23,6 @@ from attn_fuzz.volley.gear import APART, PROBED, TURNS, Judged, Turn, judge
 from attn_fuzz.volley.layouts import LONGEST, Volley, draw_volley
 from attn_fuzz.wide.layouts import Sweep
 from attn_fuzz.wide.probe import SYMPTOMS
-from backends.kernel import UnsupportedCase
 
 FIRST_CALLS: Final = 4
 MOST_CALLS: Final = {"cuda": 256, "cpu": 64}
@@ -104,18 +103,18 @@ class VolleyHunt(Pursuit):
         started = now(self.device)
         try:
             judged = self.judge(volley, TURNS[self.turn % len(TURNS)])
-        except UnsupportedCase as refusal:
+            leave_memory(self.device)
+            if now(self.device) - started < VOLLEY_SECONDS / 2:
+                self.calls[size] = min(2 * self.calls[size], MOST_CALLS[self.device.type])
+            self.take(judged)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            # This machine's limit, and nobody's fault.
+            self.calls[size] = max(self.calls[size] // 2, 1)
             self.tally.refused += 1
-            self.refusals[str(refusal)] += 1
-            return
-        except (torch.OutOfMemoryError, MemoryError):
-            if self.calls[size] <= 1:
-                raise
-            self.calls[size] //= 2
-            return
-        leave_memory(self.device)
-        if now(self.device) - started < VOLLEY_SECONDS / 2:
-            self.calls[size] = min(2 * self.calls[size], MOST_CALLS[self.device.type])
+            self.refusals[f"memory ran out: {error}"] += 1
+
+    def take(self, judged: Judged) -> None:
+        """Adds a volley to the tally, and pursues what failed of it."""
         failing = judged.failing()
         self.tally_volley(judged, failing)
         if judged.touched:
@@ -145,8 +144,9 @@ class VolleyHunt(Pursuit):
         self.send(Progress(copy.deepcopy(tally)))
 
     def handed_over(self, judged: Judged, calls: list[int]) -> bool:
-        """Whether the narrow gear fails, or knows, one of these calls."""
+        """Whether the narrow gear fails one of these calls, or explains it: a known issue, or a refused layout."""
         known: dict[str, None] = {}
+        refused = False
         for index in calls:
             small = judged.volley.call(index)
             verdict = self.narrow(small)
@@ -154,9 +154,12 @@ class VolleyHunt(Pursuit):
                 self.suspect(small)
                 self.hand_over(small, verdict)
                 return True
+            # An error about an unusual memory layout that goes away with the layout is a clean refusal (examine.py).
+            refused |= verdict is None
             known |= dict.fromkeys(verdict.known if verdict is not None else ())
         self.count_known(known)
-        return bool(known)
+        self.tally.refused += refused
+        return refused or bool(known)
 
     def pursue(self, judged: Judged, failing: list[int]) -> None:
         """Hands failing calls to the narrow gear; what only a volley shows is held against other values of it."""
