@@ -10,8 +10,7 @@ from typing import Any, Final
 import torch
 
 from attn_fuzz.campaign.messages import Assignment, Failed, Found, Message
-from attn_fuzz.campaign.volley import hunt_volleys
-from attn_fuzz.campaign.worker import hunt
+from attn_fuzz.campaign.pool import HUNTS
 from attn_fuzz.drawing import FEW, few_cases
 from attn_fuzz.examine import examine
 from attn_fuzz.findings import Finding
@@ -68,8 +67,7 @@ def hunt_fault(fault: str, seed: int, max_cases: int = MAX_CASES, gear: str = "n
     """Hunts one fault on the CPU until it is found, by the narrow gear or by volleys."""
     messages: list[Message] = []
     ranks, tensor_ranks = _spread(fault)
-    hunts = {"narrow": hunt, "volley": hunt_volleys}
-    hunts[gear](
+    HUNTS[gear](
         Assignment(
             backend=PREFIX + fault,
             device="cpu",

@@ -60,6 +60,11 @@ def require_available(names: Sequence[str], device: str, dtypes: Sequence[str] =
             raise BackendUnavailable(f"backend {name} takes {', '.join(taken)}, but none of {', '.join(dtypes)}")
 
 
+def calls_kernel(name: str, levels: Sequence[str]) -> bool:
+    """Whether a campaign of these levels calls a backend's kernel by itself, as volleys do."""
+    return "kernel" in levels and "kernel" in registry.load(name).levels
+
+
 def default_workers(device: str, ranks: int = 1) -> int:
     """Workers at a time, each of which has so many rank processes beside it where there are more than one.
 
@@ -114,8 +119,7 @@ def plan(
         ranks: to draw layer cases for.
         tensor_ranks: that share the query heads of each of them.
     """
-    calls = {name: "kernel" in levels and "kernel" in registry.load(name).levels for name in names if "volley" in gears}
-    jobs = [(name, gear) for gear in gears for name in names if gear != "volley" or calls[name]]
+    jobs = [(name, gear) for gear in gears for name in names if gear != "volley" or calls_kernel(name, levels)]
     shards = max(1, workers // len(jobs))
     if cases is not None:
         shards = min(shards, max(1, cases // 50))

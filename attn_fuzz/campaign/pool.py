@@ -62,7 +62,7 @@ def _serve(assignment: Assignment, connection: Connection, processors: frozenset
     if processors is not None:
         stay_on(processors)
     try:
-        _HUNTS[assignment.gear](assignment, connection.send)
+        HUNTS[assignment.gear](assignment, connection.send)
     except KeyboardInterrupt:
         pass
     except BrokenPipeError:
@@ -72,7 +72,8 @@ def _serve(assignment: Assignment, connection: Connection, processors: frozenset
         connection.close()
 
 
-_HUNTS: Final = {"narrow": hunt, "volley": hunt_volleys, "wide": hunt_wide}
+HUNTS: Final = {"narrow": hunt, "volley": hunt_volleys, "wide": hunt_wide}
+"""What each gear does with an assignment."""
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@ from typing import Final
 import torch
 
 from attn_fuzz.checks.budget import LIMIT
+from attn_fuzz.measured import Measured
 from attn_fuzz.observation import Observation
 from attn_fuzz.symptoms import NotIsolated, Symptom
 from attn_fuzz.trial import Trial
@@ -18,14 +19,13 @@ from reference.case import Case
 from reference.layer import LayerInputs
 from reference.layout import call_segments, document_spans
 
-GARBAGE: Final = -96.0
+_GARBAGE: Final = -96.0
 """Finite garbage: large beside any value mode, far from overflow in products, exact in every dtype."""
 
 
-def _garbage(trial: Trial) -> float:
+def garbage_of(case: Case, measured: Measured) -> float:
     """NaN or infinity where the backend keeps them apart, a large number otherwise; by the case's seed."""
-    isolates = trial.measured.isolates_nonfinite
-    return (GARBAGE, torch.nan, torch.inf)[trial.case.seed % 3] if isolates else GARBAGE
+    return (_GARBAGE, torch.nan, torch.inf)[case.seed % 3] if measured.isolates_nonfinite else _GARBAGE
 
 
 def kept_documents(case: Case) -> list[int]:
@@ -41,7 +41,9 @@ def documents_apart(trial: Trial) -> Iterator[Symptom]:
     kept = kept_documents(case)
     rows = _rows_of(case.packed_lengths, kept)
     key_rows = _rows_of(case.packed_key_lengths, kept) if case.level == "kernel" else rows
-    observation = trial.observe_with(_spoiled(trial, ~rows, ~key_rows, _garbage(trial)), trial.poisons[0])
+    observation = trial.observe_with(
+        _spoiled(trial, ~rows, ~key_rows, garbage_of(case, trial.measured)), trial.poisons[0]
+    )
     for name in ("out", "lse", "dq", "dk", "dv", "dx", "k", "v"):
         on_keys = case.level == "kernel" and name in ("dk", "dv")
         yield from _compare(trial, observation, name, key_rows if on_keys else rows, "other documents' values")
@@ -62,7 +64,7 @@ def future_apart(trial: Trial) -> Iterator[Symptom]:
     if not rows.any() or key_rows.all():
         return
     # Finite: kernels multiply whole tiles, so that masked NaN in a row's own tile may stay NaN.
-    observation = trial.observe_with(_spoiled(trial, ~rows, ~key_rows, GARBAGE), trial.poisons[0])
+    observation = trial.observe_with(_spoiled(trial, ~rows, ~key_rows, _GARBAGE), trial.poisons[0])
     for name in ("out", "lse", "dq"):
         yield from _compare(trial, observation, name, rows, "keys that it does not see")
 

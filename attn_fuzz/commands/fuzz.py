@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from attn_fuzz import show
-from attn_fuzz.campaign.plan import available_backends, default_workers, plan, require_available
+from attn_fuzz.campaign.plan import available_backends, calls_kernel, default_workers, plan, require_available
 from attn_fuzz.campaign.pool import Outcome, Pool
 from attn_fuzz.commands.arguments import (
     DEFAULT_SECONDS,
@@ -103,7 +103,7 @@ def _fuzz(
     for name in names:
         if not set(levels) & set(offered := registry.load(name).levels):
             raise UsageError(f"{name} has no {' or '.join(levels)} level; use --level {' or '.join(offered)}")
-    if gears == ("volley",) and not all("kernel" in levels and "kernel" in registry.load(n).levels for n in names):
+    if gears == ("volley",) and not all(calls_kernel(name, levels) for name in names):
         raise UsageError("volleys are of kernel calls: they need backends with a kernel level, and --level kernel")
     kept = Store(store)
     kept.prepare()

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 import torch
 
 from attn_fuzz.checks.budget import LIMIT, limit
-from attn_fuzz.checks.isolation import GARBAGE
+from attn_fuzz.checks.isolation import garbage_of
 from attn_fuzz.measured import measured
 from attn_fuzz.volley.calls import Fired, Loaded, fire
 from attn_fuzz.volley.layouts import Volley
@@ -164,7 +164,7 @@ def judge(
         moved = other_bits(case, first, run(loaded, other, backwards=True), names)
         z[:, NAMES.index("bits")] = torch.where(moved, torch.inf, 0.0)
     if turn.apart and (names := promised(backend, device)):
-        garbage = _garbage(case, measured(backend, str(device)).isolates_nonfinite)
+        garbage = garbage_of(case, measured(backend, str(device)))
         placed.append(Loaded(volley, _spoiled(case, drawn, garbage), device))
         moved = _moved(case, first, run(placed[-1], turn.poison), names)
         z[:, NAMES.index(APART)] = torch.where(moved, torch.inf, 0.0)
@@ -200,11 +200,6 @@ def _kept(case: Case, name: str, device: torch.device) -> torch.Tensor:
     """Rows of a result that belong to documents which keep their values: every other one, by the seed."""
     lengths = case.packed_key_lengths if name in ("k", "v", "dk", "dv") else case.packed_lengths
     return packed(lengths, device).owner % 2 == case.seed // 3 % 2
-
-
-def _garbage(case: Case, isolates: bool) -> float:
-    """As the narrow check has it (attn_fuzz/checks/isolation.py)."""
-    return (GARBAGE, torch.nan, torch.inf)[case.seed % 3] if isolates else GARBAGE
 
 
 def _spoiled(case: Case, drawn: Inputs, garbage: float) -> Inputs:
