@@ -28,7 +28,7 @@ from reference.values import DTYPES, draw
 from reference.weights import layer_weights
 
 LOGIT_GAP = 30.0
-_CODE_CHANNELS = 16
+CODE_CHANNELS = 16
 
 
 def _signs(case: Case, name: str, heads: int, *, keys: bool) -> torch.Tensor:
@@ -133,12 +133,26 @@ class NeedleProbe:
     picked: torch.Tensor
 
 
-def needle_probe(case: Case) -> NeedleProbe | None:
-    """The needle probe of a kernel case, or None where keys cannot be told apart or scores are capped."""
-    longest = max(case.packed_key_lengths)
-    coded = min(case.head_dim, _CODE_CHANNELS)
-    if case.softcap or not 0 < longest <= 1 << coded or case.softmax_scale <= 0:
+def needle_gain(case: Case) -> float | None:
+    """What a needle's query is in units of its key, or None where keys cannot be told apart or scores are capped."""
+    if case.softcap or not 0 < max(case.packed_key_lengths) <= 1 << needle_code(case) or case.softmax_scale <= 0:
         return None
+    # One differing channel changes a score by 2 c scale.
+    gain = 2.0 ** math.ceil(math.log2(LOGIT_GAP / (2 * case.softmax_scale)))
+    # A kernel may keep unscaled products in the dtype.
+    return None if case.dtype == "fp16" and gain * case.head_dim > 30000 else gain
+
+
+def needle_code(case: Case) -> int:
+    """How many channels hold a key's number in its document, as signs."""
+    return min(case.head_dim, CODE_CHANNELS)
+
+
+def needle_probe(case: Case) -> NeedleProbe | None:
+    """The needle probe of a kernel case, or None where there is none (``needle_gain``)."""
+    if (gain := needle_gain(case)) is None:
+        return None
+    coded = needle_code(case)
     dtype = DTYPES[case.dtype]
     keys = _signs(case, "needle keys", case.kv_heads, keys=True)
     # Magnitudes in [1, 2): what the other keys add, e^-30 of it, is far below half a unit in the last place.
@@ -150,11 +164,6 @@ def needle_probe(case: Case) -> NeedleProbe | None:
     queries = torch.zeros(sum(case.packed_lengths), case.heads, case.head_dim)
     picked = torch.full(queries.shape[:2], -1, dtype=torch.int64)
     group = case.heads // case.kv_heads
-    # One differing channel changes a score by 2 c scale.
-    gain = 2.0 ** math.ceil(math.log2(LOGIT_GAP / (2 * case.softmax_scale)))
-    if case.dtype == "fp16" and gain * case.head_dim > 30000:
-        # A kernel may keep unscaled products in the dtype.
-        return None
     for segment in call_segments(case):
         begin, end = segment.keys
         count = end - begin

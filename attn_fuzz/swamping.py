@@ -29,9 +29,9 @@ LARGE: Final = {"bf16": 256, "fp16": 2048}
 
 FEWEST_KEYS: Final = 32
 REFERENCE_CHANNEL: Final = 1
-_MOST_LARGE = 128
+MOST_LARGE: Final = 128
 # 5/8 of a normal variable: the middle's mean is 1/4, its tiles stay below what is rounded away, and its sum is large.
-_MOSTLY = 0.3186
+MOSTLY: Final = 0.3186
 # Of scales, over the softcap where there is one: outside, fp16 gradients of scores would be subnormal, or overflow.
 _SCALES = (2.0**-10, 4.0)
 
@@ -69,24 +69,28 @@ def _judged(case: Case) -> Iterator[Swamped]:
         count = segment.keys.length
         if segment.queries.length and count >= FEWEST_KEYS and not 0 <= left < count - 1:
             # An even number of large keys, half of which have either sign in K.
-            yield Swamped(segment, min(count // 4, _MOST_LARGE) // 2 * 2)
+            yield Swamped(segment, min(count // 4, MOST_LARGE) // 2 * 2)
+
+
+def swamps(case: Case) -> bool:
+    """Whether a kernel case has a channel to compare with, and gradients of scores that are everyday numbers."""
+    low, high = _SCALES
+    fits = case.level == "kernel" and case.dtype in LARGE and case.head_dim > REFERENCE_CHANNEL
+    return fits and low * max(1.0, case.softcap) <= case.softmax_scale <= high
 
 
 def swamping_probe(case: Case) -> SwampingProbe | None:
-    """The probe of a kernel case, or None where there is no long document or no channel to compare with.
+    """The probe of a kernel case, or None where there is no long document or it cannot be swamped.
 
     V's channel 0 has alternate signs s that add up to 0, K is s times its pattern, and the output gradient is in
     channel 0 of last rows only. Then dP = +-dO, D = 0, and dQ is the sum of K's pattern times ``scale dO / n``.
     """
-    low, high = _SCALES
-    if case.level != "kernel" or case.dtype not in LARGE or case.head_dim <= REFERENCE_CHANNEL:
-        return None
-    if not low * max(1.0, case.softcap) <= case.softmax_scale <= high or not (swamped := tuple(_judged(case))):
+    if not swamps(case) or not (swamped := tuple(_judged(case))):
         return None
     dtype = DTYPES[case.dtype]
     plain = case.replace(values="gaussian", dtype="fp32")
     k, v = (
-        torch.where(draw(plain, name, case.kv_heads, case.head_dim, "cpu", keys=True) < _MOSTLY, 1.0, -1.0)
+        torch.where(draw(plain, name, case.kv_heads, case.head_dim, "cpu", keys=True) < MOSTLY, 1.0, -1.0)
         for name in ("swamped keys", "swamped values")
     )
     q = torch.zeros(sum(case.packed_lengths), case.heads, case.head_dim)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +21,11 @@ from attn_fuzz.examine import examine
 from attn_fuzz.execute import run_kernel
 from attn_fuzz.findings import Finding
 from attn_fuzz.strategies import Domain
+from attn_fuzz.symptoms import DeadRowsNotZero, NotExact, WrongKeys, WrongKeysBackward
 from attn_fuzz.volley.calls import Loaded
-from attn_fuzz.volley.gear import NAMES, TURNS, Turn, judge
+from attn_fuzz.volley.gear import TURNS, Turn, judge
 from attn_fuzz.volley.layouts import LONGEST, Volley, draw_volley
+from attn_fuzz.volley.questions import NAMES, QUESTIONS
 from attn_fuzz.wide.layouts import Sweep
 from backends import registry
 from backends.kernel import Attended, AttentionOptions, UnsupportedCase
@@ -194,7 +197,7 @@ def test_nor_are_they_on_a_gpu(name: str) -> None:
 
 
 def test_everything_has_its_turn() -> None:
-    assert all(any(turn[field] for turn in TURNS) for field in range(len(Turn._fields)))
+    assert {turn.asked for turn in TURNS} == {name for name in QUESTIONS if name}
     assert {turn.poison for turn in TURNS} == {"nan", "finite"}
 
 
@@ -216,7 +219,7 @@ def test_the_forward_without_autograd_is_held_to_the_budget() -> None:
         return attended if attended.out.requires_grad else attended._replace(out=attended.out * 1.5)
 
     assert not judge(VOLLEY, altered(deed), CPU).failing()
-    judged = judge(VOLLEY, altered(deed), CPU, Turn("finite", inference=True))
+    judged = judge(VOLLEY, altered(deed), CPU, Turn("finite", "inference"))
     assert sorted(judged.failing()) == [0, 1, 2, 3]
     assert all(name.startswith("out") for _, name in judged.worst())
 
@@ -227,7 +230,7 @@ def test_calls_in_the_other_order_have_the_same_bits() -> None:
         return attended._replace(out=attended.out * (1 + 2.0**-7)) if count in (1, 5) else attended
 
     backend = altered(deed)
-    judged = judge(VOLLEY, backend, CPU, Turn("nan", again=True))
+    judged = judge(VOLLEY, backend, CPU, Turn("nan", "again"))
     bits = judged.z[:, NAMES.index("bits")]
     assert bits.isinf().tolist() == [True] + [False] * 3 + [True] * 4
     assert set(judged.failing()) == {0, 3}
@@ -244,7 +247,7 @@ def test_gradients_of_some_inputs_are_held_to_the_budget() -> None:
 
     backend = Backend("frozen", Frozen())
     assert not judge(VOLLEY, backend, CPU).failing()
-    seen = [bool(judge(VOLLEY.other(seed), backend, CPU, Turn("nan", partly=True)).failing()) for seed in range(4)]
+    seen = [bool(judge(VOLLEY.other(seed), backend, CPU, Turn("nan", "some gradients")).failing()) for seed in range(4)]
     assert seen == [False, True, True, True]
 
 
@@ -261,7 +264,7 @@ def test_documents_are_apart(seed: int) -> None:
             factor = 1 + 2.0**-8 * (v.detach().float().nan_to_num(9.0, 9.0, 9.0).abs().max() > 8).float()
             return attended._replace(out=(attended.out.float() * factor).to(q.dtype))
 
-    turn = Turn("nan", apart=True)
+    turn = Turn("nan", "documents apart")
     assert not judge(VOLLEY.other(seed), registry.load("loop"), CPU, turn).failing()
     judged = judge(VOLLEY.other(seed), Backend("mean", Mean()), CPU, turn)
     # A call of one document has no other.
@@ -282,6 +285,152 @@ def test_the_probe_sees_one_wrong_key() -> None:
     judged = judge(Volley(CASE.replace(values="offset", causal=False), VOLLEY.ends), Backend("blind", Blind()), CPU)
     probed = judged.z[:, NAMES.index("out of the probe")]
     assert probed.isinf().nonzero().tolist() == [[3]]
+
+
+def test_the_needle_sees_what_only_sharp_scores_show() -> None:
+    class Sharp(LoopKernel):
+        def attend(
+            self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+        ) -> Attended:
+            if q.detach().abs().max() > 20 and len(v) > 12:
+                v = torch.cat([v[:1], v[2:3], v[1:2], v[3:]])
+            return super().attend(q, k, v, metadata, options)
+
+    seen = {turn.asked: judge(VOLLEY, Backend("sharp", Sharp()), CPU, turn) for turn in dict.fromkeys(TURNS)}
+    failing = {asked: judged.failing() for asked, judged in seen.items() if judged.failing()}
+    assert set(failing) == {"needle"}
+    assert set(failing["needle"]) <= {2, 3}
+    assert seen["needle"].worst()[failing["needle"][0]] == (torch.inf, "out of the probe")
+    assert seen["needle"].symptom("out of the probe") is WrongKeys
+
+
+def test_a_gradient_in_every_row_counts_them() -> None:
+    class Forgetful(LoopKernel):
+        def attend(
+            self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+        ) -> Attended:
+            # One row of a call does without its part of every gradient.
+            attended = super().attend(q, k, v, metadata, options)
+            return attended._replace(out=torch.cat([attended.out[:1].detach(), attended.out[1:]]))
+
+    assert not judge(VOLLEY, registry.load("loop"), CPU, Turn("nan", "every row")).failing()
+    judged = judge(VOLLEY, Backend("forgetful", Forgetful()), CPU, Turn("nan", "every row"))
+    assert sorted(judged.failing()) == [0, 1, 2, 3]
+    z = judged.z[:, NAMES.index("dv of the probe")]
+    assert (z > LIMIT).tolist() == [True, True, False, True, True, False, False, False]
+    assert z.isfinite().all()
+    assert judged.symptom("dv of the probe") is WrongKeysBackward
+
+
+@pytest.mark.parametrize("fault", ["X37", "X38"])
+def test_small_numbers_beside_large_ones_are_not_lost(fault: str) -> None:
+    case = CASE.replace(lengths=(3, 2, 4), key_lengths=(90, 33, 5), document_ids=None)
+    volley, turn = Volley(case, (1, 2, 3)), Turn("nan", "swamping")
+    assert not judge(volley, registry.load("loop"), CPU, turn).failing()
+    judged = judge(volley, registry.load(f"fault:{fault}"), CPU, turn)
+    assert 0 in judged.failing()
+    assert 2 not in judged.failing()
+    assert judged.symptom(judged.worst()[0][1]) is NotExact
+
+
+def test_a_second_backward_is_held_to_the_budget() -> None:
+    def deed(count: int, metadata: VarlenMetadata, attended: Attended) -> Attended:
+        if not attended.out.requires_grad:
+            return attended
+        passes = []
+
+        def hook(gradient: torch.Tensor) -> torch.Tensor:
+            passes.append(gradient)
+            return gradient * len(passes)
+
+        attended.out.register_hook(hook)
+        return attended
+
+    assert not judge(VOLLEY, altered(deed), CPU).failing()
+    judged = judge(VOLLEY, altered(deed), CPU, Turn("nan", "second backward"))
+    assert sorted(judged.failing()) == [0, 1, 2, 3]
+    assert {name for _, name in judged.worst()} <= {"dq", "dk", "dv", "dq-rows", "dk-rows", "dv-rows"}
+
+
+def test_a_graph_that_is_spent_may_say_so() -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.used = False
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            if ctx.used:
+                raise RuntimeError("what was saved is gone")
+            ctx.used = True
+            return gradient
+
+    backend = altered(lambda count, _, attended: attended._replace(out=Once.apply(attended.out)))
+    judged = judge(VOLLEY, backend, CPU, Turn("nan", "second backward"))
+    assert not judged.failing()
+    assert not judged.broken
+    assert not judged.refused
+
+
+def test_earlier_rows_are_apart_from_the_future() -> None:
+    class Mean(LoopKernel):
+        def attend(
+            self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+        ) -> Attended:
+            attended = super().attend(q, k, v, metadata, options)
+            factor = 1 + 2.0**-8 * (v[-1:].detach().float().abs().max() > 8).float()
+            return attended._replace(out=(attended.out.float() * factor).to(q.dtype))
+
+    turn = Turn("nan", "future apart")
+    assert not judge(VOLLEY, registry.load("loop"), CPU, turn).failing()
+    judged = judge(VOLLEY, Backend("mean", Mean()), CPU, turn)
+    # The second call's last document has no row before its last.
+    assert {0, 2, 3} <= set(judged.failing())
+    assert {judged.worst()[index][1] for index in judged.failing()} == {"isolation"}
+    # Nothing is hidden where every row sees everything.
+    everything = Volley(CASE.replace(causal=False), VOLLEY.ends)
+    assert not judge(everything, Backend("mean", Mean()), CPU, turn).failing()
+
+
+def test_documents_come_in_another_order() -> None:
+    def deed(count: int, metadata: VarlenMetadata, attended: Attended) -> Attended:
+        return attended._replace(out=attended.out * 1.5) if metadata.lengths_q[0] == 5 else attended
+
+    assert not judge(VOLLEY, altered(deed), CPU).failing()
+    assert judge(VOLLEY, altered(deed), CPU, Turn("nan", "turned")).failing() == [3]
+    refusing = altered(deed)
+    refusing.kernel.limit = lambda case, calls: "fives" if calls[0][0][0] == 5 else None  # type: ignore[method-assign]
+    assert not judge(VOLLEY, refusing, CPU, Turn("nan", "turned")).failing()
+
+
+def test_rows_behind_the_last_document_are_nobodys() -> None:
+    class Last(LoopKernel):
+        def attend(
+            self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+        ) -> Attended:
+            attended = super().attend(q, k, v, metadata, options)
+            return attended._replace(out=attended.out * 1.5) if len(k) > sum(metadata.lengths_k) == 25 else attended
+
+    backend, turn = Backend("last", Last()), Turn("nan", "capacity")
+    assert not judge(VOLLEY, backend, CPU).failing()
+    for seed, spare in enumerate((1, 17)):
+        judged = judge(VOLLEY.other(seed), backend, CPU, turn)
+        assert judged.failing() == []
+        volley = Volley(
+            VOLLEY.case.replace(lengths=(3, 6, 1, 9, 2, 5, 4, 9), key_lengths=(3, 13, 1, 17, 9, 5, 8, 3)), VOLLEY.ends
+        )
+        judged = judge(volley.other(seed), backend, CPU, turn)
+        assert judged.failing() == [3]
+        assert judged.call(3).capacity == spare
+    assert not judge(VOLLEY, registry.load("backup"), CPU, turn).spares
+
+
+def test_rows_that_a_backend_promises_to_fill_are_looked_at() -> None:
+    judged = judge(VOLLEY, registry.load("fault:M02-dk"), CPU, Turn("nan", "capacity"))
+    assert sorted(judged.failing()) == [0, 1, 2, 3]
+    assert judged.z[:, NAMES.index("tails")].isinf().nonzero()[:, 0].tolist() == [0, 2, 3, 7]
+    assert judged.symptom("tails") is DeadRowsNotZero
 
 
 def test_a_call_that_raises_or_refuses_spoils_no_other() -> None:
@@ -310,7 +459,9 @@ def test_results_of_another_shape_or_dtype_are_none() -> None:
 # What becomes of it.
 
 
-@pytest.mark.parametrize("fault", ["M18", "X29", "X33", "X32", "X11", "M28-mean", "M30", "M08", "X07"])
+@pytest.mark.parametrize(
+    "fault", ["M18", "X29", "X33", "X32", "X11", "M28-mean", "M30", "M08", "X07", "M02-out", "X35", "X38"]
+)
 def test_planted_faults_are_found_and_handed_over(fault: str) -> None:
     (finding, *_), _ = hunted(f"fault:{fault}", calls=1000)
     assert "volley" not in finding.checks

@@ -1,4 +1,4 @@
-"""Census and support over many documents: the pure probe's numbers, silent on correct kernels, exact on wrong keys."""
+"""Probes of many documents: the pure probes' numbers, silent on correct kernels, exact on wrong keys."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from random import Random
 import pytest
 import torch
 
-from attn_fuzz.probes import uniform_probe
+from attn_fuzz.probes import every_row_probe, needle_probe, uniform_probe
 from attn_fuzz.strategies import Domain
+from attn_fuzz.swamping import sums_of, swamping_probe
 from attn_fuzz.symptoms import WrongKeys
 from attn_fuzz.wide.call import Call, run
+from attn_fuzz.wide.every_row import wide_every_row
 from attn_fuzz.wide.gear import examine_probe, probe_verdict
 from attn_fuzz.wide.layouts import Sweep, draw_case
+from attn_fuzz.wide.needle import wide_needle
 from attn_fuzz.wide.probe import wide_probe, wrong_documents
+from attn_fuzz.wide.probes import PROBES
+from attn_fuzz.wide.swamping import swamped_sums, wide_swamping
 from backends import registry
 from backends.registry import Backend
 from reference.answer import KERNEL_TENSORS
@@ -40,6 +45,80 @@ def test_numbers_are_those_of_the_pure_probe(seed: int) -> None:
         assert (hot.row, hot.head, hot.channel) == tuple(
             int(each[document]) for each in (wide.row, wide.head, wide.channel)
         )
+
+
+def long_documents(seed: int) -> Case:
+    """A call with documents of more keys than the shortest that can be swamped, one of them odd."""
+    dtype = ("bf16", "fp16")[seed % 2]
+    keys = (40, 3, 33, 0, 700, 64)
+    return Case(
+        level="kernel", lengths=(4, 3, 9, 2, 2, 0), key_lengths=keys, head_dim=8, heads=2, dtype=dtype, seed=seed
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_needles_are_those_of_the_pure_probe(seed: int) -> None:
+    case = drawn(registry.load("loop"), seed)
+    pure, wide = needle_probe(case), wide_needle(case, CPU)
+    assert (pure is None) == (wide is None)
+    if pure is not None and wide is not None:
+        assert torch.equal(pure.picked, wide.picked)
+        for name in ("q", "k", "v", "dout"):
+            assert torch.equal(getattr(pure.inputs, name), getattr(wide.inputs, name)), name
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_gradients_in_every_row_are_those_of_the_pure_probe(seed: int) -> None:
+    case = drawn(registry.load("loop"), seed)
+    pure, wide = every_row_probe(case), wide_every_row(case, CPU)
+    for name in ("q", "k", "v", "dout"):
+        assert torch.equal(getattr(pure, name), getattr(wide, name)), name
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_swamped_sums_are_those_of_the_pure_probe(seed: int) -> None:
+    case = long_documents(seed)
+    pure, wide = swamping_probe(case), wide_swamping(case, CPU)
+    assert pure is not None
+    assert wide is not None
+    for name in ("q", "k", "v", "dout"):
+        assert torch.equal(getattr(pure.inputs, name), getattr(wide.inputs, name)), name
+    assert wide.judged.nonzero()[:, 0].tolist() == [document.segment.document for document in pure.swamped] == [0, 2, 4]
+    # What the pure probe expects is right, and 60 of the small ones more is wrong.
+    results = {"out": torch.zeros(20, 2, 8), "dq": torch.zeros(20, 2, 8)}
+    for document in pure.swamped:
+        for name, (expected, _) in sums_of(case, pure, document).items():
+            results[name][document.segment.queries.end - 1] = expected.float()
+    assert not any(wrong.any() for wrong in swamped_sums(case, wide, results).values())
+    for name, result in results.items():
+        result[-1, 1, 1] += 60 * sums_of(case, pure, pure.swamped[-1])[name][1]
+    assert {name: wrong.nonzero().tolist() for name, wrong in swamped_sums(case, wide, results).items()} == {
+        "out": [[4]],
+        "dq": [[4]],
+    }
+
+
+def test_there_is_no_swamping_without_long_documents() -> None:
+    assert wide_swamping(long_documents(0).replace(key_lengths=(31,) * 6), CPU) is None
+    assert wide_swamping(long_documents(0).replace(dtype="fp32"), CPU) is None
+
+
+@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("seed", range(3))
+def test_probes_are_silent_on_correct_results_and_look_at_what_they_say(name: str, seed: int) -> None:
+    backend = registry.load("loop")
+    case = long_documents(seed) if name == "swamping" else drawn(backend, seed).replace(softcap=0.0)
+    probe = PROBES[name](case, CPU, backend.kernel.profile)
+    assert probe is not None
+    results = run(Call.of(case, CPU, probe.inputs), backend)
+    assert not (probe.deviations(results) > 10).any()
+    for column, result in enumerate(KERNEL_TENSORS):
+        was = results[result]
+        spoilt = probe.deviations(
+            {**results, result: torch.linspace(-1e4, 1e4, was.numel()).view_as(was).to(was.dtype)}
+        )
+        assert bool((spoilt > 10).any()) == (result in probe.symptoms)
+        assert not (spoilt[:, [place for place in range(5) if place != column]] > 10).any()
 
 
 @pytest.mark.parametrize("name", registry.kernel_names())

@@ -16,13 +16,12 @@ from attn_fuzz.campaign.worker import Send, hunt
 from attn_fuzz.checks.budget import beyond_doubt
 from attn_fuzz.process import DEAD_CONTEXT, context_alive, leave_memory
 from attn_fuzz.strategies import Domain
-from attn_fuzz.symptoms import Crashed, InputsChanged, NotIsolated, PoisonLeaked, Symptom, WrongSpread, wrong_tensor
+from attn_fuzz.symptoms import Crashed, InputsChanged
 from attn_fuzz.timing import now
 from attn_fuzz.trial import SECOND_SEED
-from attn_fuzz.volley.gear import APART, PROBED, TURNS, Judged, Turn, judge
+from attn_fuzz.volley.gear import TURNS, Judged, Turn, judge
 from attn_fuzz.volley.layouts import LONGEST, Volley, draw_volley
 from attn_fuzz.wide.layouts import Sweep
-from attn_fuzz.wide.probe import SYMPTOMS
 
 FIRST_CALLS: Final = 4
 MOST_CALLS: Final = {"cuda": 256, "cpu": 64}
@@ -42,15 +41,6 @@ _SUSPECTS: Final = 3
 
 _TOUCHED: Final = 64
 """Calls that are looked at on their own where something was written that may not be."""
-
-
-def symptom_of(name: str) -> type[Symptom]:
-    """What a call is accused of whose largest deviation is in that column of ``volley.gear.NAMES``."""
-    if name in PROBED:
-        return SYMPTOMS[name.split()[0]]
-    if name in ("bits", APART):
-        return PoisonLeaked if name == "bits" else NotIsolated
-    return WrongSpread if name.endswith("-rows") else wrong_tensor(name)
 
 
 class VolleyHunt(Pursuit):
@@ -139,7 +129,7 @@ class VolleyHunt(Pursuit):
             for key, (z, index) in judged.largest().items():
                 if z > tally.worst_z.get(f"{kind} {key}", -1.0):
                     tally.worst_z[f"{kind} {key}"] = z
-                    tally.worst_case[f"{kind} {key}"] = judged.volley.call(index).to_json()
+                    tally.worst_case[f"{kind} {key}"] = judged.call(index).to_json()
         self.last_sent = time.monotonic()
         self.send(Progress(copy.deepcopy(tally)))
 
@@ -148,7 +138,7 @@ class VolleyHunt(Pursuit):
         known: dict[str, None] = {}
         refused = False
         for index in calls:
-            small = judged.volley.call(index)
+            small = judged.call(index)
             verdict = self.narrow(small)
             if verdict is not None and verdict.first is not None:
                 self.suspect(small)
@@ -173,9 +163,9 @@ class VolleyHunt(Pursuit):
         if not both and z <= beyond_doubt(volley.case):
             # One value seed may have bad luck.
             return
-        symptom = Crashed if index in judged.broken else symptom_of(name)
+        symptom = Crashed if index in judged.broken else judged.symptom(name)
         seen = "under two value seeds" if both else "once: other values did not show it"
-        small = volley.call(index)
+        small = judged.call(index)
         self.suspect(small)
         what = judged.broken.get(index, f"{name}: z = {z:.3g}")
         self.report_as_seen(

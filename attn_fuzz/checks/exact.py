@@ -23,7 +23,7 @@ _QUARTER = 0.25
 """How far from an integer ``out * n`` may be: correct kernels stay within 0.01, a wrong key moves it by 1 or more."""
 
 
-_SPLIT = 2.0**-18
+SPLIT: Final = 2.0**-18
 """Relative error of a float32 product in three TF32 ones; other keys' values differ at random."""
 
 
@@ -214,7 +214,7 @@ def needle_found(trial: Trial) -> Iterator[Symptom]:
     heads = torch.arange(case.heads) // group
     expected = probe.inputs.v[probe.picked.clamp_min(0), heads]
     # float32 kernels may multiply in split TF32; in half precision the value comes out to the last bit.
-    slack = _SPLIT * expected.abs() if case.dtype == "fp32" else 0.0
+    slack = SPLIT * expected.abs() if case.dtype == "fp32" else 0.0
     wrong = (~((out - expected).abs() <= slack) & (probe.picked >= 0)[..., None]).any(-1)
     if wrong.any():
         row, head = (int(i) for i in wrong.nonzero()[0])

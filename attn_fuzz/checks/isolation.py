@@ -19,13 +19,13 @@ from reference.case import Case
 from reference.layer import LayerInputs
 from reference.layout import call_segments, document_spans
 
-_GARBAGE: Final = -96.0
+GARBAGE: Final = -96.0
 """Finite garbage: large beside any value mode, far from overflow in products, exact in every dtype."""
 
 
 def garbage_of(case: Case, measured: Measured) -> float:
     """NaN or infinity where the backend keeps them apart, a large number otherwise; by the case's seed."""
-    return (_GARBAGE, torch.nan, torch.inf)[case.seed % 3] if measured.isolates_nonfinite else _GARBAGE
+    return (GARBAGE, torch.nan, torch.inf)[case.seed % 3] if measured.isolates_nonfinite else GARBAGE
 
 
 def kept_documents(case: Case) -> list[int]:
@@ -64,7 +64,7 @@ def future_apart(trial: Trial) -> Iterator[Symptom]:
     if not rows.any() or key_rows.all():
         return
     # Finite: kernels multiply whole tiles, so that masked NaN in a row's own tile may stay NaN.
-    observation = trial.observe_with(_spoiled(trial, ~rows, ~key_rows, _GARBAGE), trial.poisons[0])
+    observation = trial.observe_with(_spoiled(trial, ~rows, ~key_rows, GARBAGE), trial.poisons[0])
     for name in ("out", "lse", "dq"):
         yield from _compare(trial, observation, name, rows, "keys that it does not see")
 

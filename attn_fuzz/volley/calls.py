@@ -11,6 +11,7 @@ from typing import Final
 
 import torch
 
+from attn_fuzz.execute import EVERYTHING, Asked
 from attn_fuzz.poison import filler, poisoned
 from attn_fuzz.process import raise_lack_of_memory
 from attn_fuzz.volley.layouts import Volley
@@ -43,13 +44,13 @@ class _Side:
     """int64 ``[tokens]``: row in the arena of each row of the packed case."""
 
 
-def _side(volley: Volley, lengths: tuple[int, ...], device: torch.device) -> _Side:
+def _side(volley: Volley, lengths: tuple[int, ...], spares: Sequence[int], device: torch.device) -> _Side:
     counts = [sum(lengths[slice(*span)]) for span in volley.spans]
     begins, row = [], 0
-    for count in counts:
+    for count, spare in zip(counts, spares, strict=True):
         begins.append(row)
         # A row at least between calls is nobody's.
-        row += (count // _STEP + 1) * _STEP
+        row += ((count + spare) // _STEP + 1) * _STEP
     gaps = [begin - packed for begin, packed in zip(begins, itertools.accumulate(counts, initial=0))]
     numbers = torch.tensor([counts, gaps], dtype=torch.int64).to(device, non_blocking=True)
     tokens = sum(counts)
@@ -84,14 +85,16 @@ class Loaded:
         volley: what will run.
         inputs: tensors of its packed case, on the device.
         device: where.
+        spares: how many rows behind its last document each call is handed; none where empty.
     """
 
-    def __init__(self, volley: Volley, inputs: Inputs, device: torch.device) -> None:
+    def __init__(self, volley: Volley, inputs: Inputs, device: torch.device, spares: Sequence[int] = ()) -> None:
         self.volley, self.device = volley, device
+        self.spares = tuple(spares) or (0,) * len(volley.ends)
         case = volley.case
         self.sides = {
-            "q": _side(volley, case.packed_lengths, device),
-            "k": _side(volley, case.packed_key_lengths, device),
+            "q": _side(volley, case.packed_lengths, self.spares, device),
+            "k": _side(volley, case.packed_key_lengths, self.spares, device),
         }
         self.placed = {name: self._place(name, getattr(inputs, name)) for name in _SIDES}
         self.sums, self.metadata = _sums(volley, device)
@@ -106,12 +109,12 @@ class Loaded:
 
     @functools.cached_property
     def of_calls(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Each call's own rows of q, k, v and dout."""
+        """Each call's own rows of q, k, v and dout, spare ones included."""
         views = []
         for name in ("q", "k", "v", "dout"):
             side, whole = self.sides[_SIDES[name]], self.placed[name].tensor
-            pairs = zip(side.begins, side.counts, strict=True)
-            views.append([whole.narrow(0, begin, count) for begin, count in pairs])
+            places = zip(side.begins, side.counts, self.spares, strict=True)
+            views.append([whole.narrow(0, begin, count + spare) for begin, count, spare in places])
         return list(zip(*views, strict=True))
 
     def changed(self) -> torch.Tensor:
@@ -124,22 +127,29 @@ class Loaded:
 class Fired:
     """What came out of a run of all calls."""
 
-    results: dict[str, torch.Tensor]
+    results: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     """As those of the packed case, on the device; rows of calls that brought nothing are 0."""
-    broken: dict[int, str]
+    broken: dict[int, str] = dataclasses.field(default_factory=dict)
     """Calls that raised, or gave something else than was asked for, in words."""
-    refused: dict[int, str]
+    refused: dict[int, str] = dataclasses.field(default_factory=dict)
     """Calls that the backend refused, in words."""
-    paths: frozenset[str]
+    spent: set[int] = dataclasses.field(default_factory=set)
+    """Calls whose graph could not be taken back twice, which they may say."""
+    tails: dict[int, list[tuple[str, torch.Tensor]]] = dataclasses.field(default_factory=dict)
+    """Of calls with spare rows: those of each result that has some."""
+    paths: set[str] = dataclasses.field(default_factory=set)
     """Implementations that ran."""
 
 
-def _primed(like: torch.Tensor, keys: torch.Tensor, byte: float) -> None:
+def _primed(like: torch.Tensor, keys: torch.Tensor, value: float) -> None:
     """Leaves poison in the blocks that a GPU's next results will be given."""
-    heads = like.shape[:2]
-    blocks = [torch.full(x.shape, byte, dtype=x.dtype, device=x.device) for x in (like, like, keys, keys)]
-    blocks.append(torch.full(heads, byte, dtype=torch.float32, device=like.device))
-    del blocks
+    # The LSE of a row and a head takes 4 bytes, of which half of the dtypes hold two.
+    lse = (*like.shape[:2], 4 // like.element_size())
+    shapes = (like.shape, like.shape, keys.shape, keys.shape, lse)
+    blocks = [torch.empty(shape, dtype=like.dtype, device=like.device) for shape in shapes]
+    # Two launches for all of them, where filling takes one for each.
+    torch._foreach_zero_(blocks)
+    torch._foreach_add_(blocks, value)
 
 
 @contextlib.contextmanager
@@ -153,20 +163,78 @@ def _memory(loaded: Loaded, poison: str, *, compiled: bool) -> Iterator[None]:
         yield
 
 
-def _one(
-    loaded: Loaded, index: int, backend: Backend, poison: str, gradients: Sequence[str]
-) -> tuple[Attended, tuple[torch.Tensor, ...]]:
+@dataclasses.dataclass(frozen=True)
+class _Shot:
+    """What one call gave back."""
+
+    attended: Attended
+    gradients: dict[str, torch.Tensor]
+    spent: bool = False
+
+
+def _one(loaded: Loaded, index: int, backend: Backend, poison: str, asked: Asked, *, forward_only: bool) -> _Shot:
     *tensors, dout = loaded.of_calls[index]
     named = zip(("q", "k", "v"), tensors, strict=True)
-    q, k, v = leaves = [x.detach().requires_grad_(name in gradients) for name, x in named]
+    q, k, v = leaves = [x.detach().requires_grad_(name in asked.gradients) for name, x in named]
     if loaded.device.type == "cuda" and poison != "none":
         _primed(q, k, filler(poison))
-    with torch.set_grad_enabled(bool(gradients)):
+    with torch.set_grad_enabled(bool(asked.gradients)):
         attended = backend.kernel.attend(q, k, v, loaded.metadata[index], loaded.options)
-    if not gradients:
-        return attended, ()
-    asked = [x for x in leaves if x.requires_grad]
-    return attended, torch.autograd.grad(attended.out, asked, dout)
+    if not asked.gradients or forward_only:
+        return _Shot(attended, {})
+    wanted = [x for x in leaves if x.requires_grad]
+    gradients = torch.autograd.grad(attended.out, wanted, dout, retain_graph=asked.twice)
+    if asked.twice:
+        try:
+            gradients = torch.autograd.grad(attended.out, wanted, dout)
+        except RuntimeError as error:
+            raise_lack_of_memory(error)
+            if "CUDA" in str(error):
+                raise
+            # A backward that gives back what it saved, and says so, is nobody's mistake.
+            return _Shot(attended, {}, spent=True)
+    return _Shot(attended, {f"d{name}": x for name, x in zip(asked.gradients, gradients, strict=True)})
+
+
+class _Collector:
+    """The results of calls, one after another, on their way to those of the packed case."""
+
+    def __init__(self, loaded: Loaded, names: Sequence[str]) -> None:
+        self.loaded, self.fired = loaded, Fired()
+        self.parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        q, k = (loaded.placed[name].tensor for name in ("q", "k"))
+        self.dtype = q.dtype
+        self.of_row = {name: (k if name in ("dk", "dv") else q).shape[1 : 2 if name == "lse" else 3] for name in names}
+
+    def take(self, index: int, got: dict[str, torch.Tensor]) -> None:
+        """Adds what a call gave, and zeros for what it did not."""
+        spare = self.loaded.spares[index]
+        wrong = []
+        for name, parts in self.parts.items():
+            rows = self.loaded.sides["k" if name in ("dk", "dv") else "q"].counts[index]
+            x = got.get(name)
+            if x is not None and spare and len(x) == rows + spare:
+                self.fired.tails.setdefault(index, []).append((name, x[rows:]))
+                x = x[:rows]
+            if x is not None and (x.shape != (rows, *self.of_row[name]) or (name != "lse" and x.dtype != self.dtype)):
+                wrong.append(name)
+                x = None
+            if x is not None:
+                parts.append(x)
+            elif name != "lse" or not got or wrong:
+                parts.append(torch.zeros(rows, *self.of_row[name], dtype=self.dtype, device=self.loaded.device))
+        if wrong:
+            self.fired.broken[index] = f"{', '.join(wrong)} of another shape or dtype"
+
+    def done(self, *, backwards: bool) -> Fired:
+        """All of it; the LSE only where every call has one."""
+        calls = len(self.loaded.volley.ends)
+        self.fired.results = {
+            name: torch.cat(some[::-1] if backwards else some)
+            for name, some in self.parts.items()
+            if len(some) == calls
+        }
+        return self.fired
 
 
 def fire(
@@ -174,7 +242,8 @@ def fire(
     backend: Backend,
     poison: str,
     *,
-    gradients: Sequence[str] = ("q", "k", "v"),
+    asked: Asked = EVERYTHING,
+    forward_only: bool = False,
     backwards: bool = False,
     beat: Callable[[], None] = lambda: None,
 ) -> Fired:
@@ -184,35 +253,32 @@ def fire(
         loaded: the calls.
         backend: what runs them.
         poison: contents of unwritten memory; ``none`` for what it happens to hold.
-        gradients: the inputs that require one; none for the forward alone, without autograd, as inference runs it.
+        asked: of autograd.
+        forward_only: the forward of training, and no backward.
         backwards: the last call first.
         beat: called before every call, for whoever would take a slow kernel for one that hangs.
 
     Raises:
         torch.OutOfMemoryError: as it comes.
     """
-    shapes = {name: loaded.placed[name].tensor.shape for name in ("q", "k")}
-    dtype = loaded.placed["q"].tensor.dtype
-    given = tuple(f"d{name}" for name in ("q", "k", "v") if name in gradients)
-    names = ("out", "lse", *given)
+    given = () if forward_only else tuple(f"d{name}" for name in asked.gradients)
     meant = backend.kernel.paths_on(loaded.device.type)
-    parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    collector = _Collector(loaded, ("out", "lse", *given))
+    fired = collector.fired
     order = range(len(loaded.volley.ends))
-    fired = Fired({}, {}, {}, frozenset())
-    paths: set[str] = set()
     with _memory(loaded, poison, compiled=backend.kernel.compiled):
         for index in reversed(order) if backwards else order:
             beat()
-            rows = {side: (loaded.sides[side].counts[index], *shapes[side][1:]) for side in ("q", "k")}
-            shape_of = {"out": rows["q"], "dq": rows["q"], "dk": rows["k"], "dv": rows["k"], "lse": rows["q"][:2]}
-            wanted = {name: shape_of[name] for name in names}
             got: dict[str, torch.Tensor] = {}
             try:
-                attended, grads = _one(loaded, index, backend, poison, gradients)
-                got = {"out": attended.out.detach(), **dict(zip(given, grads, strict=True))}
+                shot = _one(loaded, index, backend, poison, asked, forward_only=forward_only)
+                attended = shot.attended
+                got = {"out": attended.out.detach(), **shot.gradients}
                 if attended.lse is not None:
                     got["lse"] = attended.lse.detach().T
-                paths.add(attended.path)
+                if shot.spent:
+                    fired.spent.add(index)
+                fired.paths.add(attended.path)
                 if meant and attended.path not in meant:
                     fired.broken[index] = f"{attended.path!r} ran, but should be {' or '.join(sorted(meant))}"
             except (UnsupportedCase, NotImplementedError) as refusal:
@@ -220,17 +286,5 @@ def fire(
             except Exception as error:
                 raise_lack_of_memory(error)
                 fired.broken[index] = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['-'])[0][:300]}"
-            wrong = [name for name, x in got.items() if x.shape != wanted[name] or (name != "lse" and x.dtype != dtype)]
-            if wrong:
-                fired.broken[index] = f"{', '.join(wrong)} of another shape or dtype"
-            for name, shape in wanted.items():
-                if name in got and name not in wrong:
-                    parts[name].append(got[name])
-                elif name != "lse" or not got or wrong:
-                    parts[name].append(torch.zeros(shape, dtype=dtype, device=loaded.device))
-    results = {
-        name: torch.cat(some[::-1] if backwards else some) for name, some in parts.items() if len(some) == len(order)
-    }
-    fired.paths = frozenset(paths)
-    fired.results = results
-    return fired
+            collector.take(index, got)
+    return collector.done(backwards=backwards)

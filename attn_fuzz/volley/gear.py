@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
 import torch
 
 from attn_fuzz.checks.budget import LIMIT, limit
-from attn_fuzz.checks.isolation import garbage_of
-from attn_fuzz.measured import measured
-from attn_fuzz.volley.calls import Fired, Loaded, fire
+from attn_fuzz.symptoms import (
+    DeadRowsNotZero,
+    NotIsolated,
+    PoisonLeaked,
+    Symptom,
+    WrongSpread,
+    wrong_tensor,
+)
 from attn_fuzz.volley.layouts import Volley
-from attn_fuzz.wide.gear import effective_profile, promised
-from attn_fuzz.wide.judge import COLUMNS, largest_z, of_documents, other_bits
-from attn_fuzz.wide.probe import wide_probe, wrong_documents
+from attn_fuzz.volley.questions import APART, NAMES, PROBED, QUESTIONS, TAILS, Firing
+from attn_fuzz.wide.judge import COLUMNS, largest_z
 from backends.registry import Backend
-from reference.answer import KERNEL_TENSORS, Inputs, kernel_inputs
 from reference.case import Case
-from reference.packed import packed
 
-PROBED: Final = tuple(f"{name} of the probe" for name in KERNEL_TENSORS)
-APART: Final = "isolation"
-NAMES: Final = (*COLUMNS, APART, *PROBED)
-"""What is judged of each document: as of a wide call, isolation from others, then the results of the exact probe."""
+_EXACT: Final[dict[str, type[Symptom]]] = {"bits": PoisonLeaked, APART: NotIsolated, TAILS: DeadRowsNotZero}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +42,21 @@ class Judged:
     paths: frozenset[str]
     turn: Turn
     """What was asked."""
+    spares: tuple[int, ...]
+    """Rows behind the last document that calls were handed in some run; empty for none."""
+    symptoms: Mapping[str, type[Symptom]]
+    """What the probe calls a result that fails it."""
+
+    def call(self, index: int) -> Case:
+        """One of the calls as a case of its own, such as the narrow gear may show to fail."""
+        small = self.volley.call(index)
+        return small.replace(capacity=self.spares[index]) if self.spares else small
+
+    def symptom(self, name: str) -> type[Symptom]:
+        """What a call is accused of whose largest deviation is in that column of ``NAMES``."""
+        if name in PROBED:
+            return self.symptoms[name.split()[0]]
+        return _EXACT.get(name) or (WrongSpread if name.endswith("-rows") else wrong_tensor(name))
 
     def worst(self) -> list[tuple[float, str]]:
         """Of every call: the largest deviation in units in which the verdict is at LIMIT, and whose it is."""
@@ -56,13 +70,13 @@ class Judged:
                 found.append((0.0, ""))
                 continue
             largest, column = own.amax(0).max(0)
-            found.append((largest.item() * LIMIT / limit(self.volley.case), NAMES[int(column)]))
+            found.append((largest.item(), NAMES[int(column)]))
         return found
 
     def largest(self) -> dict[str, tuple[float, int]]:
         """Of each result: its largest deviation in the same units, and the call in which it was seen."""
         ends = torch.tensor(self.volley.ends)
-        z = self.z * LIMIT / limit(self.volley.case)
+        z = self.z.clone()
         for index in self.refused | self.broken:
             z[slice(*self.volley.spans[index])] = 0.0
         worst, places = z.max(0)
@@ -85,31 +99,29 @@ class Turn(NamedTuple):
 
     poison: str
     """Contents of unwritten memory when the drawn values run."""
-    probe: bool = False
-    """Census and support, in a run of their own from memory of the other kind."""
-    inference: bool = False
-    """The forward without autograd, which the same budgets hold for."""
-    partly: bool = False
-    """Gradients of some inputs only, which the same budgets hold for."""
-    apart: bool = False
-    """Every other document full of garbage, for the same results of the others."""
-    again: bool = False
-    """The drawn values once more from memory of the other kind, the last call first, for the same bits."""
+    asked: str = ""
+    """One of ``QUESTIONS``."""
 
 
 TURNS: Final = (
-    Turn("nan", probe=True),
-    Turn("finite", inference=True),
-    Turn("nan", probe=True),
-    Turn("finite", again=True),
-    Turn("nan", probe=True),
-    Turn("finite", apart=True),
-    Turn("nan", probe=True),
-    Turn("finite", partly=True),
+    Turn("nan", "keys"),
+    Turn("finite", "inference"),
+    Turn("nan", "needle"),
+    Turn("finite", "again"),
+    Turn("nan", "keys"),
+    Turn("finite", "documents apart"),
+    Turn("nan", "every row"),
+    Turn("finite", "some gradients"),
+    Turn("nan", "keys"),
+    Turn("finite", "turned"),
+    Turn("nan", "swamping"),
+    Turn("finite", "second backward"),
+    Turn("nan", "keys"),
+    Turn("finite", "future apart"),
+    Turn("nan", "needle"),
+    Turn("finite", "capacity"),
 )
-"""Of every campaign, in turn: each run costs as much as the drawn values' own, and a volley more is worth more."""
-
-_OTHER: Final = {"nan": "finite", "finite": "nan"}
+"""Of every campaign, in turn: a further run costs as much as the drawn values' own, and a volley more is worth more."""
 
 
 def judge(
@@ -121,8 +133,8 @@ def judge(
 ) -> Judged:
     """Runs every call with drawn values, and whatever else it is the turn of, from poisoned memory; judges all of it.
 
-    Every document's results are held to the budget, element by element and row by row, and census and support of the
-    probe to the very number of every key.
+    Every document's results are held to the budget, element by element and row by row, and what the turn asks to what
+    is exactly right.
 
     Args:
         volley: the calls.
@@ -134,101 +146,22 @@ def judge(
     Raises:
         torch.OutOfMemoryError: as it comes.
     """
-    case, count = volley.case, len(volley.case.packed_lengths)
-    drawn = kernel_inputs(case, device)
-    loaded = Loaded(volley, drawn, device)
-    other = _OTHER[turn.poison]
-    profile = effective_profile(backend.kernel.profile_on(device.type), case)
-    convention = backend.kernel.capabilities_on(device.type).lse_of_blind_rows
-    runs: list[Fired] = []
-    placed = [loaded]
-
-    def run(
-        what: Loaded, poison: str, gradients: Sequence[str] = ("q", "k", "v"), *, backwards: bool = False
-    ) -> dict[str, torch.Tensor]:
-        runs.append(fire(what, backend, poison, gradients=gradients, backwards=backwards, beat=beat))
-        _in_our_convention(runs[-1], convention)
-        return runs[-1].results
-
-    first = run(loaded, turn.poison)
-    held = [first]
-    # What is compiled would be compiled once more for each way to ask.
-    if turn.inference and not backend.kernel.compiled:
-        held.append(run(loaded, other, ()))
-    if turn.partly and not backend.kernel.compiled:
-        held.append(run(loaded, other, _PARTS[case.seed % len(_PARTS)]))
-    z = torch.cat(
-        [largest_z(case, drawn, profile, held).amax(0), torch.zeros(count, 1 + len(PROBED), device=device)], 1
-    )
-    if turn.again and (names := promised(backend, device)):
-        moved = other_bits(case, first, run(loaded, other, backwards=True), names)
-        z[:, NAMES.index("bits")] = torch.where(moved, torch.inf, 0.0)
-    if turn.apart and (names := promised(backend, device)):
-        garbage = garbage_of(case, measured(backend, str(device)))
-        placed.append(Loaded(volley, _spoiled(case, drawn, garbage), device))
-        moved = _moved(case, first, run(placed[-1], turn.poison), names)
-        z[:, NAMES.index(APART)] = torch.where(moved, torch.inf, 0.0)
-    if turn.probe:
-        probe = wide_probe(case, device)
-        placed.append(Loaded(volley, probe.inputs, device))
-        wrong = wrong_documents(case, probe, run(placed[-1], other))
-        z[:, len(NAMES) - len(PROBED) :] = torch.where(wrong, torch.inf, 0.0)
-    touched = torch.stack([each.changed() for each in placed]).any()
+    firing = Firing(volley, backend, device, turn.poison, beat)
+    QUESTIONS[turn.asked](firing)
+    case = volley.case
+    z = torch.zeros(len(case.packed_lengths), len(NAMES), dtype=torch.float64, device=device)
+    by_budget = largest_z(case, firing.drawn, firing.profile, firing.held).amax(0)
+    z[:, : len(COLUMNS)] = by_budget * (LIMIT / limit(case))
+    for name, documents in firing.accused.items():
+        z[:, NAMES.index(name)] = documents
+    touched = torch.stack([each.changed() for each in firing.placed]).any()
     # The one transfer: everything before it was only queued.
     flat = torch.cat([z.flatten(), touched[None].double()]).cpu()
     broken: dict[int, str] = {}
     refused: dict[int, str] = {}
-    for fired in runs:
+    for fired in firing.runs:
         broken = fired.broken | broken
         refused |= fired.refused
-    return Judged(
-        volley,
-        flat[:-1].view(z.shape),
-        broken,
-        refused,
-        bool(flat[-1]),
-        frozenset().union(*(fired.paths for fired in runs)),
-        turn,
-    )
-
-
-_PARTS: Final = (("q",), ("k",), ("v",), ("k", "v"))
-"""Inputs that require a gradient, where not all do."""
-
-
-def _kept(case: Case, name: str, device: torch.device) -> torch.Tensor:
-    """Rows of a result that belong to documents which keep their values: every other one, by the seed."""
-    lengths = case.packed_key_lengths if name in ("k", "v", "dk", "dv") else case.packed_lengths
-    return packed(lengths, device).owner % 2 == case.seed // 3 % 2
-
-
-def _spoiled(case: Case, drawn: Inputs, garbage: float) -> Inputs:
-    """A case's tensors with garbage in every other document."""
-    names = ("q", "k", "v", "dout")
-    tensors = {name: getattr(drawn, name) for name in names}
-    spoilt = {
-        name: torch.where(_kept(case, name, x.device)[:, None, None], x, x.new_tensor(garbage))
-        for name, x in tensors.items()
-    }
-    return Inputs(**spoilt)
-
-
-def _moved(
-    case: Case, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], names: Sequence[str]
-) -> torch.Tensor:
-    """Documents that kept their values and did not keep a result: bool ``[documents]``."""
-    found = torch.zeros(len(case.packed_lengths), dtype=torch.bool, device=before["out"].device)
-    for name in names:
-        if name in before and name in after and len(before[name]):
-            was, now = before[name], after[name]
-            # 0 times a negative number is -0: signs of zeros may move.
-            differs = ((was != now) & ~(was.isnan() & now.isnan())).flatten(1).any(1)
-            found |= of_documents(case, name, differs & _kept(case, name, differs.device))
-    return found
-
-
-def _in_our_convention(fired: Fired, blind: float) -> None:
-    """The LSE of rows without keys as this project has it; a finite sentinel stays what it is, and wrong."""
-    if "lse" in fired.results:
-        lse = fired.results["lse"]
-        fired.results["lse"] = torch.where(lse == blind, -torch.inf, lse)
+    paths = frozenset().union(*(fired.paths for fired in firing.runs))
+    found = flat[:-1].view(z.shape)
+    return Judged(volley, found, broken, refused, bool(flat[-1]), paths, turn, firing.spares, firing.symptoms)

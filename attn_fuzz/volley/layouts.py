@@ -21,6 +21,8 @@ DOCUMENTS: Final = (1, 1, 2, 2, 3, 4, 4, 5, 7, 12)
 
 _MEAN: Final = sum(DOCUMENTS) / len(DOCUMENTS)
 
+VALUES: Final = ("gaussian", "gaussian", "gaussian", "large", "large", "offset", "tiny", "ties")
+
 _ANY_OPTIONS: Final = 0.4
 """Share of volleys whose head dimension, head group and scale are any that are taken: some cost ten times others."""
 
@@ -80,6 +82,7 @@ def draw_volley(random: Random, sweep: Sweep, backend: Backend, domain: Domain, 
     case = draw_case(random, sweep, backend, domain, max(2, round(calls * _MEAN)), every=every)
     if case is None:
         return None
+    case = case.replace(values=random.choice(VALUES))
     work, count, begin = 0.0, 0, 0
     for queries, keys in zip(case.packed_lengths, case.packed_key_lengths, strict=True):
         work += queries * keys * case.heads * case.head_dim

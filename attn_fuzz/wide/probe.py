@@ -16,9 +16,9 @@ from attn_fuzz.checks.exact import census_sees
 from attn_fuzz.probes import uniform_probe
 from attn_fuzz.symptoms import Symptom, WrongKeys, WrongKeysBackward, WrongLse
 from attn_fuzz.wide.judge import of_documents
+from attn_fuzz.wide.places import Places
 from reference.answer import KERNEL_TENSORS, Inputs
 from reference.case import Case
-from reference.packed import packed
 from reference.values import DTYPES, draw
 
 SYMPTOMS: Final[dict[str, type[Symptom]]] = {
@@ -36,17 +36,13 @@ class WideProbe:
     """``probes.uniform_probe`` of a call of many documents, on a device."""
 
     inputs: Inputs
+    places: Places
     row: torch.Tensor
     """int64 ``[documents]``: the row within each document whose output gradient is hot; 0 where it has no queries."""
     head: torch.Tensor
     channel: torch.Tensor
     shift: float
     """The product q k of every query and key, before the scale."""
-
-
-def _positions(lengths: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
-    begins = lengths.cumsum(0) - lengths
-    return torch.arange(len(owner), device=owner.device) - begins[owner]
 
 
 def wide_probe(case: Case, device: torch.device) -> WideProbe:
@@ -57,35 +53,25 @@ def wide_probe(case: Case, device: torch.device) -> WideProbe:
         torch.where(draw(plain, name, case.kv_heads, dim, device, keys=True) < 0, -1.0, 1.0)
         for name in ("census", "probe keys")
     )
-    lengths, key_lengths, ids = (
-        torch.tensor(x, dtype=torch.int64).to(device)
-        for x in (case.packed_lengths, case.packed_key_lengths, case.packed_ids)
-    )
-    owner = packed(case.packed_key_lengths, device).owner
-    position = _positions(key_lengths, owner)
+    places = Places(case, device)
     # Opposite neighbours: no run of keys can drift.
-    second = (position % 2 == 1) & (position < key_lengths[owner] // 2 * 2)
-    v = torch.where(second[:, None, None], -v.roll(1, 0), v)
-
-    def pick(salt: int, count: torch.Tensor | int) -> torch.Tensor:
-        mixed = (case.seed * 1_000_003 + ids * 8191 + salt * 131) * 0x9E3779B1
-        return ((mixed >> 7) & 0xFFFFFF) % count
-
-    last = (lengths - 1).clamp_min(0)
-    row = torch.stack([torch.zeros_like(last), last, pick(1, last + 1)]).gather(0, pick(2, 3)[None])[0]
-    head, channel = pick(3, heads), pick(4, dim)
+    v = places.paired(v, keys=True)
+    every = torch.arange(len(case.packed_lengths), device=device)
+    last = (places.lengths - 1).clamp_min(0)
+    choices = torch.stack([torch.zeros_like(last), last, places.pick(every, 1, last + 1)])
+    row = choices.gather(0, places.pick(every, 2, 3)[None])[0]
+    head, channel = places.pick(every, 3, heads), places.pick(every, 4, dim)
     queries = sum(case.packed_lengths)
     # One row more, for documents without queries: to leave them out, the host would have to know which they are.
     dout = torch.zeros(queries + 1, heads, dim, device=device)
-    begins = lengths.cumsum(0) - lengths
-    dout[torch.where(lengths > 0, begins + row, queries), head, channel] = 1.0
+    dout[torch.where(places.lengths > 0, places.begins + row, queries), head, channel] = 1.0
     dout = dout[:queries]
     # Seed and options decide it, not the documents.
     shift = uniform_probe(case.replace(lengths=(1,), key_lengths=(1,), document_ids=None)).shift
     q = torch.zeros_like(dout)
     q[..., 0] = shift
     k[..., 0] = 1.0
-    return WideProbe(Inputs(*(x.to(dtype) for x in (q, k, v, dout))), row, head, channel, shift)
+    return WideProbe(Inputs(*(x.to(dtype) for x in (q, k, v, dout))), places, row, head, channel, shift)
 
 
 def wrong_documents(case: Case, probe: WideProbe, results: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -105,33 +91,18 @@ class _Wrong:
     """Wrong rows of each result, bool ``[tokens]``."""
 
     def __init__(self, case: Case, probe: WideProbe, results: dict[str, torch.Tensor]) -> None:
-        self.case, self.probe, self.results = case, probe, results
-        device = results["out"].device
-        self.lengths, self.key_lengths = (
-            torch.tensor(x, dtype=torch.int64).to(device) for x in (case.packed_lengths, case.packed_key_lengths)
-        )
-        self.owner = packed(case.packed_lengths, device).owner
-        self.position = _positions(self.lengths, self.owner)
-        self.begin, self.end = self.run(self.position, self.owner)
+        self.case, self.probe, self.results, self.places = case, probe, results, probe.places
+        self.begin, self.end = self.places.seen
         self.counts = self.end - self.begin
         self.score = probe.shift * case.softmax_scale
         self.group = case.heads // case.kv_heads
-
-    def run(self, position: torch.Tensor, document: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys ``[begin, end)`` of its document that a query at a position sees."""
-        keys = self.key_lengths[document]
-        own = position + keys - self.lengths[document]
-        left, right = self.case.effective_window
-        begin = (own - left).clamp_min(0) if left >= 0 else torch.zeros_like(own)
-        end = torch.minimum(own + right + 1, keys) if right >= 0 else keys
-        return begin, torch.maximum(begin, end)
 
     def out(self) -> torch.Tensor:
         v = self.probe.inputs.v.double()
         # Along memory: over the rows as they lie, a GPU has one thread for each channel.
         running = v.flatten(1).T.contiguous().cumsum(1).T.unflatten(1, v.shape[1:])
         sums = torch.cat([running.new_zeros(1, *v.shape[1:]), running])
-        first = (self.key_lengths.cumsum(0) - self.key_lengths)[self.owner]
+        first = self.places.key_begins[self.places.owner]
         # A run that is empty may lie behind the document.
         end = torch.where(self.counts > 0, self.end, 0)
         begin = torch.where(self.counts > 0, self.begin, 0)
@@ -140,7 +111,7 @@ class _Wrong:
 
     def lse(self) -> torch.Tensor:
         if (lse := self.results.get("lse")) is None:
-            return torch.zeros_like(self.owner, dtype=torch.bool)
+            return torch.zeros_like(self.counts, dtype=torch.bool)
         score = self.score
         if self.case.softcap:
             score = self.case.softcap * math.tanh(score / self.case.softcap)
@@ -153,10 +124,10 @@ class _Wrong:
     def keys(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of dk and of dv."""
         dk, dv = self.results["dk"], self.results["dv"].double()
-        owner = packed(self.case.packed_key_lengths, dv.device).owner
-        position = _positions(self.key_lengths, owner)
-        begin, end = self.run(self.probe.row, torch.arange(len(self.lengths), device=dv.device))
-        hot = (position >= begin[owner]) & (position < end[owner]) & (self.lengths > 0)[owner]
+        owner, position = self.places.key_owner, self.places.key_position
+        every_document = torch.arange(len(self.probe.row), device=dv.device)
+        begin, end = self.places.seen_by(self.probe.row, every_document)
+        hot = (position >= begin[owner]) & (position < end[owner]) & (self.places.lengths > 0)[owner]
         weight = torch.where(hot, 1.0 / (end - begin).clamp_min(1)[owner].double(), 0.0)
         wanted = torch.zeros_like(dv)
         every = torch.arange(len(owner), device=dv.device)
@@ -170,6 +141,7 @@ class _Wrong:
         return (dk != 0).flatten(1).any(1), wrong.flatten(1).any(1)
 
     def dq(self) -> torch.Tensor:
-        hot = (self.position == self.probe.row[self.owner])[:, None]
-        hot = hot & (torch.arange(self.case.heads, device=hot.device) == self.probe.head[self.owner][:, None])
+        owner = self.places.owner
+        hot = (self.places.position == self.probe.row[owner])[:, None]
+        hot = hot & (torch.arange(self.case.heads, device=hot.device) == self.probe.head[owner][:, None])
         return ((self.results["dq"] != 0).any(-1) & ~hot).any(1)

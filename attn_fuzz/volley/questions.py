@@ -1,0 +1,269 @@
+"""What is asked of a volley beside the budgets of its drawn values: adding a question is one function, listed here.
+
+Each stands for a check or probe of the narrow gear (attn_fuzz/checks), to which a call that fails is handed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import torch
+
+from attn_fuzz.checks.isolation import GARBAGE, garbage_of
+from attn_fuzz.execute import EVERYTHING, Asked
+from attn_fuzz.measured import measured
+from attn_fuzz.symptoms import Symptom
+from attn_fuzz.volley.calls import Fired, Loaded, fire
+from attn_fuzz.volley.layouts import Volley
+from attn_fuzz.wide.cutout import subset
+from attn_fuzz.wide.gear import effective_profile, promised
+from attn_fuzz.wide.judge import COLUMNS, of_documents, other_bits
+from attn_fuzz.wide.places import Places
+from attn_fuzz.wide.probes import PROBES
+from backends.registry import Backend
+from reference.answer import KERNEL_TENSORS, Inputs, kernel_inputs
+
+PROBED: Final = tuple(f"{name} of the probe" for name in KERNEL_TENSORS)
+APART: Final = "isolation"
+TAILS: Final = "tails"
+NAMES: Final = (*COLUMNS, APART, TAILS, *PROBED)
+"""What is judged of each document: as of a wide call; then isolation, rows behind the last document, and a probe."""
+
+Results = dict[str, torch.Tensor]
+
+_OTHER: Final = {"nan": "finite", "finite": "nan"}
+
+
+class Firing:
+    """A volley while it is judged.
+
+    Args:
+        volley: the calls.
+        backend: what runs them.
+        device: where.
+        poison: contents of unwritten memory when the drawn values run.
+        beat: called before every call of every run.
+    """
+
+    def __init__(
+        self, volley: Volley, backend: Backend, device: torch.device, poison: str, beat: Callable[[], None]
+    ) -> None:
+        self.volley, self.case, self.backend, self.device = volley, volley.case, backend, device
+        self.poison, self.other_poison, self.beat = poison, _OTHER[poison], beat
+        self.convention = backend.kernel.capabilities_on(device.type).lse_of_blind_rows
+        self.profile = effective_profile(backend.kernel.profile_on(device.type), self.case)
+        self.drawn = kernel_inputs(self.case, device)
+        self.runs: list[Fired] = []
+        self.placed: list[Loaded] = []
+        self.loaded = self.load(volley, self.drawn)
+        self.accused: dict[str, torch.Tensor] = {}
+        """By names of ``NAMES``: of each document, float64 in units in which the verdict is at LIMIT."""
+        self.spares: tuple[int, ...] = ()
+        self.symptoms: Mapping[str, type[Symptom]] = {}
+        self.first = self.run(self.loaded, poison)
+        self.held = [self.first]
+        """Results that the budgets hold for."""
+
+    def load(self, volley: Volley, inputs: Inputs, spares: Sequence[int] = ()) -> Loaded:
+        """Tensors in their places, which are looked at again in the end."""
+        self.placed.append(Loaded(volley, inputs, self.device, spares))
+        return self.placed[-1]
+
+    def fire(
+        self,
+        what: Loaded,
+        poison: str,
+        asked: Asked = EVERYTHING,
+        *,
+        forward_only: bool = False,
+        backwards: bool = False,
+    ) -> Fired:
+        """A run of all calls."""
+        how = {"asked": asked, "forward_only": forward_only, "backwards": backwards}
+        fired = fire(what, self.backend, poison, beat=self.beat, **how)  # type: ignore[arg-type]
+        self.runs.append(fired)
+        if "lse" in fired.results:
+            # In this project's convention; a finite sentinel stays what it is, and wrong.
+            lse = fired.results["lse"]
+            fired.results["lse"] = torch.where(lse == self.convention, -torch.inf, lse)
+        return fired
+
+    def run(
+        self,
+        what: Loaded,
+        poison: str,
+        asked: Asked = EVERYTHING,
+        *,
+        forward_only: bool = False,
+        backwards: bool = False,
+    ) -> Results:
+        """The results of a run of all calls."""
+        return self.fire(what, poison, asked, forward_only=forward_only, backwards=backwards).results
+
+    def accuse(self, name: str, documents: torch.Tensor) -> None:
+        """Something exact is wrong with some documents, bool ``[documents]``."""
+        self.accused[name] = torch.where(documents, torch.inf, 0.0).double()
+
+
+def probe_of(name: str) -> Callable[[Firing], None]:
+    """Inputs made for it, in a run of their own from memory of the other kind."""
+
+    def ask(firing: Firing) -> None:
+        probe = PROBES[name](firing.case, firing.device, firing.profile)
+        if probe is None:
+            return
+        loaded = firing.load(firing.volley, probe.inputs)
+        results = firing.run(loaded, firing.other_poison, forward_only=not probe.backward)
+        firing.symptoms = probe.symptoms
+        firing.accused |= dict(zip(PROBED, probe.deviations(results).unbind(1), strict=True))
+
+    return ask
+
+
+def inference(firing: Firing) -> None:
+    """The forward without autograd."""
+    _asked(firing, Asked(()))
+
+
+_PARTS: Final = (("q",), ("k",), ("v",), ("k", "v"))
+
+
+def some_gradients(firing: Firing) -> None:
+    """Gradients of some inputs only."""
+    _asked(firing, Asked(_PARTS[firing.case.seed % len(_PARTS)]))
+
+
+def second_backward(firing: Firing) -> None:
+    """A second backward over the same graph, for kernels that allow it."""
+    _asked(firing, Asked(twice=True))
+
+
+def _asked(firing: Firing, asked: Asked) -> None:
+    # What is compiled would be compiled once more for each way to ask.
+    if not firing.backend.kernel.compiled:
+        fired = firing.fire(firing.loaded, firing.other_poison, asked)
+        if not fired.spent:
+            firing.held.append(fired.results)
+
+
+def again(firing: Firing) -> None:
+    """The drawn values once more, from memory of the other kind, the last call first: the same bits where promised."""
+    if names := promised(firing.backend, firing.device):
+        second = firing.run(firing.loaded, firing.other_poison, backwards=True)
+        firing.accuse("bits", other_bits(firing.case, firing.first, second, names))
+
+
+def documents_apart(firing: Firing) -> None:
+    """Every other document full of garbage: the others' results are the same."""
+    garbage = garbage_of(firing.case, measured(firing.backend, str(firing.device)))
+    places, turn = Places(firing.case, firing.device), firing.case.seed // 3 % 2
+    _spoiled(firing, places.owner % 2 == turn, places.key_owner % 2 == turn, garbage, KERNEL_TENSORS)
+
+
+def future_apart(firing: Firing) -> None:
+    """Keys that earlier rows do not see, and later rows, full of garbage: those rows' results are the same."""
+    if max(firing.case.effective_window) < 0:
+        return
+    places = Places(firing.case, firing.device)
+    rest = places.lengths // 2
+    every = torch.arange(len(rest), device=firing.device)
+    # What rows in a row see is a run of keys, too.
+    begin, end = places.seen_by(torch.zeros_like(rest), every)[0], places.seen_by(rest - 1, every)[1]
+    end, owner = torch.where(rest > 0, end, begin), places.key_owner
+    seen = (places.key_position >= begin[owner]) & (places.key_position < end[owner])
+    # Finite: kernels multiply whole tiles, so that masked NaN in a row's own tile may stay NaN.
+    _spoiled(firing, places.position < rest[places.owner], seen, GARBAGE, ("out", "lse", "dq"))
+
+
+def _spoiled(
+    firing: Firing,
+    rows: torch.Tensor,
+    key_rows: torch.Tensor,
+    garbage: float,
+    results: Sequence[str],
+) -> None:
+    """Garbage everywhere but in some rows, some of whose results keep their bits where that is promised."""
+    promises = promised(firing.backend, firing.device)
+    names = [name for name in results if name in promises and len(firing.first.get(name, ()))]
+    if not names:
+        return
+    kept = {"q": rows, "k": key_rows, "v": key_rows, "dout": rows}
+    tensors = {name: getattr(firing.drawn, name) for name in kept}
+    spoilt = {name: torch.where(kept[name][:, None, None], x, x.new_tensor(garbage)) for name, x in tensors.items()}
+    after = firing.run(firing.load(firing.volley, Inputs(**spoilt)), firing.poison)
+    found = torch.zeros(len(firing.case.packed_lengths), dtype=torch.bool, device=firing.device)
+    for name in names:
+        if name in after:
+            was, now = firing.first[name], after[name]
+            # 0 times a negative number is -0: signs of zeros may move.
+            differs = ((was != now) & ~(was.isnan() & now.isnan())).flatten(1).any(1)
+            mine = key_rows if name in ("dk", "dv") else rows
+            found |= of_documents(firing.case, name, differs & mine)
+    firing.accuse(APART, found)
+
+
+def turned(firing: Firing) -> None:
+    """Every call with its first document last, where the backend takes it so."""
+    volley, order = firing.volley, list[int]()
+    for index, (begin, end) in enumerate(volley.spans):
+        span = [*range(begin + 1, end), begin]
+        small = subset(volley.case, span)
+        fits = small is not None and firing.backend.refusal(small, firing.device.type) is None
+        order += span if fits else range(*volley.spans[index])
+    case = subset(volley.case, order)
+    assert case is not None
+    other = Volley(case, volley.ends)
+    results = firing.run(firing.load(other, kernel_inputs(case, firing.device)), firing.other_poison)
+    before, after = Places(volley.case, firing.device), Places(case, firing.device)
+    places = torch.tensor(order).to(firing.device)
+    rows = before.begins[places][after.owner] + after.position
+    key_rows = before.key_begins[places][after.key_owner] + after.key_position
+    firing.held.append(
+        {
+            name: torch.empty_like(x).index_copy_(0, key_rows if name in ("dk", "dv") else rows, x)
+            for name, x in results.items()
+        }
+    )
+
+
+_SPARES: Final = (1, 17)
+
+
+def capacity(firing: Firing) -> None:
+    """Rows behind the last document of each call, which nobody may read, where the backend takes such."""
+    if not measured(firing.backend, str(firing.device)).capacity:
+        return
+    spare, kind = _SPARES[firing.case.seed % 2], firing.device.type
+    calls = (firing.volley.call(index).replace(capacity=spare) for index in range(len(firing.volley.ends)))
+    firing.spares = tuple(spare if firing.backend.refusal(call, kind) is None else 0 for call in calls)
+    loaded = firing.load(firing.volley, firing.drawn, firing.spares)
+    fired = firing.fire(loaded, firing.other_poison)
+    firing.held.append(fired.results)
+    if not firing.backend.kernel.capabilities_on(kind).covers_all_rows or not fired.tails:
+        return
+    wrong = torch.stack(
+        [
+            torch.stack([(tail != (-torch.inf if name == "lse" else 0.0)).any() for name, tail in tails])
+            .any()
+            .to(firing.device)
+            for tails in fired.tails.values()
+        ]
+    )
+    last = torch.tensor([firing.volley.ends[index] - 1 for index in fired.tails]).to(firing.device)
+    found = torch.zeros(len(firing.case.packed_lengths), dtype=torch.bool, device=firing.device)
+    firing.accuse(TAILS, found.index_copy_(0, last, wrong))
+
+
+QUESTIONS: Final[dict[str, Callable[[Firing], None]]] = {
+    "": lambda firing: None,
+    **{name: probe_of(name) for name in PROBES},
+    "inference": inference,
+    "some gradients": some_gradients,
+    "second backward": second_backward,
+    "again": again,
+    "documents apart": documents_apart,
+    "future apart": future_apart,
+    "turned": turned,
+    "capacity": capacity,
+}

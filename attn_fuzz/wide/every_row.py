@@ -1,0 +1,36 @@
+"""A gradient in every row (``probes.every_row_probe``) for thousands of documents in one call."""
+
+from __future__ import annotations
+
+import torch
+
+from attn_fuzz.checks.exact import ALIKE
+from attn_fuzz.wide.judge import COLUMNS, largest_z
+from attn_fuzz.wide.places import Places
+from reference.answer import Inputs
+from reference.case import Case
+from reference.profile import Profile
+from reference.values import DTYPES, draw
+
+
+def wide_every_row(case: Case, device: torch.device) -> Inputs:
+    """The inputs of a kernel case, the same numbers as ``every_row_probe`` gives."""
+    places, plain = Places(case, device), case.replace(values="gaussian", dtype="fp32")
+
+    def signs(name: str, heads: int, *, keys: bool) -> torch.Tensor:
+        return torch.where(draw(plain, name, heads, case.head_dim, device, keys=keys) < 0, -1.0, 1.0)
+
+    k, v = (signs(name, case.kv_heads, keys=True) for name in ("probe keys", "probe values"))
+    dout = places.paired(signs("every row", case.heads, keys=False), keys=False)
+    begin, end = places.seen
+    # Whole numbers that are no powers of two lie half-way between none: rounding is the same everywhere.
+    power = (end - begin).clamp_min(1).double().log2().round().long()
+    dout = dout * torch.bitwise_left_shift(torch.ones_like(power), power)[:, None, None]
+    return Inputs(*(x.to(DTYPES[case.dtype]) for x in (torch.zeros_like(dout), k, v, dout)))
+
+
+def miscounted(case: Case, inputs: Inputs, profile: Profile, dv: torch.Tensor) -> torch.Tensor:
+    """How far dV of each document is off, in units in which the verdict is at LIMIT: float64 ``[documents]``."""
+    # The mode of the drawn values says nothing about these.
+    z = largest_z(case.replace(values="gaussian"), inputs, profile, [{"dv": dv}])[0]
+    return torch.maximum(z[:, COLUMNS.index("dv")], z[:, COLUMNS.index("dv-rows")] / ALIKE)
