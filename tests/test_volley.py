@@ -292,7 +292,7 @@ def test_the_needle_sees_what_only_sharp_scores_show() -> None:
         def attend(
             self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
         ) -> Attended:
-            if q.detach().abs().max() > 20 and len(v) > 12:
+            if 20 < q.detach().abs().max() < 90 and len(v) > 12:
                 v = torch.cat([v[:1], v[2:3], v[1:2], v[3:]])
             return super().attend(q, k, v, metadata, options)
 
@@ -414,12 +414,10 @@ def test_rows_behind_the_last_document_are_nobodys() -> None:
 
     backend, turn = Backend("last", Last()), Turn("nan", "capacity")
     assert not judge(VOLLEY, backend, CPU).failing()
+    assert not judge(VOLLEY, backend, CPU, turn).failing()
+    volley = Volley(CASE.replace(key_lengths=(3, 13, 1, 17, 9, 5, 8, 3)), VOLLEY.ends)
+    assert not judge(volley, backend, CPU).failing()
     for seed, spare in enumerate((1, 17)):
-        judged = judge(VOLLEY.other(seed), backend, CPU, turn)
-        assert judged.failing() == []
-        volley = Volley(
-            VOLLEY.case.replace(lengths=(3, 6, 1, 9, 2, 5, 4, 9), key_lengths=(3, 13, 1, 17, 9, 5, 8, 3)), VOLLEY.ends
-        )
         judged = judge(volley.other(seed), backend, CPU, turn)
         assert judged.failing() == [3]
         assert judged.call(3).capacity == spare
@@ -459,9 +457,10 @@ def test_results_of_another_shape_or_dtype_are_none() -> None:
 # What becomes of it.
 
 
-@pytest.mark.parametrize(
-    "fault", ["M18", "X29", "X33", "X32", "X11", "M28-mean", "M30", "M08", "X07", "M02-out", "X35", "X38"]
-)
+FAULTS = ("M18", "X29", "X33", "X32", "X11", "M28-mean", "M30", "M08", "X07", "M02-out", "X35", "X38")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found_and_handed_over(fault: str) -> None:
     (finding, *_), _ = hunted(f"fault:{fault}", calls=1000)
     assert "volley" not in finding.checks
