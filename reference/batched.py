@@ -29,15 +29,15 @@ SIZES: Final = (2, 8, 16, 24, 32, 48, 64, 96, 128)
 """Padded lengths: few buckets, because each costs as many small operations as a large one. Beyond the last: its
 multiples."""
 
-_CPU_BYTES: Final = 48 << 20
+_CPU_BYTES: Final = 28 << 20
 """A chunk's working set where it is to stay near the processor's caches."""
 
 _CPU_SHARE: Final = 0.25
 
-_CPU_OVERHEAD: Final = 4 << 20
+_CPU_OVERHEAD: Final = 2 << 20
 """Working set that takes a processor as long as the hundred operations of a chunk take by themselves: a millisecond."""
 
-_CUDA_OVERHEAD: Final = 256 << 20
+_CUDA_OVERHEAD: Final = 128 << 20
 """The same of a GPU, where those operations' launches are what a chunk costs by itself."""
 
 _CUDA_SHARE: Final = 0.25
@@ -45,9 +45,10 @@ _CUDA_BYTES: Final = 1 << 30
 """Enough to keep a GPU busy; what a chunk has taken stays with its process, and sixteen of them may share 80 GiB."""
 
 
-# float64 tensors alive at a time in attention_variances: of [heads, q, k], and of [heads, q + k, d].
-_LIVE_SCORES: Final = 24
-_LIVE_ROWS: Final = 24
+# float64 tensors alive at a time in lean.py, inputs and results included: of [heads, q, k], and of [heads, q + k, d].
+# Not all of both at once; a test counts what is alive for every backend's profile.
+_LIVE_SCORES: Final = 16
+_LIVE_ROWS: Final = 12
 
 
 @dataclasses.dataclass(frozen=True)

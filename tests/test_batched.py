@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
+from backends import registry
 from reference import answer, batched, lean
 from reference.answer import kernel_inputs
 from reference.case import DTYPES, Case
@@ -131,7 +136,52 @@ def test_chunks_cover_every_document_once_and_stay_within_memory(memory: int, le
         assert all(lengths[index] <= min(queries, keys) for index in members)
         one = batched.plan_chunks(case, 0, members[:1])
         assert len(one) == 1
-        assert len(members) == 1 or len(members) * 8 * 2 * 24 * queries * keys <= memory
+        assert len(members) == 1 or len(members) * 8 * 2 * 16 * queries * keys <= memory
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of tensors that exist at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_flatten(result)[0]:
+            if isinstance(x, torch.Tensor) and (key := id(x.untyped_storage())) not in self.sizes:
+                self.sizes[key] = x.untyped_storage().nbytes()
+                weakref.finalize(x.untyped_storage(), self.sizes.pop, key, None)
+        self.most = max(self.most, sum(self.sizes.values()))
+        return result
+
+
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+@pytest.mark.parametrize("values", ["gaussian", "large"])
+def test_a_chunk_takes_about_the_memory_that_was_planned(
+    softcap: float, values: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a GPU: all queries at once.
+    monkeypatch.setattr("reference.lean._CPU_SCORES", 1 << 30)
+    case = Case(
+        level="kernel",
+        lengths=(64, 64),
+        key_lengths=(128, 128),
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        dtype="bf16",
+        softcap=softcap,
+        values=values,
+    )
+    inputs = kernel_inputs(case, "cpu")
+    planned = next(size for size in range(1 << 20, 1 << 28, 1 << 18) if len(batched.plan_chunks(case, size)) == 1)
+    for profile in {registry.load(name).kernel.profile_on("cuda") for name in registry.kernel_names()}:
+        with Alive() as alive:
+            for _ in batched.answers(case, inputs, profile, memory=1 << 40, degrees=True):
+                pass
+        assert 0.4 * planned < alive.most < 1.1 * planned
 
 
 def test_some_documents_of_a_call() -> None:

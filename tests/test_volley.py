@@ -293,13 +293,13 @@ def test_the_needle_sees_what_only_sharp_scores_show() -> None:
             self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
         ) -> Attended:
             if 20 < q.detach().abs().max() < 90 and len(v) > 12:
-                v = torch.cat([v[:1], v[2:3], v[1:2], v[3:]])
+                v = torch.cat([v[1:2], v[:1], v[2:]])
             return super().attend(q, k, v, metadata, options)
 
     seen = {turn.asked: judge(VOLLEY, Backend("sharp", Sharp()), CPU, turn) for turn in dict.fromkeys(TURNS)}
     failing = {asked: judged.failing() for asked, judged in seen.items() if judged.failing()}
     assert set(failing) == {"needle"}
-    assert set(failing["needle"]) <= {2, 3}
+    assert set(failing["needle"]) == {1, 2, 3}
     assert seen["needle"].worst()[failing["needle"][0]] == (torch.inf, "out of the probe")
     assert seen["needle"].symptom("out of the probe") is WrongKeys
 
