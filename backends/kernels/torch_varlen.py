@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 from collections.abc import Sequence
@@ -13,6 +14,14 @@ from backends.flash2 import ALIGNED_MEMORIES, FLASH2_PROFILE, flash2_limit
 from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel
 from backends.metadata import VarlenMetadata
 from reference.case import Case
+
+
+@functools.cache
+def _grouped() -> dict[str, Any]:
+    """Newer releases ask for grouped heads explicitly; older ones take them as they are."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 class TorchVarlen(Kernel):
@@ -56,10 +65,6 @@ def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     ) -> Attended:
         from torch.nn.attention.varlen import varlen_attn
 
-        # Newer releases ask for grouped heads explicitly; older ones take them as they are.
-        grouped: dict[str, Any] = (
-            {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-        )
         out = varlen_attn(
             q,
             k,
@@ -70,7 +75,7 @@ def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
             metadata.max_seqlen_k,
             scale=options.scale,
             window_size=options.effective_window,
-            **grouped,
+            **_grouped(),
         )
         assert isinstance(out, torch.Tensor)
         return Attended(out, None, "varlen_attn")
