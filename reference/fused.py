@@ -12,9 +12,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _rvar(x, RELATIVE: tl.constexpr, SMALLEST: tl.constexpr, SUBNORMAL: tl.constexpr):
+def _rvar(x, relative, smallest, subnormal):
     """budget.rounding_variance."""
-    stored = tl.where(tl.abs(x) >= SMALLEST, RELATIVE * x * x, SUBNORMAL)
+    stored = tl.where(tl.abs(x) >= smallest, relative * x * x, subnormal)
     return tl.where(x == 0.0, 0.0, stored)
 
 
@@ -50,18 +50,16 @@ def _scores(q, k, q2, k2, seen, scale, softcap, exp_variance, tanh_variance, A2:
 @triton.jit
 def _ds(
     p, slope, vs, raw, dp, delta, var_dp, scale, softcap, factor, tanh_variance,
-    A2: tl.constexpr, RELATIVE: tl.constexpr, SMALLEST: tl.constexpr, SUBNORMAL: tl.constexpr,
-    SOFTCAP: tl.constexpr, STORES_P: tl.constexpr,
+    relative, smallest, subnormal, stores_p, A2: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """(dS, its variance)."""
     difference = dp - delta
     p2 = p * p
     ds = p * difference * slope
-    relative = vs * difference * difference + var_dp + A2 * (dp * dp + delta * delta)
-    variance = _rvar(factor * ds, RELATIVE, SMALLEST, SUBNORMAL) / (factor * factor)
-    variance += slope * slope * p2 * relative
-    if STORES_P:
-        variance += slope * slope * _rvar(p, RELATIVE, SMALLEST, SUBNORMAL) * difference * difference
+    per_p2 = vs * difference * difference + var_dp + A2 * (dp * dp + delta * delta)
+    variance = _rvar(factor * ds, relative, smallest, subnormal) / (factor * factor)
+    variance += slope * slope * p2 * per_p2
+    variance += stores_p * slope * slope * _rvar(p, relative, smallest, subnormal) * difference * difference
     if SOFTCAP:
         bent = 4.0 * (1.0 - slope) * (slope * slope * raw / (softcap * softcap) + (A2 + tanh_variance) * (1.0 - slope))
         variance += p2 * difference * difference * bent
@@ -74,10 +72,10 @@ def rows_kernel(
     out_ptr, out_inverse_ptr, dq_ptr, dq_inverse_ptr, lse_ptr, lse_inverse_ptr,
     delta_ptr, delta_variance_ptr, shared_ptr,
     q_row, q_head, q_channel, k_row, k_head, k_channel, v_row, v_head, v_channel, do_row, do_head, do_channel,
-    scale, softcap, factor, exp_variance, tanh_variance, left, right, heads, group,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    A2: tl.constexpr, RELATIVE: tl.constexpr, SMALLEST: tl.constexpr, SUBNORMAL: tl.constexpr,
-    SOFTCAP: tl.constexpr, STORES_P: tl.constexpr, BY_LSE: tl.constexpr,
+    scale, softcap, factor, exp_variance, tanh_variance, relative, smallest, subnormal, stores_p, by_lse,
+    left, right, heads, group, D,
+    BD: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    A2: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """out, lse and dq with their budgets; what the keys' kernel needs of each row."""
     document, head = tl.program_id(0), tl.program_id(1)
@@ -90,7 +88,11 @@ def rows_kernel(
         return
     row = first + tl.arange(0, BM)
     channel = tl.arange(0, BD)
-    there = (row < queries)[:, None] & (channel < D)[None, :]
+    # A mask that the compiler knows to be true costs nothing.
+    width = D
+    if EVEN:
+        width = BD
+    there = (row < queries)[:, None] & (channel < width)[None, :]
     token = (q_begin + row).to(tl.int64)
     q = tl.load(q_ptr + token[:, None] * q_row + head * q_head + channel[None, :] * q_channel, mask=there, other=0.0)
     do = tl.load(
@@ -116,7 +118,7 @@ def rows_kernel(
         if right >= 0:
             seen = seen & (key[None, :] <= own[:, None] + right)
         place = (k_begin + key).to(tl.int64)
-        inside = (channel < D)[:, None] & (key < keys)[None, :]
+        inside = (channel < width)[:, None] & (key < keys)[None, :]
         k = tl.load(
             k_ptr + place[None, :] * k_row + kv_head * k_head + channel[:, None] * k_channel, mask=inside, other=0.0
         )
@@ -141,11 +143,11 @@ def rows_kernel(
         if right >= 0:
             seen = seen & (key[None, :] <= own[:, None] + right)
         place = (k_begin + key).to(tl.int64)
-        inside = (channel < D)[:, None] & (key < keys)[None, :]
+        inside = (channel < width)[:, None] & (key < keys)[None, :]
         k = tl.load(
             k_ptr + place[None, :] * k_row + kv_head * k_head + channel[:, None] * k_channel, mask=inside, other=0.0
         )
-        within = (key < keys)[:, None] & (channel < D)[None, :]
+        within = (key < keys)[:, None] & (channel < width)[None, :]
         v = tl.load(
             v_ptr + place[:, None] * v_row + kv_head * v_head + channel[None, :] * v_channel, mask=within, other=0.0
         )
@@ -157,12 +159,11 @@ def rows_kernel(
         w = p * p * vs
         shared += tl.sum(w, 1)
         out += tl.dot(p, v_wide, input_precision="tf32x3")
-        weight = _rvar(p, RELATIVE, SMALLEST, SUBNORMAL) + A2 * p + w
+        weight = _rvar(p, relative, smallest, subnormal) + A2 * p + w
         spread += tl.dot(weight, v_wide * v_wide, input_precision="tf32")
-    out_variance = spread + out * out * shared[:, None] + _rvar(out, RELATIVE, SMALLEST, SUBNORMAL)
+    out_variance = spread + out * out * shared[:, None] + _rvar(out, relative, smallest, subnormal)
     stored_lse = A2 * lse * lse * 0.0625
-    if BY_LSE:
-        out_variance += stored_lse[:, None] * out * out
+    out_variance += by_lse * stored_lse[:, None] * out * out
     shared += stored_lse
     shared = tl.where(blind, 0.0, shared)
     product = do_wide * out
@@ -179,7 +180,7 @@ def rows_kernel(
         if right >= 0:
             seen = seen & (key[None, :] <= own[:, None] + right)
         place = (k_begin + key).to(tl.int64)
-        inside = (channel < D)[:, None] & (key < keys)[None, :]
+        inside = (channel < width)[:, None] & (key < keys)[None, :]
         k = tl.load(
             k_ptr + place[None, :] * k_row + kv_head * k_head + channel[:, None] * k_channel, mask=inside, other=0.0
         )
@@ -196,14 +197,14 @@ def rows_kernel(
         var_dp = A2 * tl.dot(do2, v_wide * v_wide, input_precision="tf32")
         ds, var_ds = _ds(
             p, slope, vs, raw, dp, delta[:, None], var_dp, scale, softcap, factor, tanh_variance,
-            A2, RELATIVE, SMALLEST, SUBNORMAL, SOFTCAP, STORES_P,
+            relative, smallest, subnormal, stores_p, A2, SOFTCAP,
         )  # fmt: skip
         dq += tl.dot(ds, tl.trans(k_wide), input_precision="tf32x3")
         dq_spread += tl.dot(var_ds + A2 * ds * ds, tl.trans(k2), input_precision="tf32")
         pk += tl.dot(p * slope, tl.trans(k_wide), input_precision="tf32")
     dq = scale * dq
     dq_variance = scale * scale * (dq_spread + delta_variance[:, None] * pk * pk) + shared[:, None] * dq * dq
-    dq_variance += _rvar(dq, RELATIVE, SMALLEST, SUBNORMAL)
+    dq_variance += _rvar(dq, relative, smallest, subnormal)
     place = (token[:, None] * heads + head) * D + channel[None, :]
     tl.store(out_ptr + place, out, mask=there)
     tl.store(out_inverse_ptr + place, _inverse(out, out_variance), mask=there)
@@ -223,10 +224,10 @@ def keys_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, cu_q_ptr, cu_k_ptr,
     dk_ptr, dk_inverse_ptr, dv_ptr, dv_inverse_ptr, lse_ptr, delta_ptr, delta_variance_ptr, shared_ptr,
     q_row, q_head, q_channel, k_row, k_head, k_channel, v_row, v_head, v_channel, do_row, do_head, do_channel,
-    scale, softcap, factor, exp_variance, tanh_variance, left, right, heads, group,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    A2: tl.constexpr, RELATIVE: tl.constexpr, SMALLEST: tl.constexpr, SUBNORMAL: tl.constexpr,
-    SOFTCAP: tl.constexpr, STORES_P: tl.constexpr, EXPANDS: tl.constexpr,
+    scale, softcap, factor, exp_variance, tanh_variance, relative, smallest, subnormal, stores_p, expands,
+    left, right, heads, group, D,
+    BD: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    A2: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """dk and dv with their budgets."""
     document, kv_head = tl.program_id(0), tl.program_id(1)
@@ -239,9 +240,13 @@ def keys_kernel(
         return
     key = first + tl.arange(0, BN)
     channel = tl.arange(0, BD)
+    # A mask that the compiler knows to be true costs nothing.
+    width = D
+    if EVEN:
+        width = BD
     place = (k_begin + key).to(tl.int64)
-    there = (key < keys)[:, None] & (channel < D)[None, :]
-    inside = (channel < D)[:, None] & (key < keys)[None, :]
+    there = (key < keys)[:, None] & (channel < width)[None, :]
+    inside = (channel < width)[:, None] & (key < keys)[None, :]
     k = tl.load(
         k_ptr + place[None, :] * k_row + kv_head * k_head + channel[:, None] * k_channel, mask=inside, other=0.0
     )
@@ -275,7 +280,7 @@ def keys_kernel(
             if right >= 0:
                 seen = seen & (key[None, :] <= own[:, None] + right)
             token = (q_begin + row).to(tl.int64)
-            within = real[:, None] & (channel < D)[None, :]
+            within = real[:, None] & (channel < width)[None, :]
             q = tl.load(
                 q_ptr + token[:, None] * q_row + head * q_head + channel[None, :] * q_channel, mask=within, other=0.0
             )
@@ -300,23 +305,22 @@ def keys_kernel(
             var_dp = A2 * tl.dot(do2, v2, input_precision="tf32")
             ds, var_ds = _ds(
                 p, slope, vs, raw, dp, delta[:, None], var_dp, scale, softcap, factor, tanh_variance,
-                A2, RELATIVE, SMALLEST, SUBNORMAL, SOFTCAP, STORES_P,
+                relative, smallest, subnormal, stores_p, A2, SOFTCAP,
             )  # fmt: skip
             p2 = p * p
             by_key = var_ds + p2 * slope * slope * delta_variance[:, None] + (A2 + shared[:, None]) * ds * ds
-            by_key_dv = _rvar(p, RELATIVE, SMALLEST, SUBNORMAL) + p2 * (vs + A2 + shared[:, None])
+            by_key_dv = _rvar(p, relative, smallest, subnormal) + p2 * (vs + A2 + shared[:, None])
             dk_head += tl.dot(tl.trans(ds), q_wide, input_precision="tf32x3")
             dk_variance += scale * scale * tl.dot(tl.trans(by_key), q2, input_precision="tf32")
             dv_head += tl.dot(tl.trans(p), do_wide, input_precision="tf32x3")
             dv_variance += tl.dot(tl.trans(by_key_dv), do2, input_precision="tf32")
         dk_head = scale * dk_head
-        if EXPANDS:
-            dk_variance += _rvar(dk_head, RELATIVE, SMALLEST, SUBNORMAL)
-            dv_variance += _rvar(dv_head, RELATIVE, SMALLEST, SUBNORMAL)
+        dk_variance += expands * _rvar(dk_head, relative, smallest, subnormal)
+        dv_variance += expands * _rvar(dv_head, relative, smallest, subnormal)
         dk += dk_head
         dv += dv_head
-    dk_variance += _rvar(dk, RELATIVE, SMALLEST, SUBNORMAL)
-    dv_variance += _rvar(dv, RELATIVE, SMALLEST, SUBNORMAL)
+    dk_variance += _rvar(dk, relative, smallest, subnormal)
+    dv_variance += _rvar(dv, relative, smallest, subnormal)
     result = (place[:, None] * (heads // group) + kv_head) * D + channel[None, :]
     tl.store(dk_ptr + result, dk, mask=there)
     tl.store(dk_inverse_ptr + result, _inverse(dk, dk_variance), mask=there)

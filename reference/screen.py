@@ -121,29 +121,24 @@ def screen(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Screened]:
     inputs_and_places = (q, k, v, dout, queries.bounds, keys.bounds)
     strides = tuple(stride for x in (q, k, v, dout) for stride in x.stride())
     factor = min(1.0, abs(scale), abs(scale / case.softcap) if case.softcap else 1.0)
-    scalars = (
-        scale,
-        cap,
-        factor,
-        profile.exp_error**2,
-        profile.tanh_error**2,
-        left,
-        right,
-        heads,
-        heads // case.kv_heads,
+    stores = (
+        _ROUNDING * UNIT_ROUNDOFF[case.dtype] ** 2,
+        SMALLEST_NORMAL[case.dtype],
+        # Of fp16 only: below float32's range for bf16.
+        SUBNORMAL_SPACING[case.dtype] ** 2 / 12 if case.dtype == "fp16" else 0.0,
+        float(profile.stores_probabilities),
     )
+    scalars = (scale, cap, factor, profile.exp_error**2, profile.tanh_error**2, *stores)
+    shapes = (left, right, heads, heads // case.kv_heads, dim)
+    # What is compiled for is kept to a few kinds: whoever draws options would wait for each of them once.
+    padded = _power(dim, 16, 1 << 30)
     constants: dict[str, Any] = {
-        "D": dim,
-        "BD": _power(dim, 16, 1 << 30),
+        "BD": padded,
+        "EVEN": padded == dim,
         "BM": block_m,
         "BN": block_n,
         "A2": ACCUMULATION**2,
-        "RELATIVE": _ROUNDING * UNIT_ROUNDOFF[case.dtype] ** 2,
-        "SMALLEST": SMALLEST_NORMAL[case.dtype],
-        # Of fp16 only: below float32's range for bf16.
-        "SUBNORMAL": SUBNORMAL_SPACING[case.dtype] ** 2 / 12 if case.dtype == "fp16" else 0.0,
         "SOFTCAP": bool(case.softcap),
-        "STORES_P": profile.stores_probabilities,
         # Accumulators of more channels spill out of four warps.
         "num_warps": 8 if dim > 64 else 4,
     }
@@ -151,7 +146,14 @@ def screen(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Screened]:
     by_row = [x for name in ("out", "dq", "lse") for x in (found[name].value, found[name].inverse)]
     by_key = [x for name in ("dk", "dv") for x in (found[name].value, found[name].inverse)]
     fused.rows_kernel[(documents, heads, -(-queries.longest // block_m))](
-        *inputs_and_places, *by_row, *per_row, *strides, *scalars, **constants, BY_LSE=profile.normalises_by_lse
+        *inputs_and_places,
+        *by_row,
+        *per_row,
+        *strides,
+        *scalars,
+        float(profile.normalises_by_lse),
+        *shapes,
+        **constants,
     )
     fused.keys_kernel[(documents, case.kv_heads, -(-keys.longest // block_n))](
         *inputs_and_places,
@@ -160,8 +162,9 @@ def screen(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Screened]:
         *per_row,
         *strides,
         *scalars,
+        float(profile.expands_kv and heads > case.kv_heads),
+        *shapes,
         **constants,
-        EXPANDS=profile.expands_kv and heads > case.kv_heads,
     )
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -402,6 +403,24 @@ def test_documents_come_in_another_order() -> None:
     refusing = altered(deed)
     refusing.kernel.limit = lambda case, calls: "fives" if calls[0][0][0] == 5 else None  # type: ignore[method-assign]
     assert not judge(VOLLEY, refusing, CPU, Turn("nan", "turned")).failing()
+
+
+@pytest.mark.parametrize("scale", [None, 0.25, 0.5])
+def test_what_is_kept_by_shape_meets_another_scale(scale: float | None) -> None:
+    class Planned(LoopKernel):
+        def __init__(self) -> None:
+            self.plans: dict[torch.Size, float] = {}
+
+        def attend(
+            self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+        ) -> Attended:
+            kept = dataclasses.replace(options, scale=self.plans.setdefault(k.shape, options.scale))
+            return super().attend(q, k, v, metadata, kept)
+
+    volley, turn = Volley(CASE.replace(scale=scale), VOLLEY.ends), Turn("nan", "other scale")
+    assert not judge(volley, registry.load("loop"), CPU, turn).failing()
+    assert not judge(volley, Backend("planned", Planned()), CPU).failing()
+    assert {1, 2, 3} <= set(judge(volley, Backend("planned", Planned()), CPU, turn).failing())
 
 
 def test_rows_behind_the_last_document_are_nobodys() -> None:

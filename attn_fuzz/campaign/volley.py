@@ -24,7 +24,7 @@ from attn_fuzz.volley.layouts import LONGEST, Volley, draw_volley
 from attn_fuzz.wide.layouts import Sweep
 
 FIRST_CALLS: Final = 4
-MOST_CALLS: Final = {"cuda": 256, "cpu": 64}
+MOST_CALLS: Final = {"cuda": 256, "cpu": 32}
 """More calls make each cheaper, but have their configuration in common: many volleys see more of those."""
 
 VOLLEY_SECONDS: Final = 2.0

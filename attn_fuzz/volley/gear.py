@@ -19,9 +19,11 @@ from attn_fuzz.symptoms import (
 )
 from attn_fuzz.volley.layouts import Volley
 from attn_fuzz.volley.questions import APART, NAMES, PROBED, QUESTIONS, TAILS, Firing
-from attn_fuzz.wide.judge import COLUMNS, largest_z
+from attn_fuzz.wide.judge import COLUMNS, largest_z, screened_z
 from backends.registry import Backend
+from reference.answer import Inputs
 from reference.case import Case
+from reference.screen import SUSPICIOUS, takes
 
 _EXACT: Final[dict[str, type[Symptom]]] = {"bits": PoisonLeaked, APART: NotIsolated, TAILS: DeadRowsNotZero}
 
@@ -101,25 +103,28 @@ class Turn(NamedTuple):
     """Contents of unwritten memory when the drawn values run."""
     asked: str = ""
     """One of ``QUESTIONS``."""
+    careful: bool = False
+    """Float64 from the first look on, and the statistic of rows, also where a fast look would do."""
 
 
 TURNS: Final = (
     Turn("nan", "keys"),
-    Turn("finite", "inference"),
-    Turn("nan", "needle"),
+    Turn("finite", "inference", careful=True),
+    Turn("nan", "needle", careful=True),
     Turn("finite", "again"),
     Turn("nan", "keys"),
     Turn("finite", "documents apart"),
     Turn("nan", "every row"),
-    Turn("finite", "some gradients"),
+    Turn("finite", "some gradients", careful=True),
     Turn("nan", "keys"),
     Turn("finite", "turned"),
-    Turn("nan", "swamping"),
-    Turn("finite", "second backward"),
+    Turn("nan", "swamping", careful=True),
+    Turn("finite", "second backward", careful=True),
     Turn("nan", "keys"),
     Turn("finite", "future apart"),
-    Turn("nan", "needle"),
+    Turn("nan", "needle", careful=True),
     Turn("finite", "capacity"),
+    Turn("nan", "other scale"),
 )
 """Of every campaign, in turn: a further run costs as much as the drawn values' own, and a volley more is worth more."""
 
@@ -150,8 +155,9 @@ def judge(
     QUESTIONS[turn.asked](firing)
     case = volley.case
     z = torch.zeros(len(case.packed_lengths), len(NAMES), dtype=torch.float64, device=device)
-    by_budget = largest_z(case, firing.drawn, firing.profile, firing.held).amax(0)
-    z[:, : len(COLUMNS)] = by_budget * (LIMIT / limit(case))
+    fast = not turn.careful and _looks_fast(firing)
+    by_budget = _fast_z(firing) if fast else largest_z(case, firing.drawn, firing.profile, firing.held)
+    z[:, : len(COLUMNS)] = torch.cat([by_budget, *firing.deviations]).amax(0) * (LIMIT / limit(case))
     for name, documents in firing.accused.items():
         z[:, NAMES.index(name)] = documents
     touched = torch.stack([each.changed() for each in firing.placed]).any()
@@ -164,4 +170,35 @@ def judge(
         refused |= fired.refused
     paths = frozenset().union(*(fired.paths for fired in firing.runs))
     found = flat[:-1].view(z.shape)
+    if fast:
+        _look_again(firing, found, {*broken, *refused})
     return Judged(volley, found, broken, refused, bool(flat[-1]), paths, turn, firing.spares, firing.symptoms)
+
+
+def _looks_fast(firing: Firing) -> bool:
+    """Whether the fast reference takes the volley, of one of the few head dimensions that it is compiled for."""
+    return firing.case.head_dim % 16 == 0 and takes(firing.case, firing.profile, firing.device) is None
+
+
+def _fast_z(firing: Firing) -> torch.Tensor:
+    # Half precision is exact in float32, and one dtype takes half of the compiler's time.
+    named = (getattr(firing.drawn, name).float() for name in ("q", "k", "v", "dout"))
+    return screened_z(firing.case, Inputs(*named), firing.profile, firing.held)
+
+
+def _look_again(firing: Firing, z: torch.Tensor, calls: set[int]) -> None:
+    """What looks suspicious to the fast reference is for the exact one to say; of clean volleys it is not asked.
+
+    Args:
+        firing: what was judged.
+        z: ``[documents, len(NAMES)]`` on the CPU, which is put right.
+        calls: those that nobody asks about.
+    """
+    budgets = len(COLUMNS) - 1
+    suspicious = (z[:, :budgets] > SUSPICIOUS * LIMIT).any(1)
+    for index in calls:
+        suspicious[slice(*firing.volley.spans[index])] = False
+    if documents := suspicious.nonzero()[:, 0].tolist():
+        exact = largest_z(firing.case, firing.drawn, firing.profile, firing.held, documents=documents)
+        looked = torch.cat([exact, *firing.deviations]).amax(0)[documents, :budgets]
+        z[documents, :budgets] = looked.cpu() * (LIMIT / limit(firing.case))

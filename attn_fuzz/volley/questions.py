@@ -13,12 +13,13 @@ import torch
 from attn_fuzz.checks.isolation import GARBAGE, garbage_of
 from attn_fuzz.execute import EVERYTHING, Asked
 from attn_fuzz.measured import measured
+from attn_fuzz.strategies import usual_scales
 from attn_fuzz.symptoms import Symptom
 from attn_fuzz.volley.calls import Fired, Loaded, fire
 from attn_fuzz.volley.layouts import Volley
 from attn_fuzz.wide.cutout import subset
 from attn_fuzz.wide.gear import effective_profile, promised
-from attn_fuzz.wide.judge import COLUMNS, of_documents, other_bits
+from attn_fuzz.wide.judge import COLUMNS, largest_z, of_documents, other_bits
 from attn_fuzz.wide.places import Places
 from attn_fuzz.wide.probes import PROBES
 from backends.registry import Backend
@@ -64,6 +65,8 @@ class Firing:
         self.first = self.run(self.loaded, poison)
         self.held = [self.first]
         """Results that the budgets hold for."""
+        self.deviations: list[torch.Tensor] = []
+        """Of results with budgets of their own: ``largest_z`` of each."""
 
     def load(self, volley: Volley, inputs: Inputs, spares: Sequence[int] = ()) -> Loaded:
         """Tensors in their places, which are looked at again in the end."""
@@ -227,6 +230,23 @@ def turned(firing: Firing) -> None:
     )
 
 
+def other_scale(firing: Firing) -> None:
+    """The same calls with another softmax scale, held to budgets of their own: what is kept by shape shows."""
+    case, kind = firing.case, firing.device.type
+    scales = {
+        other: case.replace(scale=other)
+        for other in usual_scales(firing.backend.kernel.capabilities_on(kind), case.head_dim)
+    }
+    others = [other for other in scales.values() if other.softmax_scale != case.softmax_scale]
+    if not others:
+        return
+    # The least: larger scores are harder on a budget of the first order.
+    other = min(others, key=lambda each: each.softmax_scale)
+    if firing.backend.refusal(other, kind) is None:
+        results = firing.run(firing.load(Volley(other, firing.volley.ends), firing.drawn), firing.other_poison)
+        firing.deviations.append(largest_z(other, firing.drawn, firing.profile, [results]))
+
+
 _SPARES: Final = (1, 17)
 
 
@@ -265,5 +285,6 @@ QUESTIONS: Final[dict[str, Callable[[Firing], None]]] = {
     "documents apart": documents_apart,
     "future apart": future_apart,
     "turned": turned,
+    "other scale": other_scale,
     "capacity": capacity,
 }
