@@ -37,12 +37,12 @@ _CPU_SHARE: Final = 0.25
 _CPU_OVERHEAD: Final = 2 << 20
 """Working set that takes a processor as long as the hundred operations of a chunk take by themselves: a millisecond."""
 
-_CUDA_OVERHEAD: Final = 128 << 20
-"""The same of a GPU, where those operations' launches are what a chunk costs by itself."""
+_CUDA_OVERHEAD: Final = 1 << 30
+"""The same of a GPU, where some five hundred launches cost the host 10 ms, in which an H100 passes over 2 GiB."""
 
 _CUDA_SHARE: Final = 0.25
-_CUDA_BYTES: Final = 1 << 30
-"""Enough to keep a GPU busy; what a chunk has taken stays with its process, and sixteen of them may share 80 GiB."""
+_CUDA_PART: Final = 32
+"""Of a GPU's memory: what a chunk has taken stays with its process, and sixteen of them may share one."""
 
 
 # float64 tensors alive at a time in lean.py, inputs and results included: of [heads, q, k], and of [heads, q + k, d].
@@ -120,10 +120,10 @@ def _memory(device: torch.device) -> int:
     """Bytes that one chunk may take."""
     if device.type != "cuda":
         return min(_CPU_BYTES, int(_free_bytes() * _CPU_SHARE))
-    free, _ = torch.cuda.mem_get_info(device)
+    free, whole = torch.cuda.mem_get_info(device)
     # What the caching allocator holds and nobody uses is free too.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(int(free * _CUDA_SHARE), _CUDA_BYTES)
+    return min(int(free * _CUDA_SHARE), whole // _CUDA_PART)
 
 
 _Bucket = tuple[tuple[int, int], list[int]]

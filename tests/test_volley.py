@@ -24,9 +24,10 @@ from attn_fuzz.findings import Finding
 from attn_fuzz.strategies import Domain
 from attn_fuzz.symptoms import DeadRowsNotZero, NotExact, WrongKeys, WrongKeysBackward
 from attn_fuzz.volley.calls import Loaded
-from attn_fuzz.volley.gear import TURNS, Turn, judge
+from attn_fuzz.volley.firing import NAMES
+from attn_fuzz.volley.gear import SHARE, TURNS, Turn, judge
 from attn_fuzz.volley.layouts import LONGEST, Volley, draw_volley
-from attn_fuzz.volley.questions import NAMES, QUESTIONS
+from attn_fuzz.volley.questions import QUESTIONS
 from attn_fuzz.wide.layouts import Sweep
 from backends import registry
 from backends.kernel import Attended, AttentionOptions, UnsupportedCase
@@ -200,6 +201,29 @@ def test_nor_are_they_on_a_gpu(name: str) -> None:
 def test_everything_has_its_turn() -> None:
     assert {turn.asked for turn in TURNS} == {name for name in QUESTIONS if name}
     assert {turn.poison for turn in TURNS} == {"nan", "finite"}
+
+
+@pytest.mark.parametrize("turn", dict.fromkeys(TURNS), ids=str)
+def test_some_calls_may_be_asked_more_than_others(turn: Turn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs."""
+    monkeypatch.setitem(SHARE, "cpu", 0.5)
+    assert not judge(VOLLEY, registry.load("loop"), CPU, turn).failing()
+    counts: list[int] = []
+
+    def deed(count: int, metadata: VarlenMetadata, attended: Attended) -> Attended:
+        counts.append(len(metadata.lengths_q))
+        # Every run but the first is wrong, which nobody can see of calls that have no other.
+        return attended if count <= 4 else attended._replace(out=attended.out * 2)
+
+    failing = judge(VOLLEY, altered(deed), CPU, turn).failing()
+    assert counts[:4] == [1, 2, 1, 4]
+    if turn.asked == "swamping":
+        # No document is long enough.
+        assert not counts[4:]
+    else:
+        assert sorted(counts[4:]) == [1, 2]
+        assert 1 in failing
+        assert set(failing) <= {0, 1}
 
 
 def test_z_is_that_of_the_narrow_gear() -> None:

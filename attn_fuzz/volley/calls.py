@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
@@ -147,8 +148,9 @@ def _primed(like: torch.Tensor, keys: torch.Tensor, value: float) -> None:
     lse = (*like.shape[:2], 4 // like.element_size())
     shapes = (like.shape, like.shape, keys.shape, keys.shape, lse)
     blocks = [torch.empty(shape, dtype=like.dtype, device=like.device) for shape in shapes]
-    # Two launches for all of them, where filling takes one for each.
-    torch._foreach_zero_(blocks)
+    # A launch or two for all of them, where filling takes one for each; whatever is there, NaN added to it is NaN.
+    if not math.isnan(value):
+        torch._foreach_zero_(blocks)
     torch._foreach_add_(blocks, value)
 
 
@@ -226,9 +228,8 @@ class _Collector:
         if wrong:
             self.fired.broken[index] = f"{', '.join(wrong)} of another shape or dtype"
 
-    def done(self, *, backwards: bool) -> Fired:
+    def done(self, calls: int, *, backwards: bool) -> Fired:
         """All of it; the LSE only where every call has one."""
-        calls = len(self.loaded.volley.ends)
         self.fired.results = {
             name: torch.cat(some[::-1] if backwards else some)
             for name, some in self.parts.items()
@@ -245,6 +246,7 @@ def fire(
     asked: Asked = EVERYTHING,
     forward_only: bool = False,
     backwards: bool = False,
+    calls: int | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> Fired:
     """Forward and backward of every call, one after another.
@@ -256,6 +258,7 @@ def fire(
         asked: of autograd.
         forward_only: the forward of training, and no backward.
         backwards: the last call first.
+        calls: how many of them, from the first on; None for all.
         beat: called before every call, for whoever would take a slow kernel for one that hangs.
 
     Raises:
@@ -265,7 +268,7 @@ def fire(
     meant = backend.kernel.paths_on(loaded.device.type)
     collector = _Collector(loaded, ("out", "lse", *given))
     fired = collector.fired
-    order = range(len(loaded.volley.ends))
+    order = range(len(loaded.volley.ends) if calls is None else calls)
     with _memory(loaded, poison, compiled=backend.kernel.compiled):
         for index in reversed(order) if backwards else order:
             beat()
@@ -287,4 +290,4 @@ def fire(
                 raise_lack_of_memory(error)
                 fired.broken[index] = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['-'])[0][:300]}"
             collector.take(index, got)
-    return collector.done(backwards=backwards)
+    return collector.done(len(order), backwards=backwards)

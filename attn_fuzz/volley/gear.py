@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
@@ -17,13 +18,12 @@ from attn_fuzz.symptoms import (
     WrongSpread,
     wrong_tensor,
 )
+from attn_fuzz.volley.firing import APART, NAMES, PROBED, TAILS, Firing
 from attn_fuzz.volley.layouts import Volley
-from attn_fuzz.volley.questions import APART, NAMES, PROBED, QUESTIONS, TAILS, Firing
-from attn_fuzz.wide.judge import COLUMNS, largest_z, screened_z
+from attn_fuzz.volley.questions import QUESTIONS
+from attn_fuzz.wide.judge import COLUMNS, largest_z
 from backends.registry import Backend
-from reference.answer import Inputs
 from reference.case import Case
-from reference.screen import SUSPICIOUS, takes
 
 _EXACT: Final[dict[str, type[Symptom]]] = {"bits": PoisonLeaked, APART: NotIsolated, TAILS: DeadRowsNotZero}
 
@@ -45,14 +45,14 @@ class Judged:
     turn: Turn
     """What was asked."""
     spares: tuple[int, ...]
-    """Rows behind the last document that calls were handed in some run; empty for none."""
+    """Rows behind the last document that the first calls were handed in some run."""
     symptoms: Mapping[str, type[Symptom]]
     """What the probe calls a result that fails it."""
 
     def call(self, index: int) -> Case:
         """One of the calls as a case of its own, such as the narrow gear may show to fail."""
         small = self.volley.call(index)
-        return small.replace(capacity=self.spares[index]) if self.spares else small
+        return small.replace(capacity=self.spares[index]) if index < len(self.spares) else small
 
     def symptom(self, name: str) -> type[Symptom]:
         """What a call is accused of whose largest deviation is in that column of ``NAMES``."""
@@ -103,30 +103,32 @@ class Turn(NamedTuple):
     """Contents of unwritten memory when the drawn values run."""
     asked: str = ""
     """One of ``QUESTIONS``."""
-    careful: bool = False
-    """Float64 from the first look on, and the statistic of rows, also where a fast look would do."""
 
 
 TURNS: Final = (
     Turn("nan", "keys"),
-    Turn("finite", "inference", careful=True),
-    Turn("nan", "needle", careful=True),
+    Turn("finite", "inference"),
+    Turn("nan", "needle"),
     Turn("finite", "again"),
     Turn("nan", "keys"),
     Turn("finite", "documents apart"),
     Turn("nan", "every row"),
-    Turn("finite", "some gradients", careful=True),
+    Turn("finite", "some gradients"),
     Turn("nan", "keys"),
     Turn("finite", "turned"),
-    Turn("nan", "swamping", careful=True),
-    Turn("finite", "second backward", careful=True),
+    Turn("nan", "swamping"),
+    Turn("finite", "second backward"),
     Turn("nan", "keys"),
     Turn("finite", "future apart"),
-    Turn("nan", "needle", careful=True),
+    Turn("nan", "needle"),
     Turn("finite", "capacity"),
     Turn("nan", "other scale"),
 )
-"""Of every campaign, in turn: a further run costs as much as the drawn values' own, and a volley more is worth more."""
+"""Of every campaign, in turn."""
+
+SHARE: Final = {"cuda": 0.5, "cpu": 1.0}
+"""Of a volley's calls that are asked more than the budgets. A further run costs as much as the drawn values' own, and
+more calls of other kinds are worth more; on CPUs volleys are smaller, and the reference costs more than a run."""
 
 
 def judge(
@@ -138,8 +140,8 @@ def judge(
 ) -> Judged:
     """Runs every call with drawn values, and whatever else it is the turn of, from poisoned memory; judges all of it.
 
-    Every document's results are held to the budget, element by element and row by row, and what the turn asks to what
-    is exactly right.
+    Every document's results are held to the budget, element by element and row by row, and what the turn asks of the
+    first calls (``SHARE``) to what is exactly right.
 
     Args:
         volley: the calls.
@@ -151,15 +153,18 @@ def judge(
     Raises:
         torch.OutOfMemoryError: as it comes.
     """
-    firing = Firing(volley, backend, device, turn.poison, beat)
+    asked = math.ceil(len(volley.ends) * SHARE[device.type])
+    firing = Firing(volley, backend, device, turn.poison, asked, beat)
     QUESTIONS[turn.asked](firing)
     case = volley.case
     z = torch.zeros(len(case.packed_lengths), len(NAMES), dtype=torch.float64, device=device)
-    fast = not turn.careful and _looks_fast(firing)
-    by_budget = _fast_z(firing) if fast else largest_z(case, firing.drawn, firing.profile, firing.held)
-    z[:, : len(COLUMNS)] = torch.cat([by_budget, *firing.deviations]).amax(0) * (LIMIT / limit(case))
+    by_budget = largest_z(case, firing.drawn, firing.profile, firing.held).amax(0)
+    for deviations in firing.deviations:
+        first = by_budget[: len(deviations)]
+        torch.maximum(first, deviations, out=first)
+    z[:, : len(COLUMNS)] = by_budget * (LIMIT / limit(case))
     for name, documents in firing.accused.items():
-        z[:, NAMES.index(name)] = documents
+        z[: len(documents), NAMES.index(name)] = documents
     touched = torch.stack([each.changed() for each in firing.placed]).any()
     # The one transfer: everything before it was only queued.
     flat = torch.cat([z.flatten(), touched[None].double()]).cpu()
@@ -170,35 +175,4 @@ def judge(
         refused |= fired.refused
     paths = frozenset().union(*(fired.paths for fired in firing.runs))
     found = flat[:-1].view(z.shape)
-    if fast:
-        _look_again(firing, found, {*broken, *refused})
     return Judged(volley, found, broken, refused, bool(flat[-1]), paths, turn, firing.spares, firing.symptoms)
-
-
-def _looks_fast(firing: Firing) -> bool:
-    """Whether the fast reference takes the volley, of one of the few head dimensions that it is compiled for."""
-    return firing.case.head_dim % 16 == 0 and takes(firing.case, firing.profile, firing.device) is None
-
-
-def _fast_z(firing: Firing) -> torch.Tensor:
-    # Half precision is exact in float32, and one dtype takes half of the compiler's time.
-    named = (getattr(firing.drawn, name).float() for name in ("q", "k", "v", "dout"))
-    return screened_z(firing.case, Inputs(*named), firing.profile, firing.held)
-
-
-def _look_again(firing: Firing, z: torch.Tensor, calls: set[int]) -> None:
-    """What looks suspicious to the fast reference is for the exact one to say; of clean volleys it is not asked.
-
-    Args:
-        firing: what was judged.
-        z: ``[documents, len(NAMES)]`` on the CPU, which is put right.
-        calls: those that nobody asks about.
-    """
-    budgets = len(COLUMNS) - 1
-    suspicious = (z[:, :budgets] > SUSPICIOUS * LIMIT).any(1)
-    for index in calls:
-        suspicious[slice(*firing.volley.spans[index])] = False
-    if documents := suspicious.nonzero()[:, 0].tolist():
-        exact = largest_z(firing.case, firing.drawn, firing.profile, firing.held, documents=documents)
-        looked = torch.cat([exact, *firing.deviations]).amax(0)[documents, :budgets]
-        z[documents, :budgets] = looked.cpu() * (LIMIT / limit(firing.case))

@@ -5,108 +5,23 @@ Each stands for a check or probe of the narrow gear (attn_fuzz/checks), to which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
 
 from attn_fuzz.checks.isolation import GARBAGE, garbage_of
-from attn_fuzz.execute import EVERYTHING, Asked
+from attn_fuzz.execute import Asked
 from attn_fuzz.measured import measured
 from attn_fuzz.strategies import usual_scales
-from attn_fuzz.symptoms import Symptom
-from attn_fuzz.volley.calls import Fired, Loaded, fire
+from attn_fuzz.volley.firing import APART, PROBED, TAILS, Firing
 from attn_fuzz.volley.layouts import Volley
 from attn_fuzz.wide.cutout import subset
-from attn_fuzz.wide.gear import effective_profile, promised
-from attn_fuzz.wide.judge import COLUMNS, largest_z, of_documents, other_bits
+from attn_fuzz.wide.gear import promised
+from attn_fuzz.wide.judge import largest_z, of_documents, other_bits
 from attn_fuzz.wide.places import Places
 from attn_fuzz.wide.probes import PROBES
-from backends.registry import Backend
 from reference.answer import KERNEL_TENSORS, Inputs, kernel_inputs
-
-PROBED: Final = tuple(f"{name} of the probe" for name in KERNEL_TENSORS)
-APART: Final = "isolation"
-TAILS: Final = "tails"
-NAMES: Final = (*COLUMNS, APART, TAILS, *PROBED)
-"""What is judged of each document: as of a wide call; then isolation, rows behind the last document, and a probe."""
-
-Results = dict[str, torch.Tensor]
-
-_OTHER: Final = {"nan": "finite", "finite": "nan"}
-
-
-class Firing:
-    """A volley while it is judged.
-
-    Args:
-        volley: the calls.
-        backend: what runs them.
-        device: where.
-        poison: contents of unwritten memory when the drawn values run.
-        beat: called before every call of every run.
-    """
-
-    def __init__(
-        self, volley: Volley, backend: Backend, device: torch.device, poison: str, beat: Callable[[], None]
-    ) -> None:
-        self.volley, self.case, self.backend, self.device = volley, volley.case, backend, device
-        self.poison, self.other_poison, self.beat = poison, _OTHER[poison], beat
-        self.convention = backend.kernel.capabilities_on(device.type).lse_of_blind_rows
-        self.profile = effective_profile(backend.kernel.profile_on(device.type), self.case)
-        self.drawn = kernel_inputs(self.case, device)
-        self.runs: list[Fired] = []
-        self.placed: list[Loaded] = []
-        self.loaded = self.load(volley, self.drawn)
-        self.accused: dict[str, torch.Tensor] = {}
-        """By names of ``NAMES``: of each document, float64 in units in which the verdict is at LIMIT."""
-        self.spares: tuple[int, ...] = ()
-        self.symptoms: Mapping[str, type[Symptom]] = {}
-        self.first = self.run(self.loaded, poison)
-        self.held = [self.first]
-        """Results that the budgets hold for."""
-        self.deviations: list[torch.Tensor] = []
-        """Of results with budgets of their own: ``largest_z`` of each."""
-
-    def load(self, volley: Volley, inputs: Inputs, spares: Sequence[int] = ()) -> Loaded:
-        """Tensors in their places, which are looked at again in the end."""
-        self.placed.append(Loaded(volley, inputs, self.device, spares))
-        return self.placed[-1]
-
-    def fire(
-        self,
-        what: Loaded,
-        poison: str,
-        asked: Asked = EVERYTHING,
-        *,
-        forward_only: bool = False,
-        backwards: bool = False,
-    ) -> Fired:
-        """A run of all calls."""
-        how = {"asked": asked, "forward_only": forward_only, "backwards": backwards}
-        fired = fire(what, self.backend, poison, beat=self.beat, **how)  # type: ignore[arg-type]
-        self.runs.append(fired)
-        if "lse" in fired.results:
-            # In this project's convention; a finite sentinel stays what it is, and wrong.
-            lse = fired.results["lse"]
-            fired.results["lse"] = torch.where(lse == self.convention, -torch.inf, lse)
-        return fired
-
-    def run(
-        self,
-        what: Loaded,
-        poison: str,
-        asked: Asked = EVERYTHING,
-        *,
-        forward_only: bool = False,
-        backwards: bool = False,
-    ) -> Results:
-        """The results of a run of all calls."""
-        return self.fire(what, poison, asked, forward_only=forward_only, backwards=backwards).results
-
-    def accuse(self, name: str, documents: torch.Tensor) -> None:
-        """Something exact is wrong with some documents, bool ``[documents]``."""
-        self.accused[name] = torch.where(documents, torch.inf, 0.0).double()
 
 
 def probe_of(name: str) -> Callable[[Firing], None]:
@@ -145,9 +60,9 @@ def second_backward(firing: Firing) -> None:
 def _asked(firing: Firing, asked: Asked) -> None:
     # What is compiled would be compiled once more for each way to ask.
     if not firing.backend.kernel.compiled:
-        fired = firing.fire(firing.loaded, firing.other_poison, asked)
+        fired = firing.fire(firing.loaded, firing.other_poison, asked, calls=len(firing.volley.ends))
         if not fired.spent:
-            firing.held.append(fired.results)
+            firing.hold(fired.results)
 
 
 def again(firing: Firing) -> None:
@@ -192,7 +107,8 @@ def _spoiled(
     if not names:
         return
     kept = {"q": rows, "k": key_rows, "v": key_rows, "dout": rows}
-    tensors = {name: getattr(firing.drawn, name) for name in kept}
+    drawn = firing.inputs()
+    tensors = {name: getattr(drawn, name) for name in kept}
     spoilt = {name: torch.where(kept[name][:, None, None], x, x.new_tensor(garbage)) for name, x in tensors.items()}
     after = firing.run(firing.load(firing.volley, Inputs(**spoilt)), firing.poison)
     found = torch.zeros(len(firing.case.packed_lengths), dtype=torch.bool, device=firing.device)
@@ -222,7 +138,7 @@ def turned(firing: Firing) -> None:
     places = torch.tensor(order).to(firing.device)
     rows = before.begins[places][after.owner] + after.position
     key_rows = before.key_begins[places][after.key_owner] + after.key_position
-    firing.held.append(
+    firing.hold(
         {
             name: torch.empty_like(x).index_copy_(0, key_rows if name in ("dk", "dv") else rows, x)
             for name, x in results.items()
@@ -243,8 +159,9 @@ def other_scale(firing: Firing) -> None:
     # The least: larger scores are harder on a budget of the first order.
     other = min(others, key=lambda each: each.softmax_scale)
     if firing.backend.refusal(other, kind) is None:
-        results = firing.run(firing.load(Volley(other, firing.volley.ends), firing.drawn), firing.other_poison)
-        firing.deviations.append(largest_z(other, firing.drawn, firing.profile, [results]))
+        drawn = firing.inputs()
+        results = firing.run(firing.load(Volley(other, firing.volley.ends), drawn), firing.other_poison)
+        firing.deviations.append(largest_z(other, drawn, firing.profile, [results])[0])
 
 
 _SPARES: Final = (1, 17)
@@ -257,9 +174,9 @@ def capacity(firing: Firing) -> None:
     spare, kind = _SPARES[firing.case.seed % 2], firing.device.type
     calls = (firing.volley.call(index).replace(capacity=spare) for index in range(len(firing.volley.ends)))
     firing.spares = tuple(spare if firing.backend.refusal(call, kind) is None else 0 for call in calls)
-    loaded = firing.load(firing.volley, firing.drawn, firing.spares)
+    loaded = firing.load(firing.volley, firing.inputs(), firing.spares)
     fired = firing.fire(loaded, firing.other_poison)
-    firing.held.append(fired.results)
+    firing.hold(fired.results)
     if not firing.backend.kernel.capabilities_on(kind).covers_all_rows or not fired.tails:
         return
     wrong = torch.stack(
