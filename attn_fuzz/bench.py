@@ -58,7 +58,11 @@ class Plan:
     narrow_seconds: float
     """How long several processes hunt."""
     processes: tuple[int, ...]
-    """How many processes share the device, tried in turn."""
+    """How many processes share the device, by the narrow gear."""
+    volley_processes: tuple[int, ...]
+    """How many of them by volleys, the usual number first: of the first backend all are tried."""
+    volley_seconds: float
+    """How long each of those hunts."""
     narrow_cases: int = 60
     """Cases drawn to time their generation and their bare kernels."""
     plain_cases: int
@@ -79,9 +83,11 @@ PLANS: Final = {
         kv_heads=2,
         head_dim=64,
         fewest=64,
-        narrow_hunt=150,
+        narrow_hunt=100,
         narrow_seconds=15.0,
-        processes=(4, 8, 16),
+        processes=(16,),
+        volley_processes=(12, 8, 16),
+        volley_seconds=10.0,
         plain_cases=200,
         rare=(201, 317),
         rare_longest=(256, 400),
@@ -99,6 +105,8 @@ PLANS: Final = {
         narrow_hunt=120,
         narrow_seconds=15.0,
         processes=(2,),
+        volley_processes=(2,),
+        volley_seconds=10.0,
         plain_cases=40,
         rare=(11, 23),
         rare_longest=(16, 32),
@@ -310,8 +318,14 @@ def together_of(
     yield "rare", rare_of(plan, first, place) | {"backend": first}
     say(f"{first}: {' and '.join(map(str, plan.processes))} processes on one device")
     shared = {str(n): shared_of(first, device, n, plan.narrow_seconds) for n in plan.processes}
-    volleys = {str(n): volleys_shared_of(first, device, n, plan.narrow_seconds) for n in plan.processes}
-    yield "processes", {"backend": first, "cases_per_s": shared, "volley_cases_per_s": volleys}
+    yield "processes", {"backend": first, "cases_per_s": shared}
+    volleys: dict[str, dict[str, float]] = {}
+    for index, (backend, _, _) in enumerate(fitted):
+        for count in plan.volley_processes if index == 0 else plan.volley_processes[:1]:
+            rate = volleys_shared_of(backend.name, device, count, plan.volley_seconds)
+            say(f"{backend.name}: {rate:,.0f} cases/s in volleys of {count} processes")
+            volleys.setdefault(backend.name, {})[str(count)] = rate
+    yield "volley_processes", volleys
     say(f"{first}: a plain pytest loop")
     yield "plain", (plain_of(first, device, plan.plain_cases) or {}) | {"backend": first}
 

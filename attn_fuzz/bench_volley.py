@@ -23,6 +23,9 @@ from backends.registry import Backend
 from reference.answer import kernel_inputs
 from reference.case import Case
 
+_ENOUGH: Final = 0.3
+"""Seconds of each turn: there are many."""
+
 _SETTLED: Final = 0.4
 """Share of the time of several processes after which they count: all have started, and volleys have grown."""
 
@@ -47,7 +50,10 @@ def volley_of(case: Case, backend: Backend, device: torch.device) -> dict[str, f
     count = len(volley.ends)
     # What is asked of a volley changes from one to the next.
     turns = Counter(TURNS)
-    each = {turn: median(lambda asked=turn: judge(volley, backend, device, asked), device) for turn in turns}  # type: ignore[misc]
+    each = {
+        turn: median(lambda asked=turn: judge(volley, backend, device, asked), device, enough=_ENOUGH)  # type: ignore[misc]
+        for turn in turns
+    }
     checked = sum(times * each[turn] for turn, times in turns.items()) / len(TURNS)
     inputs = kernel_inputs(volley.case, device)
     loaded = Loaded(volley, inputs, device)

@@ -151,7 +151,8 @@ def _without_known(found: Sequence[Symptom], trial: Trial) -> tuple[list[Symptom
     issues = issues_of(trial.backend.name, trial.device.type, trial.case, calls_of(trial.case))
     unknown, known = [], dict[str, None]()
     for symptom in found:
-        explained = [i.id for i in issues if symptom.tensor in i.tensors and type(symptom).__name__ in i.symptoms]
+        name, nan = type(symptom).__name__, "got nan" in symptom.message
+        explained = [issue.id for issue in issues if issue.explains(name, symptom.tensor, nan=nan)]
         known |= dict.fromkeys(explained[:1])
         if not explained:
             unknown.append(symptom)

@@ -37,6 +37,8 @@ class KnownIssue:
     symptoms: frozenset[str]
     """Names of the symptoms that it explains."""
     minimal: Case
+    nan_symptoms: frozenset[str] = frozenset()
+    """Names of further symptoms that it explains where what came back is NaN."""
     crashes: bool = False
     """It takes the process or its CUDA context along: such cases run only in processes of their own, a few of them."""
 
@@ -44,6 +46,16 @@ class KnownIssue:
         """Whether the issue is to be expected of this backend here."""
         name = backend.removeprefix("legacy:").removeprefix("any:")
         return name in self.backends and device == self.device and self.present()
+
+    def explains(self, symptom: str, tensor: str, *, nan: bool) -> bool:
+        """Whether it makes a result wrong in such a way.
+
+        Args:
+            symptom: name of the symptom.
+            tensor: the result.
+            nan: whether NaN came back.
+        """
+        return tensor in self.tensors and (symptom in self.symptoms or (nan and symptom in self.nan_symptoms))
 
 
 # Results, and what may be said about them, where an issue spoils more than one by more than a little.
@@ -111,6 +123,10 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         covers=_whole_key_tiles,
         tensors=_LAYER_BACKWARD - {"d_dense"},
         symptoms=frozenset({"PoisonLeaked", "WrongKeysBackward", "NotIsolated", "NotExact"}),
+        # Drawn values do that too, where a window hides keys of much larger scores.
+        nan_symptoms=frozenset(
+            {"WrongGradQ", "WrongGradK", "WrongGradV", "WrongInputGradient", "WrongParameterGradient"}
+        ),
         minimal=_case(
             '{"level": "kernel", "lengths": [1], "key_lengths": [64], "head_dim": 8, "dtype": "bf16", "seed": 1}'
         ),

@@ -26,7 +26,8 @@ def test_the_command_prints_one_object_of_the_promised_form(tmp_path: Path) -> N
     # The same command with a small plan.
     program = (
         "import dataclasses, attn_fuzz.bench as b; b.PLANS['cpu'] = dataclasses.replace(b.PLANS['cpu'], documents=32, "
-        "narrow_hunt=12, processes=(), plain_cases=3, narrow_cases=5, rare=(3, 7), rare_longest=(5, 9)); "
+        "narrow_hunt=12, processes=(), volley_processes=(), plain_cases=3, narrow_cases=5, rare=(3, 7), "
+        "rare_longest=(5, 9)); "
         "from attn_fuzz.cli import main; main()"
     )
     command = [sys.executable, "-c", program, "bench", "--device", "cpu", "--json", "--backend", "loop"]

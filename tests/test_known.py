@@ -12,7 +12,11 @@ from attn_fuzz.campaign.isolated import KNOWN_ISSUE, Isolated
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message
 from attn_fuzz.examine import examine
 from backends import known, registry
+from backends.kernel import Attended, AttentionOptions
+from backends.kernels.loop import LoopKernel
 from backends.known import KNOWN, KnownIssue
+from backends.metadata import VarlenMetadata
+from backends.registry import Backend
 from reference.case import Case
 
 LAYOUT = Case(level="kernel", lengths=(2, 3))
@@ -101,6 +105,58 @@ def test_an_issue_is_still_there(entry: KnownIssue, name: str) -> None:
         return
     verdict = examine(entry.minimal, registry.load(name), entry.device)
     assert entry.id in verdict.known, gone
+    assert verdict.symptoms == ()
+
+
+@pytest.mark.parametrize("nan", [True, False])
+def test_an_issue_may_explain_nan_only(monkeypatch: pytest.MonkeyPatch, nan: bool) -> None:
+    class Kernel(LoopKernel):
+        def attend(
+            self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+        ) -> Attended:
+            attended = super().attend(q, k, v, metadata, options)
+            return attended._replace(out=attended.out * (torch.nan if nan else 2.0))
+
+    some = issue(
+        backends=("double",),
+        tensors=frozenset({"out", "dq", "dk", "dv"}),
+        symptoms=frozenset({"PoisonLeaked", "WrongGradV", "WrongGradQ", "WrongGradK"}),
+        nan_symptoms=frozenset({"WrongOutput"}),
+    )
+    monkeypatch.setattr(known, "KNOWN", (some,))
+    verdict = examine(LAYOUT, Backend("double", Kernel()), "cpu", probes=())
+    assert verdict.known == ("example",)
+    assert {type(symptom).__name__ for symptom in verdict.symptoms} == (set() if nan else {"WrongOutput"})
+
+
+ALSO = [
+    pytest.param(entry, name, case, id=f"{entry.id}-{name}", marks=on_gpus(entry, name))
+    for issue_id, name, case in (
+        (
+            "cudnn-masked-backward-nan",
+            "sdpa_dense",
+            Case(
+                level="kernel",
+                lengths=(6,),
+                key_lengths=(192,),
+                head_dim=8,
+                window=(0, -1),
+                dtype="fp16",
+                values="large",
+            ),
+        ),
+    )
+    for entry in KNOWN
+    if entry.id == issue_id
+]
+
+
+@pytest.mark.parametrize(("entry", "name", "case"), ALSO)
+def test_an_issue_explains_what_campaigns_met(entry: KnownIssue, name: str, case: Case) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    verdict = examine(case, registry.load(name), entry.device)
+    assert verdict.known == (entry.id,)
     assert verdict.symptoms == ()
 
 

@@ -193,7 +193,7 @@ def test_nor_are_they_on_a_gpu(name: str) -> None:
         judged = judge(volley, backend, torch.device("cuda"), turn)
         assert not judged.touched
         for index in judged.failing():
-            verdict = examine(volley.call(index), backend, "cuda")
+            verdict = examine(judged.call(index), backend, "cuda")
             assert verdict.first is None
             assert verdict.known
 

@@ -94,8 +94,11 @@ class VolleyHunt(Pursuit):
         try:
             judged = self.judge(volley, TURNS[self.turn % len(TURNS)])
             leave_memory(self.device)
-            if now(self.device) - started < VOLLEY_SECONDS / 2:
-                self.calls[size] = min(2 * self.calls[size], MOST_CALLS[self.device.type])
+            taken = now(self.device) - started
+            if taken < VOLLEY_SECONDS / 2:
+                # A call takes its share at most: what is quick may grow at once.
+                growth = 4 if taken < VOLLEY_SECONDS / 4 else 2
+                self.calls[size] = min(growth * self.calls[size], MOST_CALLS[self.device.type])
             self.take(judged)
         except (torch.OutOfMemoryError, MemoryError) as error:
             # This machine's limit, and nobody's fault.

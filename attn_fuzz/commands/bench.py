@@ -83,7 +83,10 @@ def show(console: Console, result: dict[str, Any]) -> None:
             f"{rare['seconds']:.3f} s, shrunk to {json.dumps(rare['shrunk'])}"
         )
     for count, rate in result.get("processes", {}).get("cases_per_s", {}).items():
-        console.print(f"{count} processes on {result['processes']['backend']}: {rate:,.0f} cases/s")
+        console.print(f"{count} processes on {result['processes']['backend']}: {rate:,.0f} cases/s narrow")
+    for name, rates in result.get("volley_processes", {}).items():
+        for count, rate in rates.items():
+            console.print(f"{count} processes on {name}: {rate:,.0f} cases/s in volleys")
     if "cases_per_s" in (plain := result.get("plain", {})):
         console.print(
             f"a plain pytest loop on {plain['backend']}: {plain['cases_per_s']:,.1f} cases/s, "
