@@ -9,6 +9,7 @@ from typing import Any, Final, cast
 
 import typer
 
+from attn_fuzz.bench_processes import BenchError
 from attn_fuzz.campaign.messages import CampaignError
 from attn_fuzz.commands import bench, catalogue, faults, fuzz, saved
 from attn_fuzz.commands.arguments import UsageError
@@ -49,6 +50,7 @@ _ONE_SENTENCE = (
     FindingError,
     StoreError,
     CampaignError,
+    BenchError,
     BackendUnavailable,
     UnknownBackend,
 )

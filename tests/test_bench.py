@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from attn_fuzz import bench
+from attn_fuzz.bench_processes import BenchError, processes_of
 from attn_fuzz.timing import median
 from backends import registry
 from reference.case import Case
@@ -83,3 +84,19 @@ def test_medians_do_not_count_the_first_run() -> None:
     runs: list[int] = []
     median(lambda: runs.append(1), CPU, repeats=3)
     assert len(runs) == 4
+
+
+def test_processes_share_a_device() -> None:
+    plan = bench.dataclasses.replace(SMALL, volley_documents=12)
+    said: list[str] = []
+    found = processes_of(("loop", "backup"), (1, 2), 0.3, "cpu", plan, said.append)
+    assert list(found) == ["loop", "backup"]
+    assert all(list(rates) == ["1", "2"] for rates in found.values())
+    for rates in found.values():
+        assert all(each["bare_calls_per_s"] > each["cases_per_s"] > 0 for each in rates.values())
+    assert len(said) == 4
+
+
+def test_a_lost_process_is_told() -> None:
+    with pytest.raises(BenchError, match="died"):
+        processes_of(("nobody",), (1,), 0.1, "cpu", SMALL, lambda line: None)

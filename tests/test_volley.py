@@ -644,6 +644,10 @@ def test_the_command_has_the_gear(attn_fuzz: Run) -> None:
     done = attn_fuzz("run", "--gear", "volley", "-b", "loop", "--cases", "4", "--device", "cpu", "--level", "layer")
     assert done.status == 2
     assert "volleys are of kernel calls" in done.err
+    done = attn_fuzz("run", "--gear", "volley", "--cases", "40", "--device", "cpu", "--level", "kernel", "--json")
+    assert done.status == 0, done.err
+    assert "loop" in (told := json.loads(done.out)["backends"])
+    assert "flex_compiled" not in told
     done = attn_fuzz("run", "--gear", "fast", "-b", "loop", "--cases", "4", "--device", "cpu")
     assert done.status == 2
     assert "narrow, volley, wide, several with + between them, both or all" in done.err

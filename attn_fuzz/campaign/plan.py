@@ -60,9 +60,15 @@ def require_available(names: Sequence[str], device: str, dtypes: Sequence[str] =
             raise BackendUnavailable(f"backend {name} takes {', '.join(taken)}, but none of {', '.join(dtypes)}")
 
 
-def calls_kernel(name: str, levels: Sequence[str]) -> bool:
-    """Whether a campaign of these levels calls a backend's kernel by itself, as volleys do."""
-    return "kernel" in levels and "kernel" in registry.load(name).levels
+def takes_volleys(name: str, levels: Sequence[str], device: str) -> bool:
+    """Whether a campaign of these levels calls a backend's kernel by itself, and may call it with whatever is drawn.
+
+    What compiles for every layout or option would compile for each call of a volley.
+    """
+    backend = registry.load(name)
+    capabilities = backend.kernel.capabilities_on(_kind(device))
+    compiles = capabilities.layouts or capabilities.configurations
+    return "kernel" in levels and "kernel" in backend.levels and not compiles
 
 
 def default_workers(device: str, ranks: int = 1) -> int:
@@ -119,7 +125,7 @@ def plan(
         ranks: to draw layer cases for.
         tensor_ranks: that share the query heads of each of them.
     """
-    jobs = [(name, gear) for gear in gears for name in names if gear != "volley" or calls_kernel(name, levels)]
+    jobs = [(name, gear) for gear in gears for name in names if gear != "volley" or takes_volleys(name, levels, device)]
     shards = max(1, workers // len(jobs))
     if cases is not None:
         shards = min(shards, max(1, cases // 50))

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from attn_fuzz.bench import bench as measure
-from attn_fuzz.campaign.plan import require_available
+from attn_fuzz.bench_plan import PLANS
+from attn_fuzz.bench_processes import bench_processes
+from attn_fuzz.campaign.plan import available_backends, require_available
 from attn_fuzz.commands.arguments import BackendOption, DeviceOption, JsonOption, device_of
 from attn_fuzz.commands.screen import progress_console, results_console
 
@@ -21,13 +23,25 @@ def bench(
     exact: Annotated[
         bool, typer.Option("--exact", help="Judge everything in float64, without a fast first look.")
     ] = False,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="Volleys of several processes on the device instead, on one layout.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Documents and cases per second of both gears, beside the bare kernels on the same layouts."""
     where = device_of(device)
     names = tuple(dict.fromkeys(backend or ()))
     require_available(names, where)
-    result = measure(where, names, lambda line: progress_console.print(line, markup=False), exact=exact)
+
+    def say(line: str) -> None:
+        progress_console.print(line, markup=False)
+
+    if processes:
+        shared = bench_processes(where, names or available_backends(where, (PLANS[where].dtype,)), say)
+        if as_json:
+            typer.echo(json.dumps(shared))
+        return
+    result = measure(where, names, say, exact=exact)
     if as_json:
         typer.echo(json.dumps(result))
     else:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from attn_fuzz import show
-from attn_fuzz.campaign.plan import available_backends, calls_kernel, default_workers, plan, require_available
+from attn_fuzz.campaign.plan import available_backends, default_workers, plan, require_available, takes_volleys
 from attn_fuzz.campaign.pool import Outcome, Pool
 from attn_fuzz.commands.arguments import (
     DEFAULT_SECONDS,
@@ -93,8 +93,9 @@ def _fuzz(
     workers: int | None,
     store: Path,
     as_json: bool,
+    named: bool = True,
 ) -> None:
-    """A campaign from assignments to exit status."""
+    """A campaign from assignments to exit status; ``named``: somebody asked for these very backends."""
     if seconds is not None and cases is not None:
         raise UsageError("--seconds and --cases exclude each other")
     if seconds is not None and math.isnan(seconds):
@@ -103,8 +104,14 @@ def _fuzz(
     for name in names:
         if not set(levels) & set(offered := registry.load(name).levels):
             raise UsageError(f"{name} has no {' or '.join(levels)} level; use --level {' or '.join(offered)}")
-    if gears == ("volley",) and not all(calls_kernel(name, levels) for name in names):
-        raise UsageError("volleys are of kernel calls: they need backends with a kernel level, and --level kernel")
+    if gears == ("volley",) and "kernel" in levels and not named:
+        # Those that nobody asked for by name, and that volleys cannot test, are left to the other gears.
+        names = tuple(name for name in names if takes_volleys(name, levels, where))
+    if gears == ("volley",) and not (names and all(takes_volleys(name, levels, where) for name in names)):
+        raise UsageError(
+            "volleys are of kernel calls: they need --level kernel, and backends with a kernel level that compile "
+            "neither for every layout nor for every option"
+        )
     kept = Store(store)
     kept.prepare()
     if cases is None and seconds is None:
@@ -202,6 +209,7 @@ def run(
         workers=workers,
         store=store,
         as_json=as_json,
+        named=bool(backend),
     )
 
 

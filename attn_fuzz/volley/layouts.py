@@ -26,9 +26,9 @@ VALUES: Final = ("gaussian", "gaussian", "gaussian", "large", "large", "offset",
 _ANY_OPTIONS: Final = 0.4
 """Share of volleys whose head dimension, head group and scale are any that are taken: some cost ten times others."""
 
-_MOST_WORK: Final = {"cuda": 4e9, "cpu": 4e7}
-"""Products of a query's and a key's channels in a volley, about half a second of the reference's: longer documents and
-wider heads make fewer calls."""
+_MOST_WORK: Final = {"cuda": 1e9, "cpu": 4e7}
+"""Products of a query's and a key's channels in a volley, an eighth of a second of the reference's on a GPU and half a
+one on a CPU: longer documents and wider heads make fewer calls, and would keep other processes from the device."""
 
 
 @dataclasses.dataclass(frozen=True)
