@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attn_fuzz.store import Store, is_file
+from attn_fuzz.volley.company import Company, company_of
 from reference.case import Case, CaseError
 
 REGRESSIONS = Path("tests") / "regressions"
@@ -26,10 +27,14 @@ class Seed:
     """Backends that must fail it, by ``cpu`` and ``cuda``."""
     symptom: str = ""
     """A stored finding's; empty where none is known."""
+    company: Company | None = None
+    """Calls in a row, where the case fails among them only."""
 
     def to_json(self) -> str:
         """The content of its file: one line per entry."""
         entries: dict[str, Any] = {"about": self.about, "case": self.case.to_dict()}
+        if self.company is not None:
+            entries["company"] = self.company.to_dict()
         if self.convicts:
             entries["convicts"] = {device: list(names) for device, names in self.convicts.items()}
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items())
@@ -51,7 +56,7 @@ def read_seed(path: Path) -> Seed:
     try:
         if isinstance(data, Mapping) and "case" in data:
             about, symptom = str(data.get("about", "")), str(data.get("symptom", ""))
-            return Seed(path.stem, Case.from_dict(data["case"]), about, _convicts(data), symptom)
+            return Seed(path.stem, Case.from_dict(data["case"]), about, _convicts(data), symptom, company_of(data))
         return Seed(path.stem, Case.from_dict(data))
     except CaseError as error:
         raise CaseError(f"{path}: {error}") from None
@@ -89,4 +94,5 @@ def find_seed(name: str, store: Path) -> Seed:
     finding = Store(store).load(name)
     device = finding.device.partition(":")[0]
     about = "; ".join(finding.messages[:1])
-    return Seed(name, finding.case, about, {device: (finding.backend,)}, finding.symptom)
+    company = company_of({"company": finding.company})
+    return Seed(name, finding.case, about, {device: (finding.backend,)}, finding.symptom, company)

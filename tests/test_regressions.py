@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from attn_fuzz.cases_on_disk import Seed, regression_seeds
 from attn_fuzz.examine import examine
+from attn_fuzz.volley.company import in_company
 from backends import registry
 from backends.kernel import UnsupportedCase
 
@@ -20,7 +22,7 @@ def test_seed_is_clean(seed: Seed, attn_backend: str, attn_device: str) -> None:
     if (reason := backend.kernel.why_unavailable(attn_device.partition(":")[0])) is not None:
         pytest.skip(f"{attn_backend}: {reason}")
     try:
-        verdict = examine(seed.case, backend, attn_device)
+        verdict = in_company(examine(seed.case, backend, attn_device), seed.company, backend, torch.device(attn_device))
     except UnsupportedCase as refusal:
         pytest.skip(str(refusal))
     assert [str(symptom) for symptom in verdict.symptoms] == []

@@ -24,6 +24,7 @@ from attn_fuzz.findings import Finding
 from attn_fuzz.strategies import Domain
 from attn_fuzz.symptoms import DeadRowsNotZero, NotExact, WrongKeys, WrongKeysBackward
 from attn_fuzz.volley.calls import Loaded
+from attn_fuzz.volley.company import Company, in_company
 from attn_fuzz.volley.firing import NAMES
 from attn_fuzz.volley.gear import SHARE, TURNS, Turn, judge
 from attn_fuzz.volley.layouts import LONGEST, Volley, draw_volley
@@ -35,7 +36,7 @@ from backends.kernels.loop import LoopKernel
 from backends.metadata import VarlenMetadata
 from backends.registry import Backend
 from reference.answer import KERNEL_TENSORS, kernel_answer, kernel_inputs
-from reference.case import MEMORIES, Case
+from reference.case import MEMORIES, Case, CaseError
 
 CPU = torch.device("cpu")
 EXAMPLE = (Path(__file__).resolve().parent.parent / "examples" / "my_kernel.py").read_text()
@@ -551,10 +552,50 @@ def test_what_only_many_calls_show_is_reported_as_such(monkeypatch: pytest.Monke
         state["before"] = rows
         return attended._replace(out=attended.out * 1.5) if before > 2 * rows else attended
 
-    (finding,), _ = hunted(altered(deed), monkeypatch)
+    backend = altered(deed)
+    (finding,), _ = hunted(backend, monkeypatch)
     assert finding.checks == ("volley",)
     assert "in a row" in finding.messages[0]
     assert "not where the call runs by itself" in finding.messages[0]
+    # It is kept with as few calls, as small ones, as it takes.
+    company = Company.from_dict(json.loads(json.dumps(finding.to_dict()))["company"])
+    calls = [company.volley.call(index) for index in range(len(company.volley.ends))]
+    assert finding.case == calls[company.index]
+    assert sorted(sum(call.lengths) for call in calls) == [1, 3]
+    assert company.words(company.judged(backend, CPU)) is not None
+    correct = Backend("correct", LoopKernel())
+    assert company.words(company.judged(correct, CPU)) is None
+    alone = examine(finding.case, backend, CPU)
+    assert not alone.symptoms
+    assert in_company(alone, company, backend, CPU).checks == ("volley",)
+    assert in_company(alone, company, correct, CPU) == alone
+
+
+def test_a_finding_that_takes_other_calls_is_replayed(attn_fuzz: Run, tmp_path: Path) -> None:
+    path, store = tmp_path / "kernel.py", tmp_path / "store"
+    deed = "    before, _rows[0] = _rows[0], len(q)\n    q = q * (3 if 2 * len(q) < before < 100 else 1)\n"
+    text = EXAMPLE.replace("    out = []\n", f"{deed}    out = []\n")
+    path.write_text(text + "\n\n_rows = [0]\n")
+    command = ("check", f"{path}:kernel", "--gear", "volley", "--device", "cpu", "--cases", "400", "--first")
+    done = attn_fuzz(*command, "--store", str(store), "--workers", "1", "--json")
+    assert done.status == 1, done.err
+    finding = next(each for each in json.loads(done.out)["findings"] if each["checks"] == ["volley"])
+    assert len(finding["company"]["ends"]) == 2
+    done = attn_fuzz("replay", finding["id"], "--store", str(store), "--device", "cpu")
+    assert done.status == 1, done.err
+    assert "calls in a row" in done.out
+    path.write_text(EXAMPLE)
+    assert attn_fuzz("replay", finding["id"], "--store", str(store), "--device", "cpu").status == 0
+
+
+@pytest.mark.parametrize(
+    "change", [{"index": 4}, {"ends": [1, 3]}, {"asks": "nothing"}, {"poison": "much"}, {"asked": 0}, {"case": {}}]
+)
+def test_calls_in_a_row_that_cannot_be_are_refused(change: dict[str, object]) -> None:
+    company = Company(VOLLEY, 2, TURNS[0], 4)
+    assert Company.from_dict(company.to_dict()) == company
+    with pytest.raises(CaseError, match="no calls in a row"):
+        Company.from_dict(company.to_dict() | change)
 
 
 def test_an_error_that_comes_once_is_reported_where_nothing_explains_it(monkeypatch: pytest.MonkeyPatch) -> None:

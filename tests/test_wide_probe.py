@@ -10,7 +10,7 @@ import torch
 from attn_fuzz.probes import every_row_probe, needle_probe, uniform_probe
 from attn_fuzz.strategies import Domain
 from attn_fuzz.swamping import sums_of, swamping_probe
-from attn_fuzz.symptoms import WrongKeys
+from attn_fuzz.symptoms import WrongKeys, WrongKeysBackward
 from attn_fuzz.wide.call import Call, run
 from attn_fuzz.wide.every_row import wide_every_row
 from attn_fuzz.wide.gear import examine_probe, probe_verdict
@@ -20,6 +20,9 @@ from attn_fuzz.wide.probe import wide_probe, wrong_documents
 from attn_fuzz.wide.probes import PROBES
 from attn_fuzz.wide.swamping import swamped_sums, wide_swamping
 from backends import registry
+from backends.kernel import Attended, AttentionOptions
+from backends.kernels.loop import LoopKernel
+from backends.metadata import VarlenMetadata
 from backends.registry import Backend
 from reference.answer import KERNEL_TENSORS
 from reference.case import Case
@@ -126,8 +129,9 @@ def test_correct_backends_pass(name: str) -> None:
     backend = registry.load(name)
     if backend.kernel.why_unavailable("cpu") is not None:
         pytest.skip("not on this machine")
-    for seed in range(4):
-        assert examine_probe(drawn(backend, seed), backend, CPU) is None
+    for probe in PROBES:
+        for seed in range(4):
+            assert examine_probe(drawn(backend, seed), backend, CPU, probe) is None
 
 
 def test_one_wrong_key_in_one_size_is_seen_and_named() -> None:
@@ -157,7 +161,32 @@ def test_each_result_is_looked_at(name: str) -> None:
 
 def test_no_second_seed_need_agree() -> None:
     outcome = probe_verdict(Case(level="kernel", lengths=(4,), head_dim=4), registry.load("fault:M18"), CPU)
-    assert outcome.exact
+    assert outcome.probe == "keys"
     assert not outcome.failing(10.0).any()
     case = Case(level="kernel", lengths=(4,), key_lengths=(9,), head_dim=4)
     assert probe_verdict(case, registry.load("fault:M18"), CPU).failing(10.0).any()
+
+
+def test_what_a_probe_measures_is_seen_under_two_value_seeds() -> None:
+    found: list[int] = []
+
+    class Forgetful(LoopKernel):
+        def attend(
+            self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+        ) -> Attended:
+            attended = super().attend(q, k, v, metadata, options)
+            found.append(len(q))
+            return attended._replace(out=torch.cat([attended.out[:1].detach(), attended.out[1:]]))
+
+    case = Case(level="kernel", lengths=(5, 3, 7), key_lengths=(5, 6, 7), head_dim=4, heads=2, dtype="bf16")
+    suspicion = examine_probe(case, Backend("forgetful", Forgetful()), CPU, "every row")
+    assert suspicion is not None
+    assert suspicion.symptom is WrongKeysBackward
+    assert suspicion.documents == (0,)
+    assert "the probe 'every row'" in suspicion.message
+    assert len(found) == 2
+
+
+def test_a_probe_without_inputs_gives_way_to_the_keys() -> None:
+    short = Case(level="kernel", lengths=(4,), head_dim=4)
+    assert probe_verdict(short, registry.load("loop"), CPU, "swamping").probe == "keys"

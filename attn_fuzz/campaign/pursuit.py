@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from attn_fuzz.campaign.messages import Found
 from attn_fuzz.campaign.worker import Hunt
@@ -40,8 +42,15 @@ class Pursuit(Hunt):
         for issue in known:
             self.tally.known[issue] = self.tally.known.get(issue, 0) + 1
 
-    def report_as_seen(self, symptom: type[Symptom], check: str, message: str, case: Case) -> None:
-        """A finding that the narrow gear does not show, once per symptom."""
+    def report_as_seen(
+        self,
+        symptom: type[Symptom],
+        check: str,
+        message: str,
+        case: Case,
+        company: Mapping[str, Any] | None = None,
+    ) -> None:
+        """A finding that the narrow gear does not show, once per symptom; ``company``: in which calls it did."""
         name = symptom.__name__
         if name in self.found:
             self.tally.repeated += 1
@@ -59,5 +68,6 @@ class Pursuit(Hunt):
             cases_to_find=self.tally.cases,
             seconds_to_find=round(self.failed_at - self.started, 3),
             environment=environment(str(self.device)),
+            company=company,
         )
         self.send(Found(finding))

@@ -19,6 +19,7 @@ from attn_fuzz.strategies import Domain
 from attn_fuzz.symptoms import Crashed, InputsChanged
 from attn_fuzz.timing import now
 from attn_fuzz.trial import SECOND_SEED
+from attn_fuzz.volley.company import Company, smallest
 from attn_fuzz.volley.gear import TURNS, Judged, Turn, judge
 from attn_fuzz.volley.layouts import LONGEST, Volley, draw_volley
 from attn_fuzz.wide.layouts import Sweep
@@ -38,6 +39,9 @@ REFUSED_VOLLEYS: Final = 60
 
 _SUSPECTS: Final = 3
 """Calls of a failing volley that are looked at on their own: its victims are much alike."""
+
+SHRINK_SECONDS: Final = 20.0
+"""How long calls are left out of a volley that fails in company only."""
 
 _TOUCHED: Final = 64
 """Calls that are looked at on their own where something was written that may not be."""
@@ -166,16 +170,19 @@ class VolleyHunt(Pursuit):
         if not both and z <= beyond_doubt(volley.case):
             # One value seed may have bad luck.
             return
-        symptom = Crashed if index in judged.broken else judged.symptom(name)
         seen = "under two value seeds" if both else "once: other values did not show it"
-        small = judged.call(index)
-        self.suspect(small)
-        what = judged.broken.get(index, f"{name}: z = {z:.3g}")
+        company = Company(volley, index, judged.turn, judged.asked)
+        self.suspect(judged.call(index))
+        small = smallest(company, self.backend, self.device, SHRINK_SECONDS)
+        words = company.words(judged)
+        if small != company and (fewer := small.words(small.judged(self.backend, self.device))) is not None:
+            words, company = fewer, small
         self.report_as_seen(
-            symptom,
+            Crashed if index in judged.broken else judged.symptom(name),
             "volley",
-            f"call {index} of {len(volley.ends)} in a row, {what}; seen {seen}, and not where the call runs by itself",
-            small,
+            f"{words}; seen {seen}, and not where the call runs by itself",
+            company.volley.call(company.index),
+            company.to_dict(),
         )
 
     def pursue_touched(self, judged: Judged) -> None:

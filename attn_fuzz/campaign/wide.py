@@ -24,6 +24,7 @@ from attn_fuzz.wide.gear import Outcome, Suspicion, probe_verdict, suspected, ve
 from attn_fuzz.wide.layer import draw_layer_case, layer_verdict
 from attn_fuzz.wide.layouts import LONGEST, Sweep, draw_case
 from attn_fuzz.wide.pace import affordable, masks_whole_pack
+from attn_fuzz.wide.probes import PROBES
 from backends.kernel import UnsupportedCase
 from reference.case import LEVELS, Case
 
@@ -39,8 +40,8 @@ REFUSED_CALLS: Final = 60
 
 BISECT_SECONDS: Final = 30.0
 
-WAYS: Final = ("budget", "probe", "twice")
-"""How kernel calls are judged, in turn: by the budget; by exact probes; by the budget and the bits of a second run."""
+WAYS: Final = ("budget", "keys", "twice", "needle", "budget", "every row", "twice", "swamping")
+"""How kernel calls are judged, in turn: by the budget; by the budget and the bits of a second run; by a probe."""
 
 _GROWN: Final = 8
 """Where kernels form masks over the whole pack, one call in so many has as many documents as others have."""
@@ -105,8 +106,8 @@ class WideHunt(Pursuit):
         """Runs a case and judges its documents in the way whose turn it is."""
         if case.level == "layer":
             return layer_verdict(case, self.backend, self.device)
-        if self.way == "probe":
-            return probe_verdict(case, self.backend, self.device)
+        if self.way in PROBES:
+            return probe_verdict(case, self.backend, self.device, self.way)
         (outcome,) = verdicts(Call.of(case, self.device), [self.backend], twice=self.way == "twice")
         return outcome
 
@@ -159,9 +160,9 @@ class WideHunt(Pursuit):
         tally.cases += 1
         tally.documents += len(case.packed_lengths)
         tally.seconds = time.monotonic() - self.started
-        kind = f"wide-{'probe' if outcome.exact else case.level} {case.dtype}"
+        kind = f"wide-{'probe' if outcome.probe else case.level} {case.dtype}"
         tally.by_kind[kind] = tally.by_kind.get(kind, 0) + 1
-        if clean and not outcome.exact:
+        if clean and not outcome.probe:
             worst, places = (outcome.z * LIMIT / limit(case)).max(0)
             for name, z, place in zip(outcome.names, worst.tolist(), places.tolist(), strict=True):
                 if name == "bits":

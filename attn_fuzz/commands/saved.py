@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from attn_fuzz import show
@@ -28,6 +29,7 @@ from attn_fuzz.commands.screen import results_console
 from attn_fuzz.examine import Verdict, examine
 from attn_fuzz.process import set_up_process
 from attn_fuzz.script import ScriptError, standalone
+from attn_fuzz.volley.company import in_company
 from backends import registry
 from backends.kernel import UnsupportedCase
 from reference.case import Case
@@ -50,6 +52,13 @@ def _verdict_of_survivors(name: str, case: Case, device: str) -> Verdict | str:
     finally:
         child.close()
     return _verdict(name, case, device) if symptom is None else Verdict((symptom,), {}, frozenset())
+
+
+def _in_company(name: str, seed: Seed, device: str, alone: Verdict | str) -> Verdict | str:
+    if isinstance(alone, str):
+        return alone
+    with contextlib.redirect_stdout(sys.stderr):
+        return in_company(alone, seed.company, registry.load(name), torch.device(device))
 
 
 def _place(device: str | None, seed: Seed) -> str:
@@ -78,7 +87,7 @@ def replay(
     require_available(names, where)
     set_up_process(where)
     judge = _verdict_of_survivors if seed.symptom in FATAL else _verdict
-    results = [(name, judge(name, seed.case, where)) for name in names]
+    results = [(name, _in_company(name, seed, where, judge(name, seed.case, where))) for name in names]
     if backend and all(isinstance(verdict, str) for _, verdict in results):
         raise UsageError("; ".join(str(verdict) for _, verdict in results))
     failed = [name for name, verdict in results if isinstance(verdict, Verdict) and verdict.symptoms]
@@ -124,7 +133,7 @@ def save(
     for backend in convict or ():
         registry.load(backend)
     convicts = {device_of(device).partition(":")[0]: tuple(convict)} if convict else found.convicts
-    seed = Seed(name, found.case, about or found.about, convicts)
+    seed = Seed(name, found.case, about or found.about, convicts, company=found.company)
     target = folder / f"{name}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -46,6 +46,8 @@ class Judged:
     """What was asked."""
     spares: tuple[int, ...]
     """Rows behind the last document that the first calls were handed in some run."""
+    asked: int
+    """Of how many calls, from the first on."""
     symptoms: Mapping[str, type[Symptom]]
     """What the probe calls a result that fails it."""
 
@@ -137,6 +139,7 @@ def judge(
     device: torch.device,
     turn: Turn = TURNS[0],
     beat: Callable[[], None] = lambda: None,
+    asked: int | None = None,
 ) -> Judged:
     """Runs every call with drawn values, and whatever else it is the turn of, from poisoned memory; judges all of it.
 
@@ -149,11 +152,13 @@ def judge(
         device: where.
         turn: what is asked.
         beat: called before every call of every run.
+        asked: of how many calls, from the first on; None for the usual share.
 
     Raises:
         torch.OutOfMemoryError: as it comes.
     """
-    asked = math.ceil(len(volley.ends) * SHARE[device.type])
+    if asked is None:
+        asked = math.ceil(len(volley.ends) * SHARE[device.type])
     firing = Firing(volley, backend, device, turn.poison, asked, beat)
     QUESTIONS[turn.asked](firing)
     case = volley.case
@@ -175,4 +180,4 @@ def judge(
         refused |= fired.refused
     paths = frozenset().union(*(fired.paths for fired in firing.runs))
     found = flat[:-1].view(z.shape)
-    return Judged(volley, found, broken, refused, bool(flat[-1]), paths, turn, firing.spares, firing.symptoms)
+    return Judged(volley, found, broken, refused, bool(flat[-1]), paths, turn, firing.spares, asked, firing.symptoms)

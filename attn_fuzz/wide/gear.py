@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -14,7 +14,7 @@ from attn_fuzz.symptoms import Crashed, PoisonLeaked, Symptom, WrongSpread, wron
 from attn_fuzz.trial import SECOND_SEED
 from attn_fuzz.wide.call import Call, run
 from attn_fuzz.wide.judge import COLUMNS, complete, largest_z, other_bits, screened_z
-from attn_fuzz.wide.probe import SYMPTOMS, wide_probe, wrong_documents
+from attn_fuzz.wide.probes import PROBES
 from backends.kernel import UnsupportedCase
 from backends.registry import Backend
 from reference.answer import KERNEL_TENSORS
@@ -33,8 +33,10 @@ class Outcome:
     """What is wrong with the call as a whole, in words: it raised, results are missing, inputs changed."""
     names: tuple[str, ...] = COLUMNS
     """The columns of ``z``."""
-    exact: bool = False
-    """Whole numbers were asked for, and no second value seed need agree."""
+    probe: str = ""
+    """Which of ``wide.probes.PROBES`` was asked; none for the budgets."""
+    symptoms: Mapping[str, type[Symptom]] = dataclasses.field(default_factory=dict)
+    """What that probe calls a result that fails it."""
 
     def failing(self, beyond: float) -> torch.Tensor:
         """bool ``[documents, columns]``; every document where the call as a whole is wrong."""
@@ -134,24 +136,33 @@ def verdicts(call: Call, backends: Sequence[Backend], *, screened: bool = True, 
     return [Outcome(judged[index], broken.get(index)) for index in range(len(backends))]
 
 
-def probe_verdict(case: Case, backend: Backend, device: torch.device) -> Outcome:
-    """Which keys took part, in every document of a call: census and support, exactly, and inputs intact.
+def probe_verdict(case: Case, backend: Backend, device: torch.device, name: str = "keys") -> Outcome:
+    """What a probe says of every document of a call, and inputs intact; which keys took part where it has no inputs.
+
+    Args:
+        case: a kernel case.
+        backend: what runs it.
+        device: where.
+        name: one of ``wide.probes.PROBES``.
 
     Raises:
         UnsupportedCase: as ``verdicts`` does.
         torch.OutOfMemoryError: as it comes.
     """
-    probe = wide_probe(case, device)
+    profile = effective_profile(backend.kernel.profile_on(device.type), case)
+    probe = PROBES[name](case, device, profile)
+    if probe is None:
+        return probe_verdict(case, backend, device)
     call = Call.of(case, device, probe.inputs)
     found, wrong = _attempt(call, backend, "nan")
-    documents = torch.zeros(len(case.packed_lengths), len(KERNEL_TENSORS), dtype=torch.bool, device=device)
+    count = len(case.packed_lengths)
+    z = torch.zeros(count, len(KERNEL_TENSORS), dtype=torch.float64, device=device)
     if wrong is None:
-        documents = wrong_documents(case, probe, found)
-    packed = torch.cat([documents.flatten(), call.changed()[None]]).cpu()
+        z = probe.deviations(found)
+    packed = torch.cat([z.flatten(), call.changed()[None].double()]).cpu()
     if packed[-1]:
         wrong = wrong or "an input or its guard margin changed"
-    z = torch.where(packed[:-1].view(-1, len(KERNEL_TENSORS)), torch.inf, 0.0).double()
-    return Outcome(z, wrong, KERNEL_TENSORS, exact=True)
+    return Outcome(packed[:-1].view(z.shape), wrong, KERNEL_TENSORS, name, probe.symptoms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,8 +189,8 @@ def _named(case: Case, outcome: Outcome, failing: torch.Tensor, documents: Seque
     name, z = outcome.names[column], outcome.z[first, column].item()
     place = f"document {first} ({case.packed_lengths[first]} queries, {case.packed_key_lengths[first]} keys)"
     rest = f"{len(documents)} of {count} documents wrong"
-    if outcome.exact:
-        return SYMPTOMS[name], f"{name} of {place} is not what equal scores make of its keys; {rest}"
+    if outcome.probe:
+        return outcome.symptoms[name], f"{name} of {place} is not what the probe {outcome.probe!r} makes of it; {rest}"
     if name == "bits":
         return PoisonLeaked, f"results of {place} change with the contents of memory that nobody has written; {rest}"
     if name.endswith("-rows"):
@@ -199,8 +210,10 @@ def suspected(case: Case, outcome: Outcome, judge: Callable[[Case], Outcome]) ->
     failing = outcome.failing(beyond)
     if not failing.any():
         return None
-    if outcome.broken is None and not outcome.exact:
-        failing &= judge(case.replace(seed=case.seed ^ SECOND_SEED)).failing(beyond)
+    # What a probe says exactly needs no second value seed.
+    certain = outcome.z.isinf() & bool(outcome.probe)
+    if outcome.broken is None and (failing & ~certain).any():
+        failing &= certain | judge(case.replace(seed=case.seed ^ SECOND_SEED)).failing(beyond)
     worst = torch.where(failing, outcome.z, -1.0).amax(1)
     order = worst.argsort(descending=True, stable=True)
     documents = tuple(order[: int(failing.any(1).sum())].tolist())
@@ -226,10 +239,10 @@ def examine_wide(case: Case, backend: Backend, device: torch.device, *, twice: b
     return suspicion(call, backend, outcome, twice=twice)
 
 
-def examine_probe(case: Case, backend: Backend, device: torch.device) -> Suspicion | None:
-    """The wide verdict by the exact probes."""
+def examine_probe(case: Case, backend: Backend, device: torch.device, name: str = "keys") -> Suspicion | None:
+    """The wide verdict by a probe."""
 
     def judge(again: Case) -> Outcome:
-        return probe_verdict(again, backend, device)
+        return probe_verdict(again, backend, device, name)
 
     return suspected(case, judge(case), judge)
