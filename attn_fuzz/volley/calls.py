@@ -124,6 +124,21 @@ class Loaded:
         return torch.stack([*moved, (self.sums != self._sums_before).any()]).any()
 
 
+@dataclasses.dataclass(frozen=True)
+class How:
+    """In which way calls are run."""
+
+    asked: Asked = EVERYTHING
+    """Of autograd."""
+    forward_only: bool = False
+    """The forward of training, and no backward."""
+    backwards: bool = False
+    """The last call first."""
+
+
+PLAIN: Final = How()
+
+
 @dataclasses.dataclass
 class Fired:
     """What came out of a run of all calls."""
@@ -174,7 +189,8 @@ class _Shot:
     spent: bool = False
 
 
-def _one(loaded: Loaded, index: int, backend: Backend, poison: str, asked: Asked, *, forward_only: bool) -> _Shot:
+def _one(loaded: Loaded, index: int, backend: Backend, poison: str, how: How) -> _Shot:
+    asked = how.asked
     *tensors, dout = loaded.of_calls[index]
     named = zip(("q", "k", "v"), tensors, strict=True)
     q, k, v = leaves = [x.detach().requires_grad_(name in asked.gradients) for name, x in named]
@@ -182,7 +198,7 @@ def _one(loaded: Loaded, index: int, backend: Backend, poison: str, asked: Asked
         _primed(q, k, filler(poison))
     with torch.set_grad_enabled(bool(asked.gradients)):
         attended = backend.kernel.attend(q, k, v, loaded.metadata[index], loaded.options)
-    if not asked.gradients or forward_only:
+    if not asked.gradients or how.forward_only:
         return _Shot(attended, {})
     wanted = [x for x in leaves if x.requires_grad]
     gradients = torch.autograd.grad(attended.out, wanted, dout, retain_graph=asked.twice)
@@ -242,10 +258,8 @@ def fire(
     loaded: Loaded,
     backend: Backend,
     poison: str,
+    how: How = PLAIN,
     *,
-    asked: Asked = EVERYTHING,
-    forward_only: bool = False,
-    backwards: bool = False,
     calls: int | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> Fired:
@@ -255,26 +269,24 @@ def fire(
         loaded: the calls.
         backend: what runs them.
         poison: contents of unwritten memory; ``none`` for what it happens to hold.
-        asked: of autograd.
-        forward_only: the forward of training, and no backward.
-        backwards: the last call first.
+        how: in which way.
         calls: how many of them, from the first on; None for all.
         beat: called before every call, for whoever would take a slow kernel for one that hangs.
 
     Raises:
         torch.OutOfMemoryError: as it comes.
     """
-    given = () if forward_only else tuple(f"d{name}" for name in asked.gradients)
+    given = () if how.forward_only else tuple(f"d{name}" for name in how.asked.gradients)
     meant = backend.kernel.paths_on(loaded.device.type)
     collector = _Collector(loaded, ("out", "lse", *given))
     fired = collector.fired
     order = range(len(loaded.volley.ends) if calls is None else calls)
     with _memory(loaded, poison, compiled=backend.kernel.compiled):
-        for index in reversed(order) if backwards else order:
+        for index in reversed(order) if how.backwards else order:
             beat()
             got: dict[str, torch.Tensor] = {}
             try:
-                shot = _one(loaded, index, backend, poison, asked, forward_only=forward_only)
+                shot = _one(loaded, index, backend, poison, how)
                 attended = shot.attended
                 got = {"out": attended.out.detach(), **shot.gradients}
                 if attended.lse is not None:
@@ -290,4 +302,4 @@ def fire(
                 raise_lack_of_memory(error)
                 fired.broken[index] = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['-'])[0][:300]}"
             collector.take(index, got)
-    return collector.done(len(order), backwards=backwards)
+    return collector.done(len(order), backwards=how.backwards)

@@ -7,9 +7,8 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.execute import EVERYTHING, Asked
 from attn_fuzz.symptoms import Symptom
-from attn_fuzz.volley.calls import Fired, Loaded, fire
+from attn_fuzz.volley.calls import PLAIN, Fired, How, Loaded, fire
 from attn_fuzz.volley.layouts import Volley
 from attn_fuzz.wide.gear import effective_profile
 from attn_fuzz.wide.judge import COLUMNS
@@ -63,7 +62,7 @@ class Firing:
         """By names of ``NAMES``: of the first documents, float64 in units in which the verdict is at LIMIT."""
         self.spares: tuple[int, ...] = ()
         self.symptoms: Mapping[str, type[Symptom]] = {}
-        self.all_first = self.fire(self.loaded, poison, calls=None).results
+        self.all_first = self.fire(self.loaded, poison, every=True).results
         self.held = [self.all_first]
         """Results of the whole volley that its budgets hold for."""
         self.deviations: list[torch.Tensor] = []
@@ -82,19 +81,10 @@ class Firing:
         self.placed.append(Loaded(volley, inputs, self.device, spares))
         return self.placed[-1]
 
-    def fire(
-        self,
-        what: Loaded,
-        poison: str,
-        asked: Asked = EVERYTHING,
-        *,
-        forward_only: bool = False,
-        backwards: bool = False,
-        calls: int | None = None,
-    ) -> Fired:
-        """A run of so many calls, or of all."""
-        how = {"asked": asked, "forward_only": forward_only, "backwards": backwards, "calls": calls}
-        fired = fire(what, self.backend, poison, beat=self.beat, **how)  # type: ignore[arg-type]
+    def fire(self, what: Loaded, poison: str, how: How = PLAIN, *, every: bool = False) -> Fired:
+        """A run of the calls that are asked, or of every one."""
+        calls = None if every else len(self.volley.ends)
+        fired = fire(what, self.backend, poison, how, calls=calls, beat=self.beat)
         self.runs.append(fired)
         if "lse" in fired.results:
             # In this project's convention; a finite sentinel stays what it is, and wrong.
@@ -102,18 +92,9 @@ class Firing:
             fired.results["lse"] = torch.where(lse == self.convention, -torch.inf, lse)
         return fired
 
-    def run(
-        self,
-        what: Loaded,
-        poison: str,
-        asked: Asked = EVERYTHING,
-        *,
-        forward_only: bool = False,
-        backwards: bool = False,
-    ) -> Results:
+    def run(self, what: Loaded, poison: str, how: How = PLAIN) -> Results:
         """The results of a run of the calls that are asked."""
-        count = len(self.volley.ends)
-        return self.fire(what, poison, asked, forward_only=forward_only, backwards=backwards, calls=count).results
+        return self.fire(what, poison, how).results
 
     def hold(self, results: Results) -> None:
         """Holds results of the calls that are asked to the volley's budgets."""

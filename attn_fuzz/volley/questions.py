@@ -14,6 +14,7 @@ from attn_fuzz.checks.isolation import GARBAGE, garbage_of
 from attn_fuzz.execute import Asked
 from attn_fuzz.measured import measured
 from attn_fuzz.strategies import usual_scales
+from attn_fuzz.volley.calls import How
 from attn_fuzz.volley.firing import APART, PROBED, TAILS, Firing
 from attn_fuzz.volley.layouts import Volley
 from attn_fuzz.wide.cutout import subset
@@ -32,7 +33,7 @@ def probe_of(name: str) -> Callable[[Firing], None]:
         if probe is None:
             return
         loaded = firing.load(firing.volley, probe.inputs)
-        results = firing.run(loaded, firing.other_poison, forward_only=not probe.backward)
+        results = firing.run(loaded, firing.other_poison, How(forward_only=not probe.backward))
         firing.symptoms = probe.symptoms
         firing.accused |= dict(zip(PROBED, probe.deviations(results).unbind(1), strict=True))
 
@@ -60,7 +61,7 @@ def second_backward(firing: Firing) -> None:
 def _asked(firing: Firing, asked: Asked) -> None:
     # What is compiled would be compiled once more for each way to ask.
     if not firing.backend.kernel.compiled:
-        fired = firing.fire(firing.loaded, firing.other_poison, asked, calls=len(firing.volley.ends))
+        fired = firing.fire(firing.loaded, firing.other_poison, How(asked))
         if not fired.spent:
             firing.hold(fired.results)
 
@@ -68,7 +69,7 @@ def _asked(firing: Firing, asked: Asked) -> None:
 def again(firing: Firing) -> None:
     """The drawn values once more, from memory of the other kind, the last call first: the same bits where promised."""
     if names := promised(firing.backend, firing.device):
-        second = firing.run(firing.loaded, firing.other_poison, backwards=True)
+        second = firing.run(firing.loaded, firing.other_poison, How(backwards=True))
         firing.accuse("bits", other_bits(firing.case, firing.first, second, names))
 
 
