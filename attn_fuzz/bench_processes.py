@@ -22,8 +22,9 @@ from attn_fuzz.bench_volley import cut_up
 from attn_fuzz.environment import environment
 from attn_fuzz.process import set_apart, set_up_process
 from attn_fuzz.timing import idle
-from attn_fuzz.volley.calls import Loaded, fire
+from attn_fuzz.volley.calls import fire
 from attn_fuzz.volley.gear import TURNS, judge
+from attn_fuzz.volley.loaded import Loaded
 from backends import registry
 from reference.answer import kernel_inputs
 

@@ -13,9 +13,10 @@ from attn_fuzz.campaign.messages import Assignment, Tally
 from attn_fuzz.campaign.pool import Pool
 from attn_fuzz.strategies import Domain
 from attn_fuzz.timing import median
-from attn_fuzz.volley.calls import Loaded, fire
+from attn_fuzz.volley.calls import fire
 from attn_fuzz.volley.gear import TURNS, judge
 from attn_fuzz.volley.layouts import DOCUMENTS, LONGEST, Volley, draw_volley
+from attn_fuzz.volley.loaded import Loaded
 from attn_fuzz.wide.gear import effective_profile
 from attn_fuzz.wide.judge import largest_z
 from attn_fuzz.wide.layouts import Sweep

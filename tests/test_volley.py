@@ -23,11 +23,11 @@ from attn_fuzz.execute import run_kernel
 from attn_fuzz.findings import Finding
 from attn_fuzz.strategies import Domain
 from attn_fuzz.symptoms import DeadRowsNotZero, NotExact, WrongKeys, WrongKeysBackward
-from attn_fuzz.volley.calls import Loaded
 from attn_fuzz.volley.company import Company, in_company
 from attn_fuzz.volley.firing import NAMES
 from attn_fuzz.volley.gear import SHARE, TURNS, Turn, judge
 from attn_fuzz.volley.layouts import LONGEST, Volley, draw_volley
+from attn_fuzz.volley.loaded import Loaded
 from attn_fuzz.volley.questions import QUESTIONS
 from attn_fuzz.wide.layouts import Sweep
 from backends import registry

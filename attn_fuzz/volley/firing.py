@@ -8,8 +8,9 @@ from typing import Final
 import torch
 
 from attn_fuzz.symptoms import Symptom
-from attn_fuzz.volley.calls import PLAIN, Fired, How, Loaded, fire
+from attn_fuzz.volley.calls import PLAIN, Fired, How, fire
 from attn_fuzz.volley.layouts import Volley
+from attn_fuzz.volley.loaded import Loaded
 from attn_fuzz.wide.gear import effective_profile
 from attn_fuzz.wide.judge import COLUMNS
 from backends.registry import Backend
