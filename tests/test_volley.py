@@ -23,7 +23,7 @@ from attn_fuzz.execute import run_kernel
 from attn_fuzz.findings import Finding
 from attn_fuzz.strategies import Domain
 from attn_fuzz.symptoms import DeadRowsNotZero, NotExact, WrongKeys, WrongKeysBackward
-from attn_fuzz.volley.company import Company, in_company
+from attn_fuzz.volley.company import Company, in_company, smallest
 from attn_fuzz.volley.firing import NAMES
 from attn_fuzz.volley.gear import SHARE, TURNS, Turn, judge
 from attn_fuzz.volley.layouts import LONGEST, Volley, draw_volley
@@ -586,6 +586,19 @@ def test_a_finding_that_takes_other_calls_is_replayed(attn_fuzz: Run, tmp_path: 
     assert "calls in a row" in done.out
     path.write_text(EXAMPLE)
     assert attn_fuzz("replay", finding["id"], "--store", str(store), "--device", "cpu").status == 0
+
+
+def test_calls_do_not_shrink_to_none() -> None:
+    lengths, keys = (3, 6, 1, 9, 2, 5, 4, 8), (3, 0, 1, 17, 0, 5, 0, 8)
+    volley = Volley(CASE.replace(lengths=lengths, key_lengths=keys), (2, 3, 6, 8))
+    wrong = altered(lambda count, _, attended: attended._replace(out=attended.out * 1.5))
+    company = smallest(Company(volley, 2, TURNS[0], 4), wrong, CPU, 20.0)
+    assert company.volley.case.lengths == (1,)
+    assert company.volley.case.key_lengths in (None, (1,))
+    assert company.index == 0
+    # Nothing to leave out where nothing fails.
+    right = Company(volley, 2, TURNS[0], 4)
+    assert smallest(right, altered(lambda count, _, attended: attended), CPU, 20.0) == right
 
 
 @pytest.mark.parametrize(

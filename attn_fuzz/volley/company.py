@@ -131,6 +131,10 @@ def _shorter(company: Company) -> Iterator[Company | None]:
 _STEPS: Final[tuple[Callable[[Company], Iterator[Company | None]], ...]] = (_fewer_calls, _fewer_documents, _shorter)
 
 
+def _taken(call: Case, backend: Backend, device: torch.device) -> bool:
+    return any(call.packed_lengths) and backend.refusal(call, device.type) is None
+
+
 def smallest(company: Company, backend: Backend, device: torch.device, seconds: float) -> Company:
     """As few and as small calls as still make the one fail, found within so many seconds.
 
@@ -143,8 +147,9 @@ def smallest(company: Company, backend: Backend, device: torch.device, seconds: 
     deadline = time.monotonic() + seconds
 
     def fails(small: Company) -> bool:
-        calls = (small.volley.call(index) for index in range(len(small.volley.ends)))
-        if any(backend.refusal(call, device.type) is not None for call in calls):
+        calls = (subset(small.volley.case, range(*span)) for span in small.volley.spans)
+        # A call of documents without keys, or without queries, is no case.
+        if any(call is None or not _taken(call, backend, device) for call in calls):
             return False
         try:
             # Twice in a row: the first time what was tried before is company, too.
