@@ -44,6 +44,20 @@ def test_the_command_prints_one_object_of_the_promised_form(tmp_path: Path) -> N
     assert told["plain"]["cases_per_s"] > 0
 
 
+def test_the_command_measures_processes_too() -> None:
+    program = (
+        "import dataclasses, attn_fuzz.bench as b; b.PLANS['cpu'] = dataclasses.replace(b.PLANS['cpu'], "
+        "volley_documents=12, volley_seconds=0.4); from attn_fuzz.cli import main; main()"
+    )
+    command = [sys.executable, "-c", program, "bench", "--processes", "--device", "cpu", "--json", "-b", "loop"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["processes"]["loop"]["2"]["cases_per_s"] > 0
+    assert told["environment"]["device"]
+    assert "loop, 2 processes" in done.stderr
+
+
 def test_the_rare_fault_shrinks_to_what_the_backend_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = registry.load("loop").kernel
     monkeypatch.setattr(kernel, "capabilities", bench.dataclasses.replace(kernel.capabilities, dtypes=("bf16",)))
