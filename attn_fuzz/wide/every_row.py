@@ -14,9 +14,8 @@ from reference.case import Case
 from reference.profile import Profile
 from reference.values import DTYPES, draw
 
-
 _JUDGED: Final = 2048
-"""Documents of a call whose dV is held against a budget, which takes the float64 reference: others wait for their turn."""
+"""Documents of a call whose dV is held against a budget, which takes the float64 reference."""
 
 
 def wide_every_row(case: Case, device: torch.device) -> Inputs:
