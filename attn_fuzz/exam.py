@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 
 from attn_fuzz.campaign.messages import Assignment, Failed, Found, Message
-from attn_fuzz.campaign.pool import HUNTS
+from attn_fuzz.campaign.serve import HUNTS
 from attn_fuzz.drawing import FEW, few_cases
 from attn_fuzz.examine import examine
 from attn_fuzz.findings import Finding

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 from types import FrameType
 from typing import Final
@@ -33,6 +34,10 @@ def context_alive(device: torch.device) -> bool:
         return False
 
 
+_OF_MEMORY: Final = 0.5
+"""Share of the machine's memory in one process beyond which a kill is taken for the system's."""
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error is this machine's lack of memory, and nobody's fault."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
@@ -46,6 +51,15 @@ def raise_lack_of_memory(error: Exception) -> None:
         raise error
     if lacks_memory(error):
         raise torch.OutOfMemoryError(str(error)) from error
+
+
+def killed_for_memory(exit_code: int | None) -> bool:
+    """Whether a child that has been waited for was killed, and children have taken so much that the system did it."""
+    if exit_code != -signal.SIGKILL:
+        return False
+    # In kilobytes, of the largest child so far.
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return largest > _OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def leave_memory(device: torch.device) -> None:

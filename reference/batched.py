@@ -108,7 +108,7 @@ def padded_size(length: int) -> int:
     return next(size for size in SIZES if size >= length)
 
 
-def _free_bytes() -> int:
+def free_bytes() -> int:
     """What the operating system could hand out without waiting, or no bound where it does not say."""
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -119,7 +119,7 @@ def _free_bytes() -> int:
 def _memory(device: torch.device) -> int:
     """Bytes that one chunk may take."""
     if device.type != "cuda":
-        return min(_CPU_BYTES, int(_free_bytes() * _CPU_SHARE))
+        return min(_CPU_BYTES, int(free_bytes() * _CPU_SHARE))
     free, whole = torch.cuda.mem_get_info(device)
     # What the caching allocator holds and nobody uses is free too.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

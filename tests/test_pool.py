@@ -115,6 +115,21 @@ def test_a_death_that_does_not_come_again_says_so(kernel: Callable[..., str]) ->
     assert finding.case == finding.original_case
 
 
+def test_what_the_system_kills_for_its_memory_accuses_nobody(
+    kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deed = "    if len(q) >= 3:\n        os.kill(os.getpid(), 9)\n"
+    monkeypatch.setattr("attn_fuzz.process._OF_MEMORY", 0.0)
+    outcome = campaign(kernel(deed), cases=200)
+    assert outcome.findings == []
+    (trouble,) = outcome.troubles
+    assert "was killed, and had filled the memory" in trouble
+    # A death of another kind is the kernel's, however large its process.
+    monkeypatch.setattr(autopsy, "SHRINK_CRASH_SECONDS", -1.0)
+    (finding,) = campaign(kernel(DIES_SPEAKING), cases=2).findings
+    assert finding.symptom == "Crashed"
+
+
 def test_where_no_process_can_use_the_device_no_kernel_is_accused(
     kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

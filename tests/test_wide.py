@@ -22,6 +22,7 @@ from attn_fuzz.execute import run_kernel
 from attn_fuzz.findings import Finding
 from attn_fuzz.strategies import Domain
 from attn_fuzz.symptoms import PoisonLeaked, WrongSpread
+from attn_fuzz.wide import pace
 from attn_fuzz.wide.call import Call
 from attn_fuzz.wide.cutout import ENOUGH, bisected, candidates, plainer, subset
 from attn_fuzz.wide.gear import Outcome, examine_wide, suspicion, verdicts
@@ -280,10 +281,33 @@ def test_layouts_have_documents_of_every_kind() -> None:
     assert drawn("loop", 0, 400, (16, 32)) == case
 
 
-@pytest.mark.parametrize(("name", "masks"), [("loop", False), ("backup", True), ("sdpa_dense", True)])
-def test_kernels_that_mask_the_whole_pack_are_known_by_their_time(name: str, masks: bool) -> None:
+MASKING = [("loop", False), ("backup", True), ("sdpa_dense", True), ("sdpa_nested", True)]
+
+
+@pytest.mark.parametrize(("name", "masks"), MASKING)
+def test_kernels_that_mask_the_whole_pack_are_known_by_what_they_make(
+    name: str, masks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "_seconds", lambda call, backend: len(call.case.lengths))
     backend = registry.load(name)
     assert masks_whole_pack(backend, Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")) is masks
+
+
+@pytest.mark.parametrize(("name", "masks"), [("loop", False), ("backup", True)])
+def test_others_are_known_by_their_time(name: str, masks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "_forms_a_mask", lambda call, backend: False)
+    backend = registry.load(name)
+    assert masks_whole_pack(backend, Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")) is masks
+
+
+def test_masks_over_the_whole_pack_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "free_bytes", lambda: 4 << 30)
+    for longest in ((16, 32), (64, 128), (256, 400)):
+        documents = pace.bearable(longest)
+        assert documents >= pace.affordable(longest)
+        # Scores of four heads, in float32, some six times over.
+        pairs = documents * longest[0] / 2 * documents * longest[1] / 2
+        assert documents == pace.affordable(longest) or pairs * 4 * 4 * 6 < (4 << 30) / 2
 
 
 def test_cut_outs_have_a_key() -> None:

@@ -29,12 +29,10 @@ from attn_fuzz.campaign.messages import (
     Trying,
 )
 from attn_fuzz.campaign.plan import share_of_time
-from attn_fuzz.campaign.volley import hunt_volleys
-from attn_fuzz.campaign.wide import hunt_wide
-from attn_fuzz.campaign.worker import hunt
+from attn_fuzz.campaign.serve import serve
 from attn_fuzz.environment import environment
 from attn_fuzz.findings import Finding
-from attn_fuzz.process import interrupt_once, set_apart, share_of_processors, stay_on
+from attn_fuzz.process import interrupt_once, killed_for_memory, share_of_processors
 from reference.case import Case
 
 HANG_SECONDS: Final = 180.0
@@ -54,26 +52,6 @@ class Outcome:
     interrupted: bool = False
     troubles: tuple[str, ...] = ()
     """What was wrong with this machine, in sentences."""
-
-
-def _serve(assignment: Assignment, connection: Connection, processors: frozenset[int] | None) -> None:
-    """Main function of a worker process."""
-    set_apart()
-    if processors is not None:
-        stay_on(processors)
-    try:
-        HUNTS[assignment.gear](assignment, connection.send)
-    except KeyboardInterrupt:
-        pass
-    except BrokenPipeError:
-        # The parent is gone; so is anybody who could read this.
-        pass
-    finally:
-        connection.close()
-
-
-HUNTS: Final = {"narrow": hunt, "volley": hunt_volleys, "wide": hunt_wide}
-"""What each gear does with an assignment."""
 
 
 @dataclasses.dataclass
@@ -145,7 +123,7 @@ class Pool:
         on_processors = assignment.device == "cpu" and max(assignment.ranks) > 1
         processors = share_of_processors(place, self._limit) if on_processors else None
         # No daemon, for those may not have the children that crash-class cases run in; run() kills what is left.
-        process = self._context.Process(target=_serve, args=(assignment, theirs, processors))
+        process = self._context.Process(target=serve, args=(assignment, theirs, processors))
         process.start()
         theirs.close()
         self._running.append(_Worker(assignment, process, ours, restarts, place))
@@ -210,6 +188,9 @@ class Pool:
         if trying is None:
             raise CampaignError(f"the worker for {job.backend} {how} before its first case")
         self._keep_suspect(worker)
+        if killed_for_memory(worker.process.exitcode if symptom == "Crashed" else None):
+            self._troubles.append(f"the worker for {job.backend} was killed, and had filled the memory: no finding")
+            return
         original = Case.from_json(trying.case)
         finding = Finding(
             backend=job.backend,

@@ -23,7 +23,7 @@ from attn_fuzz.wide.cutout import bisected, candidates, plainer, subset
 from attn_fuzz.wide.gear import Outcome, Suspicion, probe_verdict, suspected, verdicts
 from attn_fuzz.wide.layer import draw_layer_case, layer_verdict
 from attn_fuzz.wide.layouts import LONGEST, Sweep, draw_case
-from attn_fuzz.wide.pace import affordable, masks_whole_pack
+from attn_fuzz.wide.pace import affordable, bearable, masks_whole_pack
 from attn_fuzz.wide.probes import PROBES
 from backends.kernel import UnsupportedCase
 from reference.case import LEVELS, Case
@@ -43,8 +43,9 @@ BISECT_SECONDS: Final = 30.0
 WAYS: Final = ("budget", "keys", "twice", "needle", "budget", "every row", "twice", "swamping")
 """How kernel calls are judged, in turn: by the budget; by the budget and the bits of a second run; by a probe."""
 
-_GROWN: Final = 8
-"""Where kernels form masks over the whole pack, one call in so many has as many documents as others have."""
+_GROWN: Final = 7
+"""Where kernels form masks over the whole pack, one call in so many has as many documents as there is memory for; with
+levels, sizes and ways in turn, it comes to all of them."""
 
 CROWD: Final = 1100
 """Documents of a call now and then, whatever it takes: more than 2^10, with 2^13 to 2^15 queries in them."""
@@ -69,7 +70,7 @@ class WideHunt(Pursuit):
         self.sweeps = [Sweep(longest, self.random.randrange(1 << 16)) for longest in sizes]
         self.documents = {(level, size): FIRST_DOCUMENTS for level in LEVELS for size in range(len(sizes))}
         self.bisections = 0
-        self.way, self.turn, self.kernel_calls = WAYS[0], 0, 0
+        self.way, self.turn, self.kernel_calls, self.masked = WAYS[0], 0, 0, 0
         self.masks_all = self.device.type == "cpu" and masks_whole_pack(
             self.backend, self.domain, lambda case: self.send(Trying(case.to_json()))
         )
@@ -85,8 +86,10 @@ class WideHunt(Pursuit):
     def draw(self, level: str, size: int) -> Case | None:
         """The next case of a level and size."""
         documents = self.documents[level, size]
-        if self.masks_all and self.turn % _GROWN != _GROWN - 1:
-            documents = min(documents, affordable(self.sweeps[size].longest))
+        if self.masks_all:
+            most = bearable if self.masked % _GROWN == _GROWN - 1 else affordable
+            documents = min(documents, most(self.sweeps[size].longest))
+            self.masked += 1
         elif self.crowded(level):
             documents = max(documents, CROWD)
         if level == "layer":

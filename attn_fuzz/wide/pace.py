@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from attn_fuzz.strategies import Domain
 from attn_fuzz.wide.call import Call, run
 from backends.kernel import UnsupportedCase
 from backends.registry import Backend
+from reference.batched import free_bytes
 from reference.case import Case
 
 _FEW: Final = 32
@@ -27,8 +31,46 @@ _TOKENS: Final = 700
 """Queries and keys of a call beyond which masks over the whole pack take longer than the reference does."""
 
 
+_BYTES: Final = 100
+"""What a pair of a query and a key takes, whosever they are, where scores of the whole pack are kept: a few heads of
+them, a few times over, in float32."""
+
+_MEMORY_SHARE: Final = 4
+
+
+class _Largest(TorchDispatchMode):
+    """Sees how many elements the largest tensor has that torch's own operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = (x.numel() for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor))
+        # Of ragged tensors it may be no number.
+        self.elements = max(self.elements, *(count for count in made if isinstance(count, int)), 0)
+        return result
+
+
+def _forms_a_mask(call: Call, backend: Backend) -> bool:
+    """Whether a tensor is made that has an element for every query and key of the pack, whosever they are."""
+    pairs = sum(call.case.packed_lengths) * sum(call.case.packed_key_lengths)
+    if backend.kernel.compiled:
+        return False
+    try:
+        with _Largest() as largest:
+            run(call, backend)
+    except Exception:
+        # What some kernels do cannot be watched.
+        return False
+    return largest.elements >= pairs
+
+
 def masks_whole_pack(backend: Backend, domain: Domain, announce: Callable[[Case], object] = id) -> bool:
-    """Whether a kernel's time grows with the square of the pack, as trying shows; False where nothing can be tried.
+    """Whether a kernel forms masks over the whole pack, or its time grows as if; False where nothing can be tried.
 
     Args:
         backend: with or without a kernel level.
@@ -49,6 +91,8 @@ def masks_whole_pack(backend: Backend, domain: Domain, announce: Callable[[Case]
             return False
         announce(case)
         call = Call.of(case, torch.device(domain.device))
+        if _forms_a_mask(call, backend):
+            return True
         try:
             taken.append(min(_seconds(call, backend) for _ in range(_REPEATS)) / count)
         except (UnsupportedCase, NotImplementedError, MemoryError, RuntimeError):
@@ -61,6 +105,12 @@ def _seconds(call: Call, backend: Backend) -> float:
     started = time.process_time()
     run(call, backend)
     return time.process_time() - started
+
+
+def bearable(longest: tuple[int, int]) -> int:
+    """Documents of up to such a size whose scores over the whole pack there is memory for."""
+    pairs = max(longest[0] * longest[1] / 4, 1.0)
+    return max(affordable(longest), math.isqrt(int(free_bytes() / _MEMORY_SHARE / _BYTES / pairs)))
 
 
 def affordable(longest: tuple[int, int]) -> int:

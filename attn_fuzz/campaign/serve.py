@@ -1,0 +1,37 @@
+"""What a worker process of a campaign does: its assignment, by its gear."""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection
+from typing import Final
+
+from attn_fuzz.campaign.messages import Assignment
+from attn_fuzz.campaign.volley import hunt_volleys
+from attn_fuzz.campaign.wide import hunt_wide
+from attn_fuzz.campaign.worker import hunt
+from attn_fuzz.process import set_apart, stay_on
+
+HUNTS: Final = {"narrow": hunt, "volley": hunt_volleys, "wide": hunt_wide}
+"""What each gear does with an assignment."""
+
+
+def serve(assignment: Assignment, connection: Connection, processors: frozenset[int] | None) -> None:
+    """Main function of a worker process.
+
+    Args:
+        assignment: what to do.
+        connection: where its messages go.
+        processors: those that it stays on; None for any.
+    """
+    set_apart()
+    if processors is not None:
+        stay_on(processors)
+    try:
+        HUNTS[assignment.gear](assignment, connection.send)
+    except KeyboardInterrupt:
+        pass
+    except BrokenPipeError:
+        # The parent is gone; so is anybody who could read this.
+        pass
+    finally:
+        connection.close()
