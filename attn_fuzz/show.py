@@ -14,6 +14,7 @@ from attn_fuzz.capability_probe import RIGHT, Answer
 from attn_fuzz.examine import Verdict
 from attn_fuzz.findings import Finding
 from attn_fuzz.tolerances import RULES
+from attn_fuzz.volley.company import Company
 from backends import registry
 from reference.case import Case
 
@@ -79,6 +80,15 @@ def verdict_lines(console: Console, case: Case, results: Sequence[tuple[str, Ver
         else:
             errors = ", ".join(f"{tensor} {z:.2f}" for tensor, z in verdict.worst_z.items())
             console.print(f"[green]clean[/]   {name}: largest z {errors}", soft_wrap=True)
+
+
+def company_lines(console: Console, company: Company) -> None:
+    """The calls in a row that a case fails among, one line each."""
+    asks = f", {company.asked} of them asked for {company.turn.asked!r} too" if company.turn.asked else ""
+    console.print(f"in a row, unwritten memory {company.turn.poison}{asks}:", markup=False, soft_wrap=True)
+    for index in range(len(company.volley.ends)):
+        mark = "the one that fails" if index == company.index else "beside it"
+        console.print(f"  {mark}: {describe(company.volley.call(index))}", markup=False, soft_wrap=True)
 
 
 def backends_table(rows: Sequence[tuple[str, str, str | None]]) -> Table:

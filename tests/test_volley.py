@@ -584,6 +584,11 @@ def test_a_finding_that_takes_other_calls_is_replayed(attn_fuzz: Run, tmp_path: 
     done = attn_fuzz("replay", finding["id"], "--store", str(store), "--device", "cpu")
     assert done.status == 1, done.err
     assert "calls in a row" in done.out
+    assert "the one that fails: " in done.out
+    assert "beside it: " in done.out
+    done = attn_fuzz("script", finding["id"], "--store", str(store), "--device", "cpu")
+    assert done.status == 2
+    assert "fails among other calls only, which no script has: replay it" in done.err
     path.write_text(EXAMPLE)
     assert attn_fuzz("replay", finding["id"], "--store", str(store), "--device", "cpu").status == 0
 

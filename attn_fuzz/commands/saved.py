@@ -115,7 +115,10 @@ def replay(
             )
         )
     else:
-        show.verdict_lines(results_console(), seed.case, results)
+        console = results_console()
+        show.verdict_lines(console, seed.case, results)
+        if seed.company is not None:
+            show.company_lines(console, seed.company)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -162,6 +165,8 @@ def script(
     require_available((name,), where)
     set_up_process(where)
     verdict = _verdict(name, seed.case, where)
+    if seed.company is not None and isinstance(verdict, Verdict) and not verdict.symptoms:
+        raise UsageError(f"{case} fails among other calls only, which no script has: replay it")
     if isinstance(verdict, str):
         raise UsageError(verdict)
     title = f"{name}: {verdict.first}" if verdict.first else f"{name}: {', '.join(verdict.known) or 'no check fails'}"
