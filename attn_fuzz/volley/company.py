@@ -11,6 +11,7 @@ import torch
 
 from attn_fuzz.checks.budget import LIMIT
 from attn_fuzz.examine import Verdict
+from attn_fuzz.simpler_options import narrower, simpler_options
 from attn_fuzz.smaller_layouts import clipped
 from attn_fuzz.symptoms import Crashed, Symptom
 from attn_fuzz.volley.gear import Judged, Turn, judge
@@ -128,7 +129,20 @@ def _shorter(company: Company) -> Iterator[Company | None]:
             yield None if volley is None else dataclasses.replace(company, volley=volley)
 
 
-_STEPS: Final[tuple[Callable[[Company], Iterator[Company | None]], ...]] = (_fewer_calls, _fewer_documents, _shorter)
+def _simpler(company: Company) -> Iterator[Company | None]:
+    case = company.volley.case
+    for small in (*narrower(case), *simpler_options(case)):
+        same = small is not None and len(small.packed_lengths) == len(case.packed_lengths)
+        volley = Volley(small, company.volley.ends) if small is not None and same else None
+        yield None if volley is None else dataclasses.replace(company, volley=volley)
+
+
+_STEPS: Final[tuple[Callable[[Company], Iterator[Company | None]], ...]] = (
+    _fewer_calls,
+    _fewer_documents,
+    _shorter,
+    _simpler,
+)
 
 
 def _taken(call: Case, backend: Backend, device: torch.device) -> bool:
