@@ -7,6 +7,7 @@ from random import Random
 import pytest
 import torch
 
+from attn_fuzz.campaign.plan import available_backends
 from attn_fuzz.probes import every_row_probe, needle_probe, uniform_probe
 from attn_fuzz.strategies import Domain
 from attn_fuzz.swamping import sums_of, swamping_probe
@@ -22,8 +23,9 @@ from attn_fuzz.wide.swamping import swamped_sums, wide_swamping
 from backends import registry
 from backends.kernel import Attended, AttentionOptions
 from backends.kernels.loop import LoopKernel
+from backends.known import issues_of
 from backends.metadata import VarlenMetadata
-from backends.registry import Backend
+from backends.registry import Backend, calls_of
 from reference.answer import KERNEL_TENSORS
 from reference.case import Case
 
@@ -132,6 +134,35 @@ def test_correct_backends_pass(name: str) -> None:
     for probe in PROBES:
         for seed in range(4):
             assert examine_probe(drawn(backend, seed), backend, CPU, probe) is None
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", available_backends("cuda"))
+def test_they_pass_on_a_gpu(name: str) -> None:
+    # With --require-cuda a skipped test would be a failure.
+    backend, device = registry.load(name), torch.device("cuda")
+    capabilities = backend.kernel.capabilities_on("cuda")
+    if capabilities.layouts or capabilities.configurations:
+        return
+    case = draw_case(Random(2), Sweep((64, 128), 2), backend, Domain.of(capabilities, "cuda"), 40)
+    assert case is not None
+    for probe in PROBES:
+        if (suspicion := examine_probe(case, backend, device, probe)) is not None:
+            assert issues_of(name, "cuda", case, calls_of(case)), suspicion.message
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", PROBES)
+def test_a_gpu_makes_the_same_inputs(name: str) -> None:
+    case = long_documents(0)
+    profile = registry.load("loop").kernel.profile
+    there, here = (PROBES[name](case, torch.device(device), profile) for device in ("cuda", "cpu"))
+    assert there is not None
+    assert here is not None
+    for tensor in ("q", "k", "v", "dout"):
+        assert torch.equal(getattr(there.inputs, tensor).cpu(), getattr(here.inputs, tensor)), tensor
 
 
 def test_one_wrong_key_in_one_size_is_seen_and_named() -> None:
