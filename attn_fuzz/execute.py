@@ -11,7 +11,7 @@ from typing import Final
 import torch
 
 from attn_fuzz.decoy import crossing
-from attn_fuzz.observation import HandedBack, Observation, Watch
+from attn_fuzz.observation import HandedBack, Observation, Watch, in_our_convention
 from attn_fuzz.poison import filler, poisoned
 from attn_fuzz.process import lacks_memory
 from backends.kernel import Attended, AttentionOptions, UnsupportedCase
@@ -165,10 +165,7 @@ class KernelCall:
         assert self.attended is not None
         results = {"out": self.attended.out.detach(), **self.gradients}
         if self.attended.lse is not None:
-            lse = self.attended.lse.detach().T
-            convention = self.backend.kernel.capabilities_on(self.device.type).lse_of_blind_rows
-            # In this project's convention; a finite sentinel stays what it is, and wrong.
-            results["lse"] = torch.where(lse == convention, -torch.inf, lse)
+            results["lse"] = in_our_convention(self.attended.lse.detach().T, self.backend, self.device)
         tails: dict[str, torch.Tensor] = {}
         if self.case.capacity:
             for name, result in list(results.items()):

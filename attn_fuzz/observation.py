@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from backends.registry import Backend
 from reference.memory import live_bits, same_bits
 
 
@@ -60,6 +61,12 @@ def on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found[name].copy_(tensor, non_blocking=True)
     torch.cuda.current_stream(next(tensor.device for tensor in tensors.values() if tensor.is_cuda)).synchronize()
     return found
+
+
+def in_our_convention(lse: torch.Tensor, backend: Backend, device: torch.device) -> torch.Tensor:
+    """A backend's LSE with -inf for rows that see no key; a finite sentinel stays what it is, and wrong."""
+    convention = backend.kernel.capabilities_on(device.type).lse_of_blind_rows
+    return torch.where(lse == convention, -torch.inf, lse)
 
 
 def differing(first: Observation, second: Observation) -> list[str]:

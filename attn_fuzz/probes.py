@@ -31,10 +31,15 @@ LOGIT_GAP = 30.0
 CODE_CHANNELS = 16
 
 
-def _signs(case: Case, name: str, heads: int, *, keys: bool) -> torch.Tensor:
-    """Random signs ``[tokens, heads, head_dim]``, a document's own."""
+def drawn(case: Case, name: str, heads: int, device: torch.device | str = "cpu", *, keys: bool) -> torch.Tensor:
+    """Normal numbers ``[tokens, heads, head_dim]`` in float32, a document's own, whatever the case's mode."""
     plain = case.replace(values="gaussian", dtype="fp32")
-    return torch.where(draw(plain, name, heads, case.head_dim, "cpu", keys=keys) < 0, -1.0, 1.0)
+    return draw(plain, name, heads, case.head_dim, device, keys=keys)
+
+
+def signs(case: Case, name: str, heads: int, device: torch.device | str = "cpu", *, keys: bool) -> torch.Tensor:
+    """Random signs ``[tokens, heads, head_dim]``, a document's own."""
+    return torch.where(drawn(case, name, heads, device, keys=keys) < 0, -1.0, 1.0)
 
 
 def segment_mask(case: Case, segment: Segment) -> torch.Tensor:
@@ -75,8 +80,8 @@ def _pick(case: Case, document: int, salt: int, count: int) -> int:
 def uniform_probe(case: Case) -> UniformProbe:
     """The census and support probe of a kernel case."""
     dtype = DTYPES[case.dtype]
-    values = _signs(case, "census", case.kv_heads, keys=True)
-    k = _signs(case, "probe keys", case.kv_heads, keys=True)
+    values = signs(case, "census", case.kv_heads, keys=True)
+    k = signs(case, "probe keys", case.kv_heads, keys=True)
     queries = sum(case.packed_lengths)
     dout = torch.zeros(queries, case.heads, case.head_dim)
     hot: dict[int, Hot] = {}
@@ -114,8 +119,8 @@ def every_row_probe(case: Case) -> Inputs:
     Signs are opposite in neighbouring rows, so that roundings of P that all rows share cancel.
     """
     dtype = DTYPES[case.dtype]
-    k, v = (_signs(case, name, case.kv_heads, keys=True) for name in ("probe keys", "probe values"))
-    dout = _signs(case, "every row", case.heads, keys=False)
+    k, v = (signs(case, name, case.kv_heads, keys=True) for name in ("probe keys", "probe values"))
+    dout = signs(case, "every row", case.heads, keys=False)
     for segment in call_segments(case):
         begin, end = segment.queries
         paired = (end - begin) // 2 * 2
@@ -148,19 +153,20 @@ def needle_code(case: Case) -> int:
     return min(case.head_dim, CODE_CHANNELS)
 
 
+def needle_sizes(case: Case, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Magnitudes of V in [1, 2): what other keys add, e^-30 of it, is far below half a unit in the last place."""
+    return 1 + drawn(case, "needle", case.kv_heads, device, keys=True).abs().clamp_max(7) / 8
+
+
 def needle_probe(case: Case) -> NeedleProbe | None:
     """The needle probe of a kernel case, or None where there is none (``needle_gain``)."""
     if (gain := needle_gain(case)) is None:
         return None
     coded = needle_code(case)
     dtype = DTYPES[case.dtype]
-    keys = _signs(case, "needle keys", case.kv_heads, keys=True)
-    # Magnitudes in [1, 2): what the other keys add, e^-30 of it, is far below half a unit in the last place.
-    v = _signs(case, "needle values", case.kv_heads, keys=True)
-    fraction = draw(
-        case.replace(values="gaussian", dtype="fp32"), "needle", case.kv_heads, case.head_dim, "cpu", keys=True
-    )
-    v = (v * (1 + fraction.abs().clamp_max(7) / 8)).to(dtype)
+    keys = signs(case, "needle keys", case.kv_heads, keys=True)
+    v = signs(case, "needle values", case.kv_heads, keys=True)
+    v = (v * needle_sizes(case)).to(dtype)
     queries = torch.zeros(sum(case.packed_lengths), case.heads, case.head_dim)
     picked = torch.full(queries.shape[:2], -1, dtype=torch.int64)
     group = case.heads // case.kv_heads

@@ -125,17 +125,43 @@ def sums_of(case: Case, probe: SwampingProbe, document: Swamped) -> dict[str, tu
     return {"out": (v.sum(0) / document.count, 1 / document.count), "dq": (dq, unit)}
 
 
-def allowed(case: Case, document: Swamped, unit: float, got: torch.Tensor) -> torch.Tensor:
-    """How far differences to the reference channel may be off, ``[heads, head_dim]``: bounds, not deviations.
+def beside(x: torch.Tensor) -> torch.Tensor:
+    """Differences to the reference channel, ``[..., head_dim]``."""
+    return x - x[..., [REFERENCE_CHANNEL]]
+
+
+def swamped(
+    case: Case,
+    name: str,
+    count: int | torch.Tensor,
+    large: int | torch.Tensor,
+    unit: float | torch.Tensor,
+    got: torch.Tensor,
+    expected: torch.Tensor,
+) -> torch.Tensor:
+    """Whether differences to the reference channel are beyond what roundings can make: bounds, not deviations.
 
     A key's weight is rounded up to six times (P, P once more, dS, dS times scale, K times the root of the scale, and
     float32 around them): at most 8 u for each key of the middle. A float32 sum in any order is off by 2^-24 of its
     largest partial sum per addition, in either channel; of tensor cores, which cut off, per 16 keys and by twice that.
     The two results are stored, and once more where they are scaled afterwards.
+
+    Args:
+        case: a kernel case.
+        name: ``out`` or ``dq``.
+        count: keys of a document, or of each of several, in a shape that ``got`` broadcasts with.
+        large: how many of them are large, of either sign; likewise.
+        unit: what a single +1 is in the result; likewise.
+        got: the result, float64 ``[..., heads, head_dim]``.
+        expected: what ``sums_of`` says.
     """
     unit_roundoff = UNIT_ROUNDOFF[case.dtype]
-    middle = document.count - 2 * document.large
-    largest = LARGE[case.dtype] * document.large + middle
-    inside = 8 * unit_roundoff * middle + 2 * document.count * 2.0**-24 * largest
-    stored = 2 * unit_roundoff * (got.abs() + got[:, [REFERENCE_CHANNEL]].abs())
-    return unit * inside + stored
+    middle = count - 2 * large
+    largest = LARGE[case.dtype] * large + middle
+    inside = 8 * unit_roundoff * middle + 2 * count * 2.0**-24 * largest
+    stored = 2 * unit_roundoff * (got.abs() + got[..., [REFERENCE_CHANNEL]].abs())
+    wrong = ~((beside(got) - beside(expected)).abs() <= unit * inside + stored) | ~got.isfinite()
+    if name == "out":
+        # Channel 0 has no large values: it makes the gradient.
+        wrong[..., 0] = False
+    return wrong

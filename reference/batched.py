@@ -38,7 +38,8 @@ _CPU_OVERHEAD: Final = 2 << 20
 """Working set that takes a processor as long as the hundred operations of a chunk take by themselves: a millisecond."""
 
 _CUDA_OVERHEAD: Final = 1 << 30
-"""The same of a GPU, where some five hundred launches cost the host 10 ms, in which an H100 passes over 2 GiB."""
+"""The same of a GPU, where some five hundred launches are what a chunk costs the host, and the device passes over a
+gigabyte or two meanwhile."""
 
 _CUDA_SHARE: Final = 0.25
 _CUDA_PART: Final = 32

@@ -11,6 +11,7 @@ import torch
 
 from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.poison import POISONS
+from attn_fuzz.volley.layouts import compiles_for_calls
 from backends import registry
 from backends.kernel import BackendUnavailable
 
@@ -61,13 +62,9 @@ def require_available(names: Sequence[str], device: str, dtypes: Sequence[str] =
 
 
 def takes_volleys(name: str, levels: Sequence[str], device: str) -> bool:
-    """Whether a campaign of these levels calls a backend's kernel by itself, and may call it with whatever is drawn.
-
-    What compiles for every layout or option would compile for each call of a volley.
-    """
+    """Whether a campaign of these levels calls a backend's kernel by itself, and may call it with whatever is drawn."""
     backend = registry.load(name)
-    capabilities = backend.kernel.capabilities_on(_kind(device))
-    compiles = capabilities.layouts or capabilities.configurations
+    compiles = compiles_for_calls(backend.kernel.capabilities_on(_kind(device)))
     return "kernel" in levels and "kernel" in backend.levels and not compiles
 
 

@@ -21,7 +21,7 @@ from attn_fuzz.timing import now
 from attn_fuzz.trial import SECOND_SEED
 from attn_fuzz.volley.company import Company, smallest
 from attn_fuzz.volley.gear import TURNS, Judged, Turn, judge
-from attn_fuzz.volley.layouts import LONGEST, Volley, draw_volley
+from attn_fuzz.volley.layouts import LONGEST, Volley, compiles_for_calls, draw_volley
 from attn_fuzz.wide.layouts import Sweep
 
 FIRST_CALLS: Final = 4
@@ -64,7 +64,7 @@ class VolleyHunt(Pursuit):
 
         None where nothing that was drawn is taken, as by backends that compile for every layout or option.
         """
-        if self.domain.capabilities.layouts or self.domain.capabilities.configurations:
+        if compiles_for_calls(self.domain.capabilities):
             return None
         wanted = self.calls[size]
         if self.assignment.cases is not None:
@@ -163,8 +163,8 @@ class VolleyHunt(Pursuit):
         if self.handed_over(judged, failing[:_SUSPECTS]):
             return
         volley, worst = judged.volley, judged.worst()
-        again = self.judge(volley.other(volley.case.seed ^ SECOND_SEED), judged.turn)
-        both = [index for index in failing if index in again.failing()]
+        again = set(self.judge(volley.other(volley.case.seed ^ SECOND_SEED), judged.turn).failing())
+        both = [index for index in failing if index in again]
         index = (both or failing)[0]
         z, name = worst[index]
         if not both and z <= beyond_doubt(volley.case):

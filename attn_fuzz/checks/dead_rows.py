@@ -52,11 +52,15 @@ def _dead(expected: Expected | None) -> torch.Tensor | None:
     return dead & ~expected.value.flatten(1).any(1)
 
 
+def unfilled(name: str, tail: torch.Tensor) -> torch.Tensor:
+    """Elements of a result's rows behind the last document that are not what a backend fills them with."""
+    return tail != (-torch.inf if name == "lse" else 0.0)
+
+
 def _tails_zero(observation: Observation) -> Iterator[Symptom]:
     """Rows behind the last document, where the backend promises to fill them."""
     for name, tail in observation.tails.items():
-        owed = -torch.inf if name == "lse" else 0.0
-        if (wrong := tail != owed).any():
+        if (wrong := unfilled(name, tail)).any():
             yield DeadRowsNotZero(
                 "dead_rows",
                 name,

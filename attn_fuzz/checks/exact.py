@@ -12,18 +12,19 @@ from attn_fuzz.checks.budget import LIMIT, deviations
 from attn_fuzz.checks.spread import row_spreads
 from attn_fuzz.execute import run_kernel
 from attn_fuzz.observation import Observation
-from attn_fuzz.probes import Hot, every_row_probe, needle_probe, segment_mask, uniform_probe
+from attn_fuzz.probes import Hot, NeedleProbe, every_row_probe, needle_probe, segment_mask, uniform_probe
 from attn_fuzz.symptoms import Symptom, WrongKeys, WrongKeysBackward, WrongLse
 from attn_fuzz.trial import Trial
 from reference.answer import Inputs
 from reference.batched import kernel_answer
+from reference.case import Case
 from reference.layout import Segment, call_segments
 
 _QUARTER = 0.25
 """How far from an integer ``out * n`` may be: correct kernels stay within 0.01, a wrong key moves it by 1 or more."""
 
 
-SPLIT: Final = 2.0**-18
+_SPLIT: Final = 2.0**-18
 """Relative error of a float32 product in three TF32 ones; other keys' values differ at random."""
 
 
@@ -203,6 +204,15 @@ def _miscounted(trial: Trial) -> tuple[int, int, float, float, int] | None:
     return row, head, got[row, head, channel].item(), expected.value[row, head, channel].item(), int(wrong.sum())
 
 
+def lost_needles(case: Case, probe: NeedleProbe, out: torch.Tensor) -> torch.Tensor:
+    """Rows that are not the value of the key they point at: bool ``[tokens_q, heads]``."""
+    heads = torch.arange(case.heads, device=out.device) // (case.heads // case.kv_heads)
+    expected = probe.inputs.v[probe.picked.clamp_min(0), heads]
+    # float32 kernels may multiply in split TF32; in half precision the value comes out to the last bit.
+    slack = _SPLIT * expected.abs() if case.dtype == "fp32" else 0.0
+    return (~((out - expected).abs() <= slack) & (probe.picked >= 0)[..., None]).any(-1)
+
+
 def needle_found(trial: Trial) -> Iterator[Symptom]:
     """Every row whose query points at one key gives that key's value, bit for bit."""
     if trial.case.level != "kernel" or (probe := needle_probe(trial.case)) is None:
@@ -210,13 +220,9 @@ def needle_found(trial: Trial) -> Iterator[Symptom]:
     case = trial.case
     observation = observe_probe(trial, probe.inputs)
     out = observation.results["out"]
-    group = case.heads // case.kv_heads
-    heads = torch.arange(case.heads) // group
-    expected = probe.inputs.v[probe.picked.clamp_min(0), heads]
-    # float32 kernels may multiply in split TF32; in half precision the value comes out to the last bit.
-    slack = SPLIT * expected.abs() if case.dtype == "fp32" else 0.0
-    wrong = (~((out - expected).abs() <= slack) & (probe.picked >= 0)[..., None]).any(-1)
+    wrong = lost_needles(case, probe, out)
     if wrong.any():
+        heads = torch.arange(case.heads) // (case.heads // case.kv_heads)
         row, head = (int(i) for i in wrong.nonzero()[0])
         document, within = trial.document_of("out", row)
         key = int(probe.picked[row, head])

@@ -28,9 +28,19 @@ def garbage_of(case: Case, measured: Measured) -> float:
     return (GARBAGE, torch.nan, torch.inf)[case.seed % 3] if measured.isolates_nonfinite else GARBAGE
 
 
+def first_kept(case: Case) -> int:
+    """The document from which on every other one keeps its values: the first or the second, by the case's seed."""
+    return case.seed // 3 % 2
+
+
 def kept_documents(case: Case) -> list[int]:
-    """Every other document, the first or the second of them first, by the case's seed."""
-    return list(range(case.seed // 3 % 2, len(case.packed_lengths), 2))
+    """Every other document."""
+    return list(range(first_kept(case), len(case.packed_lengths), 2))
+
+
+def moved_bits(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Elements that are no longer the same: 0 times a negative number is -0, so that signs of zeros may move."""
+    return (before != after) & ~(before.isnan() & after.isnan())
 
 
 def documents_apart(trial: Trial) -> Iterator[Symptom]:
@@ -97,8 +107,7 @@ def _compare(trial: Trial, observation: Observation, name: str, rows: torch.Tens
         return
     if trial.repeats(name) and trial.case.level == "kernel":
         # Layers hold matrix products over all tokens, whose rounding is torch's affair.
-        # 0 times a negative number is -0: signs of zeros may move.
-        moved = (before != after) & ~(before.isnan() & after.isnan())
+        moved = moved_bits(before, after)
     else:
         spread = trial.answer[name].variance.sqrt()
         moved = ~((before.double() - after.double()).abs() <= 2**0.5 * LIMIT * spread) & (before != after)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from attn_fuzz.checks.exact import observe_probe
-from attn_fuzz.swamping import REFERENCE_CHANNEL, allowed, sums_of, swamping_probe
+from attn_fuzz.swamping import beside, sums_of, swamped, swamping_probe
 from attn_fuzz.symptoms import NotExact, Symptom
 from attn_fuzz.trial import Trial
 from reference.profile import PARTIAL_SUM_KEYS
@@ -27,14 +27,11 @@ def sums_not_swamped(trial: Trial) -> Iterator[Symptom]:
             if name in accused or (name == "dq" and stored):
                 continue
             got = results[name][row].double()
-            moved, should = (x - x[:, [REFERENCE_CHANNEL]] for x in (got, expected))
-            wrong = ~((moved - should).abs() <= allowed(case, document, unit, got)) | ~got.isfinite()
-            if name == "out":
-                # Channel 0 has no large values: it makes the gradient.
-                wrong[:, 0] = False
+            wrong = swamped(case, name, document.count, document.large, unit, got, expected)
             if not wrong.any():
                 continue
             accused.add(name)
+            moved, should = beside(got), beside(expected)
             head, channel = (int(i) for i in wrong.nonzero()[0])
             _, within = trial.document_of(name, row)
             yield NotExact(

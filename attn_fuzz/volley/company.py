@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -11,6 +12,7 @@ import torch
 
 from attn_fuzz.checks.budget import LIMIT
 from attn_fuzz.examine import Verdict
+from attn_fuzz.poison import POISONS
 from attn_fuzz.simpler_options import narrower, simpler_options
 from attn_fuzz.smaller_layouts import clipped
 from attn_fuzz.symptoms import Crashed, Symptom
@@ -20,8 +22,6 @@ from attn_fuzz.volley.questions import QUESTIONS
 from attn_fuzz.wide.cutout import CLIPS, subset
 from backends.registry import Backend
 from reference.case import Case, CaseError
-
-_POISONS: Final = ("nan", "finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Company:
         except (LookupError, TypeError, ValueError) as error:
             raise CaseError(f"these are no calls in a row: {type(error).__name__} {error}") from None
         count = len(volley.ends)
-        known = found.turn.poison in _POISONS and found.turn.asked in QUESTIONS
+        known = found.turn.poison in POISONS and found.turn.asked in QUESTIONS
         if not known or not 0 <= found.index < count or not 0 < found.asked <= count:
             raise CaseError("these are no calls in a row: no such call, poison or question")
         return found
@@ -88,8 +88,8 @@ class Company:
         case = subset(self.volley.case, [document for call in documents for document in call])
         if case is None:
             return None
-        ends = [sum(len(call) for call in documents[: place + 1]) for place in range(len(documents))]
-        return Company(Volley(case, tuple(ends)), index, self.turn, len(ends))
+        ends = tuple(itertools.accumulate(len(call) for call in documents))
+        return Company(Volley(case, ends), index, self.turn, len(ends))
 
 
 def _fewer_calls(company: Company) -> Iterator[Company | None]:

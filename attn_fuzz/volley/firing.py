@@ -7,6 +7,7 @@ from typing import Final
 
 import torch
 
+from attn_fuzz.observation import in_our_convention
 from attn_fuzz.symptoms import Symptom
 from attn_fuzz.volley.calls import PLAIN, Fired, How, fire
 from attn_fuzz.volley.layouts import Volley
@@ -53,7 +54,6 @@ class Firing:
         self.volley = volley if asked == len(volley.ends) else volley.first(asked)
         """The calls that are asked."""
         self.case = self.volley.case
-        self.convention = backend.kernel.capabilities_on(device.type).lse_of_blind_rows
         self.profile = effective_profile(backend.kernel.profile_on(device.type), volley.case)
         self.drawn = kernel_inputs(volley.case, device)
         self.runs: list[Fired] = []
@@ -88,9 +88,7 @@ class Firing:
         fired = fire(what, self.backend, poison, how, calls=calls, beat=self.beat)
         self.runs.append(fired)
         if "lse" in fired.results:
-            # In this project's convention; a finite sentinel stays what it is, and wrong.
-            lse = fired.results["lse"]
-            fired.results["lse"] = torch.where(lse == self.convention, -torch.inf, lse)
+            fired.results["lse"] = in_our_convention(fired.results["lse"], self.backend, self.device)
         return fired
 
     def run(self, what: Loaded, poison: str, how: How = PLAIN) -> Results:

@@ -10,6 +10,7 @@ from typing import Final
 from attn_fuzz.strategies import Domain
 from attn_fuzz.wide.cutout import subset
 from attn_fuzz.wide.layouts import Sweep, draw_case
+from backends.kernel import Capabilities
 from backends.registry import Backend
 from reference.case import Case
 
@@ -66,6 +67,11 @@ class Volley:
         small = subset(self.case, range(ends[-1]))
         assert small is not None
         return Volley(small, ends)
+
+
+def compiles_for_calls(capabilities: Capabilities) -> bool:
+    """Whether a backend compiles for every layout or option, and so for each call of a volley."""
+    return bool(capabilities.layouts or capabilities.configurations)
 
 
 def draw_volley(random: Random, sweep: Sweep, backend: Backend, domain: Domain, calls: int) -> Volley | None:

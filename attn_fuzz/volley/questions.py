@@ -10,7 +10,9 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.checks.isolation import GARBAGE, garbage_of
+from attn_fuzz.checks.asked import INFERENCE, SOME_GRADIENTS, TWICE
+from attn_fuzz.checks.dead_rows import unfilled
+from attn_fuzz.checks.isolation import GARBAGE, first_kept, garbage_of, moved_bits
 from attn_fuzz.execute import Asked
 from attn_fuzz.measured import measured
 from attn_fuzz.strategies import usual_scales
@@ -42,20 +44,18 @@ def probe_of(name: str) -> Callable[[Firing], None]:
 
 def inference(firing: Firing) -> None:
     """The forward without autograd."""
-    _asked(firing, Asked(()))
-
-
-_PARTS: Final = (("q",), ("k",), ("v",), ("k", "v"))
+    _asked(firing, INFERENCE)
 
 
 def some_gradients(firing: Firing) -> None:
     """Gradients of some inputs only."""
-    _asked(firing, Asked(_PARTS[firing.case.seed % len(_PARTS)]))
+    some = list(SOME_GRADIENTS.values())
+    _asked(firing, some[firing.case.seed % len(some)])
 
 
 def second_backward(firing: Firing) -> None:
     """A second backward over the same graph, for kernels that allow it."""
-    _asked(firing, Asked(twice=True))
+    _asked(firing, TWICE)
 
 
 def _asked(firing: Firing, asked: Asked) -> None:
@@ -76,7 +76,7 @@ def again(firing: Firing) -> None:
 def documents_apart(firing: Firing) -> None:
     """Every other document full of garbage: the others' results are the same."""
     garbage = garbage_of(firing.case, measured(firing.backend, str(firing.device)))
-    places, turn = Places(firing.case, firing.device), firing.case.seed // 3 % 2
+    places, turn = Places(firing.case, firing.device), first_kept(firing.case)
     _spoiled(firing, places.owner % 2 == turn, places.key_owner % 2 == turn, garbage, KERNEL_TENSORS)
 
 
@@ -115,9 +115,7 @@ def _spoiled(
     found = torch.zeros(len(firing.case.packed_lengths), dtype=torch.bool, device=firing.device)
     for name in names:
         if name in after:
-            was, now = firing.first[name], after[name]
-            # 0 times a negative number is -0: signs of zeros may move.
-            differs = ((was != now) & ~(was.isnan() & now.isnan())).flatten(1).any(1)
+            differs = moved_bits(firing.first[name], after[name]).flatten(1).any(1)
             mine = key_rows if name in ("dk", "dv") else rows
             found |= of_documents(firing.case, name, differs & mine)
     firing.accuse(APART, found)
@@ -150,16 +148,11 @@ def turned(firing: Firing) -> None:
 def other_scale(firing: Firing) -> None:
     """The same calls with another softmax scale, held to budgets of their own: what is kept by shape shows."""
     case, kind = firing.case, firing.device.type
-    scales = {
-        other: case.replace(scale=other)
-        for other in usual_scales(firing.backend.kernel.capabilities_on(kind), case.head_dim)
-    }
-    others = [other for other in scales.values() if other.softmax_scale != case.softmax_scale]
-    if not others:
-        return
+    usual = usual_scales(firing.backend.kernel.capabilities_on(kind), case.head_dim)
+    others = [each for scale in usual if (each := case.replace(scale=scale)).softmax_scale != case.softmax_scale]
     # The least: larger scores are harder on a budget of the first order.
-    other = min(others, key=lambda each: each.softmax_scale)
-    if firing.backend.refusal(other, kind) is None:
+    other = min(others, key=lambda each: each.softmax_scale, default=None)
+    if other is not None and firing.backend.refusal(other, kind) is None:
         drawn = firing.inputs()
         results = firing.run(firing.load(Volley(other, firing.volley.ends), drawn), firing.other_poison)
         firing.deviations.append(largest_z(other, drawn, firing.profile, [results])[0])
@@ -180,14 +173,8 @@ def capacity(firing: Firing) -> None:
     firing.hold(fired.results)
     if not firing.backend.kernel.capabilities_on(kind).covers_all_rows or not fired.tails:
         return
-    wrong = torch.stack(
-        [
-            torch.stack([(tail != (-torch.inf if name == "lse" else 0.0)).any() for name, tail in tails])
-            .any()
-            .to(firing.device)
-            for tails in fired.tails.values()
-        ]
-    )
+    by_call = [torch.stack([unfilled(name, tail).any() for name, tail in tails]) for tails in fired.tails.values()]
+    wrong = torch.stack([each.any() for each in by_call])
     last = torch.tensor([firing.volley.ends[index] - 1 for index in fired.tails]).to(firing.device)
     found = torch.zeros(len(firing.case.packed_lengths), dtype=torch.bool, device=firing.device)
     firing.accuse(TAILS, found.index_copy_(0, last, wrong))

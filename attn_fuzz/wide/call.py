@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from attn_fuzz.observation import in_our_convention
 from attn_fuzz.poison import filler, poisoned
 from backends.kernel import AttentionOptions
 from backends.metadata import VarlenMetadata
@@ -78,7 +79,5 @@ def run(call: Call, backend: Backend, poison: str = "nan") -> dict[str, torch.Te
         gradients = torch.autograd.grad(attended.out, leaves, call.placed["dout"].tensor)
     results = {"out": attended.out.detach(), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
     if attended.lse is not None:
-        lse = attended.lse.detach().T
-        convention = backend.kernel.capabilities_on(call.device.type).lse_of_blind_rows
-        results["lse"] = torch.where(lse == convention, -torch.inf, lse)
+        results["lse"] = in_our_convention(attended.lse.detach().T, backend, call.device)
     return results

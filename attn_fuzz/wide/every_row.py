@@ -7,12 +7,13 @@ from typing import Final
 import torch
 
 from attn_fuzz.checks.exact import ALIKE
+from attn_fuzz.probes import signs
 from attn_fuzz.wide.judge import COLUMNS, largest_z
 from attn_fuzz.wide.places import Places
 from reference.answer import Inputs
 from reference.case import Case
 from reference.profile import Profile
-from reference.values import DTYPES, draw
+from reference.values import DTYPES
 
 _JUDGED: Final = 2048
 """Documents of a call whose dV is held against a budget, which takes the float64 reference."""
@@ -20,15 +21,11 @@ _JUDGED: Final = 2048
 
 def wide_every_row(case: Case, device: torch.device) -> Inputs:
     """The inputs of a kernel case, the same numbers as ``every_row_probe`` gives."""
-    places, plain = Places(case, device), case.replace(values="gaussian", dtype="fp32")
-
-    def signs(name: str, heads: int, *, keys: bool) -> torch.Tensor:
-        return torch.where(draw(plain, name, heads, case.head_dim, device, keys=keys) < 0, -1.0, 1.0)
-
-    k, v = (signs(name, case.kv_heads, keys=True) for name in ("probe keys", "probe values"))
-    dout = places.paired(signs("every row", case.heads, keys=False), keys=False)
+    places = Places(case, device)
+    k, v = (signs(case, name, case.kv_heads, device, keys=True) for name in ("probe keys", "probe values"))
+    dout = places.paired(signs(case, "every row", case.heads, device, keys=False), keys=False)
     begin, end = places.seen
-    # Whole numbers that are no powers of two lie half-way between none: rounding is the same everywhere.
+    # No whole number's logarithm lies half-way between two: every machine rounds it alike.
     power = (end - begin).clamp_min(1).double().log2().round().long()
     dout = dout * torch.bitwise_left_shift(torch.ones_like(power), power)[:, None, None]
     return Inputs(*(x.to(DTYPES[case.dtype]) for x in (torch.zeros_like(dout), k, v, dout)))

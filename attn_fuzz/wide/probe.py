@@ -13,13 +13,13 @@ from typing import Final
 import torch
 
 from attn_fuzz.checks.exact import census_sees
-from attn_fuzz.probes import uniform_probe
+from attn_fuzz.probes import signs, uniform_probe
 from attn_fuzz.symptoms import Symptom, WrongKeys, WrongKeysBackward, WrongLse
 from attn_fuzz.wide.judge import of_documents
 from attn_fuzz.wide.places import Places
 from reference.answer import KERNEL_TENSORS, Inputs
 from reference.case import Case
-from reference.values import DTYPES, draw
+from reference.values import DTYPES
 
 SYMPTOMS: Final[dict[str, type[Symptom]]] = {
     "out": WrongKeys,
@@ -48,11 +48,7 @@ class WideProbe:
 def wide_probe(case: Case, device: torch.device) -> WideProbe:
     """The census and support probe of a kernel case, the same numbers as ``uniform_probe`` gives."""
     dtype, heads, dim = DTYPES[case.dtype], case.heads, case.head_dim
-    plain = case.replace(values="gaussian", dtype="fp32")
-    v, k = (
-        torch.where(draw(plain, name, case.kv_heads, dim, device, keys=True) < 0, -1.0, 1.0)
-        for name in ("census", "probe keys")
-    )
+    v, k = (signs(case, name, case.kv_heads, device, keys=True) for name in ("census", "probe keys"))
     places = Places(case, device)
     # Opposite neighbours: no run of keys can drift.
     v = places.paired(v, keys=True)

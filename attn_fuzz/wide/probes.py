@@ -11,9 +11,11 @@ from typing import Final
 
 import torch
 
+from attn_fuzz.checks.exact import lost_needles
 from attn_fuzz.symptoms import NotExact, Symptom, WrongKeys, WrongKeysBackward
 from attn_fuzz.wide.every_row import miscounted, wide_every_row
-from attn_fuzz.wide.needle import lost_needles, wide_needle
+from attn_fuzz.wide.judge import of_documents
+from attn_fuzz.wide.needle import wide_needle
 from attn_fuzz.wide.probe import SYMPTOMS, wide_probe, wrong_documents
 from attn_fuzz.wide.swamping import swamped_sums, wide_swamping
 from reference.answer import KERNEL_TENSORS, Inputs
@@ -62,7 +64,12 @@ def needle(case: Case, device: torch.device, profile: Profile) -> Probe | None:
     if (probe := wide_needle(case, device)) is None:
         return None
     symptoms = {"out": WrongKeys}
-    return Probe(probe.inputs, lambda results: {"out": lost_needles(case, probe, results["out"])}, symptoms, False)
+
+    def judge(results: Results) -> dict[str, torch.Tensor]:
+        lost = lost_needles(case, probe, results["out"])
+        return {"out": of_documents(case, "out", lost.any(1))}
+
+    return Probe(probe.inputs, judge, symptoms, backward=False)
 
 
 def every_row(case: Case, device: torch.device, profile: Profile) -> Probe:

@@ -6,11 +6,10 @@ import dataclasses
 
 import torch
 
-from attn_fuzz.swamping import FEWEST_KEYS, LARGE, MOST_LARGE, MOSTLY, REFERENCE_CHANNEL, swamps
+from attn_fuzz.swamping import FEWEST_KEYS, LARGE, MOST_LARGE, MOSTLY, REFERENCE_CHANNEL, swamped, swamps
 from attn_fuzz.wide.places import Places
 from reference.answer import Inputs
 from reference.case import Case
-from reference.profile import UNIT_ROUNDOFF
 from reference.values import DTYPES, draw
 
 
@@ -88,18 +87,10 @@ def swamped_sums(case: Case, probe: WideSwamping, results: dict[str, torch.Tenso
     units = {"out": 1 / count, "dq": case.softmax_scale * probe.gradient / count}
     sums = {"out": summed(v), "dq": summed(v[..., :1] * k)}
     row = (places.begins + places.lengths - 1).clamp_min(0)
-    middle = count - 2 * probe.large
-    largest = LARGE[case.dtype] * probe.large + middle
-    unit_roundoff = UNIT_ROUNDOFF[case.dtype]
-    inside = 8 * unit_roundoff * middle + 2 * count * 2.0**-24 * largest
+    counts, large = count[:, None, None], probe.large[:, None, None]
     found = {}
     for name, unit in units.items():
-        got, expected = results[name][row].double(), unit[:, None, None] * sums[name]
-        moved, should = (x - x[..., [REFERENCE_CHANNEL]] for x in (got, expected))
-        stored = 2 * unit_roundoff * (got.abs() + got[..., [REFERENCE_CHANNEL]].abs())
-        wrong = ~((moved - should).abs() <= (unit * inside)[:, None, None] + stored) | ~got.isfinite()
-        if name == "out":
-            # Channel 0 has no large values: it makes the gradient.
-            wrong[..., 0] = False
+        got, units_of = results[name][row].double(), unit[:, None, None]
+        wrong = swamped(case, name, counts, large, units_of, got, units_of * sums[name])
         found[name] = wrong.flatten(1).any(1) & probe.judged
     return found
