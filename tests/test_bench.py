@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from attn_fuzz import bench
 from attn_fuzz.bench_processes import BenchError, processes_of
+from attn_fuzz.commands.bench import show_processes
 from attn_fuzz.timing import median
 from backends import registry
 from reference.case import Case
@@ -56,6 +58,9 @@ def test_the_command_measures_processes_too() -> None:
     assert told["processes"]["loop"]["2"]["cases_per_s"] > 0
     assert told["environment"]["device"]
     assert "loop, 2 processes" in done.stderr
+    console = Console(record=True, width=100)
+    show_processes(console, told)
+    assert f"{told['processes']['loop']['2']['cases_per_s']:,.0f}" in console.export_text()
 
 
 def test_the_rare_fault_shrinks_to_what_the_backend_takes(monkeypatch: pytest.MonkeyPatch) -> None:

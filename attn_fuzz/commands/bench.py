@@ -40,12 +40,25 @@ def bench(
         shared = bench_processes(where, names or available_backends(where, (PLANS[where].dtype,)), say)
         if as_json:
             typer.echo(json.dumps(shared))
+        else:
+            show_processes(results_console(), shared)
         return
     result = measure(where, names, say, exact=exact)
     if as_json:
         typer.echo(json.dumps(result))
     else:
         show(results_console(), result)
+
+
+def show_processes(console: Console, result: dict[str, Any]) -> None:
+    """Calls per second of several processes, as people read them."""
+    table = Table(title=f"{result['environment']['device']}, torch {result['environment']['torch']}")
+    for column in ("backend", "processes", "volley cases/s", "bare calls/s"):
+        table.add_column(column, justify="left" if column == "backend" else "right")
+    for name, by_count in result["processes"].items():
+        for count, rates in by_count.items():
+            table.add_row(name, count, f"{rates['cases_per_s']:,.0f}", f"{rates['bare_calls_per_s']:,.0f}")
+    console.print(table)
 
 
 def show(console: Console, result: dict[str, Any]) -> None:
