@@ -105,8 +105,8 @@ _SCALED: Final[dict[str, Callable[[str], tuple[float, float]]]] = {
 def largest_norm(mode: str, name: str, channels: int) -> float:
     """A Euclidean norm that no row of a drawn tensor of that name exceeds, in a value mode.
 
-    ``|x| <= rms (sqrt(channels) + 6)`` but once in 1e8 rows: the norm of normal numbers is within 1 of the root of their
-    count as a normal number is (Gaussian concentration). Nor is any element beyond the generator's 3.47 deviations.
+    ``|x| <= rms (sqrt(channels) + 6)`` but once in 1e8 rows: the norm of normal numbers is as far from the root of
+    their count as a normal number is from 0 (Gaussian concentration). No element is beyond 3.47 deviations.
     """
     if mode == "ties" and name in ("q", "k"):
         return 0.5 * channels**0.5
