@@ -10,8 +10,8 @@ import torch
 
 from attn_fuzz.decoy import decoy_of
 from attn_fuzz.execute import EVERYTHING, Asked, run_kernel, run_layer
-from attn_fuzz.measured import Measured, measured
-from attn_fuzz.observation import Observation
+from attn_fuzz.measured import TIMES, Measured, measured, promises
+from attn_fuzz.observation import Observation, differing
 from attn_fuzz.poison import POISONS
 from attn_fuzz.ranks.whole import run_ranks
 from backends.registry import Backend
@@ -107,6 +107,23 @@ class Trial:
     def repeats(self, name: str) -> bool:
         """Whether the backend promises the same bits every time for this result."""
         return self.measured.repeats(name)
+
+    def repeats_here(self, name: str) -> bool:
+        """The same, before somebody is accused by bits: what was only measured elsewhere is measured on this case.
+
+        Gradients that are summed up in the order in which blocks finish may be the same for four calls of one shape and
+        not for the next.
+        """
+        if not self.repeats(name):
+            return False
+        return promises(self.backend, str(self.device), name) or name not in self._moving
+
+    @functools.cached_property
+    def _moving(self) -> frozenset[str]:
+        """Results whose bits differ between runs of this very case."""
+        # The first one may have what calls of other shapes have left behind.
+        _, first, *others = (self.observe(self.poisons[0]) for _ in range(1 + 3 * TIMES))
+        return frozenset(name for other in others for name in differing(first, other))
 
     def answer_with(self, samples: int) -> dict[str, Expected]:
         """The reference's answer; ``samples`` matter to layer budgets only."""

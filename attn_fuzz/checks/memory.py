@@ -56,7 +56,7 @@ def unwritten_unread(trial: Trial) -> Iterator[Symptom]:
             )
     if len(trial.observations) == 2:
         for name in differing(*trial.observations):
-            if not trial.repeats(name) or trial.observations[0].results[name].isnan().any():
+            if trial.observations[0].results[name].isnan().any() or not trial.repeats_here(name):
                 continue
             if _by_poison(trial, name):
                 yield PoisonLeaked(

@@ -21,7 +21,7 @@ def repeats_itself(trial: Trial) -> Iterator[Symptom]:
     _run_smaller(trial)
     again = trial.observe(first.poison)
     for name in differing(first, again):
-        if trial.repeats(name):
+        if trial.repeats_here(name):
             yield NotRepeatable(
                 "repeatable", name, "the same call gave other bits than the first time, after others in between"
             )
