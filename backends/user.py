@@ -157,14 +157,15 @@ def _taken_options(function: Callable[..., Any], name: str) -> set[str]:
     except ValueError:
         raise BackendUnavailable(f"{name} does not tell its signature; wrap it in a Python function") from None
     parameters = signature.parameters
+    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    taken = {option for option in _OPTIONS if anything or option in parameters}
     try:
-        signature.bind(*_ARGUMENTS)
+        signature.bind(*_ARGUMENTS, **dict.fromkeys(taken))
     except TypeError as error:
         raise BackendUnavailable(
             f"{name}{signature} is no varlen kernel, which is called with ({', '.join(_ARGUMENTS)}): {error}"
         ) from None
-    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    return {option for option in _OPTIONS if anything or option in parameters}
+    return taken
 
 
 _ARGUMENTS = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")

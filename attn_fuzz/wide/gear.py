@@ -110,6 +110,8 @@ def verdicts(call: Call, backends: Sequence[Backend], *, screened: bool = True, 
     for index, backend in enumerate(backends):
         found, wrong = _attempt(call, backend, "nan")
         if wrong is None and twice and (names := promised(backend, call.device)):
+            # The second run may write to what the first one handed back.
+            found = {name: x.clone() for name, x in found.items()}
             again, wrong = _attempt(call, backend, "finite")
             if wrong is None:
                 moved[index] = other_bits(call.case, found, again, names)
