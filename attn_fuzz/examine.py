@@ -13,14 +13,16 @@ import torch
 
 from attn_fuzz.checks import CHECKS, PROBES, Check, histograms, worst_errors, worst_spreads
 from attn_fuzz.execute import WroteBeforeRefusing, require_support
+from attn_fuzz.operators import operators_of
 from attn_fuzz.poison import POISONS
 from attn_fuzz.process import raise_lack_of_memory
 from attn_fuzz.ranks.team import RanksHung
 from attn_fuzz.symptoms import Crashed, Hung, InputsChanged, MissingResult, Symptom
 from attn_fuzz.trial import Trial
 from backends.kernel import MisshapenResult, UnsupportedCase
-from backends.known import issues_of
+from backends.known import KnownIssue, built_on, issues_below, issues_of
 from backends.registry import Backend, calls_of
+from backends.user import InsideLayer, UserKernel
 from reference.case import Case
 
 
@@ -148,7 +150,7 @@ def _without_known(found: Sequence[Symptom], trial: Trial) -> tuple[list[Symptom
     """Symptoms that no known issue explains, and the ids of those that explain the others."""
     if not found:
         return [], ()
-    issues = issues_of(trial.backend.name, trial.device.type, trial.case, calls_of(trial.case))
+    issues = (*issues_of(trial.backend.name, trial.device.type, trial.case, calls_of(trial.case)), *_below(trial))
     unknown, known = [], dict[str, None]()
     for symptom in found:
         name = type(symptom).__name__
@@ -157,6 +159,21 @@ def _without_known(found: Sequence[Symptom], trial: Trial) -> tuple[list[Symptom
         if not explained:
             unknown.append(symptom)
     return unknown, tuple(known)
+
+
+def _below(trial: Trial) -> tuple[KnownIssue, ...]:
+    """Known issues of torch's operators that a user's kernel or layer runs, in cases that they cover."""
+    if not isinstance(trial.backend.kernel, (UserKernel, InsideLayer)):
+        return ()
+    issues = issues_below(trial.device.type, trial.case, calls_of(trial.case))
+    if not issues:
+        return ()
+    try:
+        _, operators = operators_of(lambda: trial.observe(trial.poisons[0]))
+    except Exception as error:
+        raise_lack_of_memory(error)
+        return ()
+    return tuple(issue for issue in issues if built_on(issue, operators))
 
 
 def _refuses_layout(trial: Trial, error: BaseException) -> bool:

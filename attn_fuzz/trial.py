@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,6 +21,7 @@ from reference.batched import kernel_answer
 from reference.case import Case
 from reference.layer import LayerInputs, layer_answer, layer_inputs
 from reference.layout import document_spans
+from reference.memory import same_bits
 from reference.profile import Profile
 
 # Second value seed of a layout: an error that is a property of the layout shows under both.
@@ -108,22 +109,43 @@ class Trial:
         """Whether the backend promises the same bits every time for this result."""
         return self.measured.repeats(name)
 
-    def repeats_here(self, name: str) -> bool:
-        """The same, before somebody is accused by bits: what was only measured elsewhere is measured on this case.
+    def moves_for(self, name: str, other: Callable[[], Observation]) -> bool:
+        """Whether other bits of a result come of what a run does otherwise, and not of chance.
 
-        Gradients that are summed up in the order in which blocks finish may be the same for four calls of one shape and
-        not for the next.
+        Where the backend promises its bits, one run says so. Where a few calls of another shape have shown the same
+        bits and nobody has promised any, gradients may still be summed up in the order in which blocks happen to
+        finish: then this very case has to give the same bits every time, and so has the other run, and other ones.
+
+        Args:
+            name: the result, whose bits are not the same in such a run.
+            other: makes another run of that kind.
         """
         if not self.repeats(name):
             return False
-        return promises(self.backend, str(self.device), name) or name not in self._moving
+        if promises(self.backend, str(self.device), name):
+            return True
+        if name in self._moving:
+            return False
+        first, *again = (other().results[name] for _ in range(TIMES))
+        here = self._settled.results[name]
+        return all(same_bits(first, each) for each in again) and not same_bits(first, here)
+
+    def moves_by_itself(self, name: str) -> bool:
+        """Whether a result's bits differ between runs of this very case."""
+        return name in self._moving
+
+    @functools.cached_property
+    def _settled(self) -> Observation:
+        """A run by itself, after one that may have had what calls of other shapes have left behind."""
+        self.observe(self.poisons[0])
+        return self.observe(self.poisons[0])
 
     @functools.cached_property
     def _moving(self) -> frozenset[str]:
         """Results whose bits differ between runs of this very case."""
-        # The first one may have what calls of other shapes have left behind.
-        _, first, *others = (self.observe(self.poisons[0]) for _ in range(1 + 3 * TIMES))
-        return frozenset(name for other in others for name in differing(first, other))
+        settled = self._settled
+        others = (self.observe(self.poisons[0]) for _ in range(2 * TIMES))
+        return frozenset(name for other in others for name in differing(settled, other))
 
     def answer_with(self, samples: int) -> dict[str, Expected]:
         """The reference's answer; ``samples`` matter to layer budgets only."""

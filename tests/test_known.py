@@ -198,7 +198,7 @@ def test_what_is_refused_anyway_is_no_crash_class_case(monkeypatch: pytest.Monke
 class _Dying:
     """Stands for a child process that dies of every case."""
 
-    def __init__(self, backend: str, device: str, timeout: float) -> None:
+    def __init__(self, subject: Subject, timeout: float) -> None:
         pass
 
     def symptom(self, case: Case) -> str:

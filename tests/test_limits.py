@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import pytest
 from commandline import Run
 
-from attn_fuzz.below import fault_below
 from attn_fuzz.campaign import limits
 from attn_fuzz.campaign.isolated import Report, Subject, report_of
 from attn_fuzz.campaign.limits import Inferred, Limit, inferred, taken, without_of
+from attn_fuzz.examine import examine
 from attn_fuzz.strategies import Domain
-from backends import registry
+from attn_fuzz.symptoms import WrongOutput
+from backends import known, registry
 from backends.kernel import BackendUnavailable, Capabilities
+from backends.known import KnownIssue, built_on
 from reference.case import MEMORIES, Case
 
 KERNEL = """
@@ -221,12 +224,36 @@ def test_without_is_what_is_declared_less_the_limits() -> None:
     }
 
 
-def test_a_fault_below_is_named_where_a_kernel_is_built_on_it() -> None:
-    case = Case(level="kernel", lengths=(1,), memory="misaligned")
-    operators = ("aten::_scaled_dot_product_efficient_attention", "aten::mul")
-    fault = fault_below(case, "cuda", operators)
-    assert fault is not None
-    assert "16 bytes" in fault.about
-    assert fault_below(case, "cpu", operators) is None
-    assert fault_below(case, "cuda", ("aten::mul",)) is None
-    assert fault_below(case.replace(memory="fused"), "cuda", operators) is None
+@pytest.fixture
+def torch_is_at_fault(monkeypatch: pytest.MonkeyPatch) -> KnownIssue:
+    """A known issue of torch's sum, on CPUs, of cases of three tokens and layouts that are misaligned."""
+    (example,) = (issue for issue in known.KNOWN if issue.id == "sdpa-16-byte-rows")
+    issue = dataclasses.replace(
+        example,
+        device="cpu",
+        present=lambda: True,
+        covers=lambda case, calls: case.tokens == 3 or case.memory == "misaligned",
+        operators=("aten::sum",),
+    )
+    monkeypatch.setattr(known, "KNOWN", (issue,))
+    return issue
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_limit_names_the_known_fault_below_it(tmp_path: Path, torch_is_at_fault: KnownIssue) -> None:
+    result = found(written(tmp_path, "assert q.storage_offset() % 2 == 0", head_dims=(16,), dtypes=("bf16",)))
+    (limit,) = result.limits
+    assert limit.below is not None
+    assert torch_is_at_fault.id in limit.below
+    assert torch_is_at_fault.reference in limit.below
+
+
+def test_what_a_known_fault_below_explains_is_no_finding(tmp_path: Path, torch_is_at_fault: KnownIssue) -> None:
+    """The kernel runs torch's sum: wrong results are known in the cases that the issue covers, and in no others."""
+    backend = registry.load(written(tmp_path, last="return out * 1.5"))
+    three, four = (Case(level="kernel", lengths=(n,), head_dim=16) for n in (3, 4))
+    assert examine(three, backend, "cpu").known == (torch_is_at_fault.id,)
+    assert examine(three, backend, "cpu").first is None
+    assert type(examine(four, backend, "cpu").first) is WrongOutput
+    other = dataclasses.replace(torch_is_at_fault, operators=("aten::no_such_operator",))
+    assert not built_on(other, ("aten::sum",))

@@ -130,7 +130,7 @@ def test_bits_that_nobody_has_promised_accuse_nobody(check: Check) -> None:
     """Four calls of another shape had shown the same bits: that is no promise."""
     probe = Trial(CASE, double(MovesInSmall(), **UNSTATED), CPU)
     assert probe.repeats("dq")
-    assert not probe.repeats_here("dq")
+    assert probe.moves_by_itself("dq")
     assert list(check(probe)) == []
 
 

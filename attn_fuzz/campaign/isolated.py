@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, Final
@@ -15,7 +16,8 @@ from typing import Any, Final
 import torch
 
 from attn_fuzz.checks import PROBES
-from attn_fuzz.examine import Verdict, examine
+from attn_fuzz.examine import examine
+from attn_fuzz.operators import operators_of
 from attn_fuzz.process import DEAD_CONTEXT, NO_DEVICE, context_alive, set_apart, set_up_process
 from attn_fuzz.symptoms import Crashed, Hung, Symptom
 from backends import registry
@@ -60,26 +62,13 @@ class Report:
     """Names of torch's operators that ran, where that was asked."""
 
 
-def _ran(operators: bool, work: Callable[[], Verdict]) -> tuple[Verdict, tuple[str, ...]]:
-    """A verdict, and the names of torch's operators that ran for it."""
-    try:
-        # The newer profiler writes to standard error.
-        from torch.autograd.profiler_legacy import profile
-    except ImportError:
-        operators = False
-    if not operators:
-        return work(), ()
-    with profile() as seen:
-        verdict = work()
-    return verdict, tuple(sorted({event.key for event in seen.key_averages()}))
-
-
 def report_of(case: Case, subject: Subject, backend: Backend, *, operators: bool = False) -> Report:
     """What comes of a case in this process, which ends where its CUDA context does."""
     place = torch.device(subject.device)
     probes = PROBES if subject.probes else ()
     try:
-        verdict, ran = _ran(operators, lambda: examine(case, backend, place, probes=probes))
+        judge = functools.partial(examine, case, backend, place, probes=probes)
+        verdict, ran = operators_of(judge) if operators else (judge(), ())
     except UnsupportedCase as error:
         return Report(refusal=str(error))
     first = verdict.first

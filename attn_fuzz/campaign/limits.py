@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
-from attn_fuzz.below import FaultBelow, fault_below
 from attn_fuzz.campaign.isolated import Isolated, Report, Subject
 from attn_fuzz.environment import environment
 from attn_fuzz.findings import Finding
 from attn_fuzz.strategies import Domain
 from backends import registry
 from backends.kernel import BackendUnavailable
-from backends.registry import Backend
+from backends.known import KnownIssue, built_on, issues_below
+from backends.registry import Backend, calls_of
 from reference.case import Case, CaseError
 
 LENGTHS: Final = (5, 33, 16)
@@ -232,14 +232,17 @@ def _limit(question: _Question, report: Report | None, device: str, operators: S
     if report is None:
         return None
     how = _how(report)
-    below = fault_below(question.case, device, operators)
+    below = next(
+        (issue for issue in issues_below(device, question.case, calls_of(question.case)) if built_on(issue, operators)),
+        None,
+    )
     if how is None and (report.symptom is None or below is None):
         return None
     message = report.refusal or report.message
     return Limit(question.axis, how or "wrong", message, question.case, _cited(below))
 
 
-def _cited(below: FaultBelow | None) -> str | None:
+def _cited(below: KnownIssue | None) -> str | None:
     return None if below is None else f"{below.id}: {below.about} ({below.reference})"
 
 
