@@ -226,11 +226,12 @@ def together_of(
     say(f"{first}: {' and '.join(map(str, plan.processes))} processes on one device")
     shared = {str(n): shared_of(first, device, n, plan.narrow_seconds) for n in plan.processes}
     yield "processes", {"backend": first, "cases_per_s": shared}
-    volleys: dict[str, dict[str, float]] = {}
+    volleys: dict[str, dict[str, float | None]] = {}
     for index, (backend, _, _) in enumerate(fitted):
         for count in plan.volley_processes if index == 0 else plan.volley_processes[:1]:
             rate = volleys_shared_of(backend.name, device, count, plan.volley_seconds)
-            say(f"{backend.name}: {rate:,.0f} cases/s in volleys of {count} processes")
+            told = "not measured: too little came back in time" if rate is None else f"{rate:,.0f} cases/s"
+            say(f"{backend.name}, in volleys of {count} processes: {told}")
             volleys.setdefault(backend.name, {})[str(count)] = rate
     yield "volley_processes", volleys
     say(f"{first}: a plain pytest loop")

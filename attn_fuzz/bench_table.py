@@ -57,8 +57,9 @@ def speed_tables(results: list[dict[str, Any]]) -> list[str]:
         together, rare, shared, plain = (result[key] for key in ("together", "rare", "processes", "plain"))
         narrow = ", ".join(f"{rate:,.0f} in {count}" for count, rate in shared["cases_per_s"].items())
         drawn = "; ".join(
-            f"{name}: {', '.join(f'{rate:,.0f} in {count}' for count, rate in rates.items())}"
+            f"{name}: {', '.join(f'{rate:,.0f} in {count}' for count, rate in rates.items() if rate is not None)}"
             for name, rates in result["volley_processes"].items()
+            if any(rate is not None for rate in rates.values())
         )
         lines += [
             "",

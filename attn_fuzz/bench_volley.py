@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from random import Random
 from typing import Final
 
@@ -29,6 +30,12 @@ _ENOUGH: Final = 0.3
 
 _SETTLED: Final = 0.4
 """Share of the time of several processes after which they count: all have started, and volleys have grown."""
+
+
+_MESSAGES: Final = 3
+"""Of each process, once it has settled: fewer are of volleys that were begun before."""
+
+_PATIENCE: Final = 3
 
 
 def cut_up(case: Case, seed: int = 0) -> Volley:
@@ -80,8 +87,24 @@ def volley_of(case: Case, backend: Backend, device: torch.device) -> dict[str, f
     }
 
 
-def volleys_shared_of(name: str, device: str, processes: int, seconds: float) -> float:
-    """Calls per second that so many processes judge on one device, as a campaign draws them."""
+def volleys_shared_of(name: str, device: str, processes: int, seconds: float) -> float | None:
+    """Calls per second that so many processes judge on one device, as a campaign draws them.
+
+    One process compiles what there is to compile first, and is not counted: those that follow find it on the disk.
+    Where too little came back within the time, because processes were still starting, there is more time once.
+
+    Returns:
+        None where there was too little even then.
+    """
+    _hunted(name, device, 1, seconds / 2)
+    for patience in (1, _PATIENCE):
+        if (rate := settled_rate(_hunted(name, device, processes, patience * seconds), processes)) is not None:
+            return rate
+    return None
+
+
+def _hunted(name: str, device: str, processes: int, seconds: float) -> list[tuple[float, int]]:
+    """Each message of so many processes: when it came, and how many cases there had been by then."""
     jobs = [
         Assignment(backend=name, device=device, seed=20 + index, levels=("kernel",), seconds=seconds, gear="volley")
         for index in range(processes)
@@ -92,9 +115,19 @@ def volleys_shared_of(name: str, device: str, processes: int, seconds: float) ->
         seen.append((time.monotonic(), tallies[name].cases))
 
     Pool(jobs, processes, note, lambda finding: None).run()
-    if len(seen) < 2:
-        return 0.0
-    begin, end = seen[0][0], seen[-1][0]
-    settled = [(at, cases) for at, cases in seen if at >= begin + _SETTLED * (end - begin)]
+    return seen
+
+
+def settled_rate(seen: Sequence[tuple[float, int]], processes: int) -> float | None:
+    """Cases per second of processes that have settled, or None where they have not said enough since.
+
+    Args:
+        seen: (when, cases until then) of each message.
+        processes: how many there were.
+    """
+    begin = seen[0][0] + _SETTLED * (seen[-1][0] - seen[0][0]) if seen else 0.0
+    settled = [(at, cases) for at, cases in seen if at >= begin]
+    if len(settled) < _MESSAGES * processes:
+        return None
     (first, before), (last, after) = settled[0], settled[-1]
-    return (after - before) / (last - first) if last > first else 0.0
+    return (after - before) / (last - first) if last > first and after > before else None

@@ -16,9 +16,9 @@ from attn_fuzz.execute import WroteBeforeRefusing, require_support
 from attn_fuzz.poison import POISONS
 from attn_fuzz.process import raise_lack_of_memory
 from attn_fuzz.ranks.team import RanksHung
-from attn_fuzz.symptoms import Crashed, Hung, InputsChanged, Symptom
+from attn_fuzz.symptoms import Crashed, Hung, InputsChanged, MissingResult, Symptom
 from attn_fuzz.trial import Trial
-from backends.kernel import UnsupportedCase
+from backends.kernel import MisshapenResult, UnsupportedCase
 from backends.known import issues_of
 from backends.registry import Backend, calls_of
 from reference.case import Case
@@ -151,8 +151,8 @@ def _without_known(found: Sequence[Symptom], trial: Trial) -> tuple[list[Symptom
     issues = issues_of(trial.backend.name, trial.device.type, trial.case, calls_of(trial.case))
     unknown, known = [], dict[str, None]()
     for symptom in found:
-        name, nan = type(symptom).__name__, "got nan" in symptom.message
-        explained = [issue.id for issue in issues if issue.explains(name, symptom.tensor, nan=nan)]
+        name = type(symptom).__name__
+        explained = [issue.id for issue in issues if issue.explains(name, symptom.tensor, nan=symptom.nan)]
         known |= dict.fromkeys(explained[:1])
         if not explained:
             unknown.append(symptom)
@@ -189,8 +189,14 @@ _NOT_THEIRS = (
 
 def _fallen(error: BaseException) -> Symptom:
     """The symptom of a call that did not come back as it should."""
-    kind = Hung if isinstance(error, RanksHung) else Crashed
-    return kind("runs", "call", f"{type(error).__name__}: {_one_line(error)}{_place(error)}")
+    if isinstance(error, MisshapenResult):
+        return MissingResult("complete", "out", _one_line(error))
+    words = f"{type(error).__name__}: {_one_line(error)}{_place(error)}"
+    if isinstance(error, RanksHung):
+        return Hung("runs", "call", words)
+    crashed = Crashed("runs", "call", words)
+    crashed.error = type(error).__name__
+    return crashed
 
 
 def _place(error: BaseException) -> str:

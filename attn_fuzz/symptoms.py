@@ -34,14 +34,15 @@ class Symptom(AssertionError):
         tensor: what is wrong.
         message: one sentence.
         z: error in standard deviations of the budget, where that is what was measured.
+        nan: what came back is NaN.
     """
 
     rank: ClassVar[int] = 0
     """Of several symptoms the one with the lowest rank names the finding."""
 
-    def __init__(self, check: str, tensor: str, message: str, z: float | None = None) -> None:
+    def __init__(self, check: str, tensor: str, message: str, z: float | None = None, *, nan: bool = False) -> None:
         super().__init__(f"{type(self).__name__} [{check}] {tensor}: {message}")
-        self.check, self.tensor, self.message, self.z = check, tensor, message, z
+        self.check, self.tensor, self.message, self.z, self.nan = check, tensor, message, z, nan
         self.probe: Callable[..., Any] | None = None
         """The check with runs of its own that saw it, if it was one."""
 
@@ -50,6 +51,8 @@ class Crashed(Symptom):
     """The backend raised, or its process died."""
 
     rank = 0
+    error: str = ""
+    """Name of the exception's type, where it was one."""
 
 
 class Hung(Symptom):
@@ -59,7 +62,10 @@ class Hung(Symptom):
 
 
 class PoisonLeaked(Symptom):
-    """A result depends on memory that nobody wrote."""
+    """A result depends on memory that nobody wrote: other contents, other bits.
+
+    NaN that comes whatever unwritten memory holds is arithmetic, and named after the tensor that it is in.
+    """
 
     rank = 1
 

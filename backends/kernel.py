@@ -26,6 +26,10 @@ class BackendUnavailable(Exception):
     """A backend cannot run on this machine; the message says why, in one sentence."""
 
 
+class MisshapenResult(TypeError):
+    """A kernel gave something else than the output that was asked for; the message says what, in one sentence."""
+
+
 class Configuration(NamedTuple):
     """The options of a case that make a compiling backend compile anew."""
 
@@ -172,6 +176,17 @@ class Attended(NamedTuple):
     """``[heads, tokens_q]`` float32 natural-log row sums, or None where the kernel keeps them."""
     path: str
     """Which implementation ran, for the check that the intended one did."""
+
+
+def require_like(out: object, q: torch.Tensor) -> None:
+    """Raises MisshapenResult unless an output has the shape, dtype and device of the queries."""
+    if not isinstance(out, torch.Tensor):
+        raise MisshapenResult(f"the output should be a tensor, but is {type(out).__name__}")
+    for what in ("shape", "dtype", "device"):
+        got, wanted = getattr(out, what), getattr(q, what)
+        if got != wanted:
+            shown = (list(got), list(wanted)) if what == "shape" else (got, wanted)
+            raise MisshapenResult(f"the output's {what} is {shown[0]}, but should be {shown[1]}, that of q")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

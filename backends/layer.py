@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from backends.kernel import AttentionOptions, Kernel
+from backends.kernel import AttentionOptions, Kernel, require_like
 from backends.kv_buffer import KeyValueBuffer
 from backends.metadata import MicroSequenceMetadata, preprocess
 from backends.rotary import Rotary
@@ -102,6 +102,7 @@ class BufferRegion(torch.autograd.Function):
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (q, *past_and_own)]
             attended = layer.kernel.attend(leaves[0], leaves[1], leaves[2], metadata.varlen, layer.options)
+        require_like(attended.out, q)
         layer.ran.add(attended.path)
         ctx.leaves, ctx.out = leaves, attended.out  # type: ignore[attr-defined]
         # The layer holds this graph until it is taken back; a graph that held the layer, too, would never be freed.

@@ -11,7 +11,7 @@ import dataclasses
 
 import torch
 
-from backends.kernel import Kernel
+from backends.kernel import Kernel, require_like
 from backends.layer import BufferedLayer
 from backends.metadata import MicroSequenceMetadata
 from reference.case import Case
@@ -64,6 +64,7 @@ class LegacyLayer(BufferedLayer):
             key_value = AttachGrad.apply(key_value, self._present, self._record)
             keys, values = key_value.chunk(2, 1)
             attended = self.kernel.attend(q, keys, values, metadata.varlen, self.options)
+            require_like(attended.out, q)
             self.ran.add(attended.path)
             out = self.project(attended.out.flatten(1), "dense")
         self._pending.append((leaf, out))

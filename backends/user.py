@@ -30,6 +30,8 @@ from backends.kernel import (
     Capabilities,
     Configuration,
     Kernel,
+    MisshapenResult,
+    require_like,
 )
 from backends.layer import Layer, LayerFactory
 from backends.metadata import VarlenMetadata
@@ -217,8 +219,24 @@ class UserKernel(Kernel):
             m.max_seqlen_k,
             **{key: value for key, value in given.items() if key in self._takes},
         )
-        # Many kernels return (out, lse, ...).
-        return Attended(out[0] if isinstance(out, tuple) else out, None, self.name)
+        out = _output(out)
+        require_like(out, q)
+        return Attended(out, None, self.name)
+
+
+def _output(returned: object) -> Any:
+    """The output of what a kernel returned: itself, or the first of ``(out, lse, ...)``.
+
+    Raises:
+        MisshapenResult: for a tuple of anything else.
+    """
+    if not isinstance(returned, tuple):
+        return returned
+    kinds = ", ".join(type(each).__name__ for each in returned)
+    lse = returned[1] if len(returned) > 1 else None
+    if not isinstance(lse, torch.Tensor) or not lse.is_floating_point():
+        raise MisshapenResult(f"the kernel should return out, or (out, lse, ...) with tensors, but returned ({kinds})")
+    return returned[0]
 
 
 class InsideLayer(Kernel):

@@ -102,6 +102,19 @@ _SCALED: Final[dict[str, Callable[[str], tuple[float, float]]]] = {
 """(factor, offset) of the modes of ``_shape_values`` that are no more than that."""
 
 
+def largest_norm(mode: str, name: str, channels: int) -> float:
+    """A Euclidean norm that no row of a drawn tensor of that name exceeds, in a value mode.
+
+    ``|x| <= rms (sqrt(channels) + 6)`` but once in 1e8 rows: the norm of normal numbers is as far from the root of
+    their count as a normal number is from 0 (Gaussian concentration). No element is beyond 3.47 deviations.
+    """
+    if mode == "ties" and name in ("q", "k"):
+        return 0.5 * channels**0.5
+    factor, offset = _SCALED.get(mode, _SCALED["gaussian"])(name)
+    largest = factor * 131070 / _BELL_SD + offset
+    return min(largest * channels**0.5, (factor**2 + offset**2) ** 0.5 * (channels**0.5 + 6))
+
+
 @functools.lru_cache(maxsize=16)
 def fused_agrees(device: torch.device) -> bool:
     """Whether the fused generator (fused_values.py) runs on a device and gives the portable one's bits there."""

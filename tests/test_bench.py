@@ -13,6 +13,7 @@ from rich.console import Console
 
 from attn_fuzz import bench
 from attn_fuzz.bench_processes import BenchError, processes_of
+from attn_fuzz.bench_volley import settled_rate, volleys_shared_of
 from attn_fuzz.commands.bench import show_processes
 from attn_fuzz.timing import median
 from backends import registry
@@ -114,6 +115,24 @@ def test_processes_share_a_device() -> None:
     for rates in found.values():
         assert all(each["bare_calls_per_s"] > each["cases_per_s"] > 0 for each in rates.values())
     assert len(said) == 4
+
+
+@pytest.mark.parametrize(
+    ("seen", "rate"),
+    [
+        ([], None),
+        # All of the first volleys at once, then silence, then the ends: nothing was seen at work.
+        ([(0.0, 4), (0.1, 8), (9.0, 8), (9.1, 8)], None),
+        ([(0.0, 4), *((at, 100 * at) for at in range(1, 11))], 100.0),
+    ],
+)
+def test_a_rate_is_of_settled_processes_or_none(seen: list[tuple[float, int]], rate: float | None) -> None:
+    assert settled_rate(seen, 2) == rate
+
+
+def test_processes_as_a_campaign_has_them_are_measured() -> None:
+    rate = volleys_shared_of("loop", "cpu", 2, 2.0)
+    assert rate is None or rate > 0
 
 
 def test_a_lost_process_is_told() -> None:

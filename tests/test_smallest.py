@@ -98,6 +98,33 @@ def test_what_earlier_calls_leave_behind_is_shrunk_with_the_same_calls() -> None
     assert set(asked.probes[2:-1]) == {(before, probe)}
 
 
+def test_a_far_smaller_case_of_another_symptom_is_not_lost() -> None:
+    """Twenty tokens show the one, three the other: the three are reported, and the twenty are in the notes."""
+
+    def answer(case: Case, probes: Sequence[Check], hasty: bool) -> Verdict:
+        if case.tokens >= 20:
+            return wrong(1e6)
+        return Verdict((NotExact("additivity", "dv", "off"),), {}, frozenset()) if case.tokens >= 3 else CLEAN
+
+    small = smallest(trial(), wrong(1e6), Asked(answer))
+    assert (small.symptom, small.case.tokens) == (NotExact, 3)
+    assert small.first is not None
+    assert (small.first[0], small.first[1].tokens) == ("WrongOutput", 20)
+    (note,) = small.notes()
+    assert small.first[1].to_json() in note
+
+
+def test_a_case_that_is_hardly_smaller_keeps_the_symptom_that_was_seen() -> None:
+    def answer(case: Case, probes: Sequence[Check], hasty: bool) -> Verdict:
+        if case.tokens >= 5:
+            return wrong(1e6)
+        return Verdict((NotExact("additivity", "dv", "off"),), {}, frozenset()) if case.tokens >= 3 else CLEAN
+
+    small = smallest(trial(), wrong(1e6), Asked(answer))
+    assert (small.symptom, small.case.tokens, small.first) == (WrongOutput, 5, None)
+    assert small.notes() == ()
+
+
 def test_what_comes_and_goes_is_tried_several_times() -> None:
     calls = 0
 

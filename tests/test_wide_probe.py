@@ -61,6 +61,16 @@ def long_documents(seed: int) -> Case:
     )
 
 
+def probed_everywhere() -> Case:
+    """A call that every probe has inputs for: long enough to be swamped, and with codes for all of its keys."""
+    return long_documents(0).replace(key_lengths=(40, 3, 33, 0, 256, 64))
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_there_is_a_call_that_every_probe_has_inputs_for(name: str) -> None:
+    assert PROBES[name](probed_everywhere(), CPU, registry.load("loop").kernel.profile) is not None
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_needles_are_those_of_the_pure_probe(seed: int) -> None:
     case = drawn(registry.load("loop"), seed)
@@ -153,7 +163,7 @@ def test_they_pass_on_a_gpu(name: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", PROBES)
 def test_a_gpu_makes_the_same_inputs(name: str) -> None:
-    case = long_documents(0)
+    case = probed_everywhere()
     profile = registry.load("loop").kernel.profile
     there, here = (PROBES[name](case, torch.device(device), profile) for device in ("cuda", "cpu"))
     assert there is not None

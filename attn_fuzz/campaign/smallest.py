@@ -59,6 +59,16 @@ class Smallest:
     symptom: type[Symptom]
     always: bool
     """Whether the case that was drawn failed again when it was run once more."""
+    first: tuple[str, Case] | None = None
+    """Where a far smaller case fails in another way: what the failing case was seen by, and its smallest one."""
+
+    def notes(self) -> tuple[str, ...]:
+        """What a finding says beside its symptoms."""
+        found = () if self.always else (NOW_AND_THEN,)
+        if self.first is None:
+            return found
+        name, case = self.first
+        return (*found, f"First seen as {name}, whose smallest case is {case.to_json()}; this far smaller one came up.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,14 +137,39 @@ def _again(case: Case, verdict: Verdict, examine: Examine) -> _Again:
     return _Again(verdict, _alone(verdict), _ATTEMPTS, False)
 
 
+def _tokens(case: Case) -> int:
+    return max(sum(case.packed_lengths), sum(case.packed_key_lengths))
+
+
+FAR: Final = 2
+"""A case with so many times fewer tokens that fails in another way is what people would rather read."""
+
+
 def smallest(trial: Trial, verdict: Verdict, examine: Examine) -> Smallest:
     """Shrinks a failing case to the end.
+
+    What is smaller must fail in the same way, so that shrinking does not pass from one mistake to another. Where a far
+    smaller case fails in another way, it is most often the same mistake: that one is shrunk, too, and comes instead.
 
     Args:
         trial: of the case, under the poisons under which it failed.
         verdict: why it did.
         examine: gives further verdicts.
     """
+    others: list[Case] = []
+    found = _alike(trial, verdict, examine, others)
+    for other in sorted(set(others), key=_tokens)[:1]:
+        if FAR * _tokens(other) > _tokens(found.case):
+            break
+        careful = examine(other, trial.poisons)
+        if careful.first is not None and type(careful.first) is not found.symptom:
+            smaller = _alike(dataclasses.replace(trial, case=other), careful, examine, [])
+            return dataclasses.replace(smaller, first=(found.symptom.__name__, found.case))
+    return found
+
+
+def _alike(trial: Trial, verdict: Verdict, examine: Examine, others: list[Case]) -> Smallest:
+    """The smallest case that fails in the same way; those that fail in another one are added to ``others``."""
     case = trial.case
     again = _again(case, verdict, examine)
     best, asked = again.verdict, again.asked
@@ -155,6 +190,8 @@ def smallest(trial: Trial, verdict: Verdict, examine: Examine) -> Smallest:
         except UnsupportedCase:
             return False
         if type(found.first) not in same.faces:
+            if found.first is not None:
+                others.append(candidate)
             return False
         best = found
         return True

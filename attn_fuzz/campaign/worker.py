@@ -27,7 +27,7 @@ from attn_fuzz.campaign.messages import (
     Tally,
     Trying,
 )
-from attn_fuzz.campaign.smallest import NOW_AND_THEN, smallest
+from attn_fuzz.campaign.smallest import smallest
 from attn_fuzz.checks import PROBES, Check
 from attn_fuzz.drawing import few_cases
 from attn_fuzz.environment import environment
@@ -235,11 +235,9 @@ class Hunt:
         trial = Trial(case, self.backend, self.device, self.assignment.poisons)
         small = smallest(trial, verdict, self.examine)
         name = small.symptom.__name__
-        self.found.add(name)
+        self.found |= {name} if small.first is None else {name, small.first[0]}
         finding = dataclasses.replace(self.finding(small.case, small.verdict), symptom=name)
-        if not small.always:
-            finding = dataclasses.replace(finding, messages=(*finding.messages, NOW_AND_THEN))
-        self.send(Found(finding))
+        self.send(Found(dataclasses.replace(finding, messages=(*finding.messages, *small.notes()))))
 
     def finding(self, case: Case, verdict: Verdict) -> Finding:
         """The finding of a case that failed."""

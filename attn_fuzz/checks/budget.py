@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Final
 
@@ -180,6 +181,9 @@ def place_of(trial: Trial, name: str, flat_index: int, shape: torch.Size) -> Pla
     return Place(document, row, index[1] if len(index) == 3 else None, index[-1] if len(index) > 1 else 0)
 
 
+_WHENCE: Final = "; NaN whatever unwritten memory holds: it comes from arithmetic"
+
+
 def within_budget(trial: Trial) -> Iterator[Symptom]:
     """Fails beyond LIMIT on two independent value seeds of the same layout, judged by careful budgets.
 
@@ -200,15 +204,17 @@ def within_budget(trial: Trial) -> Iterator[Symptom]:
         place = place_of(trial, name, worst, z.shape)
         wrong = z > limit(trial.case)
         wrong_rows = wrong.flatten(1).any(1).nonzero()[:, 0].tolist() if z.dim() > 1 else []
+        number = got.flatten()[worst].item()
         documents = sorted({d for row in wrong_rows if (d := trial.document_of(name, row)[0]) is not None})
         of_documents = f" in documents {documents}" if documents else ""
         yield wrong_tensor(name)(
             "budget",
             name,
-            f"{place}: got {got.flatten()[worst].item():.6g}, expected {expected.flatten()[worst].item():.6g}, "
+            f"{place}: got {number:.6g}, expected {expected.flatten()[worst].item():.6g}, "
             f"z = {z.flatten()[worst].item():.3g}; "
-            f"{int(wrong.sum())} of {z.numel()} elements wrong{of_documents}",
+            f"{int(wrong.sum())} of {z.numel()} elements wrong{of_documents}{_WHENCE if math.isnan(number) else ''}",
             z=z.flatten()[worst].item(),
+            nan=math.isnan(number),
         )
 
 

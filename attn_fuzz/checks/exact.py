@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
 from attn_fuzz.checks.budget import LIMIT, deviations
 from attn_fuzz.checks.spread import row_spreads
-from attn_fuzz.execute import run_kernel
 from attn_fuzz.observation import Observation
 from attn_fuzz.probes import Hot, NeedleProbe, every_row_probe, needle_probe, segment_mask, uniform_probe
-from attn_fuzz.symptoms import Symptom, WrongKeys, WrongKeysBackward, WrongLse
+from attn_fuzz.symptoms import Symptom, WrongKeys, WrongKeysBackward, WrongLse, wrong_tensor
 from attn_fuzz.trial import Trial
 from reference.answer import Inputs
 from reference.batched import kernel_answer
@@ -37,12 +37,11 @@ def _of_group(values: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def observe_probe(trial: Trial, inputs: Inputs) -> Observation:
-    """A run of a probe's inputs, unwritten memory full of NaN."""
-    case = trial.case
-    if case.memory == "broadcast":
+    """A run of a probe's inputs, unwritten memory full of NaN; the trial notes what it writes to."""
+    if trial.case.memory == "broadcast":
         # A probe's keys differ from head to head.
-        case = case.replace(memory="contiguous")
-    return run_kernel(trial.backend, case, inputs, "nan", trial.device)
+        trial = dataclasses.replace(trial, case=trial.case.replace(memory="contiguous"))
+    return trial.observe_with(inputs, "nan")
 
 
 def uniform_keys(trial: Trial) -> Iterator[Symptom]:
@@ -67,6 +66,39 @@ def census_sees(out: torch.Tensor, counts: torch.Tensor, sums: torch.Tensor) -> 
     return ~((out * counts.clamp_min(1)[:, None, None] - sums).abs() < _QUARTER)
 
 
+def weighs_otherwise(got: torch.Tensor, sums: torch.Tensor, wrong: torch.Tensor) -> bool:
+    """Whether every wrong row is the right keys' sum times a factor of its own: a matter of weights, not of keys.
+
+    A normaliser or an LSE that is rounded scales a row as a whole. A key too many, too few or another one changes
+    channels by +-1, each by itself.
+
+    Args:
+        got: ``[rows, heads, d]`` float64, the sums that came out.
+        sums: as ``got``; whole numbers, what they should be.
+        wrong: as ``got``, bool; some are.
+    """
+    rows = wrong.any(-1)
+    got, sums = got[rows], sums[rows]
+    factor = (got * sums).sum(-1, keepdim=True) / sums.square().sum(-1, keepdim=True)
+    low, high = _FACTORS
+    same = ((got - factor * sums).abs() < _QUARTER).all(-1) & (sums != 0).sum(-1).ge(_TELLING)
+    return bool((same & (factor[..., 0] > low) & (factor[..., 0] < high)).all())
+
+
+_FACTORS: Final = (0.75, 1.5)
+"""Between these a common factor is an error of weights; beyond, keys are missing or counted twice."""
+
+_TELLING: Final = 4
+"""Channels that are not 0: of so many +-1 another key differs in one or more, but once in 16 times."""
+
+_WEIGHTS: Final = "; every wrong row has the right keys, with a common factor: as of a rounded LSE or normaliser"
+
+
+def _accused(name: str, got: float, otherwise: type[Symptom], *, weights: bool = False) -> type[Symptom]:
+    """What a result is accused of: NaN, and weights that are off, say nothing about which keys took part."""
+    return wrong_tensor(name) if weights or math.isnan(got) else otherwise
+
+
 def _census(trial: Trial, observation: Observation, v: torch.Tensor) -> Iterator[Symptom]:
     case = trial.case
     group = case.heads // case.kv_heads
@@ -83,12 +115,15 @@ def _census(trial: Trial, observation: Observation, v: torch.Tensor) -> Iterator
         if wrong.any():
             got = rows * counts.clamp_min(1)[:, None, None]
             row, head, channel = (int(i) for i in wrong.nonzero()[0])
-            yield WrongKeys(
+            weights = weighs_otherwise(got, sums, wrong)
+            yield _accused("out", got[row, head, channel].item(), WrongKeys, weights=weights)(
                 "census",
                 "out",
                 f"document {segment.document}, row {row}, head {head}, channel {channel}: the sum over its "
                 f"{int(counts[row])} keys is {got[row, head, channel].item():.4g}, but should be "
-                f"{sums[row, head, channel].item():.0f}; {int(wrong.flatten(1).any(1).sum())} rows wrong",
+                f"{sums[row, head, channel].item():.0f}; {int(wrong.flatten(1).any(1).sum())} rows wrong"
+                f"{_WEIGHTS if weights else ''}",
+                nan=bool(got[row, head, channel].isnan()),
             )
             return
 
@@ -163,13 +198,34 @@ def _backward_symptom(
 ) -> Symptom:
     row, head, channel = (int(i) for i in wrong.nonzero()[0])
     document, within = trial.document_of(name, row)
-    return WrongKeysBackward(
+    weights = _weighs_keys_otherwise(got, expected, segments)
+    number = got[row, head, channel].item()
+    return _accused(name, number, WrongKeysBackward, weights=weights)(
         "support",
         name,
-        f"document {document}, key {within}, head {head}, channel {channel}: {got[row, head, channel].item():.4g} "
+        f"document {document}, key {within}, head {head}, channel {channel}: {number:.4g} "
         f"for an output gradient of one element per document, but should be {expected[row, head, channel].item():.4g}; "
-        f"{int(wrong.sum())} elements wrong in {len(segments)} documents",
+        f"{int(wrong.sum())} elements wrong in {len(segments)} documents{_WEIGHTS if weights else ''}",
+        nan=math.isnan(number),
     )
+
+
+def _weighs_keys_otherwise(got: torch.Tensor, expected: torch.Tensor, segments: tuple[Segment, ...]) -> bool:
+    """Whether the keys of each document's hot row have weights that are off by a factor which they have in common.
+
+    A key that does not take part has 0, one too many has something, and what is left of the others is 1 / (n - 1).
+    """
+    if got[expected == 0].any():
+        return False
+    for segment in segments:
+        keys = slice(*segment.keys)
+        ratio = (got[keys] / expected[keys])[expected[keys] != 0]
+        if ratio.numel() and not (ratio.min() > 0 and ratio.max() < _ALIKE_WEIGHTS * ratio.min()):
+            return False
+    return True
+
+
+_ALIKE_WEIGHTS: Final = 1.1
 
 
 def rows_counted(trial: Trial) -> Iterator[Symptom]:
@@ -179,18 +235,32 @@ def rows_counted(trial: Trial) -> Iterator[Symptom]:
     seen = _miscounted(trial)
     if seen is None or _miscounted(trial.second) is None:
         return
-    row, head, got, expected, count = seen
-    document, within = trial.document_of("dv", row)
-    yield WrongKeysBackward(
+    document, within = trial.document_of("dv", seen.row)
+    yield _accused("dv", seen.got, WrongKeysBackward, weights=seen.weights)(
         "every_row",
         "dv",
-        f"document {document}, key {within}, head {head}: {got:.4g} for output gradients near the number of each "
-        f"row's keys, but should be {expected:.4g}; {count} rows wrong",
+        f"document {document}, key {within}, head {seen.head}: {seen.got:.4g} for output gradients near the number of "
+        f"each row's keys, but should be {seen.expected:.4g}; {seen.rows} rows wrong"
+        f"{', by less than half a key each: a matter of weights' if seen.weights else ''}",
+        nan=math.isnan(seen.got),
     )
 
 
-def _miscounted(trial: Trial) -> tuple[int, int, float, float, int] | None:
-    """(row, head, got, expected, rows wrong) of dV, beyond the budget by element or by row."""
+class _Miscounted(NamedTuple):
+    """dV of a gradient in every row that is beyond its budget."""
+
+    row: int
+    head: int
+    got: float
+    expected: float
+    rows: int
+    """How many are wrong."""
+    weights: bool
+    """No element is off by half of what a key is, which moves every channel by 0.7 to 1.4."""
+
+
+def _miscounted(trial: Trial) -> _Miscounted | None:
+    """What is beyond the budget, by element or by row."""
     case = trial.case
     inputs = every_row_probe(case)
     got = observe_probe(trial, inputs).results["dv"]
@@ -201,7 +271,18 @@ def _miscounted(trial: Trial) -> tuple[int, int, float, float, int] | None:
         return None
     row, head = (int(i) for i in wrong.nonzero()[0])
     channel = int(z[row, head].argmax())
-    return row, head, got[row, head, channel].item(), expected.value[row, head, channel].item(), int(wrong.sum())
+    off = (got[wrong].double() - expected.value[wrong]).abs()
+    return _Miscounted(
+        row=row,
+        head=head,
+        got=got[row, head, channel].item(),
+        expected=expected.value[row, head, channel].item(),
+        rows=int(wrong.sum()),
+        weights=bool((off < _HALF_A_KEY).all()),
+    )
+
+
+_HALF_A_KEY: Final = 0.5
 
 
 def lost_needles(case: Case, probe: NeedleProbe, out: torch.Tensor) -> torch.Tensor:
@@ -227,10 +308,12 @@ def needle_found(trial: Trial) -> Iterator[Symptom]:
         document, within = trial.document_of("out", row)
         key = int(probe.picked[row, head])
         other = ((probe.inputs.v[:, heads[head]] - out[row, head]).abs() < 2.0**-12).all(-1).nonzero()[:, 0].tolist()
-        came = f"that of key row {other[0]} came out" if other else "no key's value came out"
-        yield WrongKeys(
+        nan = bool(out[row, head].isnan().any())
+        came = f"that of key row {other[0]} came out" if other else "NaN came out" if nan else "no key's value came out"
+        yield _accused("out", math.nan if nan else 0.0, WrongKeys)(
             "needle",
             "out",
             f"document {document}, row {within}, head {head} points at key row {key}, but {came}; "
             f"{int(wrong.any(1).sum())} rows wrong",
+            nan=nan,
         )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Final
 
 import torch
 
 from attn_fuzz.checks.budget import LIMIT
+from attn_fuzz.garbage import kernel_garbage, layer_garbage
 from attn_fuzz.measured import Measured
 from attn_fuzz.observation import Observation
 from attn_fuzz.symptoms import NotIsolated, Symptom
@@ -19,13 +19,16 @@ from reference.case import Case
 from reference.layer import LayerInputs
 from reference.layout import call_segments, document_spans
 
-GARBAGE: Final = -96.0
-"""Finite garbage: large beside any value mode, far from overflow in products, exact in every dtype."""
+
+def garbage_of(case: Case, measured: Measured, finite: float) -> float:
+    """NaN or infinity where the backend keeps them apart, the finite number otherwise; by the case's seed."""
+    return (finite, torch.nan, torch.inf)[case.seed % 3] if measured.isolates_nonfinite else finite
 
 
-def garbage_of(case: Case, measured: Measured) -> float:
-    """NaN or infinity where the backend keeps them apart, a large number otherwise; by the case's seed."""
-    return (GARBAGE, torch.nan, torch.inf)[case.seed % 3] if measured.isolates_nonfinite else GARBAGE
+def _finite(trial: Trial) -> float:
+    """Finite garbage for a case's tensors (attn_fuzz/garbage.py)."""
+    inputs = trial.inputs
+    return kernel_garbage(trial.case) if isinstance(inputs, Inputs) else layer_garbage(trial.case, inputs)
 
 
 def first_kept(case: Case) -> int:
@@ -51,12 +54,13 @@ def documents_apart(trial: Trial) -> Iterator[Symptom]:
     kept = kept_documents(case)
     rows = _rows_of(case.packed_lengths, kept)
     key_rows = _rows_of(case.packed_key_lengths, kept) if case.level == "kernel" else rows
-    observation = trial.observe_with(
-        _spoiled(trial, ~rows, ~key_rows, garbage_of(case, trial.measured)), trial.poisons[0]
-    )
+    garbage = garbage_of(case, trial.measured, _finite(trial))
+    observation = trial.observe_with(_spoiled(trial, ~rows, ~key_rows, garbage), trial.poisons[0])
+    tensors = "q, k, v and dout" if case.level == "kernel" else "x and dout"
+    others = f"other documents' values ({garbage:g} in {tensors} of documents {_listed(case, kept)})"
     for name in ("out", "lse", "dq", "dk", "dv", "dx", "k", "v"):
         on_keys = case.level == "kernel" and name in ("dk", "dv")
-        yield from _compare(trial, observation, name, key_rows if on_keys else rows, "other documents' values")
+        yield from _compare(trial, observation, name, key_rows if on_keys else rows, others)
 
 
 def future_apart(trial: Trial) -> Iterator[Symptom]:
@@ -74,9 +78,17 @@ def future_apart(trial: Trial) -> Iterator[Symptom]:
     if not rows.any() or key_rows.all():
         return
     # Finite: kernels multiply whole tiles, so that masked NaN in a row's own tile may stay NaN.
-    observation = trial.observe_with(_spoiled(trial, ~rows, ~key_rows, GARBAGE), trial.poisons[0])
+    garbage = kernel_garbage(case)
+    observation = trial.observe_with(_spoiled(trial, ~rows, ~key_rows, garbage), trial.poisons[0])
+    unseen = f"keys that it does not see ({garbage:g} in k and v there, and in q and dout of later rows)"
     for name in ("out", "lse", "dq"):
-        yield from _compare(trial, observation, name, rows, "keys that it does not see")
+        yield from _compare(trial, observation, name, rows, unseen)
+
+
+def _listed(case: Case, kept: list[int]) -> str:
+    """The documents that are not kept, the first few."""
+    others = [index for index in range(len(case.packed_lengths)) if index not in kept]
+    return ", ".join(map(str, others[:8])) + (", ..." if len(others) > 8 else "")
 
 
 def _rows_of(lengths: tuple[int, ...], kept: list[int]) -> torch.Tensor:
@@ -111,9 +123,15 @@ def _compare(trial: Trial, observation: Observation, name: str, rows: torch.Tens
     else:
         spread = trial.answer[name].variance.sqrt()
         moved = ~((before.double() - after.double()).abs() <= 2**0.5 * LIMIT * spread) & (before != after)
-    moved = moved.reshape(len(moved), -1).any(1) & rows
-    if found := moved.nonzero()[:, 0].tolist():
+    moved = moved.reshape(len(moved), -1) & rows[:, None]
+    if found := moved.any(1).nonzero()[:, 0].tolist():
         document, row = trial.document_of(name, found[0])
+        was, became = (x.reshape(len(x), -1)[moved].double() for x in (before, after))
+        worst = int((became - was).abs().nan_to_num(torch.inf).argmax())
         yield NotIsolated(
-            "isolation", name, f"document {document}, row {row} changes with {what} ({len(found)} such rows)"
+            "isolation",
+            name,
+            f"document {document}, row {row} changes with {what}: {len(found)} such rows, by up to "
+            f"{(became - was)[worst].abs().item():.3g}, from {was[worst].item():.6g} to {became[worst].item():.6g}",
+            nan=bool(became[worst].isnan()),
         )

@@ -41,7 +41,7 @@ def unwritten_unread(trial: Trial) -> Iterator[Symptom]:
             expected = trial.answer.get(name)
             if expected is None or got.shape != expected.value.shape or not got.isnan().any():
                 continue
-            leaked = got.isnan() & ~expected.value.isnan()
+            leaked = _leaked(trial, name, got.isnan() & ~expected.value.isnan())
             if not leaked.any():
                 continue
             rows = leaked.reshape(len(leaked), -1).any(1).nonzero()[:, 0].tolist()
@@ -50,7 +50,9 @@ def unwritten_unread(trial: Trial) -> Iterator[Symptom]:
             yield PoisonLeaked(
                 "unwritten",
                 name,
-                f"{where} is NaN: {int(leaked.sum())} elements in {len(rows)} rows hold unwritten memory",
+                f"{where} is NaN where unwritten memory is, and a number where that holds numbers: {int(leaked.sum())} "
+                f"elements in {len(rows)} rows",
+                nan=True,
             )
     if len(trial.observations) == 2:
         for name in differing(*trial.observations):
@@ -64,6 +66,27 @@ def unwritten_unread(trial: Trial) -> Iterator[Symptom]:
                 yield NotRepeatable(
                     "repeatable", name, "two runs of the same call gave other bits, and not for what memory held"
                 )
+
+
+def _leaked(trial: Trial, name: str, found: torch.Tensor) -> torch.Tensor:
+    """Those elements whose NaN comes out of unwritten memory: with other contents they are none.
+
+    NaN that is there whatever unwritten memory holds is arithmetic, and NaN that a run by itself does not show is an
+    interfering call's doing; both are left to the checks of the numbers.
+    """
+    found = found & _nan_under(trial, "nan", name, found)
+    numbers = found & ~_nan_under(trial, "finite", name, found)
+    # Unwritten memory that is large may overflow on its way out; zeros do not.
+    return numbers if numbers.any() else found & ~_nan_under(trial, "zero", name, found)
+
+
+def _nan_under(trial: Trial, poison: str, name: str, found: torch.Tensor) -> torch.Tensor:
+    """Where a result is NaN in a run by itself under a poison, as far as anybody asks."""
+    if not found.any():
+        return found
+    alone = [run for run in trial.observations[1:] if run.poison == poison]
+    got = (alone[0] if alone else trial.observe(poison)).results.get(name)
+    return got.isnan() if got is not None and got.shape == found.shape else torch.zeros_like(found)
 
 
 def _by_poison(trial: Trial, name: str) -> bool:

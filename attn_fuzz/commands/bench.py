@@ -113,7 +113,8 @@ def show(console: Console, result: dict[str, Any]) -> None:
         console.print(f"{count} processes on {result['processes']['backend']}: {rate:,.0f} cases/s narrow")
     for name, rates in result.get("volley_processes", {}).items():
         for count, rate in rates.items():
-            console.print(f"{count} processes on {name}: {rate:,.0f} cases/s in volleys")
+            told = "not measured: too little came back in time" if rate is None else f"{rate:,.0f} cases/s in volleys"
+            console.print(f"{count} processes on {name}: {told}")
     if "cases_per_s" in (plain := result.get("plain", {})):
         console.print(
             f"a plain pytest loop on {plain['backend']}: {plain['cases_per_s']:,.1f} cases/s, "

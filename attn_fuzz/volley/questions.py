@@ -12,8 +12,9 @@ import torch
 
 from attn_fuzz.checks.asked import INFERENCE, SOME_GRADIENTS, TWICE
 from attn_fuzz.checks.dead_rows import unfilled
-from attn_fuzz.checks.isolation import GARBAGE, first_kept, garbage_of, moved_bits
+from attn_fuzz.checks.isolation import first_kept, garbage_of, moved_bits
 from attn_fuzz.execute import Asked
+from attn_fuzz.garbage import kernel_garbage
 from attn_fuzz.measured import measured
 from attn_fuzz.strategies import usual_scales
 from attn_fuzz.volley.calls import How
@@ -75,7 +76,7 @@ def again(firing: Firing) -> None:
 
 def documents_apart(firing: Firing) -> None:
     """Every other document full of garbage: the others' results are the same."""
-    garbage = garbage_of(firing.case, measured(firing.backend, str(firing.device)))
+    garbage = garbage_of(firing.case, measured(firing.backend, str(firing.device)), kernel_garbage(firing.case))
     places, turn = Places(firing.case, firing.device), first_kept(firing.case)
     _spoiled(firing, places.owner % 2 == turn, places.key_owner % 2 == turn, garbage, KERNEL_TENSORS)
 
@@ -92,7 +93,7 @@ def future_apart(firing: Firing) -> None:
     end, owner = torch.where(rest > 0, end, begin), places.key_owner
     seen = (places.key_position >= begin[owner]) & (places.key_position < end[owner])
     # Finite: kernels multiply whole tiles, so that masked NaN in a row's own tile may stay NaN.
-    _spoiled(firing, places.position < rest[places.owner], seen, GARBAGE, ("out", "lse", "dq"))
+    _spoiled(firing, places.position < rest[places.owner], seen, kernel_garbage(firing.case), ("out", "lse", "dq"))
 
 
 def _spoiled(
