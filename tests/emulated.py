@@ -221,3 +221,31 @@ def kernel(how: How, arithmetic: Mapping[str, object] | None = None) -> Callable
         declared["arithmetic"] = dict(arithmetic)
     attend.capabilities = declared  # type: ignore[attr-defined]
     return attend
+
+
+ALL_SUMS = ("dq", "dk", "dv")
+
+KINDS: dict[str, tuple[How, dict[str, Any], str]] = {
+    "tf32_cut_off": (How(operand=cut_off), {"products": "tf32"}, "fp32"),
+    "tf32_rounded": (How(operand=to_nearest), {"products": "tf32"}, "fp32"),
+    "tf32_one_operand_each_way": (How(operand=cut_off, left=to_nearest), {"products": "tf32"}, "fp32"),
+    "bf16_products": (How(operand=bf16), {"products": "bf16"}, "fp32"),
+    "fp16_products": (How(operand=fp16), {"products": "fp16"}, "fp32"),
+    "bf16_products_of_fp16": (How(operand=bf16), {"products": "bf16"}, "fp16"),
+    "bf16_scores": (How(score=bf16), {"scores_dtype": "bf16"}, "fp32"),
+    "fp16_scores": (How(score=fp16), {"scores_dtype": "fp16"}, "fp32"),
+    "bf16_weights": (How(weight=bf16), {"probabilities_dtype": "bf16"}, "fp32"),
+    "bf16_weights_normalised": (How(weight=bf16, normalised=True), {"probabilities_dtype": "bf16"}, "fp32"),
+    "fp16_weights": (How(weight=fp16), {"probabilities_dtype": "fp16"}, "fp32"),
+    "bf16_weights_of_fp16": (How(weight=bf16), {"probabilities_dtype": "bf16"}, "fp16"),
+    "bf16_exponentials": (How(exponential=bf16), {"exp_error": 2.0**-8}, "fp32"),
+    "bf16_exponentials_of_fp16": (How(exponential=bf16), {"exp_error": 2.0**-8}, "fp16"),
+    "atomic_sums_in_bf16": (How(atomic=ALL_SUMS), {"atomic_sums": frozenset(ALL_SUMS)}, "bf16"),
+    "atomic_sums_in_fp16": (How(atomic=ALL_SUMS), {"atomic_sums": frozenset(ALL_SUMS)}, "fp16"),
+}
+"""Kinds of arithmetic: how they are emulated, what declares them, and a dtype in which they show."""
+
+for _name, (_how, _facts, _) in KINDS.items():
+    globals()[_name] = kernel(_how)
+    globals()[f"{_name}_declared"] = kernel(_how, _facts)
+    globals()[f"{_name}_faulty"] = kernel(dataclasses.replace(_how, drops=True), _facts)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import How, bf16, cut_off, fp16, kernel, to_nearest
+from emulated import ALL_SUMS, KINDS, How, bf16, cut_off, fp16, kernel, to_nearest
 
 from attn_fuzz.checks.budget import deviations
 from attn_fuzz.checks.spread import row_spreads
@@ -18,27 +18,6 @@ from reference.batched import kernel_answer
 from reference.case import Case
 from reference.narrow import LARGEST_ERROR, Narrow, operand_variance
 from reference.profile import Profile
-
-ALL_SUMS = ("dq", "dk", "dv")
-
-KINDS: dict[str, tuple[How, dict[str, Any], str]] = {
-    "tf32, cut off": (How(operand=cut_off), {"products": "tf32"}, "fp32"),
-    "tf32, rounded": (How(operand=to_nearest), {"products": "tf32"}, "fp32"),
-    "tf32, one operand each way": (How(operand=cut_off, left=to_nearest), {"products": "tf32"}, "fp32"),
-    "bf16 products": (How(operand=bf16), {"products": "bf16"}, "fp32"),
-    "fp16 products": (How(operand=fp16), {"products": "fp16"}, "fp32"),
-    "bf16 products of fp16": (How(operand=bf16), {"products": "bf16"}, "fp16"),
-    "bf16 scores": (How(score=bf16), {"scores_dtype": "bf16"}, "fp32"),
-    "fp16 scores": (How(score=fp16), {"scores_dtype": "fp16"}, "fp32"),
-    "bf16 weights": (How(weight=bf16), {"probabilities_dtype": "bf16"}, "fp32"),
-    "bf16 weights, normalised": (How(weight=bf16, normalised=True), {"probabilities_dtype": "bf16"}, "fp32"),
-    "fp16 weights": (How(weight=fp16), {"probabilities_dtype": "fp16"}, "fp32"),
-    "bf16 weights of fp16": (How(weight=bf16), {"probabilities_dtype": "bf16"}, "fp16"),
-    "bf16 exponentials": (How(exponential=bf16), {"exp_error": 2.0**-8}, "fp32"),
-    "bf16 exponentials of fp16": (How(exponential=bf16), {"exp_error": 2.0**-8}, "fp16"),
-    "atomic sums in bf16": (How(atomic=ALL_SUMS), {"atomic_sums": frozenset(ALL_SUMS)}, "bf16"),
-    "atomic sums in fp16": (How(atomic=ALL_SUMS), {"atomic_sums": frozenset(ALL_SUMS)}, "fp16"),
-}
 
 
 def largest(how: How, case: Case, facts: dict[str, Any]) -> tuple[dict[str, float], float]:
