@@ -77,8 +77,8 @@ def _pick(case: Case, document: int, salt: int, count: int) -> int:
     return ((mixed >> 7) & 0xFFFFFF) % count
 
 
-def uniform_probe(case: Case) -> UniformProbe:
-    """The census and support probe of a kernel case."""
+def uniform_probe(case: Case, *, fp16: bool = False) -> UniformProbe:
+    """The census and support probe of a kernel case; ``fp16``: a kernel keeps something in it, whatever the dtype."""
     dtype = DTYPES[case.dtype]
     values = signs(case, "census", case.kv_heads, keys=True)
     k = signs(case, "probe keys", case.kv_heads, keys=True)
@@ -103,7 +103,7 @@ def uniform_probe(case: Case) -> UniformProbe:
     shift = _SHIFTS[case.seed % len(_SHIFTS)] / case.softmax_scale if case.softmax_scale > 0 else 0.0
     # A power of two: no rounding anywhere, whatever the kernel stores.
     shift = math.copysign(2.0 ** math.floor(math.log2(abs(shift))), shift) if shift else 0.0
-    if case.dtype == "fp16":
+    if fp16 or case.dtype == "fp16":
         # A kernel may keep the product, before or after the scale, in the dtype: neither may overflow.
         largest = 2.0 ** math.floor(math.log2(2.0**15 / max(case.softmax_scale, 1.0)))
         shift = max(min(shift, largest), -largest)
@@ -138,14 +138,19 @@ class NeedleProbe:
     picked: torch.Tensor
 
 
-def needle_gain(case: Case) -> float | None:
-    """What a needle's query is in units of its key, or None where keys cannot be told apart or scores are capped."""
+def needle_gain(case: Case, *, fp16: bool = False) -> float | None:
+    """What a needle's query is in units of its key, or None where keys cannot be told apart or scores are capped.
+
+    Args:
+        case: a kernel case.
+        fp16: a kernel keeps something in it, whatever the dtype.
+    """
     if case.softcap or not 0 < max(case.packed_key_lengths) <= 1 << needle_code(case) or case.softmax_scale <= 0:
         return None
     # One differing channel changes a score by 2 c scale.
     gain = 2.0 ** math.ceil(math.log2(LOGIT_GAP / (2 * case.softmax_scale)))
     # A kernel may keep unscaled products in the dtype.
-    return None if case.dtype == "fp16" and gain * case.head_dim > 30000 else gain
+    return None if (fp16 or case.dtype == "fp16") and gain * case.head_dim > 30000 else gain
 
 
 def needle_code(case: Case) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -130,35 +130,44 @@ def beside(x: torch.Tensor) -> torch.Tensor:
     return x - x[..., [REFERENCE_CHANNEL]]
 
 
+class Sized(NamedTuple):
+    """A document, or several in a shape that results broadcast with."""
+
+    keys: int | torch.Tensor
+    large: int | torch.Tensor
+    """How many of them are large, of either sign."""
+    unit: float | torch.Tensor
+    """What a single +1 is in the result."""
+
+
 def swamped(
     case: Case,
     name: str,
-    count: int | torch.Tensor,
-    large: int | torch.Tensor,
-    unit: float | torch.Tensor,
+    sized: Sized,
+    error: float,
     got: torch.Tensor,
     expected: torch.Tensor,
 ) -> torch.Tensor:
     """Whether differences to the reference channel are beyond what roundings can make: bounds, not deviations.
 
     A key's weight is rounded up to six times (P, P once more, dS, dS times scale, K times the root of the scale, and
-    float32 around them): at most 8 u for each key of the middle. A float32 sum in any order is off by 2^-24 of its
-    largest partial sum per addition, in either channel; of tensor cores, which cut off, per 16 keys and by twice that.
-    The two results are stored, and once more where they are scaled afterwards.
+    float32 around them): at most 8 times ``error``, the dtype's u or what is declared, for each key of the middle. A
+    float32 sum in any order is off by 2^-24 of its largest partial sum per addition, in either channel; of tensor
+    cores, which cut off, per 16 keys and by twice that. The two results are stored, and once more where they are scaled
+    afterwards.
 
     Args:
         case: a kernel case.
         name: ``out`` or ``dq``.
-        count: keys of a document, or of each of several, in a shape that ``got`` broadcasts with.
-        large: how many of them are large, of either sign; likewise.
-        unit: what a single +1 is in the result; likewise.
+        sized: the documents.
+        error: the largest relative error of a weight (``slack.weight_error``).
         got: the result, float64 ``[..., heads, head_dim]``.
         expected: what ``sums_of`` says.
     """
-    unit_roundoff = UNIT_ROUNDOFF[case.dtype]
+    unit_roundoff, (count, large, unit) = UNIT_ROUNDOFF[case.dtype], sized
     middle = count - 2 * large
     largest = LARGE[case.dtype] * large + middle
-    inside = 8 * unit_roundoff * middle + 2 * count * 2.0**-24 * largest
+    inside = 8 * error * middle + 2 * count * 2.0**-24 * largest
     stored = 2 * unit_roundoff * (got.abs() + got[..., [REFERENCE_CHANNEL]].abs())
     wrong = ~((beside(got) - beside(expected)).abs() <= unit * inside + stored) | ~got.isfinite()
     if name == "out":

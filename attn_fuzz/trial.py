@@ -149,7 +149,15 @@ class Trial:
 
     def answer_with(self, samples: int) -> dict[str, Expected]:
         """The reference's answer; ``samples`` matter to layer budgets only."""
-        profile = self.backend.kernel.profile_on(self.device.type)
+        return self.answer_under(self.profile, samples)
+
+    @property
+    def profile(self) -> Profile:
+        """How the backend computes where it runs."""
+        return self.backend.kernel.profile_on(self.device.type)
+
+    def answer_under(self, profile: Profile, samples: int) -> dict[str, Expected]:
+        """What the reference would say of a backend that computes in this way."""
         if isinstance(self.inputs, Inputs):
             return kernel_answer(self.case, self.inputs, profile)
         return layer_answer(self.case, self.inputs, self._as_shown(profile), samples)

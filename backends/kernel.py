@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Final, NamedTuple
 
 import torch
@@ -108,6 +108,8 @@ class Capabilities:
     """A compiling backend's, where sizes are part of what it compiles: the only sizes that are drawn."""
     layouts: int = 0
     """A compiling backend's, where shapes are part of what it compiles: from how many layouts is drawn; 0: any."""
+    arithmetic: Mapping[str, object] = dataclasses.field(default_factory=dict, hash=False)
+    """User code only: what rounds and what does not, by fields of ``reference.profile.Profile``."""
 
     def refusal(self, case: Case, device: str, pairs: Sequence[tuple[int, int]]) -> str | None:
         """Why the kernel does not take a case, or None.
@@ -303,6 +305,7 @@ class Unlimited(Kernel):
 
 
 _CONVENTIONS: Final = {
+    "arithmetic",
     "devices",
     "window_convention",
     "isolates_nonfinite",

@@ -4,7 +4,7 @@
                softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0) -> out
 
 Options that the signature lacks are not exercised. An attribute ``capabilities`` on the function, a dict of fields of
-``backends.kernel.Capabilities``, narrows what is asked of it further.
+``backends.kernel.Capabilities``, narrows what is asked of it further, and says what its arithmetic is.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, TypeGuard
 
 import torch
 
+from backends.arithmetic import KEY, declared_facts
 from backends.kernel import (
     FLOAT_DTYPES,
     Attended,
@@ -111,7 +112,7 @@ def _capabilities(owner: object, name: str, defaults: Mapping[str, Any]) -> Capa
     if unknown := sorted(set(declared) - known):
         known_keys = ", ".join(sorted(known))
         raise BackendUnavailable(f"{name}.capabilities has an unknown key {unknown[0]!r}; known: {known_keys}")
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in declared.items()}
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in declared.items() if key != KEY}
     for key, value in given.items():
         if wanted := _misfit(key, value):
             raise BackendUnavailable(f"{name}.capabilities: {key} must be {wanted}, not {value!r}")
@@ -197,7 +198,7 @@ class UserKernel(Kernel):
 
     def profile_on(self, device: str) -> Profile:
         # It may be built on torch's.
-        return as_flash_does(self.profile, device)
+        return dataclasses.replace(as_flash_does(self.profile, device), **self.facts)
 
     def __init__(self, name: str) -> None:
         self.name = name  # type: ignore[misc]
@@ -212,6 +213,7 @@ class UserKernel(Kernel):
             "softcap": "softcap" in self._takes,
         }
         self.capabilities = _capabilities(self._function, name, {**_UNPROMISED, **from_signature})  # type: ignore[misc]
+        self.facts = declared_facts(self._function, name)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
@@ -260,10 +262,10 @@ class InsideLayer(Kernel):
 
     def profile_on(self, device: str) -> Profile:
         # It may be built on torch's.
-        return as_flash_does(self.profile, device)
+        return dataclasses.replace(as_flash_does(self.profile, device), **self.facts)
 
-    def __init__(self, name: str, capabilities: Capabilities) -> None:
-        self.name, self.capabilities = name, capabilities  # type: ignore[misc]
+    def __init__(self, name: str, capabilities: Capabilities, facts: Mapping[str, Any]) -> None:
+        self.name, self.capabilities, self.facts = name, capabilities, facts  # type: ignore[misc]
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
@@ -291,7 +293,7 @@ def user_layer(name: str) -> tuple[InsideLayer, LayerFactory]:
     def build(weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> Layer:
         return made(weights, case)
 
-    return InsideLayer(name, _capabilities(made, name, _UNPROMISED)), build
+    return InsideLayer(name, _capabilities(made, name, _UNPROMISED), declared_facts(made, name)), build
 
 
 _LAYER_METHODS = ("forward", "backward", "parameter_gradients", "key_value", "key_value_gradients")

@@ -89,7 +89,7 @@ def kernel_answer(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Exp
         profile: the roundings of the backend under test.
     """
     group = case.heads // case.kv_heads
-    sums = budget.sums_of(max(case.packed_lengths), max(case.packed_key_lengths), profile)
+    sums = budget.sums_of(max(case.packed_lengths), max(case.packed_key_lengths), profile, group)
     q, k, v, dout = (x.double() for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
     values = {"out": torch.zeros_like(q), "lse": q.new_full(q.shape[:2], -torch.inf), "dq": torch.zeros_like(q)}
     values |= {"dk": torch.zeros_like(k), "dv": torch.zeros_like(v)}

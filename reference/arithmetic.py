@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from reference.budget import rounding_variance
-from reference.profile import ACCUMULATION
+from reference.profile import ACCUMULATION, ALIKE
 
 SAMPLES = 8
 """Enough to pass a clean case; its own noise can mimic a 10 sigma error about once in 1e5 independent elements."""
@@ -47,6 +47,7 @@ class Arithmetic:
         self._dtype, self._samples = dtype, samples
         self._bank = _bank(torch.device(device))
         self._state = seed
+        self._common: torch.Tensor | None = None
 
     def exact(self, x: torch.Tensor) -> torch.Tensor:
         """A tensor that every sample has alike, ``[...]`` to ``[1, ...]`` float64."""
@@ -90,6 +91,24 @@ class Arithmetic:
             return x
         noisy = self._with_samples(x)
         noisy[1:].addcmul_(self._normals((*x.shape[1:-1], 1)), errors)
+        return noisy
+
+    def shrink(self, x: torch.Tensor, most: float) -> torch.Tensor:
+        """Noise that everything has together: all of ``x`` times 1 plus ``ALIKE`` of an error that agrees everywhere.
+
+        What cuts operands off does so wherever it multiplies: each sample has one normal number for all such places.
+
+        Args:
+            x: any tensor.
+            most: how much of itself ``x`` may lose at most.
+        """
+        if not self._samples or not most:
+            return x
+        if self._common is None:
+            self._common = self._normals((1,))[:, 0]
+        factors = 1 + ALIKE**0.5 * most * self._common
+        noisy = self._with_samples(x)
+        noisy[1:].mul_(factors.view(-1, *(1,) * (x.dim() - 1)))
         return noisy
 
     def variance(self, x: torch.Tensor, *, stored: bool) -> torch.Tensor:

@@ -231,7 +231,8 @@ def answers(
         degrees: whether to count independent errors per row.
     """
     device = inputs.q.device
-    sums = sums_of(max(case.packed_lengths), max(case.packed_key_lengths), profile)
+    group = case.heads // case.kv_heads
+    sums = sums_of(max(case.packed_lengths), max(case.packed_key_lengths), profile, group)
     lengths, key_lengths = (torch.tensor(x) for x in (case.packed_lengths, case.packed_key_lengths))
     begins, key_begins = (x.cumsum(0) - x for x in (lengths, key_lengths))
     # One transfer for all chunks: the host knows every layout, the device needs it once.

@@ -21,21 +21,33 @@ Where dP is stored, dS can round alike in all of a row, a column (``rounded_alik
 ak^2 = a^2 + 0.09 u32^2 n for a float32 sum over n keys, and likewise over query rows (``sums_of``); dq, dk and dv have
 such a term of their own, as scale^2 ak^2 sum_j dS_ij^2 k_jc^2. dv also allows for probabilities that are flushed.
 
+Formats narrower than the dtype's (TF32 products and the like) add terms of their own: see narrow.py.
+
 0.18 is E[eps^2] / u^2 of round-to-nearest for mantissas spread as 1/x. Bracketed terms apply where the backend's
 profile says so. The margin between z = 1 and the verdict's z = 10 is measured, not assumed: see docs/oracle.md.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import NamedTuple
 
 import torch
 
 from reference.attention import Forward, Gradients, sum_groups
-from reference.profile import ACCUMULATION, PARTIAL_SUM_KEYS, SMALLEST_NORMAL, SUBNORMAL_SPACING, UNIT_ROUNDOFF, Profile
-
-ROUNDING_SECOND_MOMENT = 0.18
+from reference.narrow import ByKey, KeyAlike, Narrow
+from reference.profile import (
+    ACCUMULATION,
+    ALIKE,
+    ATOMIC_TILE,
+    PARTIAL_SUM_KEYS,
+    ROUNDING_SECOND_MOMENT,
+    SMALLEST_NORMAL,
+    SUBNORMAL_SPACING,
+    UNIT_ROUNDOFF,
+    Profile,
+)
 
 _SPLIT = 2.0**-10
 """How large the lesser of two TF32 parts of a float32 number may be, in units of the number."""
@@ -52,21 +64,41 @@ class Sums(NamedTuple):
     """How often the running sums of dK and dV are stored in the dtype before they are complete."""
     stored_dq: int
     """The same for those of dQ."""
+    atomic_dq: int = 0
+    """How often the share of a tile is rounded and added to dQ in the dtype, where it is."""
+    atomic_dk: int = 0
+    """The same for dK, the tiles of all query heads of a group together."""
+    atomic_dv: int = 0
 
 
 _SEQUENTIAL = ROUNDING_SECOND_MOMENT / 2 * UNIT_ROUNDOFF["fp32"] ** 2
 """A sum taken term by term rounds as often as it has terms, of partial sums with half its square on average."""
 
 
-def sums_of(queries: int, keys: int, profile: Profile) -> Sums:
-    """For a call whose longest document has so many queries, and whose longest has so many keys."""
+def sums_of(queries: int, keys: int, profile: Profile, group: int = 1) -> Sums:
+    """For a call whose longest document has so many queries, and whose longest has so many keys.
+
+    Args:
+        queries: rows of the document with most of them.
+        keys: the same.
+        profile: how the backend computes.
+        group: query heads per K/V head.
+    """
     stored = stored_dq = 0
     # torch's blocks; a document's first and last are parts of one each.
     if profile.stores_partial_sums and queries > 1:
         stored = math.ceil(queries / (32 if queries < 192 else 64 if queries < 768 else 256))
     if profile.stores_partial_sums and keys > 1:
         stored_dq = math.ceil(keys / PARTIAL_SUM_KEYS)
-    return Sums(ACCUMULATION**2 + _SEQUENTIAL * keys, ACCUMULATION**2 + _SEQUENTIAL * queries, stored, stored_dq)
+    key_tiles, row_tiles = math.ceil(keys / ATOMIC_TILE), group * math.ceil(queries / ATOMIC_TILE)
+    tiles = {"dq": key_tiles, "dk": row_tiles, "dv": row_tiles}
+    return Sums(
+        ACCUMULATION**2 + _SEQUENTIAL * keys,
+        ACCUMULATION**2 + _SEQUENTIAL * queries,
+        stored,
+        stored_dq,
+        *(count if name in profile.atomic_sums else 0 for name, count in tiles.items()),
+    )
 
 
 def walk_variance(times: int, dtype: str) -> float:
@@ -75,6 +107,14 @@ def walk_variance(times: int, dtype: str) -> float:
     Partial sums of a random walk that is to end where it does: half-way as large as all of its terms on average.
     """
     return times / 6 * ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[dtype] ** 2
+
+
+def atomic_variance(times: int, dtype: str) -> float:
+    """What adding so many shares in the dtype makes of a sum: each share is rounded, and each running sum.
+
+    In units of the terms' squares, of which every share has its part.
+    """
+    return (1 + times / 6) * ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[dtype] ** 2 if times else 0.0
 
 
 class Variances(NamedTuple):
@@ -144,12 +184,13 @@ def stored_ds_variance(ds: torch.Tensor, scale: float, softcap: float, dtype: st
 
     For normal numbers that makes no difference; a subnormal product keeps fewer digits.
     """
-    factor = min(1.0, abs(scale), abs(scale / softcap) if softcap else 1.0)
-    return rounding_variance(ds, dtype, factor)
+    return rounding_variance(ds, dtype, ds_factor(scale, softcap))
 
 
-ALIKE = 1 / 25
-"""Share of the square of the largest error of roundings that agree: they alone reach half of the verdict's limit."""
+def ds_factor(scale: float, softcap: float) -> float:
+    """The least that dS may have been multiplied by before it is stored."""
+    return min(1.0, abs(scale), abs(scale / softcap) if softcap else 1.0)
+
 
 _CLOSE = 16
 """Spread of a row's weights, in units of roundoff, below which storing them leaves a few different ones."""
@@ -175,6 +216,12 @@ def rounded_alike(
     Returns:
         As ``p``; None where nothing of the kind is to be expected.
     """
+    if (form := profile.scores_dtype) and not (form == dtype and profile.rounds_dp):
+        plain = dataclasses.replace(profile, scores_dtype="")
+        own = rounded_alike(p, dp, delta, dtype, plain)
+        narrow = rounded_alike(p, dp, delta, form, dataclasses.replace(plain, rounds_dp=True))
+        assert narrow is not None
+        return narrow if own is None else torch.maximum(own, narrow)
     if not (profile.stores_products or profile.may_store_products or profile.rounds_dp):
         return None
     products = (p * dp).abs_()
@@ -223,10 +270,15 @@ def attention_variances(
         sums: of the call; those of a call of these documents when not given.
     """
     a2 = ACCUMULATION**2
-    over_keys, over_rows, times_stored, dq_stored = sums or sums_of(q.shape[-2], k.shape[-2], profile)
-    over_rows = over_rows + walk_variance(times_stored, dtype)
+    sums = sums or sums_of(q.shape[-2], k.shape[-2], profile, group)
+    over_keys, times_stored = sums.over_keys, sums.stored
+    over_rows = sums.over_rows + walk_variance(times_stored, dtype)
+    dk_over_rows = over_rows + atomic_variance(sums.atomic_dk, dtype)
+    dv_over_rows = over_rows + atomic_variance(sums.atomic_dv, dtype)
     # Of dQ; the output's sum over keys is kept in float32.
-    dq_over_keys = over_keys + walk_variance(dq_stored, dtype)
+    dq_over_keys = over_keys + walk_variance(sums.stored_dq, dtype) + atomic_variance(sums.atomic_dq, dtype)
+    dq_stored = sums.stored_dq + sums.atomic_dq
+    narrow = Narrow.of(dtype, profile)
 
     def rvar(x: torch.Tensor) -> torch.Tensor:
         return rounding_variance(x, dtype)
@@ -242,6 +294,8 @@ def attention_variances(
     if profile.rounds_scores:
         raw = raw + rvar(scores)
     raw = raw + profile.exp_error**2
+    if narrow:
+        raw = raw + narrow.of_scores(q, k, scale, scores)
     vs = raw
     if softcap:
         vs = slope.square() * raw + (a2 + profile.tanh_error**2) * softcap**2 * (1 - slope)
@@ -252,29 +306,42 @@ def attention_variances(
     # A backward that recomputes P from the stored float32 LSE scales each row by that LSE's rounding.
     stored_lse = a2 * lse.square()[..., None] / 16
     rp = rvar(p)
+    stored_p = rp if profile.stores_probabilities else None
+    if narrow:
+        rp = rp + narrow.of_weights(p)
+        stored_p = narrow.stored_too(p, stored_p)
     # sum_j w (v - o)^2, multiplied out; the difference of squares cannot go below zero by more than its own rounding.
     spread = w @ v2 - 2 * out * (w @ v) + out.square() * shared
     var_out = rp @ v2 + spread.clamp_min(0) + over_keys * (p @ v2) + rvar(out)
     if profile.normalises_by_lse:
         var_out = var_out + stored_lse * out.square()
+    if narrow:
+        alike_out = ALIKE * (narrow.output_alike * out).square()
+        var_out = var_out + p2 @ narrow.of_input(v) + alike_out
     shared = shared + stored_lse
     # Stored LSE: the error of its scores, and of a float32 logarithm and sum.
     var_lse = shared[..., 0] + a2 * (1 + lse.square())
+    if narrow:
+        var_lse = var_lse + narrow.of_lse((p * scores).sum(-1))
 
     dp = dout @ v.transpose(-1, -2)
     delta = (dout * out).sum(-1, keepdim=True)
     var_dp = a2 * (dout2 @ v2.transpose(-1, -2))
     if profile.rounds_dp:
         var_dp = var_dp + rvar(dp)
+    if narrow:
+        var_dp = var_dp + narrow.of_dp(dout, v, dp)
     var_delta = torch.zeros_like(delta)
     if profile.delta_from_output:
         var_delta = (
             var_delta + (dout2 * var_out).sum(-1, keepdim=True) + a2 * (dout * out).square().sum(-1, keepdim=True)
         )
+        if narrow:
+            var_delta = var_delta + narrow.of_delta(dout, out, delta)
     if profile.delta_from_probabilities:
         relative = p2 * var_dp + (w + a2 * p2) * dp.square()
-        if profile.stores_probabilities:
-            relative = relative + rp * dp.square()
+        if stored_p is not None:
+            relative = relative + stored_p * dp.square()
         # Its sum rounds, and so does the normaliser that all its terms share.
         if profile.stores_products:
             relative = relative + rvar(p * dp)
@@ -287,14 +354,16 @@ def attention_variances(
         w * (dp - delta).square() + p2 * var_dp + cancelled
     )
     var_ds = var_ds + slope2 * flush_variance(p) * (dp - delta).square()
-    if profile.stores_probabilities:
-        var_ds = var_ds + slope2 * rp * (dp - delta).square()
+    if stored_p is not None:
+        var_ds = var_ds + slope2 * stored_p * (dp - delta).square()
     if profile.stores_products:
         var_ds = var_ds + slope2 * rvar(p * dp)
     if softcap:
         # 1 - t^2 moves with the score's own error and the tanh's.
         var_slope = 4 * (1 - slope) * (slope2 * raw / softcap**2 + (a2 + profile.tanh_error**2) * (1 - slope))
         var_ds = var_ds + (p * (dp - delta)).square() * var_slope
+    if narrow:
+        var_ds = var_ds + narrow.of_ds(ds, ds_factor(scale, softcap))
     pg = p * slope
     dq, dk, dv = (scale * (ds @ k), scale * (ds.transpose(-1, -2) @ q), p.transpose(-1, -2) @ dout)
     ds2 = ds.square()
@@ -303,10 +372,15 @@ def attention_variances(
         + shared * dq.square()
         + (1 + dq_stored) * rvar(dq)
     )
-    by_key = (var_ds + pg.square() * var_delta + (over_rows + shared) * ds2).transpose(-1, -2)
+    by_key = (var_ds + pg.square() * var_delta + (dk_over_rows + shared) * ds2).transpose(-1, -2)
     var_dk_head = scale**2 * (by_key @ q2)
-    by_key_dv = (rp + w + flush_variance(p) + (over_rows + shared) * p2).transpose(-1, -2)
+    by_key_dv = (rp + w + flush_variance(p) + (dv_over_rows + shared) * p2).transpose(-1, -2)
     var_dv_head = by_key_dv @ dout2
+    if narrow:
+        alike_dq_narrow = ALIKE * (narrow.scores_alike * dq).square()
+        var_dq = var_dq + scale**2 * (ds2 @ narrow.of_input(k)) + alike_dq_narrow
+        var_dk_head = var_dk_head + scale**2 * (ds2.transpose(-1, -2) @ narrow.of_input(q))
+        var_dv_head = var_dv_head + p2.transpose(-1, -2) @ narrow.of_input(dout)
     alike_dq = alike_dk = None
     if (alike := rounded_alike(p, dp, delta, dtype, profile)) is not None:
         alike = scale * slope * alike
@@ -320,10 +394,17 @@ def attention_variances(
         var_dk_head, var_dv_head = var_dk_head + by_head * rvar(dk), var_dv_head + by_head * rvar(dv)
         times_stored = 0
     gradients = Gradients(dq, sum_groups(dk, group), sum_groups(dv, group))
-    stored_dk, stored_dv = (1 + times_stored) * rvar(gradients.dk), (1 + times_stored) * rvar(gradients.dv)
+    stored_dk = (1 + times_stored + sums.atomic_dk) * rvar(gradients.dk)
+    stored_dv = (1 + times_stored + sums.atomic_dv) * rvar(gradients.dv)
     var_dk, var_dv = sum_groups(var_dk_head, group) + stored_dk, sum_groups(var_dv_head, group) + stored_dv
     if alike_dk is not None:
         var_dk = var_dk + alike_dk
+    of_keys: KeyAlike | None = None
+    if narrow:
+        met = ByKey(sum_groups(p.sum(-2)[..., None], group)[..., 0], sum_groups(p.transpose(-1, -2) @ q, group))
+        keys, values = (x.unflatten(-3, (-1, group)).select(-3, 0) for x in (k, v))
+        of_keys = narrow.of_keys(keys, values, gradients, met, scale)
+        var_dk, var_dv = var_dk + of_keys.dk, var_dv + of_keys.dv
 
     if not degrees:
         return Variances(var_out, var_lse, var_dq, var_dk, var_dv, {}, gradients)
@@ -343,6 +424,11 @@ def attention_variances(
         dq_sources = dq_sources + alike_dq.sum(-1).square()
         dk_sources = dk_sources + alike_dk.sum(-1).square()
     dv_sources = sum_groups(concentrated(by_key_dv, dout2)[..., None], group)[..., 0]
+    out_sources = concentrated(rp + over_keys * p + w, v2)
+    if narrow and of_keys:
+        out_sources = out_sources + alike_out.sum(-1).square()
+        dq_sources = dq_sources + alike_dq_narrow.sum(-1).square()
+        dk_sources, dv_sources = dk_sources + of_keys.dk_sources, dv_sources + of_keys.dv_sources
     return Variances(
         out=var_out,
         lse=var_lse,
@@ -350,7 +436,7 @@ def attention_variances(
         dk=var_dk,
         dv=var_dv,
         degrees={
-            "out": degrees_of_freedom(var_out.sum(-1), concentrated(rp + over_keys * p + w, v2), rvar(out)),
+            "out": degrees_of_freedom(var_out.sum(-1), out_sources, rvar(out)),
             "dq": degrees_of_freedom(var_dq.sum(-1), dq_sources, (1 + dq_stored) * rvar(dq)),
             "dk": degrees_of_freedom(var_dk.sum(-1), dk_sources, stored_dk),
             "dv": degrees_of_freedom(var_dv.sum(-1), dv_sources, stored_dv),

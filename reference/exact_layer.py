@@ -17,7 +17,8 @@ from reference.budget import rounding_variance
 from reference.case import Case
 from reference.layer import LayerInputs
 from reference.layout import active_extent, active_lengths, micro_sequences
-from reference.profile import ACCUMULATION, Profile
+from reference.narrow import Narrow, operand_variance
+from reference.profile import ACCUMULATION, ALIKE, Profile
 
 KernelAnswer = Callable[[Case, Inputs, Profile], dict[str, Expected]]
 
@@ -51,6 +52,7 @@ def exact_layer_answer(
         answer: to the kernel case of one micro-sequence.
     """
     weights = {name: weight.double() for name, weight in inputs.weights.items()}
+    narrow = Narrow.of(case.dtype, profile)
     dtype, tokens = inputs.x.dtype, case.tokens
     shape = (tokens, case.heads, case.head_dim)
     x = inputs.x.double()
@@ -86,10 +88,16 @@ def exact_layer_answer(
     def stored(value: torch.Tensor) -> torch.Tensor:
         return rounding_variance(value, case.dtype)
 
+    def as_operand(value: torch.Tensor) -> torch.Tensor:
+        """What a projection that rounds its operands makes of a value beside permuting it."""
+        if not narrow or not narrow.products:
+            return torch.zeros_like(value)
+        return operand_variance(value, narrow.products) + ALIKE * (narrow.cut * value).square()
+
     def through(name: str, gradient: torch.Tensor, variance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A projection's share of the input gradient, stored."""
         share = gradient.flatten(1) @ weights[name]
-        return share, variance.flatten(1) @ weights[name].square() + stored(share)
+        return share, (variance + as_operand(gradient)).flatten(1) @ weights[name].square() + stored(share)
 
     for name in ("dk", "dv"):
         # Running sums in float32, where there was anything to add.
@@ -100,8 +108,9 @@ def exact_layer_answer(
     of_keys, key_variance = through("key_value", key_value, key_value_variance)
     dx = of_queries + of_keys
     dense = weights["dense"].T
+    of_out = variances["out"] + as_operand(values["out"])
     return {
-        "out": Expected(values["out"].flatten(1) @ dense, variances["out"].flatten(1) @ dense.square()),
+        "out": Expected(values["out"].flatten(1) @ dense, of_out.flatten(1) @ dense.square()),
         "dx": Expected(dx, query_variance + key_variance + stored(dx)),
         "dk": Expected(values["dk"], variances["dk"]),
         "dv": Expected(values["dv"], variances["dv"]),

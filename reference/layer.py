@@ -17,9 +17,11 @@ from reference.answer import Expected
 from reference.arithmetic import SAMPLES, Arithmetic
 from reference.budget import ROUNDING_SECOND_MOMENT, rounding_variance
 from reference.case import Case
+from reference.grouping import Packed, groups_of, sum_of
 from reference.layout import Span, document_spans, owned_slices, rank_slices
-from reference.profile import ACCUMULATION, UNIT_ROUNDOFF, Profile
-from reference.simulated import Packed, SimulatedAttention, groups_of, sum_of
+from reference.narrow import Narrow
+from reference.profile import ACCUMULATION, ALIKE, UNIT_ROUNDOFF, Profile
+from reference.simulated import SimulatedAttention
 from reference.values import draw
 from reference.weights import NORM_EPSILON, layer_weights
 
@@ -75,6 +77,7 @@ class _Layer:
         self.case, self.profile = case, profile
         device = inputs.x.device
         self.arithmetic = Arithmetic(case.dtype, device, case.seed, samples)
+        self.narrow = Narrow.of(case.dtype, profile)
         self.weights = {name: self.arithmetic.exact(weight) for name, weight in inputs.weights.items()}
         self.spans = document_spans(case.packed_lengths)
         # Each rank's queries give K/V and parameter gradients of their own, stored as a micro-sequence's are; ranks add
@@ -93,9 +96,17 @@ class _Layer:
 
     def project(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``x @ weight.T``, not yet stored."""
+        y = self.multiplied(x @ weight.transpose(-1, -2), x, weight)
         if self.case.weights == "selection":
-            return x @ weight.transpose(-1, -2)
-        return self.arithmetic.accumulate(x @ weight.transpose(-1, -2), x[0].square() @ weight[0].square().T)
+            return y
+        return self.arithmetic.accumulate(y, x[0].square() @ weight[0].square().T)
+
+    def multiplied(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``y``, which is ``x @ weight.T``, with the roundings of its operands to the format of products."""
+        if not self.narrow or not self.narrow.products:
+            return y
+        y = self.arithmetic.perturb(y, self.narrow.product_variance(x[0], weight[0]))
+        return self.arithmetic.shrink(y, 2 * self.narrow.cut)
 
     def stored_projection(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """A projection's output in the dtype; a selection of stored values needs no rounding."""
@@ -118,7 +129,8 @@ class _Layer:
 
     def project_back(self, dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``dy @ weight``, not yet stored."""
-        return self.arithmetic.accumulate(dy @ weight, dy[0].square() @ weight[0].square())
+        dx = self.multiplied(dy @ weight, dy, weight.transpose(-1, -2))
+        return self.arithmetic.accumulate(dx, dy[0].square() @ weight[0].square())
 
     def sum_over_parts(self, name: str, whole: torch.Tensor, terms: list[torch.Tensor], squares: torch.Tensor) -> None:
         """A parameter gradient: each micro-sequence's is stored, their sum is float32 unless the profile knows better.
@@ -145,6 +157,9 @@ class _Layer:
         dy = dy.transpose(-1, -2)
         terms = [dy[0, :, slice(*part)] @ x[0, slice(*part)] for part in parts]
         self.sum_over_parts(name, dy @ x, terms, dy[0].square() @ x[0].square())
+        if self.narrow and self.narrow.products:
+            self.own_variance[name] += self.narrow.product_variance(dy[0], x[0].T)
+            self.own_variance[name] += ALIKE * (2 * self.narrow.cut * self.gradients[name][0]).square()
 
     # Norms over head channels, [..., tokens, heads, d].
 

@@ -13,11 +13,14 @@ from typing import Final, NamedTuple
 import torch
 
 from reference.answer import Expected
+from reference.attention import Gradients
 from reference.budget import (
     ALIKE,
     ROUNDING_SECOND_MOMENT,
     Sums,
+    atomic_variance,
     degrees_of_freedom,
+    ds_factor,
     flush_variance,
     rounded_alike,
     rounding_variance,
@@ -25,6 +28,7 @@ from reference.budget import (
     walk_variance,
 )
 from reference.lean_scores import A2, bounded_scores, forward
+from reference.narrow import ByKey, Narrow
 from reference.profile import UNIT_ROUNDOFF, Profile
 
 
@@ -55,6 +59,10 @@ class _Keys(NamedTuple):
     dv_sources: torch.Tensor
     alike: torch.Tensor
     """``[n, k, d]``: the most that roundings of dS which agree put into dK; 0 where none do."""
+    weight: torch.Tensor
+    """``[n, k]``: sum of p; 0 where no narrow format needs it, and so are the queries."""
+    queries: torch.Tensor
+    """``[n, k, d]``: sum of p q."""
 
 
 class _Rows(NamedTuple):
@@ -124,7 +132,7 @@ def answer(
     def rvar(x: torch.Tensor) -> torch.Tensor:
         return rounding_variance(x, dtype)
 
-    dk, dv, var_dk, var_dv, dk_sources, dv_sources, alike = summed
+    dk, dv, var_dk, var_dv, dk_sources, dv_sources, alike, *met = summed
     if alike.dim():
         alike_dk = ALIKE * alike.square()
         var_dk, dk_sources = var_dk + alike_dk, dk_sources + alike_dk.sum(-1).square()
@@ -142,8 +150,15 @@ def answer(
             var_dk, var_dv = var_dk + by_head * stored_heads, var_dv + by_head * over_group(rvar(dv))
             times_stored = 0
         dk, dv = over_group(dk), over_group(dv)
-    stored_dk, stored_dv = (1 + times_stored) * rvar(dk), (1 + times_stored) * rvar(dv)
+    stored_dk = (1 + times_stored + sums.atomic_dk) * rvar(dk)
+    stored_dv = (1 + times_stored + sums.atomic_dv) * rvar(dv)
     var_dk, var_dv = var_dk + stored_dk, var_dv + stored_dv
+    if narrow := Narrow.of(dtype, profile):
+        k, v = (x.reshape(count * kv_heads, keys, dim) for x in (documents.k, documents.v))
+        keys_alike = narrow.of_keys(k, v, Gradients(dk, dk, dv), ByKey(*met), scale)
+        var_dk, var_dv = var_dk + keys_alike.dk, var_dv + keys_alike.dv
+        if degrees:
+            dk_sources, dv_sources = dk_sources + keys_alike.dk_sources, dv_sources + keys_alike.dv_sources
     key_values, key_variances = {"dk": dk, "dv": dv}, {"dk": var_dk, "dv": var_dv}
     key_degrees: dict[str, torch.Tensor] = {}
     if degrees:
@@ -206,6 +221,7 @@ def _block(
         plain=plain,
     )
     p, p2, w, rp, slope = found.p, found.p2, found.w, found.rp, found.slope
+    narrow = Narrow.of(dtype, profile)
     q2, k2, v2, dout2 = q.square(), k.square(), v.square(), dout.square()
 
     def rvar(x: torch.Tensor) -> torch.Tensor:
@@ -227,8 +243,14 @@ def _block(
         var_out = (by_row @ v2).add_(out * (out * shared - 2 * (w @ v))).clamp_min_(0).add_(stored_out)
     if profile.normalises_by_lse:
         var_out += stored_lse * out.square()
+    alike_out: torch.Tensor | None = None
+    if narrow:
+        alike_out = ALIKE * (narrow.output_alike * out).square()
+        var_out += p2 @ narrow.of_input(v) + alike_out
     shared = shared + stored_lse
     var_lse = shared + A2 * (1 + lse.square())
+    if narrow and found.mean_score is not None:
+        var_lse += narrow.of_lse(found.mean_score)
 
     dp = dout @ v.mT
     dp2 = dp.square()
@@ -238,14 +260,18 @@ def _block(
     var_dp = torch.baddbmm(dp2, dout2, v2.mT, beta=folded, alpha=A2)
     if profile.rounds_dp and not plain:
         var_dp += rvar(dp)
+    if narrow:
+        var_dp += narrow.of_dp(dout, v, dp)
     var_delta = torch.zeros_like(delta)
     if profile.delta_from_output:
         var_delta = (dout2 * var_out).sum(-1, keepdim=True) + A2 * weighted.square().sum(-1, keepdim=True)
+        if narrow:
+            var_delta += narrow.of_delta(dout, out, delta)
     stored_products = rvar(p * dp) if profile.stores_products else None
     if profile.delta_from_probabilities:
         relative = torch.add(w, p2, alpha=A2)
-        if profile.stores_probabilities:
-            relative += rp
+        if found.stored_p is not None:
+            relative += found.stored_p
         relative.mul_(dp2).addcmul_(p2, var_dp)
         if stored_products is not None:
             relative += stored_products
@@ -256,7 +282,7 @@ def _block(
     var_dp.add_(dp2, alpha=A2).add_(A2 * delta.square())
     difference = dp.sub_(delta)
     difference2 = torch.mul(difference, difference, out=dp2)
-    by_difference = w + rp if profile.stores_probabilities else w
+    by_difference = w if found.stored_p is None else w + found.stored_p
     if not bounded:
         by_difference = by_difference + flush_variance(p)
     var_ds = var_dp.mul_(p2).addcmul_(by_difference, difference2)
@@ -278,21 +304,35 @@ def _block(
         var_ds.add_(ds2, alpha=c)
     else:
         var_ds += stored_ds_variance(ds, scale, softcap, dtype)
+    if narrow:
+        var_ds += narrow.of_ds(ds, ds_factor(scale, softcap))
 
     seen = pg @ k
-    by_query = torch.add(var_ds, ds2, alpha=over_keys + walk_variance(sums.stored_dq, dtype))
+    walked = walk_variance(sums.stored_dq, dtype) + atomic_variance(sums.atomic_dq, dtype)
+    by_query = torch.add(var_ds, ds2, alpha=over_keys + walked)
     dq = ds @ (scale * k)
     rounded_dq = rvar(dq)
-    stored_dq = rounded_dq * (1 + sums.stored_dq) if sums.stored_dq else rounded_dq
+    dq_times = sums.stored_dq + sums.atomic_dq
+    stored_dq = rounded_dq * (1 + dq_times) if dq_times else rounded_dq
     var_dq = (by_query @ k2).addcmul_(var_delta, seen.square()).mul_(scale**2)
     var_dq.addcmul_(shared, dq.square()).add_(stored_dq)
-    accumulated = shared + (sums.over_rows + walk_variance(sums.stored, dtype))
+    alike_dq_narrow: torch.Tensor | None = None
+    if narrow:
+        alike_dq_narrow = ALIKE * (narrow.scores_alike * dq).square()
+        var_dq += scale**2 * (ds2 @ narrow.of_input(k)) + alike_dq_narrow
+    over_rows = sums.over_rows + walk_variance(sums.stored, dtype)
+    accumulated = shared + (over_rows + atomic_variance(sums.atomic_dk, dtype))
     by_key = var_ds.addcmul_(p2 if slope is None else pg.square(), var_delta).addcmul_(ds2, accumulated)
-    by_key_dv = torch.addcmul(w + rp, p2, accumulated)
+    by_key_dv = torch.addcmul(w + rp, p2, shared + (over_rows + atomic_variance(sums.atomic_dv, dtype)))
     if not bounded:
         by_key_dv += flush_variance(p)
     var_dk = by_key.mT @ (scale**2 * q2)
     var_dv = by_key_dv.mT @ dout2
+    weight = met_queries = torch.zeros((), dtype=q.dtype, device=q.device)
+    if narrow:
+        var_dk += scale**2 * (ds2.mT @ narrow.of_input(q))
+        var_dv += p2.mT @ narrow.of_input(dout)
+        weight, met_queries = p.sum(-2), p.mT @ q
     alike_dk = alike_dq = torch.zeros((), dtype=q.dtype, device=q.device)
     if alike is not None:
         alike.mul_(scale if slope is None else scale * slope)
@@ -320,13 +360,17 @@ def _block(
         )
         if alike is not None:
             dq_sources = dq_sources + alike_dq.sum(-1).square()
+        out_sources = _concentrated(by_row, v2)
+        if alike_out is not None and alike_dq_narrow is not None:
+            out_sources = out_sources + alike_out.sum(-1).square()
+            dq_sources = dq_sources + alike_dq_narrow.sum(-1).square()
         dk_sources, dv_sources = scale**4 * _concentrated(by_key.mT, q2), _concentrated(by_key_dv.mT, dout2)
         counted = {
-            "out": degrees_of_freedom(var_out.sum(-1), _concentrated(by_row, v2), stored_out),
+            "out": degrees_of_freedom(var_out.sum(-1), out_sources, stored_out),
             "dq": degrees_of_freedom(var_dq.sum(-1), dq_sources, stored_dq),
         }
     rows = _Rows({"out": out, "lse": found.lse, "dq": dq}, {"out": var_out, "lse": var_lse, "dq": var_dq}, counted)
-    return rows, _Keys(dk, dv, var_dk, var_dv, dk_sources, dv_sources, alike_dk)
+    return rows, _Keys(dk, dv, var_dk, var_dv, dk_sources, dv_sources, alike_dk, weight, met_queries)
 
 
 def _concentrated(weights: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 import torch
 
 from reference.budget import ROUNDING_SECOND_MOMENT, rounding_variance
+from reference.narrow import Narrow
 from reference.profile import ACCUMULATION, UNIT_ROUNDOFF, Profile
 
 A2: Final = ACCUMULATION**2
@@ -41,6 +42,11 @@ class Scores(NamedTuple):
     w: torch.Tensor
     """``p^2`` times the variance of a (capped) score."""
     rp: torch.Tensor
+    """Of P as an operand."""
+    stored_p: torch.Tensor | None
+    """Of P as the backward has it, where it is kept at all."""
+    mean_score: torch.Tensor | None
+    """``sum_j p_ij s_ij [n, rows, 1]``, of scores before the cap; None where no narrow format needs it."""
 
 
 def _softmax(scores: torch.Tensor, mask: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,6 +82,11 @@ def forward(
     if profile.rounds_scores and not plain:
         raw += rounding_variance(scores, dtype)
     raw += A2 + profile.exp_error**2
+    narrow = Narrow.of(dtype, profile)
+    uncapped = None
+    if narrow:
+        raw += narrow.of_scores(q, k, scale, scores)
+        uncapped = scores.clone()
     slope = None
     if softcap:
         tanh = scores.div_(softcap).tanh_()
@@ -84,8 +95,14 @@ def forward(
     p, lse = _softmax(scores, mask, shape)
     p2 = p.square()
     rp = c * p2 if plain else rounding_variance(p, dtype)
+    stored_p = rp if profile.stores_probabilities else None
+    mean_score = None
+    if narrow and uncapped is not None:
+        rp = rp + narrow.of_weights(p)
+        stored_p = narrow.stored_too(p, stored_p)
+        mean_score = (p * uncapped).sum(-1, keepdim=True)
     if slope is None:
         w = p2 * raw
     else:
         w = (slope.square() * raw).add_(1 - slope, alpha=(A2 + profile.tanh_error**2) * softcap**2).mul_(p2)
-    return Scores(p, p2, lse, slope, raw, w, rp)
+    return Scores(p, p2, lse, slope, raw, w, rp, stored_p, mean_score)

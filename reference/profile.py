@@ -13,8 +13,20 @@ SMALLEST_NORMAL: Final = {"fp32": 2.0**-126, "bf16": 2.0**-126, "fp16": 2.0**-14
 SUBNORMAL_SPACING: Final = {"fp32": 2.0**-126, "bf16": 2.0**-126, "fp16": 2.0**-24}
 """eta, the spacing below the smallest normal number; hardware may flush what fp32 and bf16 have there to zero."""
 
+ROUNDING_SECOND_MOMENT: Final = 0.18
+"""E[eps^2] / u^2 of round-to-nearest for mantissas spread as 1 / x."""
+
+ALIKE: Final = 1 / 25
+"""Share of the square of the largest error of roundings that agree: they alone reach half of the verdict's limit."""
+
+COARSE: Final = 2.0**-18
+"""An exponential with a larger error than this is coarse on purpose, and errs alike for scores that are alike."""
+
 PARTIAL_SUM_KEYS: Final = 512
 """After so many keys of a call dQ is stored, and added to, by what ``stores_partial_sums``."""
+
+ATOMIC_TILE: Final = 16
+"""The fewest keys, or query rows, whose share of a gradient is added to it at a time by ``atomic_sums``."""
 
 ACCUMULATION: Final = 8 * 2.0**-24
 """a: relative error of a float32 accumulation with a hardware exponential, per square root of the summed squares."""
@@ -66,3 +78,17 @@ class Profile:
     """Layers only: results (``dk``, ``d_query``, ...) whose sums over micro-sequences are kept in the dtype."""
     tanh_error: float = 0.0
     """Largest relative error of the tanh behind softcap (2**-11 for the hardware approximation)."""
+    products: str = ""
+    """Format of the operands of every matrix product, where it is not the dtype: ``tf32``, ``bf16`` or ``fp16``.
+
+    TF32 keeps ten bits behind the point, rounded or cut off. A layer's projections are such products, too.
+    """
+    scores_dtype: str = ""
+    """``bf16`` or ``fp16``, whatever the dtype: what S is stored in before the softmax, dP and dS in the backward."""
+    probabilities_dtype: str = ""
+    """``bf16`` or ``fp16``, whatever the dtype: what P is stored in, for all that the backward makes of it too."""
+    atomic_sums: frozenset[str] = frozenset()
+    """Those of ``dq``, ``dk`` and ``dv`` to which tiles of ``ATOMIC_TILE`` keys or query rows, or more, add in it.
+
+    That is, in the dtype: every tile's share is rounded, and so is the sum each time that one is added, in any order.
+    """

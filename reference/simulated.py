@@ -9,8 +9,8 @@ import torch
 from reference import attention
 from reference.arithmetic import Arithmetic
 from reference.budget import (
-    ALIKE,
-    ROUNDING_SECOND_MOMENT,
+    atomic_variance,
+    ds_factor,
     flush_variance,
     rounded_alike,
     rounding_variance,
@@ -20,23 +20,9 @@ from reference.budget import (
 )
 from reference.case import Case
 from reference.layout import Span
-from reference.profile import ACCUMULATION, UNIT_ROUNDOFF, Profile
+from reference.narrow import Narrow, operand_variance
+from reference.profile import ACCUMULATION, ALIKE, ROUNDING_SECOND_MOMENT, UNIT_ROUNDOFF, Profile
 from reference.values import DTYPES
-
-_TOGETHER = 32
-"""Up to this length, documents are padded to the longest of their group; padding longer ones would cost too much."""
-
-
-def groups_of(spans: Sequence[Span]) -> list[list[Span]]:
-    """Documents that are evaluated side by side: short ones of about the same length; empty ones are left out."""
-    groups: dict[int, list[Span]] = {}
-    alone: list[list[Span]] = []
-    for span in spans:
-        if span.length > _TOGETHER:
-            alone.append([span])
-        elif span.length:
-            groups.setdefault(max(4, 1 << (span.length - 1).bit_length()), []).append(span)
-    return [*groups.values(), *alone]
 
 
 class SimulatedAttention:
@@ -81,8 +67,13 @@ class SimulatedAttention:
             for part in parts
             if max(part.begin, span.begin) < min(part.end, span.end)
         ]
+        self.narrow = Narrow.of(case.dtype, profile)
         self.q = self._taken(q)
         self.k, self.v = (attention.expand_heads(self._taken(x), self.group) for x in (k, v))
+        if self.narrow:
+            # Inputs of products: rounded once, and met alike by every row.
+            self.q = self._operand(self.q)
+            self.k, self.v = (attention.expand_heads(self._operand(self._taken(x)), self.group) for x in (k, v))
         scores, self.slope = self._scores()
         probabilities, lse = attention.softmax_rows(scores, self._mask(q.device))
         # The float32 LSE that rows are normalised by, at least in the backward.
@@ -90,12 +81,37 @@ class SimulatedAttention:
         ones = torch.ones_like(lse[:1])
         scaled = probabilities * arithmetic.perturb(ones, ACCUMULATION**2 * finite.square() / 16)[..., None]
         self.stored_forward = arithmetic.store(scaled if profile.normalises_by_lse else probabilities)
+        if self.narrow:
+            self.stored_forward = self._narrowed(self.stored_forward)
         for errors in self._rounded_alike(probabilities[0]):
             self.stored_forward = arithmetic.agree(self.stored_forward, errors)
         # A backward recomputes scores and exponentials, and nothing normalises them again.
         recomputed = ACCUMULATION**2 * scores[0].square() / 16 + profile.exp_error**2
         self.probabilities = scaled * arithmetic.perturb(torch.ones_like(scaled[:1]), recomputed)
-        self.stored = self.stored_forward if profile.normalises_by_lse else arithmetic.store(self.probabilities)
+        self.kept = self._kept(self.probabilities) if self.narrow else self.probabilities
+        self.stored = self.stored_forward if profile.normalises_by_lse else arithmetic.store(self.kept)
+        if self.narrow and not profile.normalises_by_lse:
+            self.stored = self._narrowed(self.stored)
+
+    def _operand(self, x: torch.Tensor) -> torch.Tensor:
+        """An input as an operand of products."""
+        assert self.narrow is not None
+        rounded = self.arithmetic.perturb(x, self.narrow.of_input(x[0]))
+        return self.arithmetic.shrink(rounded, self.narrow.cut)
+
+    def _kept(self, p: torch.Tensor) -> torch.Tensor:
+        """P as it is kept by what stores it in a format of its own, of exponentials that may be coarse."""
+        assert self.narrow is not None
+        if (stored := self.narrow.stored_weights(p[0])) is not None:
+            p = self.arithmetic.perturb(p, stored)
+        return self.arithmetic.agree(p, ALIKE**0.5 * self.narrow.kept_alike * p[0])
+
+    def _narrowed(self, p: torch.Tensor) -> torch.Tensor:
+        """P as an operand: rounded, cut off, and alike in a row whose weights are."""
+        assert self.narrow is not None
+        rounded = self.arithmetic.perturb(p, self.narrow.of_weights(p[0]))
+        rounded = self.arithmetic.shrink(rounded, self.narrow.cut)
+        return self.arithmetic.agree(rounded, ALIKE**0.5 * self.narrow.weights * p[0])
 
     def _taken(self, x: torch.Tensor) -> torch.Tensor:
         """These documents' rows of ``[samples, tokens, heads, d]``."""
@@ -122,6 +138,8 @@ class SimulatedAttention:
             variance = variance + 2 * ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[case.dtype] ** 2 * products
         if profile.rounds_scores:
             variance = variance + rounding_variance(scores[0], case.dtype)
+        if self.narrow and self.narrow.scores:
+            variance = variance + operand_variance(scores[0], self.narrow.scores)
         scores = arithmetic.perturb(scores, variance)
         if not case.softcap:
             return scores, None
@@ -136,13 +154,15 @@ class SimulatedAttention:
         from their differences is lost. Independent roundings would hardly show it, but keys and values are made of the
         same input, so that differences of scores go with values.
         """
-        dtype = DTYPES[self.case.dtype]
-        normalised = probabilities.to(dtype).double() - probabilities
-        if self.profile.normalises_by_lse:
-            return [normalised]
         largest = probabilities.amax(-1, keepdim=True).clamp_min_(1e-300)
         relative = probabilities / largest
-        return [normalised, (relative.to(dtype).double() - relative) * largest]
+        found: list[torch.Tensor] = []
+        for form in dict.fromkeys((self.case.dtype, *(self.narrow.weight_forms if self.narrow else ()))):
+            dtype = DTYPES[form]
+            found.append(probabilities.to(dtype).double() - probabilities)
+            if not self.profile.normalises_by_lse:
+                found.append((relative.to(dtype).double() - relative) * largest)
+        return found
 
     def forward(self) -> torch.Tensor:
         """Output, not yet stored."""
@@ -150,15 +170,17 @@ class SimulatedAttention:
         squares = self.probabilities[0] @ self.v[0].square()
         return self.arithmetic.accumulate(out, squares)
 
-    def _ds(self, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
-        """Gradient of the uncapped, unscaled scores, stored."""
+    def _ds(self, out: torch.Tensor, dout: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
+        """Gradient of the uncapped, unscaled scores, stored; ``operand`` is ``dout`` as products have it."""
         profile, arithmetic = self.profile, self.arithmetic
-        dp = dout @ self.v.transpose(-1, -2)
+        dp = operand @ self.v.transpose(-1, -2)
         variance = ACCUMULATION**2 * (dout[0].square() @ self.v[0].square().transpose(-1, -2))
         if profile.rounds_dp:
             variance = variance + rounding_variance(dp[0], self.case.dtype)
+        if self.narrow and self.narrow.scores:
+            variance = variance + operand_variance(dp[0], self.narrow.scores)
         dp = arithmetic.perturb(dp, variance)
-        p = self.stored if profile.stores_probabilities else self.probabilities
+        p = self.stored if profile.stores_probabilities else self.kept
         terms = dout * out
         delta = terms.sum(-1, keepdim=True)
         if profile.delta_from_probabilities:
@@ -184,7 +206,11 @@ class SimulatedAttention:
         if self.slope is not None:
             ds = ds * self.slope
         case = self.case
-        return arithmetic.perturb(ds, stored_ds_variance(ds[0], case.softmax_scale, case.softcap, case.dtype))
+        ds = arithmetic.perturb(ds, stored_ds_variance(ds[0], case.softmax_scale, case.softcap, case.dtype))
+        if self.narrow:
+            ds = arithmetic.perturb(ds, self.narrow.of_ds(ds[0], ds_factor(case.softmax_scale, case.softcap)))
+            ds = arithmetic.shrink(ds, self.narrow.cut)
+        return ds
 
     def backward(self, out: torch.Tensor, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(dq stored, dk, dv), the latter per K/V head and summed over micro-sequences in float32.
@@ -195,16 +221,18 @@ class SimulatedAttention:
         """
         arithmetic, scale = self.arithmetic, self.case.softmax_scale
         dout = self._taken(dout)
-        ds = self._ds(self._taken(out), dout)
+        operand = self._operand(dout) if self.narrow else dout
+        ds = self._ds(self._taken(out), dout, operand)
         squares = scale**2 * (ds[0].square() @ self.k[0].square())
         dq = arithmetic.accumulate(scale * (ds @ self.k), squares)
-        if times := sums_of(self.rows, self.rows, self.profile).stored_dq:
-            walks = walk_variance(times, self.case.dtype) * squares
-            dq = arithmetic.perturb(dq, walks + times * rounding_variance(dq[0], self.case.dtype))
+        sums = sums_of(self.rows, self.rows, self.profile, self.group)
+        if times := sums.stored_dq + sums.atomic_dq:
+            walks = walk_variance(sums.stored_dq, self.case.dtype) + atomic_variance(sums.atomic_dq, self.case.dtype)
+            dq = arithmetic.perturb(dq, walks * squares + times * rounding_variance(dq[0], self.case.dtype))
         if self.profile.scales_gradients:
             dq = arithmetic.store(dq)
-        dk = self._summed("dk", self._reduced(scale, ds, self.q, self.profile.scales_gradients))
-        dv = self._summed("dv", self._reduced(1.0, self.stored, dout, False))
+        dk = self._summed("dk", self._reduced(scale, ds, self.q, self.profile.scales_gradients, sums.atomic_dk))
+        dv = self._summed("dv", self._reduced(1.0, self.stored, operand, False, sums.atomic_dv))
         return arithmetic.store(dq), dk, dv
 
     def _summed(self, name: str, terms: torch.Tensor) -> torch.Tensor:
@@ -244,8 +272,13 @@ class SimulatedAttention:
         masked = weights.index_select(1, documents) * own[:, None, :, None]
         return masked.transpose(-1, -2) @ x.index_select(1, documents)
 
-    def _reduced(self, scale: float, weights: torch.Tensor, x: torch.Tensor, scaled_after: bool) -> torch.Tensor:
-        """Each share's ``scale * weights.T @ x``, per K/V head; what each rank makes of its query heads is stored."""
+    def _reduced(
+        self, scale: float, weights: torch.Tensor, x: torch.Tensor, scaled_after: bool, atomic: int
+    ) -> torch.Tensor:
+        """Each share's ``scale * weights.T @ x``, per K/V head; what each rank makes of its query heads is stored.
+
+        ``atomic`` is how often the query heads of a group add to it in the dtype.
+        """
         arithmetic = self.arithmetic
         squares = self._by_share(weights[:1].square(), x[:1].square())[0]
         product = arithmetic.accumulate(scale * self._by_share(weights, x), scale**2 * squares)
@@ -253,37 +286,14 @@ class SimulatedAttention:
             dtype = self.case.dtype
             walks = scale**2 * walk_variance(times, dtype) * squares
             product = arithmetic.perturb(product, walks + times * rounding_variance(product[0], dtype))
+        if atomic:
+            product = arithmetic.perturb(product, scale**2 * atomic_variance(atomic, self.case.dtype) * squares)
         if scaled_after:
             product = arithmetic.store(product)
         if self.profile.expands_kv and self.group > 1:
             product = arithmetic.store(product)
         shares = self.case.tensor_ranks
-        return attention.sum_groups(arithmetic.store(attention.sum_groups(product, self.group // shares)), shares)
-
-
-class Packed:
-    """Results of groups of documents, back in the order of tokens.
-
-    Args:
-        groups: all documents that are not empty.
-        device: of the results.
-    """
-
-    def __init__(self, groups: Sequence[SimulatedAttention], device: torch.device) -> None:
-        places: list[tuple[int, int]] = []
-        offset = 0
-        for group in groups:
-            for document, span in enumerate(group.spans):
-                first = offset + document * group.rows
-                places += [(span.begin + row, first + row) for row in range(span.length)]
-            offset += len(group.spans) * group.rows
-        self._order = torch.tensor([place for _, place in sorted(places)], device=device)
-
-    def __call__(self, results: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Each group's ``[samples, documents, heads, rows, d]`` as one ``[samples, tokens, heads, d]``."""
-        return torch.cat([x.transpose(2, 3).flatten(1, 2) for x in results], 1).index_select(1, self._order)
-
-
-def sum_of(terms: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of at least one tensor."""
-    return torch.stack(list(terms)).sum(0)
+        summed = attention.sum_groups(product, self.group // shares)
+        if atomic:
+            summed = arithmetic.perturb(summed, atomic * rounding_variance(summed[0], self.case.dtype))
+        return attention.sum_groups(arithmetic.store(summed), shares)

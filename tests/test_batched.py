@@ -26,6 +26,11 @@ PROFILES = (
     Profile(delta_from_output=False, delta_from_probabilities=True, expands_kv=True, tanh_error=2.0**-11),
     Profile(delta_from_probabilities=True, rounds_dp=True, stores_probabilities=True, stores_products=True),
     Profile(stores_partial_sums=True, scales_gradients=True),
+    Profile(products="tf32", normalises_by_lse=True),
+    Profile(products="fp16", scores_dtype="bf16", delta_from_probabilities=True, expands_kv=True),
+    Profile(products="bf16", probabilities_dtype="fp16", exp_error=2.0**-9, scales_gradients=True),
+    Profile(scores_dtype="fp16", may_store_products=True, delta_from_probabilities=True, delta_from_output=False),
+    Profile(atomic_sums=frozenset({"dq", "dk"}), expands_kv=True, probabilities_dtype="bf16"),
 )
 
 

@@ -13,10 +13,10 @@ from backends.kernel import Capabilities
 from reference import attention
 from reference.answer import Inputs, kernel_answer, kernel_inputs
 from reference.case import Case
+from reference.grouping import groups_of
 from reference.layer import LayerInputs, layer_answer, layer_inputs
 from reference.layout import call_segments, document_spans
 from reference.profile import Profile
-from reference.simulated import groups_of
 from reference.weights import NORM_EPSILON
 
 CAPABILITIES = Capabilities(dtypes=("fp32",))

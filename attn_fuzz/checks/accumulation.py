@@ -10,6 +10,7 @@ import torch
 from attn_fuzz.checks.budget import place_of
 from attn_fuzz.execute import require_support
 from attn_fuzz.probes import accumulation_probe
+from attn_fuzz.slack import holds_whole_numbers
 from attn_fuzz.symptoms import NotExact, Symptom
 from attn_fuzz.trial import Trial
 from backends.kernel import UnsupportedCase
@@ -17,7 +18,9 @@ from backends.kernel import UnsupportedCase
 
 def exact_accumulation(trial: Trial) -> Iterator[Symptom]:
     """Float32 sums of what each micro-sequence and rank adds are exact: dV, the output projection's gradient."""
-    if trial.case.level != "layer" or (probe := accumulation_probe(trial.case)) is None:
+    if trial.case.level != "layer" or not holds_whole_numbers(trial.case, trial.profile):
+        return
+    if (probe := accumulation_probe(trial.case)) is None:
         return
     try:
         require_support(trial.backend, probe.case, trial.device)

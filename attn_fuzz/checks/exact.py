@@ -13,6 +13,7 @@ from attn_fuzz.checks.budget import LIMIT, deviations
 from attn_fuzz.checks.spread import row_spreads
 from attn_fuzz.observation import Observation
 from attn_fuzz.probes import Hot, NeedleProbe, every_row_probe, needle_probe, segment_mask, uniform_probe
+from attn_fuzz.slack import in_fp16, needle_slack, support_slack
 from attn_fuzz.symptoms import Symptom, WrongKeys, WrongKeysBackward, WrongLse, wrong_tensor
 from attn_fuzz.trial import Trial
 from reference.answer import Inputs
@@ -22,10 +23,6 @@ from reference.layout import Segment, call_segments
 
 _QUARTER = 0.25
 """How far from an integer ``out * n`` may be: correct kernels stay within 0.01, a wrong key moves it by 1 or more."""
-
-
-_SPLIT: Final = 2.0**-18
-"""Relative error of a float32 product in three TF32 ones; other keys' values differ at random."""
 
 
 ALIKE: Final = 1.5
@@ -48,7 +45,7 @@ def uniform_keys(trial: Trial) -> Iterator[Symptom]:
     """Census (forward) and support (backward) under equal scores."""
     if trial.case.level != "kernel":
         return
-    probe = uniform_probe(trial.case)
+    probe = uniform_probe(trial.case, fp16=in_fp16(trial.case, trial.profile))
     observation = observe_probe(trial, probe.inputs)
     yield from _census(trial, observation, probe.inputs.v.double())
     yield from _row_sums(trial, observation, probe.shift)
@@ -168,7 +165,7 @@ def _support(trial: Trial, observation: Observation, hot: dict[int, Hot], score:
             expected[rows, place.head // group, place.channel] = 1.0 / count
     got = observation.results["dv"].double()
     # Equal to a rounding or three, and to what float32 makes of exp(score - lse); exactly 0 where no weight is.
-    slack = 0.02 + 4 * 2.0**-23 * abs(score)
+    slack = support_slack(case, trial.profile, score)
     wrong = torch.where(expected == 0, got != 0, ~((got - expected).abs() <= slack * expected))
     if wrong.any():
         yield _backward_symptom(trial, "dv", got, expected, wrong, call_segments(case))
@@ -264,7 +261,7 @@ def _miscounted(trial: Trial) -> _Miscounted | None:
     case = trial.case
     inputs = every_row_probe(case)
     got = observe_probe(trial, inputs).results["dv"]
-    expected = kernel_answer(case, inputs, trial.backend.kernel.profile_on(trial.device.type))["dv"]
+    expected = kernel_answer(case, inputs, trial.profile)["dv"]
     z = deviations(case, got, expected)
     wrong = ((z > LIMIT).any(-1)) | (row_spreads(case, got, expected) > ALIKE)
     if not wrong.any():
@@ -285,23 +282,25 @@ def _miscounted(trial: Trial) -> _Miscounted | None:
 _HALF_A_KEY: Final = 0.5
 
 
-def lost_needles(case: Case, probe: NeedleProbe, out: torch.Tensor) -> torch.Tensor:
-    """Rows that are not the value of the key they point at: bool ``[tokens_q, heads]``."""
+def lost_needles(case: Case, probe: NeedleProbe, out: torch.Tensor, relative: float) -> torch.Tensor:
+    """Rows that are not the value of the key they point at: bool ``[tokens_q, heads]``.
+
+    ``relative`` is how far they may be from it (``slack.needle_slack``): in half precision usually not a bit.
+    """
     heads = torch.arange(case.heads, device=out.device) // (case.heads // case.kv_heads)
     expected = probe.inputs.v[probe.picked.clamp_min(0), heads]
-    # float32 kernels may multiply in split TF32; in half precision the value comes out to the last bit.
-    slack = _SPLIT * expected.abs() if case.dtype == "fp32" else 0.0
+    slack = relative * expected.abs() if relative else 0.0
     return (~((out - expected).abs() <= slack) & (probe.picked >= 0)[..., None]).any(-1)
 
 
 def needle_found(trial: Trial) -> Iterator[Symptom]:
     """Every row whose query points at one key gives that key's value, bit for bit."""
-    if trial.case.level != "kernel" or (probe := needle_probe(trial.case)) is None:
+    case, slack = trial.case, needle_slack(trial.case, trial.profile)
+    if case.level != "kernel" or not math.isfinite(slack) or (probe := needle_probe(case)) is None:
         return
-    case = trial.case
     observation = observe_probe(trial, probe.inputs)
     out = observation.results["out"]
-    wrong = lost_needles(case, probe, out)
+    wrong = lost_needles(case, probe, out, slack)
     if wrong.any():
         heads = torch.arange(case.heads) // (case.heads // case.kv_heads)
         row, head = (int(i) for i in wrong.nonzero()[0])

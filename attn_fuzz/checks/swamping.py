@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from attn_fuzz.checks.exact import observe_probe
-from attn_fuzz.swamping import beside, sums_of, swamped, swamping_probe
+from attn_fuzz.slack import stores_dq, weight_error
+from attn_fuzz.swamping import Sized, beside, sums_of, swamped, swamping_probe
 from attn_fuzz.symptoms import NotExact, Symptom
 from attn_fuzz.trial import Trial
-from reference.profile import PARTIAL_SUM_KEYS
 
 
 def sums_not_swamped(trial: Trial) -> Iterator[Symptom]:
@@ -16,9 +16,7 @@ def sums_not_swamped(trial: Trial) -> Iterator[Symptom]:
     case = trial.case
     if (probe := swamping_probe(case)) is None:
         return
-    profile = trial.backend.kernel.profile_on(trial.device.type)
-    # A dense call counts the keys of all documents.
-    stored = profile.stores_partial_sums and sum(case.packed_key_lengths) > PARTIAL_SUM_KEYS
+    stored, error = stores_dq(case, trial.profile), weight_error(case, trial.profile)
     results = observe_probe(trial, probe.inputs).results
     accused = set[str]()
     for document in probe.swamped:
@@ -27,7 +25,7 @@ def sums_not_swamped(trial: Trial) -> Iterator[Symptom]:
             if name in accused or (name == "dq" and stored):
                 continue
             got = results[name][row].double()
-            wrong = swamped(case, name, document.count, document.large, unit, got, expected)
+            wrong = swamped(case, name, Sized(document.count, document.large, unit), error, got, expected)
             if not wrong.any():
                 continue
             accused.add(name)

@@ -14,11 +14,13 @@ import torch
 
 from attn_fuzz.checks.exact import census_sees
 from attn_fuzz.probes import signs, uniform_probe
+from attn_fuzz.slack import support_slack
 from attn_fuzz.symptoms import Symptom, WrongKeys, WrongKeysBackward, WrongLse
 from attn_fuzz.wide.judge import of_documents
 from attn_fuzz.wide.places import Places
 from reference.answer import KERNEL_TENSORS, Inputs
 from reference.case import Case
+from reference.profile import Profile
 from reference.values import DTYPES
 
 SYMPTOMS: Final[dict[str, type[Symptom]]] = {
@@ -45,7 +47,7 @@ class WideProbe:
     """The product q k of every query and key, before the scale."""
 
 
-def wide_probe(case: Case, device: torch.device) -> WideProbe:
+def wide_probe(case: Case, device: torch.device, *, fp16: bool = False) -> WideProbe:
     """The census and support probe of a kernel case, the same numbers as ``uniform_probe`` gives."""
     dtype, heads, dim = DTYPES[case.dtype], case.heads, case.head_dim
     v, k = (signs(case, name, case.kv_heads, device, keys=True) for name in ("census", "probe keys"))
@@ -63,22 +65,25 @@ def wide_probe(case: Case, device: torch.device) -> WideProbe:
     dout[torch.where(places.lengths > 0, places.begins + row, queries), head, channel] = 1.0
     dout = dout[:queries]
     # Seed and options decide it, not the documents.
-    shift = uniform_probe(case.replace(lengths=(1,), key_lengths=(1,), document_ids=None)).shift
+    shift = uniform_probe(case.replace(lengths=(1,), key_lengths=(1,), document_ids=None), fp16=fp16).shift
     q = torch.zeros_like(dout)
     q[..., 0] = shift
     k[..., 0] = 1.0
     return WideProbe(Inputs(*(x.to(dtype) for x in (q, k, v, dout))), places, row, head, channel, shift)
 
 
-def wrong_documents(case: Case, probe: WideProbe, results: dict[str, torch.Tensor]) -> torch.Tensor:
+def wrong_documents(
+    case: Case, probe: WideProbe, results: dict[str, torch.Tensor], profile: Profile | None = None
+) -> torch.Tensor:
     """Which documents' results are not what the probe says: bool ``[documents, 5]``, as ``KERNEL_TENSORS``.
 
     Args:
         case: a kernel case.
         probe: its inputs.
         results: of a run on them, complete.
+        profile: how the backend computes; None for nothing out of the ordinary.
     """
-    wrong = _Wrong(case, probe, results)
+    wrong = _Wrong(case, probe, results, profile or Profile())
     by_row = {"out": wrong.out(), "lse": wrong.lse(), "dq": wrong.dq(), **dict(zip(("dk", "dv"), wrong.keys()))}
     return torch.stack([of_documents(case, name, by_row[name]) for name in KERNEL_TENSORS], 1)
 
@@ -86,8 +91,9 @@ def wrong_documents(case: Case, probe: WideProbe, results: dict[str, torch.Tenso
 class _Wrong:
     """Wrong rows of each result, bool ``[tokens]``."""
 
-    def __init__(self, case: Case, probe: WideProbe, results: dict[str, torch.Tensor]) -> None:
+    def __init__(self, case: Case, probe: WideProbe, results: dict[str, torch.Tensor], profile: Profile) -> None:
         self.case, self.probe, self.results, self.places = case, probe, results, probe.places
+        self.profile = profile
         self.begin, self.end = self.places.seen
         self.counts = self.end - self.begin
         self.score = probe.shift * case.softmax_scale
@@ -128,7 +134,7 @@ class _Wrong:
         wanted = torch.zeros_like(dv)
         every = torch.arange(len(owner), device=dv.device)
         wanted[every, self.probe.head[owner] // self.group, self.probe.channel[owner]] = weight
-        slack = 0.02 + 4 * 2.0**-23 * abs(self.score)
+        slack = support_slack(self.case, self.profile, self.score)
         wrong = torch.where(wanted == 0, dv != 0, ~((dv - wanted).abs() <= slack * wanted))
         if self.score:
             # The channel that makes the score has a gradient, on the keys of the hot rows.

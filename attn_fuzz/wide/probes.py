@@ -6,12 +6,14 @@ Each is the probe of the same name that the narrow gear asks one case at a time 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Final
 
 import torch
 
 from attn_fuzz.checks.exact import lost_needles
+from attn_fuzz.slack import in_fp16, needle_slack, stores_dq, weight_error
 from attn_fuzz.symptoms import NotExact, Symptom, WrongKeys, WrongKeysBackward
 from attn_fuzz.wide.every_row import miscounted, wide_every_row
 from attn_fuzz.wide.judge import of_documents
@@ -20,7 +22,7 @@ from attn_fuzz.wide.probe import SYMPTOMS, wide_probe, wrong_documents
 from attn_fuzz.wide.swamping import swamped_sums, wide_swamping
 from reference.answer import KERNEL_TENSORS, Inputs
 from reference.case import Case
-from reference.profile import PARTIAL_SUM_KEYS, Profile
+from reference.profile import Profile
 
 Results = dict[str, torch.Tensor]
 
@@ -51,22 +53,23 @@ class Probe:
 
 def keys(case: Case, device: torch.device, profile: Profile) -> Probe:
     """Census and support: which keys took part, forward and backward."""
-    probe = wide_probe(case, device)
+    probe = wide_probe(case, device, fp16=in_fp16(case, profile))
 
     def judge(results: Results) -> dict[str, torch.Tensor]:
-        return dict(zip(KERNEL_TENSORS, wrong_documents(case, probe, results).unbind(1), strict=True))
+        return dict(zip(KERNEL_TENSORS, wrong_documents(case, probe, results, profile).unbind(1), strict=True))
 
     return Probe(probe.inputs, judge, SYMPTOMS)
 
 
 def needle(case: Case, device: torch.device, profile: Profile) -> Probe | None:
     """Every row points at one key, whose value comes out to the last bit."""
-    if (probe := wide_needle(case, device)) is None:
+    slack = needle_slack(case, profile)
+    if not math.isfinite(slack) or (probe := wide_needle(case, device)) is None:
         return None
     symptoms = {"out": WrongKeys}
 
     def judge(results: Results) -> dict[str, torch.Tensor]:
-        lost = lost_needles(case, probe, results["out"])
+        lost = lost_needles(case, probe, results["out"], slack)
         return {"out": of_documents(case, "out", lost.any(1))}
 
     return Probe(probe.inputs, judge, symptoms, backward=False)
@@ -83,11 +86,10 @@ def swamping(case: Case, device: torch.device, profile: Profile) -> Probe | None
     """Sums of small numbers beside large ones that cancel."""
     if (probe := wide_swamping(case, device)) is None:
         return None
-    # A dense call counts the keys of all documents.
-    stored = profile.stores_partial_sums and sum(case.packed_key_lengths) > PARTIAL_SUM_KEYS
+    stored, error = stores_dq(case, profile), weight_error(case, profile)
 
     def judge(results: Results) -> dict[str, torch.Tensor]:
-        found = swamped_sums(case, probe, results)
+        found = swamped_sums(case, probe, results, error)
         return {"out": found["out"]} if stored else found
 
     return Probe(probe.inputs, judge, {"out": NotExact, "dq": NotExact})

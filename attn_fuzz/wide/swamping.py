@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from attn_fuzz.swamping import FEWEST_KEYS, LARGE, MOST_LARGE, MOSTLY, REFERENCE_CHANNEL, swamped, swamps
+from attn_fuzz.swamping import FEWEST_KEYS, LARGE, MOST_LARGE, MOSTLY, REFERENCE_CHANNEL, Sized, swamped, swamps
 from attn_fuzz.wide.places import Places
 from reference.answer import Inputs
 from reference.case import Case
@@ -73,8 +73,13 @@ def _balanced(position: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     return torch.where(middle, 0.0, 1.0 - 2.0 * (place % 2))
 
 
-def swamped_sums(case: Case, probe: WideSwamping, results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Documents whose last row lacks a part of its sum, in ``out`` and in ``dq``: bool ``[documents]`` each."""
+def swamped_sums(
+    case: Case, probe: WideSwamping, results: dict[str, torch.Tensor], error: float
+) -> dict[str, torch.Tensor]:
+    """Documents whose last row lacks a part of its sum, in ``out`` and in ``dq``: bool ``[documents]`` each.
+
+    ``error`` is the largest of a weight, as ``swamping.swamped`` has it.
+    """
     places, count = probe.places, probe.places.key_lengths.clamp_min(1).double()
     group = case.heads // case.kv_heads
     k, v = probe.inputs.k.double(), probe.inputs.v.double()
@@ -91,6 +96,6 @@ def swamped_sums(case: Case, probe: WideSwamping, results: dict[str, torch.Tenso
     found = {}
     for name, unit in units.items():
         got, units_of = results[name][row].double(), unit[:, None, None]
-        wrong = swamped(case, name, counts, large, units_of, got, units_of * sums[name])
+        wrong = swamped(case, name, Sized(counts, large, units_of), error, got, units_of * sums[name])
         found[name] = wrong.flatten(1).any(1) & probe.judged
     return found
