@@ -13,11 +13,12 @@ import torch
 
 from attn_fuzz.checks import CHECKS, PROBES, Check, histograms, worst_errors, worst_spreads
 from attn_fuzz.execute import WroteBeforeRefusing, require_support
+from attn_fuzz.observation import Observation
 from attn_fuzz.operators import operators_of
 from attn_fuzz.poison import POISONS
 from attn_fuzz.process import raise_lack_of_memory
 from attn_fuzz.ranks.team import RanksHung
-from attn_fuzz.symptoms import Crashed, Hung, InputsChanged, MissingResult, Symptom
+from attn_fuzz.symptoms import Crashed, Hung, InputsChanged, MissingResult, Symptom, wrong_tensor
 from attn_fuzz.trial import Trial
 from backends.kernel import MisshapenResult, UnsupportedCase
 from backends.known import KnownIssue, built_on, issues_below, issues_of
@@ -88,19 +89,9 @@ def examine(
     trial = Trial(case, backend, device, poisons, hasty=hasty)
     if case.level == "kernel" and case.capacity and not trial.measured.capacity:
         raise UnsupportedCase(f"{backend.name} does not take rows beyond the last document")
-    try:
-        observations = trial.observations
-    except UnsupportedCase:
-        raise
-    except WroteBeforeRefusing as error:
-        return Verdict((InputsChanged("reject_or_correct", "inputs", str(error)),), {}, frozenset())
-    except (Exception, AssertionError) as error:
-        raise_lack_of_memory(error)
-        if _refuses_layout(trial, error):
-            raise UnsupportedCase(
-                f"{backend.name} does not take memory layout {case.memory}: {_one_line(error)}"
-            ) from None
-        return Verdict((_fallen(error),), {}, frozenset())
+    observations = _observed(trial)
+    if isinstance(observations, Symptom):
+        return Verdict((observations,), {}, frozenset())
 
     def symptoms() -> Iterator[Symptom]:
         seen = False
@@ -130,6 +121,48 @@ def examine(
         {} if found else histograms(trial),
         known,
     )
+
+
+def _observed(trial: Trial) -> tuple[Observation, ...] | Symptom:
+    """The runs that every case makes, or what is wrong where they do not come back.
+
+    Raises:
+        UnsupportedCase: when the backend refuses, by a typed error or by one that an unusual memory layout makes.
+    """
+    try:
+        return trial.observations
+    except UnsupportedCase:
+        raise
+    except WroteBeforeRefusing as error:
+        return InputsChanged("reject_or_correct", "inputs", str(error))
+    except (Exception, AssertionError) as error:
+        raise_lack_of_memory(error)
+        if _refuses_layout(trial, error):
+            raise UnsupportedCase(
+                f"{trial.backend.name} does not take memory layout {trial.case.memory}: {_one_line(error)}"
+            ) from None
+        return _fallen(error)
+
+
+def tried(case: Case, backend: Backend, device: torch.device | str) -> Verdict:
+    """Whether a case runs at all, by itself and once: it comes back, and not with NaN. No answer is computed.
+
+    Args:
+        case: without rows that see no key.
+        backend: on what.
+        device: where.
+
+    Raises:
+        UnsupportedCase: when the backend refuses the case, by declaration or by itself.
+    """
+    device = torch.device(device)
+    require_support(backend, case, device)
+    observations = _observed(Trial(case, backend, device, POISONS[:1], company=False))
+    if isinstance(observations, Symptom):
+        return Verdict((observations,), {}, frozenset())
+    nan = [name for name, got in observations[0].results.items() if got.isnan().any()]
+    found = tuple(wrong_tensor(name)("runs", name, "it is NaN", nan=True) for name in nan[:1])
+    return Verdict(found, {}, observations[0].paths)
 
 
 def _asked(probe: Check, trial: Trial) -> Iterator[Symptom]:

@@ -15,8 +15,7 @@ from typing import Any, Final
 
 import torch
 
-from attn_fuzz.checks import PROBES
-from attn_fuzz.examine import examine
+from attn_fuzz.examine import examine, tried
 from attn_fuzz.operators import operators_of
 from attn_fuzz.process import DEAD_CONTEXT, NO_DEVICE, context_alive, set_apart, set_up_process
 from attn_fuzz.symptoms import Crashed, Hung, Symptom
@@ -41,8 +40,8 @@ class Subject:
     device: str
     without: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Of a user's backend: capabilities as they were found out (``campaign.limits``)."""
-    probes: bool = True
-    """Whether checks with runs of their own are asked, too."""
+    judged: bool = True
+    """Whether results are judged, or only looked at for whether there are any (``examine.tried``)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +64,8 @@ class Report:
 def report_of(case: Case, subject: Subject, backend: Backend, *, operators: bool = False) -> Report:
     """What comes of a case in this process, which ends where its CUDA context does."""
     place = torch.device(subject.device)
-    probes = PROBES if subject.probes else ()
     try:
-        judge = functools.partial(examine, case, backend, place, probes=probes)
+        judge = functools.partial(examine if subject.judged else tried, case, backend, place)
         verdict, ran = operators_of(judge) if operators else (judge(), ())
     except UnsupportedCase as error:
         return Report(refusal=str(error))

@@ -273,7 +273,7 @@ def inferred(name: str, device: str, dtypes: Sequence[str], children: int, tell:
     """
     backend, kind = registry.load(name), device.partition(":")[0]
     domain = Domain.of(backend.kernel.capabilities_on(kind), kind, dtypes)
-    asking = _Children(Subject(name, device, probes=False), min(children, CHILDREN))
+    asking = _Children(Subject(name, device, judged=False), min(children, CHILDREN))
     try:
         plain = [_plain(backend, domain, dtype) for dtype in domain.dtypes]
         reports: list[Report | None] = [*(answers := asking.plain(plain))]
