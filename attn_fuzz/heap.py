@@ -39,14 +39,20 @@ def fill_in_children(environment: Mapping[str, str]) -> dict[str, str]:
     return {"GLIBC_TUNABLES": f"{tunables}:{_UNCACHED}" if tunables else _UNCACHED}
 
 
+@functools.cache
+def _mallopt() -> Callable[[int, int], int]:
+    """The C library's function; elsewhere one that says it cannot."""
+    try:
+        found: Callable[[int, int], int] = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return lambda parameter, value: 0
+    return found
+
+
 def _perturb(byte: int | None) -> bool:
     """Has the C library fill the memory that it hands out with a byte, or with None no longer; False if it cannot."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
     # The complement of 0xFF alone would be 0, which switches it off; glibc keeps more bits than it fills with.
-    return bool(mallopt(_M_PERTURB, 0 if byte is None else (byte ^ 0xFF) | 0x100))
+    return bool(_mallopt()(_M_PERTURB, 0 if byte is None else (byte ^ 0xFF) | 0x100))
 
 
 @contextlib.contextmanager
@@ -71,6 +77,8 @@ def _filled(size: int, byte: int) -> bool:
 @functools.cache
 def _library_fills(byte: int, sizes: Sequence[int]) -> bool:
     """Whether what torch allocates on the CPU comes filled by the C library."""
+    if not _perturb(None):
+        return False
     with _perturbed(byte):
         return all(_filled(size, byte) for size in sizes for _ in range(3))
 
@@ -139,4 +147,7 @@ def filled_heap(byte: int) -> contextlib.AbstractContextManager[None]:
     Kernels written in C++ get such memory as Python code does, and so do compiled ones. Where nothing can fill, memory
     holds what it happens to hold.
     """
-    return _way(byte)()
+    # Tried out of sight of whoever watches what the case does (wide/pace.py).
+    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+        way = _way(byte)
+    return way()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from attn_fuzz import heap
 from attn_fuzz.poison import FINITE_BYTE, NAN_BYTE, POISONS, filler, poisoned
@@ -199,6 +199,18 @@ def test_where_nothing_fills_memory_is_as_it_comes(poison: str, monkeypatch: pyt
     monkeypatch.setattr(heap, "_perturb", lambda byte: False)
     with poisoned(poison, CPU):
         assert torch.equal(torch.empty(3).fill_(2) + 1, torch.full((3,), 3.0))
+
+
+def test_what_is_tried_out_is_out_of_sight() -> None:
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            raise AssertionError(f"{func} was seen")
+
+    for cached in (heap._library_fills, heap._allocator_fills):
+        cached.cache_clear()
+    for poison in POISONS:
+        with Watching(), torch.device("meta"), poisoned(poison, CPU):
+            pass
 
 
 @pytest.mark.parametrize("tunables", ["", "glibc.malloc.check=0"])

@@ -18,6 +18,7 @@ from attn_fuzz.volley.gear import TURNS, judge
 from attn_fuzz.volley.layouts import Volley
 from attn_fuzz.wide.call import Call, run
 from attn_fuzz.wide.gear import verdicts
+from attn_fuzz.wide.pace import _forms_a_mask
 from backends import registry
 from backends.loop import Loop
 from reference.answer import kernel_inputs
@@ -160,3 +161,11 @@ def test_a_wide_call_compares_two_runs_and_not_one_with_itself(monkeypatch: pyte
     monkeypatch.setattr("attn_fuzz.wide.gear.run", moved)
     (outcome,) = verdicts(call, [backend], twice=True)
     assert outcome.z[:, -1].isinf().any()
+
+
+def test_a_kernel_that_cannot_be_watched_for_masks_is_not_accused() -> None:
+    # Under a dispatch mode ``Subclass(2, 3)`` raises: the mode's tensor comes out of Python.
+    backend = registry.load(f"{USER_CODE}:kernel")
+    case = Case(level="kernel", lengths=(3, 6, 1, 9), heads=2, head_dim=8)
+    assert not _forms_a_mask(Call.of(case, torch.device("cpu")), backend)
+    assert examine(KERNEL_CASES["fp32"], backend, "cpu", probes=()).symptoms == ()
