@@ -13,7 +13,7 @@ from attn_fuzz.checks.budget import deviations
 from attn_fuzz.poison import poisoned
 from attn_fuzz.strategies import Domain
 from attn_fuzz.wide.gear import Outcome, Suspicion, suspected, words
-from attn_fuzz.wide.layouts import affordable_documents, draw_options, edge_lengths
+from attn_fuzz.wide.layouts import USUAL_HEADS, draw_options, edge_lengths
 from backends.kernel import UnsupportedCase
 from backends.registry import Backend
 from reference.answer import Expected, Inputs
@@ -30,6 +30,8 @@ _MOST_CUTS = 7
 _ATTEMPTS = 20
 _WIDEST = 2048
 """Channels of all heads together: weights have the square of them."""
+_SHORT = 16
+"""Tokens of the longest document where there are many heads: its scores are their number times its square."""
 
 
 def draw_layer_case(random: Random, backend: Backend, domain: Domain, documents: int, longest: int) -> Case | None:
@@ -47,7 +49,8 @@ def draw_layer_case(random: Random, backend: Backend, domain: Domain, documents:
         width = int(options["heads"]) * int(options["head_dim"])  # type: ignore[call-overload]
         if options["memory"] == "broadcast" or width > _WIDEST:
             continue
-        lengths = edge_lengths(random, affordable_documents(documents, options), longest)
+        many = int(options["heads"]) > USUAL_HEADS  # type: ignore[call-overload]
+        lengths = edge_lengths(random, documents, min(longest, _SHORT) if many else longest)
         if not domain.capabilities.empty_documents:
             lengths = lengths[lengths > 0]
         total = int(lengths.sum())

@@ -28,8 +28,8 @@ VALUES: Final = ("gaussian", "gaussian", "gaussian", "large", "offset")
 _MANY_HEADS: Final = 0.15
 """Share of calls with groups above 8, or more heads than 32."""
 
-_USUAL_HEADS: Final = 16
-"""Of more heads fewer documents are drawn."""
+USUAL_HEADS: Final = 16
+"""Of more heads fewer documents are drawn, or shorter ones."""
 
 _WIDEST: Final = 1024
 """Channels of so many heads together, where head dimensions that small are taken: a layer's weights take the square."""
@@ -133,14 +133,9 @@ def _draw_heads(random: Random, domain: Domain, some: int | None) -> tuple[int, 
     if domain.many_heads and random.random() < _MANY_HEADS:
         groups = domain.many_heads
     heads, kv_heads = random.choice(groups)
-    if heads > _USUAL_HEADS or heads > 8 * kv_heads:
+    if heads > USUAL_HEADS or heads > 8 * kv_heads:
         dims = tuple(dim for dim in domain.head_dims if heads * dim <= _WIDEST)[:some] or (min(domain.head_dims),)
     return heads, kv_heads, random.choice(dims)
-
-
-def affordable_documents(documents: int, options: dict[str, object]) -> int:
-    """So many documents, or fewer where they have many heads."""
-    return max(1, min(documents, documents * _USUAL_HEADS // int(options["heads"])))  # type: ignore[call-overload]
 
 
 def _with_long_row(
@@ -184,7 +179,7 @@ def draw_case(
     long = long and random.random() < _LONG_ROWS
     for attempt in range(_ATTEMPTS):
         options = draw_options(random, domain, every=every)
-        fewer = affordable_documents(documents, options)
+        fewer = max(1, min(documents, documents * USUAL_HEADS // int(options["heads"])))  # type: ignore[call-overload]
         lengths, keys = draw_lengths(random, dataclasses.replace(sweep), fewer)
         # Some limits concern certain pairs of lengths whatever the options: later draws are plainer.
         if attempt > 10:
