@@ -71,6 +71,7 @@ def _number(value: object) -> bool:
 
 _FORMATS: Final = {
     "products": ("", "tf32", "bf16", "fp16"),
+    "projections": ("", "tf32", "bf16", "fp16"),
     "scores_dtype": ("", "bf16", "fp16"),
     "probabilities_dtype": ("", "bf16", "fp16"),
 }

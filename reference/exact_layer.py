@@ -52,7 +52,7 @@ def exact_layer_answer(
         answer: to the kernel case of one micro-sequence.
     """
     weights = {name: weight.double() for name, weight in inputs.weights.items()}
-    narrow = Narrow.of(case.dtype, profile)
+    narrow = Narrow.projecting(case.dtype, profile)
     dtype, tokens = inputs.x.dtype, case.tokens
     shape = (tokens, case.heads, case.head_dim)
     x = inputs.x.double()
@@ -90,7 +90,7 @@ def exact_layer_answer(
 
     def as_operand(value: torch.Tensor) -> torch.Tensor:
         """What a projection that rounds its operands makes of a value beside permuting it."""
-        if not narrow or not narrow.products:
+        if not narrow:
             return torch.zeros_like(value)
         return operand_variance(value, narrow.products) + ALIKE * (narrow.cut * value).square()
 

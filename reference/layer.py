@@ -77,7 +77,7 @@ class _Layer:
         self.case, self.profile = case, profile
         device = inputs.x.device
         self.arithmetic = Arithmetic(case.dtype, device, case.seed, samples)
-        self.narrow = Narrow.of(case.dtype, profile)
+        self.narrow = Narrow.projecting(case.dtype, profile)
         self.weights = {name: self.arithmetic.exact(weight) for name, weight in inputs.weights.items()}
         self.spans = document_spans(case.packed_lengths)
         # Each rank's queries give K/V and parameter gradients of their own, stored as a micro-sequence's are; ranks add
@@ -102,8 +102,8 @@ class _Layer:
         return self.arithmetic.accumulate(y, x[0].square() @ weight[0].square().T)
 
     def multiplied(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """``y``, which is ``x @ weight.T``, with the roundings of its operands to the format of products."""
-        if not self.narrow or not self.narrow.products:
+        """``y``, which is ``x @ weight.T``, with the roundings of its operands to the format of projections."""
+        if not self.narrow:
             return y
         y = self.arithmetic.perturb(y, self.narrow.product_variance(x[0], weight[0]))
         return self.arithmetic.shrink(y, 2 * self.narrow.cut)
@@ -157,7 +157,7 @@ class _Layer:
         dy = dy.transpose(-1, -2)
         terms = [dy[0, :, slice(*part)] @ x[0, slice(*part)] for part in parts]
         self.sum_over_parts(name, dy @ x, terms, dy[0].square() @ x[0].square())
-        if self.narrow and self.narrow.products:
+        if self.narrow:
             self.own_variance[name] += self.narrow.product_variance(dy[0], x[0].T)
             self.own_variance[name] += ALIKE * (2 * self.narrow.cut * self.gradients[name][0]).square()
 

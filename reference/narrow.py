@@ -120,6 +120,12 @@ class Narrow:
         found = cls(dtype, products, scores, probabilities, exponential)
         return found if products or scores or probabilities or exponential else None
 
+    @classmethod
+    def projecting(cls, dtype: str, profile: Profile) -> Narrow | None:
+        """The same of a layer's projections."""
+        form = "" if profile.projections == dtype else profile.projections
+        return cls(dtype, form, "", "", 0.0) if form else None
+
     @property
     def holds_inputs(self) -> bool:
         """Whether q, k, v and dO are operands as they are."""

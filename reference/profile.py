@@ -79,10 +79,12 @@ class Profile:
     tanh_error: float = 0.0
     """Largest relative error of the tanh behind softcap (2**-11 for the hardware approximation)."""
     products: str = ""
-    """Format of the operands of every matrix product, where it is not the dtype: ``tf32``, ``bf16`` or ``fp16``.
+    """Format of the operands of attention's products, where it is not the dtype: ``tf32``, ``bf16`` or ``fp16``.
 
-    TF32 keeps ten bits behind the point, rounded or cut off. A layer's projections are such products, too.
+    TF32 keeps ten bits behind the point, rounded or cut off.
     """
+    projections: str = ""
+    """Layers only: the same of the projections before and after attention, forward and backward."""
     scores_dtype: str = ""
     """``bf16`` or ``fp16``, whatever the dtype: what S is stored in before the softmax, dP and dS in the backward."""
     probabilities_dtype: str = ""

@@ -118,7 +118,7 @@ def _summed(how: How, name: str, left: torch.Tensor, right: torch.Tensor, d: _Do
     """``times * left @ right``; in the dtype, tile by tile, where that is what happens to this gradient."""
     if name not in how.atomic:
         return times * how.product(left, right)
-    total = torch.zeros_like(left[..., :1] * right[..., :1, :])
+    total = left.new_zeros(*left.shape[:-1], right.shape[-1])
     places = list(range(0, left.shape[-1], 16))
     for index in torch.randperm(len(places), generator=torch.Generator().manual_seed(len(places))).tolist():
         tile = slice(places[index], places[index] + 16)
