@@ -105,6 +105,16 @@ def test_what_raises_is_a_limit_with_its_case_and_the_campaign_goes_on_without(a
 
 
 @pytest.mark.usefixtures("at_once")
+def test_what_a_kernel_keeps_of_the_plain_layout_shows(tmp_path: Path) -> None:
+    """A launcher that keeps what was compiled for aligned addresses, and gives it others: right if those come first."""
+    first = (
+        "kernel.kept = getattr(kernel, 'kept', q.storage_offset() % 2); assert kernel.kept == q.storage_offset() % 2"
+    )
+    result = found(written(tmp_path, first, head_dims=(16,), dtypes=("fp32",)))
+    assert [limit.axis for limit in result.limits] == ["memory misaligned"]
+
+
+@pytest.mark.usefixtures("at_once")
 def test_floors_of_head_dim_are_found(tmp_path: Path) -> None:
     """As of Triton's products: at least 16, and a power of two."""
     name = written(tmp_path, "assert q.shape[-1] >= 16 and q.shape[-1] & (q.shape[-1] - 1) == 0")

@@ -186,13 +186,18 @@ class _Children:
         """What came of plain cases, with the operators that ran."""
         return self._side_by_side(lambda case: self._child().report(case, operators=True), cases)
 
-    def answers(self, questions: Sequence[_Question], deadline: float) -> list[Report | None]:
-        """What came of each question; None for those of an axis that has failed, and for which there was no time."""
+    def answers(self, base: Case, questions: Sequence[_Question], deadline: float) -> list[Report | None]:
+        """What came of each question; None for those of an axis that has failed, and for which there was no time.
+
+        Before a memory layout the plain one runs: a kernel may keep what was compiled for addresses such as those.
+        """
         failed: set[str] = set()
 
         def ask(question: _Question) -> Report | None:
             if question.axis in failed or time.monotonic() > deadline:
                 return None
+            if question.axis.startswith("memory"):
+                self._child().report(base.replace(dtype=question.case.dtype))
             report = self._child().report(question.case)
             if _how(report) is not None:
                 failed.add(question.axis)
@@ -287,7 +292,7 @@ def inferred(name: str, device: str, dtypes: Sequence[str], children: int, tell:
         questions = [_Question(f"dtype {case.dtype}", case) for case in plain]
         base = next((case for case in working if case.dtype == "bf16"), working[-1])
         more = _asked(base, backend, domain, [case.dtype for case in working])
-        reports += asking.answers(more, time.monotonic() + ASKING_SECONDS)
+        reports += asking.answers(base, more, time.monotonic() + ASKING_SECONDS)
     finally:
         asking.close()
     limits: list[Limit] = []
