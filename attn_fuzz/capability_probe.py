@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from attn_fuzz.campaign.isolated import Isolated
+from attn_fuzz.campaign.isolated import Isolated, Subject
 from backends import registry
 from backends.kernel import FLOAT_DTYPES, Capabilities
 from reference.case import MEMORIES, Case, CaseError
@@ -133,7 +133,7 @@ def probe_backend(name: str, device: str, tell: Callable[[str, Answer], None]) -
     """
     capabilities = registry.load(name).kernel.capabilities_on(device)
     compiles = bool(capabilities.configurations or capabilities.layouts)
-    child = Isolated(registry.ANY + name, device, _COMPILING_SECONDS if compiles else _SECONDS)
+    child = Isolated(Subject(registry.ANY + name, device), _COMPILING_SECONDS if compiles else _SECONDS)
     answers = []
     try:
         for probe in probes(capabilities):

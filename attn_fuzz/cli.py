@@ -14,6 +14,7 @@ from attn_fuzz.campaign.messages import CampaignError
 from attn_fuzz.commands import bench, catalogue, faults, fuzz, saved
 from attn_fuzz.commands.arguments import UsageError
 from attn_fuzz.findings import FindingError
+from attn_fuzz.heap import fill_in_children
 from attn_fuzz.process import interrupt_once
 from attn_fuzz.store import StoreError
 from backends.kernel import BackendUnavailable
@@ -76,6 +77,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, interrupt_once)
     # Read by cuBLAS when it starts; without it repeatable matrix products are refused.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Read by glibc when a process starts: of those that run cases.
+    os.environ.update(fill_in_children(os.environ))
     try:
         status = app(standalone_mode=False) if sys.argv[1:] else app(["--help"], standalone_mode=False) or 2
     except _ONE_SENTENCE as error:

@@ -13,14 +13,17 @@ import torch
 
 from attn_fuzz.checks import CHECKS, PROBES, Check, histograms, worst_errors, worst_spreads
 from attn_fuzz.execute import WroteBeforeRefusing, require_support
+from attn_fuzz.observation import Observation
+from attn_fuzz.operators import operators_of
 from attn_fuzz.poison import POISONS
 from attn_fuzz.process import raise_lack_of_memory
 from attn_fuzz.ranks.team import RanksHung
-from attn_fuzz.symptoms import Crashed, Hung, InputsChanged, MissingResult, Symptom
+from attn_fuzz.symptoms import Crashed, Hung, InputsChanged, MissingResult, Symptom, wrong_tensor
 from attn_fuzz.trial import Trial
 from backends.kernel import MisshapenResult, UnsupportedCase
-from backends.known import issues_of
+from backends.known import KnownIssue, built_on, issues_below, issues_of
 from backends.registry import Backend, calls_of
+from backends.user import InsideLayer, UserKernel
 from reference.case import Case
 
 
@@ -86,19 +89,9 @@ def examine(
     trial = Trial(case, backend, device, poisons, hasty=hasty)
     if case.level == "kernel" and case.capacity and not trial.measured.capacity:
         raise UnsupportedCase(f"{backend.name} does not take rows beyond the last document")
-    try:
-        observations = trial.observations
-    except UnsupportedCase:
-        raise
-    except WroteBeforeRefusing as error:
-        return Verdict((InputsChanged("reject_or_correct", "inputs", str(error)),), {}, frozenset())
-    except (Exception, AssertionError) as error:
-        raise_lack_of_memory(error)
-        if _refuses_layout(trial, error):
-            raise UnsupportedCase(
-                f"{backend.name} does not take memory layout {case.memory}: {_one_line(error)}"
-            ) from None
-        return Verdict((_fallen(error),), {}, frozenset())
+    observations = _observed(trial)
+    if isinstance(observations, Symptom):
+        return Verdict((observations,), {}, frozenset())
 
     def symptoms() -> Iterator[Symptom]:
         seen = False
@@ -130,6 +123,48 @@ def examine(
     )
 
 
+def _observed(trial: Trial) -> tuple[Observation, ...] | Symptom:
+    """The runs that every case makes, or what is wrong where they do not come back.
+
+    Raises:
+        UnsupportedCase: when the backend refuses, by a typed error or by one that an unusual memory layout makes.
+    """
+    try:
+        return trial.observations
+    except UnsupportedCase:
+        raise
+    except WroteBeforeRefusing as error:
+        return InputsChanged("reject_or_correct", "inputs", str(error))
+    except (Exception, AssertionError) as error:
+        raise_lack_of_memory(error)
+        if _refuses_layout(trial, error):
+            raise UnsupportedCase(
+                f"{trial.backend.name} does not take memory layout {trial.case.memory}: {_one_line(error)}"
+            ) from None
+        return _fallen(error)
+
+
+def tried(case: Case, backend: Backend, device: torch.device | str) -> Verdict:
+    """Whether a case runs at all, by itself and once: it comes back, and not with NaN. No answer is computed.
+
+    Args:
+        case: without rows that see no key.
+        backend: on what.
+        device: where.
+
+    Raises:
+        UnsupportedCase: when the backend refuses the case, by declaration or by itself.
+    """
+    device = torch.device(device)
+    require_support(backend, case, device)
+    observations = _observed(Trial(case, backend, device, POISONS[:1], company=False))
+    if isinstance(observations, Symptom):
+        return Verdict((observations,), {}, frozenset())
+    nan = [name for name, got in observations[0].results.items() if got.isnan().any()]
+    found = tuple(wrong_tensor(name)("runs", name, "it is NaN", nan=True) for name in nan[:1])
+    return Verdict(found, {}, observations[0].paths)
+
+
 def _asked(probe: Check, trial: Trial) -> Iterator[Symptom]:
     """A probe's symptoms; a backend that falls over its runs only is found again by asking it again."""
     before = len(trial.touched)
@@ -148,7 +183,7 @@ def _without_known(found: Sequence[Symptom], trial: Trial) -> tuple[list[Symptom
     """Symptoms that no known issue explains, and the ids of those that explain the others."""
     if not found:
         return [], ()
-    issues = issues_of(trial.backend.name, trial.device.type, trial.case, calls_of(trial.case))
+    issues = (*issues_of(trial.backend.name, trial.device.type, trial.case, calls_of(trial.case)), *_below(trial))
     unknown, known = [], dict[str, None]()
     for symptom in found:
         name = type(symptom).__name__
@@ -157,6 +192,21 @@ def _without_known(found: Sequence[Symptom], trial: Trial) -> tuple[list[Symptom
         if not explained:
             unknown.append(symptom)
     return unknown, tuple(known)
+
+
+def _below(trial: Trial) -> tuple[KnownIssue, ...]:
+    """Known issues of torch's operators that a user's kernel or layer runs, in cases that they cover."""
+    if not isinstance(trial.backend.kernel, (UserKernel, InsideLayer)):
+        return ()
+    issues = issues_below(trial.device.type, trial.case, calls_of(trial.case))
+    if not issues:
+        return ()
+    try:
+        _, operators = operators_of(lambda: trial.observe(trial.poisons[0]))
+    except Exception as error:
+        raise_lack_of_memory(error)
+        return ()
+    return tuple(issue for issue in issues if built_on(issue, operators))
 
 
 def _refuses_layout(trial: Trial, error: BaseException) -> bool:

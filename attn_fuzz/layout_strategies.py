@@ -22,6 +22,15 @@ VERY_LONG: tuple[int, ...] = (300, 511, 512, 513, 640, 1023, 1024, 1025)
 LONG_LAYERS: tuple[int, ...] = (300,)
 """The same for layers, whose reference costs more: beyond the positions that bf16 can count."""
 
+LONG_ROWS: tuple[int, ...] = (2049, 4097, 2048, 4096, 2047, 4095)
+"""Queries of a document over few keys: where kernels hand their rows to further blocks, and small counters end."""
+
+LONG_SQUARES: dict[str, tuple[int, ...]] = {"cpu": (2049, 2048, 2047), "cuda": (2049, 2048, 2047, 4097, 4096, 4095)}
+"""The same over as many keys, by device: 2,049 rows take a CPU two seconds and 600 MiB, and 4,097 four times that."""
+
+FEW_KEYS = 64
+"""The most keys of so many rows: a case with them takes no longer than others do."""
+
 PASTS: tuple[int, ...] = (
     *(191, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025),
     *(2047, 2048, 2049, 4095, 4096, 4097, 8191, 8192, 8193),
@@ -53,6 +62,12 @@ def among(choices: Sequence[_T]) -> st.SearchStrategy[_T]:
 def _among(choices: tuple[_T, ...], kinds: tuple[type, ...]) -> st.SearchStrategy[_T]:
     # Kinds are part of the key, because 1, 1.0 and True are equal.
     return st.sampled_from(choices)
+
+
+@functools.lru_cache(maxsize=64)
+def seldom(times: int) -> st.SearchStrategy[bool]:
+    """True once in so many times, never in the simplest case."""
+    return st.integers(0, times - 1).map(lambda number: number == times - 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -141,6 +156,13 @@ def keys_of(draw: st.DrawFn, lengths: Sequence[int], capabilities: Capabilities,
 
 _DRAWN_KEYS = 29
 """More than there are documents but where there are many, and no divisor of their number."""
+
+
+def takes_few_keys(capabilities: Capabilities, *, causal: bool) -> bool:
+    """Whether a document may have fewer keys than queries."""
+    if causal and (capabilities.causal_needs_equal_lengths or not capabilities.queries_without_keys):
+        return False
+    return capabilities.causal if causal else capabilities.noncausal
 
 
 def _fewest_keys(queries: int, capabilities: Capabilities, *, causal: bool) -> int | None:

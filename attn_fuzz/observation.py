@@ -45,15 +45,18 @@ class Observation:
     """Where there are several ranks, each one's whole buffers ``k``, ``v``, ``dk``, ``dv``, as far as it shows them."""
 
     def on_cpu(self) -> Observation:
-        """The same, with results on the CPU."""
+        """The same, with copies of the results on the CPU."""
         self.results, self.tails = on_cpu(self.results), on_cpu(self.tails)
         return self
 
 
 def on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors on the CPU, for which the device is waited for once: others may be waiting for it, too."""
+    """Copies of the tensors on the CPU, for which the device is waited for once: others may be waiting for it, too.
+
+    Copies, since whoever gave them may write there again: a module that persists hands its gradients out live.
+    """
     if not any(tensor.is_cuda for tensor in tensors.values()):
-        return {name: tensor.cpu() for name, tensor in tensors.items()}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
     found = {}
     for name, tensor in tensors.items():
         # Pinned memory is what a copy need not be waited for in.
@@ -173,7 +176,7 @@ class HandedBack:
 
 
 class Watch:
-    """Compares a buffer's bits before and after each step, out of sight of whatever fills or traces memory.
+    """Compares a buffer's bits before and after each step.
 
     Args:
         names: of the two tensors watched.
@@ -191,14 +194,12 @@ class Watch:
         tensors = self._look()
         if tensors is not None and (not isinstance(tensors, (tuple, list)) or len(tensors) != len(self._names)):
             raise TypeError(f"a buffer should be two tensors, {' and '.join(self._names)}, or None")
-        # A dispatch mode (poison.py) would have every operation pass through Python.
-        with torch._C._DisableTorchDispatch():
-            if tensors is None or not self._watched:
-                self._past += self._watched
-                self._watched = [_Watched(*pair) for pair in zip(self._names, tensors or (), strict=False)]
-                return []
-            pairs = zip(self._watched, tensors, strict=True)
-            return [stray for watched, tensor in pairs for stray in watched.compare(tensor, step, begin, end)]
+        if tensors is None or not self._watched:
+            self._past += self._watched
+            self._watched = [_Watched(*pair) for pair in zip(self._names, tensors or (), strict=False)]
+            return []
+        pairs = zip(self._watched, tensors, strict=True)
+        return [stray for watched, tensor in pairs for stray in watched.compare(tensor, step, begin, end)]
 
     def settle(self) -> list[Stray]:
         """Rows that looks at a GPU's memory found changed; none of them has been waited for until now."""

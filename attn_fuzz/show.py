@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from attn_fuzz.campaign.limits import Limit
 from attn_fuzz.campaign.messages import Tally
 from attn_fuzz.campaign.pool import Outcome
 from attn_fuzz.capability_probe import RIGHT, Answer
@@ -65,6 +66,17 @@ def print_findings(console: Console, findings: Iterable[Finding], stored: str | 
             console.print(
                 f"  replay: python -m attn_fuzz replay {finding.id} --store {stored}", markup=False, soft_wrap=True
             )
+
+
+def print_limits(console: Console, limits: Sequence[Limit]) -> None:
+    """What a user's kernel declares and does not take, each with its case."""
+    if limits:
+        console.print("\n[bold]limits found[/], which the campaign went on without (--strict makes them findings):")
+    for limit in limits:
+        console.print(f"  {limit.axis} {limit.how}: {limit.message}", markup=False, soft_wrap=True)
+        console.print(f"    case: {describe(limit.case)}", markup=False, soft_wrap=True)
+        if limit.below is not None:
+            console.print(f"    known below it: {limit.below}", markup=False, soft_wrap=True)
 
 
 def verdict_lines(console: Console, case: Case, results: Sequence[tuple[str, Verdict | str]]) -> None:

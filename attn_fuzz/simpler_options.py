@@ -31,15 +31,29 @@ _SIMPLER: dict[str, tuple[object, ...]] = {
 }
 
 
+_MORE_KEYS = 64
+"""How many keys may come with having as many as queries: thousands take longer than they are simple."""
+
+
 def _simplicity(field: str, value: object) -> int:
     """Place in the order of simplicity; what is not listed is least simple."""
     choices = _SIMPLER[field]
     return choices.index(value) if value in choices else len(choices)
 
 
+def _fewer_heads(case: Case) -> Iterator[tuple[int, int]]:
+    """(heads, kv_heads) to try: few, one of both factors, all around a single K/V head, then fewer of either factor."""
+    kv_heads, group = case.kv_heads, case.heads // case.kv_heads
+    yield from ((1, 1), (2, 1), (2, 2), (group, 1), (kv_heads, kv_heads), (case.heads, 1))
+    for fewer in below(group)[1:]:
+        yield fewer * kv_heads, kv_heads
+    for fewer in below(kv_heads)[1:]:
+        yield fewer * group, fewer
+
+
 def narrower(case: Case) -> Iterator[Case | None]:
     """With fewer heads or channels: what every later attempt costs less for."""
-    for heads, kv_heads in ((1, 1), (2, 1), (2, 2), (case.heads // case.kv_heads, 1), (case.kv_heads, case.kv_heads)):
+    for heads, kv_heads in _fewer_heads(case):
         if (heads, kv_heads) < (case.heads, case.kv_heads):
             yield changed(case, heads=heads, kv_heads=kv_heads)
     for head_dim in (1, 2, 4, 8, 16, 32, 64, case.head_dim // 2):
@@ -63,6 +77,8 @@ def simpler_options(case: Case) -> Iterator[Case | None]:
         yield changed(case, capacity=capacity)
     for field, choices in _SIMPLER.items():
         current = _simplicity(field, getattr(case, field))
+        if field == "key_lengths" and sum(case.lengths) > sum(case.packed_key_lengths) + _MORE_KEYS:
+            continue
         for choice in choices[:current]:
             yield changed(case, **{field: choice})
     for side in (0, 1):

@@ -13,10 +13,15 @@ from attn_fuzz.fit import changed
 from reference.case import Case
 from reference.layout import document_spans, micro_sequences
 
+_PART: Final = 8
+"""Quarters, eighths and so on of a value are taken from it while they are no smaller."""
+
 
 def below(value: int) -> list[int]:
-    """Candidates below a value, boldest first."""
-    return list(dict.fromkeys(c for c in (0, 1, value // 2, value - 2, value - 1) if 0 <= c < value))
+    """Candidates below a value, boldest first: of thousands a fitting number is found in dozens of attempts."""
+    parts = [value >> shift for shift in range(2, value.bit_length()) if value >> shift >= _PART]
+    steps = (0, 1, value // 2, *(value - part for part in parts), value - 2, value - 1)
+    return list(dict.fromkeys(c for c in steps if 0 <= c < value))
 
 
 def with_lengths(case: Case, lengths: Sequence[int], kept: Sequence[int], keys: Sequence[int] | None) -> Case | None:

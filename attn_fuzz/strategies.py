@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 from attn_fuzz.fit import fitted
 from attn_fuzz.layout_pool import pooled_cuts, pooled_keys, pooled_lengths
 from attn_fuzz.layout_strategies import (
+    FEW_KEYS,
     LONG_EDGES,
     LONG_LAYERS,
+    LONG_ROWS,
+    LONG_SQUARES,
     MANY,
     MAX_PAIRS,
     TILE_EDGES,
@@ -28,6 +31,8 @@ from attn_fuzz.layout_strategies import (
     document_lengths,
     keys_of,
     long_pasts,
+    seldom,
+    takes_few_keys,
 )
 from backends.kernel import Capabilities
 from reference.case import VALUES, Case
@@ -42,6 +47,18 @@ HEAD_GROUPS: tuple[tuple[int, int], ...] = (
 )
 """(heads, kv_heads): MHA, GQA and MQA, groups of 1 to 8."""
 
+MANY_HEADS: tuple[tuple[int, int], ...] = (
+    *((16, 1), (9, 1), (40, 40), (32, 1), (32, 2), (64, 1)),
+    *((71, 1), (64, 8), (64, 64), (128, 8), (128, 1), (128, 128)),
+)
+"""Drawn seldom, for short documents: groups above 8, as Gemma's, Llama's and Falcon's, and more heads than a warp has
+threads, as DeepSeek's."""
+
+_MANY_HEADS_ONCE_IN = 16
+_LONG_ROWS_ONCE_IN = 48
+_LONG_SQUARE_ONCE_IN = 32
+"""Of long rows; one takes as long as fifteen other cases do."""
+
 HEAD_DIMS: tuple[int, ...] = (16, 8, 32, 64, 24, 5, 80, 96, 128, 192, 256, 1, 320, 48, 36, 40, 72, 100, 112, 160, 224)
 
 # A float64 reference keeps several [samples, heads, q, k] tensors: this bounds heads * longest^2 where it can.
@@ -50,6 +67,10 @@ _MAX_SCORES = {"kernel": 1 << 17, "layer": 1 << 14}
 _MAX_PRODUCTS = 1 << 24
 # And this what projections cost: tokens * heads * head_dim.
 _MAX_CHANNELS = {"kernel": 1 << 17, "layer": 1 << 15}
+# Of a layer, heads * head_dim: probes with whole numbers take as many hidden channels, and weights the square of them.
+_MAX_WIDTH = 2048
+# Pairs of a call that only one head is given.
+_MAX_SHARED_PAIRS = 1 << 21
 # What a kernel case has of each of these; a large one takes as long as ten others, and seldom finds what they do not.
 _SHARES = (4, 4, 4, 1)
 _MAX_SELECTION = 128
@@ -106,7 +127,14 @@ class Domain:
 
     @property
     def head_groups(self) -> tuple[tuple[int, int], ...]:
-        return tuple(pair for pair in HEAD_GROUPS if self.capabilities.gqa or pair[0] == pair[1])
+        return self._taken(HEAD_GROUPS)
+
+    @property
+    def many_heads(self) -> tuple[tuple[int, int], ...]:
+        return self._taken(MANY_HEADS)
+
+    def _taken(self, groups: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        return tuple(pair for pair in groups if self.capabilities.gqa or pair[0] == pair[1])
 
 
 def window_sides(capabilities: Capabilities, longest: int) -> st.SearchStrategy[int]:
@@ -171,28 +199,33 @@ def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int],
         domain: what to draw from.
         level: ``kernel`` or ``layer``.
         lengths: of all documents, padding included.
-        past: keys that stand before those, where there is a long past.
+        past: keys that stand before those, where there is a long past; less than 0 where long rows have fewer keys.
     """
     capabilities, longest, tokens = domain.capabilities, max(lengths), sum(lengths)
     pairs = tokens * (tokens + past)
+    scores = longest * (longest + min(past, 0))
     if capabilities.configurations:
         return {**compiled(draw, domain, longest), **free_options(draw, capabilities, level)}
     # Of layers more are causal: what is not cannot be cut inside a document.
     choices = (True, False, True) if level == "layer" else (True, False)
     causal_choices = [choice for choice in choices if (capabilities.causal if choice else capabilities.noncausal)]
     causal = draw(among(causal_choices))
-    share = draw(among(_SHARES)) if level == "kernel" else 1
-    groups = [
-        group
-        for group in domain.head_groups
-        if group[0] * longest**2 * share <= _MAX_SCORES[level] and group[0] * pairs * share <= MAX_PAIRS
-    ]
-    heads, kv_heads = draw(among(groups or list(domain.head_groups[:2])))
+    many = draw(seldom(_MANY_HEADS_ONCE_IN))
+    share = draw(among(_SHARES)) if level == "kernel" and not many and past >= 0 else 1
+
+    def fitting(groups: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        limit = min(_MAX_SCORES[level] / scores, MAX_PAIRS / pairs) / share
+        return [group for group in groups if group[0] <= limit]
+
+    groups = (fitting(domain.many_heads) if many else []) or fitting(domain.head_groups)
+    least = domain.head_groups[: 2 if pairs <= _MAX_SHARED_PAIRS else 1]
+    heads, kv_heads = draw(among(groups or least))
     dims = [
         dim
         for dim in domain.head_dims
         if (tokens + past // 2) * heads * dim * share <= _MAX_CHANNELS[level]
         and pairs * heads * dim * share <= _MAX_PRODUCTS
+        and (level == "kernel" or heads * dim <= _MAX_WIDTH)
     ]
     head_dim = draw(among(dims or list(domain.head_dims[:1])))
     return {
@@ -218,6 +251,10 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
     """A single varlen call."""
     capabilities = domain.capabilities
     number = draw(layout_numbers(capabilities))
+    if number is None and not capabilities.configurations and draw(seldom(_LONG_ROWS_ONCE_IN)):
+        long = long_rows(draw, domain)
+        if long is not None:
+            return long
     if number is None:
         lengths = draw(document_lengths(empty=capabilities.empty_documents, many=MANY, very_long=VERY_LONG))
     else:
@@ -237,15 +274,55 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
         if not (causal and capabilities.causal_needs_equal_lengths):
             keys[straddling_one] += past
         key_lengths = tuple(keys) if sum(keys) and keys != lengths else None
-    capacities = [0, 0, 0, 1, 17] if capabilities.capacity is not False and number is None else [0]
-    capacity = draw(among(capacities))
     return Case(
         level="kernel",
         lengths=tuple(lengths),
         key_lengths=key_lengths,
-        capacity=capacity,
+        capacity=draw(capacities(capabilities)) if number is None else 0,
         **chosen,  # type: ignore[arg-type]
     )
+
+
+def capacities(capabilities: Capabilities) -> st.SearchStrategy[int]:
+    """How many rows lie behind a call's last document."""
+    return among([0, 0, 0, 1, 17] if capabilities.capacity is not False else [0])
+
+
+def long_rows(draw: st.DrawFn, domain: Domain) -> Case | None:
+    """A call whose last document has thousands of queries, or None where the backend does not take what was chosen.
+
+    They have few keys; once in a while as many as there are queries, causal.
+    """
+    capabilities = domain.capabilities
+    square = draw(seldom(_LONG_SQUARE_ONCE_IN))
+    ways = [causal for causal in (False, True) if takes_few_keys(capabilities, causal=causal)]
+    if square:
+        ways = [True] if capabilities.causal else []
+    if not ways:
+        return None
+    causal = draw(among(ways))
+    rows = draw(among(LONG_SQUARES[domain.device] if square else LONG_ROWS))
+    keys = rows if square else draw(st.integers(1, FEW_KEYS))
+    others = draw(_few_tiny(0 if capabilities.empty_documents else 1))
+    masked = dataclasses.replace(capabilities, causal=causal, noncausal=not causal)
+    narrow = dataclasses.replace(domain, capabilities=masked)
+    if square and domain.device == "cpu" and "fp32" in domain.dtypes:
+        # Budgets of the others take three times as long there; which row it is does not depend on them.
+        narrow = dataclasses.replace(narrow, dtypes=("fp32",))
+    chosen = options(draw, narrow, "kernel", [*others, rows], keys - rows)
+    return Case(
+        level="kernel",
+        lengths=(*others, rows),
+        key_lengths=None if square else (*others, keys),
+        capacity=draw(capacities(capabilities)),
+        **chosen,  # type: ignore[arg-type]
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _few_tiny(smallest: int) -> st.SearchStrategy[list[int]]:
+    """Lengths of documents beside a long one."""
+    return st.lists(st.integers(smallest, 4), max_size=3)
 
 
 @st.composite

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from attn_fuzz.decoy import decoy_of
 from attn_fuzz.execute import EVERYTHING, Asked, run_kernel, run_layer
-from attn_fuzz.measured import Measured, measured
-from attn_fuzz.observation import Observation
+from attn_fuzz.measured import TIMES, Measured, measured, promises
+from attn_fuzz.observation import Observation, differing
 from attn_fuzz.poison import POISONS
 from attn_fuzz.ranks.whole import run_ranks
 from backends.registry import Backend
@@ -21,6 +21,7 @@ from reference.batched import kernel_answer
 from reference.case import Case
 from reference.layer import LayerInputs, layer_answer, layer_inputs
 from reference.layout import document_spans
+from reference.memory import same_bits
 from reference.profile import Profile
 
 # Second value seed of a layout: an error that is a property of the layout shows under both.
@@ -107,6 +108,44 @@ class Trial:
     def repeats(self, name: str) -> bool:
         """Whether the backend promises the same bits every time for this result."""
         return self.measured.repeats(name)
+
+    def moves_for(self, name: str, other: Callable[[], Observation]) -> bool:
+        """Whether other bits of a result come of what a run does otherwise, and not of chance.
+
+        Where the backend promises its bits, one run says so. Where a few calls of another shape have shown the same
+        bits and nobody has promised any, gradients may still be summed up in the order in which blocks happen to
+        finish: then this very case has to give the same bits every time, and so has the other run, and other ones.
+
+        Args:
+            name: the result, whose bits are not the same in such a run.
+            other: makes another run of that kind.
+        """
+        if not self.repeats(name):
+            return False
+        if promises(self.backend, str(self.device), name):
+            return True
+        if name in self._moving:
+            return False
+        first, *again = (other().results[name] for _ in range(TIMES))
+        here = self._settled.results[name]
+        return all(same_bits(first, each) for each in again) and not same_bits(first, here)
+
+    def moves_by_itself(self, name: str) -> bool:
+        """Whether a result's bits differ between runs of this very case."""
+        return name in self._moving
+
+    @functools.cached_property
+    def _settled(self) -> Observation:
+        """A run by itself, after one that may have had what calls of other shapes have left behind."""
+        self.observe(self.poisons[0])
+        return self.observe(self.poisons[0])
+
+    @functools.cached_property
+    def _moving(self) -> frozenset[str]:
+        """Results whose bits differ between runs of this very case."""
+        settled = self._settled
+        others = (self.observe(self.poisons[0]) for _ in range(2 * TIMES))
+        return frozenset(name for other in others for name in differing(settled, other))
 
     def answer_with(self, samples: int) -> dict[str, Expected]:
         """The reference's answer; ``samples`` matter to layer budgets only."""

@@ -41,6 +41,8 @@ class KnownIssue:
     """Names of further symptoms that it explains where what came back is NaN."""
     crashes: bool = False
     """It takes the process or its CUDA context along: such cases run only in processes of their own, a few of them."""
+    operators: tuple[str, ...] = ()
+    """Beginnings of the names of torch's operators that have it: a user's kernel or layer that runs one has it, too."""
 
     def applies(self, backend: str, device: str) -> bool:
         """Whether the issue is to be expected of this backend here."""
@@ -129,6 +131,32 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         ),
         minimal=_case(
             '{"level": "kernel", "lengths": [1], "key_lengths": [64], "head_dim": 8, "dtype": "bf16", "seed": 1}'
+        ),
+        operators=("aten::_scaled_dot_product_cudnn_attention",),
+    ),
+    KnownIssue(
+        id="sdpa-16-byte-rows",
+        backends=(),
+        device="cuda",
+        about="torch's fused attention on CUDA reads rows in blocks of 16 bytes: where q, k or v does not begin at a "
+        "multiple of them it ends in a misaligned address, or computes NaN without a word.",
+        reference=f"pytorch#194818; {_TORCH} on an H200, 2026-11-28",
+        present=_cuda,
+        covers=lambda case, calls: case.memory == "misaligned",
+        tensors=_FORWARD | _LAYER_BACKWARD,
+        symptoms=_SPOILT_FORWARD | _SPOILT_BACKWARD | {"Crashed"},
+        minimal=_case(
+            '{"level": "kernel", "lengths": [1, 6, 1, 4, 1], "head_dim": 64, "scale": 0.125, "dtype": "bf16", '
+            '"values": "ties", "seed": 4, "memory": "misaligned"}'
+        ),
+        crashes=True,
+        operators=(
+            "aten::_scaled_dot_product_flash_attention",
+            "aten::_scaled_dot_product_efficient_attention",
+            "aten::_scaled_dot_product_cudnn_attention",
+            "aten::_scaled_dot_product_fused_attention_overrideable",
+            "aten::_flash_attention_forward",
+            "aten::_efficient_attention_forward",
         ),
     ),
     KnownIssue(
@@ -253,6 +281,20 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
 def issues_of(backend: str, device: str, case: Case, calls: Calls) -> tuple[KnownIssue, ...]:
     """Issues that a case on a backend may run into here."""
     return tuple(issue for issue in KNOWN if issue.applies(backend, device) and issue.covers(case, calls))
+
+
+def issues_below(device: str, case: Case, calls: Calls) -> tuple[KnownIssue, ...]:
+    """Issues of torch's own operators that a user's kernel or layer runs into here, if it is built on one of those."""
+    return tuple(
+        issue
+        for issue in KNOWN
+        if issue.operators and issue.device == device and issue.present() and issue.covers(case, calls)
+    )
+
+
+def built_on(issue: KnownIssue, operators: Sequence[str]) -> bool:
+    """Whether one of these operators has the issue."""
+    return any(name.startswith(issue.operators) for name in operators)
 
 
 def crash_issue_of(backend: str, device: str, case: Case, calls: Calls) -> KnownIssue | None:

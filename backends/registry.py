@@ -10,11 +10,14 @@ group ``attn_fuzz.backends``.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from importlib import metadata
+from typing import Any
 
 from backends import kernels
 from backends.faults.fault import PREFIX as FAULT
@@ -82,6 +85,20 @@ class Backend:
         if declared is None and not self.isolated and (issue := crash_issue_of(self.name, device, case, lengths)):
             return f"what is known to end its process ({issue.id})"
         return declared
+
+
+def narrowed(backend: Backend, without: Mapping[str, Any]) -> Backend:
+    """A user's backend with some of its capabilities replaced by what has been found out about them.
+
+    Args:
+        backend: of a user's kernel or layer.
+        without: values by names of fields of ``Capabilities``.
+    """
+    if not without:
+        return backend
+    kernel = copy.copy(backend.kernel)
+    kernel.capabilities = dataclasses.replace(kernel.capabilities, **without)  # type: ignore[misc]
+    return dataclasses.replace(backend, kernel=kernel)
 
 
 def kernel_names() -> tuple[str, ...]:

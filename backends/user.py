@@ -148,14 +148,28 @@ def _whole(value: object) -> TypeGuard[int]:
 
 
 def _taken_options(function: Callable[..., Any], name: str) -> set[str]:
-    """Which of the optional arguments a kernel's signature has."""
+    """Which of the optional arguments a kernel's signature has.
+
+    Raises:
+        BackendUnavailable: when it does not take the others, which every call gives it.
+    """
     try:
-        parameters = inspect.signature(function).parameters
+        signature = inspect.signature(function)
     except ValueError:
         raise BackendUnavailable(f"{name} does not tell its signature; wrap it in a Python function") from None
+    parameters = signature.parameters
     anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    return {option for option in _OPTIONS if anything or option in parameters}
+    taken = {option for option in _OPTIONS if anything or option in parameters}
+    try:
+        signature.bind(*_ARGUMENTS, **dict.fromkeys(taken))
+    except TypeError as error:
+        raise BackendUnavailable(
+            f"{name}{signature} is no varlen kernel, which is called with ({', '.join(_ARGUMENTS)}): {error}"
+        ) from None
+    return taken
 
+
+_ARGUMENTS = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
 _OPTIONS = ("softmax_scale", "causal", "window_size", "softcap")
 
@@ -271,6 +285,10 @@ def user_layer(name: str) -> tuple[InsideLayer, LayerFactory]:
     made = import_object(name)
     if missing := [method for method in _LAYER_METHODS if not callable(getattr(made, method, None))]:
         raise BackendUnavailable(f"{name} is no layer: it has no method {missing[0]}")
+    try:
+        inspect.signature(made).bind("weights", "case")
+    except (TypeError, ValueError) as error:
+        raise BackendUnavailable(f"{name} is no layer: it should be built as CLASS(weights, case): {error}") from None
 
     def build(weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> Layer:
         return made(weights, case)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attn_fuzz.campaign import worker
-from attn_fuzz.campaign.isolated import KNOWN_ISSUE, Isolated
+from attn_fuzz.campaign.isolated import KNOWN_ISSUE, Isolated, Subject
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message
 from attn_fuzz.examine import examine
 from backends import known, registry
@@ -97,7 +97,7 @@ def test_an_issue_is_still_there(entry: KnownIssue, name: str) -> None:
         pytest.skip("needs a CUDA device")
     gone = f"{entry.id} no longer shows on {name}: take it out of backends/known.py"
     if entry.crashes:
-        child = Isolated(name, entry.device, 120.0)
+        child = Isolated(Subject(name, entry.device), 120.0)
         try:
             assert child.symptom(entry.minimal) in {"Crashed", KNOWN_ISSUE}, gone
         finally:
@@ -198,7 +198,7 @@ def test_what_is_refused_anyway_is_no_crash_class_case(monkeypatch: pytest.Monke
 class _Dying:
     """Stands for a child process that dies of every case."""
 
-    def __init__(self, backend: str, device: str, timeout: float) -> None:
+    def __init__(self, subject: Subject, timeout: float) -> None:
         pass
 
     def symptom(self, case: Case) -> str:

@@ -12,6 +12,7 @@ from attn_fuzz.checks import PROBES
 from attn_fuzz.checks.exact import rows_counted, uniform_keys
 from attn_fuzz.examine import Verdict, examine
 from attn_fuzz.garbage import kernel_garbage, layer_garbage
+from attn_fuzz.poison import poisoned
 from attn_fuzz.symptoms import MissingResult, PoisonLeaked, WrongGradV, WrongKeys, WrongOutput
 from backends import registry
 from backends.loop import Call, Document, Loop
@@ -95,6 +96,14 @@ class UnwrittenOverflow(Loop):
         out, lse = super().forward(call, q, k, v)
         never = torch.empty(1000, dtype=torch.float32)[0] * 3e38
         return out + (never - never).to(out.dtype), lse
+
+
+def test_zeros_are_what_unwritten_memory_holds_when_asked_for() -> None:
+    with poisoned("zero", CPU):
+        for size in (3, 1000, 100_000):
+            used = torch.ones(size)
+            del used
+            assert not torch.empty(size).any()
 
 
 @pytest.mark.parametrize("loop", [Unwritten, UnwrittenOverflow])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from attn_fuzz.campaign import autopsy, pool
-from attn_fuzz.campaign.isolated import Isolated, NoDevice
+from attn_fuzz.campaign.isolated import Isolated, NoDevice, Subject
 from attn_fuzz.campaign.messages import Assignment, Message, Suspect, Tally
 from attn_fuzz.campaign.plan import plan, share_of_time
 from attn_fuzz.campaign.pool import CampaignError, Outcome, Pool
@@ -288,7 +288,7 @@ def test_one_finding_of_a_backend_is_enough_for_all_its_hunts() -> None:
 
 
 def test_isolated_cases_name_their_symptom_and_outlive_deaths(kernel: Callable[..., str]) -> None:
-    isolated = Isolated(kernel(DIES_FROM_THREE, SCALES), "cpu", timeout=100.0)
+    isolated = Isolated(Subject(kernel(DIES_FROM_THREE, SCALES), "cpu"), timeout=100.0)
     try:
         assert [isolated.symptom(case) for case in (CASE, SMALL)] == ["Crashed", "WrongOutput"]
     finally:
@@ -296,19 +296,19 @@ def test_isolated_cases_name_their_symptom_and_outlive_deaths(kernel: Callable[.
 
 
 def test_an_isolated_case_that_hangs_is_said_to(kernel: Callable[..., str]) -> None:
-    isolated = Isolated(kernel(HANGS_AFTER.format(0)), "cpu", timeout=0.2)
+    isolated = Isolated(Subject(kernel(HANGS_AFTER.format(0)), "cpu"), timeout=0.2)
     assert isolated.symptom(CASE) == "Hung"
     isolated.close()
 
 
 def test_an_isolated_process_that_dies_at_its_start_is_a_crash(kernel: Callable[..., str]) -> None:
-    isolated = Isolated(kernel("", at_import="os._exit(3)"), "cpu", timeout=100.0)
+    isolated = Isolated(Subject(kernel("", at_import="os._exit(3)"), "cpu"), timeout=100.0)
     assert isolated.symptom(CASE) == "Crashed"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_an_isolated_process_without_its_device_accuses_nobody() -> None:
-    isolated = Isolated("loop", "cuda:0", timeout=100.0)
+    isolated = Isolated(Subject("loop", "cuda:0"), timeout=100.0)
     with pytest.raises(NoDevice, match="a new process cannot use cuda:0"):
         isolated.symptom(CASE)
 

@@ -6,9 +6,14 @@ import pytest
 import torch
 from doubles import double, trial
 
+from attn_fuzz.checks import Check
+from attn_fuzz.checks.isolation import documents_apart
+from attn_fuzz.checks.memory import unwritten_unread
 from attn_fuzz.checks.repeat import path_taken, repeats_itself
 from attn_fuzz.symptoms import NotRepeatable, WrongPath
 from attn_fuzz.trial import Trial
+from attn_fuzz.volley.gear import moving
+from attn_fuzz.volley.layouts import Volley
 from backends import registry
 from backends.loop import Call, Gradients, Loop
 from reference.case import Case
@@ -100,6 +105,49 @@ class FallsOverFourRows(Loop):
 
 def test_the_call_in_between_is_judged_some_other_time() -> None:
     assert list(repeats_itself(trial(FallsOverFourRows(), CASE))) == []
+
+
+# Promises that nobody has made.
+
+
+class MovesInSmall(Loop):
+    """As atomic sums do: every other run has other last bits, of calls shorter than those that were measured."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def backward(self, call: Call, q: torch.Tensor, *rest: torch.Tensor) -> Gradients:
+        dq, dk, dv = super().backward(call, q, *rest)
+        self.runs += 1
+        return (dq * (1 + 2.0**-22) if self.runs % 2 and len(q) < 100 else dq), dk, dv
+
+
+UNSTATED = {"repeatable": None, "repeatable_backward": None}
+
+
+@pytest.mark.parametrize("check", [repeats_itself, unwritten_unread, documents_apart], ids=lambda check: check.__name__)
+def test_bits_that_nobody_has_promised_accuse_nobody(check: Check) -> None:
+    """Four calls of another shape had shown the same bits: that is no promise."""
+    probe = Trial(CASE, double(MovesInSmall(), **UNSTATED), CPU)
+    assert probe.repeats("dq")
+    assert probe.moves_by_itself("dq")
+    assert list(check(probe)) == []
+
+
+def test_bits_that_are_promised_do() -> None:
+    seen = [s for check in (repeats_itself, unwritten_unread) for s in check(trial(MovesInSmall(), CASE))]
+    assert "dq" in {symptom.tensor for symptom in seen}
+
+
+def test_what_other_calls_leave_behind_is_seen_without_a_promise() -> None:
+    (symptom,) = repeats_itself(Trial(CASE, double(RemembersShape(), **UNSTATED), CPU))
+    assert type(symptom) is NotRepeatable
+
+
+def test_volleys_know_what_moves_by_itself() -> None:
+    volley = Volley(Case(level="kernel", lengths=(3, 4, 5, 2), head_dim=4), (1, 3, 4))
+    assert moving(volley, double(MovesInSmall(), **UNSTATED), CPU, "nan") == [0, 1, 2]
+    assert moving(volley, double(Loop(), **UNSTATED), CPU, "nan") == []
 
 
 # Paths.

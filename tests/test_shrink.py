@@ -191,6 +191,39 @@ def test_micro_sequences_are_shortened_with_their_documents_and_later_cuts() -> 
     assert {case.padding for case in candidates(shorter_micro_sequences, LAYER)} >= {0, 1, 3}
 
 
+@pytest.mark.parametrize("rows", [2047, 2048, 2049, 4000])
+def test_thousands_of_rows_take_dozens_of_attempts(rows: int) -> None:
+    attempts: list[Case] = []
+
+    def fails(case: Case) -> bool:
+        attempts.append(case)
+        return max(case.lengths) >= rows
+
+    drawn = Case(level="kernel", lengths=(2, 4097), key_lengths=(2, 57), head_dim=16, causal=False, dtype="bf16")
+    small = minimise(drawn, fails)
+    assert (small.lengths, small.packed_key_lengths) == ((rows,), (0,))
+    assert len(attempts) < 200
+
+
+@pytest.mark.parametrize("heads", [(71, 1), (128, 8), (128, 1), (16, 1), (128, 128), (64, 64)])
+@pytest.mark.parametrize(
+    ("fails", "smallest"),
+    [
+        (lambda case: case.heads // case.kv_heads > 8, (9, 1)),
+        (lambda case: case.heads > 32, (33, 1)),
+        (lambda case: case.heads > 32 and case.kv_heads == case.heads, (33, 33)),
+        (lambda case: case.heads // case.kv_heads > 8 and case.kv_heads > 4, (45, 5)),
+    ],
+)
+def test_many_heads_become_as_many_as_it_takes(
+    heads: tuple[int, int], fails: Callable[[Case], bool], smallest: tuple[int, int]
+) -> None:
+    case = Case(level="kernel", lengths=(1,), heads=heads[0], kv_heads=heads[1], head_dim=1)
+    if fails(case):
+        small = minimise(case, fails)
+        assert (small.heads, small.kv_heads) == smallest
+
+
 # All together.
 
 FAILURES: dict[str, Callable[[Case], bool]] = {

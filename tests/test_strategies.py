@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attn_fuzz import strategies
 from attn_fuzz.drawing import FEW, few_cases
-from attn_fuzz.strategies import HEAD_DIMS, HEAD_GROUPS, Domain, cases, straddling
-from backends.kernel import Capabilities
+from attn_fuzz.layout_strategies import FEW_KEYS, LONG_ROWS, LONG_SQUARES, MAX_PAIRS
+from attn_fuzz.strategies import HEAD_DIMS, HEAD_GROUPS, MANY_HEADS, Domain, cases, straddling
+from backends.kernel import Capabilities, Configuration
 from backends.registry import calls_of
 from reference.case import DTYPES, LEVELS, MEMORIES, ROTARIES, VALUES, Case
 from reference.layout import active_extent, micro_sequences, segments
@@ -47,7 +49,7 @@ def sample(level: str) -> list[Case]:
 def test_a_drawn_case_survives_json(case: Case) -> None:
     """Building a case validates it, so that one that comes back is possible, too."""
     assert Case.from_json(case.to_json()) == case
-    assert case.tokens <= 1100
+    assert case.tokens <= 4200
     assert case.seed < 8
 
 
@@ -142,10 +144,112 @@ def test_the_space_is_covered(level: str) -> None:
     assert [what for what, count in counts.items() if count == 0] == []
     assert {case.dtype for case in sample(level)} == set(DTYPES)
     assert {case.values for case in sample(level)} == set(VALUES)
-    assert {(case.heads, case.kv_heads) for case in sample(level)} == set(HEAD_GROUPS)
+    assert set(HEAD_GROUPS) <= {(case.heads, case.kv_heads) for case in sample(level)} <= {*HEAD_GROUPS, *MANY_HEADS}
     assert {case.head_dim for case in sample(level)} == set(HEAD_DIMS)
     assert {case.memory for case in sample(level)} == set(MEMORIES) - ({"broadcast"} if level == "layer" else set())
     assert level == "kernel" or {case.rotary for case in sample(level)} == set(ROTARIES)
+
+
+# What large models have is drawn seldom.
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_many_heads_are_a_few_of_a_hundred_cases(level: str) -> None:
+    count = sum((case.heads, case.kv_heads) in MANY_HEADS for case in sample(level))
+    assert 0.01 <= count / len(sample(level)) <= 0.08
+
+
+def test_long_rows_are_a_few_of_a_hundred_kernel_cases() -> None:
+    count = sum(max(case.lengths) in LONG_ROWS for case in sample("kernel"))
+    assert 0.01 <= count / len(sample("kernel")) <= 0.05
+    assert max(max(case.lengths) for case in sample("layer")) <= 300
+
+
+@pytest.fixture
+def many_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All cases have many heads, where their documents are short enough."""
+    monkeypatch.setattr(strategies, "_MANY_HEADS_ONCE_IN", 1)
+
+
+@pytest.fixture
+def long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All kernel cases have a document of thousands of queries, half of them as many keys."""
+    monkeypatch.setattr(strategies, "_LONG_ROWS_ONCE_IN", 1)
+    monkeypatch.setattr(strategies, "_LONG_SQUARE_ONCE_IN", 2)
+
+
+@pytest.mark.usefixtures("many_heads")
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_number_of_many_heads_is_drawn_and_affordable(level: str) -> None:
+    found = [case for case in drawn(level, ALL, seeds=80) if (case.heads, case.kv_heads) in MANY_HEADS]
+    assert {(case.heads, case.kv_heads) for case in found} == set(MANY_HEADS)
+    assert {9, 16, 32, 64, 71, 128} <= {case.heads // case.kv_heads for case in found}
+    for case in found:
+        pairs = sum(case.packed_lengths) ** 2
+        assert case.heads * pairs <= MAX_PAIRS
+        assert case.heads * case.head_dim * pairs <= 1 << 24
+        assert case.level == "kernel" or case.heads * case.head_dim <= 2048
+
+
+@pytest.mark.usefixtures("many_heads")
+@pytest.mark.parametrize("level", LEVELS)
+def test_many_heads_are_not_shared_where_heads_are_not(level: str) -> None:
+    found = drawn(level, dataclasses.replace(ALL, gqa=False), seeds=20)
+    assert {40, 64, 128} <= {case.heads for case in found}
+    assert all(case.heads == case.kv_heads for case in found)
+
+
+def documents_of_thousands(case: Case) -> list[tuple[int, int]]:
+    return [(q, k) for q, k in queries_and_keys(case) if q > 1100]
+
+
+@pytest.mark.usefixtures("long_rows")
+def test_every_number_of_long_rows_is_drawn_and_affordable() -> None:
+    few, squares = set(), set()
+    for case in drawn("kernel", ALL, seeds=40, count=12):
+        ((queries, keys),) = documents_of_thousands(case)
+        pairs = sum(case.packed_lengths) * sum(case.packed_key_lengths)
+        if queries == keys:
+            squares.add(queries)
+            assert (case.causal, case.heads, case.dtype) == (True, 1, "fp32")
+            assert pairs * case.head_dim <= 16 * 2**22.1
+        else:
+            few.add((queries, case.causal))
+            assert 1 <= keys <= FEW_KEYS
+            assert case.heads * pairs <= 1.2 * MAX_PAIRS
+            assert case.heads * case.head_dim * pairs <= 1 << 24
+    assert few == set(itertools.product(LONG_ROWS, (False, True)))
+    assert squares == set(LONG_SQUARES["cpu"])
+
+
+FEWER: dict[str, tuple[dict[str, object], Callable[[Case, int, int], bool]]] = {
+    "no rows without keys": ({"queries_without_keys": False}, lambda case, q, k: q == k or not case.causal),
+    "top-left": ({"causal_needs_equal_lengths": True}, lambda case, q, k: q == k or not case.causal),
+    "causal only": ({"noncausal": False}, lambda case, q, k: case.causal),
+    "causal squares only": ({"noncausal": False, "queries_without_keys": False}, lambda case, q, k: q == k),
+    "not causal": ({"causal": False}, lambda case, q, k: q != k and not case.causal),
+    "half precision": ({"dtypes": ("bf16",)}, lambda case, q, k: case.dtype == "bf16"),
+}
+
+
+@pytest.mark.usefixtures("long_rows")
+@pytest.mark.parametrize("name", FEWER)
+def test_long_rows_are_as_the_backend_takes_them(name: str) -> None:
+    changes, holds = FEWER[name]
+    found = drawn("kernel", dataclasses.replace(ALL, **changes), seeds=12)  # type: ignore[arg-type]
+    pairs = [(case, *pair) for case in found for pair in documents_of_thousands(case)]
+    assert pairs
+    assert all(holds(*each) for each in pairs)
+
+
+@pytest.mark.usefixtures("many_heads", "long_rows")
+@pytest.mark.parametrize(
+    "capabilities", [Capabilities(layouts=8), Capabilities(configurations=(Configuration("bf16", 16, 2, 1, True),))]
+)
+def test_pools_of_compiling_backends_stay_as_they_are(capabilities: Capabilities) -> None:
+    for case in drawn("kernel", capabilities, seeds=10):
+        assert not documents_of_thousands(case)
+        assert not capabilities.configurations or (case.heads, case.kv_heads) == (2, 1)
 
 
 def test_most_layer_cases_are_cut_and_many_inside_a_document() -> None:
@@ -193,6 +297,13 @@ def test_what_a_backend_does_not_take_is_not_drawn(name: str, level: str) -> Non
     changes, holds = NARROW[name]
     narrow = drawn(level, dataclasses.replace(ALL, **changes), seeds=4)  # type: ignore[arg-type]
     assert [case for case in narrow if not holds(case)] == []
+
+
+@pytest.mark.usefixtures("many_heads", "long_rows")
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", NARROW)
+def test_nor_is_it_with_many_heads_or_long_rows(name: str, level: str) -> None:
+    test_what_a_backend_does_not_take_is_not_drawn(name, level)
 
 
 def test_several_limits_at_once_leave_cases_that_are_taken() -> None:

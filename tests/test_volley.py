@@ -31,7 +31,7 @@ from attn_fuzz.volley.loaded import Loaded
 from attn_fuzz.volley.questions import QUESTIONS
 from attn_fuzz.wide.layouts import Sweep
 from backends import registry
-from backends.kernel import Attended, AttentionOptions, UnsupportedCase
+from backends.kernel import Attended, AttentionOptions, Capabilities, UnsupportedCase
 from backends.kernels.loop import LoopKernel
 from backends.metadata import VarlenMetadata
 from backends.registry import Backend
@@ -160,6 +160,41 @@ def test_drawn_calls_are_such_as_the_backend_takes(size: int) -> None:
         assert volley is not None
         for index in range(len(volley.ends)):
             assert backend.refusal(volley.call(index), "cpu") is None
+
+
+def declared(capabilities: Capabilities) -> Backend:
+    """The loop where it takes no more than this."""
+    kernel = LoopKernel()
+    kernel.capabilities = capabilities  # type: ignore[misc]
+    return Backend("declared", kernel, levels=("kernel",))
+
+
+NARROWER: dict[str, dict[str, object]] = {
+    "everything": {},
+    "no shared heads": {"gqa": False},
+    "no rows without keys": {"queries_without_keys": False},
+    "equal lengths": {"causal_needs_equal_lengths": True, "noncausal": False},
+    "wide heads only": {"head_dim_multiple": 64},
+}
+
+
+@pytest.mark.parametrize("name", NARROWER)
+def test_many_heads_and_long_rows_are_drawn_where_they_are_taken(name: str) -> None:
+    capabilities = Capabilities(**NARROWER[name])  # type: ignore[arg-type]
+    backend = declared(capabilities)
+    domain, random = Domain.of(capabilities, "cpu"), Random(0)
+    volleys = [draw_volley(random, Sweep((16, 32), seed), backend, domain, 16) for seed in range(150)]
+    cases = [volley.case for volley in volleys if volley is not None]
+    assert len(cases) == len(volleys)
+    groups = {case.heads // case.kv_heads for case in cases}
+    assert (max(groups) > 8) == capabilities.gqa
+    assert 0.03 < sum(case.heads > 32 for case in cases) / len(cases) < 0.2
+    pairs = [(case, q, k) for case in cases for q, k in zip(case.packed_lengths, case.packed_key_lengths, strict=True)]
+    long = [(case, q, k) for case, q, k in pairs if q > 1100]
+    assert len(long) < 0.3 * len(cases)
+    assert bool(long) == (name != "equal lengths")
+    assert all(not case.causal for case, *_ in long) == (name in ("no rows without keys", "equal lengths"))
+    assert all(1 <= k <= 64 and q * k * case.heads * case.head_dim <= 1 << 23 for case, q, k in long)
 
 
 # What it is judged by.

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from typing import Final
 
-from attn_fuzz.campaign.isolated import Isolated
+from attn_fuzz.campaign.isolated import Isolated, Subject
 from attn_fuzz.campaign.messages import Assignment, Trying
 from attn_fuzz.shrink import minimise
 from attn_fuzz.volley.layouts import Volley
@@ -42,7 +42,7 @@ def autopsy(job: Assignment, trying: Trying, patience: float) -> Death:
         NoDevice: when another process cannot use the device at all.
     """
     whole = Case.from_json(trying.case)
-    isolated = Isolated(job.backend, job.device, patience)
+    isolated = Isolated(Subject(job.backend, job.device, job.without), patience)
 
     def dies(case: Case) -> bool:
         return isolated.symptom(case) == "Crashed"

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from typing import Final
+from typing import Any, Final
 
 import torch
 
-from attn_fuzz.examine import Verdict, examine
+from attn_fuzz.examine import examine, tried
+from attn_fuzz.operators import operators_of
 from attn_fuzz.process import DEAD_CONTEXT, NO_DEVICE, context_alive, set_apart, set_up_process
 from attn_fuzz.symptoms import Crashed, Hung, Symptom
 from backends import registry
 from backends.kernel import BackendUnavailable, UnsupportedCase
+from backends.registry import Backend
 from reference.case import Case
 
 KNOWN_ISSUE: Final = "KnownIssue"
@@ -28,34 +32,72 @@ class NoDevice(BackendUnavailable):
     """A new process cannot use the device either: what another died of is no kernel's doing."""
 
 
-def _serve(backend: str, device: str, connection: Connection) -> None:
-    set_apart()
-    place = torch.device(device)
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What runs in such a process, and what is asked of it."""
+
+    backend: str
+    device: str
+    without: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Of a user's backend: capabilities as they were found out (``campaign.limits``)."""
+    judged: bool = True
+    """Whether results are judged, or only looked at for whether there are any (``examine.tried``)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What came of a case."""
+
+    symptom: str | None = None
+    """Name of the first symptom: ``Crashed`` when the process died, ``Hung`` when it went silent; None for none."""
+    message: str = ""
+    error: str = ""
+    """Name of the exception's type, where the symptom is one."""
+    refusal: str | None = None
+    """Why the case was refused, if it was."""
+    survived: bool = True
+    """Whether the process did."""
+    operators: tuple[str, ...] = ()
+    """Names of torch's operators that ran, where that was asked."""
+
+
+def report_of(case: Case, subject: Subject, backend: Backend, *, operators: bool = False) -> Report:
+    """What comes of a case in this process, which ends where its CUDA context does."""
+    place = torch.device(subject.device)
     try:
-        set_up_process(device)
-        usable = context_alive(place)
+        judge = functools.partial(examine if subject.judged else tried, case, backend, place)
+        verdict, ran = operators_of(judge) if operators else (judge(), ())
+    except UnsupportedCase as error:
+        return Report(refusal=str(error))
+    first = verdict.first
+    if isinstance(first, Crashed) and not context_alive(place):
+        raise SystemExit(DEAD_CONTEXT)
+    if first is not None:
+        error_type = first.error if isinstance(first, Crashed) else ""
+        return Report(type(first).__name__, str(first), error_type, operators=ran)
+    if verdict.known:
+        return Report(KNOWN_ISSUE, f"known issue: {', '.join(verdict.known)}", operators=ran)
+    return Report(operators=ran)
+
+
+def _serve(subject: Subject, connection: Connection) -> None:
+    set_apart()
+    try:
+        set_up_process(subject.device)
+        usable = context_alive(torch.device(subject.device))
     except Exception:
         # A torch built without CUDA lacks even the function.
         usable = False
     if not usable:
         raise SystemExit(NO_DEVICE)
-    loaded = dataclasses.replace(registry.load(backend), isolated=True)
+    loaded = registry.narrowed(registry.load(subject.backend), subject.without)
+    loaded = dataclasses.replace(loaded, isolated=True)
     while True:
         try:
-            case = Case.from_json(connection.recv())
+            text, operators = connection.recv()
         except EOFError:
             return
-        try:
-            verdict, refusal = examine(case, loaded, place), None
-        except UnsupportedCase as error:
-            verdict, refusal = Verdict((), {}, frozenset()), str(error)
-        first = verdict.first
-        if isinstance(first, Crashed) and not context_alive(place):
-            raise SystemExit(DEAD_CONTEXT)
-        seen = None if first is None else (type(first).__name__, str(first))
-        if seen is None and verdict.known:
-            seen = (KNOWN_ISSUE, f"known issue: {', '.join(verdict.known)}")
-        connection.send((seen, refusal))
+        connection.send(report_of(Case.from_json(text), subject, loaded, operators=operators))
 
 
 @contextlib.contextmanager
@@ -74,9 +116,12 @@ def _away_from_others() -> Iterator[None]:
 
 _SERVER: Final = "CUDA_MPS_PIPE_DIRECTORY"
 
+_STARTING: Final = threading.Lock()
+"""The environment is the whole process's: children are started one after another, whatever threads ask for them."""
 
-_HUNG: Final = ("Hung", "no answer")
-_DIED: Final = ("Crashed", "the process died")
+
+_DIED: Final = Report("Crashed", "the process died while it ran this case", survived=False)
+
 
 FATAL: Final = ("Crashed", "Hung")
 """Symptoms of cases that are not safe to run in a process with anything else to do."""
@@ -86,68 +131,77 @@ class Isolated:
     """Runs cases of one backend in a child process.
 
     Args:
-        backend: its name.
-        device: where.
+        subject: the backend, where, and what is asked.
         timeout: seconds after which a case counts as hung.
     """
 
-    def __init__(self, backend: str, device: str, timeout: float) -> None:
-        self._arguments, self._timeout = (backend, device), timeout
+    def __init__(self, subject: Subject, timeout: float) -> None:
+        self._subject, self._timeout = subject, timeout
         self._context = multiprocessing.get_context("spawn")
         self._process: SpawnProcess | None = None
         self._connection: Connection | None = None
 
     def symptom(self, case: Case) -> str | None:
-        """Name of the case's first symptom: ``Crashed`` when its process died, ``Hung`` when it went silent.
+        """Name of the case's first symptom, if any.
 
         Raises:
             NoDevice: when the process could not use its device before there was any case.
         """
-        symptom, _ = self._ask(case)
-        return None if symptom is None else symptom[0]
+        return self.report(case).symptom
 
     def fatal(self, case: Case) -> Symptom | None:
         """The symptom of a case that ended its process or hung; None for one that came back, whatever it brought."""
-        symptom, _ = self._ask(case)
-        if symptom == _HUNG:
-            return Hung("runs", "process", f"the process was silent for {self._timeout:.0f} seconds")
-        return Crashed("runs", "process", "the process died while it ran this case") if symptom == _DIED else None
+        report = self.report(case)
+        if report.survived:
+            return None
+        return (Hung if report.symptom == "Hung" else Crashed)("runs", "process", report.message)
 
     def answer(self, case: Case) -> str:
         """In words: ``right``, ``refused: ...``, ``crashed: ...``, ``hung``, ``known issue: ...`` or ``wrong: ...``."""
-        symptom, refusal = self._ask(case)
-        if refusal is not None:
-            return f"refused: {refusal}"
-        if symptom is None:
-            return "right"
-        name, message = symptom
-        if name in ("Hung", KNOWN_ISSUE):
-            return "hung" if name == "Hung" else message
-        return f"crashed: {message}" if name == "Crashed" else f"wrong: {message}"
+        report = self.report(case)
+        if report.refusal is not None:
+            return f"refused: {report.refusal}"
+        match report.symptom:
+            case None:
+                return "right"
+            case "Hung":
+                return "hung"
+            case "Crashed":
+                return f"crashed: {report.message}"
+            case _:
+                return report.message if report.symptom == KNOWN_ISSUE else f"wrong: {report.message}"
 
-    def _ask(self, case: Case) -> tuple[tuple[str, str] | None, str | None]:
-        """((name, message) of the first symptom or None, why it was refused or None)."""
+    def report(self, case: Case, *, operators: bool = False) -> Report:
+        """What came of a case.
+
+        Args:
+            case: what to run.
+            operators: tell the names of torch's operators that ran, which takes longer.
+
+        Raises:
+            NoDevice: as ``symptom`` does.
+        """
         if self._process is None:
             self._connection, theirs = self._context.Pipe()
-            self._process = self._context.Process(target=_serve, args=(*self._arguments, theirs), daemon=True)
-            with _away_from_others():
+            self._process = self._context.Process(target=_serve, args=(self._subject, theirs), daemon=True)
+            with _STARTING, _away_from_others():
                 self._process.start()
             theirs.close()
         assert self._connection is not None
         try:
-            self._connection.send(case.to_json())
+            self._connection.send((case.to_json(), operators))
             if not self._connection.poll(self._timeout):
                 self.close()
-                return _HUNG, None
-            found: tuple[tuple[str, str] | None, str | None] = self._connection.recv()
+                return Report("Hung", f"the process was silent for {self._timeout:.0f} seconds", survived=False)
+            found: Report = self._connection.recv()
         except (EOFError, OSError):
             # OSError: it died before it had read the case, or in the middle of its answer.
             self._process.join()
             without = self._process.exitcode == NO_DEVICE
             self.close()
             if without:
-                raise NoDevice(f"a new process cannot use {self._arguments[1]}, whatever it runs there") from None
-            return _DIED, None
+                raise NoDevice(f"a new process cannot use {self._subject.device}, whatever it runs there") from None
+            return _DIED
         return found
 
     def close(self) -> None:

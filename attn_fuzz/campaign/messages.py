@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from attn_fuzz.findings import Finding
 from attn_fuzz.poison import POISONS
@@ -36,6 +38,8 @@ class Assignment:
     small calls at a time."""
     stop_at_first: bool = False
     """End the assignment with the first finding."""
+    without: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Of a user's backend: capabilities as they were found out (``campaign.limits``)."""
 
 
 @dataclasses.dataclass

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import torch
 
@@ -103,6 +103,7 @@ def plan(
     stop_at_first: bool = False,
     ranks: Sequence[int] = (1,),
     tensor_ranks: Sequence[int] = (1,),
+    without: Mapping[str, Any] | None = None,
 ) -> list[Assignment]:
     """Assignments for all backends.
 
@@ -121,6 +122,7 @@ def plan(
         stop_at_first: end each assignment with its first finding.
         ranks: to draw layer cases for.
         tensor_ranks: that share the query heads of each of them.
+        without: of a user's backend: capabilities as they were found out.
     """
     jobs = [(name, gear) for gear in gears for name in names if gear != "volley" or takes_volleys(name, levels, device)]
     shards = max(1, workers // len(jobs))
@@ -149,6 +151,7 @@ def plan(
                     stop_at_first=stop_at_first,
                     ranks=tuple(ranks),
                     tensor_ranks=tuple(tensor_ranks),
+                    without=dict(without or {}),
                 )
             )
     return assignments

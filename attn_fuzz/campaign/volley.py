@@ -14,13 +14,14 @@ from attn_fuzz.campaign.messages import Assignment, Died, Finished, Progress, Tr
 from attn_fuzz.campaign.pursuit import Pursuit
 from attn_fuzz.campaign.worker import Send, hunt
 from attn_fuzz.checks.budget import beyond_doubt
+from attn_fuzz.measured import promises
 from attn_fuzz.process import DEAD_CONTEXT, context_alive, leave_memory
 from attn_fuzz.strategies import Domain
 from attn_fuzz.symptoms import Crashed, InputsChanged
 from attn_fuzz.timing import now
 from attn_fuzz.trial import SECOND_SEED
 from attn_fuzz.volley.company import Company, smallest
-from attn_fuzz.volley.gear import TURNS, Judged, Turn, judge
+from attn_fuzz.volley.gear import BY_BITS, TURNS, Judged, Turn, judge, moving
 from attn_fuzz.volley.layouts import LONGEST, Volley, compiles_for_calls, draw_volley
 from attn_fuzz.wide.layouts import Sweep
 
@@ -169,6 +170,14 @@ class VolleyHunt(Pursuit):
         z, name = worst[index]
         if not both and z <= beyond_doubt(volley.case):
             # One value seed may have bad luck.
+            return
+        promised = promises(self.backend, str(self.device), "dq")
+        if (
+            name in BY_BITS
+            and not promised
+            and (not both or index in moving(volley, self.backend, self.device, judged.turn.poison))
+        ):
+            # Nobody has promised these bits, and they come and go.
             return
         seen = "under two value seeds" if both else "once: other values did not show it"
         company = Company(volley, index, judged.turn, judged.asked)

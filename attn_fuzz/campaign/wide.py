@@ -95,7 +95,9 @@ class WideHunt(Pursuit):
         if level == "layer":
             longest = self.sweeps[size].longest[0]
             return draw_layer_case(self.random, self.backend, self.domain, documents, longest)
-        return draw_case(self.random, self.sweeps[size], self.backend, self.domain, documents)
+        # Over the whole pack a mask with thousands of rows would take minutes.
+        long = not self.masks_all
+        return draw_case(self.random, self.sweeps[size], self.backend, self.domain, documents, long=long)
 
     def crowded(self, level: str) -> bool:
         """Whether it is the turn of a call of more documents than CALL_SECONDS allow, and there is time for it."""

@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from hypothesis.errors import Flaky, HypothesisException
 
-from attn_fuzz.campaign.isolated import Isolated, NoDevice
+from attn_fuzz.campaign.isolated import Isolated, NoDevice, Subject
 from attn_fuzz.campaign.messages import (
     Assignment,
     Died,
@@ -71,7 +71,7 @@ class Hunt:
 
     def __init__(self, assignment: Assignment, send: Send) -> None:
         self.assignment, self.send = assignment, send
-        self.backend = registry.load(assignment.backend)
+        self.backend = registry.narrowed(registry.load(assignment.backend), assignment.without)
         self.device = torch.device(assignment.device)
         self.started = time.monotonic()
         self.tally = Tally()
@@ -199,7 +199,7 @@ class Hunt:
             return
         self.isolated[issue.id] = tried + 1
         self.send(Progress(copy.deepcopy(self.tally)))
-        child = Isolated(self.backend.name, str(self.device), _ISOLATED_SECONDS)
+        child = Isolated(Subject(self.backend.name, str(self.device), self.assignment.without), _ISOLATED_SECONDS)
         try:
             symptom = child.symptom(case)
         except NoDevice:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -55,12 +55,17 @@ def documents_apart(trial: Trial) -> Iterator[Symptom]:
     rows = _rows_of(case.packed_lengths, kept)
     key_rows = _rows_of(case.packed_key_lengths, kept) if case.level == "kernel" else rows
     garbage = garbage_of(case, trial.measured, _finite(trial))
-    observation = trial.observe_with(_spoiled(trial, ~rows, ~key_rows, garbage), trial.poisons[0])
+    inputs = _spoiled(trial, ~rows, ~key_rows, garbage)
+
+    def spoiled() -> Observation:
+        return trial.observe_with(inputs, trial.poisons[0])
+
+    observation = spoiled()
     tensors = "q, k, v and dout" if case.level == "kernel" else "x and dout"
     others = f"other documents' values ({garbage:g} in {tensors} of documents {_listed(case, kept)})"
     for name in ("out", "lse", "dq", "dk", "dv", "dx", "k", "v"):
         on_keys = case.level == "kernel" and name in ("dk", "dv")
-        yield from _compare(trial, observation, name, key_rows if on_keys else rows, others)
+        yield from _compare(trial, observation, name, key_rows if on_keys else rows, others, spoiled)
 
 
 def future_apart(trial: Trial) -> Iterator[Symptom]:
@@ -79,10 +84,15 @@ def future_apart(trial: Trial) -> Iterator[Symptom]:
         return
     # Finite: kernels multiply whole tiles, so that masked NaN in a row's own tile may stay NaN.
     garbage = kernel_garbage(case)
-    observation = trial.observe_with(_spoiled(trial, ~rows, ~key_rows, garbage), trial.poisons[0])
+    inputs = _spoiled(trial, ~rows, ~key_rows, garbage)
+
+    def spoiled() -> Observation:
+        return trial.observe_with(inputs, trial.poisons[0])
+
+    observation = spoiled()
     unseen = f"keys that it does not see ({garbage:g} in k and v there, and in q and dout of later rows)"
     for name in ("out", "lse", "dq"):
-        yield from _compare(trial, observation, name, rows, unseen)
+        yield from _compare(trial, observation, name, rows, unseen, spoiled)
 
 
 def _listed(case: Case, kept: list[int]) -> str:
@@ -113,16 +123,31 @@ def _spoiled(trial: Trial, rows: torch.Tensor, key_rows: torch.Tensor, garbage: 
     return dataclasses.replace(inputs, x=spoil(inputs.x, rows), dout=spoil(inputs.dout, rows))
 
 
-def _compare(trial: Trial, observation: Observation, name: str, rows: torch.Tensor, what: str) -> Iterator[Symptom]:
+def _far(trial: Trial, name: str, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Elements further apart than two runs with roundings of their own are."""
+    spread = trial.answer[name].variance.sqrt()
+    return ~((before.double() - after.double()).abs() <= 2**0.5 * LIMIT * spread) & (before != after)
+
+
+def _compare(
+    trial: Trial,
+    observation: Observation,
+    name: str,
+    rows: torch.Tensor,
+    what: str,
+    spoiled: Callable[[], Observation],
+) -> Iterator[Symptom]:
+    """What moved in some rows of a result, ``spoiled`` being another run like the one observed."""
     before, after = trial.observations[0].results.get(name), observation.results.get(name)
     if before is None or after is None or before.shape != after.shape or len(before) != len(rows):
         return
     if trial.repeats(name) and trial.case.level == "kernel":
         # Layers hold matrix products over all tokens, whose rounding is torch's affair.
         moved = moved_bits(before, after)
+        if moved[rows].any() and not trial.moves_for(name, spoiled):
+            moved = _far(trial, name, before, after)
     else:
-        spread = trial.answer[name].variance.sqrt()
-        moved = ~((before.double() - after.double()).abs() <= 2**0.5 * LIMIT * spread) & (before != after)
+        moved = _far(trial, name, before, after)
     moved = moved.reshape(len(moved), -1) & rows[:, None]
     if found := moved.any(1).nonzero()[:, 0].tolist():
         document, row = trial.document_of(name, found[0])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from attn_fuzz.measured import promises
 from attn_fuzz.observation import differing
 from attn_fuzz.symptoms import InputsChanged, MissingResult, NotRepeatable, PoisonLeaked, Symptom, WroteOutside
 from attn_fuzz.trial import Trial
@@ -55,14 +56,15 @@ def unwritten_unread(trial: Trial) -> Iterator[Symptom]:
                 nan=True,
             )
     if len(trial.observations) == 2:
+        second = trial.observations[1].poison
         for name in differing(*trial.observations):
-            if not trial.repeats(name) or trial.observations[0].results[name].isnan().any():
+            if trial.observations[0].results[name].isnan().any() or not trial.repeats(name):
                 continue
-            if _by_poison(trial, name):
+            if _by_poison(trial, name) and trial.moves_for(name, lambda: trial.observe(second)):
                 yield PoisonLeaked(
                     "unwritten", name, "its bits change with the contents of memory that nobody has written"
                 )
-            else:
+            elif promises(trial.backend, str(trial.device), name):
                 yield NotRepeatable(
                     "repeatable", name, "two runs of the same call gave other bits, and not for what memory held"
                 )

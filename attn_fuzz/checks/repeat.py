@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 
 from attn_fuzz.execute import require_support
-from attn_fuzz.observation import differing
+from attn_fuzz.observation import Observation, differing
 from attn_fuzz.process import lacks_memory
 from attn_fuzz.smaller_layouts import fewer_documents, one_shorter
 from attn_fuzz.symptoms import NotRepeatable, Symptom, WrongPath
@@ -18,10 +18,13 @@ from backends.kernel import UnsupportedCase
 def repeats_itself(trial: Trial) -> Iterator[Symptom]:
     """A, then B (a document less, or a shorter one), then A again: the bits of the first time."""
     first = trial.observations[0]
-    _run_smaller(trial)
-    again = trial.observe(first.poison)
-    for name in differing(first, again):
-        if trial.repeats(name):
+
+    def again() -> Observation:
+        _run_smaller(trial)
+        return trial.observe(first.poison)
+
+    for name in differing(first, again()):
+        if trial.moves_for(name, again):
             yield NotRepeatable(
                 "repeatable", name, "the same call gave other bits than the first time, after others in between"
             )

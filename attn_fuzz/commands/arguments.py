@@ -53,6 +53,9 @@ GearOption = Annotated[
 ]
 FirstOption = Annotated[bool, typer.Option("--first", help="Stop each backend at its first finding.")]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes at a time.")]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="What it declares and does not take is a finding, and no limit.")
+]
 StoreOption = Annotated[Path, typer.Option(help="Folder of findings.")]
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from attn_fuzz import show
+from attn_fuzz.campaign.limits import Inferred, Limit, finding_of, inferred
 from attn_fuzz.campaign.plan import available_backends, default_workers, plan, require_available, takes_volleys
 from attn_fuzz.campaign.pool import Outcome, Pool
 from attn_fuzz.commands.arguments import (
@@ -27,6 +28,7 @@ from attn_fuzz.commands.arguments import (
     SecondsOption,
     SeedOption,
     StoreOption,
+    StrictOption,
     TensorRanksOption,
     UsageError,
     WorkersOption,
@@ -34,7 +36,7 @@ from attn_fuzz.commands.arguments import (
     device_of,
     gears_of,
 )
-from attn_fuzz.commands.screen import Screen, results_console
+from attn_fuzz.commands.screen import Screen, progress_console, results_console
 from attn_fuzz.environment import environment
 from attn_fuzz.findings import Finding
 from attn_fuzz.poison import POISONS
@@ -94,8 +96,14 @@ def _fuzz(
     store: Path,
     as_json: bool,
     named: bool = True,
+    strict: bool | None = None,
 ) -> None:
-    """A campaign from assignments to exit status; ``named``: somebody asked for these very backends."""
+    """A campaign from assignments to exit status.
+
+    Args:
+        named: somebody asked for these very backends.
+        strict: of a user's backend, whether limits are findings; None for one of ours, which is not asked for any.
+    """
     if seconds is not None and cases is not None:
         raise UsageError("--seconds and --cases exclude each other")
     if seconds is not None and math.isnan(seconds):
@@ -116,6 +124,7 @@ def _fuzz(
     kept.prepare()
     if cases is None and seconds is None:
         seconds = DEFAULT_SECONDS
+    found_out = Inferred() if strict is None else _found_out(names[0], where, dtypes, workers)
     together = max(ranks or (1,)) * max(tensor_ranks or (1,))
     if together > MAX_RANKS:
         raise UsageError(f"--ranks and --tensor-ranks make {together} ranks, each a process; {MAX_RANKS} are the most")
@@ -134,6 +143,7 @@ def _fuzz(
         stop_at_first=first,
         ranks=tuple(dict.fromkeys(ranks or (1,))),
         tensor_ranks=tuple(dict.fromkeys(tensor_ranks or (1,))),
+        without=found_out.without,
     )
     unstored: list[StoreError] = []
     with Screen(names, assignments[0].seconds, cases) as screen:
@@ -146,12 +156,18 @@ def _fuzz(
                 # The campaign goes on; the finding is printed at the end in any case.
                 unstored.append(error)
 
+        forbidden = [finding_of(limit, names[0], where) for limit in found_out.limits] if strict else []
+        for finding in forbidden:
+            keep(finding)
         outcome = Pool(assignments, processes, screen.update, keep, seconds).run()
+    outcome.findings[:0] = forbidden
     if as_json:
-        typer.echo(json.dumps(campaign_dict(outcome, where, seed, poisons)))
+        told = campaign_dict(outcome, where, seed, poisons)
+        typer.echo(json.dumps(told | {"limits": [limit.to_dict() for limit in found_out.limits]}))
     else:
         console = results_console()
         console.print(show.campaign_table(outcome))
+        show.print_limits(console, found_out.limits)
         show.print_findings(console, outcome.findings, str(store))
         console.print(f"seed {seed}" + (", interrupted" if outcome.interrupted else ""))
     for trouble in (*unstored, *outcome.troubles):
@@ -161,6 +177,16 @@ def _fuzz(
         refused = outcome.tallies[name].refused
         typer.echo(f"attn-fuzz: {name} took none of the {refused} cases drawn for it, so nothing was tested", err=True)
     raise typer.Exit(2 if unstored or outcome.troubles else 1 if outcome.findings else 2 if idle else 0)
+
+
+def _found_out(name: str, where: str, dtypes: tuple[str, ...], workers: int | None) -> Inferred:
+    """What a user's kernel takes of what it declares; told while it is found out."""
+
+    def tell(limit: Limit) -> None:
+        progress_console.print(f"limit found: {limit.axis} {limit.how}", markup=False, soft_wrap=True)
+
+    progress_console.print(f"asking what {name} takes", markup=False, soft_wrap=True)
+    return inferred(name, where, dtypes, workers or default_workers(where), tell)
 
 
 def _levels(level: list[str] | None, ranks: list[int] | None) -> tuple[str, ...]:
@@ -233,9 +259,14 @@ def check(
     first: FirstOption = False,
     workers: WorkersOption = None,
     store: StoreOption = DEFAULT_STORE,
+    strict: StrictOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fuzz your own kernel, by itself and inside the buffered layer."""
+    """Fuzz your own kernel, by itself and inside the buffered layer.
+
+    First a few calls find out which dtypes, head dimensions, grouped heads, windows and memory layouts it takes; what
+    it does not is listed as a limit, and the campaign goes on without it.
+    """
     _fuzz(
         (_user_object(kernel, "FUNCTION"),),
         device_of(device),
@@ -252,6 +283,7 @@ def check(
         workers=workers,
         store=store,
         as_json=as_json,
+        strict=strict,
     )
 
 
@@ -265,6 +297,7 @@ def check_layer(
     first: FirstOption = False,
     workers: WorkersOption = None,
     store: StoreOption = DEFAULT_STORE,
+    strict: StrictOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Fuzz your own attention layer: micro-sequences forward, then backward in reverse (docs/your_layer.md)."""
@@ -283,4 +316,5 @@ def check_layer(
         workers=workers,
         store=store,
         as_json=as_json,
+        strict=strict,
     )

@@ -12,7 +12,7 @@ import torch
 import typer
 
 from attn_fuzz import show
-from attn_fuzz.campaign.isolated import FATAL, Isolated
+from attn_fuzz.campaign.isolated import FATAL, Isolated, Subject
 from attn_fuzz.campaign.plan import available_backends, require_available
 from attn_fuzz.campaign.pool import HANG_SECONDS
 from attn_fuzz.cases_on_disk import REGRESSIONS, Seed, find_seed
@@ -46,7 +46,7 @@ def _verdict(name: str, case: Case, device: str) -> Verdict | str:
 
 def _verdict_of_survivors(name: str, case: Case, device: str) -> Verdict | str:
     """The verdict on a case that may end its process or never come back: tried in another one first."""
-    child = Isolated(name, device, HANG_SECONDS)
+    child = Isolated(Subject(name, device), HANG_SECONDS)
     try:
         symptom = child.fatal(case)
     finally:

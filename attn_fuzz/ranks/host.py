@@ -10,6 +10,8 @@ import subprocess
 import sys
 from typing import Any, Final
 
+from attn_fuzz.heap import fill_in_children
+
 MESSAGE: Final = 1 << 16
 """The longest request or answer, in bytes."""
 
@@ -39,7 +41,12 @@ class Host:
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=2,
-            env={**os.environ, "PYTHONPATH": path, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
+            env={
+                **os.environ,
+                **fill_in_children(os.environ),
+                "PYTHONPATH": path,
+                "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            },
         )
         theirs.close()
         self._socket = ours

@@ -21,6 +21,7 @@ from typing import Any, Final
 import torch
 
 import attn_fuzz.ranks.slices  # noqa: F401  ranks are asked for its functions, and it takes seconds to import
+from attn_fuzz.poison import POISONS, poisoned
 from attn_fuzz.process import set_up_process
 from attn_fuzz.ranks.host import MAX_RANKS, MESSAGE
 from attn_fuzz.ranks.member import Seat, serve
@@ -96,9 +97,9 @@ def _serve(control: socket.socket) -> None:
 def _prepare() -> None:
     """Whatever takes long the first time, before anybody is forked."""
     set_up_process("cpu")
-    # Switching this on imports a compiler.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.use_deterministic_algorithms(False)
+    for poison in POISONS:
+        with poisoned(poison, torch.device("cpu")):
+            pass
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def _primed(like: torch.Tensor, keys: torch.Tensor, value: float) -> None:
 def _memory(loaded: Loaded, poison: str, *, compiled: bool) -> Iterator[None]:
     """Unwritten memory holds a poison, of a CPU for all calls together; a GPU's is filled call by call."""
     if loaded.device.type == "cuda":
-        # Deterministic mode would choose other kernels.
+        # Filling every allocation by itself would take longer than many a call.
         yield
         return
     with poisoned(poison, loaded.device, compiled=compiled):
@@ -81,6 +81,15 @@ class _Shot:
     attended: Attended
     gradients: dict[str, torch.Tensor]
     spent: bool = False
+
+
+def _copies(gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients in memory of their own: a backward may hand out the same again to the next call.
+
+    One operation for all of them, since calls are short.
+    """
+    together = torch.cat([x.reshape(-1) for x in gradients]).split([x.numel() for x in gradients])
+    return [copy.view(x.shape) for copy, x in zip(together, gradients, strict=True)]
 
 
 def _one(loaded: Loaded, index: int, backend: Backend, poison: str, how: How) -> _Shot:
@@ -105,7 +114,7 @@ def _one(loaded: Loaded, index: int, backend: Backend, poison: str, how: How) ->
                 raise
             # A backward that gives back what it saved, and says so, is nobody's mistake.
             return _Shot(attended, {}, spent=True)
-    return _Shot(attended, {f"d{name}": x for name, x in zip(asked.gradients, gradients, strict=True)})
+    return _Shot(attended, {f"d{name}": x for name, x in zip(asked.gradients, _copies(gradients), strict=True)})
 
 
 class _Collector:

@@ -139,8 +139,9 @@ def _simpler(company: Company) -> Iterator[Company | None]:
 
 _STEPS: Final[tuple[Callable[[Company], Iterator[Company | None]], ...]] = (
     _fewer_calls,
-    _fewer_documents,
+    # Before single documents, because every later attempt costs less.
     _shorter,
+    _fewer_documents,
     _simpler,
 )
 

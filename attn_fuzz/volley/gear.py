@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 import torch
 
 from attn_fuzz.checks.budget import LIMIT, limit
+from attn_fuzz.measured import TIMES, promises
 from attn_fuzz.symptoms import (
     DeadRowsNotZero,
     NotIsolated,
@@ -21,7 +22,8 @@ from attn_fuzz.symptoms import (
 from attn_fuzz.volley.firing import APART, NAMES, PROBED, TAILS, Firing
 from attn_fuzz.volley.layouts import Volley
 from attn_fuzz.volley.questions import QUESTIONS
-from attn_fuzz.wide.judge import COLUMNS, largest_z
+from attn_fuzz.wide.gear import promised
+from attn_fuzz.wide.judge import COLUMNS, largest_z, other_bits
 from backends.registry import Backend
 from reference.case import Case
 
@@ -96,6 +98,27 @@ class Judged:
         worst = self.worst()
         beyond = [index for index, (z, _) in enumerate(worst) if z > LIMIT]
         return sorted(beyond, key=lambda index: -worst[index][0])
+
+
+def moving(volley: Volley, backend: Backend, device: torch.device, poison: str) -> list[int]:
+    """Calls some of whose results have other bits from one run to the next, of those that are promised by no one.
+
+    Args:
+        volley: the calls.
+        backend: what runs them.
+        device: where.
+        poison: contents of unwritten memory, the same in each run.
+    """
+    names = [name for name in promised(backend, device) if not promises(backend, str(device), name)]
+    firing = Firing(volley, backend, device, poison, len(volley.ends), lambda: None)
+    found = torch.zeros(len(volley.case.packed_lengths), dtype=torch.bool, device=device)
+    for _ in range(TIMES - 1 if names else 0):
+        found |= other_bits(volley.case, firing.first, firing.run(firing.loaded, poison), names)
+    return [index for index, span in enumerate(volley.spans) if found[slice(*span)].any()]
+
+
+BY_BITS: Final = ("bits", APART)
+"""Columns of ``NAMES`` that are about bits which must not move."""
 
 
 class Turn(NamedTuple):

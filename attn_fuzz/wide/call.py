@@ -60,7 +60,7 @@ def _poisoned_results(call: Call, poison: str, *, compiled: bool) -> Iterator[No
         with poisoned(poison, call.device, compiled=compiled):
             yield
         return
-    # Deterministic mode would choose other kernels. The caching allocator hands these blocks out again.
+    # Filled without a kernel of ours before every allocation: the caching allocator hands these blocks out again.
     fill, tensors = filler(poison), call.placed.values()
     blocks = [torch.full_like(item.tensor, fill, memory_format=torch.contiguous_format) for item in tensors]
     blocks.append(torch.full(call.inputs.q.shape[:2], fill, dtype=torch.float32, device=call.device))

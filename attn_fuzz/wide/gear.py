@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from attn_fuzz.checks.budget import limit
-from attn_fuzz.measured import measured
+from attn_fuzz.measured import TIMES, measured, promises
 from attn_fuzz.process import raise_lack_of_memory
 from attn_fuzz.symptoms import Crashed, PoisonLeaked, Symptom, WrongSpread, wrong_tensor
 from attn_fuzz.trial import SECOND_SEED
@@ -78,6 +78,17 @@ def promised(backend: Backend, device: torch.device) -> tuple[str, ...]:
     return tuple(name for name in KERNEL_TENSORS if repeats(name))
 
 
+def _moving(call: Call, backend: Backend, first: dict[str, torch.Tensor], names: Sequence[str]) -> torch.Tensor:
+    """Documents whose bits differ from one run to the next of the same call, of results that are promised by no one."""
+    found = torch.zeros(len(call.case.packed_lengths), dtype=torch.bool, device=call.device)
+    if unstated := [name for name in names if not promises(backend, str(call.device), name)]:
+        for _ in range(TIMES - 1):
+            again, wrong = _attempt(call, backend, "nan")
+            if wrong is None:
+                found |= other_bits(call.case, first, again, unstated)
+    return found
+
+
 def verdicts(call: Call, backends: Sequence[Backend], *, screened: bool = True, twice: bool = False) -> list[Outcome]:
     """Runs backends on one call and judges every document.
 
@@ -99,9 +110,13 @@ def verdicts(call: Call, backends: Sequence[Backend], *, screened: bool = True, 
     for index, backend in enumerate(backends):
         found, wrong = _attempt(call, backend, "nan")
         if wrong is None and twice and (names := promised(backend, call.device)):
+            # The second run may write to what the first one handed back.
+            found = {name: x.clone() for name, x in found.items()}
             again, wrong = _attempt(call, backend, "finite")
             if wrong is None:
                 moved[index] = other_bits(call.case, found, again, names)
+                if moved[index].any():
+                    moved[index] &= ~_moving(call, backend, found, names)
         if wrong is not None:
             broken[index] = wrong
         results.append(found)

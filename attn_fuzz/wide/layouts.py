@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.layout_strategies import TILE_EDGES
+from attn_fuzz.layout_strategies import FEW_KEYS, LONG_ROWS, TILE_EDGES, takes_few_keys
 from attn_fuzz.strategies import Domain, usual_scales
 from backends.registry import Backend
 from reference.case import Case
@@ -24,6 +24,21 @@ WINDOW_SIDES: Final = (0, 1, 2, 7, 15, 16, 31, 63, 64)
 
 VALUES: Final = ("gaussian", "gaussian", "gaussian", "large", "offset")
 """Continuous modes only: what is structured on purpose is the narrow gear's."""
+
+_MANY_HEADS: Final = 0.15
+"""Share of calls with groups above 8, or more heads than 32."""
+
+USUAL_HEADS: Final = 16
+"""Of more heads fewer documents are drawn, or shorter ones."""
+
+_WIDEST: Final = 1024
+"""Channels of so many heads together, where head dimensions that small are taken: a layer's weights take the square."""
+
+_LONG_ROWS: Final = 0.2
+"""Share of calls in which one document has thousands of queries, where it may."""
+
+_LONG_WORK: Final = 1 << 23
+"""Products of a query's and a key's channels in that document, a fifth of a volley's on a CPU."""
 
 _ATTEMPTS: Final = 50
 
@@ -96,8 +111,7 @@ def draw_options(random: Random, domain: Domain, *, every: bool = False) -> dict
     if capabilities.window and random.random() < 0.4:
         left = random.choice(WINDOW_SIDES)
         window = (left, -1 if causal else random.choice((left, random.choice(WINDOW_SIDES))))
-    heads, kv_heads = random.choice(domain.head_groups[:some])
-    head_dim = random.choice(domain.head_dims[:some])
+    heads, kv_heads, head_dim = _draw_heads(random, domain, some)
     return {
         "heads": heads,
         "kv_heads": kv_heads,
@@ -113,8 +127,43 @@ def draw_options(random: Random, domain: Domain, *, every: bool = False) -> dict
     }
 
 
+def _draw_heads(random: Random, domain: Domain, some: int | None) -> tuple[int, int, int]:
+    """(heads, kv_heads, head_dim), of the first ``some`` of each; many heads now and then, as narrow as they may be."""
+    groups, dims = domain.head_groups[:some], domain.head_dims[:some]
+    if domain.many_heads and random.random() < _MANY_HEADS:
+        groups = domain.many_heads
+    heads, kv_heads = random.choice(groups)
+    if heads > USUAL_HEADS or heads > 8 * kv_heads:
+        dims = tuple(dim for dim in domain.head_dims if heads * dim <= _WIDEST)[:some] or (min(domain.head_dims),)
+    return heads, kv_heads, random.choice(dims)
+
+
+def _with_long_row(
+    random: Random, lengths: torch.Tensor, keys: torch.Tensor, options: dict[str, object], domain: Domain
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(queries, keys) with a document of thousands of queries and few keys in place of another, where those are taken.
+
+    Fewer keys the more channels there are, and no such document where even one key takes too long.
+    """
+    rows, place = random.choice(LONG_ROWS), random.randrange(len(lengths))
+    width = int(options["heads"]) * int(options["head_dim"])  # type: ignore[call-overload]
+    most = min(FEW_KEYS, _LONG_WORK // (rows * width))
+    if not most or not takes_few_keys(domain.capabilities, causal=bool(options["causal"])):
+        return lengths, keys
+    lengths, keys = lengths.clone(), keys.clone()
+    lengths[place], keys[place] = rows, random.randint(1, most)
+    return lengths, keys
+
+
 def draw_case(
-    random: Random, sweep: Sweep, backend: Backend, domain: Domain, documents: int, *, every: bool = False
+    random: Random,
+    sweep: Sweep,
+    backend: Backend,
+    domain: Domain,
+    documents: int,
+    *,
+    every: bool = False,
+    long: bool = True,
 ) -> Case | None:
     """A packed call that the backend takes, or None where fifty draws were all refused.
 
@@ -123,12 +172,15 @@ def draw_case(
         sweep: where the walk through pairs of lengths stands; it moves on.
         backend: what will run it.
         domain: the options that it takes.
-        documents: how many.
+        documents: how many; fewer where they have many heads.
         every: from all options, rather than those that cost least.
+        long: whether one of the documents may have thousands of queries.
     """
+    long = long and random.random() < _LONG_ROWS
     for attempt in range(_ATTEMPTS):
-        lengths, keys = draw_lengths(random, dataclasses.replace(sweep), documents)
         options = draw_options(random, domain, every=every)
+        fewer = max(1, min(documents, documents * USUAL_HEADS // int(options["heads"])))  # type: ignore[call-overload]
+        lengths, keys = draw_lengths(random, dataclasses.replace(sweep), fewer)
         # Some limits concern certain pairs of lengths whatever the options: later draws are plainer.
         if attempt > 10:
             options["window"] = (-1, -1)
@@ -138,6 +190,8 @@ def draw_case(
             lengths, keys = lengths[there], keys[there]
         if attempt > 5:
             keys = torch.maximum(keys, lengths)
+        if long and len(lengths) and attempt <= 5:
+            lengths, keys = _with_long_row(random, lengths, keys, options, domain)
         if not lengths.sum() or not keys.sum():
             continue
         case = Case(
@@ -147,6 +201,6 @@ def draw_case(
             **options,  # type: ignore[arg-type]
         )
         if backend.refusal(case, domain.device) is None:
-            sweep.take(documents - documents // 3)
+            sweep.take(fewer - fewer // 3)
             return case
     return None

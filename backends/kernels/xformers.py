@@ -27,10 +27,7 @@ def _why_not_loaded(library: str) -> str | None:
 
 
 class Xformers(Kernel):
-    """``xformers.ops.memory_efficient_attention`` over one packed batch element, its CUTLASS kernel chosen.
-
-    Its FlashAttention backward refuses to run in torch's deterministic mode, which the harness needs.
-    """
+    """``xformers.ops.memory_efficient_attention`` over one packed batch element, its CUTLASS kernel chosen."""
 
     name = "xformers"
     paths = frozenset({"xformers cutlass"})

@@ -1,0 +1,340 @@
+"""What a user's kernel takes, found out before it is fuzzed: each limit is named once instead of ending the campaign.
+
+Small cases run in processes of their own, where a crash costs an answer: dtypes, head dimensions, grouped heads,
+windows and memory layouts that the kernel's declaration allows. What raises, dies or never comes back there is a limit;
+the campaign goes on without it. What comes back wrong is none: that is for the campaign to find.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
+
+from attn_fuzz.campaign.isolated import Isolated, Report, Subject
+from attn_fuzz.environment import environment
+from attn_fuzz.findings import Finding
+from attn_fuzz.strategies import Domain
+from backends import registry
+from backends.kernel import BackendUnavailable
+from backends.known import KnownIssue, built_on, issues_below
+from backends.registry import Backend, calls_of
+from reference.case import Case, CaseError
+
+LENGTHS: Final = (5, 33, 16)
+
+ANSWER_SECONDS: Final = 150.0
+"""After which a call counts as hung: compilers take up to half a minute for one."""
+
+ASKING_SECONDS: Final = 45.0
+"""Beyond the plain cases; what has not been asked by then is taken to be as declared."""
+
+CHILDREN: Final = 6
+"""Processes that ask side by side, at most."""
+
+NO_KERNEL: Final = (
+    "ImportError",
+    "ModuleNotFoundError",
+    "NameError",
+    "UnboundLocalError",
+    "AttributeError",
+    "KeyError",
+)
+"""Exceptions that say that something is missing in or around a kernel, rather than that it computes wrongly."""
+
+_NO_GRADIENT: Final = "does not require grad"
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """Something that a user's kernel does not take."""
+
+    axis: str
+    """Such as ``memory misaligned``."""
+    how: str
+    """``refused`` by a typed error or an ordinary one, ``crashed``, ``hung``, or ``wrong`` for a known fault below."""
+    message: str
+    case: Case
+    below: str | None = None
+    """The known fault below the kernel that explains it, with where it is reported."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "case": self.case.to_dict()}
+
+
+def finding_of(limit: Limit, backend: str, device: str) -> Finding:
+    """The finding that a limit is where nothing may be one."""
+    symptom = {"crashed": "Crashed", "hung": "Hung"}.get(limit.how, "Refused")
+    note = () if limit.below is None else (f"Known below it: {limit.below}",)
+    return Finding(
+        backend=backend,
+        device=device,
+        symptom=symptom,
+        checks=("limits",),
+        messages=(f"{symptom} [limits] {limit.axis}: {limit.message}", *note),
+        case=limit.case,
+        original_case=limit.case,
+        cases_to_find=0,
+        seconds_to_find=0.0,
+        environment=environment(device),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Inferred:
+    """What was found out."""
+
+    limits: tuple[Limit, ...] = ()
+    without: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Capabilities that the campaign goes on with, where they are not those declared."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Question:
+    axis: str
+    case: Case
+
+
+def _plain(backend: Backend, domain: Domain, dtype: str) -> Case:
+    """A case as plain as the backend's declaration allows."""
+    stated = domain.capabilities
+    options: dict[str, Any] = {"dtype": dtype, "causal": stated.causal, "heads": 2, "kv_heads": 2}
+    if stated.configurations:
+        chosen = next((c for c in stated.configurations if c.dtype == dtype), stated.configurations[0])
+        options |= {**chosen._asdict(), "window": (-1, -1)}
+    else:
+        options["head_dim"] = 64 if 64 in domain.head_dims else max(domain.head_dims)
+    if "kernel" in backend.levels:
+        return Case(level="kernel", lengths=LENGTHS, **options)
+    return Case(lengths=LENGTHS, hidden=16, cuts=(3, 20) if stated.causal else (5, 38), **options)
+
+
+_FLOOR: Final = (1, 8, 16)
+_OTHER_DIMS: Final = (5, 24, 36, 80, 256, 320, 192, 128)
+"""One of each kind: odd, multiples of 4 and of 8, powers of two; and the largest."""
+
+
+def _questions(base: Case, domain: Domain, dtypes: Sequence[str]) -> Iterator[_Question]:
+    """What is most often not taken first."""
+    stated = domain.capabilities
+    if stated.configurations:
+        return
+    few = stated.head_dims[:_MOST_DIMS]
+    yield from (_Question(f"head_dim {dim}", base.replace(head_dim=dim)) for dim in few or _FLOOR)
+    if base.level == "kernel" and "misaligned" in stated.memories:
+        # Addresses that are off by an element are something else for elements of another size.
+        for dtype in (base.dtype, *(dtype for dtype in dtypes if dtype != base.dtype)):
+            yield _Question("memory misaligned", base.replace(memory="misaligned", dtype=dtype))
+        # Seen to give NaN, and no error, where others end in one.
+        many = {"lengths": (1, 6, 1, 4, 1), "memory": "misaligned", "values": "ties", "seed": 4}
+        yield _Question("memory misaligned", base.replace(**many))
+    if stated.gqa:
+        yield _Question("grouped heads", base.replace(heads=4, kv_heads=2))
+    if stated.window and stated.causal:
+        yield _Question("window, causal", base.replace(causal=True, window=(7, -1)))
+    if stated.window and stated.noncausal and not stated.window_needs_causal:
+        cuts = {} if base.level == "kernel" else {"cuts": (5, 38)}
+        yield _Question("window, non-causal", base.replace(causal=False, window=(7, 3), **cuts))
+    if base.level == "kernel":
+        others = (memory for memory in stated.memories if memory not in ("misaligned", "contiguous"))
+        yield from (_Question(f"memory {memory}", base.replace(memory=memory)) for memory in others)
+    yield from (_Question(f"head_dim {dim}", base.replace(head_dim=dim)) for dim in _OTHER_DIMS if not few)
+
+
+_MOST_DIMS: Final = 8
+"""Of those that a kernel names so many are asked about."""
+
+
+def _asked(base: Case, backend: Backend, domain: Domain, dtypes: Sequence[str]) -> list[_Question]:
+    """The questions that the declaration allows."""
+    found = []
+    for question in _questions(base, domain, dtypes):
+        try:
+            case = question.case
+            drawn = case.head_dim in domain.head_dims and case != base
+            if drawn and backend.refusal(case, domain.device) is None:
+                found.append(question)
+        except CaseError:
+            continue
+    return found
+
+
+_Asked = TypeVar("_Asked")
+_Found = TypeVar("_Found")
+
+
+class _Children:
+    """Answers from processes of their own, a few side by side."""
+
+    def __init__(self, subject: Subject, children: int) -> None:
+        self._subject, self._children = subject, children
+        self._own = threading.local()
+        self._made: list[Isolated] = []
+
+    def _child(self) -> Isolated:
+        if not hasattr(self._own, "child"):
+            self._own.child = Isolated(self._subject, ANSWER_SECONDS)
+            self._made.append(self._own.child)
+        child: Isolated = self._own.child
+        return child
+
+    def plain(self, cases: Sequence[Case]) -> list[Report]:
+        """What came of plain cases, with the operators that ran."""
+        return self._side_by_side(lambda case: self._child().report(case, operators=True), cases)
+
+    def answers(self, questions: Sequence[_Question], deadline: float) -> list[Report | None]:
+        """What came of each question; None for those of an axis that has failed, and for which there was no time."""
+        failed: set[str] = set()
+
+        def ask(question: _Question) -> Report | None:
+            if question.axis in failed or time.monotonic() > deadline:
+                return None
+            report = self._child().report(question.case)
+            if _how(report) is not None:
+                failed.add(question.axis)
+            return report
+
+        return self._side_by_side(ask, questions)
+
+    def _side_by_side(self, work: Callable[[_Asked], _Found], items: Sequence[_Asked]) -> list[_Found]:
+        with ThreadPoolExecutor(self._children) as pool:
+            try:
+                return list(pool.map(work, items))
+            except BaseException:
+                # Ctrl-C comes to this thread: what the others wait for ends with their children.
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """Ends all of them."""
+        for child in self._made:
+            child.close()
+        self._made.clear()
+        self._own = threading.local()
+
+
+def _how(report: Report) -> str | None:
+    """How a case was not taken, or None where it was, right or wrong."""
+    if report.refusal is not None:
+        return "refused"
+    if report.symptom == "Hung":
+        return "hung"
+    if report.symptom == "Crashed":
+        return "crashed"
+    return None
+
+
+def _limit(question: _Question, report: Report | None, device: str, operators: Sequence[str]) -> Limit | None:
+    if report is None:
+        return None
+    how = _how(report)
+    below = next(
+        (issue for issue in issues_below(device, question.case, calls_of(question.case)) if built_on(issue, operators)),
+        None,
+    )
+    if how is None and (report.symptom is None or below is None):
+        return None
+    message = report.refusal or report.message
+    return Limit(question.axis, how or "wrong", message, question.case, _cited(below))
+
+
+def _cited(below: KnownIssue | None) -> str | None:
+    return None if below is None else f"{below.id}: {below.about} ({below.reference})"
+
+
+def _unusable(name: str, reports: Sequence[Report]) -> str | None:
+    """Why a kernel is none that can be tested, in one sentence, where every plain case says so."""
+    if not all(
+        report.error in NO_KERNEL or report.symptom == "MissingResult" or _NO_GRADIENT in report.message
+        for report in reports
+    ):
+        return None
+    said = reports[0].message
+    hint = "; declare what it takes, or make its output differentiable" if _NO_GRADIENT in said else ""
+    return f"{name} cannot be tested: {said}{hint}"
+
+
+def inferred(name: str, device: str, dtypes: Sequence[str], children: int, tell: Callable[[Limit], None]) -> Inferred:
+    """Asks a user's kernel or layer what it takes of what it declares.
+
+    Args:
+        name: of the backend.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        dtypes: that the campaign is about; none for all that are declared.
+        children: processes side by side.
+        tell: called with each limit as it is found.
+
+    Raises:
+        BackendUnavailable: where nothing of it can be tested, with the reason in one sentence.
+    """
+    backend, kind = registry.load(name), device.partition(":")[0]
+    domain = Domain.of(backend.kernel.capabilities_on(kind), kind, dtypes)
+    asking = _Children(Subject(name, device, judged=False), min(children, CHILDREN))
+    try:
+        plain = [_plain(backend, domain, dtype) for dtype in domain.dtypes]
+        reports: list[Report | None] = [*(answers := asking.plain(plain))]
+        if (sentence := _unusable(name, answers)) is not None:
+            raise BackendUnavailable(sentence)
+        working = [case for case, report in zip(plain, answers, strict=True) if _how(report) is None]
+        if not working:
+            # It fails wherever it is called: that is a finding, and the campaign's.
+            return Inferred()
+        operators = sorted({operator for report in answers for operator in report.operators})
+        questions = [_Question(f"dtype {case.dtype}", case) for case in plain]
+        base = next((case for case in working if case.dtype == "bf16"), working[-1])
+        more = _asked(base, backend, domain, [case.dtype for case in working])
+        reports += asking.answers(more, time.monotonic() + ASKING_SECONDS)
+    finally:
+        asking.close()
+    limits: list[Limit] = []
+    right: set[int] = {base.head_dim}
+    for question, report in zip([*questions, *more], reports, strict=True):
+        limit = _limit(question, report, kind, operators)
+        if limit is None and report is not None and question.axis.startswith("head_dim"):
+            right.add(question.case.head_dim)
+        if limit is not None and limit.axis not in {each.axis for each in limits}:
+            limits.append(limit)
+            tell(limit)
+    return Inferred(tuple(limits), without_of(limits, right, domain))
+
+
+def without_of(limits: Sequence[Limit], right: set[int], domain: Domain) -> dict[str, Any]:
+    """Capabilities without the limits.
+
+    Args:
+        limits: what was found.
+        right: head dimensions that were taken.
+        domain: of the declared capabilities.
+    """
+    stated, axes = domain.capabilities, {limit.axis for limit in limits}
+    without: dict[str, Any] = {}
+    if dtypes := {axis.split()[1] for axis in axes if axis.startswith("dtype ")}:
+        without["dtypes"] = tuple(dtype for dtype in stated.dtypes if dtype not in dtypes)
+    if memories := {axis.split()[1] for axis in axes if axis.startswith("memory ")}:
+        without["memories"] = tuple(memory for memory in stated.memories if memory not in memories)
+    if dims := {int(axis.split()[1]) for axis in axes if axis.startswith("head_dim ")}:
+        without["head_dims"] = tuple(dim for dim in domain.head_dims if taken(dim, right, dims))
+    if "grouped heads" in axes:
+        without["gqa"] = False
+    if "window, causal" in axes:
+        without["window"] = False
+    elif "window, non-causal" in axes:
+        without["window_needs_causal"] = True
+    return without
+
+
+def _kind_of(dim: int) -> str:
+    """Head dimensions of a kind are taken or not together: powers of two, multiples of 8, all others."""
+    return "rest" if dim % 8 else "power of two" if dim & (dim - 1) == 0 else "multiple of 8"
+
+
+def taken(dim: int, right: set[int], wrong: set[int]) -> bool:
+    """Whether a head dimension is taken: as was seen, or as the nearest one of its kind that was asked."""
+    alike = [other for other in sorted(right | wrong) if _kind_of(other) == _kind_of(dim)]
+    if not alike:
+        return True
+    return min(alike, key=lambda other: (abs(other - dim), -other)) in right

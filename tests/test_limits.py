@@ -1,0 +1,259 @@
+"""What a user's kernel takes is found out before it is fuzzed: limits are named, and nobody ends at them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commandline import Run
+
+from attn_fuzz.campaign import limits
+from attn_fuzz.campaign.isolated import Report, Subject, report_of
+from attn_fuzz.campaign.limits import Inferred, Limit, inferred, taken, without_of
+from attn_fuzz.examine import examine
+from attn_fuzz.strategies import Domain
+from attn_fuzz.symptoms import WrongOutput
+from backends import known, registry
+from backends.kernel import BackendUnavailable, Capabilities
+from backends.known import KnownIssue, built_on
+from reference.case import MEMORIES, Case
+
+KERNEL = """
+import os
+import torch
+
+def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale=None, causal=False):
+    FIRST
+    out = []
+    for (a, b), (c, d) in zip(cu_seqlens_q.unfold(0, 2, 1).tolist(), cu_seqlens_k.unfold(0, 2, 1).tolist()):
+        own, keys, values = (x.float().transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
+        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 0) for x in (keys, values))
+        seen = torch.ones(b - a, d - c, dtype=torch.bool)
+        seen = seen.tril(d - c - (b - a)) if causal else seen
+        scores = (own @ keys.transpose(1, 2)) * (softmax_scale or q.shape[-1] ** -0.5)
+        p = torch.exp(scores.masked_fill(~seen, -torch.inf) - scores.masked_fill(~seen, -1e30).logsumexp(-1)[..., None])
+        out.append((p.nan_to_num() @ values).transpose(0, 1).to(q.dtype) if d > c else 0 * q[a:b])
+    out = torch.cat(out) + 0 * (q.sum() + k.sum() + v.sum())
+    LAST
+
+kernel.capabilities = CAPABILITIES
+"""
+PLAIN = {"queries_without_keys": False, "isolates_nonfinite": False, "empty_documents": False, "capacity": False}
+
+
+def written(folder: Path, first: str = "pass", last: str = "return out", **capabilities: object) -> str:
+    path = folder / "limited.py"
+    text = KERNEL.replace("FIRST", first).replace("LAST", last)
+    path.write_text(text.replace("CAPABILITIES", repr(PLAIN | capabilities)))
+    return f"{path}:kernel"
+
+
+class InThisProcess:
+    """Stands for ``Isolated`` where nothing dies."""
+
+    def __init__(self, subject: Subject, timeout: float) -> None:
+        self.subject, self.backend = subject, registry.load(subject.backend)
+
+    def report(self, case: Case, *, operators: bool = False) -> Report:
+        return report_of(case, self.subject, self.backend, operators=operators)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "Isolated", InThisProcess)
+
+
+def found(name: str, dtypes: tuple[str, ...] = ()) -> Inferred:
+    return inferred(name, "cpu", dtypes, 1, lambda limit: None)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_kernel_that_takes_what_it_declares_has_no_limits(tmp_path: Path) -> None:
+    assert found(written(tmp_path, head_dims=(16, 8))) == Inferred()
+
+
+LIMITS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dtype fp16": ("assert q.dtype != torch.float16", {"dtypes": ("fp32", "bf16")}),
+    "grouped heads": ("assert q.shape[1] == k.shape[1]", {"gqa": False}),
+    "memory strided": ("assert q.stride(-1) == 1", {"memories": tuple(m for m in MEMORIES if m != "strided")}),
+    "memory misaligned": (
+        "assert q.storage_offset() % 2 == 0",
+        {"memories": tuple(m for m in MEMORIES if m != "misaligned")},
+    ),
+}
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("axis", LIMITS)
+def test_what_raises_is_a_limit_with_its_case_and_the_campaign_goes_on_without(axis: str, tmp_path: Path) -> None:
+    first, without = LIMITS[axis]
+    name = written(tmp_path, first, head_dims=(16,))
+    result = found(name)
+    assert [limit.axis for limit in result.limits] == [axis]
+    (limit,) = result.limits
+    assert limit.how in ("crashed", "refused")
+    assert dict(result.without) == without
+    backend = registry.load(name)
+    assert backend.refusal(limit.case, "cpu") is None
+    assert registry.narrowed(backend, result.without).refusal(limit.case, "cpu") is not None
+
+
+@pytest.mark.usefixtures("at_once")
+def test_floors_of_head_dim_are_found(tmp_path: Path) -> None:
+    """As of Triton's products: at least 16, and a power of two."""
+    name = written(tmp_path, "assert q.shape[-1] >= 16 and q.shape[-1] & (q.shape[-1] - 1) == 0")
+    result = found(name, ("bf16",))
+    assert result.without["head_dims"] == (16, 32, 64, 128, 256)
+    assert {"head_dim 1", "head_dim 8", "head_dim 24"} <= {limit.axis for limit in result.limits}
+
+
+@pytest.mark.usefixtures("at_once")
+def test_windows_are_asked_about_where_the_signature_has_them(tmp_path: Path) -> None:
+    name = written(tmp_path, "assert window_size == (-1, -1)", head_dims=(16,), dtypes=("fp32",))
+    path = Path(name.rpartition(":")[0])
+    path.write_text(path.read_text().replace("causal=False):", "causal=False, window_size=(-1, -1)):"))
+    result = found(f"{path}:kernel")
+    assert {limit.axis for limit in result.limits} == {"window, causal", "window, non-causal"}
+    assert result.without["window"] is False
+
+
+@pytest.mark.usefixtures("at_once")
+def test_what_fails_wherever_it_is_called_is_left_to_the_campaign(tmp_path: Path) -> None:
+    assert found(written(tmp_path, "raise RuntimeError('never')")) == Inferred()
+
+
+UNUSABLE = {
+    "an import that fails": ("import no_such_package", "return out", "No module named 'no_such_package'"),
+    "a variable that is not set": ("os.environ['NO_SUCH_VARIABLE']", "return out", "NO_SUCH_VARIABLE"),
+    "a name that is not there": ("undefined_name", "return out", "undefined_name"),
+    "a function that torch lacks": ("torch.no_such_function", "return out", "no_such_function"),
+    "nothing returned": ("pass", "return None", "NoneType"),
+    "weights beside the output": ("pass", "return out, None", "(Tensor, NoneType)"),
+    "another shape": ("pass", "return out[None]", "shape"),
+    "no gradient": ("pass", "return out.detach()", "differentiable"),
+}
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_what_is_no_kernel_is_told_in_one_sentence(what: str, tmp_path: Path) -> None:
+    first, last, words = UNUSABLE[what]
+    name = written(tmp_path, first, last, dtypes=("fp32",))
+    with pytest.raises(BackendUnavailable) as told:
+        found(name)
+    assert words in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("signature", ["(q, k, v)", "(q, k, v, cu_seqlens)", "(*, q)"])
+def test_another_signature_is_refused_before_anything_runs(signature: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.py"
+    path.write_text(f"def kernel{signature}:\n    return q\n")
+    with pytest.raises(BackendUnavailable, match="is no varlen kernel, which is called with"):
+        registry.load(f"{path}:kernel")
+
+
+def test_a_layer_that_is_built_otherwise_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.py"
+    methods = ("forward", "backward", "parameter_gradients", "key_value", "key_value_gradients")
+    path.write_text("class Layer:\n    def __init__(self): pass\n" + "".join(f"    {m} = print\n" for m in methods))
+    with pytest.raises(BackendUnavailable, match=r"built as CLASS\(weights, case\)"):
+        registry.load(f"layer:{path}:Layer")
+
+
+def test_a_crash_costs_an_answer_and_no_campaign(tmp_path: Path, attn_fuzz: Run) -> None:
+    """The command, with real processes: one layout kills them, and the campaign is clean without it."""
+    name = written(tmp_path, "q.storage_offset() % 2 and os.kill(os.getpid(), 11)", dtypes=("bf16",), head_dims=(16,))
+    options = ("--device", "cpu", "--workers", "1", "--cases", "12", "--gear", "narrow", "--level", "kernel", "--json")
+    done = attn_fuzz("check", name, *options)
+    assert done.status == 0, done.err
+    told = json.loads(done.out)
+    (limit,) = told["limits"]
+    assert (limit["axis"], limit["how"]) == ("memory misaligned", "crashed")
+    assert limit["case"]["memory"] == "misaligned"
+    assert told["cases"] == 12
+    assert told["findings"] == []
+
+
+def test_strict_makes_limits_findings(tmp_path: Path, attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(level="kernel", lengths=(1,), memory="misaligned", head_dim=16)
+    limit = Limit("memory misaligned", "crashed", "it died", case, "known: so and so")
+    monkeypatch.setattr("attn_fuzz.commands.fuzz.inferred", lambda *_: Inferred((limit,), {"memories": MEMORIES[:2]}))
+    options = ("--device", "cpu", "--workers", "1", "--cases", "4", "--gear", "narrow", "--level", "kernel", "--strict")
+    done = attn_fuzz("check", written(tmp_path, dtypes=("fp32",), head_dims=(16,)), *options, "--json")
+    assert done.status == 1, done.err
+    (finding,) = json.loads(done.out)["findings"]
+    assert (finding["symptom"], finding["checks"], finding["case"]["memory"]) == ("Crashed", ["limits"], "misaligned")
+    assert finding["messages"][1] == "Known below it: known: so and so"
+    assert (tmp_path / ".attn-fuzz" / "findings" / f"{finding['id']}.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("dim", "right", "wrong", "expected"),
+    [
+        (32, {64, 16}, {1, 8}, True),
+        (32, {64}, {8, 16}, False),
+        (5, {8, 16}, {1}, False),
+        (100, {36}, {1, 5}, True),
+        (224, {80}, {320}, False),
+        (256, {64, 128}, {320}, True),
+        (24, {64}, {1}, True),
+    ],
+)
+def test_a_head_dim_that_was_not_asked_is_as_the_nearest_of_its_kind(
+    dim: int, right: set[int], wrong: set[int], expected: bool
+) -> None:
+    assert taken(dim, right, wrong) is expected
+
+
+def test_without_is_what_is_declared_less_the_limits() -> None:
+    domain = Domain.of(Capabilities(), "cpu")
+    case = Case(level="kernel", lengths=(1,))
+    axes = ("dtype fp32", "memory fused", "window, non-causal")
+    without = without_of([Limit(axis, "crashed", "", case) for axis in axes], {64}, domain)
+    assert without == {
+        "dtypes": ("bf16", "fp16"),
+        "memories": tuple(memory for memory in MEMORIES if memory != "fused"),
+        "window_needs_causal": True,
+    }
+
+
+@pytest.fixture
+def torch_is_at_fault(monkeypatch: pytest.MonkeyPatch) -> KnownIssue:
+    """A known issue of torch's sum, on CPUs, of cases of three tokens and layouts that are misaligned."""
+    (example,) = (issue for issue in known.KNOWN if issue.id == "sdpa-16-byte-rows")
+    issue = dataclasses.replace(
+        example,
+        device="cpu",
+        present=lambda: True,
+        covers=lambda case, calls: case.tokens == 3 or case.memory == "misaligned",
+        operators=("aten::sum",),
+    )
+    monkeypatch.setattr(known, "KNOWN", (issue,))
+    return issue
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_limit_names_the_known_fault_below_it(tmp_path: Path, torch_is_at_fault: KnownIssue) -> None:
+    result = found(written(tmp_path, "assert q.storage_offset() % 2 == 0", head_dims=(16,), dtypes=("bf16",)))
+    (limit,) = result.limits
+    assert limit.below is not None
+    assert torch_is_at_fault.id in limit.below
+    assert torch_is_at_fault.reference in limit.below
+
+
+def test_what_a_known_fault_below_explains_is_no_finding(tmp_path: Path, torch_is_at_fault: KnownIssue) -> None:
+    """The kernel runs torch's sum: wrong results are known in the cases that the issue covers, and in no others."""
+    backend = registry.load(written(tmp_path, last="return out * 1.5"))
+    three, four = (Case(level="kernel", lengths=(n,), head_dim=16) for n in (3, 4))
+    assert examine(three, backend, "cpu").known == (torch_is_at_fault.id,)
+    assert examine(three, backend, "cpu").first is None
+    assert type(examine(four, backend, "cpu").first) is WrongOutput
+    other = dataclasses.replace(torch_is_at_fault, operators=("aten::no_such_operator",))
+    assert not built_on(other, ("aten::sum",))
