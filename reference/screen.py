@@ -21,7 +21,7 @@ from reference.answer import Inputs, kernel_inputs
 from reference.batched import kernel_answer
 from reference.case import Case
 from reference.packed import packed
-from reference.profile import ACCUMULATION, SMALLEST_NORMAL, SUBNORMAL_SPACING, UNIT_ROUNDOFF, Profile
+from reference.profile import ACCUMULATION, COARSE, SMALLEST_NORMAL, SUBNORMAL_SPACING, UNIT_ROUNDOFF, Profile
 
 SUSPICIOUS: Final = 0.8
 """Share of the verdict's limit from which on float64 is asked."""
@@ -56,7 +56,8 @@ def takes(case: Case, profile: Profile, device: torch.device) -> str | None:
         (case.dtype in ("bf16", "fp16"), f"dtype {case.dtype}"),
         (case.values in ("gaussian", "large", "offset"), f"values {case.values}"),
         (case.head_dim <= _MAX_HEAD_DIM, f"head_dim {case.head_dim}"),
-        (stated == _SUPPORTED, "a profile that stores scores, dP or scaled gradients"),
+        (stated == _SUPPORTED, "a profile that stores scores, dP or scaled gradients, or has formats of its own"),
+        (profile.exp_error <= COARSE, "a profile of coarse exponentials"),
     )
     return next((what for holds, what in rules if not holds), None) or distrust(device)
 
