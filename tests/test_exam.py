@@ -93,4 +93,5 @@ def test_the_committed_table_covers_every_fault() -> None:
         assert row["minimal"], name
         assert len(row["cases_by_seed"]) == 3
         assert row["documents"] <= 3, name
-        assert row["tokens"] <= 40, name
+        # Two need a row beyond the 2,048th.
+        assert row["tokens"] <= (2049 if name in ("X42", "X43") else 40), name
