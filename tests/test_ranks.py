@@ -453,7 +453,8 @@ EXPECTED = {
     "R10": "replicas",
     "R11": "dead_rows_by_rank",
     "R12": "budget",
-    "R13": "dead_rows",
+    # Where there is rotary, positions of the longer document run out of the table, and the call raises.
+    "R13": "dead_rows runs",
     "R14": "budget",
     "R15": "buffer_intact",
     "R16": "budget",
