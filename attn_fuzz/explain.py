@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ import torch
 from attn_fuzz.checks.budget import LIMIT, deviations, limit
 from attn_fuzz.examine import examine
 from attn_fuzz.facts import Fact, all_facts, declaring, loosens
+from attn_fuzz.findings import Finding
 from attn_fuzz.symptoms import (
     WRONG_TENSOR,
     NotExact,
@@ -62,6 +64,9 @@ BY_VALUE: Final = (
 _SYSTEMATIC: Final = 8.0
 """Standard errors by which a result as a whole may be too large or too small: roundings have no preference."""
 
+_SECONDS: Final = 120.0
+"""After that a case is too large to be explained."""
+
 _STEP: Final = 2.0**-10
 """Relative change of the softmax scale by which its effect is measured."""
 
@@ -84,18 +89,20 @@ class _Fit:
     """Logarithm, of all errors as independent normal numbers, but for a constant that all facts have in common."""
 
 
-def suggestion(trial: Trial, small: Case, announce: Callable[[Case], None]) -> tuple[str, ...]:
-    """What a finding about user code says of its arithmetic, if that explains it.
+def with_suggestion(finding: Finding, trial: Trial, announce: Callable[[Case], None]) -> Finding:
+    """A finding about user code with what it says of its arithmetic, if that explains it: second, for few are shown.
 
     Args:
+        finding: of what a case was shrunk to.
         trial: of the case that failed first.
-        small: what it was shrunk to.
         announce: as of ``explained_by``.
     """
     if not isinstance(trial.backend.kernel, (UserKernel, InsideLayer)):
-        return ()
-    said = explained_by(dataclasses.replace(trial, case=small), [trial.case], announce)
-    return () if said is None else (said,)
+        return finding
+    if (said := explained_by(dataclasses.replace(trial, case=finding.case), [trial.case], announce)) is None:
+        return finding
+    first, *others = finding.messages
+    return dataclasses.replace(finding, messages=(first, said, *others))
 
 
 def explained_by(
@@ -106,19 +113,26 @@ def explained_by(
     Args:
         trial: of the failing case.
         also: other cases that fail, such as the one that it was shrunk from.
-        announce: is told of every case before it runs for the first time.
+        announce: is told of every case before it runs for the first time, and now and then that work goes on.
     """
     if any(not isinstance(symptom, BY_VALUE) for symptom in _symptoms(trial, {}) or (None,)):
         return None
     if (evidence := _evidence(trial, also, announce)) is None:
         return None
-    plain = _fitting(Fact("", {}), evidence)
-    found = [_fitting(fact, evidence) for fact in all_facts() if loosens(fact, trial)]
+    plain, started = _fitting(Fact("", {}), evidence), time.monotonic()
+    found = []
+    for fact in all_facts():
+        if loosens(fact, trial):
+            announce(trial.case)
+            found.append(_fitting(fact, evidence))
+        if time.monotonic() - started > _SECONDS:
+            return None
     plausible = sorted((fit for fit in found if fit.z <= _PLAUSIBLE), key=lambda fit: -fit.likelihood)
     if any(fit.fact.fields.get("products") == "tf32" for fit in plausible):
         # Of everyday numbers TF32 that is rounded to nearest has the bits of fp16, which hardly anybody computes in.
         plausible = [fit for fit in plausible if fit.fact.fields.get("products") != "fp16"]
     for fit in plausible:
+        announce(trial.case)
         if not any(_symptoms(each, fit.fact.fields) for each in evidence):
             return _sentence(fit, plain.z, trial)
     return None

@@ -10,6 +10,8 @@ import pytest
 import torch
 from emulated import KINDS, How, bf16, kernel
 
+from attn_fuzz.campaign.messages import Assignment, Found, Message
+from attn_fuzz.campaign.worker import hunt
 from attn_fuzz.exam import drawn
 from attn_fuzz.examine import examine
 from attn_fuzz.explain import explained_by
@@ -178,3 +180,22 @@ def test_what_keeps_to_a_strict_profile_is_clean(case: Case) -> None:
     backend = of_function(kernel(How(by_head=lambda x: x), STRICT))
     assert not examine(case, backend, CPU).symptoms
     assert json.dumps(STRICT)
+
+
+def test_a_finding_says_it_second(tmp_path: Path) -> None:
+    """Where few messages are shown, the fact is among them."""
+    messages: list[Message] = []
+    job = Assignment(
+        backend=f"{HERE / 'emulated.py'}:tf32_cut_off",
+        device="cpu",
+        seed=1,
+        levels=("kernel",),
+        dtypes=("fp32",),
+        cases=5,
+        stop_at_first=True,
+    )
+    hunt(job, messages.append)
+    (finding,) = [message.finding for message in messages if isinstance(message, Found)]
+    assert finding.messages[0].startswith(finding.symptom)
+    assert finding.messages[1].startswith("looks like TF32 products")
+    assert sum("looks like" in message for message in finding.messages) == 1

@@ -32,7 +32,7 @@ from attn_fuzz.checks import PROBES, Check
 from attn_fuzz.drawing import few_cases
 from attn_fuzz.environment import environment
 from attn_fuzz.examine import Verdict, examine, some_probes
-from attn_fuzz.explain import suggestion
+from attn_fuzz.explain import with_suggestion
 from attn_fuzz.findings import Finding, summarise
 from attn_fuzz.process import DEAD_CONTEXT, context_alive, set_up_process
 from attn_fuzz.strategies import Domain, straddling
@@ -238,8 +238,8 @@ class Hunt:
         name = small.symptom.__name__
         self.found |= {name} if small.first is None else {name, small.first[0]}
         finding = dataclasses.replace(self.finding(small.case, small.verdict), symptom=name)
-        explained = suggestion(trial, small.case, lambda each: self.send(Trying(each.to_json())))
-        self.send(Found(dataclasses.replace(finding, messages=(*finding.messages, *small.notes(), *explained))))
+        finding = with_suggestion(finding, trial, lambda each: self.send(Trying(each.to_json())))
+        self.send(Found(dataclasses.replace(finding, messages=(*finding.messages, *small.notes()))))
 
     def finding(self, case: Case, verdict: Verdict) -> Finding:
         """The finding of a case that failed."""
