@@ -1,6 +1,6 @@
 """``python -m attn_fuzz``."""
 
-from attn_fuzz.cli import main
+from attn_fuzz.cli.app import main
 
 if __name__ == "__main__":
     main()

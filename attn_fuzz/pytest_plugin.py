@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import BackendUnavailable
+from attn_fuzz.backends.registry import UnknownBackend
 from attn_fuzz.campaign.plan import default_device
-from attn_fuzz.process import set_up_process
-from backends import registry
-from backends.kernel import BackendUnavailable
-from backends.registry import UnknownBackend
+from attn_fuzz.execution.process import set_up_process
 
 REQUIRE_CUDA = "--require-cuda"
 

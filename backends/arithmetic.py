@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from backends.kernel import BackendUnavailable, Capabilities
-from reference.profile import Profile
+from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities
+from attn_fuzz.reference.profile import Profile
 
 KEY: Final = "arithmetic"
 """Of ``capabilities``."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from reference.case import Case
-from reference.profile import Profile
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.profile import Profile
 
 FLASH2_PROFILE: Final = Profile(expands_kv=True, tanh_error=2.0**-11)
 """Its backward stores dK and dV of every query head and adds up those of a group; softcap goes through the hardware's

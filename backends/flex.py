@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
-
-from backends.kernel import AttentionOptions
-from backends.metadata import VarlenMetadata
+from attn_fuzz.backends.kernel import AttentionOptions
+from attn_fuzz.backends.metadata import VarlenMetadata
 
 _FAR: Final = 1 << 30
 """An unbounded side of a window."""

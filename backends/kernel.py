@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Final, NamedTuple
 
 import torch
-
-from backends.metadata import VarlenMetadata
-from reference.case import MAX_HEAD_DIM, MEMORIES, ROTARIES, Case
-from reference.profile import Profile
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.reference.case import MAX_HEAD_DIM, MEMORIES, ROTARIES, Case
+from attn_fuzz.reference.profile import Profile
 
 FLOAT_DTYPES: Final = ("fp32", "bf16", "fp16")
 HALF_DTYPES: Final = ("bf16", "fp16")
@@ -225,7 +224,7 @@ class Kernel(abc.ABC):
     compiled: ClassVar[bool] = False
     """Whether calls are traced by torch's compiler."""
     call_source: ClassVar[str] = ""
-    """The call as people write it, for scripts without this project (attn_fuzz/script.py): source text of
+    """The call as people write it, for scripts without this project (attn_fuzz/findings/script.py): source text of
     ``kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)`` over SCALE, CAUSAL, WINDOW, SOFTCAP."""
 
     def capabilities_on(self, device: str) -> Capabilities:

@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
-
-from reference.case import Case
+from attn_fuzz.reference.case import Case
 
 Calls = Sequence[Sequence[tuple[int, int]]]
 """For every varlen call that a case makes, (queries, keys) of its documents."""

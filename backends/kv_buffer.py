@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-
-from reference.memory import layout_of
+from attn_fuzz.reference.memory import layout_of
 
 
 def key_value_views(

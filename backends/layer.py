@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
-
-from backends.kernel import AttentionOptions, Kernel, require_like
-from backends.kv_buffer import KeyValueBuffer
-from backends.metadata import MicroSequenceMetadata, preprocess
-from backends.rotary import Rotary
-from reference.case import Case
-from reference.weights import NORM_EPSILON
+from attn_fuzz.backends.kernel import AttentionOptions, Kernel, require_like
+from attn_fuzz.backends.kv_buffer import KeyValueBuffer
+from attn_fuzz.backends.metadata import MicroSequenceMetadata, preprocess
+from attn_fuzz.backends.rotary import Rotary
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.weights import NORM_EPSILON
 
 
 class Layer(abc.ABC):

@@ -10,11 +10,10 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-
-from backends.kernel import Kernel, require_like
-from backends.layer import BufferedLayer
-from backends.metadata import MicroSequenceMetadata
-from reference.case import Case
+from attn_fuzz.backends.kernel import Kernel, require_like
+from attn_fuzz.backends.layer import BufferedLayer
+from attn_fuzz.backends.metadata import MicroSequenceMetadata
+from attn_fuzz.reference.case import Case
 
 
 class AttachGrad(torch.autograd.Function):

@@ -11,9 +11,8 @@ import dataclasses
 import itertools
 
 import torch
-
-from backends.kernel import AttentionOptions
-from backends.metadata import VarlenMetadata
+from attn_fuzz.backends.kernel import AttentionOptions
+from attn_fuzz.backends.metadata import VarlenMetadata
 
 
 @dataclasses.dataclass

@@ -12,13 +12,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
-
-from backends.collectives import Collectives
-from backends.kernel import Kernel
-from backends.kv_buffer import KeyValueBuffer, side_by_side
-from backends.layer import BufferedLayer, Layer
-from backends.metadata import MicroSequenceMetadata, preprocess
-from reference.case import Case
+from attn_fuzz.backends.collectives import Collectives
+from attn_fuzz.backends.kernel import Kernel
+from attn_fuzz.backends.kv_buffer import KeyValueBuffer, side_by_side
+from attn_fuzz.backends.layer import BufferedLayer, Layer
+from attn_fuzz.backends.metadata import MicroSequenceMetadata, preprocess
+from attn_fuzz.reference.case import Case
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

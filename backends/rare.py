@@ -14,11 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-
-from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
-from backends.metadata import VarlenMetadata
-from reference.case import Case
-from reference.profile import Profile
+from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.profile import Profile
 
 PREFIX = "rare:"
 

@@ -19,20 +19,20 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from backends import kernels
-from backends.faults.fault import PREFIX as FAULT
-from backends.faults.fault import faults, parts_of
-from backends.kernel import Kernel, Unlimited
-from backends.known import crash_issue_of
-from backends.layer import BufferedLayer, LayerFactory
-from backends.legacy import LegacyLayer
-from backends.rank_layer import RankLayerFactory
-from backends.rare import PREFIX as RARE
-from backends.rare import RareKernel, size_of
-from backends.tensor_layer import TensorLayer, rank_layer
-from backends.user import UserKernel, import_object, user_layer
-from reference.case import Case
-from reference.layout import active_lengths, cut_inside_document, rank_slices
+from attn_fuzz.backends import kernels
+from attn_fuzz.backends.faults.fault import PREFIX as FAULT
+from attn_fuzz.backends.faults.fault import faults, parts_of
+from attn_fuzz.backends.kernel import Kernel, Unlimited
+from attn_fuzz.backends.known import crash_issue_of
+from attn_fuzz.backends.layer import BufferedLayer, LayerFactory
+from attn_fuzz.backends.legacy import LegacyLayer
+from attn_fuzz.backends.rank_layer import RankLayerFactory
+from attn_fuzz.backends.rare import PREFIX as RARE
+from attn_fuzz.backends.rare import RareKernel, size_of
+from attn_fuzz.backends.tensor_layer import TensorLayer, rank_layer
+from attn_fuzz.backends.user import UserKernel, import_object, user_layer
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.layout import active_lengths, cut_inside_document, rank_slices
 
 LEGACY = "legacy:"
 ENTRY_POINTS = "attn_fuzz.backends"
@@ -164,6 +164,6 @@ def load(name: str) -> Backend:
         raise UnknownBackend(
             f"unknown backend {name!r}; known backends are {', '.join(backend_names())}, and {LEGACY}NAME for each"
         )
-    kernel = importlib.import_module(f"backends.kernels.{kernel_name}").KERNEL
+    kernel = importlib.import_module(f"attn_fuzz.backends.kernels.{kernel_name}").KERNEL
     assert isinstance(kernel, Kernel)
     return Backend(name, kernel, LegacyLayer, ("layer",), None) if legacy else Backend(name, kernel)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-
-from reference.case import Case
+from attn_fuzz.reference.case import Case
 
 
 class Rotary:

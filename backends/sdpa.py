@@ -7,10 +7,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Final
 
+from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.reference.profile import Profile
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from backends.kernel import UnsupportedCase
-from reference.profile import Profile
 
 BACKENDS: Final = {
     "math": SDPBackend.MATH,

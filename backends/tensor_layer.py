@@ -9,12 +9,11 @@ as without tensor parallelism. The output projection's partial sums are reduce-s
 from __future__ import annotations
 
 import torch
-
-from backends.collectives import Collectives
-from backends.kernel import Kernel
-from backends.metadata import MicroSequenceMetadata
-from backends.rank_layer import RankLayer, RankMetadata, preprocess_rank
-from reference.case import Case
+from attn_fuzz.backends.collectives import Collectives
+from attn_fuzz.backends.kernel import Kernel
+from attn_fuzz.backends.metadata import MicroSequenceMetadata
+from attn_fuzz.backends.rank_layer import RankLayer, RankMetadata, preprocess_rank
+from attn_fuzz.reference.case import Case
 
 
 def _gathered(own: torch.Tensor, block: Collectives) -> torch.Tensor:

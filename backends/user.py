@@ -21,9 +21,8 @@ from types import ModuleType
 from typing import Any, TypeGuard
 
 import torch
-
-from backends.arithmetic import KEY, declared_facts
-from backends.kernel import (
+from attn_fuzz.backends.arithmetic import KEY, declared_facts
+from attn_fuzz.backends.kernel import (
     FLOAT_DTYPES,
     Attended,
     AttentionOptions,
@@ -34,11 +33,11 @@ from backends.kernel import (
     MisshapenResult,
     require_like,
 )
-from backends.layer import Layer, LayerFactory
-from backends.metadata import VarlenMetadata
-from backends.sdpa import as_flash_does
-from reference.case import MEMORIES, ROTARIES, Case
-from reference.profile import Profile
+from attn_fuzz.backends.layer import Layer, LayerFactory
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.sdpa import as_flash_does
+from attn_fuzz.reference.case import MEMORIES, ROTARIES, Case
+from attn_fuzz.reference.profile import Profile
 
 # What an unknown kernel may reasonably round: more than FlashAttention does, so that a plain one is not accused.
 _CAUTIOUS = Profile(
@@ -56,7 +55,7 @@ _CAUTIOUS = Profile(
 )
 
 # And an unknown layer around it: norms and rotary as they are often written, and K/V gradients as autograd adds them to
-# a leaf. What a layer shows tells more (attn_fuzz/trial.py).
+# a leaf. What a layer shows tells more (attn_fuzz/oracle/trial.py).
 _CAUTIOUS_LAYER = dataclasses.replace(
     _CAUTIOUS, norms_in_dtype=True, rotates_in_dtype=True, float32_angles=True, stored_sums=frozenset({"dk", "dv"})
 )

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
-
-from reference import attention, budget
-from reference.case import Case
-from reference.layout import Segment, call_segments
-from reference.profile import Profile
-from reference.values import draw
+from attn_fuzz.reference import attention, budget
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.layout import Segment, call_segments
+from attn_fuzz.reference.profile import Profile
+from attn_fuzz.reference.values import draw
 
 
 @dataclasses.dataclass(frozen=True)

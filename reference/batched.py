@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import torch
-
-from reference import lean
-from reference.answer import KERNEL_TENSORS, Expected, Inputs
-from reference.budget import sums_of
-from reference.case import Case
-from reference.profile import Profile
+from attn_fuzz.reference import lean
+from attn_fuzz.reference.answer import KERNEL_TENSORS, Expected, Inputs
+from attn_fuzz.reference.budget import sums_of
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.profile import Profile
 
 SIZES: Final = (2, 8, 16, 24, 32, 48, 64, 96, 128)
 """Padded lengths: few buckets, because each costs as many small operations as a large one. Beyond the last: its

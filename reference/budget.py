@@ -34,10 +34,9 @@ import math
 from typing import NamedTuple
 
 import torch
-
-from reference.attention import Forward, Gradients, sum_groups
-from reference.narrow import ByKey, KeyAlike, Narrow
-from reference.profile import (
+from attn_fuzz.reference.attention import Forward, Gradients, sum_groups
+from attn_fuzz.reference.narrow import ByKey, KeyAlike, Narrow
+from attn_fuzz.reference.profile import (
     ACCUMULATION,
     ALIKE,
     ATOMIC_TILE,

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from reference.layout import cut_inside_document
+from attn_fuzz.reference.layout import cut_inside_document
 
 LEVELS: Final = ("kernel", "layer")
 DTYPES: Final = ("fp32", "bf16", "fp16")

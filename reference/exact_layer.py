@@ -10,15 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-
-from reference import batched
-from reference.answer import Expected, Inputs
-from reference.budget import rounding_variance
-from reference.case import Case
-from reference.layer import LayerInputs
-from reference.layout import active_extent, active_lengths, micro_sequences
-from reference.narrow import Narrow, operand_variance
-from reference.profile import ACCUMULATION, ALIKE, Profile
+from attn_fuzz.reference import batched
+from attn_fuzz.reference.answer import Expected, Inputs
+from attn_fuzz.reference.budget import rounding_variance
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.layer import LayerInputs
+from attn_fuzz.reference.layout import active_extent, active_lengths, micro_sequences
+from attn_fuzz.reference.narrow import Narrow, operand_variance
+from attn_fuzz.reference.profile import ACCUMULATION, ALIKE, Profile
 
 KernelAnswer = Callable[[Case, Inputs, Profile], dict[str, Expected]]
 

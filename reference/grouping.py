@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-
-from reference.layout import Span
-from reference.simulated import SimulatedAttention
+from attn_fuzz.reference.layout import Span
+from attn_fuzz.reference.simulated import SimulatedAttention
 
 _TOGETHER = 32
 """Up to this length, documents are padded to the longest of their group; padding longer ones would cost too much."""

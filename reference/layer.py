@@ -12,18 +12,17 @@ import math
 from collections.abc import Sequence
 
 import torch
-
-from reference.answer import Expected
-from reference.arithmetic import SAMPLES, Arithmetic
-from reference.budget import ROUNDING_SECOND_MOMENT, rounding_variance
-from reference.case import Case
-from reference.grouping import Packed, groups_of, sum_of
-from reference.layout import Span, document_spans, owned_slices, rank_slices
-from reference.narrow import Narrow
-from reference.profile import ACCUMULATION, ALIKE, UNIT_ROUNDOFF, Profile
-from reference.simulated import SimulatedAttention
-from reference.values import draw
-from reference.weights import NORM_EPSILON, layer_weights
+from attn_fuzz.reference.answer import Expected
+from attn_fuzz.reference.arithmetic import SAMPLES, Arithmetic
+from attn_fuzz.reference.budget import ROUNDING_SECOND_MOMENT, rounding_variance
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.grouping import Packed, groups_of, sum_of
+from attn_fuzz.reference.layout import Span, document_spans, owned_slices, rank_slices
+from attn_fuzz.reference.narrow import Narrow
+from attn_fuzz.reference.profile import ACCUMULATION, ALIKE, UNIT_ROUNDOFF, Profile
+from attn_fuzz.reference.simulated import SimulatedAttention
+from attn_fuzz.reference.values import draw
+from attn_fuzz.reference.weights import NORM_EPSILON, layer_weights
 
 _FLOAT32 = ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF["fp32"] ** 2
 """Relative variance of one float32 rounding."""

@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 import torch
-
-from reference.answer import Expected
-from reference.attention import Gradients
-from reference.budget import (
+from attn_fuzz.reference.answer import Expected
+from attn_fuzz.reference.attention import Gradients
+from attn_fuzz.reference.budget import (
     ALIKE,
     ROUNDING_SECOND_MOMENT,
     Sums,
@@ -27,9 +26,9 @@ from reference.budget import (
     stored_ds_variance,
     walk_variance,
 )
-from reference.lean_scores import A2, bounded_scores, forward
-from reference.narrow import ByKey, Narrow
-from reference.profile import UNIT_ROUNDOFF, Profile
+from attn_fuzz.reference.lean_scores import A2, bounded_scores, forward
+from attn_fuzz.reference.narrow import ByKey, Narrow
+from attn_fuzz.reference.profile import UNIT_ROUNDOFF, Profile
 
 
 class Documents(NamedTuple):

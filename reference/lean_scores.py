@@ -6,10 +6,9 @@ import math
 from typing import Final, NamedTuple
 
 import torch
-
-from reference.budget import ROUNDING_SECOND_MOMENT, rounding_variance
-from reference.narrow import Narrow
-from reference.profile import ACCUMULATION, UNIT_ROUNDOFF, Profile
+from attn_fuzz.reference.budget import ROUNDING_SECOND_MOMENT, rounding_variance
+from attn_fuzz.reference.narrow import Narrow
+from attn_fuzz.reference.profile import ACCUMULATION, UNIT_ROUNDOFF, Profile
 
 A2: Final = ACCUMULATION**2
 

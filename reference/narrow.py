@@ -33,9 +33,8 @@ import dataclasses
 from typing import Final, NamedTuple
 
 import torch
-
-from reference.attention import Gradients
-from reference.profile import (
+from attn_fuzz.reference.attention import Gradients
+from attn_fuzz.reference.profile import (
     ALIKE,
     COARSE,
     ROUNDING_SECOND_MOMENT,

@@ -16,12 +16,11 @@ import importlib.util
 from typing import Any, Final
 
 import torch
-
-from reference.answer import Inputs, kernel_inputs
-from reference.batched import kernel_answer
-from reference.case import Case
-from reference.packed import packed
-from reference.profile import ACCUMULATION, COARSE, SMALLEST_NORMAL, SUBNORMAL_SPACING, UNIT_ROUNDOFF, Profile
+from attn_fuzz.reference.answer import Inputs, kernel_inputs
+from attn_fuzz.reference.batched import kernel_answer
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.packed import packed
+from attn_fuzz.reference.profile import ACCUMULATION, COARSE, SMALLEST_NORMAL, SUBNORMAL_SPACING, UNIT_ROUNDOFF, Profile
 
 SUSPICIOUS: Final = 0.8
 """Share of the verdict's limit from which on float64 is asked."""
@@ -102,7 +101,7 @@ def screen(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Screened]:
 
     Nothing here waits for the device.
     """
-    from reference import fused
+    from attn_fuzz.reference import fused
 
     device = inputs.q.device
     q, k, v, dout = inputs.q, inputs.k, inputs.v, inputs.dout
@@ -172,7 +171,7 @@ def screen(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Screened]:
 
 def row_maxima(got: torch.Tensor, screened: Screened) -> torch.Tensor:
     """The largest deviation of each row of a result: float32 ``[tokens]``; inf for NaN and where equality was owed."""
-    from reference import fused
+    from attn_fuzz.reference import fused
 
     got = got.contiguous()
     rows, columns = len(got), got[:1].numel()

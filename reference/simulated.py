@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-
-from reference import attention
-from reference.arithmetic import Arithmetic
-from reference.budget import (
+from attn_fuzz.reference import attention
+from attn_fuzz.reference.arithmetic import Arithmetic
+from attn_fuzz.reference.budget import (
     atomic_variance,
     ds_factor,
     flush_variance,
@@ -18,11 +17,11 @@ from reference.budget import (
     sums_of,
     walk_variance,
 )
-from reference.case import Case
-from reference.layout import Span
-from reference.narrow import Narrow, operand_variance
-from reference.profile import ACCUMULATION, ALIKE, ROUNDING_SECOND_MOMENT, UNIT_ROUNDOFF, Profile
-from reference.values import DTYPES
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.layout import Span
+from attn_fuzz.reference.narrow import Narrow, operand_variance
+from attn_fuzz.reference.profile import ACCUMULATION, ALIKE, ROUNDING_SECOND_MOMENT, UNIT_ROUNDOFF, Profile
+from attn_fuzz.reference.values import DTYPES
 
 
 class SimulatedAttention:

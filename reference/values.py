@@ -13,8 +13,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 import torch
-
-from reference.case import MAX_HEAD_DIM, Case
+from attn_fuzz.reference.case import MAX_HEAD_DIM, Case
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -135,7 +134,7 @@ def fused_agrees(device: torch.device) -> bool:
 def _fused(
     rows: torch.Tensor, name: str, mode: str, seed: int, heads: int, channels: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    from reference import fused_values
+    from attn_fuzz.reference import fused_values
 
     factor, offset = _SCALED[mode](name)
     numbers = {"unit": 1.0 / _BELL_SD, "factor": factor, "offset": offset}

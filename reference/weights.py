@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-
-from reference.case import Case
-from reference.values import draw_norm, draw_weight
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.values import draw_norm, draw_weight
 
 NORM_EPSILON = 1e-5
 

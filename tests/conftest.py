@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from commandline import Done, Run
 
-from attn_fuzz.cli import main
+from attn_fuzz.cli.app import main
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-
-from reference.attention import allowed_keys
+from attn_fuzz.reference.attention import allowed_keys
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 

@@ -12,9 +12,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attn_fuzz import allocations
-from attn_fuzz.allocations import can_be_filled, filled_allocations
-from attn_fuzz.poison import FINITE_BYTE, NAN_BYTE, POISONS, poisoned
+from attn_fuzz.execution import allocations
+from attn_fuzz.execution.allocations import can_be_filled, filled_allocations
+from attn_fuzz.execution.poison import FINITE_BYTE, NAN_BYTE, POISONS, poisoned
 
 # They work on CPUs as they do on GPUs, where alone they are needed.
 DEVICES = [

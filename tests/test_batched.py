@@ -8,16 +8,15 @@ from unittest import mock
 
 import pytest
 import torch
+from attn_fuzz.backends import registry
+from attn_fuzz.reference import answer, batched, lean
+from attn_fuzz.reference.answer import kernel_inputs
+from attn_fuzz.reference.case import DTYPES, Case
+from attn_fuzz.reference.profile import ACCUMULATION, Profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-
-from backends import registry
-from reference import answer, batched, lean
-from reference.answer import kernel_inputs
-from reference.case import DTYPES, Case
-from reference.profile import ACCUMULATION, Profile
 
 PROFILES = (
     Profile(),
@@ -168,7 +167,7 @@ def test_a_chunk_takes_about_the_memory_that_was_planned(
     softcap: float, values: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As on a GPU: all queries at once.
-    monkeypatch.setattr("reference.lean._CPU_SCORES", 1 << 30)
+    monkeypatch.setattr("attn_fuzz.reference.lean._CPU_SCORES", 1 << 30)
     case = Case(
         level="kernel",
         lengths=(64, 64),

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from attn_fuzz.backends import registry
+from attn_fuzz.reference.case import Case
 from rich.console import Console
 
-from attn_fuzz import bench
-from attn_fuzz.bench_processes import BenchError, processes_of
-from attn_fuzz.bench_volley import settled_rate, volleys_shared_of
-from attn_fuzz.commands.bench import show_processes
-from attn_fuzz.timing import median
-from backends import registry
-from reference.case import Case
+from attn_fuzz.cli.bench import show_processes
+from attn_fuzz.evaluation import bench
+from attn_fuzz.evaluation.bench_calls import settled_rate, volleys_shared_of
+from attn_fuzz.evaluation.bench_processes import BenchError, processes_of
+from attn_fuzz.execution.timing import median
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,10 +29,11 @@ SMALL = bench.dataclasses.replace(
 def test_the_command_prints_one_object_of_the_promised_form(tmp_path: Path) -> None:
     # The same command with a small plan.
     program = (
-        "import dataclasses, attn_fuzz.bench as b; b.PLANS['cpu'] = dataclasses.replace(b.PLANS['cpu'], documents=32, "
+        "import dataclasses; from attn_fuzz.evaluation import bench as b; "
+        "b.PLANS['cpu'] = dataclasses.replace(b.PLANS['cpu'], documents=32, "
         "narrow_hunt=12, processes=(), volley_processes=(), plain_cases=3, narrow_cases=5, rare=(3, 7), "
         "rare_longest=(5, 9)); "
-        "from attn_fuzz.cli import main; main()"
+        "from attn_fuzz.cli.app import main; main()"
     )
     command = [sys.executable, "-c", program, "bench", "--device", "cpu", "--json", "--backend", "loop"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -49,8 +50,8 @@ def test_the_command_prints_one_object_of_the_promised_form(tmp_path: Path) -> N
 
 def test_the_command_measures_processes_too() -> None:
     program = (
-        "import dataclasses, attn_fuzz.bench as b; b.PLANS['cpu'] = dataclasses.replace(b.PLANS['cpu'], "
-        "volley_documents=12, volley_seconds=0.4); from attn_fuzz.cli import main; main()"
+        "import dataclasses, attn_fuzz.evaluation.bench as b; b.PLANS['cpu'] = dataclasses.replace(b.PLANS['cpu'], "
+        "volley_documents=12, volley_seconds=0.4); from attn_fuzz.cli.app import main; main()"
     )
     command = [sys.executable, "-c", program, "bench", "--processes", "--device", "cpu", "--json", "-b", "loop"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

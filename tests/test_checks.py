@@ -11,13 +11,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel, UnsupportedCase
+from attn_fuzz.backends.layer import BufferedLayer
+from attn_fuzz.backends.loop import Call, Gradients, Loop, attend
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.registry import Backend, LayerFactory, load
+from attn_fuzz.reference.answer import Expected, kernel_answer, kernel_inputs
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.profile import Profile
 
-from attn_fuzz.checks import CHECKS, Check
-from attn_fuzz.checks.additivity import sums_add_up
-from attn_fuzz.checks.budget import LIMIT, beyond_doubt, deviations
-from attn_fuzz.checks.memory import unwritten_unread
-from attn_fuzz.examine import Verdict, examine
-from attn_fuzz.symptoms import (
+from attn_fuzz.oracle.checks import CHECKS, Check
+from attn_fuzz.oracle.checks.additivity import sums_add_up
+from attn_fuzz.oracle.checks.budget import LIMIT, beyond_doubt, deviations
+from attn_fuzz.oracle.checks.memory import unwritten_unread
+from attn_fuzz.oracle.examine import Verdict, examine
+from attn_fuzz.oracle.symptoms import (
     Crashed,
     DeadRowsNotZero,
     InputsChanged,
@@ -33,15 +41,7 @@ from attn_fuzz.symptoms import (
     WrongParameterGradient,
     WroteOutside,
 )
-from attn_fuzz.trial import Trial
-from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel, UnsupportedCase
-from backends.layer import BufferedLayer
-from backends.loop import Call, Gradients, Loop, attend
-from backends.metadata import VarlenMetadata
-from backends.registry import Backend, LayerFactory, load
-from reference.answer import Expected, kernel_answer, kernel_inputs
-from reference.case import Case
-from reference.profile import Profile
+from attn_fuzz.oracle.trial import Trial
 
 CPU = torch.device("cpu")
 

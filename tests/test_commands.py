@@ -9,11 +9,11 @@ import math
 from pathlib import Path
 
 import pytest
+from attn_fuzz.reference.case import Case
 from commandline import CASE, SWAPPED, Run, sentence, write
 
-from attn_fuzz.findings import Finding
-from attn_fuzz.store import Store
-from reference.case import Case
+from attn_fuzz.findings.finding import Finding
+from attn_fuzz.findings.store import Store
 
 FINDING = Finding(
     backend=SWAPPED,

@@ -10,17 +10,23 @@ from typing import Any
 
 import pytest
 import torch
+from attn_fuzz.backends.arithmetic import declared_facts
+from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities
+from attn_fuzz.backends.user import _CAUTIOUS, _CAUTIOUS_LAYER, UserKernel
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.layer import layer_answer, layer_inputs
+from attn_fuzz.reference.profile import Profile
+from attn_fuzz.reference.screen import takes
 from emulated import How, kernel
 
-from attn_fuzz.probes import needle_gain, uniform_probe
-from attn_fuzz.slack import holds_whole_numbers, needle_slack, stores_dq, support_slack, weight_error
-from backends.arithmetic import declared_facts
-from backends.kernel import BackendUnavailable, Capabilities
-from backends.user import _CAUTIOUS, _CAUTIOUS_LAYER, UserKernel
-from reference.case import Case
-from reference.layer import layer_answer, layer_inputs
-from reference.profile import Profile
-from reference.screen import takes
+from attn_fuzz.oracle.known_answer.inputs import needle_gain, uniform_probe
+from attn_fuzz.oracle.known_answer.slack import (
+    holds_whole_numbers,
+    needle_slack,
+    stores_dq,
+    support_slack,
+    weight_error,
+)
 
 DOCS = (Path(__file__).parent.parent / "docs" / "arithmetic.md").read_text()
 CASE = Case(level="kernel", lengths=(70,), heads=2, head_dim=8)
@@ -148,8 +154,8 @@ def test_whole_numbers_are_no_whole_numbers_in_fewer_bits() -> None:
 
 def test_the_fast_reference_leaves_such_profiles_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     # Asked on whatever machine.
-    monkeypatch.setattr("reference.screen.importlib.util.find_spec", lambda name: name)
-    monkeypatch.setattr("reference.screen.distrust", lambda device: None)
+    monkeypatch.setattr("attn_fuzz.reference.screen.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("attn_fuzz.reference.screen.distrust", lambda device: None)
     cuda, case = torch.device("cuda"), CASE.replace(dtype="bf16")
     for field in ({"products": "fp16"}, {"scores_dtype": "fp16"}, {"probabilities_dtype": "fp16"}):
         assert takes(case, Profile(**field), cuda)

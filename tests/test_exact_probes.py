@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
+from attn_fuzz.backends.loop import Call, Document, Loop, attend
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.layout import call_segments
 
-from attn_fuzz.checks.accumulation import exact_accumulation
-from attn_fuzz.checks.exact import needle_found, uniform_keys
-from attn_fuzz.examine import examine
-from attn_fuzz.probes import accumulation_probe, needle_probe, uniform_probe
-from attn_fuzz.symptoms import NotExact, Symptom
-from attn_fuzz.trial import Trial
-from backends import registry
-from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
-from backends.loop import Call, Document, Loop, attend
-from backends.metadata import VarlenMetadata
-from backends.registry import Backend
-from reference.case import Case
-from reference.layout import call_segments
+from attn_fuzz.oracle.checks.accumulation import exact_accumulation
+from attn_fuzz.oracle.checks.exact import needle_found, uniform_keys
+from attn_fuzz.oracle.examine import examine
+from attn_fuzz.oracle.known_answer.inputs import accumulation_probe, needle_probe, uniform_probe
+from attn_fuzz.oracle.symptoms import NotExact, Symptom
+from attn_fuzz.oracle.trial import Trial
 
 CASE = Case(
     level="kernel", lengths=(3, 0, 40, 2), key_lengths=(3, 4, 64, 5), heads=4, kv_heads=2, head_dim=16, dtype="bf16"

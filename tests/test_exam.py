@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from attn_fuzz.backends.faults.fault import faults
+from attn_fuzz.reference.case import Case
 
-from attn_fuzz import exam, results
-from attn_fuzz.findings import Finding
-from attn_fuzz.power import power
-from attn_fuzz.tolerances import failing
-from backends.faults.fault import faults
-from reference.case import Case
+from attn_fuzz.evaluation import seeded_faults
+from attn_fuzz.evaluation.power import power
+from attn_fuzz.evaluation.published_tolerances import failing
+from attn_fuzz.findings.finding import Finding
+from results.render import tables as results
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,27 +30,27 @@ def test_there_are_faults_of_many_kinds() -> None:
 
 @pytest.mark.parametrize("fault", ["M51-swapped", "M01", "X07"])
 def test_a_fault_is_found_and_minimal(fault: str) -> None:
-    mark = exam.hunt_fault(fault, seed=5)
+    mark = seeded_faults.hunt_fault(fault, seed=5)
     assert mark.finding is not None
     assert mark.cases <= 500
     assert mark.minimal
     assert len(mark.finding.case.packed_lengths) <= 3
-    row = exam.row(fault, [mark, exam.Mark(fault, 6, None, 2000, 0.0, None)], {"rms"})
+    row = seeded_faults.row(fault, [mark, seeded_faults.Mark(fault, 6, None, 2000, 0.0, None)], {"rms"})
     assert (row["caught"], row["cases_by_seed"], row["rules"]) == (False, [mark.cases, 2000], ["rms"])
 
 
 def test_what_could_be_shorter_is_not_minimal() -> None:
-    mark = exam.hunt_fault("M51-swapped", seed=5)
+    mark = seeded_faults.hunt_fault("M51-swapped", seed=5)
     assert mark.finding is not None
     larger = Case(level="kernel", lengths=(4, 3), head_dim=4)
     grown = Finding.from_dict({**mark.finding.to_dict(), "case": larger.to_dict()})
-    assert exam.is_minimal(mark.finding)
-    assert not exam.is_minimal(grown)
+    assert seeded_faults.is_minimal(mark.finding)
+    assert not seeded_faults.is_minimal(grown)
 
 
 def test_published_rules_see_gross_faults_and_miss_dead_rows() -> None:
-    assert exam.rules_on("M51-swapped", count=15) == {"2x/3x", "1e-2", "rms"}
-    assert exam.rules_on("M02-dk", count=15) == set()
+    assert seeded_faults.rules_on("M51-swapped", count=15) == {"2x/3x", "1e-2", "rms"}
+    assert seeded_faults.rules_on("M02-dk", count=15) == set()
 
 
 def test_rules_judge_whole_tensors() -> None:

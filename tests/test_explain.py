@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.backends.user import UserKernel
+from attn_fuzz.reference.case import Case
 from emulated import KINDS, How, bf16, kernel
 
 from attn_fuzz.campaign.messages import Assignment, Found, Message
 from attn_fuzz.campaign.worker import hunt
-from attn_fuzz.exam import drawn
-from attn_fuzz.examine import examine
-from attn_fuzz.explain import explained_by
-from attn_fuzz.facts import declaring
-from attn_fuzz.trial import Trial
-from backends import registry
-from backends.kernel import UnsupportedCase
-from backends.registry import Backend
-from backends.user import UserKernel
-from reference.case import Case
+from attn_fuzz.evaluation.seeded_faults import drawn
+from attn_fuzz.oracle.examine import examine
+from attn_fuzz.oracle.explain import explained_by
+from attn_fuzz.oracle.facts import declaring
+from attn_fuzz.oracle.trial import Trial
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from backends.user import user_layer
+from attn_fuzz.backends.user import user_layer
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "fast_llm_layer.py"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from backends.flex import mask_of
-from backends.kernel import AttentionOptions
-from backends.metadata import VarlenMetadata
+from attn_fuzz.backends.flex import mask_of
+from attn_fuzz.backends.kernel import AttentionOptions
+from attn_fuzz.backends.metadata import VarlenMetadata
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -1,4 +1,4 @@
-"""The house has three floors and imports only go down."""
+"""The house has floors and rooms, and imports only go down."""
 
 from __future__ import annotations
 
@@ -10,9 +10,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = ("reference", "backends", "attn_fuzz")
-ANSWERS = ("answer", "attention", "arithmetic", "budget", "layer", "simulated")
-"""Modules of ``reference`` that know what is right; backends must not ask them."""
+PACKAGE = "attn_fuzz"
+FLOORS = ("reference", "backends")
+"""Folders beside the package that are imported as parts of it."""
+ROOMS = (
+    "reference",
+    "backends",
+    "cases",
+    "generation",
+    "execution",
+    "ranks",
+    "oracle",
+    "batch",
+    "reduction",
+    "findings",
+    "campaign",
+    "evaluation",
+    "cli",
+)
+"""From the ground up (docs/architecture.md): a room imports from those before it."""
+WORDS = ("case", "layout", "memory", "profile", "weights")
+"""Modules of ``reference`` that say what a case is, and so all that backends may import: never what its answer is."""
+NOT_INSTALLED = ("results", "upstream")
+"""Folders of what only maintainers run, which may import anything; nothing imports them."""
 
 
 def imported(source: str) -> Iterator[str]:
@@ -25,37 +45,74 @@ def imported(source: str) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def violations(floor: str, source: str) -> list[str]:
-    """Imports of a module on ``floor`` that go up, or from a backend to an answer."""
-    above = FLOORS[FLOORS.index(floor) + 1 :]
-    wrong = [name for name in imported(source) if name.partition(".")[0] in above]
-    if floor == "backends":
-        answers = {f"reference.{module}" for module in ANSWERS}
-        wrong += [name for name in imported(source) if name in answers]
-    return wrong
+def name_of(path: Path) -> str:
+    """The name that a file of the tree is imported by."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] in FLOORS:
+        parts = (PACKAGE, *parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def room_of(module: str) -> str | None:
+    """The room that a module lies in; None for the package's own front door."""
+    package, _, rest = module.partition(".")
+    room = rest.partition(".")[0]
+    return room if package == PACKAGE and room in ROOMS else None
+
+
+def violations(module: str, source: str) -> list[str]:
+    """Imports of a module that go up, from a backend to an answer, or to a name that only a bare checkout has."""
+    names = set(imported(source))
+    wrong = [name for name in names if name.partition(".")[0] in (*FLOORS, *NOT_INSTALLED)]
+    if (room := room_of(module)) is not None:
+        above = ROOMS[ROOMS.index(room) + 1 :]
+        wrong += [name for name in names if room_of(name) in above]
+    if room == "backends":
+        allowed = {f"{PACKAGE}.reference.{word}" for word in WORDS}
+        asked = (name for name in names if room_of(name) == "reference" and name != f"{PACKAGE}.reference")
+        wrong += [name for name in asked if ".".join(name.split(".")[:3]) not in allowed]
+    return sorted(wrong)
 
 
 def modules() -> list[tuple[str, Path]]:
-    return [(floor, path) for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
+    folders = (PACKAGE, *FLOORS)
+    return [(name_of(path), path) for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-@pytest.mark.parametrize(("floor", "path"), modules(), ids=lambda value: str(value).removeprefix(f"{ROOT}/"))
-def test_imports_go_down(floor: str, path: Path) -> None:
-    assert violations(floor, path.read_text()) == []
+@pytest.mark.parametrize(("module", "path"), modules(), ids=[module for module, _ in modules()])
+def test_imports_go_down(module: str, path: Path) -> None:
+    assert violations(module, path.read_text()) == []
+
+
+def test_every_module_is_in_a_room() -> None:
+    outside = {module for module, _ in modules() if room_of(module) is None}
+    assert outside == {PACKAGE, f"{PACKAGE}.__main__", f"{PACKAGE}.pytest_plugin"}
 
 
 @pytest.mark.parametrize(
-    ("floor", "source"),
+    ("module", "source"),
     [
-        ("reference", "import backends.kernel"),
-        ("reference", "from attn_fuzz import cli"),
-        ("backends", "from attn_fuzz.trial import Trial"),
-        ("backends", "from reference import budget"),
-        ("backends", "def f():\n    from reference.layer import layer_answer"),
+        ("attn_fuzz.reference.case", "import attn_fuzz.backends.kernel"),
+        ("attn_fuzz.reference.case", "from attn_fuzz import cli"),
+        ("attn_fuzz.reference.case", "from attn_fuzz.cli import app"),
+        ("attn_fuzz.backends.loop", "from attn_fuzz.oracle.trial import Trial"),
+        ("attn_fuzz.backends.loop", "from attn_fuzz.reference import budget"),
+        ("attn_fuzz.backends.loop", "from attn_fuzz.reference.batched import kernel_answer"),
+        ("attn_fuzz.backends.kernels.loop", "def f():\n    from attn_fuzz.reference.layer import layer_answer"),
+        ("attn_fuzz.generation.strategies", "from attn_fuzz.oracle.symptoms import Symptom"),
+        ("attn_fuzz.oracle.examine", "import attn_fuzz.campaign.worker"),
+        ("attn_fuzz.cli.app", "from reference.case import Case"),
+        ("attn_fuzz.cli.app", "import backends.registry"),
+        ("attn_fuzz.cli.app", "from results.render.tables import ROOT"),
     ],
 )
-def test_rule_sees_violations(floor: str, source: str) -> None:
-    assert violations(floor, source)
+def test_rule_sees_violations(module: str, source: str) -> None:
+    assert violations(module, source)
+
+
+def test_rule_lets_the_rest_through() -> None:
+    assert violations("attn_fuzz.backends.loop", "from attn_fuzz.reference.case import Case\nimport torch") == []
+    assert violations("attn_fuzz.cli.app", "from attn_fuzz.reference.lean import x\nfrom attn_fuzz import cli") == []
 
 
 def circle(sources: Mapping[str, str]) -> list[str]:
@@ -74,8 +131,8 @@ def circle(sources: Mapping[str, str]) -> list[str]:
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
-    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for _, path in modules()}
-    sources = {name.removesuffix(".__init__"): path.read_text() for path, name in names.items()}
+    # The package itself is imported by every one of its modules, and by a few by name.
+    sources = {name: path.read_text() for name, path in modules() if name != PACKAGE}
     assert circle(sources) == []
 
 
@@ -91,3 +148,11 @@ def test_every_module_is_small_and_says_what_it_is() -> None:
         assert len(text.splitlines()) <= 450, path
         assert ast.get_docstring(ast.parse(text)), path
         assert "utils" not in path.stem, path
+
+
+def test_the_project_outside_the_package_has_one_name_for_everything_too() -> None:
+    """A module that is imported under two names exists twice, and so do its classes."""
+    for folder in ("tests", "examples", *NOT_INSTALLED):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            names = set(imported(path.read_text()))
+            assert not {name for name in names if name.partition(".")[0] in FLOORS}, path

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 import torch
+from attn_fuzz.backends.kernel import AttentionOptions, Capabilities, Kernel, UnsupportedCase
+from attn_fuzz.backends.layer import BufferedLayer
+from attn_fuzz.backends.legacy import LegacyLayer
+from attn_fuzz.backends.registry import UnknownBackend, kernel_names, load
+from attn_fuzz.reference.case import MEMORIES, Case
 
-from attn_fuzz.examine import examine
-from attn_fuzz.execute import require_support
-from backends.kernel import AttentionOptions, Capabilities, Kernel, UnsupportedCase
-from backends.layer import BufferedLayer
-from backends.legacy import LegacyLayer
-from backends.registry import UnknownBackend, kernel_names, load
-from reference.case import MEMORIES, Case
+from attn_fuzz.execution.runner import require_support
+from attn_fuzz.oracle.examine import examine
 
 CPU = torch.device("cpu")
 DEVICES = ("cpu", "cuda")
@@ -77,7 +77,7 @@ sys.meta_path.insert(0, Log())
 import backends.registry
 backends.registry.kernel_names()
 print(*sorted(asked - before - sys.stdlib_module_names))
-print(*sorted(name for name in sys.modules if name.startswith("backends.kernels.")))
+print(*sorted(name for name in sys.modules if name.startswith("attn_fuzz.backends.kernels.")))
 """
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from backends.kv_buffer import KeyValueBuffer, key_value_views
-from reference.case import MEMORIES
-from reference.memory import same_bits
+from attn_fuzz.backends.kv_buffer import KeyValueBuffer, key_value_views
+from attn_fuzz.reference.case import MEMORIES
+from attn_fuzz.reference.memory import same_bits
 
 CPU = torch.device("cpu")
 ROWS, KV_HEADS, HEAD_DIM = 9, 2, 4

@@ -5,11 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from reference.case import Case
-from reference.layout import (
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.layout import (
     Segment,
     Span,
     active_extent,
@@ -20,6 +17,8 @@ from reference.layout import (
     micro_sequences,
     segments,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 LENGTHS = st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any).map(tuple)
 

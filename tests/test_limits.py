@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attn_fuzz.backends import known, registry
+from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities
+from attn_fuzz.backends.known import KnownIssue, built_on
+from attn_fuzz.reference.case import MEMORIES, Case
 from commandline import Run
 
 from attn_fuzz.campaign import limits
 from attn_fuzz.campaign.isolated import Report, Subject, report_of
 from attn_fuzz.campaign.limits import Inferred, Limit, inferred, taken, without_of
-from attn_fuzz.examine import examine
-from attn_fuzz.strategies import Domain
-from attn_fuzz.symptoms import WrongOutput
-from backends import known, registry
-from backends.kernel import BackendUnavailable, Capabilities
-from backends.known import KnownIssue, built_on
-from reference.case import MEMORIES, Case
+from attn_fuzz.generation.strategies import Domain
+from attn_fuzz.oracle.examine import examine
+from attn_fuzz.oracle.symptoms import WrongOutput
 
 KERNEL = """
 import os
@@ -194,7 +194,7 @@ def test_a_crash_costs_an_answer_and_no_campaign(tmp_path: Path, attn_fuzz: Run)
 def test_strict_makes_limits_findings(tmp_path: Path, attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(level="kernel", lengths=(1,), memory="misaligned", head_dim=16)
     limit = Limit("memory misaligned", "crashed", "it died", case, "known: so and so")
-    monkeypatch.setattr("attn_fuzz.commands.fuzz.inferred", lambda *_: Inferred((limit,), {"memories": MEMORIES[:2]}))
+    monkeypatch.setattr("attn_fuzz.cli.fuzz.inferred", lambda *_: Inferred((limit,), {"memories": MEMORIES[:2]}))
     options = ("--device", "cpu", "--workers", "1", "--cases", "4", "--gear", "narrow", "--level", "kernel", "--strict")
     done = attn_fuzz("check", written(tmp_path, dtypes=("fp32",), head_dims=(16,)), *options, "--json")
     assert done.status == 1, done.err

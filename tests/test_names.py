@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.loop import Call, Document, Loop
+from attn_fuzz.reference.case import VALUES, Case
+from attn_fuzz.reference.layer import layer_inputs
 from doubles import double
 
-from attn_fuzz.checks import PROBES
-from attn_fuzz.checks.exact import rows_counted, uniform_keys
-from attn_fuzz.examine import Verdict, examine
-from attn_fuzz.garbage import kernel_garbage, layer_garbage
-from attn_fuzz.poison import poisoned
-from attn_fuzz.symptoms import MissingResult, PoisonLeaked, WrongGradV, WrongKeys, WrongOutput
-from backends import registry
-from backends.loop import Call, Document, Loop
-from reference.case import VALUES, Case
-from reference.layer import layer_inputs
+from attn_fuzz.execution.poison import poisoned
+from attn_fuzz.oracle.checks import PROBES
+from attn_fuzz.oracle.checks.exact import rows_counted, uniform_keys
+from attn_fuzz.oracle.examine import Verdict, examine
+from attn_fuzz.oracle.garbage import kernel_garbage, layer_garbage
+from attn_fuzz.oracle.symptoms import MissingResult, PoisonLeaked, WrongGradV, WrongKeys, WrongOutput
 
 CPU = torch.device("cpu")
 
@@ -139,7 +139,7 @@ class DropsKey(Loop):
 def names(loop: Loop, case: Case, probe: object = None) -> set[str]:
     """Names of what a probe, or both, accuse a loop of."""
     probes = [each for each in PROBES if each is probe or (probe is None and each in (uniform_keys, rows_counted))]
-    from attn_fuzz.trial import Trial
+    from attn_fuzz.oracle.trial import Trial
 
     trial = Trial(case, double(loop), CPU)
     return {type(symptom).__name__ for each in probes for symptom in each(trial)}
@@ -246,8 +246,8 @@ class AddsNeighbour(Loop):
 
 
 def test_a_finding_of_isolation_says_what_was_put_where_and_how_far_what_moved() -> None:
-    from attn_fuzz.checks.isolation import documents_apart
-    from attn_fuzz.trial import Trial
+    from attn_fuzz.oracle.checks.isolation import documents_apart
+    from attn_fuzz.oracle.trial import Trial
 
     case = Case(level="kernel", lengths=(2, 1), head_dim=8, dtype="fp16", seed=0)
     symptom, *_ = documents_apart(Trial(case, double(AddsNeighbour(), isolates_nonfinite=False), CPU))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attn_fuzz import observation
-from attn_fuzz.observation import HandedBack, Watch
+from attn_fuzz.execution import observation
+from attn_fuzz.execution.observation import HandedBack, Watch
 
 
 def pair(rows: int) -> tuple[torch.Tensor, torch.Tensor]:

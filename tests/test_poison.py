@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from attn_fuzz import heap
-from attn_fuzz.poison import FINITE_BYTE, NAN_BYTE, POISONS, filler, poisoned
+from attn_fuzz.execution import heap
+from attn_fuzz.execution.poison import FINITE_BYTE, NAN_BYTE, POISONS, filler, poisoned
 
 CPU = torch.device("cpu")
 BYTES = {"nan": NAN_BYTE, "finite": FINITE_BYTE}

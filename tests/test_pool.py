@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from attn_fuzz.reference.case import Case
 
-from attn_fuzz.campaign import autopsy, pool
+from attn_fuzz.campaign import crash_triage, pool
 from attn_fuzz.campaign.isolated import Isolated, NoDevice, Subject
 from attn_fuzz.campaign.messages import Assignment, Message, Suspect, Tally
 from attn_fuzz.campaign.plan import plan, share_of_time
 from attn_fuzz.campaign.pool import CampaignError, Outcome, Pool
-from attn_fuzz.findings import Finding
-from attn_fuzz.shrink import minimise
-from reference.case import Case
+from attn_fuzz.findings.finding import Finding
+from attn_fuzz.reduction.minimise import minimise
 
 EXAMPLE = (Path(__file__).resolve().parent.parent / "examples" / "my_kernel.py").read_text()
 CASE = Case(level="kernel", lengths=(3, 2), head_dim=2)
@@ -84,7 +84,7 @@ def campaign(
 def test_a_worker_that_dies_is_a_finding_and_the_campaign_goes_on(
     kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(autopsy, "SHRINK_CRASH_SECONDS", -1.0)
+    monkeypatch.setattr(crash_triage, "SHRINK_CRASH_SECONDS", -1.0)
     backend = kernel(DIES_SPEAKING)
     outcome = campaign(backend, cases=2)
     (finding,) = outcome.findings
@@ -111,7 +111,7 @@ class InThisProcess:
 def test_a_death_that_does_not_come_again_says_so(kernel: Callable[..., str]) -> None:
     # It leaves a mark, and does not die where there is one.
     (finding,) = campaign(kernel(DIES_SPEAKING), cases=2).findings
-    assert finding.messages[-1] == autopsy.NOT_AGAIN
+    assert finding.messages[-1] == crash_triage.NOT_AGAIN
     assert finding.case == finding.original_case
 
 
@@ -119,13 +119,13 @@ def test_what_the_system_kills_for_its_memory_accuses_nobody(
     kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deed = "    if len(q) >= 3:\n        os.kill(os.getpid(), 9)\n"
-    monkeypatch.setattr("attn_fuzz.process._OF_MEMORY", 0.0)
+    monkeypatch.setattr("attn_fuzz.execution.process._OF_MEMORY", 0.0)
     outcome = campaign(kernel(deed), cases=200)
     assert outcome.findings == []
     (trouble,) = outcome.troubles
     assert "was killed, and had filled the memory" in trouble
     # A death of another kind is the kernel's, however large its process.
-    monkeypatch.setattr(autopsy, "SHRINK_CRASH_SECONDS", -1.0)
+    monkeypatch.setattr(crash_triage, "SHRINK_CRASH_SECONDS", -1.0)
     (finding,) = campaign(kernel(DIES_SPEAKING), cases=2).findings
     assert finding.symptom == "Crashed"
 
@@ -137,7 +137,7 @@ def test_where_no_process_can_use_the_device_no_kernel_is_accused(
         def symptom(self, case: Case) -> str | None:
             raise NoDevice("a new process cannot use cuda:0, whatever it runs there")
 
-    monkeypatch.setattr(autopsy, "Isolated", Deviceless)
+    monkeypatch.setattr(crash_triage, "Isolated", Deviceless)
     monkeypatch.setattr(pool, "RESTARTS", 0)
     outcome = campaign(kernel(DIES_FROM_THREE), cases=200)
     assert outcome.findings == []
@@ -153,8 +153,8 @@ def test_the_case_that_kills_is_shrunk(kernel: Callable[..., str], monkeypatch: 
         clocks.append(clock)
         return minimise(case, fails, seconds)
 
-    monkeypatch.setattr(autopsy, "minimise", shrink)
-    monkeypatch.setattr(autopsy, "Isolated", InThisProcess)
+    monkeypatch.setattr(crash_triage, "minimise", shrink)
+    monkeypatch.setattr(crash_triage, "Isolated", InThisProcess)
     monkeypatch.setattr(pool, "RESTARTS", 0)
     (finding,) = campaign(kernel(DIES_FROM_THREE), cases=200).findings
     assert finding.original_case.tokens >= 3
@@ -265,7 +265,7 @@ def test_an_interruption_while_a_crash_is_shrunk_keeps_it(
         def symptom(self, case: Case) -> str | None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(autopsy, "Isolated", Interrupted)
+    monkeypatch.setattr(crash_triage, "Isolated", Interrupted)
     outcome = campaign(kernel(DIES_FROM_THREE), cases=200)
     assert outcome.interrupted
     (finding,) = outcome.findings

@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 
-from attn_fuzz.process import interrupt_once, lacks_memory
+from attn_fuzz.execution.process import interrupt_once, lacks_memory
 
 _PRODUCT = """
 import sys
 sys.path[:0] = {path!r}
 import torch
-from attn_fuzz.process import set_up_process
+from attn_fuzz.execution.process import set_up_process
 
 set_up_process("cpu")
 buffer = torch.full((17, 88), torch.nan, dtype=torch.bfloat16)

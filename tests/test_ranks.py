@@ -11,35 +11,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from attn_fuzz.backends.collectives import Alone, Collectives, Done, Handle
+from attn_fuzz.backends.faults.fault import RankFault, TensorFault, faults
+from attn_fuzz.backends.layer import BufferedLayer
+from attn_fuzz.backends.rank_layer import RankLayer, preprocess_rank
+from attn_fuzz.backends.registry import load
+from attn_fuzz.reference.case import Case, CaseError
+from attn_fuzz.reference.layer import layer_inputs
+from attn_fuzz.reference.layout import Span, active_extent, micro_sequences, rank_slice, rank_slices, segments
+from attn_fuzz.reference.memory import same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_calls import gathers, unwaited
 
 from attn_fuzz.campaign.plan import default_workers, plan
-from attn_fuzz.checks.ranks import attended
-from attn_fuzz.exam import hunt_fault
-from attn_fuzz.examine import examine
-from attn_fuzz.fit import fitted
-from attn_fuzz.process import share_of_processors
-from attn_fuzz.ranks import results as rank_results
-from attn_fuzz.ranks.host import HostError
-from attn_fuzz.ranks.rate import processor_seconds
-from attn_fuzz.ranks.team import RankFailed, RanksHung, Teams, seats, teams
-from attn_fuzz.ranks.wire import packed, unpacked
-from attn_fuzz.results import load as load_results
-from attn_fuzz.shrink import minimise
-from attn_fuzz.smaller_layouts import fewer_ranks
-from attn_fuzz.strategies import Domain, cases
-from attn_fuzz.trial import Trial
-from backends.collectives import Alone, Collectives, Done, Handle
-from backends.faults.fault import RankFault, TensorFault, faults
-from backends.layer import BufferedLayer
-from backends.rank_layer import RankLayer, preprocess_rank
-from backends.registry import load
-from reference.case import Case, CaseError
-from reference.layer import layer_inputs
-from reference.layout import Span, active_extent, micro_sequences, rank_slice, rank_slices, segments
-from reference.memory import same_bits
+from attn_fuzz.cases.repair import fitted
+from attn_fuzz.cases.smaller import fewer_ranks
+from attn_fuzz.evaluation.seeded_faults import hunt_fault
+from attn_fuzz.execution.process import share_of_processors
+from attn_fuzz.generation.strategies import Domain, cases
+from attn_fuzz.oracle.checks.ranks import attended
+from attn_fuzz.oracle.examine import examine
+from attn_fuzz.oracle.trial import Trial
+from attn_fuzz.ranks.client import HostError
+from attn_fuzz.ranks.pickling import packed, unpacked
+from attn_fuzz.ranks.rank_group import RankFailed, RanksHung, Teams, seats, teams
+from attn_fuzz.reduction.minimise import minimise
+from results.render import rank_tables as rank_results
+from results.render.rank_rate import processor_seconds
+from results.render.tables import load as load_results
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -387,7 +387,7 @@ def test_hangs_and_deaths_have_their_symptoms(monkeypatch: pytest.MonkeyPatch) -
         def fall(*arguments: object, error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr("attn_fuzz.trial.run_ranks", fall)
+        monkeypatch.setattr("attn_fuzz.oracle.trial.run_ranks", fall)
         verdict = examine(ACROSS.replace(ranks=2), load("loop"), "cpu")
         assert [type(found).__name__ for found in verdict.symptoms] == [symptom]
 
@@ -418,7 +418,7 @@ def test_one_ranks_buffers_are_looked_at() -> None:
     for observation in trial.observations:
         observation.by_rank[1]["k"][0] += 1
         observation.by_rank[0]["dv"][row] = 1e-30
-    from attn_fuzz.checks import CHECKS
+    from attn_fuzz.oracle.checks import CHECKS
 
     found = {symptom.check: symptom for check in CHECKS for symptom in check(trial)}
     assert set(found) == {"replicas", "dead_rows_by_rank"}
@@ -537,7 +537,7 @@ def test_teams_are_spread_over_the_gpus(ranks: int, places: list[int], monkeypat
 
 def test_the_table_of_clean_cases_is_that_of_the_committed_results() -> None:
     page, told = rank_results.PAGE.read_text(), load_results(rank_results.FOLDER)
-    assert rank_results.with_ranks(page, told) == page, "run python -m attn_fuzz.ranks.results"
+    assert rank_results.with_ranks(page, told) == page, "run python -m results.render.rank_tables"
     assert all(row[7] == "0" for row in rank_results.rank_rows(told))
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from attn_fuzz import bench_table, results
+from results.render import bench_table
+from results.render import tables as results
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -21,9 +22,9 @@ def attn_fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_tables_are_those_of_the_committed_results() -> None:
-    assert results.with_results(README, results.load()) == README, "run python -m attn_fuzz.results"
+    assert results.with_results(README, results.load()) == README, "run python -m results.render.tables"
     assert bench_table.with_speed(README, bench_table.load(), bench_table.load(bench_table.SHARED)) == README, (
-        "run python -m attn_fuzz.bench_table"
+        "run python -m results.render.bench_table"
     )
 
 

@@ -6,18 +6,17 @@ import itertools
 
 import pytest
 import torch
+from attn_fuzz.backends.kernel import Capabilities
+from attn_fuzz.reference import attention
+from attn_fuzz.reference.answer import Inputs, kernel_answer, kernel_inputs
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.grouping import groups_of
+from attn_fuzz.reference.layer import LayerInputs, layer_answer, layer_inputs
+from attn_fuzz.reference.layout import call_segments, document_spans
+from attn_fuzz.reference.profile import Profile
+from attn_fuzz.reference.weights import NORM_EPSILON
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from backends.kernel import Capabilities
-from reference import attention
-from reference.answer import Inputs, kernel_answer, kernel_inputs
-from reference.case import Case
-from reference.grouping import groups_of
-from reference.layer import LayerInputs, layer_answer, layer_inputs
-from reference.layout import call_segments, document_spans
-from reference.profile import Profile
-from reference.weights import NORM_EPSILON
 
 CAPABILITIES = Capabilities(dtypes=("fp32",))
 WINDOWS = st.tuples(st.sampled_from([-1, 0, 1, 3]), st.sampled_from([-1, 0, 2]))
@@ -254,7 +253,7 @@ def test_documents_side_by_side_equal_one_at_a_time(case: Case, stored: frozense
     inputs, profile = layer_inputs(case, "cpu"), Profile(stored_sums=stored)
     together = layer_answer(case, inputs, profile, samples=128)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("reference.layer.groups_of", lambda spans: [[span] for span in spans if span.length])
+        patch.setattr("attn_fuzz.reference.layer.groups_of", lambda spans: [[span] for span in spans if span.length])
         alone = layer_answer(case, inputs, profile, samples=128)
     for name, answer in alone.items():
         assert torch.allclose(together[name].value, answer.value, rtol=1e-12, atol=1e-12), name

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import UnsupportedCase
 
-from attn_fuzz.cases_on_disk import Seed, regression_seeds
-from attn_fuzz.examine import examine
-from attn_fuzz.volley.company import in_company
-from backends import registry
-from backends.kernel import UnsupportedCase
+from attn_fuzz.findings.regression_cases import Seed, regression_seeds
+from attn_fuzz.oracle.examine import examine
+from attn_fuzz.reduction.call_sequence import in_company
 
 SEEDS = regression_seeds(Path(__file__).parent / "regressions")
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.loop import Call, Gradients, Loop
+from attn_fuzz.reference.case import Case
 from doubles import double, trial
 
-from attn_fuzz.checks import Check
-from attn_fuzz.checks.isolation import documents_apart
-from attn_fuzz.checks.memory import unwritten_unread
-from attn_fuzz.checks.repeat import path_taken, repeats_itself
-from attn_fuzz.symptoms import NotRepeatable, WrongPath
-from attn_fuzz.trial import Trial
-from attn_fuzz.volley.gear import moving
-from attn_fuzz.volley.layouts import Volley
-from backends import registry
-from backends.loop import Call, Gradients, Loop
-from reference.case import Case
+from attn_fuzz.batch.calls_batch import moving
+from attn_fuzz.generation.calls import Volley
+from attn_fuzz.oracle.checks import Check
+from attn_fuzz.oracle.checks.isolation import documents_apart
+from attn_fuzz.oracle.checks.memory import unwritten_unread
+from attn_fuzz.oracle.checks.repeat import path_taken, repeats_itself
+from attn_fuzz.oracle.symptoms import NotRepeatable, WrongPath
+from attn_fuzz.oracle.trial import Trial
 
 CASE = Case(level="kernel", lengths=(3, 4), head_dim=4)
 CPU = torch.device("cpu")

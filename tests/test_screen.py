@@ -10,13 +10,12 @@ import os
 
 import pytest
 import torch
-
-from reference import batched, values
-from reference.answer import kernel_inputs
-from reference.case import Case
-from reference.profile import Profile
-from reference.screen import row_maxima, screen, takes
-from reference.values import DTYPES, draw
+from attn_fuzz.reference import batched, values
+from attn_fuzz.reference.answer import kernel_inputs
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.profile import Profile
+from attn_fuzz.reference.screen import row_maxima, screen, takes
+from attn_fuzz.reference.values import DTYPES, draw
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from attn_fuzz.backends import registry
+from attn_fuzz.reference.case import Case
 
-from attn_fuzz.script import ScriptError, standalone
-from backends import registry
-from reference.case import Case
+from attn_fuzz.findings.script import ScriptError, standalone
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL = (ROOT / "examples" / "my_kernel.py").read_text()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+from attn_fuzz.backends.kernel import Capabilities
+from attn_fuzz.reference.case import LEVELS, Case
+from attn_fuzz.reference.values import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attn_fuzz.shrink import PASSES, minimise
-from attn_fuzz.smaller_layouts import (
+from attn_fuzz.cases.smaller import (
     fewer_documents,
     merged_documents,
     one_shorter,
@@ -18,10 +20,8 @@ from attn_fuzz.smaller_layouts import (
     simpler_cuts,
     tiny_layouts,
 )
-from attn_fuzz.strategies import Domain, cases, straddling
-from backends.kernel import Capabilities
-from reference.case import LEVELS, Case
-from reference.values import draw
+from attn_fuzz.generation.strategies import Domain, cases, straddling
+from attn_fuzz.reduction.minimise import PASSES, minimise
 
 DOMAIN = Domain.of(Capabilities(), "cpu")
 DRAWN = st.one_of(*(cases(level, DOMAIN) for level in LEVELS))

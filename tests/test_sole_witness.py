@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attn_fuzz.backends import registry
+from attn_fuzz.reference.case import Case
 
-from attn_fuzz.checks import CHECKS, PROBES
-from attn_fuzz.examine import examine
-from attn_fuzz.trial import Trial
-from backends import registry
-from reference.case import Case
+from attn_fuzz.oracle.checks import CHECKS, PROBES
+from attn_fuzz.oracle.examine import examine
+from attn_fuzz.oracle.trial import Trial
 
 WITNESSES = {
     "complete": ("X31", '{"level": "kernel", "lengths": [2], "head_dim": 4}'),

@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from attn_fuzz.reference.case import Case
 
-from attn_fuzz.findings import Finding
-from attn_fuzz.store import Store, StoreError
-from reference.case import Case
+from attn_fuzz.findings.finding import Finding
+from attn_fuzz.findings.store import Store, StoreError
 
 FINDING = Finding(
     backend="loop",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attn_fuzz.upstream.__main__ import SCRIPTS, about, attempt, names
+from upstream.__main__ import SCRIPTS, about, attempt, names
 
 ALLOWED = {"sys", "os", "warnings", "inspect", "importlib", "subprocess"}
 ALLOWED |= {"torch", "flash_attn", "flash_attn_interface", "cutlass", "xformers"}
@@ -48,7 +48,7 @@ def test_a_script_can_say_that_the_defect_is_there(name: str) -> None:
 )
 def test_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str, answer: str) -> None:
     (tmp_path / "report.py").write_text(f'"""some/thing#1: about."""\nimport sys\n{body}\n')
-    monkeypatch.setattr("attn_fuzz.upstream.__main__.SCRIPTS", tmp_path)
+    monkeypatch.setattr("upstream.__main__.SCRIPTS", tmp_path)
     assert attempt("report")["answer"] == answer
 
 
@@ -62,9 +62,7 @@ def test_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str, ans
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], said: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "attn_fuzz.upstream", *arguments], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "upstream", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert said in done.stderr
     # What torch itself warns about (a missing numpy, say) is not ours.

@@ -7,24 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.loop import Loop
+from attn_fuzz.reference.answer import kernel_inputs
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.layer import layer_inputs
+from attn_fuzz.reference.memory import same_bits
 from doubles import double
 
-from attn_fuzz.examine import examine
-from attn_fuzz.execute import run_kernel, run_layer
-from attn_fuzz.observation import Observation
-from attn_fuzz.poison import POISONS
-from attn_fuzz.symptoms import PoisonLeaked
-from attn_fuzz.volley.gear import TURNS, judge
-from attn_fuzz.volley.layouts import Volley
-from attn_fuzz.wide.call import Call, run
-from attn_fuzz.wide.gear import verdicts
-from attn_fuzz.wide.pace import _forms_a_mask
-from backends import registry
-from backends.loop import Loop
-from reference.answer import kernel_inputs
-from reference.case import Case
-from reference.layer import layer_inputs
-from reference.memory import same_bits
+from attn_fuzz.batch.batch_size import _forms_a_mask
+from attn_fuzz.batch.calls_batch import TURNS, judge
+from attn_fuzz.batch.packed import verdicts
+from attn_fuzz.batch.packed_call import Call, run
+from attn_fuzz.execution.observation import Observation
+from attn_fuzz.execution.poison import POISONS
+from attn_fuzz.execution.runner import run_kernel, run_layer
+from attn_fuzz.generation.calls import Volley
+from attn_fuzz.oracle.examine import examine
+from attn_fuzz.oracle.symptoms import PoisonLeaked
 
 USER_CODE = Path(__file__).with_name("user_code.py")
 
@@ -158,7 +158,7 @@ def test_a_wide_call_compares_two_runs_and_not_one_with_itself(monkeypatch: pyte
         results["dq"].add_(1e-7 if poison == "finite" else 0.0)
         return results
 
-    monkeypatch.setattr("attn_fuzz.wide.gear.run", moved)
+    monkeypatch.setattr("attn_fuzz.batch.packed.run", moved)
     (outcome,) = verdicts(call, [backend], twice=True)
     assert outcome.z[:, -1].isinf().any()
 

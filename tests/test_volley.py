@@ -11,32 +11,32 @@ from typing import Any
 
 import pytest
 import torch
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, UnsupportedCase
+from attn_fuzz.backends.kernels.loop import LoopKernel
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.reference.answer import KERNEL_TENSORS, kernel_answer, kernel_inputs
+from attn_fuzz.reference.case import MEMORIES, Case, CaseError
 from commandline import Run
 
+from attn_fuzz.batch.batch_run import NAMES
+from attn_fuzz.batch.calls_batch import SHARE, TURNS, Turn, judge
+from attn_fuzz.batch.questions import QUESTIONS
+from attn_fuzz.batch.tensors import Loaded
+from attn_fuzz.campaign.calls_worker import VolleyHunt, hunt_volleys
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message, Tally
 from attn_fuzz.campaign.plan import available_backends, plan
 from attn_fuzz.campaign.pool import Pool
-from attn_fuzz.campaign.volley import VolleyHunt, hunt_volleys
-from attn_fuzz.checks.budget import LIMIT, deviations
-from attn_fuzz.examine import examine
-from attn_fuzz.execute import run_kernel
-from attn_fuzz.findings import Finding
-from attn_fuzz.strategies import Domain
-from attn_fuzz.symptoms import DeadRowsNotZero, NotExact, WrongKeys, WrongKeysBackward
-from attn_fuzz.volley.company import Company, in_company, smallest
-from attn_fuzz.volley.firing import NAMES
-from attn_fuzz.volley.gear import SHARE, TURNS, Turn, judge
-from attn_fuzz.volley.layouts import LONGEST, Volley, draw_volley
-from attn_fuzz.volley.loaded import Loaded
-from attn_fuzz.volley.questions import QUESTIONS
-from attn_fuzz.wide.layouts import Sweep
-from backends import registry
-from backends.kernel import Attended, AttentionOptions, Capabilities, UnsupportedCase
-from backends.kernels.loop import LoopKernel
-from backends.metadata import VarlenMetadata
-from backends.registry import Backend
-from reference.answer import KERNEL_TENSORS, kernel_answer, kernel_inputs
-from reference.case import MEMORIES, Case, CaseError
+from attn_fuzz.execution.runner import run_kernel
+from attn_fuzz.findings.finding import Finding
+from attn_fuzz.generation.calls import LONGEST, Volley, draw_volley
+from attn_fuzz.generation.length_sweeps import Sweep
+from attn_fuzz.generation.strategies import Domain
+from attn_fuzz.oracle.checks.budget import LIMIT, deviations
+from attn_fuzz.oracle.examine import examine
+from attn_fuzz.oracle.symptoms import DeadRowsNotZero, NotExact, WrongKeys, WrongKeysBackward
+from attn_fuzz.reduction.call_sequence import Company, in_company, smallest
 
 CPU = torch.device("cpu")
 EXAMPLE = (Path(__file__).resolve().parent.parent / "examples" / "my_kernel.py").read_text()
@@ -557,7 +557,7 @@ def test_clean_calls_are_counted_one_by_one() -> None:
 
 
 def test_a_slow_kernel_is_heard_of_between_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attn_fuzz.campaign.volley.BEAT_SECONDS", -1.0)
+    monkeypatch.setattr("attn_fuzz.campaign.calls_worker.BEAT_SECONDS", -1.0)
     messages: list[Message] = []
     calls: list[int] = []
 
@@ -661,7 +661,7 @@ def test_an_error_that_comes_once_is_reported_where_nothing_explains_it(monkeypa
 
 
 def test_bad_luck_under_one_value_seed_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attn_fuzz.campaign.volley.beyond_doubt", lambda case: 1e9)
+    monkeypatch.setattr("attn_fuzz.campaign.calls_worker.beyond_doubt", lambda case: 1e9)
     backend = altered(lambda count, _, a: a._replace(out=a.out * 1.25) if count == 3 else a)
     findings, tally = hunted(backend, monkeypatch, calls=60)
     assert findings == []

@@ -12,30 +12,31 @@ from random import Random
 
 import pytest
 import torch
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import Attended, AttentionOptions
+from attn_fuzz.backends.kernels.loop import LoopKernel
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.reference.answer import KERNEL_TENSORS, kernel_answer, kernel_inputs
+from attn_fuzz.reference.case import Case
 
+from attn_fuzz.batch import batch_size
+from attn_fuzz.batch.batch_size import masks_whole_pack
+from attn_fuzz.batch.packed import Outcome, examine_wide, suspicion, verdicts
+from attn_fuzz.batch.packed_call import Call
+from attn_fuzz.batch.verdicts import ROWS
 from attn_fuzz.campaign.messages import Assignment, Failed, Finished, Found, Message, Trying
-from attn_fuzz.campaign.wide import CROWD, WideHunt, hunt_wide
-from attn_fuzz.checks.budget import deviations
-from attn_fuzz.checks.spread import row_spreads
-from attn_fuzz.examine import examine
-from attn_fuzz.execute import run_kernel
-from attn_fuzz.findings import Finding
-from attn_fuzz.strategies import Domain
-from attn_fuzz.symptoms import PoisonLeaked, WrongSpread
-from attn_fuzz.wide import pace
-from attn_fuzz.wide.call import Call
-from attn_fuzz.wide.cutout import ENOUGH, bisected, candidates, plainer, subset
-from attn_fuzz.wide.gear import Outcome, examine_wide, suspicion, verdicts
-from attn_fuzz.wide.judge import ROWS
-from attn_fuzz.wide.layouts import Sweep, draw_case
-from attn_fuzz.wide.pace import masks_whole_pack
-from backends import registry
-from backends.kernel import Attended, AttentionOptions
-from backends.kernels.loop import LoopKernel
-from backends.metadata import VarlenMetadata
-from backends.registry import Backend
-from reference.answer import KERNEL_TENSORS, kernel_answer, kernel_inputs
-from reference.case import Case
+from attn_fuzz.campaign.packed_worker import CROWD, WideHunt, hunt_wide
+from attn_fuzz.cases.subsets import subset
+from attn_fuzz.execution.runner import run_kernel
+from attn_fuzz.findings.finding import Finding
+from attn_fuzz.generation.length_sweeps import Sweep, draw_case
+from attn_fuzz.generation.strategies import Domain
+from attn_fuzz.oracle.checks.budget import deviations
+from attn_fuzz.oracle.checks.spread import row_spreads
+from attn_fuzz.oracle.examine import examine
+from attn_fuzz.oracle.symptoms import PoisonLeaked, WrongSpread
+from attn_fuzz.reduction.packed import ENOUGH, bisected, candidates, plainer
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -233,9 +234,9 @@ def hunted_kernel(kernel: LoopKernel, calls: int) -> list[Message]:
     job = Assignment(backend="mine", device="cpu", seed=3, levels=("kernel",), cases=calls)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "load", lambda name: Backend(name, kernel, levels=("kernel",)))
-        patch.setattr("attn_fuzz.campaign.wide.FIRST_DOCUMENTS", 4)
-        patch.setattr("attn_fuzz.campaign.wide.MOST_DOCUMENTS", 4)
-        patch.setattr("attn_fuzz.campaign.wide.CROWD", 4)
+        patch.setattr("attn_fuzz.campaign.packed_worker.FIRST_DOCUMENTS", 4)
+        patch.setattr("attn_fuzz.campaign.packed_worker.MOST_DOCUMENTS", 4)
+        patch.setattr("attn_fuzz.campaign.packed_worker.CROWD", 4)
         hunt_wide(job, messages.append)
     return messages
 
@@ -288,26 +289,26 @@ MASKING = [("loop", False), ("backup", True), ("sdpa_dense", True), ("sdpa_neste
 def test_kernels_that_mask_the_whole_pack_are_known_by_what_they_make(
     name: str, masks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace, "_seconds", lambda call, backend: len(call.case.lengths))
+    monkeypatch.setattr(batch_size, "_seconds", lambda call, backend: len(call.case.lengths))
     backend = registry.load(name)
     assert masks_whole_pack(backend, Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")) is masks
 
 
 @pytest.mark.parametrize(("name", "masks"), [("loop", False), ("backup", True)])
 def test_others_are_known_by_their_time(name: str, masks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace, "_forms_a_mask", lambda call, backend: False)
+    monkeypatch.setattr(batch_size, "_forms_a_mask", lambda call, backend: False)
     backend = registry.load(name)
     assert masks_whole_pack(backend, Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")) is masks
 
 
 def test_masks_over_the_whole_pack_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace, "free_bytes", lambda: 4 << 30)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda: 4 << 30)
     for longest in ((16, 32), (64, 128), (256, 400)):
-        documents = pace.bearable(longest)
-        assert documents >= pace.affordable(longest)
+        documents = batch_size.bearable(longest)
+        assert documents >= batch_size.affordable(longest)
         # Scores of four heads, in float32, some six times over.
         pairs = documents * longest[0] / 2 * documents * longest[1] / 2
-        assert documents == pace.affordable(longest) or pairs * 4 * 4 * 6 < (4 << 30) / 2
+        assert documents == batch_size.affordable(longest) or pairs * 4 * 4 * 6 < (4 << 30) / 2
 
 
 def test_cut_outs_have_a_key() -> None:

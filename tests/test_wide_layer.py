@@ -6,16 +6,16 @@ from random import Random
 
 import pytest
 import torch
+from attn_fuzz.backends import registry
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.exact_layer import exact_layer_answer, is_exact
+from attn_fuzz.reference.layer import layer_answer, layer_inputs
+from attn_fuzz.reference.profile import Profile
 
+from attn_fuzz.batch.layer import draw_layer_case, examine_wide_layer
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message
-from attn_fuzz.campaign.wide import hunt_wide
-from attn_fuzz.strategies import Domain, straddling
-from attn_fuzz.wide.layer import draw_layer_case, examine_wide_layer
-from backends import registry
-from reference.case import Case
-from reference.exact_layer import exact_layer_answer, is_exact
-from reference.layer import layer_answer, layer_inputs
-from reference.profile import Profile
+from attn_fuzz.campaign.packed_worker import hunt_wide
+from attn_fuzz.generation.strategies import Domain, straddling
 
 CPU = torch.device("cpu")
 

@@ -6,29 +6,29 @@ from random import Random
 
 import pytest
 import torch
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import Attended, AttentionOptions
+from attn_fuzz.backends.kernels.loop import LoopKernel
+from attn_fuzz.backends.known import issues_of
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.registry import Backend, calls_of
+from attn_fuzz.reference.answer import KERNEL_TENSORS
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.profile import UNIT_ROUNDOFF
 
+from attn_fuzz.batch.census import wide_probe, wrong_documents
+from attn_fuzz.batch.every_row import wide_every_row
+from attn_fuzz.batch.needle import wide_needle
+from attn_fuzz.batch.packed import examine_probe, probe_verdict
+from attn_fuzz.batch.packed_call import Call, run
+from attn_fuzz.batch.probes import PROBES
+from attn_fuzz.batch.swamping import swamped_sums, wide_swamping
 from attn_fuzz.campaign.plan import available_backends, takes_volleys
-from attn_fuzz.probes import every_row_probe, needle_probe, uniform_probe
-from attn_fuzz.strategies import Domain
-from attn_fuzz.swamping import sums_of, swamping_probe
-from attn_fuzz.symptoms import WrongKeys, WrongKeysBackward
-from attn_fuzz.wide.call import Call, run
-from attn_fuzz.wide.every_row import wide_every_row
-from attn_fuzz.wide.gear import examine_probe, probe_verdict
-from attn_fuzz.wide.layouts import Sweep, draw_case
-from attn_fuzz.wide.needle import wide_needle
-from attn_fuzz.wide.probe import wide_probe, wrong_documents
-from attn_fuzz.wide.probes import PROBES
-from attn_fuzz.wide.swamping import swamped_sums, wide_swamping
-from backends import registry
-from backends.kernel import Attended, AttentionOptions
-from backends.kernels.loop import LoopKernel
-from backends.known import issues_of
-from backends.metadata import VarlenMetadata
-from backends.registry import Backend, calls_of
-from reference.answer import KERNEL_TENSORS
-from reference.case import Case
-from reference.profile import UNIT_ROUNDOFF
+from attn_fuzz.generation.length_sweeps import Sweep, draw_case
+from attn_fuzz.generation.strategies import Domain
+from attn_fuzz.oracle.known_answer.inputs import every_row_probe, needle_probe, uniform_probe
+from attn_fuzz.oracle.known_answer.swamping import sums_of, swamping_probe
+from attn_fuzz.oracle.symptoms import WrongKeys, WrongKeysBackward
 
 CPU = torch.device("cpu")
 

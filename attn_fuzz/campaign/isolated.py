@@ -15,14 +15,14 @@ from typing import Any, Final
 
 import torch
 
-from attn_fuzz.examine import examine, tried
-from attn_fuzz.operators import operators_of
-from attn_fuzz.process import DEAD_CONTEXT, NO_DEVICE, context_alive, set_apart, set_up_process
-from attn_fuzz.symptoms import Crashed, Hung, Symptom
-from backends import registry
-from backends.kernel import BackendUnavailable, UnsupportedCase
-from backends.registry import Backend
-from reference.case import Case
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import BackendUnavailable, UnsupportedCase
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.execution.operators import operators_of
+from attn_fuzz.execution.process import DEAD_CONTEXT, NO_DEVICE, context_alive, set_apart, set_up_process
+from attn_fuzz.oracle.examine import examine, tried
+from attn_fuzz.oracle.symptoms import Crashed, Hung, Symptom
+from attn_fuzz.reference.case import Case
 
 KNOWN_ISSUE: Final = "KnownIssue"
 """Stands for a symptom that a known issue explains."""

@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import BackendUnavailable
+from attn_fuzz.backends.known import KnownIssue, built_on, issues_below
+from attn_fuzz.backends.registry import Backend, calls_of
 from attn_fuzz.campaign.isolated import Isolated, Report, Subject
-from attn_fuzz.environment import environment
-from attn_fuzz.findings import Finding
-from attn_fuzz.strategies import Domain
-from backends import registry
-from backends.kernel import BackendUnavailable
-from backends.known import KnownIssue, built_on, issues_below
-from backends.registry import Backend, calls_of
-from reference.case import Case, CaseError
+from attn_fuzz.execution.environment import environment
+from attn_fuzz.findings.finding import Finding
+from attn_fuzz.generation.strategies import Domain
+from attn_fuzz.reference.case import Case, CaseError
 
 LENGTHS: Final = (5, 33, 16)
 

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from attn_fuzz.findings import Finding
-from attn_fuzz.poison import POISONS
+from attn_fuzz.execution.poison import POISONS
+from attn_fuzz.findings.finding import Finding
 
 
 class CampaignError(RuntimeError):

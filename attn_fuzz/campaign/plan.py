@@ -9,11 +9,11 @@ from typing import Any, Final
 
 import torch
 
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import BackendUnavailable
 from attn_fuzz.campaign.messages import Assignment
-from attn_fuzz.poison import POISONS
-from attn_fuzz.volley.layouts import compiles_for_calls
-from backends import registry
-from backends.kernel import BackendUnavailable
+from attn_fuzz.execution.poison import POISONS
+from attn_fuzz.generation.calls import compiles_for_calls
 
 MAX_CUDA_WORKERS = 16
 """Processes that share one GPU: beyond this they only wait for one another."""

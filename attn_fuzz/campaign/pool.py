@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Final
 
-from attn_fuzz.campaign.autopsy import NOT_AGAIN, autopsy
+from attn_fuzz.campaign.crash_triage import NOT_AGAIN, autopsy
 from attn_fuzz.campaign.isolated import NoDevice
 from attn_fuzz.campaign.messages import (
     Assignment,
@@ -30,10 +30,10 @@ from attn_fuzz.campaign.messages import (
 )
 from attn_fuzz.campaign.plan import share_of_time
 from attn_fuzz.campaign.serve import serve
-from attn_fuzz.environment import environment
-from attn_fuzz.findings import Finding
-from attn_fuzz.process import interrupt_once, killed_for_memory, share_of_processors
-from reference.case import Case
+from attn_fuzz.execution.environment import environment
+from attn_fuzz.execution.process import interrupt_once, killed_for_memory, share_of_processors
+from attn_fuzz.findings.finding import Finding
+from attn_fuzz.reference.case import Case
 
 HANG_SECONDS: Final = 180.0
 """Silence after which a worker counts as hung: compilers of JIT backends take up to half a minute for one case."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from multiprocessing.connection import Connection
 from typing import Final
 
+from attn_fuzz.campaign.calls_worker import hunt_volleys
 from attn_fuzz.campaign.messages import Assignment
-from attn_fuzz.campaign.volley import hunt_volleys
-from attn_fuzz.campaign.wide import hunt_wide
+from attn_fuzz.campaign.packed_worker import hunt_wide
 from attn_fuzz.campaign.worker import hunt
-from attn_fuzz.process import set_apart, stay_on
+from attn_fuzz.execution.process import set_apart, stay_on
 
 HUNTS: Final = {"narrow": hunt, "volley": hunt_volleys, "wide": hunt_wide}
 """What each gear does with an assignment."""

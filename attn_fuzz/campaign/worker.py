@@ -14,6 +14,9 @@ from typing import Final
 import torch
 from hypothesis.errors import Flaky, HypothesisException
 
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.backends.known import KnownIssue, crash_issue_of
 from attn_fuzz.campaign.isolated import Isolated, NoDevice, Subject
 from attn_fuzz.campaign.messages import (
     Assignment,
@@ -27,21 +30,18 @@ from attn_fuzz.campaign.messages import (
     Tally,
     Trying,
 )
-from attn_fuzz.campaign.smallest import smallest
-from attn_fuzz.checks import PROBES, Check
-from attn_fuzz.drawing import few_cases
-from attn_fuzz.environment import environment
-from attn_fuzz.examine import Verdict, examine, some_probes
-from attn_fuzz.explain import with_suggestion
-from attn_fuzz.findings import Finding, summarise
-from attn_fuzz.process import DEAD_CONTEXT, context_alive, set_up_process
-from attn_fuzz.strategies import Domain, straddling
-from attn_fuzz.symptoms import Crashed, Symptom
-from attn_fuzz.trial import Trial
-from backends import registry
-from backends.kernel import UnsupportedCase
-from backends.known import KnownIssue, crash_issue_of
-from reference.case import Case
+from attn_fuzz.execution.environment import environment
+from attn_fuzz.execution.process import DEAD_CONTEXT, context_alive, set_up_process
+from attn_fuzz.findings.finding import Finding, summarise
+from attn_fuzz.generation.drawing import few_cases
+from attn_fuzz.generation.strategies import Domain, straddling
+from attn_fuzz.oracle.checks import PROBES, Check
+from attn_fuzz.oracle.examine import Verdict, examine, some_probes
+from attn_fuzz.oracle.explain import suggestion
+from attn_fuzz.oracle.symptoms import Crashed, Symptom
+from attn_fuzz.oracle.trial import Trial
+from attn_fuzz.reduction.smallest import smallest
+from attn_fuzz.reference.case import Case
 
 Send = Callable[[Message], None]
 
@@ -238,8 +238,11 @@ class Hunt:
         name = small.symptom.__name__
         self.found |= {name} if small.first is None else {name, small.first[0]}
         finding = dataclasses.replace(self.finding(small.case, small.verdict), symptom=name)
-        finding = with_suggestion(finding, trial, lambda each: self.send(Trying(each.to_json())))
-        self.send(Found(dataclasses.replace(finding, messages=(*finding.messages, *small.notes()))))
+        said = suggestion(trial, small.case, lambda each: self.send(Trying(each.to_json())))
+        # Second, for of many messages few are shown.
+        first, *others = finding.messages
+        messages = (first, *([] if said is None else [said]), *others, *small.notes())
+        self.send(Found(dataclasses.replace(finding, messages=messages)))
 
     def finding(self, case: Case, verdict: Verdict) -> Finding:
         """The finding of a case that failed."""

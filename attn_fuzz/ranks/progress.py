@@ -14,7 +14,7 @@ from typing import Final
 
 import torch
 
-from backends.collectives import Collectives, Handle
+from attn_fuzz.backends.collectives import Collectives, Handle
 
 _COUNT: Final = struct.Struct("=Q")
 

@@ -6,12 +6,11 @@ from collections import deque
 from typing import ClassVar
 
 import torch
-
-from backends.faults.fault import LayerFault
-from backends.kernel import Kernel
-from backends.kv_buffer import KeyValueBuffer
-from backends.layer import BufferedLayer
-from reference.case import Case
+from attn_fuzz.backends.faults.fault import LayerFault
+from attn_fuzz.backends.kernel import Kernel
+from attn_fuzz.backends.kv_buffer import KeyValueBuffer
+from attn_fuzz.backends.layer import BufferedLayer
+from attn_fuzz.reference.case import Case
 
 
 class _Overwrites(KeyValueBuffer):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from backends.faults.fault import KernelFault
-from backends.loop import Call, Gradients
+from attn_fuzz.backends.faults.fault import KernelFault
+from attn_fuzz.backends.loop import Call, Gradients
 
 
 class NowAndThen(KernelFault):

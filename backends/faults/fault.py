@@ -7,14 +7,13 @@ import pkgutil
 from typing import ClassVar
 
 import torch
-
-from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
-from backends.layer import BufferedLayer, Layer
-from backends.loop import Loop, attend
-from backends.metadata import VarlenMetadata
-from backends.rank_layer import RankLayer, RankLayerFactory
-from backends.tensor_layer import TensorLayer, rank_layer
-from reference.profile import Profile
+from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
+from attn_fuzz.backends.layer import BufferedLayer, Layer
+from attn_fuzz.backends.loop import Loop, attend
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.rank_layer import RankLayer, RankLayerFactory
+from attn_fuzz.backends.tensor_layer import TensorLayer, rank_layer
+from attn_fuzz.reference.profile import Profile
 
 PREFIX = "fault:"
 
@@ -85,13 +84,13 @@ class CorrectKernel(FaultyKernel):
 
 def faults() -> dict[str, type[Fault]]:
     """All faults by id, in the order of their families and of their definition."""
-    import backends.faults as package
+    import attn_fuzz.backends.faults as package
 
     found: dict[str, type[Fault]] = {}
     for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
-        for value in vars(importlib.import_module(f"backends.faults.{module}")).values():
+        for value in vars(importlib.import_module(f"attn_fuzz.backends.faults.{module}")).values():
             if isinstance(value, type) and issubclass(value, Fault) and "id" in vars(value):
-                if value.__module__ != f"backends.faults.{module}":
+                if value.__module__ != f"attn_fuzz.backends.faults.{module}":
                     continue
                 if value.id in found:
                     raise ValueError(f"two faults are called {value.id}")

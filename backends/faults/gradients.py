@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-
-from backends.faults.fault import KernelFault
-from backends.loop import Call, Document, Gradients
+from attn_fuzz.backends.faults.fault import KernelFault
+from attn_fuzz.backends.loop import Call, Document, Gradients
 
 
 class HeadMapBackward(KernelFault):

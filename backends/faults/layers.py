@@ -6,13 +6,12 @@ import dataclasses
 from typing import ClassVar
 
 import torch
-
-from backends.faults.fault import LayerFault
-from backends.kernel import Kernel
-from backends.layer import BufferedLayer, BufferRegion
-from backends.legacy import LegacyLayer
-from backends.metadata import MicroSequenceMetadata
-from reference.case import Case
+from attn_fuzz.backends.faults.fault import LayerFault
+from attn_fuzz.backends.kernel import Kernel
+from attn_fuzz.backends.layer import BufferedLayer, BufferRegion
+from attn_fuzz.backends.legacy import LegacyLayer
+from attn_fuzz.backends.metadata import MicroSequenceMetadata
+from attn_fuzz.reference.case import Case
 
 
 class PrefixUnwritten(LayerFault, LegacyLayer):

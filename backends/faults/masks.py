@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-
-from backends.faults.fault import KernelFault
-from backends.loop import Call, Document
+from attn_fuzz.backends.faults.fault import KernelFault
+from attn_fuzz.backends.loop import Call, Document
 
 
 class TopLeft(KernelFault):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-
-from backends.faults.fault import KernelFault
-from backends.kernel import Capabilities
-from backends.loop import Call, Document, Gradients
+from attn_fuzz.backends.faults.fault import KernelFault
+from attn_fuzz.backends.kernel import Capabilities
+from attn_fuzz.backends.loop import Call, Document, Gradients
 
 _TILE = 16
 

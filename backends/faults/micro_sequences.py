@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-
-from backends.faults.fault import LayerFault
-from backends.kernel import Kernel
-from backends.layer import BufferedLayer
-from backends.metadata import MicroSequenceMetadata
-from backends.rotary import Rotary
-from reference.case import Case
+from attn_fuzz.backends.faults.fault import LayerFault
+from attn_fuzz.backends.kernel import Kernel
+from attn_fuzz.backends.layer import BufferedLayer
+from attn_fuzz.backends.metadata import MicroSequenceMetadata
+from attn_fuzz.backends.rotary import Rotary
+from attn_fuzz.reference.case import Case
 
 
 class SixthForgets(LayerFault, BufferedLayer):

@@ -6,10 +6,9 @@ import math
 from typing import ClassVar
 
 import torch
-
-from backends.faults.fault import KernelFault
-from backends.kernel import Capabilities
-from backends.loop import Call, Document
+from attn_fuzz.backends.faults.fault import KernelFault
+from attn_fuzz.backends.kernel import Capabilities
+from attn_fuzz.backends.loop import Call, Document
 
 
 class EmptyDocumentsUnwritten(KernelFault):

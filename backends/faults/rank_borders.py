@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-
-from backends.collectives import Collectives
-from backends.faults.fault import RankFault
-from backends.kernel import Kernel
-from backends.metadata import MicroSequenceMetadata
-from backends.rank_layer import RankMetadata, preprocess_rank
-from reference.case import Case
+from attn_fuzz.backends.collectives import Collectives
+from attn_fuzz.backends.faults.fault import RankFault
+from attn_fuzz.backends.kernel import Kernel
+from attn_fuzz.backends.metadata import MicroSequenceMetadata
+from attn_fuzz.backends.rank_layer import RankMetadata, preprocess_rank
+from attn_fuzz.reference.case import Case
 
 
 class CroppedToOwnSlice(RankFault):

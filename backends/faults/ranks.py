@@ -7,13 +7,12 @@ from collections import deque
 from typing import ClassVar
 
 import torch
-
-from backends.collectives import Collectives, Handle
-from backends.faults.fault import RankFault
-from backends.kernel import Kernel
-from backends.metadata import MicroSequenceMetadata
-from backends.rank_layer import RankMetadata, preprocess_rank
-from reference.case import Case
+from attn_fuzz.backends.collectives import Collectives, Handle
+from attn_fuzz.backends.faults.fault import RankFault
+from attn_fuzz.backends.kernel import Kernel
+from attn_fuzz.backends.metadata import MicroSequenceMetadata
+from attn_fuzz.backends.rank_layer import RankMetadata, preprocess_rank
+from attn_fuzz.reference.case import Case
 
 
 class StalePast(RankFault):

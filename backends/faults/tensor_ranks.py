@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-
-from backends.collectives import Collectives
-from backends.faults.fault import TensorFault
-from backends.rank_layer import RankLayer, RankMetadata
-from backends.tensor_layer import GatherTokens, ScatterSums
+from attn_fuzz.backends.collectives import Collectives
+from attn_fuzz.backends.faults.fault import TensorFault
+from attn_fuzz.backends.rank_layer import RankLayer, RankMetadata
+from attn_fuzz.backends.tensor_layer import GatherTokens, ScatterSums
 
 
 class FirstRanksPositions(TensorFault):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-
-from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
-from backends.metadata import VarlenMetadata
-from backends.sdpa import as_softmax_does
-from reference.profile import Profile
+from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.sdpa import as_softmax_does
+from attn_fuzz.reference.profile import Profile
 
 
 class Backup(Kernel):

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Final
 
 import torch
-
-from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Configuration, Kernel
-from backends.metadata import VarlenMetadata
-from reference.case import MEMORIES, Case
-from reference.profile import Profile
+from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Configuration, Kernel
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.reference.case import MEMORIES, Case
+from attn_fuzz.reference.profile import Profile
 
 CONFIGURATIONS: Final = (
     Configuration("bf16", 64, 4, 2, True),

@@ -6,10 +6,9 @@ import importlib.util
 from typing import ClassVar
 
 import torch
-
-from backends.flash2 import ALIGNED_MEMORIES
-from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel
-from backends.metadata import VarlenMetadata
+from attn_fuzz.backends.flash2 import ALIGNED_MEMORIES
+from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel
+from attn_fuzz.backends.metadata import VarlenMetadata
 
 
 class Flash3(Kernel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from backends.kernels.flash3 import Flash3
+from attn_fuzz.backends.kernels.flash3 import Flash3
 
 
 class Flash3Deterministic(Flash3):

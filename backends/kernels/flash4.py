@@ -7,11 +7,10 @@ import os
 from typing import Final
 
 import torch
-
-from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Configuration, Kernel
-from backends.metadata import VarlenMetadata
-from reference.case import MEMORIES
-from reference.profile import Profile
+from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Configuration, Kernel
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.reference.case import MEMORIES
+from attn_fuzz.reference.profile import Profile
 
 _SHAPES: Final = (("bf16", 64, 4, 2), ("fp16", 128, 2, 2))
 _MASKS: Final = ((True, "none"), (True, "left"), (False, "none"), (False, "both"))

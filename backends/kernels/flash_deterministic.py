@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from backends.kernels.flash import Flash
+from attn_fuzz.backends.kernels.flash import Flash
 
 
 class FlashDeterministic(Flash):

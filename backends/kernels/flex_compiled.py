@@ -6,11 +6,10 @@ import functools
 from typing import Any, Final
 
 import torch
-
-from backends.flex import FlexAttention, flex
-from backends.kernel import Attended, AttentionOptions, Capabilities, Configuration, Kernel
-from backends.metadata import VarlenMetadata
-from reference.profile import Profile
+from attn_fuzz.backends.flex import FlexAttention, flex
+from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Configuration, Kernel
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.reference.profile import Profile
 
 # The mask is data to the compiled kernel, so every kind of it belongs to each of these.
 _SHAPES: Final = (("bf16", 64, 4, 2, 0.0), ("fp16", 32, 2, 2, 20.0), ("fp32", 16, 1, 1, 0.0))

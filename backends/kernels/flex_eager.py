@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-
-from backends.flex import flex
-from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
-from backends.metadata import VarlenMetadata
-from reference.profile import Profile
+from attn_fuzz.backends.flex import flex
+from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.reference.profile import Profile
 
 
 class FlexEager(Kernel):

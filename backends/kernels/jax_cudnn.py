@@ -6,12 +6,11 @@ import importlib.util
 from typing import Final
 
 import torch
-
-from backends.jax_bridge import BATCHES, ROWS, Options, PaddedAttention, bucket
-from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Configuration, Kernel
-from backends.metadata import VarlenMetadata
-from reference.case import MEMORIES
-from reference.profile import Profile
+from attn_fuzz.backends.jax_bridge import BATCHES, ROWS, Options, PaddedAttention, bucket
+from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Configuration, Kernel
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.reference.case import MEMORIES
+from attn_fuzz.reference.profile import Profile
 
 CONFIGURATIONS: Final = (
     Configuration("bf16", 64, 4, 2, True),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-
-from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
-from backends.loop import Loop, attend
-from backends.metadata import VarlenMetadata
-from reference.profile import Profile
+from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
+from attn_fuzz.backends.loop import Loop, attend
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.reference.profile import Profile
 
 
 class LoopKernel(Kernel):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Final
 
-from backends.flash2 import ALIKE_MEMORIES
-from backends.kernel import HALF_DTYPES, Configuration
-from backends.kernels.sdpa_dense_math import ForcedDense
+from attn_fuzz.backends.flash2 import ALIKE_MEMORIES
+from attn_fuzz.backends.kernel import HALF_DTYPES, Configuration
+from attn_fuzz.backends.kernels.sdpa_dense_math import ForcedDense
 
 CONFIGURATIONS: Final = (
     Configuration("bf16", 64, 4, 2, True),

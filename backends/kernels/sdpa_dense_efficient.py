@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from backends.kernels.sdpa_dense_math import ForcedDense
+from attn_fuzz.backends.kernels.sdpa_dense_math import ForcedDense
 
 
 class SdpaDenseEfficient(ForcedDense):

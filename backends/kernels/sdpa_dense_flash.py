@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-
-from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities
-from backends.kernels.sdpa_dense_math import ForcedDense
-from backends.metadata import VarlenMetadata
-from backends.sdpa import as_flash_does, only
-from reference.profile import Profile
+from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities
+from attn_fuzz.backends.kernels.sdpa_dense_math import ForcedDense
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.sdpa import as_flash_does, only
+from attn_fuzz.reference.profile import Profile
 
 
 class SdpaDenseFlash(ForcedDense):

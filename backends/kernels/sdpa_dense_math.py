@@ -6,13 +6,12 @@ import dataclasses
 from typing import ClassVar
 
 import torch
-
-from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
-from backends.kernels.sdpa_dense import SdpaDense, dense_attention
-from backends.metadata import VarlenMetadata
-from backends.sdpa import as_softmax_does, only
-from reference.case import MEMORIES
-from reference.profile import Profile
+from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
+from attn_fuzz.backends.kernels.sdpa_dense import SdpaDense, dense_attention
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.sdpa import as_softmax_does, only
+from attn_fuzz.reference.case import MEMORIES
+from attn_fuzz.reference.profile import Profile
 
 
 class ForcedDense(Kernel):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-
-from backends.flash2 import ALIGNED_MEMORIES
-from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
-from backends.kernels.sdpa_dense import dense_attention
-from backends.metadata import VarlenMetadata
-from backends.sdpa import CPU_EXP_ERROR, as_flash_does
-from reference.profile import Profile
+from attn_fuzz.backends.flash2 import ALIGNED_MEMORIES
+from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
+from attn_fuzz.backends.kernels.sdpa_dense import dense_attention
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.sdpa import CPU_EXP_ERROR, as_flash_does
+from attn_fuzz.reference.profile import Profile
 
 
 def _jagged(x: torch.Tensor, cu_seqlens: torch.Tensor, shortest: int, longest: int) -> torch.Tensor:

@@ -6,12 +6,11 @@ import dataclasses
 import os
 
 import torch
-
-from backends.flash2 import ALIKE_MEMORIES
-from backends.kernel import HALF_DTYPES, Attended, AttentionOptions
-from backends.kernels.sdpa_nested_math import ForcedNested
-from backends.kernels.torch_cudnn import CONFIGURATIONS
-from backends.metadata import VarlenMetadata
+from attn_fuzz.backends.flash2 import ALIKE_MEMORIES
+from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions
+from attn_fuzz.backends.kernels.sdpa_nested_math import ForcedNested
+from attn_fuzz.backends.kernels.torch_cudnn import CONFIGURATIONS
+from attn_fuzz.backends.metadata import VarlenMetadata
 
 
 class SdpaNestedCudnn(ForcedNested):

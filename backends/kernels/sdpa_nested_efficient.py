@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backends.kernels.sdpa_nested_math import ForcedNested
+from attn_fuzz.backends.kernels.sdpa_nested_math import ForcedNested
 
 
 class SdpaNestedEfficient(ForcedNested):

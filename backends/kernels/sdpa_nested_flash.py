@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from backends.kernel import HALF_DTYPES
-from backends.kernels.sdpa_nested_math import ForcedNested
+from attn_fuzz.backends.kernel import HALF_DTYPES
+from attn_fuzz.backends.kernels.sdpa_nested_math import ForcedNested
 
 
 class SdpaNestedFlash(ForcedNested):

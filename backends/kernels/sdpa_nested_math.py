@@ -6,14 +6,13 @@ import dataclasses
 from typing import ClassVar
 
 import torch
-
-from backends.flash2 import ALIGNED_MEMORIES
-from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
-from backends.kernels.sdpa_nested import UNFUSED, SdpaNested, nested_attention
-from backends.metadata import VarlenMetadata
-from backends.sdpa import only
-from reference.case import MEMORIES
-from reference.profile import Profile
+from attn_fuzz.backends.flash2 import ALIGNED_MEMORIES
+from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
+from attn_fuzz.backends.kernels.sdpa_nested import UNFUSED, SdpaNested, nested_attention
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.sdpa import only
+from attn_fuzz.reference.case import MEMORIES
+from attn_fuzz.reference.profile import Profile
 
 
 class ForcedNested(Kernel):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, Final
 
 import torch
-
-from backends.flash2 import ALIKE_MEMORIES
-from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Configuration, Kernel
-from backends.metadata import VarlenMetadata
+from attn_fuzz.backends.flash2 import ALIKE_MEMORIES
+from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Configuration, Kernel
+from attn_fuzz.backends.metadata import VarlenMetadata
 
 CONFIGURATIONS: Final = (
     Configuration("bf16", 64, 2, 2, True),

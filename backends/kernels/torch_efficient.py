@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-
-from backends.flash2 import ALIGNED_MEMORIES
-from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
-from backends.metadata import VarlenMetadata
-from reference.profile import Profile
+from attn_fuzz.backends.flash2 import ALIGNED_MEMORIES
+from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.reference.profile import Profile
 
 _NO_MASK, _BOTTOM_RIGHT = 0, 2
 

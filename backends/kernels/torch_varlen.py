@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-
-from backends.flash2 import ALIGNED_MEMORIES, FLASH2_PROFILE, flash2_limit
-from backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel
-from backends.metadata import VarlenMetadata
-from reference.case import Case
+from attn_fuzz.backends.flash2 import ALIGNED_MEMORIES, FLASH2_PROFILE, flash2_limit
+from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.reference.case import Case
 
 
 @functools.cache

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from backends.flash2 import ALIGNED_MEMORIES
-from backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
-from backends.metadata import VarlenMetadata
-from reference.profile import Profile
+from attn_fuzz.backends.flash2 import ALIGNED_MEMORIES
+from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.reference.profile import Profile
 
 
 @functools.cache

@@ -1,0 +1,105 @@
+"""A volley while it is judged: its runs so far, what they are held to, and who is accused of what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import torch
+
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.batch.calls import PLAIN, Fired, How, fire
+from attn_fuzz.batch.packed import effective_profile
+from attn_fuzz.batch.tensors import Loaded
+from attn_fuzz.batch.verdicts import COLUMNS
+from attn_fuzz.execution.observation import in_our_convention
+from attn_fuzz.generation.calls import Volley
+from attn_fuzz.oracle.symptoms import Symptom
+from attn_fuzz.reference.answer import KERNEL_TENSORS, Inputs, kernel_inputs
+
+PROBED: Final = tuple(f"{name} of the probe" for name in KERNEL_TENSORS)
+APART: Final = "isolation"
+TAILS: Final = "tails"
+NAMES: Final = (*COLUMNS, APART, TAILS, *PROBED)
+"""What is judged of each document: as of a wide call; then isolation, rows behind the last document, and a probe."""
+
+Results = dict[str, torch.Tensor]
+
+_OTHER: Final = {"nan": "finite", "finite": "nan"}
+
+
+class Firing:
+    """A volley while it is judged.
+
+    Args:
+        volley: the calls.
+        backend: what runs them.
+        device: where.
+        poison: contents of unwritten memory when the drawn values run.
+        asked: how many of the calls, from the first on, are asked more than the budgets.
+        beat: called before every call of every run.
+    """
+
+    def __init__(
+        self,
+        volley: Volley,
+        backend: Backend,
+        device: torch.device,
+        poison: str,
+        asked: int,
+        beat: Callable[[], None],
+    ) -> None:
+        self.backend, self.device = backend, device
+        self.poison, self.other_poison, self.beat = poison, _OTHER[poison], beat
+        self.volley = volley if asked == len(volley.ends) else volley.first(asked)
+        """The calls that are asked."""
+        self.case = self.volley.case
+        self.profile = effective_profile(backend.kernel.profile_on(device.type), volley.case)
+        self.drawn = kernel_inputs(volley.case, device)
+        self.runs: list[Fired] = []
+        self.placed: list[Loaded] = []
+        self.loaded = self.load(volley, self.drawn)
+        self.accused: dict[str, torch.Tensor] = {}
+        """By names of ``NAMES``: of the first documents, float64 in units in which the verdict is at LIMIT."""
+        self.spares: tuple[int, ...] = ()
+        self.symptoms: Mapping[str, type[Symptom]] = {}
+        self.all_first = self.fire(self.loaded, poison, every=True).results
+        self.held = [self.all_first]
+        """Results of the whole volley that its budgets hold for."""
+        self.deviations: list[torch.Tensor] = []
+        """``largest_z`` of the first documents by other budgets."""
+        rows, keys = sum(self.case.packed_lengths), sum(self.case.packed_key_lengths)
+        self.rows = {"q": rows, "k": keys, "v": keys, "dout": rows, "dk": keys, "dv": keys}
+        self.first = {name: x[: self.rows.get(name, rows)] for name, x in self.all_first.items()}
+        """What the calls that are asked gave for the drawn values."""
+
+    def inputs(self) -> Inputs:
+        """The drawn values of the calls that are asked."""
+        return Inputs(**{name: getattr(self.drawn, name)[: self.rows[name]] for name in ("q", "k", "v", "dout")})
+
+    def load(self, volley: Volley, inputs: Inputs, spares: Sequence[int] = ()) -> Loaded:
+        """Tensors in their places, which are looked at again in the end."""
+        self.placed.append(Loaded(volley, inputs, self.device, spares))
+        return self.placed[-1]
+
+    def fire(self, what: Loaded, poison: str, how: How = PLAIN, *, every: bool = False) -> Fired:
+        """A run of the calls that are asked, or of every one."""
+        calls = None if every else len(self.volley.ends)
+        fired = fire(what, self.backend, poison, how, calls=calls, beat=self.beat)
+        self.runs.append(fired)
+        if "lse" in fired.results:
+            fired.results["lse"] = in_our_convention(fired.results["lse"], self.backend, self.device)
+        return fired
+
+    def run(self, what: Loaded, poison: str, how: How = PLAIN) -> Results:
+        """The results of a run of the calls that are asked."""
+        return self.fire(what, poison, how).results
+
+    def hold(self, results: Results) -> None:
+        """Holds results of the calls that are asked to the volley's budgets."""
+        rest = {name: self.all_first[name][len(x) :] for name, x in results.items() if name in self.all_first}
+        self.held.append({name: torch.cat([results[name], others]) for name, others in rest.items()})
+
+    def accuse(self, name: str, documents: torch.Tensor) -> None:
+        """Something exact is wrong with some documents, bool ``[documents]``."""
+        self.accused[name] = torch.where(documents, torch.inf, 0.0).double()

@@ -1,0 +1,208 @@
+"""The calls of a volley: one run after another, nothing of which waits for the device."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+import torch
+
+from attn_fuzz.backends.kernel import Attended, UnsupportedCase
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.batch.tensors import Loaded
+from attn_fuzz.execution.poison import filler, poisoned
+from attn_fuzz.execution.process import raise_lack_of_memory
+from attn_fuzz.execution.runner import EVERYTHING, Asked
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """In which way calls are run."""
+
+    asked: Asked = EVERYTHING
+    """Of autograd."""
+    forward_only: bool = False
+    """The forward of training, and no backward."""
+    backwards: bool = False
+    """The last call first."""
+
+
+PLAIN: Final = How()
+
+
+@dataclasses.dataclass
+class Fired:
+    """What came out of a run of all calls."""
+
+    results: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    """As those of the packed case, on the device; rows of calls that brought nothing are 0."""
+    broken: dict[int, str] = dataclasses.field(default_factory=dict)
+    """Calls that raised, or gave something else than was asked for, in words."""
+    refused: dict[int, str] = dataclasses.field(default_factory=dict)
+    """Calls that the backend refused, in words."""
+    spent: set[int] = dataclasses.field(default_factory=set)
+    """Calls whose graph could not be taken back twice, which they may say."""
+    tails: dict[int, list[tuple[str, torch.Tensor]]] = dataclasses.field(default_factory=dict)
+    """Of calls with spare rows: those of each result that has some."""
+    paths: set[str] = dataclasses.field(default_factory=set)
+    """Implementations that ran."""
+
+
+def _primed(like: torch.Tensor, keys: torch.Tensor, value: float) -> None:
+    """Leaves poison in the blocks that a GPU's next results will be given."""
+    # The LSE of a row and a head takes 4 bytes, of which half of the dtypes hold two.
+    lse = (*like.shape[:2], 4 // like.element_size())
+    shapes = (like.shape, like.shape, keys.shape, keys.shape, lse)
+    blocks = [torch.empty(shape, dtype=like.dtype, device=like.device) for shape in shapes]
+    # A launch or two for all of them, where filling takes one for each; whatever is there, NaN added to it is NaN.
+    if not math.isnan(value):
+        torch._foreach_zero_(blocks)
+    torch._foreach_add_(blocks, value)
+
+
+@contextlib.contextmanager
+def _memory(loaded: Loaded, poison: str, *, compiled: bool) -> Iterator[None]:
+    """Unwritten memory holds a poison, of a CPU for all calls together; a GPU's is filled call by call."""
+    if loaded.device.type == "cuda":
+        # Filling every allocation by itself would take longer than many a call.
+        yield
+        return
+    with poisoned(poison, loaded.device, compiled=compiled):
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shot:
+    """What one call gave back."""
+
+    attended: Attended
+    gradients: dict[str, torch.Tensor]
+    spent: bool = False
+
+
+def _copies(gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients in memory of their own: a backward may hand out the same again to the next call.
+
+    One operation for all of them, since calls are short.
+    """
+    together = torch.cat([x.reshape(-1) for x in gradients]).split([x.numel() for x in gradients])
+    return [copy.view(x.shape) for copy, x in zip(together, gradients, strict=True)]
+
+
+def _one(loaded: Loaded, index: int, backend: Backend, poison: str, how: How) -> _Shot:
+    asked = how.asked
+    *tensors, dout = loaded.of_calls[index]
+    named = zip(("q", "k", "v"), tensors, strict=True)
+    q, k, v = leaves = [x.detach().requires_grad_(name in asked.gradients) for name, x in named]
+    if loaded.device.type == "cuda" and poison != "none":
+        _primed(q, k, filler(poison))
+    with torch.set_grad_enabled(bool(asked.gradients)):
+        attended = backend.kernel.attend(q, k, v, loaded.metadata[index], loaded.options)
+    if not asked.gradients or how.forward_only:
+        return _Shot(attended, {})
+    wanted = [x for x in leaves if x.requires_grad]
+    gradients = torch.autograd.grad(attended.out, wanted, dout, retain_graph=asked.twice)
+    if asked.twice:
+        try:
+            gradients = torch.autograd.grad(attended.out, wanted, dout)
+        except RuntimeError as error:
+            raise_lack_of_memory(error)
+            if "CUDA" in str(error):
+                raise
+            # A backward that gives back what it saved, and says so, is nobody's mistake.
+            return _Shot(attended, {}, spent=True)
+    return _Shot(attended, {f"d{name}": x for name, x in zip(asked.gradients, _copies(gradients), strict=True)})
+
+
+class _Collector:
+    """The results of calls, one after another, on their way to those of the packed case."""
+
+    def __init__(self, loaded: Loaded, names: Sequence[str]) -> None:
+        self.loaded, self.fired = loaded, Fired()
+        self.parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        q, k = (loaded.placed[name].tensor for name in ("q", "k"))
+        self.dtype = q.dtype
+        self.of_row = {name: (k if name in ("dk", "dv") else q).shape[1 : 2 if name == "lse" else 3] for name in names}
+
+    def take(self, index: int, got: dict[str, torch.Tensor]) -> None:
+        """Adds what a call gave, and zeros for what it did not."""
+        spare = self.loaded.spares[index]
+        wrong = []
+        for name, parts in self.parts.items():
+            rows = self.loaded.sides["k" if name in ("dk", "dv") else "q"].counts[index]
+            x = got.get(name)
+            if x is not None and spare and len(x) == rows + spare:
+                self.fired.tails.setdefault(index, []).append((name, x[rows:]))
+                x = x[:rows]
+            if x is not None and (x.shape != (rows, *self.of_row[name]) or (name != "lse" and x.dtype != self.dtype)):
+                wrong.append(name)
+                x = None
+            if x is not None:
+                parts.append(x)
+            elif name != "lse" or not got or wrong:
+                parts.append(torch.zeros(rows, *self.of_row[name], dtype=self.dtype, device=self.loaded.device))
+        if wrong:
+            self.fired.broken[index] = f"{', '.join(wrong)} of another shape or dtype"
+
+    def done(self, calls: int, *, backwards: bool) -> Fired:
+        """All of it; the LSE only where every call has one."""
+        self.fired.results = {
+            name: torch.cat(some[::-1] if backwards else some)
+            for name, some in self.parts.items()
+            if len(some) == calls
+        }
+        return self.fired
+
+
+def fire(
+    loaded: Loaded,
+    backend: Backend,
+    poison: str,
+    how: How = PLAIN,
+    *,
+    calls: int | None = None,
+    beat: Callable[[], None] = lambda: None,
+) -> Fired:
+    """Forward and backward of every call, one after another.
+
+    Args:
+        loaded: the calls.
+        backend: what runs them.
+        poison: contents of unwritten memory; ``none`` for what it happens to hold.
+        how: in which way.
+        calls: how many of them, from the first on; None for all.
+        beat: called before every call, for whoever would take a slow kernel for one that hangs.
+
+    Raises:
+        torch.OutOfMemoryError: as it comes.
+    """
+    given = () if how.forward_only else tuple(f"d{name}" for name in how.asked.gradients)
+    meant = backend.kernel.paths_on(loaded.device.type)
+    collector = _Collector(loaded, ("out", "lse", *given))
+    fired = collector.fired
+    order = range(len(loaded.volley.ends) if calls is None else calls)
+    with _memory(loaded, poison, compiled=backend.kernel.compiled):
+        for index in reversed(order) if how.backwards else order:
+            beat()
+            got: dict[str, torch.Tensor] = {}
+            try:
+                shot = _one(loaded, index, backend, poison, how)
+                attended = shot.attended
+                got = {"out": attended.out.detach(), **shot.gradients}
+                if attended.lse is not None:
+                    got["lse"] = attended.lse.detach().T
+                if shot.spent:
+                    fired.spent.add(index)
+                fired.paths.add(attended.path)
+                if meant and attended.path not in meant:
+                    fired.broken[index] = f"{attended.path!r} ran, but should be {' or '.join(sorted(meant))}"
+            except (UnsupportedCase, NotImplementedError) as refusal:
+                fired.refused[index] = str(refusal)
+            except Exception as error:
+                raise_lack_of_memory(error)
+                fired.broken[index] = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['-'])[0][:300]}"
+            collector.take(index, got)
+    return collector.done(len(order), backwards=how.backwards)

@@ -1,0 +1,124 @@
+"""The wide gear at layer level: thousands of documents through a buffered layer, cut into micro-sequences.
+
+Projections are exact, so that each document's verdict is about buffer, metadata and kernel (reference/exact_layer.py).
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+import torch
+
+from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.batch.packed import Outcome, Suspicion, suspected, words
+from attn_fuzz.execution.poison import poisoned
+from attn_fuzz.generation.length_sweeps import USUAL_HEADS, draw_options, edge_lengths
+from attn_fuzz.generation.strategies import Domain
+from attn_fuzz.oracle.checks.budget import deviations
+from attn_fuzz.reference.answer import Expected, Inputs
+from attn_fuzz.reference.batched import kernel_answer
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.exact_layer import EXACT_TENSORS, exact_layer_answer
+from attn_fuzz.reference.layer import LayerInputs, layer_inputs
+from attn_fuzz.reference.layout import document_spans, micro_sequences
+from attn_fuzz.reference.packed import packed
+from attn_fuzz.reference.profile import Profile
+from attn_fuzz.reference.screen import screen, takes
+
+_MOST_CUTS = 7
+_ATTEMPTS = 20
+_WIDEST = 2048
+"""Channels of all heads together: weights have the square of them."""
+_SHORT = 16
+"""Tokens of the longest document where there are many heads: its scores are their number times its square."""
+
+
+def draw_layer_case(random: Random, backend: Backend, domain: Domain, documents: int, longest: int) -> Case | None:
+    """A packed sequence of many documents with a few cuts, or None where the backend takes none of twenty.
+
+    Args:
+        random: decides everything.
+        backend: what will run it.
+        domain: the options that it takes.
+        documents: how many.
+        longest: tokens of the longest document.
+    """
+    for _ in range(_ATTEMPTS):
+        options = draw_options(random, domain)
+        width = int(options["heads"]) * int(options["head_dim"])  # type: ignore[call-overload]
+        if options["memory"] == "broadcast" or width > _WIDEST:
+            continue
+        many = int(options["heads"]) > USUAL_HEADS  # type: ignore[call-overload]
+        lengths = edge_lengths(random, documents, min(longest, _SHORT) if many else longest)
+        if not domain.capabilities.empty_documents:
+            lengths = lengths[lengths > 0]
+        total = int(lengths.sum())
+        if total < 2:
+            continue
+        places = range(1, total)
+        if not options["causal"]:
+            places = sorted({span.begin for span in document_spans(lengths.tolist())} - {0, total})  # type: ignore[assignment]
+        cuts = sorted(random.sample(places, min(random.randint(1, _MOST_CUTS), len(places))))
+        case = Case(
+            lengths=tuple(lengths.tolist()),
+            cuts=tuple(cuts),
+            hidden=width,
+            weights="selection",
+            **options,  # type: ignore[arg-type]
+        )
+        if backend.refusal(case, domain.device) is None:
+            return case
+    return None
+
+
+def run(case: Case, inputs: LayerInputs, backend: Backend) -> dict[str, torch.Tensor]:
+    """All micro-sequences forward, then backward in reverse: ``EXACT_TENSORS`` that the layer gives, on the device."""
+    device = inputs.x.device
+    parts = micro_sequences(case)
+    with poisoned("nan", device):
+        layer = backend.layer(inputs.weights, case, backend.kernel)
+        outputs = [layer.forward(inputs.x[slice(*part)], *part) for part in parts]
+        gradients = [layer.backward(inputs.dout[slice(*part)]) for part in reversed(parts)]
+    results = {"out": torch.cat(outputs).detach(), "dx": torch.cat(gradients[::-1]).detach()}
+    if (buffers := layer.key_value_gradients()) is not None:
+        results |= {name: buffer[: case.tokens] for name, buffer in zip(("dk", "dv"), buffers, strict=True)}
+    return results
+
+
+def _answer(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Expected]:
+    """One micro-sequence's answer, by the fast reference where it can."""
+    if takes(case, profile, inputs.q.device) is not None:
+        return kernel_answer(case, inputs, profile, degrees=False)
+    screened = screen(case, inputs, profile)
+    return {name: Expected(each.value.double(), each.inverse.double().pow(-2)) for name, each in screened.items()}
+
+
+def layer_verdict(case: Case, backend: Backend, device: torch.device) -> Outcome:
+    """Runs a layer and judges every document by its largest deviation."""
+    inputs = layer_inputs(case, device)
+    count = len(case.packed_lengths)
+    z = torch.zeros(count, len(EXACT_TENSORS), dtype=torch.float64, device=device)
+    try:
+        results = run(case, inputs, backend)
+    except (UnsupportedCase, torch.OutOfMemoryError, MemoryError):
+        raise
+    except NotImplementedError as refusal:
+        raise UnsupportedCase(str(refusal)) from refusal
+    except Exception as error:
+        return Outcome(z.cpu(), words(error), EXACT_TENSORS)
+    expected = exact_layer_answer(case, inputs, backend.kernel.profile_on(device.type), _answer)
+    owner = packed(case.packed_lengths, device).owner
+    for column, name in enumerate(EXACT_TENSORS):
+        if name not in results:
+            continue
+        if results[name].shape != expected[name].value.shape:
+            return Outcome(z.cpu(), f"{name} is of another shape", EXACT_TENSORS)
+        worst = deviations(case, results[name], expected[name]).flatten(1).amax(1)
+        z[:, column].scatter_reduce_(0, owner, worst, "amax")
+    return Outcome(z.cpu(), None, EXACT_TENSORS)
+
+
+def examine_wide_layer(case: Case, backend: Backend, device: torch.device) -> Suspicion | None:
+    """The wide verdict on one layer case and one backend: None for a clean one."""
+    return suspected(case, layer_verdict(case, backend, device), lambda again: layer_verdict(again, backend, device))

@@ -1,0 +1,119 @@
+"""The tensors of a volley's calls in their places: arenas between guard margins, rows of NaN between calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from attn_fuzz.backends.kernel import AttentionOptions
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.execution.poison import filler
+from attn_fuzz.generation.calls import Volley
+from attn_fuzz.reference.answer import Inputs
+from attn_fuzz.reference.memory import Placed, bits, layout_of, place
+
+_STEP: Final = 64
+"""Calls begin at multiples of so many rows, of whatever size: aligned as tensors of their own are."""
+
+_SUMS_STEP: Final = 32
+"""Prefix sums begin at multiples of so many numbers: 128 bytes."""
+
+_SIDES: Final = {"q": "q", "dout": "q", "k": "k", "v": "k"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """Where the rows of one side of the calls lie."""
+
+    begins: tuple[int, ...]
+    """First row of each call in the arena."""
+    counts: tuple[int, ...]
+    """Rows of each call."""
+    rows: int
+    """Of the arena, gaps included."""
+    places: torch.Tensor
+    """int64 ``[tokens]``: row in the arena of each row of the packed case."""
+
+
+def _side(volley: Volley, lengths: tuple[int, ...], spares: Sequence[int], device: torch.device) -> _Side:
+    counts = [sum(lengths[slice(*span)]) for span in volley.spans]
+    begins, row = [], 0
+    for count, spare in zip(counts, spares, strict=True):
+        begins.append(row)
+        # A row at least between calls is nobody's.
+        row += ((count + spare) // _STEP + 1) * _STEP
+    gaps = [begin - packed for begin, packed in zip(begins, itertools.accumulate(counts, initial=0))]
+    numbers = torch.tensor([counts, gaps], dtype=torch.int64).to(device, non_blocking=True)
+    tokens = sum(counts)
+    shifts = torch.repeat_interleave(numbers[1], numbers[0], output_size=tokens)
+    return _Side(tuple(begins), tuple(counts), row, shifts + torch.arange(tokens, device=device))
+
+
+def _sums(volley: Volley, device: torch.device) -> tuple[torch.Tensor, list[VarlenMetadata]]:
+    """(all prefix sums in one allocation, the metadata of each call, whose prefix sums are parts of it)."""
+    numbers: list[int] = []
+    places: list[tuple[int, int]] = []
+    lengths_q, lengths_k = volley.case.packed_lengths, volley.case.packed_key_lengths
+    for span in volley.spans:
+        for lengths in (lengths_q, lengths_k):
+            own = list(itertools.accumulate(lengths[slice(*span)], initial=0))
+            places.append((len(numbers), len(numbers) + len(own)))
+            numbers += own + [-1] * (-len(own) % _SUMS_STEP)
+    every = torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
+    made = [
+        VarlenMetadata.of_sums(
+            lengths_q[slice(*span)], lengths_k[slice(*span)], every[slice(*sums_q)], every[slice(*sums_k)]
+        )
+        for span, sums_q, sums_k in zip(volley.spans, places[::2], places[1::2], strict=True)
+    ]
+    return every, made
+
+
+class Loaded:
+    """A volley's tensors in their places, ready for any number of runs.
+
+    Args:
+        volley: what will run.
+        inputs: tensors of its packed case, on the device.
+        device: where.
+        spares: how many rows behind its last document each call is handed; none where empty.
+    """
+
+    def __init__(self, volley: Volley, inputs: Inputs, device: torch.device, spares: Sequence[int] = ()) -> None:
+        self.volley, self.device = volley, device
+        self.spares = tuple(spares) or (0,) * len(volley.ends)
+        case = volley.case
+        self.sides = {
+            "q": _side(volley, case.packed_lengths, self.spares, device),
+            "k": _side(volley, case.packed_key_lengths, self.spares, device),
+        }
+        self.placed = {name: self._place(name, getattr(inputs, name)) for name in _SIDES}
+        self.sums, self.metadata = _sums(volley, device)
+        self._sums_before = self.sums.clone()
+        self.options = AttentionOptions.of(case)
+
+    def _place(self, name: str, x: torch.Tensor) -> Placed:
+        side, fill = self.sides[_SIDES[name]], filler("nan")
+        arena = x.new_full((side.rows, *x.shape[1:]), fill)
+        arena[side.places] = x
+        return place(arena, layout_of(name, self.volley.case.memory), fill)
+
+    @functools.cached_property
+    def of_calls(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Each call's own rows of q, k, v and dout, spare ones included."""
+        views = []
+        for name in ("q", "k", "v", "dout"):
+            side, whole = self.sides[_SIDES[name]], self.placed[name].tensor
+            places = zip(side.begins, side.counts, self.spares, strict=True)
+            views.append([whole.narrow(0, begin, count + spare) for begin, count, spare in places])
+        return list(zip(*views, strict=True))
+
+    def changed(self) -> torch.Tensor:
+        """Whether any input, gap, guard margin or prefix sum has lost its bits: bool scalar on the device."""
+        moved = [(bits(item.storage) != item.before).any() for item in self.placed.values()]
+        return torch.stack([*moved, (self.sums != self._sums_before).any()]).any()

@@ -1,0 +1,140 @@
+"""One verdict per document and tensor, computed where the results are: the largest z, and nothing else, comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from attn_fuzz.oracle.checks.budget import LIMIT, deviations, limit
+from attn_fuzz.oracle.checks.spread import CONTINUOUS, row_bound
+from attn_fuzz.reference.answer import KERNEL_TENSORS, Expected, Inputs
+from attn_fuzz.reference.batched import answers
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.memory import bits
+from attn_fuzz.reference.packed import packed
+from attn_fuzz.reference.profile import Profile
+from attn_fuzz.reference.screen import row_maxima, screen
+
+ROWS: Final = ("out", "dq", "dk", "dv")
+"""Results that have a row statistic."""
+
+COLUMNS: Final = (*KERNEL_TENSORS, *(f"{name}-rows" for name in ROWS), "bits")
+"""What is judged of each document: the largest deviation of each result, then the largest row statistic of those that
+have one, in units in which the verdict is at LIMIT, and whether two runs of the call gave other bits (inf)."""
+
+_OWED: Final = 1e-300
+"""Stands for a variance of 0: the least that can be wrong is 1e-45, and then 1e105 standard deviations off."""
+
+_EQUALITY: Final = 1e60
+_LARGEST_FP16: Final = 65504.0
+
+
+def complete(case: Case, results: dict[str, torch.Tensor], inputs: Inputs) -> list[str]:
+    """Results of the wrong shape or dtype, by name; only the LSE may be absent, and has a dtype of its own."""
+    shapes = {"out": inputs.q, "dq": inputs.q, "dk": inputs.k, "dv": inputs.v, "lse": inputs.q[..., 0]}
+    return [
+        name
+        for name, like in shapes.items()
+        if (name in results and results[name].shape != like.shape)
+        or (name != "lse" and (name not in results or results[name].dtype != like.dtype))
+    ]
+
+
+def largest_z(
+    case: Case,
+    inputs: Inputs,
+    profile: Profile,
+    results: Sequence[dict[str, torch.Tensor]],
+    *,
+    documents: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """The largest deviation of each document's results, in standard deviations of their budget.
+
+    One pass of the reference serves any number of backends that compute alike.
+
+    Args:
+        case: a kernel case.
+        inputs: its tensors, on the device.
+        profile: the roundings of those backends.
+        results: of each of them, on the device, complete.
+        documents: places in the call of those to judge; None for all.
+
+    Returns:
+        float64 ``[backends, documents of the call, columns]`` on the device, in the order of ``COLUMNS``; 0 where
+        nothing was judged, inf where equality was owed or a finite value is missing.
+    """
+    count = len(case.packed_lengths)
+    z = torch.zeros(len(results), count, len(COLUMNS), dtype=torch.float64, device=inputs.q.device)
+    by_row = case.values in CONTINUOUS and limit(case) <= LIMIT
+    for chunk in answers(case, inputs, profile, documents=documents, degrees=by_row):
+        for column, name in enumerate(KERNEL_TENSORS):
+            rows, expected = chunk.rows(name), chunk.expected[name]
+            for backend, found in enumerate(results):
+                if name not in found:
+                    continue
+                got = rows.gather(found[name], torch.float64)
+                if name == "lse":
+                    worst = deviations(case, got, expected).masked_fill(~rows.there[:, None, :], 0.0)
+                    z[backend, chunk.documents, column] = worst.amax((1, 2))
+                    continue
+                worst, mean = _by_row(case, got, expected)
+                z[backend, chunk.documents, column] = worst.amax((1, 2))
+                if by_row:
+                    z[backend, chunk.documents, COLUMNS.index(f"{name}-rows")] = LIMIT * mean.amax((1, 2))
+    return z
+
+
+def _by_row(case: Case, got: torch.Tensor, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
+    """``deviations``' largest and ``row_spreads`` of every row ``[documents, heads, size]``, in as few passes.
+
+    Padding is 0, as its answer is. ``got`` is written over.
+    """
+    z2 = got.sub_(expected.value).square_().div_(expected.variance.clamp_min(_OWED))
+    if case.dtype == "fp16":
+        # Others hold whatever the modes of values drawn here can sum up to.
+        z2.masked_fill_(expected.value.abs() > 0.5 * _LARGEST_FP16, 0.0)
+    worst = z2.amax(-1).sqrt_().nan_to_num_(torch.inf)
+    worst = worst.masked_fill_(worst > _EQUALITY, torch.inf)
+    if expected.degrees is None:
+        return worst, torch.zeros_like(worst)
+    owing = expected.variance.amin(-1) > 0
+    mean = (z2.mean(-1) / row_bound(expected.degrees)).sqrt_().nan_to_num_(torch.inf)
+    return worst, torch.where(owing, mean, 0.0)
+
+
+def of_documents(case: Case, name: str, by_row: torch.Tensor) -> torch.Tensor:
+    """Which documents have a row of a result for which something holds: bool ``[tokens]`` to bool ``[documents]``."""
+    lengths = case.packed_key_lengths if name in ("dk", "dv") else case.packed_lengths
+    found = torch.zeros(len(lengths), dtype=torch.uint8, device=by_row.device)
+    return found.scatter_reduce_(0, packed(lengths, by_row.device).owner, by_row.byte(), "amax").bool()
+
+
+def other_bits(
+    case: Case, first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], names: Sequence[str]
+) -> torch.Tensor:
+    """Documents some of whose results have other bits in one run than in another: bool ``[documents]``."""
+    count = len(case.packed_lengths)
+    found = torch.zeros(count, dtype=torch.bool, device=first["out"].device)
+    for name in names:
+        if name in first and name in second and len(first[name]):
+            differs = (bits(first[name]) != bits(second[name])).flatten(1).any(1)
+            found |= of_documents(case, name, differs)
+    return found
+
+
+def screened_z(
+    case: Case, inputs: Inputs, profile: Profile, results: Sequence[dict[str, torch.Tensor]]
+) -> torch.Tensor:
+    """What ``largest_z`` gives, for all documents, by the fast reference (reference/screen.py); no row statistic."""
+    screened = screen(case, inputs, profile)
+    device, count = inputs.q.device, len(case.packed_lengths)
+    sides = {"q": packed(case.packed_lengths, device).owner, "k": packed(case.packed_key_lengths, device).owner}
+    z = torch.zeros(len(results), len(COLUMNS), count, dtype=torch.float32, device=device)
+    for column, name in enumerate(KERNEL_TENSORS):
+        owner = sides["k" if name in ("dk", "dv") else "q"]
+        for backend, found in enumerate(results):
+            if name in found:
+                z[backend, column].scatter_reduce_(0, owner, row_maxima(found[name], screened[name]), "amax")
+    return z.transpose(1, 2).double()

@@ -1,0 +1,61 @@
+"""What a worker died of, found out in other processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Final
+
+from attn_fuzz.campaign.isolated import Isolated, Subject
+from attn_fuzz.campaign.messages import Assignment, Trying
+from attn_fuzz.generation.calls import Volley
+from attn_fuzz.reduction.minimise import minimise
+from attn_fuzz.reference.case import Case
+
+SHRINK_CRASH_SECONDS: Final = 90.0
+"""For cases that kill their process: each failing candidate costs a new one, several seconds on a GPU."""
+
+NOT_AGAIN: Final = "It did not happen again in a process of its own."
+
+
+@dataclasses.dataclass(frozen=True)
+class Death:
+    """What is known of it."""
+
+    original: Case
+    """What the worker was trying; of a volley, the first call that ends another process too, if one does."""
+    case: Case
+    """A smaller one that ends a process as well."""
+    again: bool
+    """Whether it happened again."""
+
+
+def autopsy(job: Assignment, trying: Trying, patience: float) -> Death:
+    """Runs what a worker was trying when it died in other processes, and shrinks what kills those.
+
+    Args:
+        job: the worker's.
+        trying: what it announced last.
+        patience: seconds after which such a process counts as hung.
+
+    Raises:
+        NoDevice: when another process cannot use the device at all.
+    """
+    whole = Case.from_json(trying.case)
+    isolated = Isolated(Subject(job.backend, job.device, job.without), patience)
+
+    def dies(case: Case) -> bool:
+        return isolated.symptom(case) == "Crashed"
+
+    deadline = time.monotonic() + SHRINK_CRASH_SECONDS
+    volley = Volley(whole, trying.ends) if trying.ends else None
+    try:
+        for index in range(len(trying.ends) or 1):
+            if time.monotonic() > deadline:
+                break
+            call = whole if volley is None else volley.call(index)
+            if dies(call):
+                return Death(call, minimise(call, dies, SHRINK_CRASH_SECONDS, time.monotonic), again=True)
+    finally:
+        isolated.close()
+    return Death(whole, whole, again=False)

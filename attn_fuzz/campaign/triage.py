@@ -1,0 +1,73 @@
+"""What gears that judge many documents at a time do with one that fails: hand it to the narrow gear."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.campaign.messages import Found
+from attn_fuzz.campaign.worker import Hunt
+from attn_fuzz.execution.environment import environment
+from attn_fuzz.findings.finding import Finding
+from attn_fuzz.oracle.examine import Verdict
+from attn_fuzz.oracle.symptoms import Symptom
+from attn_fuzz.reference.case import Case
+
+
+class Pursuit(Hunt):
+    """A hunt whose suspects come out of a crowd."""
+
+    def suspect(self, case: Case) -> None:
+        """Notes the case that a finding will have been drawn as."""
+        self.original, self.failed_at = case, time.monotonic()
+
+    def narrow(self, case: Case) -> Verdict | None:
+        """All checks of the narrow gear on a cut-out; None where the backend does not take it."""
+        try:
+            return self.examine(case)
+        except UnsupportedCase:
+            return None
+
+    def hand_over(self, case: Case, verdict: Verdict) -> None:
+        """Lets the narrow gear shrink and report what it fails too."""
+        if type(verdict.first).__name__ in self.found:
+            self.tally.repeated += 1
+            return
+        self.report(case, verdict)
+
+    def count_known(self, known: dict[str, None]) -> None:
+        """Adds known issues that explain what was seen."""
+        for issue in known:
+            self.tally.known[issue] = self.tally.known.get(issue, 0) + 1
+
+    def report_as_seen(
+        self,
+        symptom: type[Symptom],
+        check: str,
+        message: str,
+        case: Case,
+        company: Mapping[str, Any] | None = None,
+    ) -> None:
+        """A finding that the narrow gear does not show, once per symptom; ``company``: in which calls it did."""
+        name = symptom.__name__
+        if name in self.found:
+            self.tally.repeated += 1
+            return
+        self.found.add(name)
+        assert self.original is not None
+        finding = Finding(
+            backend=self.backend.name,
+            device=str(self.device),
+            symptom=name,
+            checks=(check,),
+            messages=(f"{name} [{check}] {message}",),
+            case=case,
+            original_case=self.original,
+            cases_to_find=self.tally.cases,
+            seconds_to_find=round(self.failed_at - self.started, 3),
+            environment=environment(str(self.device)),
+            company=company,
+        )
+        self.send(Found(finding))

@@ -1,0 +1,1 @@
+"""From one case to others: smaller layouts, simpler options, repairs, subsets, interfering calls."""

@@ -1,0 +1,86 @@
+"""Simpler options: steps that a shrinker takes towards few heads and channels, and everything at its default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from attn_fuzz.cases.repair import changed
+from attn_fuzz.cases.smaller import below
+from attn_fuzz.reference.case import Case
+
+_SIMPLER: dict[str, tuple[object, ...]] = {
+    "key_lengths": (None,),
+    "document_ids": (None,),
+    "window": ((-1, -1),),
+    "scale": (None,),
+    "softcap": (0.0,),
+    "query_norm": ("none",),
+    "key_norm": ("none",),
+    "value_norm": ("none",),
+    "shared_key_value": (False,),
+    "rotary": ("none", "default"),
+    "rotary_fraction": (0.5,),
+    "rotary_theta": (10000.0,),
+    "values": ("gaussian",),
+    "weights": ("gaussian",),
+    "memory": ("contiguous", "fused", "head_major", "sliced"),
+    "causal": (True,),
+    # A bit of the seed says how a decoy's strides differ, another one in which order it is taken back (decoy.py).
+    "seed": (0, 1, 4, 5),
+    "dtype": ("fp32", "bf16"),
+}
+
+
+_MORE_KEYS = 64
+"""How many keys may come with having as many as queries: thousands take longer than they are simple."""
+
+
+def _simplicity(field: str, value: object) -> int:
+    """Place in the order of simplicity; what is not listed is least simple."""
+    choices = _SIMPLER[field]
+    return choices.index(value) if value in choices else len(choices)
+
+
+def _fewer_heads(case: Case) -> Iterator[tuple[int, int]]:
+    """(heads, kv_heads) to try: few, one of both factors, all around a single K/V head, then fewer of either factor."""
+    kv_heads, group = case.kv_heads, case.heads // case.kv_heads
+    yield from ((1, 1), (2, 1), (2, 2), (group, 1), (kv_heads, kv_heads), (case.heads, 1))
+    for fewer in below(group)[1:]:
+        yield fewer * kv_heads, kv_heads
+    for fewer in below(kv_heads)[1:]:
+        yield fewer * group, fewer
+
+
+def narrower(case: Case) -> Iterator[Case | None]:
+    """With fewer heads or channels: what every later attempt costs less for."""
+    for heads, kv_heads in _fewer_heads(case):
+        if (heads, kv_heads) < (case.heads, case.kv_heads):
+            yield changed(case, heads=heads, kv_heads=kv_heads)
+    for head_dim in (1, 2, 4, 8, 16, 32, 64, case.head_dim // 2):
+        if 0 < head_dim < case.head_dim:
+            yield changed(case, head_dim=head_dim)
+    if case.level == "layer":
+        for hidden in (1, 2, 4, 8, case.hidden // 2):
+            if 0 < hidden < case.hidden:
+                yield changed(case, hidden=hidden)
+
+
+def simpler_options(case: Case) -> Iterator[Case | None]:
+    """With one option at a simpler value."""
+    for padding in below(case.padding):
+        yield changed(case, padding=padding, cuts=tuple(c for c in case.cuts if c < sum(case.lengths) + padding))
+    if case.padding and case.document_ids is None and case.all_ranks == 1:
+        yield changed(case, lengths=(*case.lengths, case.padding), padding=0)
+    if case.all_ranks > 1 and case.padding:
+        yield changed(case, lengths=(*case.lengths[:-1], case.lengths[-1] + case.padding), padding=0)
+    for capacity in below(case.capacity):
+        yield changed(case, capacity=capacity)
+    for field, choices in _SIMPLER.items():
+        current = _simplicity(field, getattr(case, field))
+        if field == "key_lengths" and sum(case.lengths) > sum(case.packed_key_lengths) + _MORE_KEYS:
+            continue
+        for choice in choices[:current]:
+            yield changed(case, **{field: choice})
+    for side in (0, 1):
+        for width in below(case.window[side]):
+            yield changed(case, window=(width, case.window[1]) if side == 0 else (case.window[0], width))

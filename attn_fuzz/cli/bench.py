@@ -1,0 +1,124 @@
+"""``bench``: how fast both gears are on this machine."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from attn_fuzz.campaign.plan import available_backends, require_available
+from attn_fuzz.cli.arguments import BackendOption, DeviceOption, JsonOption, device_of
+from attn_fuzz.cli.terminal import progress_console, results_console
+from attn_fuzz.evaluation.bench import bench as measure
+from attn_fuzz.evaluation.bench_plan import PLANS
+from attn_fuzz.evaluation.bench_processes import bench_processes
+
+
+def bench(
+    backend: BackendOption = None,
+    device: DeviceOption = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Judge everything in float64, without a fast first look.")
+    ] = False,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="Volleys of several processes on the device instead, on one layout.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Documents and cases per second of both gears, beside the bare kernels on the same layouts."""
+    where = device_of(device)
+    names = tuple(dict.fromkeys(backend or ()))
+    require_available(names, where)
+
+    def say(line: str) -> None:
+        progress_console.print(line, markup=False)
+
+    if processes:
+        shared = bench_processes(where, names or available_backends(where, (PLANS[where].dtype,)), say)
+        if as_json:
+            typer.echo(json.dumps(shared))
+        else:
+            show_processes(results_console(), shared)
+        return
+    result = measure(where, names, say, exact=exact)
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        show(results_console(), result)
+
+
+def show_processes(console: Console, result: dict[str, Any]) -> None:
+    """Calls per second of several processes, as people read them."""
+    table = Table(title=f"{result['environment']['device']}, torch {result['environment']['torch']}")
+    for column in ("backend", "processes", "volley cases/s", "bare calls/s"):
+        table.add_column(column, justify="left" if column == "backend" else "right")
+    for name, by_count in result["processes"].items():
+        for count, rates in by_count.items():
+            table.add_row(name, count, f"{rates['cases_per_s']:,.0f}", f"{rates['bare_calls_per_s']:,.0f}")
+    console.print(table)
+
+
+def show(console: Console, result: dict[str, Any]) -> None:
+    """The figures as people read them."""
+    table = Table(title=f"{result['environment']['device']}, torch {result['environment']['torch']}")
+    columns = (
+        "backend",
+        "documents",
+        "bare, ms",
+        "wide, ms",
+        "ratio",
+        "wide documents/s",
+        "narrow cases/s",
+        "documents/s",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column == "backend" else "right")
+    for row in result["backends"]:
+        wide = row["wide"]
+        table.add_row(
+            row["name"],
+            f"{wide['documents']:,}",
+            f"{1e3 * row['bare_kernel_s']:.2f}",
+            f"{1e3 * wide['seconds']:.2f}",
+            f"{row['wide_over_bare']:.1f}",
+            f"{row['wide_documents_per_s']:,.0f}",
+            f"{row['narrow_cases_per_s']:,.1f}",
+            f"{row['narrow_documents_per_s']:,.0f}",
+        )
+    console.print(table)
+    for row in result["backends"]:
+        parts = ", ".join(f"{name.replace('_', ' ')} {1e3 * s:.2f}" for name, s in row["wide"]["parts"].items())
+        console.print(f"{row['name']}: milliseconds by part: {parts}")
+        if (layer := row["wide_layer"]) is not None:
+            ratio, own = layer["seconds"] / layer["bare_layer_s"], 1e3 * layer["bare_layer_s"]
+            console.print(
+                f"{row['name']}: {layer['documents_per_s']:,.0f} documents/s at layer level, "
+                f"{ratio:.1f} times the layer's own {own:.2f} ms"
+            )
+    if "together" in result:
+        together = result["together"]
+        console.print(
+            f"all on one layout: {together['verdicts_per_s']:,.0f} document verdicts/s, "
+            f"{together['over_bare']:.1f} times the bare kernels' {1e3 * together['bare_kernels_s']:.2f} ms"
+        )
+    if (rare := result.get("rare")) is not None:
+        console.print(
+            f"a fault in 1 of {rare['sizes']:,} sizes: found after {rare['documents']:,} documents and "
+            f"{rare['seconds']:.3f} s, shrunk to {json.dumps(rare['shrunk'])}"
+        )
+    for count, rate in result.get("processes", {}).get("cases_per_s", {}).items():
+        console.print(f"{count} processes on {result['processes']['backend']}: {rate:,.0f} cases/s narrow")
+    for name, rates in result.get("volley_processes", {}).items():
+        for count, rate in rates.items():
+            told = "not measured: too little came back in time" if rate is None else f"{rate:,.0f} cases/s in volleys"
+            console.print(f"{count} processes on {name}: {told}")
+    if "cases_per_s" in (plain := result.get("plain", {})):
+        console.print(
+            f"a plain pytest loop on {plain['backend']}: {plain['cases_per_s']:,.1f} cases/s, "
+            f"{plain['documents_per_s']:,.0f} documents/s"
+        )
+    if result["interrupted"]:
+        console.print("interrupted: the rest was not measured")

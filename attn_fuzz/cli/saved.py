@@ -1,0 +1,177 @@
+"""``replay`` and ``save``: single cases, from and to disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.campaign.isolated import FATAL, Isolated, Subject
+from attn_fuzz.campaign.plan import available_backends, require_available
+from attn_fuzz.campaign.pool import HANG_SECONDS
+from attn_fuzz.cli import tables
+from attn_fuzz.cli.arguments import (
+    DEFAULT_STORE,
+    BackendOption,
+    DeviceOption,
+    JsonOption,
+    StoreOption,
+    UsageError,
+    device_of,
+)
+from attn_fuzz.cli.terminal import results_console
+from attn_fuzz.execution.process import set_up_process
+from attn_fuzz.findings.regression_cases import REGRESSIONS, Seed, find_seed
+from attn_fuzz.findings.script import ScriptError, standalone
+from attn_fuzz.oracle.examine import Verdict, examine
+from attn_fuzz.reduction.call_sequence import in_company
+from attn_fuzz.reference.case import Case
+
+
+def _verdict(name: str, case: Case, device: str) -> Verdict | str:
+    try:
+        # What a kernel prints is not what the command prints.
+        with contextlib.redirect_stdout(sys.stderr):
+            return examine(case, registry.load(name), device)
+    except UnsupportedCase as refusal:
+        return str(refusal)
+
+
+def _verdict_of_survivors(name: str, case: Case, device: str) -> Verdict | str:
+    """The verdict on a case that may end its process or never come back: tried in another one first."""
+    child = Isolated(Subject(name, device), HANG_SECONDS)
+    try:
+        symptom = child.fatal(case)
+    finally:
+        child.close()
+    return _verdict(name, case, device) if symptom is None else Verdict((symptom,), {}, frozenset())
+
+
+def _in_company(name: str, seed: Seed, device: str, alone: Verdict | str) -> Verdict | str:
+    if isinstance(alone, str):
+        return alone
+    with contextlib.redirect_stdout(sys.stderr):
+        return in_company(alone, seed.company, registry.load(name), torch.device(device))
+
+
+def _place(device: str | None, seed: Seed) -> str:
+    """The device asked for, else the one to try a case on: where there is a GPU that, unless it failed on CPUs only."""
+    return device_of("cpu" if device is None and set(seed.convicts) == {"cpu"} else device)
+
+
+def replay(
+    case: Annotated[
+        str, typer.Argument(help="A CASE.json file, a finding's id, a seed's name, or a case as JSON text.")
+    ],
+    backend: BackendOption = None,
+    device: DeviceOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Run one saved case and show every check's verdict.
+
+    Default backends: a finding's own, else all available. Default device: the CPU for what was found on CPUs only, else
+    cuda where there is one.
+    """
+    seed = find_seed(case, store)
+    where = _place(device, seed)
+    own = seed.convicts.get(where.partition(":")[0], ())
+    names = tuple(dict.fromkeys(backend or own or available_backends(where)))
+    require_available(names, where)
+    set_up_process(where)
+    judge = _verdict_of_survivors if seed.symptom in FATAL else _verdict
+    results = [(name, _in_company(name, seed, where, judge(name, seed.case, where))) for name in names]
+    if backend and all(isinstance(verdict, str) for _, verdict in results):
+        raise UsageError("; ".join(str(verdict) for _, verdict in results))
+    failed = [name for name, verdict in results if isinstance(verdict, Verdict) and verdict.symptoms]
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "case": seed.case.to_dict(),
+                    "device": where,
+                    "backends": [
+                        {"name": name, "refused": verdict}
+                        if isinstance(verdict, str)
+                        else {
+                            "name": name,
+                            "checks": list(verdict.checks),
+                            "messages": [str(symptom) for symptom in verdict.symptoms],
+                            "worst_z": {
+                                tensor: z if z < float("inf") else "inf" for tensor, z in verdict.worst_z.items()
+                            },
+                            "paths": sorted(verdict.paths),
+                        }
+                        for name, verdict in results
+                    ],
+                }
+            )
+        )
+    else:
+        console = results_console()
+        tables.verdict_lines(console, seed.case, results)
+        if seed.company is not None:
+            tables.company_lines(console, seed.company)
+    raise typer.Exit(1 if failed else 0)
+
+
+def save(
+    case: Annotated[str, typer.Argument(help="A CASE.json file, a finding's id, or a case as JSON text.")],
+    name: Annotated[str, typer.Argument(help="Name of the regression seed.")],
+    about: Annotated[str, typer.Option(help="Why it is kept.")] = "",
+    convict: Annotated[list[str] | None, typer.Option(help="Backend that must fail it; repeat for several.")] = None,
+    device: DeviceOption = None,
+    folder: Annotated[Path, typer.Option(help="Folder of regression seeds.")] = REGRESSIONS,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Keep a failing case as a regression seed, which the test suite collects by itself."""
+    found = find_seed(case, store)
+    for backend in convict or ():
+        registry.load(backend)
+    convicts = {device_of(device).partition(":")[0]: tuple(convict)} if convict else found.convicts
+    seed = Seed(name, found.case, about or found.about, convicts, company=found.company)
+    target = folder / f"{name}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with target.open("x") as file:
+            file.write(seed.to_json())
+    except FileExistsError:
+        raise UsageError(f"{target} exists already; choose another name") from None
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written: {error.strerror}") from None
+    typer.echo(f"{target}: replay with python -m attn_fuzz replay {name}")
+
+
+def script(
+    case: Annotated[str, typer.Argument(help="A CASE.json file, a finding's id, or a case as JSON text.")],
+    backend: Annotated[str | None, typer.Option(help="Backend that fails it. Default: the finding's own.")] = None,
+    device: DeviceOption = None,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Print a failing kernel case as one Python file that needs nothing of this project, to paste into a report."""
+    seed = find_seed(case, store)
+    where = _place(device, seed)
+    own = seed.convicts.get(where.partition(":")[0], ())
+    name = backend or (own[0] if own else None)
+    if name is None:
+        raise UsageError("the case names no backend that fails it; say --backend NAME")
+    require_available((name,), where)
+    set_up_process(where)
+    verdict = _verdict(name, seed.case, where)
+    if seed.company is not None and isinstance(verdict, Verdict) and not verdict.symptoms:
+        raise UsageError(f"{case} fails among other calls only, which no script has: replay it")
+    if isinstance(verdict, str):
+        raise UsageError(verdict)
+    title = f"{name}: {verdict.first}" if verdict.first else f"{name}: {', '.join(verdict.known) or 'no check fails'}"
+    try:
+        text = standalone(seed.case, registry.load(name), where, title)
+    except ScriptError as error:
+        raise UsageError(str(error)) from None
+    typer.echo(text, nl=False)

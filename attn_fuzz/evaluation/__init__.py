@@ -1,0 +1,1 @@
+"""How good and how fast the harness is: seeded faults, power, published tolerance rules, probes, benchmarks."""

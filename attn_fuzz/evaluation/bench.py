@@ -1,0 +1,279 @@
+"""How fast the two gears are, measured beside the bare kernels on the same layouts in the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+import torch
+
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.backends.rare import PREFIX as RARE
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.batch.layer import layer_verdict
+from attn_fuzz.batch.layer import run as run_layer
+from attn_fuzz.batch.packed import effective_profile, examine_wide, verdicts
+from attn_fuzz.batch.packed_call import Call, run
+from attn_fuzz.campaign.plan import available_backends
+from attn_fuzz.cases.subsets import subset
+from attn_fuzz.evaluation.bench_calls import volley_of, volleys_shared_of
+from attn_fuzz.evaluation.bench_cases import bare, narrow_of, plain_of, shared_of
+from attn_fuzz.evaluation.bench_plan import PLANS, Plan, layout
+from attn_fuzz.execution.environment import environment
+from attn_fuzz.execution.process import set_up_process
+from attn_fuzz.execution.timing import median, now, once
+from attn_fuzz.generation.length_sweeps import Sweep
+from attn_fuzz.oracle.symptoms import Crashed
+from attn_fuzz.reduction.minimise import minimise
+from attn_fuzz.reference.batched import answers
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.layer import layer_inputs
+from attn_fuzz.reference.screen import distrust, screen, takes
+from attn_fuzz.reference.values import fused_agrees
+
+Say = Callable[[str], None]
+
+
+SLOW: Final = 0.4
+"""Seconds of a bare call beyond which no more documents are asked for."""
+
+MUCH_SLOWER: Final = 1.3
+"""A kernel whose time per document grows by so much when documents are doubled is given no more of them."""
+
+
+def fitting(plan: Plan, backend: Backend, device: torch.device) -> tuple[Case, float] | None:
+    """The plan's layout and the kernel's bare time, with fewer documents where they are faster that way."""
+    documents = min(plan.fewest, plan.documents)
+    best: tuple[Case, float] | None = None
+    while documents <= plan.documents:
+        case = layout(plan, documents)
+        if backend.refusal(case, device.type) is not None:
+            return None
+        try:
+            seconds = median(bare(Call.of(case, device), backend), device)
+        except (torch.OutOfMemoryError, MemoryError, UnsupportedCase):
+            return best
+        # What forms masks over the whole pack takes the square of its growth.
+        if best is not None and seconds / documents > best[1] / len(best[0].lengths) * MUCH_SLOWER:
+            return best
+        best = case, seconds
+        if seconds > SLOW:
+            return best
+        documents *= 2
+    return best
+
+
+def wide_of(case: Case, backends: Sequence[Backend], device: torch.device, *, exact: bool) -> dict[str, Any]:
+    """The whole verification of some backends on one layout, and where its time goes, in seconds."""
+    whole = median(lambda: verdicts(Call.of(case, device), backends, screened=not exact), device)
+    call = Call.of(case, device)
+    values = median(lambda: Call.of(case, device), device)
+    kernels = median(lambda: [run(call, backend) for backend in backends], device)
+    profiles = {effective_profile(backend.kernel.profile_on(device.type), case) for backend in backends}
+
+    def answer() -> None:
+        for profile in profiles:
+            if not exact and takes(case, profile, device) is None:
+                screen(case, call.inputs, profile)
+            else:
+                for _ in answers(case, call.inputs, profile):
+                    pass
+
+    reference = median(answer, device)
+    count = len(case.lengths)
+    return {
+        "documents": count,
+        "screened": not exact and all(takes(case, profile, device) is None for profile in profiles),
+        "seconds": whole,
+        "documents_per_s": count / whole,
+        "verdicts_per_s": count * len(backends) / whole,
+        "parts": {
+            "values": values,
+            "kernels": kernels,
+            "reference": reference,
+            "checks_and_rest": max(whole - values - kernels - reference, 0.0),
+        },
+    }
+
+
+def layer_of(plan: Plan, backend: Backend, device: torch.device, documents: int) -> dict[str, float] | None:
+    """The wide gear at layer level: nine micro-sequences, with the layer's own time; None where it is not taken."""
+    lengths = layout(plan, documents).lengths
+    total = sum(lengths)
+    case = Case(
+        lengths=lengths,
+        cuts=tuple(total * cut // 9 for cut in range(1, 9)),
+        heads=plan.heads,
+        kv_heads=plan.kv_heads,
+        head_dim=plan.head_dim,
+        hidden=plan.heads * plan.head_dim,
+        weights="selection",
+        dtype=plan.dtype,
+    )
+    if backend.refusal(case, device.type) is not None:
+        return None
+    inputs = layer_inputs(case, device)
+    whole = median(lambda: layer_verdict(case, backend, device), device)
+    alone = median(lambda: run_layer(case, inputs, backend), device)
+    return {"documents": documents, "seconds": whole, "documents_per_s": documents / whole, "bare_layer_s": alone}
+
+
+def _is_wrong(case: Case, backend: Backend, device: torch.device) -> bool:
+    """Whether the backend takes a case and gives wrong results, whichever."""
+    if backend.refusal(case, device.type) is not None:
+        return False
+    suspicion = examine_wide(case, backend, device)
+    return suspicion is not None and suspicion.symptom is not Crashed
+
+
+def rare_of(plan: Plan, name: str, device: torch.device) -> dict[str, Any]:
+    """How long a fault in documents of one size stays hidden, and what it shrinks to."""
+    queries, keys = plan.rare
+    backend = registry.load(f"{RARE}{queries},{keys}:{name}")
+    sweep = Sweep(plan.rare_longest, 0)
+    sizes = (plan.rare_longest[0] + 1) * (plan.rare_longest[1] + 1)
+    case, seen, taken = layout(plan, 1), 0, 0.0
+    for turn in range(-(-sizes // plan.rare_documents) + 1):
+        lengths, key_lengths = sweep.take(plan.rare_documents)
+        case = case.replace(
+            lengths=tuple(lengths.tolist()),
+            # No query without a key: some backends refuse a whole call for one such document.
+            key_lengths=tuple(torch.maximum(lengths, key_lengths).tolist()),
+            heads=1,
+            kv_heads=1,
+        )
+        if turn == 0:
+            verdicts(Call.of(case, device), [backend])
+        found = None
+
+        def look(case: Case = case) -> None:
+            nonlocal found
+            found = examine_wide(case, backend, device)
+
+        taken += once(look, device)
+        seen += len(lengths)
+        if found is not None:
+            small = subset(case, found.documents[:1])
+            assert small is not None
+            shrinking = now(device)
+            small = minimise(small, lambda each: _is_wrong(each, backend, device), 20.0)
+            return {
+                "sizes": sizes,
+                "documents": seen,
+                "seconds": taken,
+                "shrunk": small.to_dict(),
+                "shrink_s": now(device) - shrinking,
+            }
+    return {"sizes": sizes, "documents": seen, "seconds": taken, "shrunk": None}
+
+
+def row_of(plan: Plan, backend: Backend, device: str, say: Say, *, exact: bool) -> tuple[dict[str, Any], Case] | None:
+    """One backend's figures, and the layout that they were taken on; None when it does not take the layout."""
+    name, place = backend.name, torch.device(device)
+    say(f"{name}: bare kernel and wide gear")
+    found = fitting(plan, backend, place)
+    if found is None:
+        say(f"{name}: does not take the layout")
+        return None
+    case, seconds = found
+    wide = wide_of(case, [backend], place, exact=exact)
+    say(f"{name}: {wide['documents_per_s']:,.0f} documents/s wide, {wide['seconds'] / seconds:.1f} times bare")
+    # A micro-sequence is one of nine.
+    layer = layer_of(plan, backend, place, min(4 * len(case.lengths), plan.layer_documents))
+    if layer is not None:
+        say(f"{name}: {layer['documents_per_s']:,.0f} documents/s wide at layer level")
+    volley = volley_of(layout(plan, min(plan.volley_documents, len(case.lengths))), backend, place)
+    say(f"{name}: {volley['cases_per_s']:,.0f} cases/s in volleys, {volley['over_bare']:.1f} times bare")
+    narrow = narrow_of(name, device, plan.narrow_hunt, plan.narrow_cases)
+    say(f"{name}: {narrow['cases_per_s']:,.0f} cases/s narrow")
+    row = {
+        "name": name,
+        "bare_kernel_s": seconds,
+        "wide_documents_per_s": wide["documents_per_s"],
+        "wide_over_bare": wide["seconds"] / seconds,
+        "wide": wide,
+        "wide_layer": layer,
+        "volley": volley,
+        "narrow_cases_per_s": narrow["cases_per_s"],
+        "narrow_documents_per_s": narrow["documents_per_s"],
+        "narrow": narrow,
+        "wide_over_narrow": wide["documents_per_s"] / max(narrow["documents_per_s"], 1e-9),
+    }
+    return row, case
+
+
+Part = tuple[str, dict[str, Any]]
+
+
+def together_of(
+    plan: Plan, fitted: Sequence[tuple[Backend, Case, float]], device: str, say: Say, *, exact: bool
+) -> Iterator[Part]:
+    """What is measured over all backends, or on the first of them: (key, figures), one after another."""
+    place = torch.device(device)
+    most = max(len(case.lengths) for _, case, _ in fitted)
+    packed = [(backend, seconds) for backend, case, seconds in fitted if len(case.lengths) == most]
+    backends, bares = [backend for backend, _ in packed], [seconds for _, seconds in packed]
+    first = backends[0].name
+    say(f"all of {', '.join(backend.name for backend in backends)} on one layout")
+    together = wide_of(layout(plan, most), backends, place, exact=exact)
+    over_bare = {"bare_kernels_s": sum(bares), "over_bare": together["seconds"] / sum(bares)}
+    yield "together", together | {"backends": [b.name for b in backends], **over_bare}
+    say(f"{first}: a fault in one size of {plan.rare_longest}")
+    yield "rare", rare_of(plan, first, place) | {"backend": first}
+    say(f"{first}: {' and '.join(map(str, plan.processes))} processes on one device")
+    shared = {str(n): shared_of(first, device, n, plan.narrow_seconds) for n in plan.processes}
+    yield "processes", {"backend": first, "cases_per_s": shared}
+    volleys: dict[str, dict[str, float | None]] = {}
+    for index, (backend, _, _) in enumerate(fitted):
+        for count in plan.volley_processes if index == 0 else plan.volley_processes[:1]:
+            rate = volleys_shared_of(backend.name, device, count, plan.volley_seconds)
+            told = "not measured: too little came back in time" if rate is None else f"{rate:,.0f} cases/s"
+            say(f"{backend.name}, in volleys of {count} processes: {told}")
+            volleys.setdefault(backend.name, {})[str(count)] = rate
+    yield "volley_processes", volleys
+    say(f"{first}: a plain pytest loop")
+    yield "plain", (plain_of(first, device, plan.plain_cases) or {}) | {"backend": first}
+
+
+def bench(device: str, names: Sequence[str], say: Say, *, exact: bool = False) -> dict[str, Any]:
+    """Everything, as the JSON object of ``bench --json``; after an interruption, what had been measured until then.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        names: backends; none for all available.
+        say: told what is being measured.
+        exact: judge everything in float64, without the fast reference's first look.
+    """
+    set_up_process(device)
+    place = torch.device(device)
+    plan = PLANS[place.type]
+    trust = "on GPUs only" if device == "cpu" else "not asked for" if exact else distrust(place) or "in use"
+    result: dict[str, Any] = {
+        "device": device,
+        "environment": environment(device),
+        # Of the minute before: what is measured on the wall clock (several processes) depends on it.
+        "load_average": os.getloadavg()[0],
+        "plan": dataclasses.asdict(plan),
+        "fused_values": fused_agrees(place),
+        "fast_reference": trust,
+        "interrupted": False,
+        "backends": [],
+    }
+    fitted: list[tuple[Backend, Case, float]] = []
+    try:
+        for name in names or available_backends(device, (plan.dtype,)):
+            backend = registry.load(name)
+            if (found := row_of(plan, backend, device, say, exact=exact)) is not None:
+                row, case = found
+                result["backends"].append(row)
+                fitted.append((backend, case, row["bare_kernel_s"]))
+        if fitted:
+            # One after another, so that an interruption keeps those before it.
+            for part in together_of(plan, fitted, device, say, exact=exact):
+                result.update([part])
+    except KeyboardInterrupt:
+        result["interrupted"] = True
+    return result

@@ -1,0 +1,145 @@
+"""What a backend takes, found out by asking: one small case for each capability, beyond what it declares too.
+
+Every case runs in a child process, with the declaration set aside (``any:NAME``), so that a crash costs one answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import FLOAT_DTYPES, Capabilities
+from attn_fuzz.campaign.isolated import Isolated, Subject
+from attn_fuzz.reference.case import MEMORIES, Case, CaseError
+
+LENGTHS: Final = (5, 33, 16)
+HEAD_DIMS: Final = (1, 5, 8, 16, 24, 32, 64, 80, 96, 128, 192, 256, 320)
+
+RIGHT: Final = "right"
+
+_SECONDS: Final = 60.0
+_COMPILING_SECONDS: Final = 150.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """One question."""
+
+    name: str
+    stated: bool
+    """What the backend's declaration says."""
+    case: Case
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One answer."""
+
+    probe: str
+    stated: bool
+    measured: str
+    """``right``, or how it is not: ``refused: ...``, ``wrong: ...``, ``crashed``, ``hung``."""
+
+    @property
+    def differs(self) -> bool:
+        """Whether statement and measurement disagree."""
+        return self.stated != (self.measured == RIGHT)
+
+
+def base_case(capabilities: Capabilities) -> Case:
+    """A case as plain as the backend allows."""
+    if capabilities.configurations:
+        # Grouped heads are asked about apart.
+        chosen = capabilities.configurations[0]
+        options: dict[str, Any] = {**chosen._asdict(), "window": (-1, -1)}
+    else:
+        dims = capabilities.head_dims or tuple(
+            dim
+            for dim in (64, *HEAD_DIMS)
+            if dim <= capabilities.max_head_dim and dim % capabilities.head_dim_multiple == 0
+        )
+        options = {"dtype": capabilities.dtypes[-1], "head_dim": dims[0], "heads": 2, "kv_heads": 2}
+        options["causal"] = capabilities.causal
+    return Case(level="kernel", lengths=LENGTHS, **options)
+
+
+def _questions(base: Case, stated: Capabilities) -> Iterator[tuple[str, bool, dict[str, Any]]]:
+    """(name, whether it is declared, changes of the base case)."""
+    left_window = stated.window and stated.causal
+    compiles = bool(stated.configurations)
+    free = not stated.causal_needs_equal_lengths
+    yield "plain", True, {}
+    yield "layer", True, {"level": "layer", "hidden": 16, "cuts": (3, 20) if stated.causal and free else (5, 38)}
+    for dtype in FLOAT_DTYPES:
+        # What compiles for minutes is asked about what it declares.
+        if not compiles or dtype == base.dtype:
+            yield f"dtype {dtype}", dtype in stated.dtypes, {"dtype": dtype}
+    for dim in HEAD_DIMS:
+        if not compiles or dim == base.head_dim:
+            fits = dim <= stated.max_head_dim and dim % stated.head_dim_multiple == 0
+            yield f"head_dim {dim}", fits and dim in (stated.head_dims or HEAD_DIMS), {"head_dim": dim}
+    yield "grouped heads", stated.gqa, {"heads": 4, "kv_heads": 2}
+    yield "causal", stated.causal, {"causal": True}
+    yield "non-causal", stated.noncausal, {"causal": False}
+    yield "causal, more keys than queries", stated.causal and free, {"causal": True, "key_lengths": (9, 40, 16)}
+    yield (
+        "causal, more queries than keys",
+        stated.causal and free and stated.queries_without_keys,
+        {"causal": True, "key_lengths": (3, 33, 16)},
+    )
+    yield "non-causal, more keys than queries", stated.noncausal, {"causal": False, "key_lengths": (9, 40, 16)}
+    yield "documents without keys", stated.queries_without_keys and free, {"key_lengths": (5, 0, 16)}
+    yield (
+        "documents without queries",
+        stated.keys_without_queries and free,
+        {
+            "lengths": (5, 0, 16),
+            "key_lengths": LENGTHS,
+        },
+    )
+    yield "empty documents", stated.empty_documents, {"lengths": (5, 0, 16)}
+    yield "window, causal", left_window, {"causal": True, "window": (7, -1)}
+    both = stated.window and stated.noncausal and not stated.window_needs_causal
+    yield "window, non-causal", both, {"causal": False, "window": (7, 3)}
+    yield "softcap", stated.softcap, {"softcap": 20.0}
+    yield "scale", stated.scale, {"scale": 0.25}
+    for memory in MEMORIES:
+        yield f"memory {memory}", memory in stated.memories, {"memory": memory}
+    yield "rows beyond the last document", stated.capacity is not False, {"capacity": 17}
+
+
+def probes(capabilities: Capabilities) -> list[Probe]:
+    """All questions to a backend."""
+    base = base_case(capabilities)
+    found = []
+    for name, stated, changes in _questions(base, capabilities):
+        try:
+            found.append(Probe(name, stated, base.replace(**changes)))
+        except CaseError:
+            # The plain case of this backend has no such variant.
+            continue
+    return found
+
+
+def probe_backend(name: str, device: str, tell: Callable[[str, Answer], None]) -> list[Answer]:
+    """Asks one backend everything.
+
+    Args:
+        name: the backend.
+        device: ``cpu`` or ``cuda``.
+        tell: called with its name and each answer as it comes.
+    """
+    capabilities = registry.load(name).kernel.capabilities_on(device)
+    compiles = bool(capabilities.configurations or capabilities.layouts)
+    child = Isolated(Subject(registry.ANY + name, device), _COMPILING_SECONDS if compiles else _SECONDS)
+    answers = []
+    try:
+        for probe in probes(capabilities):
+            answer = Answer(probe.name, probe.stated, child.answer(probe.case))
+            answers.append(answer)
+            tell(name, answer)
+    finally:
+        child.close()
+    return answers

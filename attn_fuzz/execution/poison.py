@@ -1,0 +1,70 @@
+"""Memory that nobody has written yet, filled on purpose.
+
+What a backend leaves unwritten holds whatever the allocator had there: zeros on a lucky day. Every case therefore runs
+under two poisons, NaN and a large finite value. Equal bits under both prove that nothing unwritten was read.
+
+Memory is filled where it is handed out, below Python code, torch's modes and its compilers: what user code may do, and
+which kernels torch chooses for it, is the same as without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+
+from attn_fuzz.execution.allocations import filled_allocations
+from attn_fuzz.execution.heap import NAN_BYTE, filled_heap
+
+POISONS: Final = ("nan", "finite")
+
+FINITE_BYTE: Final = 0x5A
+"""As fp16 203, as bf16 and fp32 1.5e16: conspicuous in each, and no product of two overflows float32."""
+
+_BYTES: Final = {"nan": NAN_BYTE, "finite": FINITE_BYTE, "zero": 0}
+"""Zeros are no poison: they tell what the contents of unwritten memory did from what arithmetic did."""
+
+# Sizes that together reach into every bin of the CUDA caching allocator that a narrow case uses (512 B to 20 MiB).
+_PRIMED: Final = (*((1 << exponent, 8) for exponent in range(9, 20)), (1 << 20, 16), (20 << 20, 2))
+
+
+def _prime_cuda(device: torch.device, byte: int) -> None:
+    """Leaves poison in the caching allocator's free blocks, so that kernels' own allocations get it."""
+    blocks = [
+        torch.empty(size, dtype=torch.uint8, device=device).fill_(byte) for size, count in _PRIMED for _ in range(count)
+    ]
+    del blocks
+
+
+@contextlib.contextmanager
+def _filled_device(byte: int, device: torch.device, *, compiled: bool) -> Iterator[None]:
+    _prime_cuda(device, byte)
+    # Compiled code allocates past the dispatcher: what it gets comes from the free blocks.
+    with contextlib.nullcontext() if compiled else filled_allocations(byte, device):
+        yield
+
+
+def poisoned(poison: str, device: torch.device, *, compiled: bool = False) -> contextlib.AbstractContextManager[None]:
+    """A context in which unwritten memory holds ``nan``, ``finite`` poison, ``zero``, or (``none``) what it happens to.
+
+    Args:
+        poison: one of those.
+        device: where.
+        compiled: whether the backend is traced by torch's compiler.
+
+    Raises:
+        ValueError: for an unknown poison.
+    """
+    if poison == "none":
+        return contextlib.nullcontext()
+    if poison not in _BYTES:
+        raise ValueError(f"unknown poison {poison!r}; there are {', '.join(_BYTES)}, none")
+    byte = _BYTES[poison]
+    return _filled_device(byte, device, compiled=compiled) if device.type == "cuda" else filled_heap(byte)
+
+
+def filler(poison: str) -> float:
+    """What guard margins and gaps hold under a poison."""
+    return {"nan": torch.nan, "zero": 0.0}.get(poison, 203.0)

@@ -1,0 +1,322 @@
+"""Runs a case on a backend and records everything that checks look at."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+import torch
+
+from attn_fuzz.backends.kernel import Attended, AttentionOptions, UnsupportedCase
+from attn_fuzz.backends.layer import Layer
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.cases.interfering import crossing
+from attn_fuzz.execution.observation import HandedBack, Observation, Watch, in_our_convention
+from attn_fuzz.execution.poison import filler, poisoned
+from attn_fuzz.execution.process import lacks_memory
+from attn_fuzz.reference.answer import SHARED_DIMENSIONS, Inputs, kernel_inputs
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.layer import LayerInputs, layer_inputs
+from attn_fuzz.reference.layout import Span, active_extent, micro_sequences
+from attn_fuzz.reference.memory import Placed, all_intact, layout_of, place
+
+
+def require_support(backend: Backend, case: Case, device: torch.device) -> None:
+    """Raises UnsupportedCase when the backend declares that it does not take the case."""
+    if (reason := backend.refusal(case, device.type)) is not None:
+        raise UnsupportedCase(f"{backend.name} does not take {reason}")
+
+
+class WroteBeforeRefusing(Exception):
+    """A backend refused a case after it had written to what it was handed."""
+
+
+@contextlib.contextmanager
+def refusing_cleanly(runs: Sequence[KernelCall | LayerRun]) -> Iterator[None]:
+    """A backend that refuses must not have written anything."""
+    try:
+        yield
+    except (UnsupportedCase, NotImplementedError) as refusal:
+        if changed := [what for run in runs for what in run.changed()]:
+            raise WroteBeforeRefusing(f"{changed[0]} changed before it refused: {refusal}") from refusal
+        raise UnsupportedCase(str(refusal)) from refusal
+
+
+def around(
+    decoy: Case | None,
+    made: Callable[[Case], KernelCall | LayerRun],
+    *,
+    crossed: bool,
+    lockstep: bool = False,
+) -> Iterator[None]:
+    """Yields once, for the forward under test, between a decoy's forward and the whole of another one of its kind.
+
+    What is kept by shape is then the decoy's when the case comes, and what is shared by shape is the decoy's again when
+    the case's backward comes. A decoy that fails is a case of its own, some other time.
+
+    Args:
+        decoy: what runs around the case, or None.
+        made: gives a run of the decoy.
+        crossed: there is only one decoy, alive all the time, whose backward comes where otherwise the other one does.
+        lockstep: a decoy that fails fails the case, since other ranks wait for what it did not get to.
+    """
+
+    def attempt(begun: KernelCall | LayerRun | None, *, whole: bool) -> KernelCall | LayerRun | None:
+        if decoy is None:
+            return None
+        try:
+            if begun is None:
+                begun = made(decoy)
+                begun.forward()
+            if whole:
+                begun.backward()
+        except Exception as error:
+            refused = isinstance(error, (UnsupportedCase, NotImplementedError))
+            if lacks_memory(error) or "CUDA error" in str(error) or (lockstep and not refused):
+                raise
+            return None
+        return begun
+
+    kept = attempt(None, whole=False)
+    if not crossed:
+        # Gone before the case's tensors are made, which then lie where its own did.
+        kept = None
+    yield
+    attempt(kept, whole=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is asked of autograd in a kernel call."""
+
+    gradients: tuple[str, ...] = ("q", "k", "v")
+    """The inputs that require a gradient; none: the forward runs without autograd, as inference does."""
+    twice: bool = False
+    """The backward runs twice over the same graph, and its second results count."""
+
+
+EVERYTHING: Final = Asked()
+
+
+class KernelCall:
+    """One varlen call: tensors in place, then forward, then backward."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        case: Case,
+        inputs: Inputs,
+        poison: str,
+        device: torch.device,
+        asked: Asked = EVERYTHING,
+    ) -> None:
+        self.asked = asked
+        self.backend, self.case, self.device, self.poison = backend, case, device, poison
+        self.placed = {name: self._place(name, getattr(inputs, name)) for name in ("q", "k", "v", "dout")}
+        self.metadata = VarlenMetadata(lengths_q=case.packed_lengths, lengths_k=case.packed_key_lengths, device=device)
+        sums = {"cu_seqlens_q": self.metadata.cu_seqlens_q, "cu_seqlens_k": self.metadata.cu_seqlens_k}
+        self.sums = {name: (tensor, tensor.clone()) for name, tensor in sums.items()}
+        self.leaves = {
+            name: self.placed[name].tensor.detach().requires_grad_(name in asked.gradients) for name in ("q", "k", "v")
+        }
+        self.attended: Attended | None = None
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def _place(self, name: str, x: torch.Tensor) -> Placed:
+        fill = filler(self.poison)
+        x = x.to(self.device)
+        shared = SHARED_DIMENSIONS.get(name)
+        if self.case.capacity and not (self.case.memory == "broadcast" and shared == 0):
+            # Rows behind the last document: nobody may read them.
+            x = torch.cat([x, x.new_full((self.case.capacity, *x.shape[1:]), fill)])
+        elif self.case.capacity:
+            x = x[:1].expand(len(x) + self.case.capacity, *x.shape[1:])
+        return place(x, layout_of(name, self.case.memory), fill, shared)
+
+    def forward(self) -> None:
+        q, k, v = self.leaves.values()
+        with torch.set_grad_enabled(bool(self.asked.gradients)):
+            self.attended = self.backend.kernel.attend(q, k, v, self.metadata, AttentionOptions.of(self.case))
+
+    def backward(self) -> None:
+        assert self.attended is not None
+        if not self.asked.gradients:
+            return
+        out, dout = self.attended.out, self.placed["dout"].tensor
+        leaves = [self.leaves[name] for name in self.asked.gradients]
+        if self.asked.twice:
+            torch.autograd.grad(out, leaves, dout, retain_graph=True)
+        gradients = torch.autograd.grad(out, leaves, dout)
+        self.gradients = {f"d{name}": x for name, x in zip(self.asked.gradients, gradients, strict=True)}
+
+    def changed(self) -> list[str]:
+        """Inputs, metadata or guard margins whose bits changed, in words."""
+        if all_intact([*self.placed.values()], [*self.sums.values()]):
+            return []
+        found = [f"{what} of {name}" for name, item in self.placed.items() if (what := item.changed())]
+        return found + [name for name, (now, before) in self.sums.items() if not torch.equal(now, before)]
+
+    def observe(self) -> Observation:
+        """What the call gave back, on the CPU."""
+        assert self.attended is not None
+        results = {"out": self.attended.out.detach(), **self.gradients}
+        if self.attended.lse is not None:
+            results["lse"] = in_our_convention(self.attended.lse.detach().T, self.backend, self.device)
+        tails: dict[str, torch.Tensor] = {}
+        if self.case.capacity:
+            for name, result in list(results.items()):
+                rows = sum(self.case.packed_key_lengths if name in ("dk", "dv") else self.case.packed_lengths)
+                if len(result) == rows + self.case.capacity:
+                    results[name], tails[name] = result[:rows], result[rows:]
+        observation = Observation(self.poison, results, paths=frozenset({self.attended.path}), tails=tails)
+        observation.changed = self.changed()
+        return observation.on_cpu()
+
+
+def run_kernel(
+    backend: Backend,
+    case: Case,
+    inputs: Inputs,
+    poison: str,
+    device: torch.device,
+    decoy: Case | None = None,
+    asked: Asked = EVERYTHING,
+) -> Observation:
+    """Forward and backward of one varlen call on ``device``, around those of a decoy where one is given.
+
+    Raises:
+        UnsupportedCase: when the backend itself refuses; the message says if it had written anything by then.
+    """
+    made = functools.partial(KernelCall, backend, poison=poison, device=device)
+    # Drawn once, and with nobody filling the memory that it takes.
+    others = kernel_inputs(decoy, "cpu") if decoy is not None else inputs
+    calls: list[KernelCall] = []
+    with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly(calls):
+        for _ in around(decoy, lambda other: made(case=other, inputs=others), crossed=crossing(case)):
+            # Not before a decoy that goes is gone, whose memory this call then gets: what is kept by address is stale.
+            calls.append(made(case=case, inputs=inputs, asked=asked))
+            calls[0].forward()
+        calls[0].backward()
+    return calls[0].observe()
+
+
+class LayerRun:
+    """A packed sequence through a layer: all micro-sequences forward, then all backward in reverse.
+
+    Args:
+        backend: whose layer.
+        case: what to run.
+        inputs: its tensors.
+        poison: contents of unwritten memory.
+        device: where.
+        watched: whether the K/V buffer is compared step by step, which nobody asks of a decoy.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        case: Case,
+        inputs: LayerInputs,
+        poison: str,
+        device: torch.device,
+        *,
+        watched: bool = True,
+    ) -> None:
+        self.backend, self.case, self.poison, self.watched = backend, case, poison, watched
+        named = {"x": inputs.x, "dout": inputs.dout, **{f"weight {name}": w for name, w in inputs.weights.items()}}
+        self.placed = {name: self._place(name, tensor.to(device)) for name, tensor in named.items()}
+        self.weight_names = tuple(inputs.weights)
+        self.observation = Observation(poison, {})
+        self.parts = micro_sequences(case)
+        self.outputs, self.input_gradients = HandedBack("out"), HandedBack("dx")
+
+    def _place(self, name: str, x: torch.Tensor) -> Placed:
+        fill = filler(self.poison)
+        if name != "dout" or self.case.memory == "contiguous":
+            return place(x, "contiguous", fill)
+        # The gradient that comes back to a layer is as often a slice as not.
+        placed = place(x[:, None], "sliced", fill)
+        return dataclasses.replace(placed, tensor=placed.tensor[:, 0])
+
+    def make_layer(self, weights: dict[str, torch.Tensor]) -> Layer:
+        """The layer under test."""
+        return self.backend.layer(weights, self.case, self.backend.kernel)
+
+    def own(self, part: Span) -> Span:
+        """The tokens of a micro-sequence that this layer is handed: all of them."""
+        return part
+
+    def slice_of_queries(self, part: Span) -> Span:
+        """The tokens of a micro-sequence that this layer attends from: all of them."""
+        return part
+
+    def forward(self) -> None:
+        self.layer = self.make_layer({name: self.placed[f"weight {name}"].tensor for name in self.weight_names})
+        self.buffer = Watch(("k", "v"), self.layer.key_value)
+        self.buffer_gradient = Watch(("dk", "dv"), self.layer.key_value_gradients)
+        x = self.placed["x"].tensor
+        for part in self.parts:
+            step = f"forward of {list(part)}"
+            self.outputs.add(step, self.layer.forward(x[slice(*self.own(part))], *part))
+            if self.watched:
+                self.observation.strays += self.buffer.compare(step, *part)
+                self.observation.strays += self.buffer_gradient.compare(step, 0, 0)
+
+    def backward(self) -> None:
+        dout = self.placed["dout"].tensor
+        for part in reversed(self.parts):
+            step = f"backward of {list(part)}"
+            self.input_gradients.add(step, self.layer.backward(dout[slice(*self.own(part))]))
+            if self.watched:
+                extent = active_extent(self.case.packed_lengths, self.slice_of_queries(part))
+                self.observation.strays += self.buffer_gradient.compare(step, *extent)
+                self.observation.strays += self.buffer.compare(step, 0, 0)
+
+    def observe(self) -> Observation:
+        """What the layer gave back, on the CPU."""
+        observation, layer = self.observation, self.layer
+        observation.results |= {
+            "out": torch.cat(self.outputs.values()),
+            "dx": torch.cat(self.input_gradients.values()[::-1]),
+        }
+        observation.strays += self.buffer.settle() + self.buffer_gradient.settle()
+        observation.strays += self.outputs.changed() + self.input_gradients.changed()
+        for names, tensors in ((("k", "v"), layer.key_value()), (("dk", "dv"), layer.key_value_gradients())):
+            if tensors is not None:
+                observation.results |= {
+                    name: tensor.detach()[: self.case.tokens].clone()
+                    for name, tensor in zip(names, tensors, strict=True)
+                }
+        # A parameter that nothing ever reached may have None: that result is missing.
+        gradients = layer.parameter_gradients().items()
+        observation.results |= {f"d_{name}": got.detach() for name, got in gradients if isinstance(got, torch.Tensor)}
+        # A user's own layer need not say which implementation ran.
+        observation.paths = getattr(layer, "paths", frozenset)()
+        observation.changed = self.changed()
+        return observation.on_cpu()
+
+    def changed(self) -> list[str]:
+        """Inputs, weights or guard margins whose bits changed, in words."""
+        if all_intact([*self.placed.values()]):
+            return []
+        return [f"{what} of {name}" for name, item in self.placed.items() if (what := item.changed())]
+
+
+def run_layer(
+    backend: Backend, case: Case, inputs: LayerInputs, poison: str, device: torch.device, decoy: Case | None = None
+) -> Observation:
+    """A packed sequence through the backend's layer on ``device``, around a decoy's where one is given."""
+    run = LayerRun(backend, case, inputs, poison, device)
+    # Drawn once, and with nobody filling the memory that it takes.
+    others = layer_inputs(decoy, "cpu") if decoy is not None else inputs
+    with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly([run]):
+        for _ in around(
+            decoy, lambda other: LayerRun(backend, other, others, poison, device, watched=False), crossed=crossing(case)
+        ):
+            run.forward()
+        run.backward()
+    return run.observe()

@@ -1,0 +1,1 @@
+"""What is kept for people: findings, their store, regression cases, standalone scripts."""

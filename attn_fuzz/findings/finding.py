@@ -1,0 +1,94 @@
+"""A finding: a case, a backend, and the checks it failed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from attn_fuzz.oracle.examine import Verdict
+from attn_fuzz.reference.case import Case, CaseError
+
+
+class FindingError(ValueError):
+    """A stored finding that cannot be read; the message is one sentence."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What is reported, stored and replayed."""
+
+    backend: str
+    device: str
+    symptom: str
+    """Name of the symptom's type."""
+    checks: tuple[str, ...]
+    messages: tuple[str, ...]
+    """One sentence per symptom."""
+    case: Case
+    """Shrunk."""
+    original_case: Case
+    cases_to_find: int
+    seconds_to_find: float
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    company: Mapping[str, Any] | None = None
+    """Calls in a row (``volley.company.Company.to_dict``) where the case fails among them only."""
+
+    @property
+    def id(self) -> str:
+        """Ten hexadecimal digits of backend, symptom and shrunk case."""
+        text = f"{self.backend}\n{self.symptom}\n{self.case.to_json()}"
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            "id": self.id,
+            **fields,
+            "checks": list(self.checks),
+            "messages": list(self.messages),
+            "case": self.case.to_dict(),
+            "original_case": self.original_case.to_dict(),
+            "environment": dict(self.environment),
+            "company": None if self.company is None else dict(self.company),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Finding:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            FindingError: for anything else.
+            CaseError: when one of its cases is impossible.
+        """
+        try:
+            return cls(
+                backend=str(data["backend"]),
+                device=str(data["device"]),
+                symptom=str(data["symptom"]),
+                checks=_words(data["checks"]),
+                messages=_words(data["messages"]),
+                case=Case.from_dict(data["case"]),
+                original_case=Case.from_dict(data["original_case"]),
+                cases_to_find=int(data["cases_to_find"]),
+                seconds_to_find=float(data["seconds_to_find"]),
+                environment=dict(data.get("environment", {})),
+                company=None if data.get("company") is None else dict(data["company"]),
+            )
+        except CaseError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise FindingError(f"this is no finding: {type(error).__name__} {error}") from None
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{value!r} is no list of words")
+    return tuple(value)
+
+
+def summarise(verdict: Verdict) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(checks, messages) of a verdict that has symptoms."""
+    return verdict.checks, tuple(str(symptom) for symptom in verdict.symptoms[:12])

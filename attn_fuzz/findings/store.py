@@ -1,0 +1,94 @@
+"""The findings store: a folder with one JSON file per finding, so that stores merge by copying."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from attn_fuzz.findings.finding import Finding
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that no file can have names none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+class StoreError(OSError):
+    """The store cannot be used; the message is one sentence that says what to do."""
+
+
+class Store:
+    """Findings in a folder; reading needs no more than its files.
+
+    Args:
+        folder: where.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def prepare(self) -> None:
+        """Makes the folder when it is missing, and sees that it can be written to.
+
+        Raises:
+            StoreError: when it cannot.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Permission bits do not tell about full disks and read-only mounts; a write does.
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".probe-"):
+                pass
+        except OSError as error:
+            raise StoreError(
+                f"the store {self.folder} cannot be written to ({error.strerror}); choose another with --store"
+            ) from None
+
+    def _path(self, identifier: str) -> Path:
+        return self.folder / f"{identifier}.json"
+
+    def save(self, finding: Finding) -> Path:
+        """Writes a finding, whole or not at all.
+
+        Raises:
+            StoreError: when it cannot be written; a finding of the same id that was there stays.
+        """
+        path = self._path(finding.id)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(finding.to_dict(), indent=2) + "\n")
+            temporary.replace(path)
+        except OSError as error:
+            # On a disk that has become read-only nothing can be removed either.
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise StoreError(f"finding {finding.id} could not be written to {self.folder} ({error.strerror})") from None
+        return path
+
+    def load(self, identifier: str) -> Finding:
+        """The finding of that id.
+
+        Raises:
+            StoreError: when there is none, or its file is damaged.
+        """
+        path = self._path(identifier)
+        if not is_file(path):
+            raise StoreError(f"there is no finding {identifier} in {self.folder}; it holds {self._summary()}")
+        try:
+            return Finding.from_dict(json.loads(path.read_text()))
+        except (ValueError, OSError, RecursionError) as error:
+            # FindingError and CaseError are ValueErrors too.
+            raise StoreError(f"{path} is damaged ({error}); delete it or restore it from a copy") from None
+
+    def identifiers(self) -> tuple[str, ...]:
+        """Ids of all findings."""
+        return tuple(sorted(path.stem for path in self.folder.glob("*.json")))
+
+    def _summary(self) -> str:
+        found = self.identifiers()
+        return ", ".join(found[:10]) + (" ..." if len(found) > 10 else "") if found else "none"

@@ -1,0 +1,1 @@
+"""What to try: Hypothesis strategies, layouts, sweeps of lengths, calls of one configuration."""

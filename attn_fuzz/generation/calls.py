@@ -1,0 +1,109 @@
+"""What a volley is made of: a packed case, and where it is cut into calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from random import Random
+from typing import Final
+
+from attn_fuzz.backends.kernel import Capabilities
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.cases.subsets import subset
+from attn_fuzz.generation.length_sweeps import Sweep, draw_case
+from attn_fuzz.generation.strategies import Domain
+from attn_fuzz.reference.case import Case
+
+LONGEST: Final = {"cuda": ((64, 128), (256, 400), (16, 32)), "cpu": ((16, 32), (64, 128), (16, 32))}
+"""(queries, keys) of the longest documents of volleys, in turn."""
+
+DOCUMENTS: Final = (1, 1, 2, 2, 3, 4, 4, 5, 7, 12)
+"""How many documents a call may have; 4 in the mean."""
+
+_MEAN: Final = sum(DOCUMENTS) / len(DOCUMENTS)
+
+VALUES: Final = ("gaussian", "gaussian", "gaussian", "large", "large", "offset", "tiny", "ties")
+
+_ANY_OPTIONS: Final = 0.4
+"""Share of volleys whose head dimension, head group and scale are any that are taken: some cost ten times others."""
+
+_MOST_WORK: Final = {"cuda": 1e9, "cpu": 4e7}
+"""Products of a query's and a key's channels in a volley, an eighth of a second of the reference's on a GPU and half a
+one on a CPU: longer documents and wider heads make fewer calls, and would keep other processes from the device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Volley:
+    """Small calls that share everything but their documents."""
+
+    case: Case
+    """A kernel case of all documents, each under its own name."""
+    ends: tuple[int, ...]
+    """One past the last document of each call."""
+
+    def __post_init__(self) -> None:
+        count = len(self.case.packed_lengths)
+        if not self.ends or self.ends[-1] != count or any(a >= b for a, b in zip((0, *self.ends), self.ends)):
+            raise ValueError(f"calls must end at rising places up to {count}, not {self.ends}")
+
+    @functools.cached_property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """First document of each call, and one past its last."""
+        return tuple(zip((0, *self.ends[:-1]), self.ends, strict=True))
+
+    def call(self, index: int) -> Case:
+        """One of the calls, as a case of its own with the same values."""
+        small = subset(self.case, range(*self.spans[index]))
+        assert small is not None
+        return small
+
+    def other(self, seed: int) -> Volley:
+        """The same calls with other values."""
+        return Volley(self.case.replace(seed=seed), self.ends)
+
+    def first(self, calls: int) -> Volley:
+        """So many of its calls."""
+        ends = self.ends[:calls]
+        small = subset(self.case, range(ends[-1]))
+        assert small is not None
+        return Volley(small, ends)
+
+
+def compiles_for_calls(capabilities: Capabilities) -> bool:
+    """Whether a backend compiles for every layout or option, and so for each call of a volley."""
+    return bool(capabilities.layouts or capabilities.configurations)
+
+
+def draw_volley(random: Random, sweep: Sweep, backend: Backend, domain: Domain, calls: int) -> Volley | None:
+    """Calls that a backend takes, up to so many, or None where none of those drawn is one.
+
+    Args:
+        random: decides everything but the sweep's pairs.
+        sweep: where the walk through pairs of lengths stands; it moves on.
+        backend: what will run them.
+        domain: the options that it takes.
+        calls: how many are drawn.
+    """
+    every = random.random() < _ANY_OPTIONS
+    case = draw_case(random, sweep, backend, domain, max(2, round(calls * _MEAN)), every=every)
+    if case is None:
+        return None
+    case = case.replace(values=random.choice(VALUES))
+    work, count, begin = 0.0, 0, 0
+    for queries, keys in zip(case.packed_lengths, case.packed_key_lengths, strict=True):
+        work += queries * keys * case.heads * case.head_dim
+        if count and work > _MOST_WORK[domain.device]:
+            break
+        count += 1
+    kept: list[int] = []
+    ends: list[int] = []
+    while begin < count:
+        end = min(begin + random.choice(DOCUMENTS), count)
+        small = subset(case, range(begin, end))
+        # What a call of all documents may be is not always what a few of them may be: one without any query, say.
+        if small is not None and any(small.packed_lengths) and backend.refusal(small, domain.device) is None:
+            kept += range(begin, end)
+            ends.append(len(kept))
+        begin = end
+    packed = subset(case, kept) if kept else None
+    return None if packed is None else Volley(packed, tuple(ends))

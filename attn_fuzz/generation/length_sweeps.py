@@ -1,0 +1,206 @@
+"""What one wide call is made of: a configuration, and thousands of documents that tile edges and sweeps pick."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from random import Random
+from typing import Final
+
+import torch
+
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.generation.layouts import FEW_KEYS, LONG_ROWS, TILE_EDGES, takes_few_keys
+from attn_fuzz.generation.strategies import Domain, usual_scales
+from attn_fuzz.reference.case import Case
+
+LONGEST: Final = {"cuda": ((64, 128), (16, 32), (256, 400)), "cpu": ((16, 32), (16, 32), (64, 128))}
+"""(queries, keys) of the longest documents of calls, in turn; (256, 400) has 103,057 different pairs."""
+
+_OPTIONS: Final = {"cuda": 7, "cpu": 4}
+"""How many of the head dimensions and head groups are drawn, simplest first: a CPU would rather see more documents."""
+
+WINDOW_SIDES: Final = (0, 1, 2, 7, 15, 16, 31, 63, 64)
+
+VALUES: Final = ("gaussian", "gaussian", "gaussian", "large", "offset")
+"""Continuous modes only: what is structured on purpose is the narrow gear's."""
+
+_MANY_HEADS: Final = 0.15
+"""Share of calls with groups above 8, or more heads than 32."""
+
+USUAL_HEADS: Final = 16
+"""Of more heads fewer documents are drawn, or shorter ones."""
+
+_WIDEST: Final = 1024
+"""Channels of so many heads together, where head dimensions that small are taken: a layer's weights take the square."""
+
+_LONG_ROWS: Final = 0.2
+"""Share of calls in which one document has thousands of queries, where it may."""
+
+_LONG_WORK: Final = 1 << 23
+"""Products of a query's and a key's channels in that document, a fifth of a volley's on a CPU."""
+
+_ATTEMPTS: Final = 50
+
+
+@dataclasses.dataclass
+class Sweep:
+    """Walks through all (queries, keys) pairs up to a size without repeating one, in an order that looks random.
+
+    A fault that needs one exact pair is met after at most as many documents as there are pairs.
+    """
+
+    longest: tuple[int, int]
+    position: int
+    """Pairs taken so far, from a start of the walk's own."""
+
+    def take(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next pairs: (queries, keys), int64 ``[count]`` each."""
+        queries, keys = (side + 1 for side in self.longest)
+        total = queries * keys
+        # A step near the golden section spreads any run of pairs over both sides; coprime, it visits all of them.
+        step = next(s for s in range(int(total * 0.6180339887) | 1, 2 * total) if math.gcd(s, total) == 1)
+        places = (torch.arange(self.position, self.position + count) * step) % total
+        self.position += count
+        return places // keys, places % keys
+
+
+def edge_lengths(random: Random, count: int, longest: int) -> torch.Tensor:
+    """Lengths at tile edges."""
+    edges = torch.tensor([edge for edge in (0, *TILE_EDGES, 127, 128, 129, 255, 256, 257) if edge <= longest])
+    return edges[torch.randint(len(edges), (count,), generator=_generator(random))]
+
+
+def _generator(random: Random) -> torch.Generator:
+    return torch.Generator().manual_seed(random.getrandbits(62))
+
+
+def draw_lengths(random: Random, sweep: Sweep, documents: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(queries, keys) of each document, int64: two thirds by sweep, one third by edges, in any order."""
+    swept = documents - documents // 3
+    queries, keys = sweep.take(swept)
+    edge_q = edge_lengths(random, documents - swept, sweep.longest[0])
+    # Edges of both sides, or as many keys as queries, or a past whose length is an edge.
+    edge_k = edge_lengths(random, documents - swept, sweep.longest[1])
+    kind = torch.randint(3, (len(edge_q),), generator=_generator(random))
+    edge_k = torch.where(kind == 1, edge_q, torch.where(kind == 2, edge_q + edge_k, edge_k))
+    order = torch.randperm(documents, generator=_generator(random))
+    return torch.cat([queries, edge_q])[order], torch.cat([keys, edge_k.clamp_max(sweep.longest[1])])[order]
+
+
+def _tamed(lengths: torch.Tensor, keys: torch.Tensor, domain: Domain, *, causal: bool, equal: bool) -> torch.Tensor:
+    """Numbers of keys that the backend takes."""
+    capabilities = domain.capabilities
+    if equal or (causal and capabilities.causal_needs_equal_lengths):
+        return lengths
+    if not capabilities.queries_without_keys:
+        keys = torch.maximum(keys, lengths) if causal else torch.where((lengths > 0) & (keys == 0), lengths, keys)
+    if not capabilities.keys_without_queries:
+        keys = torch.where(lengths == 0, 0, keys)
+    return keys
+
+
+def draw_options(random: Random, domain: Domain, *, every: bool = False) -> dict[str, object]:
+    """Everything about a case but its documents; ``every``: of all head dimensions, head groups and scales."""
+    capabilities = domain.capabilities
+    some = None if every else _OPTIONS[domain.device]
+    causal = random.choice(
+        [choice for choice in (True, True, False) if (capabilities.causal if choice else capabilities.noncausal)]
+    )
+    window = (-1, -1)
+    if capabilities.window and random.random() < 0.4:
+        left = random.choice(WINDOW_SIDES)
+        window = (left, -1 if causal else random.choice((left, random.choice(WINDOW_SIDES))))
+    heads, kv_heads, head_dim = _draw_heads(random, domain, some)
+    return {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "causal": causal,
+        "window": window,
+        "softcap": random.choice((0.0, 0.0, 0.0, 20.0)) if capabilities.softcap else 0.0,
+        "dtype": random.choice(domain.dtypes),
+        "values": random.choice(VALUES),
+        "seed": random.randrange(1 << 16),
+        "scale": random.choice(usual_scales(capabilities, head_dim)) if every else None,
+        "memory": random.choice(("contiguous", *(m for m in capabilities.memories if m != "broadcast"))),
+    }
+
+
+def _draw_heads(random: Random, domain: Domain, some: int | None) -> tuple[int, int, int]:
+    """(heads, kv_heads, head_dim), of the first ``some`` of each; many heads now and then, as narrow as they may be."""
+    groups, dims = domain.head_groups[:some], domain.head_dims[:some]
+    if domain.many_heads and random.random() < _MANY_HEADS:
+        groups = domain.many_heads
+    heads, kv_heads = random.choice(groups)
+    if heads > USUAL_HEADS or heads > 8 * kv_heads:
+        dims = tuple(dim for dim in domain.head_dims if heads * dim <= _WIDEST)[:some] or (min(domain.head_dims),)
+    return heads, kv_heads, random.choice(dims)
+
+
+def _with_long_row(
+    random: Random, lengths: torch.Tensor, keys: torch.Tensor, options: dict[str, object], domain: Domain
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(queries, keys) with a document of thousands of queries and few keys in place of another, where those are taken.
+
+    Fewer keys the more channels there are, and no such document where even one key takes too long.
+    """
+    rows, place = random.choice(LONG_ROWS), random.randrange(len(lengths))
+    width = int(options["heads"]) * int(options["head_dim"])  # type: ignore[call-overload]
+    most = min(FEW_KEYS, _LONG_WORK // (rows * width))
+    if not most or not takes_few_keys(domain.capabilities, causal=bool(options["causal"])):
+        return lengths, keys
+    lengths, keys = lengths.clone(), keys.clone()
+    lengths[place], keys[place] = rows, random.randint(1, most)
+    return lengths, keys
+
+
+def draw_case(
+    random: Random,
+    sweep: Sweep,
+    backend: Backend,
+    domain: Domain,
+    documents: int,
+    *,
+    every: bool = False,
+    long: bool = True,
+) -> Case | None:
+    """A packed call that the backend takes, or None where fifty draws were all refused.
+
+    Args:
+        random: decides everything but the sweep's pairs.
+        sweep: where the walk through pairs of lengths stands; it moves on.
+        backend: what will run it.
+        domain: the options that it takes.
+        documents: how many; fewer where they have many heads.
+        every: from all options, rather than those that cost least.
+        long: whether one of the documents may have thousands of queries.
+    """
+    long = long and random.random() < _LONG_ROWS
+    for attempt in range(_ATTEMPTS):
+        options = draw_options(random, domain, every=every)
+        fewer = max(1, min(documents, documents * USUAL_HEADS // int(options["heads"])))  # type: ignore[call-overload]
+        lengths, keys = draw_lengths(random, dataclasses.replace(sweep), fewer)
+        # Some limits concern certain pairs of lengths whatever the options: later draws are plainer.
+        if attempt > 10:
+            options["window"] = (-1, -1)
+        keys = _tamed(lengths, keys, domain, causal=bool(options["causal"]), equal=attempt > 30)
+        if not domain.capabilities.empty_documents:
+            there = (lengths > 0) | (keys > 0)
+            lengths, keys = lengths[there], keys[there]
+        if attempt > 5:
+            keys = torch.maximum(keys, lengths)
+        if long and len(lengths) and attempt <= 5:
+            lengths, keys = _with_long_row(random, lengths, keys, options, domain)
+        if not lengths.sum() or not keys.sum():
+            continue
+        case = Case(
+            level="kernel",
+            lengths=tuple(lengths.tolist()),
+            key_lengths=tuple(keys.tolist()),
+            **options,  # type: ignore[arg-type]
+        )
+        if backend.refusal(case, domain.device) is None:
+            sweep.take(fewer - fewer // 3)
+            return case
+    return None

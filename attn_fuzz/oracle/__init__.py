@@ -1,0 +1,1 @@
+"""What counts as wrong: symptoms, checks, known-answer inputs, and the verdict on one case."""

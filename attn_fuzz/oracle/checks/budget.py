@@ -1,0 +1,226 @@
+"""Budget: every element of every result is within the error that correct arithmetic may make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+
+from attn_fuzz.oracle.symptoms import Place, Symptom, wrong_tensor
+from attn_fuzz.oracle.trial import Trial
+from attn_fuzz.reference.answer import Expected
+from attn_fuzz.reference.budget import ROUNDING_SECOND_MOMENT
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.memory import same_bits
+
+LIMIT: Final = 10.0
+"""Standard deviations. The largest error of correct tensor-core kernels over 4e9 elements was 8.6 (docs/oracle.md)."""
+
+
+STRUCTURED: Final = ("ties",)
+"""Value modes of few distinct numbers."""
+
+_RIGOROUS: Final = 1 / ROUNDING_SECOND_MOMENT**0.5
+"""Roundings that all agree: |error| <= u sum |t_j| <= u sqrt(n sum t_j^2), and the budget's variance is at least
+0.18 u^2 sum t_j^2, so that z <= sqrt(n / 0.18) whatever the roundings do (Cauchy-Schwarz)."""
+
+
+def terms(case: Case) -> int:
+    """The most terms that any element of a result sums up, each with a rounding of its own."""
+    longest = max(*case.packed_lengths, *case.packed_key_lengths)
+    return longest * (case.heads // case.kv_heads)
+
+
+def limit(case: Case) -> float:
+    """LIMIT, widened where roundings must be expected to agree.
+
+    Roundings of equal numbers are equal, and n of them add up to n instead of sqrt(n). Layers that are only a few
+    channels wide make equal keys (a norm over one channel leaves a sign), and selections narrower than the heads make
+    equal channels; their error grows by the square root of how many can agree.
+    """
+    if case.values in STRUCTURED or case.memory == "broadcast":
+        # The budget allows for 8 / sqrt(n) roundings of a float32 sum, where n equal terms make up to n.
+        summed = terms(case) ** 1.5 / 8 if case.dtype == "fp32" else 0.0
+        return max(LIMIT, _RIGOROUS * terms(case) ** 0.5, summed)
+    if case.level == "kernel":
+        return LIMIT
+    agreeing = 1.0
+    if min(case.hidden, case.head_dim) < 4:
+        agreeing = max(case.packed_lengths)
+    if case.weights == "selection":
+        agreeing *= max(1.0, case.heads * case.head_dim / case.hidden)
+    return LIMIT * agreeing**0.5
+
+
+def beyond_doubt(case: Case) -> float:
+    """What no agreement of roundings explains, four times over: an error beyond it needs no second value seed.
+
+    A race does not come back when it is asked to. Layers have more sums than this bound counts.
+    """
+    if case.level == "layer":
+        return torch.inf
+    agreeing = terms(case) ** 1.5 / 8 if case.dtype == "fp32" else 0.0
+    return 4 * max(limit(case), _RIGOROUS * terms(case) ** 0.5, agreeing)
+
+
+_LARGEST: Final = {"fp32": 3.4e38, "bf16": 3.3e38, "fp16": 65504.0}
+
+
+def deviations(case: Case, got: torch.Tensor, expected: Expected) -> torch.Tensor:
+    """z per element, ``|got - value| / sqrt(variance)``; inf where equality was owed or a finite value is missing.
+
+    Elements whose true value does not fit the dtype owe nothing.
+    """
+    value = expected.value
+    z = (got.double() - value).abs_().div_(expected.variance.sqrt())
+    unsettled = z.isnan()
+    # Asked on the host only: a GPU would be waited for.
+    if z.is_cuda or unsettled.any():
+        # Equal infinities (the LSE of rows without keys) and 0 / 0 are right; all other NaN are wrong.
+        z = torch.where(unsettled, torch.where(got.double() == value, 0.0, torch.inf), z)
+    most = 0.5 * _LARGEST[case.dtype]
+    if z.is_cuda or (z.numel() and not value.abs().max() <= most):
+        z = torch.where(value.isfinite() & (value.abs() > most), 0.0, z)
+    return z
+
+
+def first_deviations(trial: Trial, name: str) -> torch.Tensor:
+    """``deviations`` of a result of the first run, which has the shape of the answer; not to be written to."""
+    if name not in trial.first_deviations:
+        got, expected = trial.observations[0].results[name], trial.answer[name]
+        trial.first_deviations[name] = deviations(trial.case, got, expected)
+    return trial.first_deviations[name]
+
+
+def _deviations(trial: Trial, name: str, got: torch.Tensor, answer: dict[str, Expected]) -> torch.Tensor:
+    """``deviations`` of any run's result from an answer."""
+    if answer is trial.answer and got is trial.observations[0].results.get(name):
+        return first_deviations(trial, name)
+    return deviations(trial.case, got, answer[name])
+
+
+_LOOK_AGAIN: Final = 8.0
+"""Beyond this the quick layer budgets may themselves be what is off."""
+
+
+def worst_errors(trial: Trial) -> dict[str, float]:
+    """Largest z per result over all observations, by careful budgets where it is large."""
+    worst = _largest(trial, trial.answer)
+    if trial.case.level == "layer" and any(z > _LOOK_AGAIN for z in worst.values()):
+        return _largest(trial, trial.careful_answer)
+    return worst
+
+
+def _largest(trial: Trial, answer: dict[str, Expected]) -> dict[str, float]:
+    worst: dict[str, float] = {}
+    for name, got in _distinct_results(trial):
+        expected = answer.get(name)
+        if expected is not None and got.shape == expected.value.shape and got.numel():
+            # Where structured values allow for more, in units in which the verdict is at LIMIT as elsewhere.
+            z = _deviations(trial, name, got, answer).max().item() * LIMIT / limit(trial.case)
+            worst[name] = max(z, worst.get(name, 0.0))
+    return worst
+
+
+def _distinct_results(trial: Trial) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and results of all observations, those left out whose bits the first one has, as nearly all have."""
+    first, *others = trial.observations
+    yield from first.results.items()
+    for observation in others:
+        for name, got in observation.results.items():
+            if name not in first.results or not same_bits(got, first.results[name]):
+                yield name, got
+
+
+HISTOGRAM_STEP: Final = 0.5
+HISTOGRAM_BINS: Final = 24
+"""z from 0 to 12; the last bin holds everything beyond."""
+
+
+def histograms(trial: Trial) -> dict[str, list[int]]:
+    """Elements by z per result, for kernel cases with continuous values: what the backend's profile rests on."""
+    counted: dict[str, list[int]] = {}
+    if trial.case.level != "kernel" or limit(trial.case) > LIMIT or trial.case.values in STRUCTURED:
+        return counted
+    for name, got in trial.observations[0].results.items():
+        expected = trial.answer.get(name)
+        if expected is not None and got.shape == expected.value.shape and got.numel():
+            places = (first_deviations(trial, name) / HISTOGRAM_STEP).clamp_max_(HISTOGRAM_BINS - 1).long()
+            # What owes its bits goes into a bin of its own, which is left out.
+            places.masked_fill_(expected.variance == 0, HISTOGRAM_BINS)
+            counted[name] = torch.bincount(places.flatten(), minlength=HISTOGRAM_BINS + 1)[:HISTOGRAM_BINS].tolist()
+    return counted
+
+
+def _suspects(trial: Trial, answer: dict[str, Expected]) -> dict[str, torch.Tensor]:
+    """z of the results that exceed the limit, by name; non-finite observations belong to other checks' runs."""
+    found: dict[str, torch.Tensor] = {}
+    for name, got in _distinct_results(trial):
+        expected = answer.get(name)
+        if expected is None or got.shape != expected.value.shape or name in found:
+            continue
+        z = _deviations(trial, name, got, answer)
+        if not z.numel() or not z.max() > limit(trial.case):
+            continue
+        if name in ("dk", "dv", "dq"):
+            # Dead rows have a check of their own, which names them.
+            z = torch.where((expected.variance == 0) & (expected.value == 0), 0.0, z)
+        if z.max() > limit(trial.case):
+            found[name] = z
+    return found
+
+
+def place_of(trial: Trial, name: str, flat_index: int, shape: torch.Size) -> Place:
+    """Document, row, head and channel of an element."""
+    index = [int(i) for i in torch.unravel_index(torch.tensor(flat_index), shape)]
+    if name == "lse":
+        index = [index[0], index[1], 0]
+    document, row = trial.document_of(name, index[0])
+    return Place(document, row, index[1] if len(index) == 3 else None, index[-1] if len(index) > 1 else 0)
+
+
+_WHENCE: Final = "; NaN whatever unwritten memory holds: it comes from arithmetic"
+
+
+def within_budget(trial: Trial) -> Iterator[Symptom]:
+    """Fails beyond LIMIT on two independent value seeds of the same layout, judged by careful budgets.
+
+    What is beyond doubt fails at once.
+    """
+    if not _suspects(trial, trial.answer):
+        return
+    suspects = _suspects(trial, trial.careful_answer)
+    if not suspects:
+        return
+    again = _suspects(trial.second, trial.second.careful_answer)
+    for name, z in suspects.items():
+        if name not in again and not z.max() > beyond_doubt(trial.case):
+            continue
+        worst = int(z.argmax())
+        expected = trial.careful_answer[name].value
+        got = next(o.results[name] for o in trial.observations if _is_source(trial, o.results[name], name, z))
+        place = place_of(trial, name, worst, z.shape)
+        wrong = z > limit(trial.case)
+        wrong_rows = wrong.flatten(1).any(1).nonzero()[:, 0].tolist() if z.dim() > 1 else []
+        number = got.flatten()[worst].item()
+        documents = sorted({d for row in wrong_rows if (d := trial.document_of(name, row)[0]) is not None})
+        of_documents = f" in documents {documents}" if documents else ""
+        yield wrong_tensor(name)(
+            "budget",
+            name,
+            f"{place}: got {number:.6g}, expected {expected.flatten()[worst].item():.6g}, "
+            f"z = {z.flatten()[worst].item():.3g}; "
+            f"{int(wrong.sum())} of {z.numel()} elements wrong{of_documents}{_WHENCE if math.isnan(number) else ''}",
+            z=z.flatten()[worst].item(),
+            nan=math.isnan(number),
+        )
+
+
+def _is_source(trial: Trial, got: torch.Tensor, name: str, z: torch.Tensor) -> bool:
+    """Whether ``z`` was measured on this result."""
+    worst = int(z.argmax())
+    expected = trial.careful_answer[name]
+    mine = deviations(trial.case, got, expected).flatten()[worst]
+    return bool(mine == z.flatten()[worst])

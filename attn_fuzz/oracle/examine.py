@@ -1,0 +1,261 @@
+"""The verdict on one case: run it under both poisons, compute the answer, ask every check."""
+
+from __future__ import annotations
+
+import dataclasses
+import sysconfig
+import traceback
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+import attn_fuzz
+from attn_fuzz import backends, reference
+from attn_fuzz.backends.kernel import MisshapenResult, UnsupportedCase
+from attn_fuzz.backends.known import KnownIssue, built_on, issues_below, issues_of
+from attn_fuzz.backends.registry import Backend, calls_of
+from attn_fuzz.backends.user import InsideLayer, UserKernel
+from attn_fuzz.execution.observation import Observation
+from attn_fuzz.execution.operators import operators_of
+from attn_fuzz.execution.poison import POISONS
+from attn_fuzz.execution.process import raise_lack_of_memory
+from attn_fuzz.execution.runner import WroteBeforeRefusing, require_support
+from attn_fuzz.oracle.checks import CHECKS, PROBES, Check, histograms, worst_errors, worst_spreads
+from attn_fuzz.oracle.symptoms import Crashed, Hung, InputsChanged, MissingResult, Symptom, wrong_tensor
+from attn_fuzz.oracle.trial import Trial
+from attn_fuzz.ranks.rank_group import RanksHung
+from attn_fuzz.reference.case import Case
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the checks said."""
+
+    symptoms: tuple[Symptom, ...]
+    """In order of rank; empty for a clean case."""
+    worst_z: dict[str, float]
+    """Largest error per tensor in budget standard deviations."""
+    paths: frozenset[str]
+    histograms: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    """Elements by z (attn_fuzz/oracle/checks/budget.py) of a clean kernel case."""
+    known: tuple[str, ...] = ()
+    """Known issues (backends/known.py) that explain symptoms left out of ``symptoms``."""
+
+    @property
+    def first(self) -> Symptom | None:
+        """The symptom that names the finding."""
+        return self.symptoms[0] if self.symptoms else None
+
+    @property
+    def checks(self) -> tuple[str, ...]:
+        """Names of the checks that failed, in order of rank."""
+        return tuple(dict.fromkeys(symptom.check for symptom in self.symptoms))
+
+
+def some_probes(case: Case) -> Sequence[Check]:
+    """A third of the probes, other ones for every case: a campaign would rather see three times the cases.
+
+    A quarter of them where a case is spread over ranks, all of which take part in every run of each.
+    """
+    share = 3 if case.all_ranks == 1 else 4
+    turn = zlib.crc32(case.to_json().encode()) % share
+    return [probe for index, probe in enumerate(PROBES) if index % share == turn]
+
+
+def examine(
+    case: Case,
+    backend: Backend,
+    device: torch.device | str,
+    poisons: Sequence[str] = POISONS,
+    *,
+    probes: Sequence[Check] = PROBES,
+    hasty: bool = False,
+) -> Verdict:
+    """Runs a case and asks every check.
+
+    Args:
+        case: what to run.
+        backend: on what.
+        device: where.
+        poisons: contents of unwritten memory, one run each.
+        probes: which checks with runs of their own to ask.
+        hasty: judge layers by quick budgets, which may accuse wrongly.
+
+    Raises:
+        UnsupportedCase: when the backend declares that it does not take the case.
+    """
+    device = torch.device(device)
+    require_support(backend, case, device)
+    trial = Trial(case, backend, device, poisons, hasty=hasty)
+    if case.level == "kernel" and case.capacity and not trial.measured.capacity:
+        raise UnsupportedCase(f"{backend.name} does not take rows beyond the last document")
+    observations = _observed(trial)
+    if isinstance(observations, Symptom):
+        return Verdict((observations,), {}, frozenset())
+
+    def symptoms() -> Iterator[Symptom]:
+        seen = False
+        for check in CHECKS:
+            for symptom in check(trial):
+                seen = True
+                yield symptom
+        for probe in probes if not seen else ():
+            for symptom in _asked(probe, trial):
+                symptom.probe = probe
+                yield symptom
+
+    try:
+        found = sorted(symptoms(), key=lambda symptom: symptom.rank)
+    except (Symptom, UnsupportedCase):
+        raise
+    except Exception as error:
+        # The second value seed runs while the checks do, and a backend may fall over that one only.
+        raise_lack_of_memory(error)
+        found = [_fallen(error)]
+    paths = frozenset().union(*(o.paths for o in observations))
+    unknown, known = _without_known(found, trial)
+    return Verdict(
+        tuple(unknown),
+        worst_errors(trial) | worst_spreads(trial),
+        paths,
+        {} if found else histograms(trial),
+        known,
+    )
+
+
+def _observed(trial: Trial) -> tuple[Observation, ...] | Symptom:
+    """The runs that every case makes, or what is wrong where they do not come back.
+
+    Raises:
+        UnsupportedCase: when the backend refuses, by a typed error or by one that an unusual memory layout makes.
+    """
+    try:
+        return trial.observations
+    except UnsupportedCase:
+        raise
+    except WroteBeforeRefusing as error:
+        return InputsChanged("reject_or_correct", "inputs", str(error))
+    except (Exception, AssertionError) as error:
+        raise_lack_of_memory(error)
+        if _refuses_layout(trial, error):
+            raise UnsupportedCase(
+                f"{trial.backend.name} does not take memory layout {trial.case.memory}: {_one_line(error)}"
+            ) from None
+        return _fallen(error)
+
+
+def tried(case: Case, backend: Backend, device: torch.device | str) -> Verdict:
+    """Whether a case runs at all, by itself and once: it comes back, and not with NaN. No answer is computed.
+
+    Args:
+        case: without rows that see no key.
+        backend: on what.
+        device: where.
+
+    Raises:
+        UnsupportedCase: when the backend refuses the case, by declaration or by itself.
+    """
+    device = torch.device(device)
+    require_support(backend, case, device)
+    observations = _observed(Trial(case, backend, device, POISONS[:1], company=False))
+    if isinstance(observations, Symptom):
+        return Verdict((observations,), {}, frozenset())
+    nan = [name for name, got in observations[0].results.items() if got.isnan().any()]
+    found = tuple(wrong_tensor(name)("runs", name, "it is NaN", nan=True) for name in nan[:1])
+    return Verdict(found, {}, observations[0].paths)
+
+
+def _asked(probe: Check, trial: Trial) -> Iterator[Symptom]:
+    """A probe's symptoms; a backend that falls over its runs only is found again by asking it again."""
+    before = len(trial.touched)
+    try:
+        yield from probe(trial)
+        for what in dict.fromkeys(trial.touched[before:]):
+            yield InputsChanged("inputs_intact", what, "its bits changed in a run for another check")
+    except (Symptom, UnsupportedCase):
+        raise
+    except Exception as error:
+        raise_lack_of_memory(error)
+        yield _fallen(error)
+
+
+def _without_known(found: Sequence[Symptom], trial: Trial) -> tuple[list[Symptom], tuple[str, ...]]:
+    """Symptoms that no known issue explains, and the ids of those that explain the others."""
+    if not found:
+        return [], ()
+    issues = (*issues_of(trial.backend.name, trial.device.type, trial.case, calls_of(trial.case)), *_below(trial))
+    unknown, known = [], dict[str, None]()
+    for symptom in found:
+        name = type(symptom).__name__
+        explained = [issue.id for issue in issues if issue.explains(name, symptom.tensor, nan=symptom.nan)]
+        known |= dict.fromkeys(explained[:1])
+        if not explained:
+            unknown.append(symptom)
+    return unknown, tuple(known)
+
+
+def _below(trial: Trial) -> tuple[KnownIssue, ...]:
+    """Known issues of torch's operators that a user's kernel or layer runs, in cases that they cover."""
+    if not isinstance(trial.backend.kernel, (UserKernel, InsideLayer)):
+        return ()
+    issues = issues_below(trial.device.type, trial.case, calls_of(trial.case))
+    if not issues:
+        return ()
+    try:
+        _, operators = operators_of(lambda: trial.observe(trial.poisons[0]))
+    except Exception as error:
+        raise_lack_of_memory(error)
+        return ()
+    return tuple(issue for issue in issues if built_on(issue, operators))
+
+
+def _refuses_layout(trial: Trial, error: BaseException) -> bool:
+    """Whether an ordinary error about an unusual memory layout goes away with the layout: a clean refusal."""
+    case = trial.case
+    if (
+        case.level != "kernel"
+        or case.memory in USUAL_MEMORIES
+        or "CUDA error" in str(error)
+        or "CUDA driver" in str(error)
+    ):
+        return False
+    try:
+        dataclasses.replace(trial, case=case.replace(memory="contiguous")).observe(trial.poisons[0])
+    except Exception:
+        return False
+    return True
+
+
+USUAL_MEMORIES = ("contiguous", "fused", "head_major", "sliced", "mixed")
+"""Layouts that a varlen kernel meets every day, or a mixture of them; on these an error is a finding."""
+
+
+_NOT_THEIRS = (
+    *(Path(package.__file__).resolve().parent for package in (attn_fuzz, backends, reference) if package.__file__),
+    *(Path(sysconfig.get_path(place)) for place in ("stdlib", "purelib", "platlib")),
+)
+
+
+def _fallen(error: BaseException) -> Symptom:
+    """The symptom of a call that did not come back as it should."""
+    if isinstance(error, MisshapenResult):
+        return MissingResult("complete", "out", _one_line(error))
+    words = f"{type(error).__name__}: {_one_line(error)}{_place(error)}"
+    if isinstance(error, RanksHung):
+        return Hung("runs", "call", words)
+    crashed = Crashed("runs", "call", words)
+    crashed.error = type(error).__name__
+    return crashed
+
+
+def _place(error: BaseException) -> str:
+    """Where in somebody's own file it happened: the innermost frame that is neither installed nor this project's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not any(Path(frame.filename).is_relative_to(folder) for folder in _NOT_THEIRS)]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["(no message)"])[0][:300]

@@ -1,0 +1,199 @@
+"""A trial: one case on one backend, what came out and what should have."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.cases.interfering import decoy_of
+from attn_fuzz.execution.inferred import TIMES, Measured, measured, promises
+from attn_fuzz.execution.observation import Observation, differing
+from attn_fuzz.execution.poison import POISONS
+from attn_fuzz.execution.runner import EVERYTHING, Asked, run_kernel, run_layer
+from attn_fuzz.ranks.gather import run_ranks
+from attn_fuzz.reference.answer import Expected, Inputs, kernel_inputs
+from attn_fuzz.reference.arithmetic import CONFIRMING_SAMPLES, SAMPLES
+from attn_fuzz.reference.batched import kernel_answer
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.layer import LayerInputs, layer_answer, layer_inputs
+from attn_fuzz.reference.layout import document_spans
+from attn_fuzz.reference.memory import same_bits
+from attn_fuzz.reference.profile import Profile
+
+# Second value seed of a layout: an error that is a property of the layout shows under both.
+SECOND_SEED = 0x9E3779B9
+
+
+@dataclasses.dataclass
+class Trial:
+    """A case, what the backend made of it, and what it should have made; checks are functions of this."""
+
+    case: Case
+    backend: Backend
+    device: torch.device
+    poisons: Sequence[str] = POISONS
+    touched: list[str] = dataclasses.field(default_factory=list, repr=False)
+    """Inputs, metadata or guard margins whose bits any run has changed, in words; shared by trials made from this."""
+    company: bool | None = None
+    """Whether a decoy runs around the first run; None: as the case's seed says (``in_company``)."""
+    hasty: bool = False
+    """Whether quick budgets are good enough, as they are for what is not the last word."""
+    first_deviations: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    """What ``checks.budget.first_deviations`` has computed: several checks ask for the same."""
+
+    @functools.cached_property
+    def inputs(self) -> Inputs | LayerInputs:
+        """The case's tensors, on the CPU: the reference and all checks run there.
+
+        A narrow case is a few thousand tiny operations. On a GPU that several workers share each of them waits for its
+        turn; the GPU is left to what only it can do, running the backend.
+        """
+        return (kernel_inputs if self.case.level == "kernel" else layer_inputs)(self.case, "cpu")
+
+    @property
+    def in_company(self) -> bool:
+        """Whether a decoy runs around the first run.
+
+        Ranks do not keep more between calls than one process does, and two more passes of all their collectives would
+        be a third of a case: of those cases, one seed in four, which is none that a shrinker leaves.
+        """
+        return self.company if self.company is not None else self.case.all_ranks == 1 or self.case.seed % 4 == 0
+
+    @functools.cached_property
+    def observations(self) -> tuple[Observation, ...]:
+        """One run per poison; the first in the company of a decoy, the others alone."""
+        decoy = decoy_of(self.case, self.backend, self.device.type) if self.in_company else None
+        if self.case.all_ranks > 1:
+            assert isinstance(self.inputs, LayerInputs)
+            return tuple(self._on_ranks(self.inputs, self.poisons, decoy))
+        first, *others = self.poisons
+        return (self.observe(first, decoy), *(self.observe(poison) for poison in others))
+
+    def _on_ranks(self, inputs: LayerInputs, poisons: Sequence[str], decoy: Case | None) -> list[Observation]:
+        """A run under each poison."""
+        observed = run_ranks(self.backend, self.case, inputs, poisons, self.device, decoy)
+        self.touched.extend(what for one in observed for what in one.changed)
+        return observed
+
+    def observe(self, poison: str, decoy: Case | None = None) -> Observation:
+        """A run of its own."""
+        return self.observe_with(self.inputs, poison, decoy)
+
+    def observe_with(
+        self,
+        inputs: Inputs | LayerInputs,
+        poison: str,
+        decoy: Case | None = None,
+        asked: Asked = EVERYTHING,
+    ) -> Observation:
+        """A run with other tensors than the case's; of autograd only a kernel case can be asked otherwise."""
+        if isinstance(inputs, Inputs):
+            observed = run_kernel(self.backend, self.case, inputs, poison, self.device, decoy, asked)
+        elif self.case.all_ranks > 1:
+            return self._on_ranks(inputs, (poison,), decoy)[0]
+        else:
+            observed = run_layer(self.backend, self.case, inputs, poison, self.device, decoy)
+        self.touched.extend(observed.changed)
+        return observed
+
+    @functools.cached_property
+    def measured(self) -> Measured:
+        """What nobody has stated about the backend, found out by trying."""
+        return measured(self.backend, str(self.device))
+
+    def repeats(self, name: str) -> bool:
+        """Whether the backend promises the same bits every time for this result."""
+        return self.measured.repeats(name)
+
+    def moves_for(self, name: str, other: Callable[[], Observation]) -> bool:
+        """Whether other bits of a result come of what a run does otherwise, and not of chance.
+
+        Where the backend promises its bits, one run says so. Where a few calls of another shape have shown the same
+        bits and nobody has promised any, gradients may still be summed up in the order in which blocks happen to
+        finish: then this very case has to give the same bits every time, and so has the other run, and other ones.
+
+        Args:
+            name: the result, whose bits are not the same in such a run.
+            other: makes another run of that kind.
+        """
+        if not self.repeats(name):
+            return False
+        if promises(self.backend, str(self.device), name):
+            return True
+        if name in self._moving:
+            return False
+        first, *again = (other().results[name] for _ in range(TIMES))
+        here = self._settled.results[name]
+        return all(same_bits(first, each) for each in again) and not same_bits(first, here)
+
+    def moves_by_itself(self, name: str) -> bool:
+        """Whether a result's bits differ between runs of this very case."""
+        return name in self._moving
+
+    @functools.cached_property
+    def _settled(self) -> Observation:
+        """A run by itself, after one that may have had what calls of other shapes have left behind."""
+        self.observe(self.poisons[0])
+        return self.observe(self.poisons[0])
+
+    @functools.cached_property
+    def _moving(self) -> frozenset[str]:
+        """Results whose bits differ between runs of this very case."""
+        settled = self._settled
+        others = (self.observe(self.poisons[0]) for _ in range(2 * TIMES))
+        return frozenset(name for other in others for name in differing(settled, other))
+
+    def answer_with(self, samples: int) -> dict[str, Expected]:
+        """The reference's answer; ``samples`` matter to layer budgets only."""
+        return self.answer_under(self.profile, samples)
+
+    @property
+    def profile(self) -> Profile:
+        """How the backend computes where it runs."""
+        return self.backend.kernel.profile_on(self.device.type)
+
+    def answer_under(self, profile: Profile, samples: int) -> dict[str, Expected]:
+        """What the reference would say of a backend that computes in this way."""
+        if isinstance(self.inputs, Inputs):
+            return kernel_answer(self.case, self.inputs, profile)
+        return layer_answer(self.case, self.inputs, self._as_shown(profile), samples)
+
+    def _as_shown(self, profile: Profile) -> Profile:
+        """The profile with the sums that the layer shows: in float32 they are held to it, in its dtype they are not."""
+        stored = set(profile.stored_sums)
+        for name, got in self.observations[0].results.items():
+            if name in ("dk", "dv") or name.startswith("d_"):
+                (stored.discard if got.dtype == torch.float32 else stored.add)(name)
+        return dataclasses.replace(profile, stored_sums=frozenset(stored))
+
+    @functools.cached_property
+    def answer(self) -> dict[str, Expected]:
+        return self.answer_with(SAMPLES)
+
+    @functools.cached_property
+    def careful_answer(self) -> dict[str, Expected]:
+        """The answer with budgets good enough to accuse somebody, as those of kernel cases always are."""
+        if self.case.level == "kernel" or self.hasty:
+            return self.answer
+        return self.answer_with(CONFIRMING_SAMPLES)
+
+    @functools.cached_property
+    def second(self) -> Trial:
+        """The same layout with other values."""
+        other = self.case.replace(seed=self.case.seed ^ SECOND_SEED)
+        return dataclasses.replace(self, case=other, company=self.in_company)
+
+    def document_of(self, tensor: str, row: int) -> tuple[int | None, int]:
+        """(document, row within it) of a tensor's row; parameters have no documents."""
+        if tensor.startswith("d_"):
+            return None, row
+        on_keys = self.case.level == "kernel" and tensor in ("dk", "dv")
+        lengths = self.case.packed_key_lengths if on_keys else self.case.packed_lengths
+        for index, span in enumerate(document_spans(lengths)):
+            if span.begin <= row < span.end:
+                return index, row - span.begin
+        return None, row

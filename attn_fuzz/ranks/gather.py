@@ -1,0 +1,98 @@
+"""A layer case on several ranks: each runs its slice, and here, in the parent, the whole is put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.execution.observation import Observation
+from attn_fuzz.ranks.rank_group import PATIENCE, QUICK_PATIENCE, teams
+from attn_fuzz.ranks.rank_run import run_slice
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.layer import LayerInputs, layer_inputs
+from attn_fuzz.reference.layout import Span, micro_sequences, rank_slice
+
+OWNED = ("out", "dx", "dk", "dv")
+"""Results of which each rank has the rows of its own tokens."""
+
+REPLICATED = ("k", "v")
+"""Results that every rank has whole, to the bit."""
+
+BUFFERS = ("k", "v", "dk", "dv")
+
+
+def run_ranks(
+    backend: Backend,
+    case: Case,
+    inputs: LayerInputs,
+    poisons: Sequence[str],
+    device: torch.device,
+    decoy: Case | None = None,
+) -> list[Observation]:
+    """A packed sequence through the backend's layer on ``case.all_ranks`` ranks, once under each poison.
+
+    Where a decoy is given, the first run is around its own.
+
+    Raises:
+        RankFailed: when a rank raised or died.
+        RanksHung: when ranks did not come back.
+        UnsupportedCase: when the backend itself refuses.
+    """
+    # Drawn here once, and not on every rank.
+    arguments = (backend.name, case, inputs, tuple(poisons), decoy, decoy and layer_inputs(decoy, "cpu"))
+    quick = device.type == "cpu" and not backend.kernel.compiled
+    patience = QUICK_PATIENCE if quick else PATIENCE
+    by_rank = teams().call(case.all_ranks, device, run_slice, arguments, patience)
+    return [assembled(case, poison, observed) for poison, *observed in zip(poisons, *by_rank, strict=True)]
+
+
+def assembled(case: Case, poison: str, observed: Sequence[Observation]) -> Observation:
+    """The observation of a whole case from those of its ranks, in their order.
+
+    Owned rows are put in the order of tokens, what is replicated is the first rank's, and parameter gradients are added
+    up, in float32 as data-parallel training does.
+    """
+    found = Observation(poison, {}, paths=frozenset().union(*(one.paths for one in observed)))
+    names = [name for name in observed[0].results if all(name in one.results for one in observed)]
+    for name in names:
+        results = [one.results[name] for one in observed]
+        if name in REPLICATED:
+            found.results[name] = results[0]
+        elif name in OWNED:
+            found.results[name] = _by_tokens(case, results, own_rows_only=name in ("out", "dx"))
+        else:
+            found.results[name] = _parameter_gradient(case, name, results)
+    for rank, one in enumerate(observed):
+        found.changed += [f"{what} on rank {rank}" for what in one.changed]
+        found.strays += [stray.on_rank(rank) for stray in one.strays]
+    found.by_rank = tuple({name: one.results[name] for name in names if name in BUFFERS} for one in observed)
+    return found
+
+
+def _parameter_gradient(case: Case, name: str, results: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A parameter's gradient, added up over the ranks that have the same share of it, shares side by side."""
+    dimension = {"d_query": 0, "d_dense": 1}.get(name)
+    if dimension is None:
+        return torch.stack(list(results)).sum(0)
+    shares = [torch.stack(list(results[share :: case.tensor_ranks])).sum(0) for share in range(case.tensor_ranks)]
+    return torch.cat(shares, dimension)
+
+
+def _by_tokens(case: Case, results: Sequence[torch.Tensor], *, own_rows_only: bool) -> torch.Tensor:
+    """Every rank's own rows, in the order of tokens.
+
+    Args:
+        case: the case.
+        results: per rank, rows of its own slices one after another, or rows of all tokens.
+        own_rows_only: which of the two.
+    """
+    rows, taken = [], 0
+    for part in micro_sequences(case):
+        size = part.length // case.all_ranks
+        for rank, result in enumerate(results):
+            own = Span(taken, taken + size) if own_rows_only else rank_slice(part, rank, case.all_ranks)
+            rows.append(result[slice(*own)])
+        taken += size
+    return torch.cat(rows)

@@ -1,0 +1,219 @@
+"""Teams of rank processes, as the parent sees them: called together, replaced when one of them dies or hangs."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+
+from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.ranks.client import Host, HostError
+from attn_fuzz.ranks.pickling import packed, unpacked
+from attn_fuzz.ranks.progress import Progress
+from attn_fuzz.ranks.rank_process import Failure, Seat
+
+PATIENCE: Final = 120.0
+"""Seconds after which silent ranks count as hung: below a campaign's own patience, above what a JIT compiler takes."""
+
+QUICK_PATIENCE: Final = 30.0
+"""The same where nobody compiles: a thousand times what a case takes on the CPU."""
+
+GRACE: Final = 0.5
+"""Seconds that the others have to fail too, once one rank has: what one died of explains what the others raised."""
+
+SETTLED: Final = 1.0
+"""Seconds that a rank has to come back on its own, once another has come back that made fewer collective calls."""
+
+_LOOK: Final = 0.1
+"""Seconds between looks at what ranks are waiting for, once the first of them has come back."""
+
+
+class RankFailed(RuntimeError):
+    """A rank raised, or its process died; the message says which and how."""
+
+
+class RanksHung(RuntimeError):
+    """Ranks did not answer in time."""
+
+
+def seats(device: torch.device, ranks: int, folder: Path) -> list[Seat]:
+    """Where the ranks of a team sit: NCCL with a GPU each where there are enough, otherwise gloo on one device."""
+    files = str(folder / "store"), str(folder / "progress")
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if gpus >= ranks and dist.is_nccl_available():
+        first = device.index or 0
+        return [Seat(rank, ranks, f"cuda:{(first + rank) % gpus}", "nccl", *files) for rank in range(ranks)]
+    place = f"cuda:{device.index or 0}" if device.type == "cuda" else str(device)
+    return [Seat(rank, ranks, place, "gloo", *files) for rank in range(ranks)]
+
+
+class Team:
+    """Processes that share a process group.
+
+    Args:
+        host: where they are forked from.
+        ranks: how many.
+        device: of the first one.
+    """
+
+    def __init__(self, host: Host, ranks: int, device: torch.device) -> None:
+        self._host, self._ranks = host, ranks
+        self._folder = tempfile.TemporaryDirectory(prefix="attn-fuzz-ranks-")
+        pairs = [Pipe() for _ in range(ranks)]
+        self._connections: list[Connection] = [ours for ours, _ in pairs]
+        places = seats(device, ranks, Path(self._folder.name))
+        self._progress = Progress(places[0].progress, ranks)
+        self.transport = places[0].transport
+        try:
+            self.pids = host.fork([dataclasses.asdict(seat) for seat in places], [there.fileno() for _, there in pairs])
+        finally:
+            for _, theirs in pairs:
+                theirs.close()
+
+    def call(self, function: Callable[..., Any], arguments: Sequence[Any], seconds: float) -> list[Any]:
+        """``function(*arguments)`` in every rank; the results by rank.
+
+        Raises:
+            RankFailed: when a rank raised or died.
+            RanksHung: when some have not answered after so many seconds, or never will.
+            HostError: when the process that forked them is gone.
+            UnsupportedCase: when a rank refused.
+            torch.OutOfMemoryError: when one had too little memory.
+        """
+        data = packed((function, tuple(arguments)))
+        for connection in self._connections:
+            try:
+                connection.send_bytes(data)
+            except OSError:
+                # It is dead, which the answer that it does not give says.
+                continue
+        answers, dead = self._answers(time.monotonic() + seconds)
+        failures = {rank: answer for rank, answer in answers.items() if isinstance(answer, Failure)}
+        if dead:
+            codes = self._host.end(self.pids)
+            self.pids = []
+            raise RankFailed(f"rank {dead[0]} of {self._ranks} died with exit code {codes[dead[0]]}")
+        if failures:
+            rank, failure = min(failures.items())
+            if failure.kind == "refused":
+                raise UnsupportedCase(failure.message)
+            if failure.kind == "memory":
+                raise torch.OutOfMemoryError(failure.message)
+            raise RankFailed(f"rank {rank} of {self._ranks} raised {failure.type}: {failure.message}")
+        silent = [str(rank) for rank in range(self._ranks) if rank not in answers]
+        if apart := self._out_of_step(sorted(answers)):
+            raise RanksHung(f"of {self._ranks} ranks, {apart}")
+        if silent:
+            raise RanksHung(f"of {self._ranks} ranks, {', '.join(silent)} did not answer within {seconds:g} seconds")
+        return [answers[rank] for rank in range(self._ranks)]
+
+    def _answers(self, deadline: float) -> tuple[dict[int, Any], list[int]]:
+        """(what each rank said, ranks that died), as far as it has come by the deadline."""
+        answers: dict[int, Any] = {}
+        dead: list[int] = []
+        open_ones = {connection: rank for rank, connection in enumerate(self._connections)}
+        certain = False
+        while open_ones and (left := deadline - time.monotonic()) > 0:
+            if answers and not certain:
+                certain, left = self._out_of_step(sorted(answers)) is not None, min(left, _LOOK)
+                # Others may yet come back.
+                deadline = min(deadline, time.monotonic() + SETTLED) if certain else deadline
+            for connection in wait(list(open_ones), timeout=left):
+                rank = open_ones.pop(connection)  # type: ignore[call-overload]
+                try:
+                    answers[rank] = unpacked(connection.recv_bytes())  # type: ignore[union-attr]
+                except (EOFError, ConnectionResetError):
+                    dead.append(rank)
+                if rank in dead or isinstance(answers[rank], Failure):
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        return answers, sorted(dead)
+
+    def _out_of_step(self, back: Sequence[int]) -> str | None:
+        """Who made more collective calls than ranks that have come back, which therefore take no part in the last.
+
+        Args:
+            back: the ranks that have; the counts of others still grow.
+        """
+        counts = self._progress.counts()
+        fewest = min(back, key=lambda rank: counts[rank], default=0)
+        most = max(range(self._ranks), key=lambda rank: counts[rank])
+        if not back or counts[most] <= counts[fewest]:
+            return None
+        missing = counts[most] - counts[fewest]
+        return f"{fewest} came back without taking part in the last {missing} collective calls of {most}"
+
+    def end(self) -> None:
+        """Kills what is left of it."""
+        for connection in self._connections:
+            connection.close()
+        if self.pids:
+            # A host that is gone took them along.
+            with contextlib.suppress(HostError):
+                self._host.end(self.pids)
+            self.pids = []
+        self._folder.cleanup()
+
+
+class Teams:
+    """The teams of this process, one for each number of ranks on each device, started when first needed."""
+
+    def __init__(self) -> None:
+        self._host = Host()
+        self._teams: dict[tuple[int, str], Team] = {}
+
+    def team(self, ranks: int, device: torch.device) -> Team:
+        """The team, alive as far as is known."""
+        key = (ranks, str(device))
+        if key not in self._teams:
+            self._teams[key] = Team(self._host, ranks, device)
+        return self._teams[key]
+
+    def call(
+        self,
+        ranks: int,
+        device: torch.device,
+        function: Callable[..., Any],
+        arguments: Sequence[Any],
+        seconds: float = PATIENCE,
+    ) -> list[Any]:
+        """``Team.call``; a team in which anything went wrong is replaced, since its ranks may be out of step."""
+        team = self.team(ranks, device)
+        try:
+            return team.call(function, arguments, seconds)
+        except HostError:
+            # All ranks of all teams ended with it.
+            self.close()
+            raise
+        except BaseException:
+            del self._teams[ranks, str(device)]
+            team.end()
+            raise
+
+    def close(self) -> None:
+        """Ends all teams and the host."""
+        for team in self._teams.values():
+            team.end()
+        self._teams.clear()
+        self._host.close()
+
+
+_mine: tuple[int, Teams] | None = None
+
+
+def teams() -> Teams:
+    """This process's teams; they end with it."""
+    global _mine
+    if _mine is None or _mine[0] != os.getpid():
+        _mine = (os.getpid(), Teams())
+        atexit.register(_mine[1].close)
+    return _mine[1]

@@ -1,0 +1,66 @@
+"""What one rank does of a layer case: its slice of every micro-sequence."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.layer import Layer
+from attn_fuzz.cases.interfering import crossing
+from attn_fuzz.execution.observation import Observation
+from attn_fuzz.execution.poison import poisoned
+from attn_fuzz.execution.runner import LayerRun, around, refusing_cleanly
+from attn_fuzz.ranks.rank_process import here
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.layer import LayerInputs
+from attn_fuzz.reference.layout import Span, rank_slice
+
+
+class RankRun(LayerRun):
+    """One rank's share of a packed sequence: its slice of every micro-sequence, forward, then backward in reverse."""
+
+    def own(self, part: Span) -> Span:
+        collectives = here().collectives
+        return rank_slice(part, collectives.rank, collectives.ranks)
+
+    def slice_of_queries(self, part: Span) -> Span:
+        return rank_slice(part, here().collectives.rank // self.case.tensor_ranks, self.case.ranks)
+
+    def make_layer(self, weights: dict[str, torch.Tensor]) -> Layer:
+        assert self.backend.rank_layer is not None
+        return self.backend.rank_layer(weights, self.case, self.backend.kernel, here().collectives)
+
+
+_loaded = functools.lru_cache(maxsize=None)(registry.load)
+
+
+def run_slice(
+    backend: str,
+    case: Case,
+    inputs: LayerInputs,
+    poisons: Sequence[str],
+    decoy: Case | None,
+    decoys: LayerInputs | None,
+) -> list[Observation]:
+    """What one rank does: called in every rank of a team. One run per poison, the first around a decoy if there is one.
+
+    Runs of a case are asked for together, because a call wakes every process up.
+    """
+    device, loaded = here().device, _loaded(backend)
+    observations: list[Observation] = []
+    for poison in poisons:
+        run = RankRun(loaded, case, inputs, poison, device)
+
+        def made(other: Case, poison: str = poison) -> RankRun:
+            assert decoys is not None
+            return RankRun(loaded, other, decoys, poison, device, watched=False)
+
+        with poisoned(poison, device, compiled=loaded.kernel.compiled), refusing_cleanly([run]):
+            for _ in around(None if observations else decoy, made, crossed=crossing(case), lockstep=True):
+                run.forward()
+            run.backward()
+        observations.append(run.observe())
+    return observations

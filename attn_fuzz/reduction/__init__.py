@@ -1,0 +1,1 @@
+"""Smaller and still failing: cases, sequences of calls, packed calls."""

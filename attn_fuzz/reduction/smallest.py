@@ -1,0 +1,215 @@
+"""From a case that failed to the smallest one found that fails in the same way."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.execution.poison import POISONS
+from attn_fuzz.oracle.checks import PROBES, Check
+from attn_fuzz.oracle.checks.accumulation import exact_accumulation
+from attn_fuzz.oracle.checks.budget import LIMIT
+from attn_fuzz.oracle.checks.regroup import regrouped, regrouped_case
+from attn_fuzz.oracle.examine import Verdict, some_probes
+from attn_fuzz.oracle.symptoms import MEMORY_SYMPTOMS, Crashed, Hung, NotExact, Symptom
+from attn_fuzz.oracle.trial import Trial
+from attn_fuzz.reduction.minimise import minimise
+from attn_fuzz.reference.case import Case
+
+_SECONDS: Final = 60.0
+
+_ATTEMPTS: Final = 12
+"""How often a smaller case is tried where the failing one, run once more, was right."""
+
+NOW_AND_THEN: Final = (
+    "The same case, run once more, was right: a race, or something that earlier calls leave behind. Replay it several "
+    "times."
+)
+
+_SMALL_EXCESS: Final = 10.0
+"""Roundings of a few dozen sums reach that many times the limit at most; anything gross is what its budget says."""
+
+
+_GROSS: Final = 100.0
+"""Errors that no noise of quick budgets mimics: with 8 samples, once in 1e12 elements."""
+
+
+class Examine(Protocol):
+    """Gives a verdict on a case; raises UnsupportedCase for what the backend does not take."""
+
+    def __call__(
+        self,
+        case: Case,
+        poisons: Sequence[str] | None = None,
+        probes: Sequence[Check] = PROBES,
+        *,
+        hasty: bool = False,
+    ) -> Verdict: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Smallest:
+    """What a failing case was shrunk to."""
+
+    case: Case
+    verdict: Verdict
+    symptom: type[Symptom]
+    always: bool
+    """Whether the case that was drawn failed again when it was run once more."""
+    first: tuple[str, Case] | None = None
+    """Where a far smaller case fails in another way: what the failing case was seen by, and its smallest one."""
+
+    def notes(self) -> tuple[str, ...]:
+        """What a finding says beside its symptoms."""
+        found = () if self.always else (NOW_AND_THEN,)
+        if self.first is None:
+            return found
+        name, case = self.first
+        return (*found, f"First seen as {name}, whose smallest case is {case.to_json()}; this far smaller one came up.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Same:
+    """What counts as failing in the same way, and what is asked to see it."""
+
+    faces: tuple[type[Symptom], ...]
+    probes: Sequence[Check]
+    poisons: Sequence[str]
+    clock: Callable[[], float] = time.process_time
+    renamed: bool = False
+    """Whether the smallest case's symptom, rather than that of the one that was drawn, names the finding."""
+
+
+def _rounds_sums(trial: Trial, symptom: Symptom) -> bool:
+    """Whether a small excess over the budget comes with sums of whole numbers that are no longer whole."""
+    if trial.case.level != "layer" or symptom.z is None or symptom.z > _SMALL_EXCESS * LIMIT:
+        return False
+    return any(True for _ in exact_accumulation(trial))
+
+
+def _same(trial: Trial, first: Symptom, probes: Sequence[Check]) -> _Same:
+    """How to recognise the failure of a trial, whose first symptom that is and which these probes show."""
+    symptom = type(first)
+    if _rounds_sums(trial, first):
+        # They leave the budget after many roundings only; whole numbers show it after two.
+        return _Same((symptom, NotExact), (exact_accumulation,), trial.poisons, renamed=True)
+    if "none" in trial.poisons and symptom in MEMORY_SYMPTOMS:
+        # On memory as it comes a small case fails or passes by luck; poison shows what it would do on a bad day.
+        return _Same(MEMORY_SYMPTOMS, probes, POISONS)
+    if trial.case.all_ranks > 1 and symptom in (Crashed, Hung):
+        # Ranks out of step wait for ever, or fall over what was meant for another: which of the two is chance. Whoever
+        # waits for those that hang takes no processor time.
+        return _Same((Crashed, Hung), probes, trial.poisons, time.monotonic, renamed=True)
+    return _Same((symptom,), probes, trial.poisons)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Again:
+    """A failing case, run once more."""
+
+    verdict: Verdict
+    asked: Sequence[Check]
+    """The probes that show it, the last of them if any: what earlier ones leave behind may be why."""
+    attempts: int
+    """How often a smaller case is tried."""
+    always: bool
+    """Whether it failed again whatever ran before it."""
+
+
+def _alone(verdict: Verdict) -> Sequence[Check]:
+    """Only what saw it is asked again; all the rest is once the case is small."""
+    return () if verdict.first is None or verdict.first.probe is None else (verdict.first.probe,)
+
+
+def _again(case: Case, verdict: Verdict, examine: Examine) -> _Again:
+    # All probes may see something that names it better than those it was found by.
+    careful = examine(case)
+    if careful.first is not None:
+        return _Again(careful, _alone(careful), 1, True)
+    if _alone(verdict):
+        probes = some_probes(case)
+        found = examine(case, probes=probes)
+        if found.first is not None and found.first.probe in probes and type(found.first) is type(verdict.first):
+            return _Again(found, probes[: probes.index(found.first.probe) + 1], 1, False)
+    return _Again(verdict, _alone(verdict), _ATTEMPTS, False)
+
+
+def _tokens(case: Case) -> int:
+    return max(sum(case.packed_lengths), sum(case.packed_key_lengths))
+
+
+FAR: Final = 2
+"""A case with so many times fewer tokens that fails in another way is what people would rather read."""
+
+
+def smallest(trial: Trial, verdict: Verdict, examine: Examine) -> Smallest:
+    """Shrinks a failing case to the end.
+
+    What is smaller must fail in the same way, so that shrinking does not pass from one mistake to another. Where a far
+    smaller case fails in another way, it is most often the same mistake: that one is shrunk, too, and comes instead.
+
+    Args:
+        trial: of the case, under the poisons under which it failed.
+        verdict: why it did.
+        examine: gives further verdicts.
+    """
+    others: list[Case] = []
+    found = _alike(trial, verdict, examine, others)
+    for other in sorted(set(others), key=_tokens)[:1]:
+        if FAR * _tokens(other) > _tokens(found.case):
+            break
+        careful = examine(other, trial.poisons)
+        if careful.first is not None and type(careful.first) is not found.symptom:
+            smaller = _alike(dataclasses.replace(trial, case=other), careful, examine, [])
+            return dataclasses.replace(smaller, first=(found.symptom.__name__, found.case))
+    return found
+
+
+def _alike(trial: Trial, verdict: Verdict, examine: Examine, others: list[Case]) -> Smallest:
+    """The smallest case that fails in the same way; those that fail in another one are added to ``others``."""
+    case = trial.case
+    again = _again(case, verdict, examine)
+    best, asked = again.verdict, again.asked
+    if best.first is not None and best.first.probe is regrouped and (other := regrouped_case(case)) is not None:
+        # The case passes and another arrangement of it fails: that one is the finding, if it fails by itself.
+        moved = examine(other)
+        if moved.first is not None and moved.first.probe is not regrouped:
+            case, best, asked = other, moved, _alone(moved)
+    drawn, first = best, best.first
+    assert first is not None
+    symptom = type(first)
+    same = _same(dataclasses.replace(trial, case=case), first, asked)
+
+    def fails_once(candidate: Case, *, hasty: bool) -> bool:
+        nonlocal best
+        try:
+            found = examine(candidate, same.poisons, same.probes, hasty=hasty)
+        except UnsupportedCase:
+            return False
+        if type(found.first) not in same.faces:
+            if found.first is not None:
+                others.append(candidate)
+            return False
+        best = found
+        return True
+
+    def shrunk(*, hasty: bool) -> tuple[Case, Verdict]:
+        def fails(candidate: Case) -> bool:
+            return any(fails_once(candidate, hasty=hasty) for _ in range(again.attempts))
+
+        small = minimise(case, fails, _SECONDS, same.clock)
+        return small, examine(small, same.poisons)
+
+    # Careful budgets take more than nine tenths of the time of a layer that fails.
+    hasty = case.level == "layer" and (first.z is None or first.z > _GROSS)
+    small, whole = shrunk(hasty=hasty)
+    if hasty and again.always and type(whole.first) not in same.faces:
+        best = drawn
+        small, whole = shrunk(hasty=False)
+    best = whole if type(whole.first) is symptom else best
+    if same.renamed and best.first is not None:
+        symptom = type(best.first)
+    return Smallest(small, best, symptom, always=again.always)

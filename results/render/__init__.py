@@ -1,0 +1,1 @@
+"""Writes the committed tables and pictures from results/*.json; run from a checkout, not installed."""
