@@ -45,7 +45,7 @@ class KnownIssue:
 
     def applies(self, backend: str, device: str) -> bool:
         """Whether the issue is to be expected of this backend here."""
-        name = backend.removeprefix("legacy:").removeprefix("any:")
+        name = backend.removeprefix("legacy:").removeprefix("unrestricted:")
         return name in self.backends and device == self.device and self.present()
 
     def explains(self, symptom: str, tensor: str, *, nan: bool) -> bool:

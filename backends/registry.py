@@ -1,8 +1,8 @@
 """Which backends there are, by name. A backend is imported only when it is asked for.
 
 ``KERNEL`` is the buffered layer around that kernel, and the kernel by itself; ``legacy:KERNEL`` is the known-bad layer
-around it; ``any:KERNEL`` is the kernel with its declared limits set aside, to see what happens beyond them;
-``fault:ID`` is a planted fault (backends/faults), ``rare:Q,K:KERNEL`` one that only documents of one size show;
+around it; ``unrestricted:KERNEL`` is the kernel with its declared limits set aside, to see what happens beyond them;
+``fault:ID`` is a planted fault (backends/faults), ``trigger:Q,K:KERNEL`` one that only documents of one size show;
 ``MODULE:FUNCTION`` or ``PATH.py:FUNCTION`` is a user's own kernel,
 and ``layer:MODULE:CLASS`` a user's own layer (backends/user.py). Installed packages add theirs under the entry point
 group ``attn_fuzz.backends``.
@@ -27,9 +27,9 @@ from attn_fuzz.backends.known import crash_issue_of
 from attn_fuzz.backends.layer import BufferedLayer, LayerFactory
 from attn_fuzz.backends.legacy import LegacyLayer
 from attn_fuzz.backends.rank_layer import RankLayerFactory
-from attn_fuzz.backends.rare import PREFIX as RARE
-from attn_fuzz.backends.rare import RareKernel, size_of
 from attn_fuzz.backends.tensor_layer import TensorLayer, rank_layer
+from attn_fuzz.backends.trigger import PREFIX as RARE
+from attn_fuzz.backends.trigger import TriggerKernel, size_of
 from attn_fuzz.backends.user import UserKernel, import_object, user_layer
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layout import active_lengths, cut_inside_document, rank_slices
@@ -38,7 +38,7 @@ LEGACY = "legacy:"
 ENTRY_POINTS = "attn_fuzz.backends"
 """The entry point group under which packages register backends."""
 USER_LAYER = "layer:"
-ANY = "any:"
+ANY = "unrestricted:"
 
 
 class UnknownBackend(LookupError):
@@ -153,7 +153,7 @@ def load(name: str) -> Backend:
             queries, keys, how, inner = size_of(name)
         except ValueError:
             raise UnknownBackend(f"{name!r} is not of the form {RARE}QUERIES,KEYS[,HOW]:KERNEL") from None
-        return Backend(name, RareKernel(load(inner).kernel, queries, keys, how), levels=("kernel",))
+        return Backend(name, TriggerKernel(load(inner).kernel, queries, keys, how), levels=("kernel",))
     if ":" in name and not legacy:
         return Backend(name, UserKernel(name))
     kernel_name = name.removeprefix(LEGACY)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import torch
-from attn_fuzz.reference import lean
+from attn_fuzz.reference import vectorised
 from attn_fuzz.reference.answer import KERNEL_TENSORS, Expected, Inputs
 from attn_fuzz.reference.budget import sums_of
 from attn_fuzz.reference.case import Case
@@ -45,8 +45,8 @@ _CUDA_PART: Final = 32
 """Of a GPU's memory: what a chunk has taken stays with its process, and sixteen of them may share one."""
 
 
-# float64 tensors alive at a time in lean.py, inputs and results included: of [heads, q, k], and of [heads, q + k, d].
-# Not all of both at once; a test counts what is alive for every backend's profile.
+# float64 tensors alive at a time in vectorised.py, inputs and results included: of [heads, q, k], and of
+# [heads, q + k, d]. Not all of both at once; a test counts what is alive for every backend's profile.
 _LIVE_SCORES: Final = 16
 _LIVE_ROWS: Final = 12
 
@@ -248,8 +248,8 @@ def answers(
         rows, key_rows = _rows(begin, length, queries), _rows(key_begin, key_length, keys)
         q, dout = (rows.gather(x, torch.float64) for x in (inputs.q, inputs.dout))
         k, v = (key_rows.gather(x, torch.float64) for x in (inputs.k, inputs.v))
-        expected = lean.answer(
-            lean.Documents(q, k, v, dout, _mask(rows, key_rows, case.effective_window)),
+        expected = vectorised.answer(
+            vectorised.Documents(q, k, v, dout, _mask(rows, key_rows, case.effective_window)),
             scale=case.softmax_scale,
             softcap=case.softcap,
             dtype=case.dtype,

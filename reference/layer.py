@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 import torch
 from attn_fuzz.reference.answer import Expected
-from attn_fuzz.reference.arithmetic import SAMPLES, Arithmetic
 from attn_fuzz.reference.budget import ROUNDING_SECOND_MOMENT, rounding_variance
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.grouping import Packed, groups_of, sum_of
 from attn_fuzz.reference.layout import Span, document_spans, owned_slices, rank_slices
+from attn_fuzz.reference.monte_carlo import SAMPLES, Arithmetic
 from attn_fuzz.reference.narrow import Narrow
 from attn_fuzz.reference.profile import ACCUMULATION, ALIKE, UNIT_ROUNDOFF, Profile
 from attn_fuzz.reference.simulated import SimulatedAttention

@@ -91,7 +91,7 @@ class KeyAlike(NamedTuple):
 class Narrow:
     """The formats of one case and profile; methods say what each of them adds to a variance.
 
-    Shapes are those of budget.py and lean.py alike: ``[..., q, k]``, ``[..., q, d]`` and ``[..., k, d]``.
+    Shapes are those of budget.py and vectorised.py alike: ``[..., q, k]``, ``[..., q, d]`` and ``[..., k, d]``.
     """
 
     dtype: str

@@ -39,7 +39,7 @@ class Screened:
     """1 / standard deviation, inf where equality is owed."""
 
 
-def takes(case: Case, profile: Profile, device: torch.device) -> str | None:
+def unsupported_reason(case: Case, profile: Profile, device: torch.device) -> str | None:
     """Why the screen does not take a case, or None.
 
     Values around 2^-12 leave float32's range in the fourth power. Profiles that store scores or dP have terms of their

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from attn_fuzz.reference import attention
-from attn_fuzz.reference.arithmetic import Arithmetic
 from attn_fuzz.reference.budget import (
     atomic_variance,
     ds_factor,
@@ -19,6 +18,7 @@ from attn_fuzz.reference.budget import (
 )
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layout import Span
+from attn_fuzz.reference.monte_carlo import Arithmetic
 from attn_fuzz.reference.narrow import Narrow, operand_variance
 from attn_fuzz.reference.profile import ACCUMULATION, ALIKE, ROUNDING_SECOND_MOMENT, UNIT_ROUNDOFF, Profile
 from attn_fuzz.reference.values import DTYPES

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from attn_fuzz.backends import registry
-from attn_fuzz.reference import answer, batched, lean
+from attn_fuzz.reference import answer, batched, vectorised
 from attn_fuzz.reference.answer import kernel_inputs
 from attn_fuzz.reference.case import DTYPES, Case
 from attn_fuzz.reference.profile import ACCUMULATION, Profile
@@ -105,7 +105,7 @@ def assert_both_agree(case: Case, profile: Profile, memory: int | None) -> None:
 )
 def test_equals_the_pure_reference(case: Case, profile: Profile, memory: int, scores: int) -> None:
     # With 1, queries are taken eight at a time.
-    with mock.patch.object(lean, "_CPU_SCORES", scores):
+    with mock.patch.object(vectorised, "_CPU_SCORES", scores):
         assert_both_agree(case, profile, memory)
 
 
@@ -113,7 +113,7 @@ def test_equals_the_pure_reference(case: Case, profile: Profile, memory: int, sc
 @pytest.mark.parametrize("profile", PROFILES)
 def test_blocks_of_rows_whose_heads_share_keys(profile: Profile, head_dim: int) -> None:
     case = Case(level="kernel", lengths=(3, 20), key_lengths=(30, 21), heads=2, kv_heads=1, head_dim=head_dim)
-    with mock.patch.object(lean, "_CPU_SCORES", 1):
+    with mock.patch.object(vectorised, "_CPU_SCORES", 1):
         assert_both_agree(case, profile, None)
 
 
@@ -167,7 +167,7 @@ def test_a_chunk_takes_about_the_memory_that_was_planned(
     softcap: float, values: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As on a GPU: all queries at once.
-    monkeypatch.setattr("attn_fuzz.reference.lean._CPU_SCORES", 1 << 30)
+    monkeypatch.setattr("attn_fuzz.reference.vectorised._CPU_SCORES", 1 << 30)
     case = Case(
         level="kernel",
         lengths=(64, 64),

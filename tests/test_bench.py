@@ -15,7 +15,7 @@ from rich.console import Console
 
 from attn_fuzz.cli.bench import show_processes
 from attn_fuzz.evaluation import bench
-from attn_fuzz.evaluation.bench_calls import settled_rate, volleys_shared_of
+from attn_fuzz.evaluation.bench_calls import batches_shared_of, settled_rate
 from attn_fuzz.evaluation.bench_processes import BenchError, processes_of
 from attn_fuzz.execution.timing import median
 
@@ -31,7 +31,7 @@ def test_the_command_prints_one_object_of_the_promised_form(tmp_path: Path) -> N
     program = (
         "import dataclasses; from attn_fuzz.evaluation import bench as b; "
         "b.PLANS['cpu'] = dataclasses.replace(b.PLANS['cpu'], documents=32, "
-        "narrow_hunt=12, processes=(), volley_processes=(), plain_cases=3, narrow_cases=5, rare=(3, 7), "
+        "narrow_hunt=12, processes=(), batch_processes=(), plain_cases=3, narrow_cases=5, rare=(3, 7), "
         "rare_longest=(5, 9)); "
         "from attn_fuzz.cli.app import main; main()"
     )
@@ -51,7 +51,7 @@ def test_the_command_prints_one_object_of_the_promised_form(tmp_path: Path) -> N
 def test_the_command_measures_processes_too() -> None:
     program = (
         "import dataclasses, attn_fuzz.evaluation.bench as b; b.PLANS['cpu'] = dataclasses.replace(b.PLANS['cpu'], "
-        "volley_documents=12, volley_seconds=0.4); from attn_fuzz.cli.app import main; main()"
+        "batch_documents=12, batch_seconds=0.4); from attn_fuzz.cli.app import main; main()"
     )
     command = [sys.executable, "-c", program, "bench", "--processes", "--device", "cpu", "--json", "-b", "loop"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -108,7 +108,7 @@ def test_medians_do_not_count_the_first_run() -> None:
 
 
 def test_processes_share_a_device() -> None:
-    plan = bench.dataclasses.replace(SMALL, volley_documents=12)
+    plan = bench.dataclasses.replace(SMALL, batch_documents=12)
     said: list[str] = []
     found = processes_of(("loop", "backup"), (1, 2), 0.3, "cpu", plan, said.append)
     assert list(found) == ["loop", "backup"]
@@ -122,7 +122,7 @@ def test_processes_share_a_device() -> None:
     ("seen", "rate"),
     [
         ([], None),
-        # All of the first volleys at once, then silence, then the ends: nothing was seen at work.
+        # All of the first batches at once, then silence, then the ends: nothing was seen at work.
         ([(0.0, 4), (0.1, 8), (9.0, 8), (9.1, 8)], None),
         ([(0.0, 4), *((at, 100 * at) for at in range(1, 11))], 100.0),
     ],
@@ -132,7 +132,7 @@ def test_a_rate_is_of_settled_processes_or_none(seen: list[tuple[float, int]], r
 
 
 def test_processes_as_a_campaign_has_them_are_measured() -> None:
-    rate = volleys_shared_of("loop", "cpu", 2, 2.0)
+    rate = batches_shared_of("loop", "cpu", 2, 2.0)
     assert rate is None or rate > 0
 
 

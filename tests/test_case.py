@@ -169,7 +169,7 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "rotary_theta 1": ({"rotary_theta": 1.0}, "must exceed 1"),
     "no rotary_fraction": ({"rotary_fraction": 0.0}, "(0, 1]"),
     "negative seed": ({"seed": -1}, "not -1"),
-    "wide seed": ({"seed": 1 << 32}, str(1 << 32)),
+    "packed seed": ({"seed": 1 << 32}, str(1 << 32)),
     "too few ids": ({"lengths": [1, 2], "document_ids": [0]}, "name every document once"),
     "ids twice": ({"lengths": [1, 2], "document_ids": [1, 1]}, "name every document once"),
     "negative ids": ({"document_ids": [-1]}, "from 0"),

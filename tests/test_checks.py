@@ -1,4 +1,4 @@
-"""The oracle's own exam: silent on clean runs, and each check fires on the deviation that it is there for.
+"""The oracle: silent on clean runs, and each check fires on the deviation that it is there for.
 
 Doubles are the ``loop`` stand-in or the buffered layer with one step changed.
 """

@@ -43,7 +43,7 @@ BAD_USAGE = {
     "negative seed": (("run", "--seed", "-1"), "--seed"),
     "backend": (("run", "--backend", "flesh"), "known backends are"),
     "fault": (("run", "--backend", "fault:M999"), "known faults are"),
-    "fault of the exam": (("faults", "--only", "M999"), "M999"),
+    "seeded fault": (("faults", "--only", "M999"), "M999"),
     "dtype": (("run", "--dtype", "fp8"), "fp32, bf16, fp16"),
     "level": (("run", "--level", "model"), "kernel, layer"),
     "poison": (("run", "--poison", "arsenic"), "nan, finite, none"),
@@ -78,7 +78,7 @@ def test_bad_usage_is_one_sentence(name: str, attn_fuzz: Run) -> None:
                 "unknown": '{"colour": 1}',
                 "text": '{"dtypes": "bf16"}',
                 "int8": '{"dtypes": ["int8"]}',
-                "wide": '{"max_head_dim": "wide"}',
+                "packed": '{"max_head_dim": "packed"}',
                 "half": '{"dtypes": ("bf16",)}',
             }.items()
         ),

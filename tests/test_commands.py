@@ -138,7 +138,7 @@ def test_a_finding_becomes_a_seed_that_convicts(attn_fuzz: Run) -> None:
     assert json.loads(Path("tests/regressions/swapped.json").read_text()) == {
         "about": "why",
         "case": FINDING.case.to_dict(),
-        "convicts": {"cpu": [SWAPPED]},
+        "expected_failures": {"cpu": [SWAPPED]},
     }
     assert attn_fuzz("replay", "swapped", "--device", "cpu").status == 1
     assert "choose another name" in sentence(attn_fuzz("save", CASE, "swapped"))

@@ -16,7 +16,7 @@ from attn_fuzz.backends.user import _CAUTIOUS, _CAUTIOUS_LAYER, UserKernel
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import layer_answer, layer_inputs
 from attn_fuzz.reference.profile import Profile
-from attn_fuzz.reference.screen import takes
+from attn_fuzz.reference.screen import unsupported_reason
 from emulated import How, kernel
 
 from attn_fuzz.oracle.known_answer.inputs import needle_gain, uniform_probe
@@ -158,10 +158,10 @@ def test_the_fast_reference_leaves_such_profiles_alone(monkeypatch: pytest.Monke
     monkeypatch.setattr("attn_fuzz.reference.screen.distrust", lambda device: None)
     cuda, case = torch.device("cuda"), CASE.replace(dtype="bf16")
     for field in ({"products": "fp16"}, {"scores_dtype": "fp16"}, {"probabilities_dtype": "fp16"}):
-        assert takes(case, Profile(**field), cuda)
-    assert takes(case, Profile(atomic_sums=frozenset({"dk"})), cuda)
-    assert takes(case, Profile(exp_error=2.0**-8), cuda)
-    assert takes(case, Profile(exp_error=2.0**-19), cuda) is None
+        assert unsupported_reason(case, Profile(**field), cuda)
+    assert unsupported_reason(case, Profile(atomic_sums=frozenset({"dk"})), cuda)
+    assert unsupported_reason(case, Profile(exp_error=2.0**-8), cuda)
+    assert unsupported_reason(case, Profile(exp_error=2.0**-19), cuda) is None
 
 
 # Layers.

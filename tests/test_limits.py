@@ -16,7 +16,7 @@ from commandline import Run
 
 from attn_fuzz.campaign import limits
 from attn_fuzz.campaign.isolated import Report, Subject, report_of
-from attn_fuzz.campaign.limits import Inferred, Limit, inferred, taken, without_of
+from attn_fuzz.campaign.limits import Limit, LimitsFound, infer_limits, taken, without_of
 from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.symptoms import WrongOutput
@@ -69,13 +69,13 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "Isolated", InThisProcess)
 
 
-def found(name: str, dtypes: tuple[str, ...] = ()) -> Inferred:
-    return inferred(name, "cpu", dtypes, 1, lambda limit: None)
+def found(name: str, dtypes: tuple[str, ...] = ()) -> LimitsFound:
+    return infer_limits(name, "cpu", dtypes, 1, lambda limit: None)
 
 
 @pytest.mark.usefixtures("at_once")
 def test_a_kernel_that_takes_what_it_declares_has_no_limits(tmp_path: Path) -> None:
-    assert found(written(tmp_path, head_dims=(16, 8))) == Inferred()
+    assert found(written(tmp_path, head_dims=(16, 8))) == LimitsFound()
 
 
 LIMITS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -135,7 +135,7 @@ def test_windows_are_asked_about_where_the_signature_has_them(tmp_path: Path) ->
 
 @pytest.mark.usefixtures("at_once")
 def test_what_fails_wherever_it_is_called_is_left_to_the_campaign(tmp_path: Path) -> None:
-    assert found(written(tmp_path, "raise RuntimeError('never')")) == Inferred()
+    assert found(written(tmp_path, "raise RuntimeError('never')")) == LimitsFound()
 
 
 UNUSABLE = {
@@ -180,7 +180,7 @@ def test_a_layer_that_is_built_otherwise_is_refused(tmp_path: Path) -> None:
 def test_a_crash_costs_an_answer_and_no_campaign(tmp_path: Path, attn_fuzz: Run) -> None:
     """The command, with real processes: one layout kills them, and the campaign is clean without it."""
     name = written(tmp_path, "q.storage_offset() % 2 and os.kill(os.getpid(), 11)", dtypes=("bf16",), head_dims=(16,))
-    options = ("--device", "cpu", "--workers", "1", "--cases", "12", "--gear", "narrow", "--level", "kernel", "--json")
+    options = ("--device", "cpu", "--workers", "1", "--cases", "12", "--mode", "case", "--level", "kernel", "--json")
     done = attn_fuzz("check", name, *options)
     assert done.status == 0, done.err
     told = json.loads(done.out)
@@ -194,8 +194,8 @@ def test_a_crash_costs_an_answer_and_no_campaign(tmp_path: Path, attn_fuzz: Run)
 def test_strict_makes_limits_findings(tmp_path: Path, attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(level="kernel", lengths=(1,), memory="misaligned", head_dim=16)
     limit = Limit("memory misaligned", "crashed", "it died", case, "known: so and so")
-    monkeypatch.setattr("attn_fuzz.cli.fuzz.inferred", lambda *_: Inferred((limit,), {"memories": MEMORIES[:2]}))
-    options = ("--device", "cpu", "--workers", "1", "--cases", "4", "--gear", "narrow", "--level", "kernel", "--strict")
+    monkeypatch.setattr("attn_fuzz.cli.fuzz.inferred", lambda *_: LimitsFound((limit,), {"memories": MEMORIES[:2]}))
+    options = ("--device", "cpu", "--workers", "1", "--cases", "4", "--mode", "case", "--level", "kernel", "--strict")
     done = attn_fuzz("check", written(tmp_path, dtypes=("fp32",), head_dims=(16,)), *options, "--json")
     assert done.status == 1, done.err
     (finding,) = json.loads(done.out)["findings"]

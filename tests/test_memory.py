@@ -93,7 +93,7 @@ def test_a_tensor_by_itself_is_no_mixture() -> None:
 
 
 def strides(case: Case) -> list[dict[str, tuple[int, ...]]]:
-    """The strides of q, k, v and dout of a kernel case in both gears."""
+    """The strides of q, k, v and dout of a kernel case in both modes."""
     call = KernelCall(registry.load("loop"), case, kernel_inputs(case, "cpu"), "nan", CPU)
     return [
         {name: placed[name].tensor.stride() for name in NAMES}

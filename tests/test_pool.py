@@ -14,7 +14,7 @@ from attn_fuzz.reference.case import Case
 
 from attn_fuzz.campaign import crash_triage, pool
 from attn_fuzz.campaign.isolated import Isolated, NoDevice, Subject
-from attn_fuzz.campaign.messages import Assignment, Message, Suspect, Tally
+from attn_fuzz.campaign.messages import Assignment, Candidate, Message, Tally
 from attn_fuzz.campaign.plan import plan, share_of_time
 from attn_fuzz.campaign.pool import CampaignError, Outcome, Pool
 from attn_fuzz.findings.finding import Finding
@@ -240,18 +240,18 @@ def test_a_signal_that_comes_twice_loses_nothing() -> None:
     assert len(outcome.findings) == 1
 
 
-class StopsAtSuspect(Pool):
+class StopsAtCandidate(Pool):
     """Ctrl-C comes as soon as a worker has begun to shrink."""
 
     def _take(self, worker: Any, message: Message) -> None:
         super()._take(worker, message)
-        if isinstance(message, Suspect):
+        if isinstance(message, Candidate):
             raise KeyboardInterrupt
 
 
 def test_an_interruption_while_a_worker_shrinks_keeps_the_case_as_it_was_drawn() -> None:
     assignment = Assignment(backend="fault:M51-swapped", device="cpu", seed=1, cases=100)
-    outcome = StopsAtSuspect([assignment], 1, nothing, nothing).run()
+    outcome = StopsAtCandidate([assignment], 1, nothing, nothing).run()
     assert outcome.interrupted
     (finding,) = outcome.findings
     assert finding.case == finding.original_case
@@ -273,10 +273,12 @@ def test_an_interruption_while_a_crash_is_shrunk_keeps_it(
 
 
 def test_one_finding_of_a_backend_is_enough_for_all_its_hunts() -> None:
-    """The narrow gear would look for that size for hours."""
+    """The case mode would look for that size for hours."""
     jobs = [
-        Assignment(backend="rare:11,23:loop", device="cpu", seed=1, levels=("kernel",), stop_at_first=True, gear=gear)
-        for gear in ("narrow", "wide", "narrow")
+        Assignment(
+            backend="trigger:11,23:loop", device="cpu", seed=1, levels=("kernel",), stop_at_first=True, mode=mode
+        )
+        for mode in ("case", "packed", "case")
     ]
     outcome = Pool(jobs, 2, nothing, nothing).run()
     (finding,) = outcome.findings

@@ -27,7 +27,7 @@ from rank_calls import gathers, unwaited
 from attn_fuzz.campaign.plan import default_workers, plan
 from attn_fuzz.cases.repair import fitted
 from attn_fuzz.cases.smaller import fewer_ranks
-from attn_fuzz.evaluation.seeded_faults import hunt_fault
+from attn_fuzz.evaluation.seeded_faults import find_fault
 from attn_fuzz.execution.process import share_of_processors
 from attn_fuzz.generation.strategies import Domain, cases
 from attn_fuzz.oracle.checks.ranks import attended
@@ -35,7 +35,7 @@ from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.ranks.client import HostError
 from attn_fuzz.ranks.pickling import packed, unpacked
-from attn_fuzz.ranks.rank_group import RankFailed, RanksHung, Teams, seats, teams
+from attn_fuzz.ranks.rank_group import RankFailed, RankGroups, RanksHung, rank_groups, seats
 from attn_fuzz.reduction.minimise import minimise
 from results.render import rank_tables as rank_results
 from results.render.rank_rate import processor_seconds
@@ -306,52 +306,52 @@ def test_other_kernels_run_on_ranks(backend: str) -> None:
 
 
 def test_ranks_are_processes_of_their_own() -> None:
-    one, other = teams().call(2, CPU, os.getpid, ())
+    one, other = rank_groups().call(2, CPU, os.getpid, ())
     assert len({one, other, os.getpid()}) == 3
-    assert [one, other] == teams().call(2, CPU, os.getpid, ())
+    assert [one, other] == rank_groups().call(2, CPU, os.getpid, ())
 
 
 def test_a_rank_that_dies_is_named_and_the_team_replaced() -> None:
-    before = teams().call(2, CPU, os.getpid, ())
+    before = rank_groups().call(2, CPU, os.getpid, ())
     os.kill(before[1], signal.SIGKILL)
     with pytest.raises(RankFailed, match="rank 1 of 2 died with exit code -9"):
-        teams().call(2, CPU, os.getpid, ())
-    after = teams().call(2, CPU, os.getpid, ())
+        rank_groups().call(2, CPU, os.getpid, ())
+    after = rank_groups().call(2, CPU, os.getpid, ())
     assert not set(before) & set(after)
     clean(ACROSS.replace(ranks=2))
 
 
 def test_ranks_that_end_within_a_call_are_named() -> None:
     with pytest.raises(RankFailed, match="rank 0 of 2 died with exit code 3"):
-        teams().call(2, CPU, os._exit, (3,))
+        rank_groups().call(2, CPU, os._exit, (3,))
 
 
 def test_ranks_that_block_are_given_up_and_replaced() -> None:
-    before = teams().call(2, CPU, os.getpid, ())
+    before = rank_groups().call(2, CPU, os.getpid, ())
     with pytest.raises(RanksHung, match=r"of 2 ranks, 0, 1 did not answer within 0\.05 seconds"):
-        teams().call(2, CPU, signal.pause, (), seconds=0.05)
-    assert not set(before) & set(teams().call(2, CPU, os.getpid, ()))
+        rank_groups().call(2, CPU, signal.pause, (), seconds=0.05)
+    assert not set(before) & set(rank_groups().call(2, CPU, os.getpid, ()))
     clean(ACROSS.replace(ranks=2))
 
 
 def test_a_rank_that_waits_for_one_that_came_back_is_given_up_at_once() -> None:
-    before = teams().call(2, CPU, gathers, ((2, 2),))
+    before = rank_groups().call(2, CPU, gathers, ((2, 2),))
     with pytest.raises(RanksHung, match="of 2 ranks, 1 came back without taking part in the last 1 collective calls"):
         # Patience would outlast the test; nothing here depends on how long it takes.
-        teams().call(2, CPU, gathers, ((3, 2),), seconds=100_000.0)
-    assert not set(before) & set(teams().call(2, CPU, gathers, ((4, 4),)))
+        rank_groups().call(2, CPU, gathers, ((3, 2),), seconds=100_000.0)
+    assert not set(before) & set(rank_groups().call(2, CPU, gathers, ((4, 4),)))
 
 
 def test_ranks_that_come_back_out_of_step_are_replaced() -> None:
     """A collective that nobody waited for would be met by the next case."""
-    before = teams().call(2, CPU, os.getpid, ())
+    before = rank_groups().call(2, CPU, os.getpid, ())
     with pytest.raises(RanksHung, match="0 came back without taking part in the last 2 collective calls of 1"):
-        teams().call(2, CPU, unwaited, (2,))
-    assert not set(before) & set(teams().call(2, CPU, gathers, ((1, 1),)))
+        rank_groups().call(2, CPU, unwaited, (2,))
+    assert not set(before) & set(rank_groups().call(2, CPU, gathers, ((1, 1),)))
 
 
 def test_when_their_host_dies_ranks_end_and_others_take_their_place() -> None:
-    mine = Teams()
+    mine = RankGroups()
     before = [*mine.call(2, CPU, os.getpid, ()), *mine.call(3, CPU, os.getpid, ())]
     os.kill(mine.call(2, CPU, os.getppid, ())[0], signal.SIGKILL)
     with pytest.raises(HostError, match="is gone"):
@@ -362,18 +362,18 @@ def test_when_their_host_dies_ranks_end_and_others_take_their_place() -> None:
 
 
 def test_teams_whose_host_has_died_can_be_closed() -> None:
-    mine = Teams()
+    mine = RankGroups()
     os.kill(mine.call(2, CPU, os.getppid, ())[0], signal.SIGKILL)
     mine.close()
 
 
 def test_what_a_rank_raises_comes_back() -> None:
     with pytest.raises(RankFailed, match="rank 0 of 2 raised ValueError: invalid literal"):
-        teams().call(2, CPU, int, ("x",))
+        rank_groups().call(2, CPU, int, ("x",))
 
 
 def test_closing_ends_every_process() -> None:
-    mine = Teams()
+    mine = RankGroups()
     pids = mine.call(3, CPU, os.getpid, ())
     mine.close()
     for pid in pids:
@@ -470,7 +470,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("fault", RANK_FAULTS)
 def test_a_rank_fault_is_found_on_the_fewest_ranks(fault: str) -> None:
-    mark = hunt_fault(fault, seed=4)
+    mark = find_fault(fault, seed=4)
     assert mark.finding is not None
     assert mark.minimal
     assert set(EXPECTED[fault].split()) & set(mark.finding.checks)

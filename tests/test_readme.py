@@ -41,8 +41,8 @@ def test_example_kernel_is_clean(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     (mine,) = told["backends"].values()
-    # So many of each gear that it is fuzzed by.
-    assert sum(count for kind, count in mine["by_kind"].items() if kind.startswith("volley")) == 20
+    # So many of each mode that it is fuzzed by.
+    assert sum(count for kind, count in mine["by_kind"].items() if kind.startswith("batch")) == 20
     assert told["cases"] == 40
 
 

@@ -10,7 +10,7 @@ from attn_fuzz.reference.case import Case
 from doubles import double, trial
 
 from attn_fuzz.batch.calls_batch import moving
-from attn_fuzz.generation.calls import Volley
+from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.oracle.checks import Check
 from attn_fuzz.oracle.checks.isolation import documents_apart
 from attn_fuzz.oracle.checks.memory import unwritten_unread
@@ -144,10 +144,10 @@ def test_what_other_calls_leave_behind_is_seen_without_a_promise() -> None:
     assert type(symptom) is NotRepeatable
 
 
-def test_volleys_know_what_moves_by_itself() -> None:
-    volley = Volley(Case(level="kernel", lengths=(3, 4, 5, 2), head_dim=4), (1, 3, 4))
-    assert moving(volley, double(MovesInSmall(), **UNSTATED), CPU, "nan") == [0, 1, 2]
-    assert moving(volley, double(Loop(), **UNSTATED), CPU, "nan") == []
+def test_batches_know_what_moves_by_itself() -> None:
+    batch = CallBatch(Case(level="kernel", lengths=(3, 4, 5, 2), head_dim=4), (1, 3, 4))
+    assert moving(batch, double(MovesInSmall(), **UNSTATED), CPU, "nan") == [0, 1, 2]
+    assert moving(batch, double(Loop(), **UNSTATED), CPU, "nan") == []
 
 
 # Paths.

@@ -14,7 +14,7 @@ from attn_fuzz.reference import batched, values
 from attn_fuzz.reference.answer import kernel_inputs
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.profile import Profile
-from attn_fuzz.reference.screen import row_maxima, screen, takes
+from attn_fuzz.reference.screen import row_maxima, screen, unsupported_reason
 from attn_fuzz.reference.values import DTYPES, draw
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -100,9 +100,9 @@ def test_what_the_screen_leaves_to_the_exact_reference() -> None:
     cuda = torch.device("cuda")
     if not INTERPRETED:
         assert values.fused_agrees(cuda)
-        assert takes(BASE, Profile(), cuda) is None
-        assert takes(BASE, ALL, cuda) is None
+        assert unsupported_reason(BASE, Profile(), cuda) is None
+        assert unsupported_reason(BASE, ALL, cuda) is None
     for case in (BASE.replace(dtype="fp32"), BASE.replace(values="tiny"), BASE.replace(head_dim=256)):
-        assert takes(case, Profile(), cuda)
-    assert takes(BASE, Profile(rounds_scores=True), cuda)
-    assert takes(BASE, Profile(), torch.device("cpu"))
+        assert unsupported_reason(case, Profile(), cuda)
+    assert unsupported_reason(BASE, Profile(rounds_scores=True), cuda)
+    assert unsupported_reason(BASE, Profile(), torch.device("cpu"))

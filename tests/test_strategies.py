@@ -133,7 +133,7 @@ BOTH: dict[str, Callable[[Case], bool]] = {
     "GQA": lambda case: case.heads > case.kv_heads > 1,
     "MQA": lambda case: case.heads > case.kv_heads == 1,
     "odd head_dim": lambda case: case.head_dim % 2 == 1,
-    "wide heads": lambda case: case.head_dim > 128,
+    "packed heads": lambda case: case.head_dim > 128,
 }
 
 

@@ -16,13 +16,13 @@ from attn_fuzz.reference.memory import same_bits
 from doubles import double
 
 from attn_fuzz.batch.batch_size import _forms_a_mask
-from attn_fuzz.batch.calls_batch import TURNS, judge
+from attn_fuzz.batch.calls_batch import SCHEDULE, judge
 from attn_fuzz.batch.packed import verdicts
 from attn_fuzz.batch.packed_call import Call, run
 from attn_fuzz.execution.observation import Observation
 from attn_fuzz.execution.poison import POISONS
 from attn_fuzz.execution.runner import run_kernel, run_layer
-from attn_fuzz.generation.calls import Volley
+from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.symptoms import PoisonLeaked
 
@@ -139,11 +139,11 @@ def test_what_a_backward_with_static_memory_has_given_stays() -> None:
     assert examine(case, backend, "cpu").symptoms == ()
 
 
-def test_a_backward_with_static_memory_is_clean_in_volleys() -> None:
+def test_a_backward_with_static_memory_is_clean_in_batches() -> None:
     case = Case(level="kernel", lengths=(3, 6, 1, 9, 2, 5, 4, 8), heads=2, head_dim=8)
-    for turn in dict.fromkeys(TURNS):
+    for turn in dict.fromkeys(SCHEDULE):
         judged = judge(
-            Volley(case, (1, 3, 4, 8)), double(StaticGradients(), covers_all_rows=False), torch.device("cpu"), turn
+            CallBatch(case, (1, 3, 4, 8)), double(StaticGradients(), covers_all_rows=False), torch.device("cpu"), turn
         )
         assert judged.failing() == []
         assert not judged.broken

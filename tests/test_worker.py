@@ -10,7 +10,7 @@ import pytest
 from attn_fuzz.reference.case import Case
 
 from attn_fuzz.campaign import worker
-from attn_fuzz.campaign.messages import Assignment, Failed, Finished, Found, Message, Suspect, Trying
+from attn_fuzz.campaign.messages import Assignment, Candidate, Failed, Finished, Found, Message, Trying
 from attn_fuzz.campaign.worker import hunt
 from attn_fuzz.oracle.examine import Verdict
 
@@ -36,8 +36,8 @@ def test_a_finding_is_announced_before_it_is_shrunk() -> None:
     messages = said(SWAPPED)
     kinds = [type(message) for message in messages]
     assert kinds[0] is Trying
-    assert kinds.index(Suspect) < kinds.index(Found) < kinds.index(Finished)
-    (suspect,) = [message.finding for message in messages if isinstance(message, Suspect)]
+    assert kinds.index(Candidate) < kinds.index(Found) < kinds.index(Finished)
+    (suspect,) = [message.finding for message in messages if isinstance(message, Candidate)]
     (found,) = [message.finding for message in messages if isinstance(message, Found)]
     assert suspect.case == suspect.original_case == found.original_case
     assert found.case.tokens <= found.original_case.tokens
@@ -69,7 +69,7 @@ def test_memory_that_runs_out_accuses_nobody(tmp_path: Path) -> None:
     """Half of the calls get none; what ran without is counted."""
     deed = "if len(q) % 2: raise MemoryError('no more')"
     messages = said(kernel(tmp_path, deed))
-    assert not [message for message in messages if isinstance(message, (Suspect, Found))]
+    assert not [message for message in messages if isinstance(message, (Candidate, Found))]
     assert isinstance(messages[-1], Finished)
     assert messages[-1].tally.cases == 12
     assert messages[-1].tally.refused > 0

@@ -1,4 +1,4 @@
-"""A volley while it is judged: its runs so far, what they are held to, and who is accused of what."""
+"""A batch while it is judged: its runs so far, what they are held to, and who is accused of what."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Final
 import torch
 
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.batch.calls import PLAIN, Fired, How, fire
+from attn_fuzz.batch.calls import PLAIN, BatchResult, How, run_batch
 from attn_fuzz.batch.packed import effective_profile
-from attn_fuzz.batch.tensors import Loaded
+from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.batch.verdicts import COLUMNS
 from attn_fuzz.execution.observation import in_our_convention
-from attn_fuzz.generation.calls import Volley
+from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.oracle.symptoms import Symptom
 from attn_fuzz.reference.answer import KERNEL_TENSORS, Inputs, kernel_inputs
 
@@ -28,11 +28,11 @@ Results = dict[str, torch.Tensor]
 _OTHER: Final = {"nan": "finite", "finite": "nan"}
 
 
-class Firing:
-    """A volley while it is judged.
+class BatchRun:
+    """A batch while it is judged.
 
     Args:
-        volley: the calls.
+        batch: the calls.
         backend: what runs them.
         device: where.
         poison: contents of unwritten memory when the drawn values run.
@@ -42,7 +42,7 @@ class Firing:
 
     def __init__(
         self,
-        volley: Volley,
+        batch: CallBatch,
         backend: Backend,
         device: torch.device,
         poison: str,
@@ -51,21 +51,21 @@ class Firing:
     ) -> None:
         self.backend, self.device = backend, device
         self.poison, self.other_poison, self.beat = poison, _OTHER[poison], beat
-        self.volley = volley if asked == len(volley.ends) else volley.first(asked)
+        self.batch = batch if asked == len(batch.ends) else batch.first(asked)
         """The calls that are asked."""
-        self.case = self.volley.case
-        self.profile = effective_profile(backend.kernel.profile_on(device.type), volley.case)
-        self.drawn = kernel_inputs(volley.case, device)
-        self.runs: list[Fired] = []
-        self.placed: list[Loaded] = []
-        self.loaded = self.load(volley, self.drawn)
+        self.case = self.batch.case
+        self.profile = effective_profile(backend.kernel.profile_on(device.type), batch.case)
+        self.drawn = kernel_inputs(batch.case, device)
+        self.runs: list[BatchResult] = []
+        self.placed: list[BatchTensors] = []
+        self.tensors_of_calls = self.load(batch, self.drawn)
         self.accused: dict[str, torch.Tensor] = {}
         """By names of ``NAMES``: of the first documents, float64 in units in which the verdict is at LIMIT."""
         self.spares: tuple[int, ...] = ()
         self.symptoms: Mapping[str, type[Symptom]] = {}
-        self.all_first = self.fire(self.loaded, poison, every=True).results
+        self.all_first = self.run_batch(self.tensors_of_calls, poison, every=True).results
         self.held = [self.all_first]
-        """Results of the whole volley that its budgets hold for."""
+        """Results of the whole batch that its budgets hold for."""
         self.deviations: list[torch.Tensor] = []
         """``largest_z`` of the first documents by other budgets."""
         rows, keys = sum(self.case.packed_lengths), sum(self.case.packed_key_lengths)
@@ -77,26 +77,26 @@ class Firing:
         """The drawn values of the calls that are asked."""
         return Inputs(**{name: getattr(self.drawn, name)[: self.rows[name]] for name in ("q", "k", "v", "dout")})
 
-    def load(self, volley: Volley, inputs: Inputs, spares: Sequence[int] = ()) -> Loaded:
+    def load(self, batch: CallBatch, inputs: Inputs, spares: Sequence[int] = ()) -> BatchTensors:
         """Tensors in their places, which are looked at again in the end."""
-        self.placed.append(Loaded(volley, inputs, self.device, spares))
+        self.placed.append(BatchTensors(batch, inputs, self.device, spares))
         return self.placed[-1]
 
-    def fire(self, what: Loaded, poison: str, how: How = PLAIN, *, every: bool = False) -> Fired:
+    def run_batch(self, what: BatchTensors, poison: str, how: How = PLAIN, *, every: bool = False) -> BatchResult:
         """A run of the calls that are asked, or of every one."""
-        calls = None if every else len(self.volley.ends)
-        fired = fire(what, self.backend, poison, how, calls=calls, beat=self.beat)
-        self.runs.append(fired)
-        if "lse" in fired.results:
-            fired.results["lse"] = in_our_convention(fired.results["lse"], self.backend, self.device)
-        return fired
+        calls = None if every else len(self.batch.ends)
+        batch_result = run_batch(what, self.backend, poison, how, calls=calls, beat=self.beat)
+        self.runs.append(batch_result)
+        if "lse" in batch_result.results:
+            batch_result.results["lse"] = in_our_convention(batch_result.results["lse"], self.backend, self.device)
+        return batch_result
 
-    def run(self, what: Loaded, poison: str, how: How = PLAIN) -> Results:
+    def run(self, what: BatchTensors, poison: str, how: How = PLAIN) -> Results:
         """The results of a run of the calls that are asked."""
-        return self.fire(what, poison, how).results
+        return self.run_batch(what, poison, how).results
 
     def hold(self, results: Results) -> None:
-        """Holds results of the calls that are asked to the volley's budgets."""
+        """Holds results of the calls that are asked to the batch's budgets."""
         rest = {name: self.all_first[name][len(x) :] for name, x in results.items() if name in self.all_first}
         self.held.append({name: torch.cat([results[name], others]) for name, others in rest.items()})
 

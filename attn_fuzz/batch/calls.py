@@ -1,4 +1,4 @@
-"""The calls of a volley: one run after another, nothing of which waits for the device."""
+"""The calls of a batch: one run after another, nothing of which waits for the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from attn_fuzz.backends.kernel import Attended, UnsupportedCase
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.batch.tensors import Loaded
+from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.execution.poison import filler, poisoned
 from attn_fuzz.execution.process import raise_lack_of_memory
 from attn_fuzz.execution.runner import EVERYTHING, Asked
@@ -34,7 +34,7 @@ PLAIN: Final = How()
 
 
 @dataclasses.dataclass
-class Fired:
+class BatchResult:
     """What came out of a run of all calls."""
 
     results: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
@@ -64,18 +64,18 @@ def _primed(like: torch.Tensor, keys: torch.Tensor, value: float) -> None:
 
 
 @contextlib.contextmanager
-def _memory(loaded: Loaded, poison: str, *, compiled: bool) -> Iterator[None]:
+def _memory(tensors_of_calls: BatchTensors, poison: str, *, compiled: bool) -> Iterator[None]:
     """Unwritten memory holds a poison, of a CPU for all calls together; a GPU's is filled call by call."""
-    if loaded.device.type == "cuda":
+    if tensors_of_calls.device.type == "cuda":
         # Filling every allocation by itself would take longer than many a call.
         yield
         return
-    with poisoned(poison, loaded.device, compiled=compiled):
+    with poisoned(poison, tensors_of_calls.device, compiled=compiled):
         yield
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shot:
+class CallResult:
     """What one call gave back."""
 
     attended: Attended
@@ -92,17 +92,17 @@ def _copies(gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [copy.view(x.shape) for copy, x in zip(together, gradients, strict=True)]
 
 
-def _one(loaded: Loaded, index: int, backend: Backend, poison: str, how: How) -> _Shot:
+def _one(tensors_of_calls: BatchTensors, index: int, backend: Backend, poison: str, how: How) -> CallResult:
     asked = how.asked
-    *tensors, dout = loaded.of_calls[index]
+    *tensors, dout = tensors_of_calls.of_calls[index]
     named = zip(("q", "k", "v"), tensors, strict=True)
     q, k, v = leaves = [x.detach().requires_grad_(name in asked.gradients) for name, x in named]
-    if loaded.device.type == "cuda" and poison != "none":
+    if tensors_of_calls.device.type == "cuda" and poison != "none":
         _primed(q, k, filler(poison))
     with torch.set_grad_enabled(bool(asked.gradients)):
-        attended = backend.kernel.attend(q, k, v, loaded.metadata[index], loaded.options)
+        attended = backend.kernel.attend(q, k, v, tensors_of_calls.metadata[index], tensors_of_calls.options)
     if not asked.gradients or how.forward_only:
-        return _Shot(attended, {})
+        return CallResult(attended, {})
     wanted = [x for x in leaves if x.requires_grad]
     gradients = torch.autograd.grad(attended.out, wanted, dout, retain_graph=asked.twice)
     if asked.twice:
@@ -113,29 +113,29 @@ def _one(loaded: Loaded, index: int, backend: Backend, poison: str, how: How) ->
             if "CUDA" in str(error):
                 raise
             # A backward that gives back what it saved, and says so, is nobody's mistake.
-            return _Shot(attended, {}, spent=True)
-    return _Shot(attended, {f"d{name}": x for name, x in zip(asked.gradients, _copies(gradients), strict=True)})
+            return CallResult(attended, {}, spent=True)
+    return CallResult(attended, {f"d{name}": x for name, x in zip(asked.gradients, _copies(gradients), strict=True)})
 
 
 class _Collector:
     """The results of calls, one after another, on their way to those of the packed case."""
 
-    def __init__(self, loaded: Loaded, names: Sequence[str]) -> None:
-        self.loaded, self.fired = loaded, Fired()
+    def __init__(self, tensors_of_calls: BatchTensors, names: Sequence[str]) -> None:
+        self.tensors_of_calls, self.batch_result = tensors_of_calls, BatchResult()
         self.parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-        q, k = (loaded.placed[name].tensor for name in ("q", "k"))
+        q, k = (tensors_of_calls.placed[name].tensor for name in ("q", "k"))
         self.dtype = q.dtype
         self.of_row = {name: (k if name in ("dk", "dv") else q).shape[1 : 2 if name == "lse" else 3] for name in names}
 
     def take(self, index: int, got: dict[str, torch.Tensor]) -> None:
         """Adds what a call gave, and zeros for what it did not."""
-        spare = self.loaded.spares[index]
+        spare = self.tensors_of_calls.spares[index]
         wrong = []
         for name, parts in self.parts.items():
-            rows = self.loaded.sides["k" if name in ("dk", "dv") else "q"].counts[index]
+            rows = self.tensors_of_calls.sides["k" if name in ("dk", "dv") else "q"].counts[index]
             x = got.get(name)
             if x is not None and spare and len(x) == rows + spare:
-                self.fired.tails.setdefault(index, []).append((name, x[rows:]))
+                self.batch_result.tails.setdefault(index, []).append((name, x[rows:]))
                 x = x[:rows]
             if x is not None and (x.shape != (rows, *self.of_row[name]) or (name != "lse" and x.dtype != self.dtype)):
                 wrong.append(name)
@@ -143,29 +143,31 @@ class _Collector:
             if x is not None:
                 parts.append(x)
             elif name != "lse" or not got or wrong:
-                parts.append(torch.zeros(rows, *self.of_row[name], dtype=self.dtype, device=self.loaded.device))
+                parts.append(
+                    torch.zeros(rows, *self.of_row[name], dtype=self.dtype, device=self.tensors_of_calls.device)
+                )
         if wrong:
-            self.fired.broken[index] = f"{', '.join(wrong)} of another shape or dtype"
+            self.batch_result.broken[index] = f"{', '.join(wrong)} of another shape or dtype"
 
-    def done(self, calls: int, *, backwards: bool) -> Fired:
+    def done(self, calls: int, *, backwards: bool) -> BatchResult:
         """All of it; the LSE only where every call has one."""
-        self.fired.results = {
+        self.batch_result.results = {
             name: torch.cat(some[::-1] if backwards else some)
             for name, some in self.parts.items()
             if len(some) == calls
         }
-        return self.fired
+        return self.batch_result
 
 
-def fire(
-    loaded: Loaded,
+def run_batch(
+    tensors_of_calls: BatchTensors,
     backend: Backend,
     poison: str,
     how: How = PLAIN,
     *,
     calls: int | None = None,
     beat: Callable[[], None] = lambda: None,
-) -> Fired:
+) -> BatchResult:
     """Forward and backward of every call, one after another.
 
     Args:
@@ -180,29 +182,31 @@ def fire(
         torch.OutOfMemoryError: as it comes.
     """
     given = () if how.forward_only else tuple(f"d{name}" for name in how.asked.gradients)
-    meant = backend.kernel.paths_on(loaded.device.type)
-    collector = _Collector(loaded, ("out", "lse", *given))
-    fired = collector.fired
-    order = range(len(loaded.volley.ends) if calls is None else calls)
-    with _memory(loaded, poison, compiled=backend.kernel.compiled):
+    meant = backend.kernel.paths_on(tensors_of_calls.device.type)
+    collector = _Collector(tensors_of_calls, ("out", "lse", *given))
+    batch_result = collector.batch_result
+    order = range(len(tensors_of_calls.batch.ends) if calls is None else calls)
+    with _memory(tensors_of_calls, poison, compiled=backend.kernel.compiled):
         for index in reversed(order) if how.backwards else order:
             beat()
             got: dict[str, torch.Tensor] = {}
             try:
-                shot = _one(loaded, index, backend, poison, how)
-                attended = shot.attended
-                got = {"out": attended.out.detach(), **shot.gradients}
+                call_result = _one(tensors_of_calls, index, backend, poison, how)
+                attended = call_result.attended
+                got = {"out": attended.out.detach(), **call_result.gradients}
                 if attended.lse is not None:
                     got["lse"] = attended.lse.detach().T
-                if shot.spent:
-                    fired.spent.add(index)
-                fired.paths.add(attended.path)
+                if call_result.spent:
+                    batch_result.spent.add(index)
+                batch_result.paths.add(attended.path)
                 if meant and attended.path not in meant:
-                    fired.broken[index] = f"{attended.path!r} ran, but should be {' or '.join(sorted(meant))}"
+                    batch_result.broken[index] = f"{attended.path!r} ran, but should be {' or '.join(sorted(meant))}"
             except (UnsupportedCase, NotImplementedError) as refusal:
-                fired.refused[index] = str(refusal)
+                batch_result.refused[index] = str(refusal)
             except Exception as error:
                 raise_lack_of_memory(error)
-                fired.broken[index] = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['-'])[0][:300]}"
+                batch_result.broken[index] = (
+                    f"{type(error).__name__}: {(str(error).strip().splitlines() or ['-'])[0][:300]}"
+                )
             collector.take(index, got)
     return collector.done(len(order), backwards=how.backwards)

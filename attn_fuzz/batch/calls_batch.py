@@ -1,4 +1,4 @@
-"""A volley from end to end: run its calls, judge every document of every call, and wait for the device once."""
+"""A batch from end to end: run its calls, judge every document of every call, and wait for the device once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Final, NamedTuple
 import torch
 
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.batch.batch_run import APART, NAMES, PROBED, TAILS, Firing
+from attn_fuzz.batch.batch_run import APART, NAMES, PROBED, TAILS, BatchRun
 from attn_fuzz.batch.packed import promised
 from attn_fuzz.batch.questions import QUESTIONS
 from attn_fuzz.batch.verdicts import COLUMNS, largest_z, other_bits
 from attn_fuzz.execution.inferred import TIMES, promises
-from attn_fuzz.generation.calls import Volley
+from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.oracle.checks.budget import LIMIT, limit
 from attn_fuzz.oracle.symptoms import DeadRowsNotZero, NotIsolated, PoisonLeaked, Symptom, WrongSpread, wrong_tensor
 from attn_fuzz.reference.case import Case
@@ -25,9 +25,9 @@ _EXACT: Final[dict[str, type[Symptom]]] = {"bits": PoisonLeaked, APART: NotIsola
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """What a backend made of a volley."""
+    """What a backend made of a batch."""
 
-    volley: Volley
+    batch: CallBatch
     z: torch.Tensor
     """float64 ``[documents, len(NAMES)]`` on the CPU; inf where something exact is wrong."""
     broken: dict[int, str]
@@ -37,7 +37,7 @@ class Judged:
     touched: bool
     """Some input, gap or prefix sum has other bits than before; nobody knows which call's work that was."""
     paths: frozenset[str]
-    turn: Turn
+    turn: Question
     """What was asked."""
     spares: tuple[int, ...]
     """Rows behind the last document that the first calls were handed in some run."""
@@ -47,8 +47,8 @@ class Judged:
     """What the probe calls a result that fails it."""
 
     def call(self, index: int) -> Case:
-        """One of the calls as a case of its own, such as the narrow gear may show to fail."""
-        small = self.volley.call(index)
+        """One of the calls as a case of its own, such as the case mode may show to fail."""
+        small = self.batch.call(index)
         return small.replace(capacity=self.spares[index]) if index < len(self.spares) else small
 
     def symptom(self, name: str) -> type[Symptom]:
@@ -60,7 +60,7 @@ class Judged:
     def worst(self) -> list[tuple[float, str]]:
         """Of every call: the largest deviation in units in which the verdict is at LIMIT, and whose it is."""
         found = []
-        for index, (begin, end) in enumerate(self.volley.spans):
+        for index, (begin, end) in enumerate(self.batch.spans):
             if index in self.broken:
                 found.append((torch.inf, self.broken[index]))
                 continue
@@ -74,10 +74,10 @@ class Judged:
 
     def largest(self) -> dict[str, tuple[float, int]]:
         """Of each result: its largest deviation in the same units, and the call in which it was seen."""
-        ends = torch.tensor(self.volley.ends)
+        ends = torch.tensor(self.batch.ends)
         z = self.z.clone()
         for index in self.refused | self.broken:
-            z[slice(*self.volley.spans[index])] = 0.0
+            z[slice(*self.batch.spans[index])] = 0.0
         worst, places = z.max(0)
         calls = torch.searchsorted(ends, places, right=True).tolist()
         return {
@@ -93,29 +93,29 @@ class Judged:
         return sorted(beyond, key=lambda index: -worst[index][0])
 
 
-def moving(volley: Volley, backend: Backend, device: torch.device, poison: str) -> list[int]:
+def moving(batch: CallBatch, backend: Backend, device: torch.device, poison: str) -> list[int]:
     """Calls some of whose results have other bits from one run to the next, of those that are promised by no one.
 
     Args:
-        volley: the calls.
+        batch: the calls.
         backend: what runs them.
         device: where.
         poison: contents of unwritten memory, the same in each run.
     """
     names = [name for name in promised(backend, device) if not promises(backend, str(device), name)]
-    firing = Firing(volley, backend, device, poison, len(volley.ends), lambda: None)
-    found = torch.zeros(len(volley.case.packed_lengths), dtype=torch.bool, device=device)
+    batch_run = BatchRun(batch, backend, device, poison, len(batch.ends), lambda: None)
+    found = torch.zeros(len(batch.case.packed_lengths), dtype=torch.bool, device=device)
     for _ in range(TIMES - 1 if names else 0):
-        found |= other_bits(volley.case, firing.first, firing.run(firing.loaded, poison), names)
-    return [index for index, span in enumerate(volley.spans) if found[slice(*span)].any()]
+        found |= other_bits(batch.case, batch_run.first, batch_run.run(batch_run.tensors_of_calls, poison), names)
+    return [index for index, span in enumerate(batch.spans) if found[slice(*span)].any()]
 
 
 BY_BITS: Final = ("bits", APART)
 """Columns of ``NAMES`` that are about bits which must not move."""
 
 
-class Turn(NamedTuple):
-    """What is asked of a volley, beside the budgets."""
+class Question(NamedTuple):
+    """What is asked of a batch, beside the budgets."""
 
     poison: str
     """Contents of unwritten memory when the drawn values run."""
@@ -123,37 +123,37 @@ class Turn(NamedTuple):
     """One of ``QUESTIONS``."""
 
 
-TURNS: Final = (
-    Turn("nan", "keys"),
-    Turn("finite", "inference"),
-    Turn("nan", "needle"),
-    Turn("finite", "again"),
-    Turn("nan", "keys"),
-    Turn("finite", "documents apart"),
-    Turn("nan", "every row"),
-    Turn("finite", "some gradients"),
-    Turn("nan", "keys"),
-    Turn("finite", "turned"),
-    Turn("nan", "swamping"),
-    Turn("finite", "second backward"),
-    Turn("nan", "keys"),
-    Turn("finite", "future apart"),
-    Turn("nan", "needle"),
-    Turn("finite", "capacity"),
-    Turn("nan", "other scale"),
+SCHEDULE: Final = (
+    Question("nan", "keys"),
+    Question("finite", "inference"),
+    Question("nan", "needle"),
+    Question("finite", "again"),
+    Question("nan", "keys"),
+    Question("finite", "documents apart"),
+    Question("nan", "every row"),
+    Question("finite", "some gradients"),
+    Question("nan", "keys"),
+    Question("finite", "turned"),
+    Question("nan", "swamping"),
+    Question("finite", "second backward"),
+    Question("nan", "keys"),
+    Question("finite", "future apart"),
+    Question("nan", "needle"),
+    Question("finite", "capacity"),
+    Question("nan", "other scale"),
 )
 """Of every campaign, in turn."""
 
 SHARE: Final = {"cuda": 0.5, "cpu": 1.0}
-"""Of a volley's calls that are asked more than the budgets. A further run costs as much as the drawn values' own, and
-more calls of other kinds are worth more; on CPUs volleys are smaller, and the reference costs more than a run."""
+"""Of a batch's calls that are asked more than the budgets. A further run costs as much as the drawn values' own, and
+more calls of other kinds are worth more; on CPUs batches are smaller, and the reference costs more than a run."""
 
 
 def judge(
-    volley: Volley,
+    batch: CallBatch,
     backend: Backend,
     device: torch.device,
-    turn: Turn = TURNS[0],
+    turn: Question = SCHEDULE[0],
     beat: Callable[[], None] = lambda: None,
     asked: int | None = None,
 ) -> Judged:
@@ -163,7 +163,7 @@ def judge(
     first calls (``SHARE``) to what is exactly right.
 
     Args:
-        volley: the calls.
+        batch: the calls.
         backend: what runs them.
         device: where.
         turn: what is asked.
@@ -174,26 +174,28 @@ def judge(
         torch.OutOfMemoryError: as it comes.
     """
     if asked is None:
-        asked = math.ceil(len(volley.ends) * SHARE[device.type])
-    firing = Firing(volley, backend, device, turn.poison, asked, beat)
-    QUESTIONS[turn.asked](firing)
-    case = volley.case
+        asked = math.ceil(len(batch.ends) * SHARE[device.type])
+    batch_run = BatchRun(batch, backend, device, turn.poison, asked, beat)
+    QUESTIONS[turn.asked](batch_run)
+    case = batch.case
     z = torch.zeros(len(case.packed_lengths), len(NAMES), dtype=torch.float64, device=device)
-    by_budget = largest_z(case, firing.drawn, firing.profile, firing.held).amax(0)
-    for deviations in firing.deviations:
+    by_budget = largest_z(case, batch_run.drawn, batch_run.profile, batch_run.held).amax(0)
+    for deviations in batch_run.deviations:
         first = by_budget[: len(deviations)]
         torch.maximum(first, deviations, out=first)
     z[:, : len(COLUMNS)] = by_budget * (LIMIT / limit(case))
-    for name, documents in firing.accused.items():
+    for name, documents in batch_run.accused.items():
         z[: len(documents), NAMES.index(name)] = documents
-    touched = torch.stack([each.changed() for each in firing.placed]).any()
+    touched = torch.stack([each.changed() for each in batch_run.placed]).any()
     # The one transfer: everything before it was only queued.
     flat = torch.cat([z.flatten(), touched[None].double()]).cpu()
     broken: dict[int, str] = {}
     refused: dict[int, str] = {}
-    for fired in firing.runs:
-        broken = fired.broken | broken
-        refused |= fired.refused
-    paths = frozenset().union(*(fired.paths for fired in firing.runs))
+    for batch_result in batch_run.runs:
+        broken = batch_result.broken | broken
+        refused |= batch_result.refused
+    paths = frozenset().union(*(batch_result.paths for batch_result in batch_run.runs))
     found = flat[:-1].view(z.shape)
-    return Judged(volley, found, broken, refused, bool(flat[-1]), paths, turn, firing.spares, asked, firing.symptoms)
+    return Judged(
+        batch, found, broken, refused, bool(flat[-1]), paths, turn, batch_run.spares, asked, batch_run.symptoms
+    )

@@ -12,7 +12,7 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.batch.row_index import Places
+from attn_fuzz.batch.row_index import RowIndex
 from attn_fuzz.batch.verdicts import of_documents
 from attn_fuzz.oracle.checks.exact import census_sees
 from attn_fuzz.oracle.known_answer.inputs import signs, uniform_probe
@@ -34,11 +34,11 @@ SYMPTOMS: Final[dict[str, type[Symptom]]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class WideProbe:
+class KeysProbe:
     """``probes.uniform_probe`` of a call of many documents, on a device."""
 
     inputs: Inputs
-    places: Places
+    places: RowIndex
     row: torch.Tensor
     """int64 ``[documents]``: the row within each document whose output gradient is hot; 0 where it has no queries."""
     head: torch.Tensor
@@ -47,11 +47,11 @@ class WideProbe:
     """The product q k of every query and key, before the scale."""
 
 
-def wide_probe(case: Case, device: torch.device, *, fp16: bool = False) -> WideProbe:
+def keys_probe(case: Case, device: torch.device, *, fp16: bool = False) -> KeysProbe:
     """The census and support probe of a kernel case, the same numbers as ``uniform_probe`` gives."""
     dtype, heads, dim = DTYPES[case.dtype], case.heads, case.head_dim
     v, k = (signs(case, name, case.kv_heads, device, keys=True) for name in ("census", "probe keys"))
-    places = Places(case, device)
+    places = RowIndex(case, device)
     # Opposite neighbours: no run of keys can drift.
     v = places.paired(v, keys=True)
     every = torch.arange(len(case.packed_lengths), device=device)
@@ -69,11 +69,11 @@ def wide_probe(case: Case, device: torch.device, *, fp16: bool = False) -> WideP
     q = torch.zeros_like(dout)
     q[..., 0] = shift
     k[..., 0] = 1.0
-    return WideProbe(Inputs(*(x.to(dtype) for x in (q, k, v, dout))), places, row, head, channel, shift)
+    return KeysProbe(Inputs(*(x.to(dtype) for x in (q, k, v, dout))), places, row, head, channel, shift)
 
 
 def wrong_documents(
-    case: Case, probe: WideProbe, results: dict[str, torch.Tensor], profile: Profile | None = None
+    case: Case, probe: KeysProbe, results: dict[str, torch.Tensor], profile: Profile | None = None
 ) -> torch.Tensor:
     """Which documents' results are not what the probe says: bool ``[documents, 5]``, as ``KERNEL_TENSORS``.
 
@@ -91,7 +91,7 @@ def wrong_documents(
 class _Wrong:
     """Wrong rows of each result, bool ``[tokens]``."""
 
-    def __init__(self, case: Case, probe: WideProbe, results: dict[str, torch.Tensor], profile: Profile) -> None:
+    def __init__(self, case: Case, probe: KeysProbe, results: dict[str, torch.Tensor], profile: Profile) -> None:
         self.case, self.probe, self.results, self.places = case, probe, results, probe.places
         self.profile = profile
         self.begin, self.end = self.places.seen

@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.batch.row_index import Places
+from attn_fuzz.batch.row_index import RowIndex
 from attn_fuzz.batch.verdicts import COLUMNS, largest_z
 from attn_fuzz.oracle.checks.exact import ALIKE
 from attn_fuzz.oracle.known_answer.inputs import signs
@@ -19,9 +19,9 @@ _JUDGED: Final = 2048
 """Documents of a call whose dV is held against a budget, which takes the float64 reference."""
 
 
-def wide_every_row(case: Case, device: torch.device) -> Inputs:
+def every_row_inputs(case: Case, device: torch.device) -> Inputs:
     """The inputs of a kernel case, the same numbers as ``every_row_probe`` gives."""
-    places = Places(case, device)
+    places = RowIndex(case, device)
     k, v = (signs(case, name, case.kv_heads, device, keys=True) for name in ("probe keys", "probe values"))
     dout = places.paired(signs(case, "every row", case.heads, device, keys=False), keys=False)
     begin, end = places.seen

@@ -1,4 +1,4 @@
-"""The wide gear at layer level: thousands of documents through a buffered layer, cut into micro-sequences.
+"""The packed mode at layer level: thousands of documents through a buffered layer, cut into micro-sequences.
 
 Projections are exact, so that each document's verdict is about buffer, metadata and kernel (reference/exact_layer.py).
 """
@@ -11,7 +11,7 @@ import torch
 
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.batch.packed import Outcome, Suspicion, suspected, words
+from attn_fuzz.batch.packed import Outcome, PackedFailure, confirmed, words
 from attn_fuzz.execution.poison import poisoned
 from attn_fuzz.generation.length_sweeps import USUAL_HEADS, draw_options, edge_lengths
 from attn_fuzz.generation.strategies import Domain
@@ -24,7 +24,7 @@ from attn_fuzz.reference.layer import LayerInputs, layer_inputs
 from attn_fuzz.reference.layout import document_spans, micro_sequences
 from attn_fuzz.reference.packed import packed
 from attn_fuzz.reference.profile import Profile
-from attn_fuzz.reference.screen import screen, takes
+from attn_fuzz.reference.screen import screen, unsupported_reason
 
 _MOST_CUTS = 7
 _ATTEMPTS = 20
@@ -35,12 +35,12 @@ _SHORT = 16
 
 
 def draw_layer_case(random: Random, backend: Backend, domain: Domain, documents: int, longest: int) -> Case | None:
-    """A packed sequence of many documents with a few cuts, or None where the backend takes none of twenty.
+    """A packed sequence of many documents with a few cuts, or None where the backend unsupported_reason none of twenty.
 
     Args:
         random: decides everything.
         backend: what will run it.
-        domain: the options that it takes.
+        domain: the options that it unsupported_reason.
         documents: how many.
         longest: tokens of the longest document.
     """
@@ -88,7 +88,7 @@ def run(case: Case, inputs: LayerInputs, backend: Backend) -> dict[str, torch.Te
 
 def _answer(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Expected]:
     """One micro-sequence's answer, by the fast reference where it can."""
-    if takes(case, profile, inputs.q.device) is not None:
+    if unsupported_reason(case, profile, inputs.q.device) is not None:
         return kernel_answer(case, inputs, profile, degrees=False)
     screened = screen(case, inputs, profile)
     return {name: Expected(each.value.double(), each.inverse.double().pow(-2)) for name, each in screened.items()}
@@ -119,6 +119,6 @@ def layer_verdict(case: Case, backend: Backend, device: torch.device) -> Outcome
     return Outcome(z.cpu(), None, EXACT_TENSORS)
 
 
-def examine_wide_layer(case: Case, backend: Backend, device: torch.device) -> Suspicion | None:
+def examine_wide_layer(case: Case, backend: Backend, device: torch.device) -> PackedFailure | None:
     """The wide verdict on one layer case and one backend: None for a clean one."""
-    return suspected(case, layer_verdict(case, backend, device), lambda again: layer_verdict(again, backend, device))
+    return confirmed(case, layer_verdict(case, backend, device), lambda again: layer_verdict(again, backend, device))

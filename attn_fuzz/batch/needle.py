@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from attn_fuzz.batch.row_index import Places
+from attn_fuzz.batch.row_index import RowIndex
 from attn_fuzz.oracle.known_answer.inputs import NeedleProbe, needle_code, needle_gain, needle_sizes, signs
 from attn_fuzz.reference.answer import Inputs
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.values import DTYPES
 
 
-def wide_needle(case: Case, device: torch.device) -> NeedleProbe | None:
+def needle_inputs(case: Case, device: torch.device) -> NeedleProbe | None:
     """The needle probe of a kernel case, the same numbers as ``needle_probe`` gives; None where that gives none."""
     if (gain := needle_gain(case)) is None:
         return None
-    places, dtype, coded = Places(case, device), DTYPES[case.dtype], needle_code(case)
+    places, dtype, coded = RowIndex(case, device), DTYPES[case.dtype], needle_code(case)
     keys, v = (signs(case, name, case.kv_heads, device, keys=True) for name in ("needle keys", "needle values"))
     code = 1.0 - 2.0 * ((places.key_position[:, None] >> torch.arange(coded, device=device)) & 1)
     keys[:, :, :coded] = code[:, None]

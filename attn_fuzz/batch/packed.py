@@ -12,7 +12,7 @@ from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.packed_call import Call, run
 from attn_fuzz.batch.probes import PROBES
 from attn_fuzz.batch.verdicts import COLUMNS, complete, largest_z, other_bits, screened_z
-from attn_fuzz.execution.inferred import TIMES, measured, promises
+from attn_fuzz.execution.inferred import TIMES, inferred, promises
 from attn_fuzz.execution.process import raise_lack_of_memory
 from attn_fuzz.oracle.checks.budget import limit
 from attn_fuzz.oracle.symptoms import Crashed, PoisonLeaked, Symptom, WrongSpread, wrong_tensor
@@ -20,7 +20,7 @@ from attn_fuzz.oracle.trial import SECOND_SEED
 from attn_fuzz.reference.answer import KERNEL_TENSORS
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.profile import Profile
-from attn_fuzz.reference.screen import SUSPICIOUS, takes
+from attn_fuzz.reference.screen import SUSPICIOUS, unsupported_reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _attempt(call: Call, backend: Backend, poison: str) -> tuple[dict[str, torch
 
 def promised(backend: Backend, device: torch.device) -> tuple[str, ...]:
     """Results that have the same bits every time: as the backend promises or, where it says nothing, as calls tell."""
-    repeats = measured(backend, str(device)).repeats
+    repeats = inferred(backend, str(device)).repeats
     return tuple(name for name in KERNEL_TENSORS if repeats(name))
 
 
@@ -129,7 +129,7 @@ def verdicts(call: Call, backends: Sequence[Backend], *, screened: bool = True, 
             alike.setdefault(profile, []).append(index)
     fast: dict[int, Profile] = {}
     for profile, members in alike.items():
-        fits = screened and takes(call.case, profile, call.device) is None
+        fits = screened and unsupported_reason(call.case, profile, call.device) is None
         judge = screened_z if fits else largest_z
         z[members] = judge(call.case, call.inputs, profile, [results[index] for index in members])
         fast |= dict.fromkeys(members, profile) if fits else {}
@@ -181,7 +181,7 @@ def probe_verdict(case: Case, backend: Backend, device: torch.device, name: str 
 
 
 @dataclasses.dataclass(frozen=True)
-class Suspicion:
+class PackedFailure:
     """A wide call that one backend fails, under two value seeds."""
 
     case: Case
@@ -213,7 +213,7 @@ def _named(case: Case, outcome: Outcome, failing: torch.Tensor, documents: Seque
     return wrong_tensor(name), f"{name} of {place}: z = {z:.3g}; {rest}"
 
 
-def suspected(case: Case, outcome: Outcome, judge: Callable[[Case], Outcome]) -> Suspicion | None:
+def confirmed(case: Case, outcome: Outcome, judge: Callable[[Case], Outcome]) -> PackedFailure | None:
     """Whether a case that one seed fails is failed under a second value seed too, and by which documents.
 
     Args:
@@ -234,30 +234,30 @@ def suspected(case: Case, outcome: Outcome, judge: Callable[[Case], Outcome]) ->
     documents = tuple(order[: int(failing.any(1).sum())].tolist())
     if not documents:
         return None
-    return Suspicion(case, documents, *_named(case, outcome, failing, documents))
+    return PackedFailure(case, documents, *_named(case, outcome, failing, documents))
 
 
-def suspicion(call: Call, backend: Backend, outcome: Outcome, *, twice: bool = False) -> Suspicion | None:
-    """``suspected`` for a packed call."""
+def confirmed_failure(call: Call, backend: Backend, outcome: Outcome, *, twice: bool = False) -> PackedFailure | None:
+    """``confirmed`` for a packed call."""
 
     def judge(case: Case) -> Outcome:
         (second,) = verdicts(Call.of(case, call.device), [backend], twice=twice)
         return second
 
-    return suspected(call.case, outcome, judge)
+    return confirmed(call.case, outcome, judge)
 
 
-def examine_wide(case: Case, backend: Backend, device: torch.device, *, twice: bool = False) -> Suspicion | None:
+def examine_wide(case: Case, backend: Backend, device: torch.device, *, twice: bool = False) -> PackedFailure | None:
     """The wide verdict on one case and one backend by the budget: None for a clean one."""
     call = Call.of(case, device)
     (outcome,) = verdicts(call, [backend], twice=twice)
-    return suspicion(call, backend, outcome, twice=twice)
+    return confirmed_failure(call, backend, outcome, twice=twice)
 
 
-def examine_probe(case: Case, backend: Backend, device: torch.device, name: str = "keys") -> Suspicion | None:
+def examine_probe(case: Case, backend: Backend, device: torch.device, name: str = "keys") -> PackedFailure | None:
     """The wide verdict by a probe."""
 
     def judge(again: Case) -> Outcome:
         return probe_verdict(again, backend, device, name)
 
-    return suspected(case, judge(case), judge)
+    return confirmed(case, judge(case), judge)

@@ -1,6 +1,6 @@
 """What is asked of many documents at once with inputs made for it: adding a probe is one function, listed here.
 
-Each is the probe of the same name that the narrow gear asks one case at a time (attn_fuzz/checks), with its numbers.
+Each is the probe of the same name that the case mode asks one case at a time (attn_fuzz/checks), with its numbers.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.batch.census import SYMPTOMS, wide_probe, wrong_documents
-from attn_fuzz.batch.every_row import miscounted, wide_every_row
-from attn_fuzz.batch.needle import wide_needle
-from attn_fuzz.batch.swamping import swamped_sums, wide_swamping
+from attn_fuzz.batch.census import SYMPTOMS, keys_probe, wrong_documents
+from attn_fuzz.batch.every_row import every_row_inputs, miscounted
+from attn_fuzz.batch.needle import needle_inputs
+from attn_fuzz.batch.swamping import swamped_sums, swamping_inputs
 from attn_fuzz.batch.verdicts import of_documents
 from attn_fuzz.oracle.checks.exact import lost_needles
 from attn_fuzz.oracle.known_answer.slack import in_fp16, needle_slack, stores_dq, weight_error
@@ -53,7 +53,7 @@ class Probe:
 
 def keys(case: Case, device: torch.device, profile: Profile) -> Probe:
     """Census and support: which keys took part, forward and backward."""
-    probe = wide_probe(case, device, fp16=in_fp16(case, profile))
+    probe = keys_probe(case, device, fp16=in_fp16(case, profile))
 
     def judge(results: Results) -> dict[str, torch.Tensor]:
         return dict(zip(KERNEL_TENSORS, wrong_documents(case, probe, results, profile).unbind(1), strict=True))
@@ -64,7 +64,7 @@ def keys(case: Case, device: torch.device, profile: Profile) -> Probe:
 def needle(case: Case, device: torch.device, profile: Profile) -> Probe | None:
     """Every row points at one key, whose value comes out to the last bit."""
     slack = needle_slack(case, profile)
-    if not math.isfinite(slack) or (probe := wide_needle(case, device)) is None:
+    if not math.isfinite(slack) or (probe := needle_inputs(case, device)) is None:
         return None
     symptoms = {"out": WrongKeys}
 
@@ -77,14 +77,14 @@ def needle(case: Case, device: torch.device, profile: Profile) -> Probe | None:
 
 def every_row(case: Case, device: torch.device, profile: Profile) -> Probe:
     """A gradient in every row: a key that a single one drops, adds or swaps moves dV by about 1."""
-    inputs = wide_every_row(case, device)
+    inputs = every_row_inputs(case, device)
     symptoms = {"dv": WrongKeysBackward}
     return Probe(inputs, lambda results: {"dv": miscounted(case, inputs, profile, results["dv"])}, symptoms)
 
 
 def swamping(case: Case, device: torch.device, profile: Profile) -> Probe | None:
     """Sums of small numbers beside large ones that cancel."""
-    if (probe := wide_swamping(case, device)) is None:
+    if (probe := swamping_inputs(case, device)) is None:
         return None
     stored, error = stores_dq(case, profile), weight_error(case, profile)
 

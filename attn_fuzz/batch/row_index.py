@@ -12,7 +12,7 @@ from attn_fuzz.reference.packed import packed
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
+class RowIndex:
     """The documents of a kernel case on a device; nothing here waits for it."""
 
     case: Case

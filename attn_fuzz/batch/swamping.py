@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from attn_fuzz.batch.row_index import Places
+from attn_fuzz.batch.row_index import RowIndex
 from attn_fuzz.oracle.known_answer.swamping import (
     FEWEST_KEYS,
     LARGE,
@@ -23,11 +23,11 @@ from attn_fuzz.reference.values import DTYPES, draw
 
 
 @dataclasses.dataclass(frozen=True)
-class WideSwamping:
+class SwampingProbe:
     """``swamping.swamping_probe`` of a call of many documents, on a device."""
 
     inputs: Inputs
-    places: Places
+    places: RowIndex
     judged: torch.Tensor
     """bool ``[documents]``: those whose last row is."""
     large: torch.Tensor
@@ -36,14 +36,14 @@ class WideSwamping:
     """float64 ``[documents]``: the output gradient of the last row's channel 0."""
 
 
-def wide_swamping(case: Case, device: torch.device) -> WideSwamping | None:
+def swamping_inputs(case: Case, device: torch.device) -> SwampingProbe | None:
     """The probe of a kernel case, the same numbers as ``swamping_probe`` gives; None where that gives none."""
     left = case.effective_window[0]
     sizes = zip(case.packed_lengths, case.packed_key_lengths, strict=True)
     held = [bool(queries) and keys >= FEWEST_KEYS and not 0 <= left < keys - 1 for queries, keys in sizes]
     if not swamps(case) or not any(held):
         return None
-    places, plain = Places(case, device), case.replace(values="gaussian", dtype="fp32")
+    places, plain = RowIndex(case, device), case.replace(values="gaussian", dtype="fp32")
     judged = torch.tensor(held).to(device)
     counts = places.key_lengths
     large = (counts // 4).clamp_max(MOST_LARGE) // 2 * 2
@@ -70,7 +70,7 @@ def wide_swamping(case: Case, device: torch.device) -> WideSwamping | None:
     there = judged[places.owner] & end
     dout[:, :, 0] = torch.where(there, gradient[places.owner].float(), 0.0)[:, None]
     tensors = (x.to(DTYPES[case.dtype]) for x in (torch.zeros_like(dout), k, v, dout))
-    return WideSwamping(Inputs(*tensors), places, judged, large, gradient)
+    return SwampingProbe(Inputs(*tensors), places, judged, large, gradient)
 
 
 def _balanced(position: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ def _balanced(position: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
 
 
 def swamped_sums(
-    case: Case, probe: WideSwamping, results: dict[str, torch.Tensor], error: float
+    case: Case, probe: SwampingProbe, results: dict[str, torch.Tensor], error: float
 ) -> dict[str, torch.Tensor]:
     """Documents whose last row lacks a part of its sum, in ``out`` and in ``dq``: bool ``[documents]`` each.
 

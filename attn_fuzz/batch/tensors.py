@@ -1,4 +1,4 @@
-"""The tensors of a volley's calls in their places: arenas between guard margins, rows of NaN between calls."""
+"""The tensors of a batch's calls in their places: arenas between guard margins, rows of NaN between calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from attn_fuzz.backends.kernel import AttentionOptions
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.execution.poison import filler
-from attn_fuzz.generation.calls import Volley
+from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.reference.answer import Inputs
 from attn_fuzz.reference.memory import Placed, bits, layout_of, place
 
@@ -40,8 +40,8 @@ class _Side:
     """int64 ``[tokens]``: row in the arena of each row of the packed case."""
 
 
-def _side(volley: Volley, lengths: tuple[int, ...], spares: Sequence[int], device: torch.device) -> _Side:
-    counts = [sum(lengths[slice(*span)]) for span in volley.spans]
+def _side(batch: CallBatch, lengths: tuple[int, ...], spares: Sequence[int], device: torch.device) -> _Side:
+    counts = [sum(lengths[slice(*span)]) for span in batch.spans]
     begins, row = [], 0
     for count, spare in zip(counts, spares, strict=True):
         begins.append(row)
@@ -54,12 +54,12 @@ def _side(volley: Volley, lengths: tuple[int, ...], spares: Sequence[int], devic
     return _Side(tuple(begins), tuple(counts), row, shifts + torch.arange(tokens, device=device))
 
 
-def _sums(volley: Volley, device: torch.device) -> tuple[torch.Tensor, list[VarlenMetadata]]:
+def _sums(batch: CallBatch, device: torch.device) -> tuple[torch.Tensor, list[VarlenMetadata]]:
     """(all prefix sums in one allocation, the metadata of each call, whose prefix sums are parts of it)."""
     numbers: list[int] = []
     places: list[tuple[int, int]] = []
-    lengths_q, lengths_k = volley.case.packed_lengths, volley.case.packed_key_lengths
-    for span in volley.spans:
+    lengths_q, lengths_k = batch.case.packed_lengths, batch.case.packed_key_lengths
+    for span in batch.spans:
         for lengths in (lengths_q, lengths_k):
             own = list(itertools.accumulate(lengths[slice(*span)], initial=0))
             places.append((len(numbers), len(numbers) + len(own)))
@@ -69,31 +69,31 @@ def _sums(volley: Volley, device: torch.device) -> tuple[torch.Tensor, list[Varl
         VarlenMetadata.of_sums(
             lengths_q[slice(*span)], lengths_k[slice(*span)], every[slice(*sums_q)], every[slice(*sums_k)]
         )
-        for span, sums_q, sums_k in zip(volley.spans, places[::2], places[1::2], strict=True)
+        for span, sums_q, sums_k in zip(batch.spans, places[::2], places[1::2], strict=True)
     ]
     return every, made
 
 
-class Loaded:
-    """A volley's tensors in their places, ready for any number of runs.
+class BatchTensors:
+    """A batch's tensors in their places, ready for any number of runs.
 
     Args:
-        volley: what will run.
+        batch: what will run.
         inputs: tensors of its packed case, on the device.
         device: where.
         spares: how many rows behind its last document each call is handed; none where empty.
     """
 
-    def __init__(self, volley: Volley, inputs: Inputs, device: torch.device, spares: Sequence[int] = ()) -> None:
-        self.volley, self.device = volley, device
-        self.spares = tuple(spares) or (0,) * len(volley.ends)
-        case = volley.case
+    def __init__(self, batch: CallBatch, inputs: Inputs, device: torch.device, spares: Sequence[int] = ()) -> None:
+        self.batch, self.device = batch, device
+        self.spares = tuple(spares) or (0,) * len(batch.ends)
+        case = batch.case
         self.sides = {
-            "q": _side(volley, case.packed_lengths, self.spares, device),
-            "k": _side(volley, case.packed_key_lengths, self.spares, device),
+            "q": _side(batch, case.packed_lengths, self.spares, device),
+            "k": _side(batch, case.packed_key_lengths, self.spares, device),
         }
         self.placed = {name: self._place(name, getattr(inputs, name)) for name in _SIDES}
-        self.sums, self.metadata = _sums(volley, device)
+        self.sums, self.metadata = _sums(batch, device)
         self._sums_before = self.sums.clone()
         self.options = AttentionOptions.of(case)
 
@@ -101,7 +101,7 @@ class Loaded:
         side, fill = self.sides[_SIDES[name]], filler("nan")
         arena = x.new_full((side.rows, *x.shape[1:]), fill)
         arena[side.places] = x
-        return place(arena, layout_of(name, self.volley.case.memory), fill)
+        return place(arena, layout_of(name, self.batch.case.memory), fill)
 
     @functools.cached_property
     def of_calls(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:

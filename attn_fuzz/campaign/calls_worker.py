@@ -1,4 +1,4 @@
-"""One worker of the volley gear: volleys until time or number is used up; a call that fails goes to the narrow gear."""
+"""One worker of the batch mode: batches until time or number is used up; a call that fails goes to the case mode."""
 
 from __future__ import annotations
 
@@ -10,46 +10,46 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.batch.calls_batch import BY_BITS, TURNS, Judged, Turn, judge, moving
+from attn_fuzz.batch.calls_batch import BY_BITS, SCHEDULE, Judged, Question, judge, moving
 from attn_fuzz.campaign.messages import Assignment, Died, Finished, Progress, Trying
-from attn_fuzz.campaign.triage import Pursuit
+from attn_fuzz.campaign.triage import Triage
 from attn_fuzz.campaign.worker import Send, hunt
 from attn_fuzz.execution.inferred import promises
 from attn_fuzz.execution.process import DEAD_CONTEXT, context_alive, leave_memory
 from attn_fuzz.execution.timing import now
-from attn_fuzz.generation.calls import LONGEST, Volley, compiles_for_calls, draw_volley
+from attn_fuzz.generation.calls import LONGEST, CallBatch, compiles_for_calls, draw_batch
 from attn_fuzz.generation.length_sweeps import Sweep
 from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.oracle.checks.budget import beyond_doubt
 from attn_fuzz.oracle.symptoms import Crashed, InputsChanged
 from attn_fuzz.oracle.trial import SECOND_SEED
-from attn_fuzz.reduction.call_sequence import Company, smallest
+from attn_fuzz.reduction.call_sequence import CallSequence, smallest
 
 FIRST_CALLS: Final = 4
 MOST_CALLS: Final = {"cuda": 256, "cpu": 32}
-"""More calls make each cheaper, but have their configuration in common: many volleys see more of those."""
+"""More calls make each cheaper, but have their configuration in common: many batches see more of those."""
 
-VOLLEY_SECONDS: Final = 2.0
-"""Volleys grow until one takes so long."""
+BATCH_SECONDS: Final = 2.0
+"""Batches grow until one takes so long."""
 
 BEAT_SECONDS: Final = 5.0
 """Silence after which a call says that there are more to come."""
 
-REFUSED_VOLLEYS: Final = 60
+REFUSED_BATCHES: Final = 60
 """A backend that has refused so many and taken none would refuse for ever."""
 
-_SUSPECTS: Final = 3
-"""Calls of a failing volley that are looked at on their own: its victims are much alike."""
+_CANDIDATES: Final = 3
+"""Calls of a failing batch that are looked at on their own: its victims are much alike."""
 
 SHRINK_SECONDS: Final = 20.0
-"""How long calls are left out of a volley that fails in company only."""
+"""How long calls are left out of a batch that fails after other calls only."""
 
 _TOUCHED: Final = 64
 """Calls that are looked at on their own where something was written that may not be."""
 
 
-class VolleyHunt(Pursuit):
-    """The state of one assignment of volleys."""
+class BatchWorker(Triage):
+    """The state of one assignment of batches."""
 
     def __init__(self, assignment: Assignment, send: Send) -> None:
         super().__init__(assignment, send)
@@ -60,8 +60,8 @@ class VolleyHunt(Pursuit):
         self.calls = [FIRST_CALLS] * len(self.sweeps)
         self.turn = 0
 
-    def draw(self, size: int) -> Volley | None:
-        """The next volley of a size; no more calls than are still asked for.
+    def draw(self, size: int) -> CallBatch | None:
+        """The next batch of a size; no more calls than are still asked for.
 
         None where nothing that was drawn is taken, as by backends that compile for every layout or option.
         """
@@ -70,39 +70,39 @@ class VolleyHunt(Pursuit):
         wanted = self.calls[size]
         if self.assignment.cases is not None:
             wanted = min(wanted, self.assignment.cases - self.tally.cases)
-        volley = draw_volley(self.random, self.sweeps[size], self.backend, self.domain, wanted)
-        return volley.first(wanted) if volley is not None else None
+        batch = draw_batch(self.random, self.sweeps[size], self.backend, self.domain, wanted)
+        return batch.first(wanted) if batch is not None else None
 
-    def judge(self, volley: Volley, turn: Turn) -> Judged:
-        """A volley's verdict, with the volley announced first."""
-        self.send(Trying(volley.case.to_json(), volley.ends))
-        judged = judge(volley, self.backend, self.device, turn, self.beat)
+    def judge(self, batch: CallBatch, turn: Question) -> Judged:
+        """A batch's verdict, with the batch announced first."""
+        self.send(Trying(batch.case.to_json(), batch.ends))
+        judged = judge(batch, self.backend, self.device, turn, self.beat)
         if judged.broken and not context_alive(self.device):
             self.send(Died(next(iter(judged.broken.values()))))
             os._exit(DEAD_CONTEXT)
         return judged
 
     def beat(self) -> None:
-        """Says now and then that calls go on: a volley of a slow kernel takes as long as many cases."""
+        """Says now and then that calls go on: a batch of a slow kernel takes as long as many cases."""
         if time.monotonic() - self.last_sent > BEAT_SECONDS:
             self.last_sent = time.monotonic()
             self.send(Progress(copy.deepcopy(self.tally)))
 
-    def volley(self, size: int) -> None:
-        """One volley, judged, and pursued where a call fails."""
-        volley = self.draw(size)
-        if volley is None:
+    def batch(self, size: int) -> None:
+        """One batch, judged, and pursued where a call fails."""
+        batch = self.draw(size)
+        if batch is None:
             self.tally.refused += 1
             self.refusals["no call that was drawn is one that it declares to take"] += 1
             return
         started = now(self.device)
         try:
-            judged = self.judge(volley, TURNS[self.turn % len(TURNS)])
+            judged = self.judge(batch, SCHEDULE[self.turn % len(SCHEDULE)])
             leave_memory(self.device)
             taken = now(self.device) - started
-            if taken < VOLLEY_SECONDS / 2:
+            if taken < BATCH_SECONDS / 2:
                 # A call takes its share at most: what is quick may grow at once.
-                growth = 4 if taken < VOLLEY_SECONDS / 4 else 2
+                growth = 4 if taken < BATCH_SECONDS / 4 else 2
                 self.calls[size] = min(growth * self.calls[size], MOST_CALLS[self.device.type])
             self.take(judged)
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -112,24 +112,24 @@ class VolleyHunt(Pursuit):
             self.refusals[f"memory ran out: {error}"] += 1
 
     def take(self, judged: Judged) -> None:
-        """Adds a volley to the tally, and pursues what failed of it."""
+        """Adds a batch to the tally, and pursues what failed of it."""
         failing = judged.failing()
-        self.tally_volley(judged, failing)
+        self.tally_batch(judged, failing)
         if judged.touched:
-            self.pursue_touched(judged)
+            self.triage_touched(judged)
         elif failing:
-            self.pursue(judged, failing)
+            self.triage(judged, failing)
 
-    def tally_volley(self, judged: Judged, failing: list[int]) -> None:
+    def tally_batch(self, judged: Judged, failing: list[int]) -> None:
         """Adds the calls to the tally, each as one case."""
-        tally, case = self.tally, judged.volley.case
-        taken = len(judged.volley.ends) - len(judged.refused)
+        tally, case = self.tally, judged.batch.case
+        taken = len(judged.batch.ends) - len(judged.refused)
         tally.cases += taken
         tally.refused += len(judged.refused)
         self.refusals.update(judged.refused.values())
         tally.documents += len(case.packed_lengths)
         tally.seconds = time.monotonic() - self.started
-        kind = f"volley {case.dtype}"
+        kind = f"batch {case.dtype}"
         tally.by_kind[kind] = tally.by_kind.get(kind, 0) + taken
         for path in judged.paths:
             tally.paths[path] = tally.paths.get(path, 0) + taken
@@ -142,14 +142,14 @@ class VolleyHunt(Pursuit):
         self.send(Progress(copy.deepcopy(tally)))
 
     def handed_over(self, judged: Judged, calls: list[int]) -> bool:
-        """Whether the narrow gear fails one of these calls, or explains it: a known issue, or a refused layout."""
+        """Whether the case mode fails one of these calls, or explains it: a known issue, or a refused layout."""
         known: dict[str, None] = {}
         refused = False
         for index in calls:
             small = judged.call(index)
             verdict = self.narrow(small)
             if verdict is not None and verdict.first is not None:
-                self.suspect(small)
+                self.note_candidate(small)
                 self.hand_over(small, verdict)
                 return True
             # An error about an unusual memory layout that goes away with the layout is a clean refusal (examine.py).
@@ -159,58 +159,58 @@ class VolleyHunt(Pursuit):
         self.tally.refused += refused
         return refused or bool(known)
 
-    def pursue(self, judged: Judged, failing: list[int]) -> None:
-        """Hands failing calls to the narrow gear; what only a volley shows is held against other values of it."""
-        if self.handed_over(judged, failing[:_SUSPECTS]):
+    def triage(self, judged: Judged, failing: list[int]) -> None:
+        """Hands failing calls to the case mode; what only a batch shows is held against other values of it."""
+        if self.handed_over(judged, failing[:_CANDIDATES]):
             return
-        volley, worst = judged.volley, judged.worst()
-        again = set(self.judge(volley.other(volley.case.seed ^ SECOND_SEED), judged.turn).failing())
+        batch, worst = judged.batch, judged.worst()
+        again = set(self.judge(batch.other(batch.case.seed ^ SECOND_SEED), judged.turn).failing())
         both = [index for index in failing if index in again]
         index = (both or failing)[0]
         z, name = worst[index]
-        if not both and z <= beyond_doubt(volley.case):
+        if not both and z <= beyond_doubt(batch.case):
             # One value seed may have bad luck.
             return
         promised = promises(self.backend, str(self.device), "dq")
         if (
             name in BY_BITS
             and not promised
-            and (not both or index in moving(volley, self.backend, self.device, judged.turn.poison))
+            and (not both or index in moving(batch, self.backend, self.device, judged.turn.poison))
         ):
             # Nobody has promised these bits, and they come and go.
             return
         seen = "under two value seeds" if both else "once: other values did not show it"
-        company = Company(volley, index, judged.turn, judged.asked)
-        self.suspect(judged.call(index))
-        small = smallest(company, self.backend, self.device, SHRINK_SECONDS)
-        words = company.words(judged)
-        if small != company and (fewer := small.words(small.judged(self.backend, self.device))) is not None:
-            words, company = fewer, small
+        sequence = CallSequence(batch, index, judged.turn, judged.asked)
+        self.note_candidate(judged.call(index))
+        small = smallest(sequence, self.backend, self.device, SHRINK_SECONDS)
+        words = sequence.words(judged)
+        if small != sequence and (fewer := small.words(small.judged(self.backend, self.device))) is not None:
+            words, sequence = fewer, small
         self.report_as_seen(
             Crashed if index in judged.broken else judged.symptom(name),
-            "volley",
+            "batch",
             f"{words}; seen {seen}, and not where the call runs by itself",
-            company.volley.call(company.index),
-            company.to_dict(),
+            sequence.batch.call(sequence.index),
+            sequence.to_dict(),
         )
 
-    def pursue_touched(self, judged: Judged) -> None:
+    def triage_touched(self, judged: Judged) -> None:
         """Finds out which call wrote to what it was handed."""
-        calls = list(range(min(len(judged.volley.ends), _TOUCHED)))
+        calls = list(range(min(len(judged.batch.ends), _TOUCHED)))
         if not self.handed_over(judged, calls):
-            self.suspect(judged.volley.case)
-            message = f"one of {len(judged.volley.ends)} calls in a row changed an input, or memory between two calls'"
-            self.report_as_seen(InputsChanged, "volley", message, judged.volley.case)
+            self.note_candidate(judged.batch.case)
+            message = f"one of {len(judged.batch.ends)} calls in a row changed an input, or memory between two calls'"
+            self.report_as_seen(InputsChanged, "batch", message, judged.batch.case)
 
     def run(self) -> None:
         """Sizes in turn."""
         if "kernel" not in self.assignment.levels or "kernel" not in self.backend.levels:
-            raise ValueError(f"{self.backend.name} has no kernel level here, and volleys are of kernel calls")
+            raise ValueError(f"{self.backend.name} has no kernel level here, and batches are of kernel calls")
         while not self.turn or not self.over():
-            self.volley(self.turn % len(self.sweeps))
+            self.batch(self.turn % len(self.sweeps))
             self.turn += 1
-            if not self.tally.cases and self.tally.refused > REFUSED_VOLLEYS:
-                # The other gears have more to offer it: its tally says that nothing was tested here.
+            if not self.tally.cases and self.tally.refused > REFUSED_BATCHES:
+                # The other modes have more to offer it: its tally says that nothing was tested here.
                 break
             if self.found and self.assignment.stop_at_first:
                 break
@@ -218,6 +218,6 @@ class VolleyHunt(Pursuit):
         self.send(Finished(self.tally))
 
 
-def hunt_volleys(assignment: Assignment, send: Send) -> None:
-    """Does an assignment of volleys, sending messages as it goes. What cannot be done is a ``Failed`` message."""
-    hunt(assignment, send, VolleyHunt)
+def work_on_batches(assignment: Assignment, send: Send) -> None:
+    """Does an assignment of batches, sending messages as it goes. What cannot be done is a ``Failed`` message."""
+    hunt(assignment, send, BatchWorker)

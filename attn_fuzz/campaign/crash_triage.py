@@ -8,7 +8,7 @@ from typing import Final
 
 from attn_fuzz.campaign.isolated import Isolated, Subject
 from attn_fuzz.campaign.messages import Assignment, Trying
-from attn_fuzz.generation.calls import Volley
+from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.reduction.minimise import minimise
 from attn_fuzz.reference.case import Case
 
@@ -23,14 +23,14 @@ class Death:
     """What is known of it."""
 
     original: Case
-    """What the worker was trying; of a volley, the first call that ends another process too, if one does."""
+    """What the worker was trying; of a batch, the first call that ends another process too, if one does."""
     case: Case
     """A smaller one that ends a process as well."""
     again: bool
     """Whether it happened again."""
 
 
-def autopsy(job: Assignment, trying: Trying, patience: float) -> Death:
+def crash_triage_of(job: Assignment, trying: Trying, patience: float) -> Death:
     """Runs what a worker was trying when it died in other processes, and shrinks what kills those.
 
     Args:
@@ -48,12 +48,12 @@ def autopsy(job: Assignment, trying: Trying, patience: float) -> Death:
         return isolated.symptom(case) == "Crashed"
 
     deadline = time.monotonic() + SHRINK_CRASH_SECONDS
-    volley = Volley(whole, trying.ends) if trying.ends else None
+    batch = CallBatch(whole, trying.ends) if trying.ends else None
     try:
         for index in range(len(trying.ends) or 1):
             if time.monotonic() > deadline:
                 break
-            call = whole if volley is None else volley.call(index)
+            call = whole if batch is None else batch.call(index)
             if dies(call):
                 return Death(call, minimise(call, dies, SHRINK_CRASH_SECONDS, time.monotonic), again=True)
     finally:

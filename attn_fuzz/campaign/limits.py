@@ -85,7 +85,7 @@ def finding_of(limit: Limit, backend: str, device: str) -> Finding:
 
 
 @dataclasses.dataclass(frozen=True)
-class Inferred:
+class LimitsFound:
     """What was found out."""
 
     limits: tuple[Limit, ...] = ()
@@ -263,7 +263,9 @@ def _unusable(name: str, reports: Sequence[Report]) -> str | None:
     return f"{name} cannot be tested: {said}{hint}"
 
 
-def inferred(name: str, device: str, dtypes: Sequence[str], children: int, tell: Callable[[Limit], None]) -> Inferred:
+def infer_limits(
+    name: str, device: str, dtypes: Sequence[str], children: int, tell: Callable[[Limit], None]
+) -> LimitsFound:
     """Asks a user's kernel or layer what it takes of what it declares.
 
     Args:
@@ -287,7 +289,7 @@ def inferred(name: str, device: str, dtypes: Sequence[str], children: int, tell:
         working = [case for case, report in zip(plain, answers, strict=True) if _how(report) is None]
         if not working:
             # It fails wherever it is called: that is a finding, and the campaign's.
-            return Inferred()
+            return LimitsFound()
         operators = sorted({operator for report in answers for operator in report.operators})
         questions = [_Question(f"dtype {case.dtype}", case) for case in plain]
         base = next((case for case in working if case.dtype == "bf16"), working[-1])
@@ -304,7 +306,7 @@ def inferred(name: str, device: str, dtypes: Sequence[str], children: int, tell:
         if limit is not None and limit.axis not in {each.axis for each in limits}:
             limits.append(limit)
             tell(limit)
-    return Inferred(tuple(limits), without_of(limits, right, domain))
+    return LimitsFound(tuple(limits), without_of(limits, right, domain))
 
 
 def without_of(limits: Sequence[Limit], right: set[int], domain: Domain) -> dict[str, Any]:

@@ -33,8 +33,8 @@ class Assignment:
     seconds: float | None = None
     """Stop after so long."""
     poisons: tuple[str, ...] = POISONS
-    gear: str = "narrow"
-    """``narrow``: one drawn case after another; ``wide``: cases of thousands of documents; ``volley``: hundreds of
+    mode: str = "case"
+    """``narrow``: one drawn case after another; ``wide``: cases of thousands of documents; ``batch``: hundreds of
     small calls at a time."""
     stop_at_first: bool = False
     """End the assignment with the first finding."""
@@ -97,7 +97,7 @@ class Trying:
 
     case: str
     ends: tuple[int, ...] = ()
-    """Of a volley: one past the last document of each of its calls."""
+    """Of a batch: one past the last document of each of its calls."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Progress:
 
 
 @dataclasses.dataclass(frozen=True)
-class Suspect:
+class Candidate:
     """A finding as it was drawn, which is about to be shrunk: what is left of it if that is never finished."""
 
     finding: Finding
@@ -142,4 +142,4 @@ class Failed:
     reason: str
 
 
-Message = Trying | Progress | Suspect | Found | Finished | Died | Failed
+Message = Trying | Progress | Candidate | Found | Finished | Died | Failed

@@ -1,4 +1,4 @@
-"""One worker of the wide gear: packed calls until time or number is used up; what fails is cut out and shrunk."""
+"""One worker of the packed mode: packed calls until time or number is used up; what fails is cut out and shrunk."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.batch.batch_size import affordable, bearable, masks_whole_pack
 from attn_fuzz.batch.layer import draw_layer_case, layer_verdict
-from attn_fuzz.batch.packed import Outcome, Suspicion, probe_verdict, suspected, verdicts
+from attn_fuzz.batch.packed import Outcome, PackedFailure, confirmed, probe_verdict, verdicts
 from attn_fuzz.batch.packed_call import Call
 from attn_fuzz.batch.probes import PROBES
 from attn_fuzz.campaign.messages import Assignment, Died, Finished, Progress, Trying
-from attn_fuzz.campaign.triage import Pursuit
+from attn_fuzz.campaign.triage import Triage
 from attn_fuzz.campaign.worker import Send, hunt
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.execution.process import DEAD_CONTEXT, context_alive
@@ -58,7 +58,7 @@ _BISECTIONS: Final = 3
 """A fault that no cut-out shows is bisected so often, not in every call that it spoils."""
 
 
-class WideHunt(Pursuit):
+class PackedWorker(Triage):
     """The state of one wide assignment."""
 
     def __init__(self, assignment: Assignment, send: Send) -> None:
@@ -80,7 +80,7 @@ class WideHunt(Pursuit):
         """Whether a packed call fails, announced first."""
         self.send(Trying(case.to_json()))
         try:
-            return suspected(case, self.judge(case), self.judge) is not None
+            return confirmed(case, self.judge(case), self.judge) is not None
         except UnsupportedCase:
             return False
 
@@ -137,7 +137,7 @@ class WideHunt(Pursuit):
                 return
             if now(self.device) - started < CALL_SECONDS / 2:
                 self.documents[size_of] = min(2 * self.documents[size_of], MOST_DOCUMENTS)
-            found = suspected(case, outcome, self.judge)
+            found = confirmed(case, outcome, self.judge)
         except UnsupportedCase as refusal:
             self.tally.refused += 1
             self.refusals[str(refusal)] += 1
@@ -149,7 +149,7 @@ class WideHunt(Pursuit):
             return
         self.tally_call(case, outcome, clean=found is None)
         if found is not None:
-            self.pursue(found)
+            self.triage(found)
 
     def refuses_layout(self, case: Case, outcome: Outcome) -> bool:
         """Whether a call fell over an unusual memory layout and does not without: a clean refusal, as elsewhere."""
@@ -179,9 +179,9 @@ class WideHunt(Pursuit):
                     tally.worst_z[key], tally.worst_case[key] = z, alone.to_json()
         self.send(Progress(copy.deepcopy(tally)))
 
-    def pursue(self, found: Suspicion) -> None:
-        """Cuts a failing document out of its call and hands it to the narrow gear."""
-        self.suspect(found.case)
+    def triage(self, found: PackedFailure) -> None:
+        """Cuts a failing document out of its call and hands it to the case mode."""
+        self.note_candidate(found.case)
         known: dict[str, None] = {}
         for small in candidates(found.case, found.documents):
             verdict = self.narrow(small)
@@ -197,14 +197,14 @@ class WideHunt(Pursuit):
             return
         self.bisections += 1
         small = bisected(found.case, self.wide_fails, BISECT_SECONDS)
-        # What needs many documents needs little of each, and the narrow gear looks at all of them every time.
+        # What needs many documents needs little of each, and the case mode looks at all of them every time.
         small = plainer(small, self.wide_fails, BISECT_SECONDS)
         verdict = self.narrow(small)
         if verdict is not None and verdict.first is not None:
             self.hand_over(small, verdict)
         else:
             # The smallest packed call that fails, which no small case shows.
-            self.report_as_seen(found.symptom, "wide", found.message, small)
+            self.report_as_seen(found.symptom, "packed", found.message, small)
 
     def run(self) -> None:
         """Levels and sizes in turn."""
@@ -227,6 +227,6 @@ class WideHunt(Pursuit):
         self.send(Finished(self.tally))
 
 
-def hunt_wide(assignment: Assignment, send: Send) -> None:
+def work_on_packed(assignment: Assignment, send: Send) -> None:
     """Does a wide assignment, sending messages as it goes. What cannot be done is a ``Failed`` message."""
-    hunt(assignment, send, WideHunt)
+    hunt(assignment, send, PackedWorker)

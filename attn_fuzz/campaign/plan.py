@@ -61,7 +61,7 @@ def require_available(names: Sequence[str], device: str, dtypes: Sequence[str] =
             raise BackendUnavailable(f"backend {name} takes {', '.join(taken)}, but none of {', '.join(dtypes)}")
 
 
-def takes_volleys(name: str, levels: Sequence[str], device: str) -> bool:
+def takes_batches(name: str, levels: Sequence[str], device: str) -> bool:
     """Whether a campaign of these levels calls a backend's kernel by itself, and may call it with whatever is drawn."""
     backend = registry.load(name)
     compiles = compiles_for_calls(backend.kernel.capabilities_on(_kind(device)))
@@ -99,7 +99,7 @@ def plan(
     levels: Sequence[str],
     dtypes: Sequence[str],
     poisons: Sequence[str] = POISONS,
-    gears: Sequence[str] = ("narrow",),
+    modes: Sequence[str] = ("case",),
     stop_at_first: bool = False,
     ranks: Sequence[int] = (1,),
     tensor_ranks: Sequence[int] = (1,),
@@ -117,14 +117,14 @@ def plan(
         levels: ``layer``, ``kernel``.
         dtypes: to draw from; none for all.
         poisons: memory contents to run every case under.
-        gears: ``narrow``, ``volley``, ``wide``; each backend has workers of its own for each, volleys only where
+        modes: ``narrow``, ``batch``, ``wide``; each backend has workers of its own for each, batches only where
             kernels are called.
         stop_at_first: end each assignment with its first finding.
         ranks: to draw layer cases for.
         tensor_ranks: that share the query heads of each of them.
         without: of a user's backend: capabilities as they were found out.
     """
-    jobs = [(name, gear) for gear in gears for name in names if gear != "volley" or takes_volleys(name, levels, device)]
+    jobs = [(name, mode) for mode in modes for name in names if mode != "batch" or takes_batches(name, levels, device)]
     shards = max(1, workers // len(jobs))
     if cases is not None:
         shards = min(shards, max(1, cases // 50))
@@ -135,7 +135,7 @@ def plan(
     places = places[:: max(ranks) * max(tensor_ranks)]
     assignments: list[Assignment] = []
     for shard in range(shards):
-        for index, (name, gear) in enumerate(jobs):
+        for index, (name, mode) in enumerate(jobs):
             part = None if cases is None else cases // shards + (shard < cases % shards)
             assignments.append(
                 Assignment(
@@ -147,7 +147,7 @@ def plan(
                     cases=part,
                     seconds=share,
                     poisons=tuple(poisons),
-                    gear=gear,
+                    mode=mode,
                     stop_at_first=stop_at_first,
                     ranks=tuple(ranks),
                     tensor_ranks=tuple(tensor_ranks),

@@ -13,18 +13,18 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Final
 
-from attn_fuzz.campaign.crash_triage import NOT_AGAIN, autopsy
+from attn_fuzz.campaign.crash_triage import NOT_AGAIN, crash_triage_of
 from attn_fuzz.campaign.isolated import NoDevice
 from attn_fuzz.campaign.messages import (
     Assignment,
     CampaignError,
+    Candidate,
     Died,
     Failed,
     Finished,
     Found,
     Message,
     Progress,
-    Suspect,
     Tally,
     Trying,
 )
@@ -68,7 +68,7 @@ class _Worker:
     """When it was first heard of."""
     trying: Trying | None = None
     last_words: str | None = None
-    suspect: Finding | None = None
+    candidate: Finding | None = None
     """What it is shrinking."""
     tally: Tally = dataclasses.field(default_factory=Tally)
     finished: bool = False
@@ -142,10 +142,10 @@ class Pool:
             self._findings[key] = finding
             self._on_finding(finding)
 
-    def _keep_suspect(self, worker: _Worker) -> None:
+    def _keep_candidate(self, worker: _Worker) -> None:
         """What a worker will not shrink any more is kept as it was drawn."""
-        if worker.suspect is not None and (worker.suspect.backend, worker.suspect.symptom) not in self._findings:
-            self._keep(worker.suspect)
+        if worker.candidate is not None and (worker.candidate.backend, worker.candidate.symptom) not in self._findings:
+            self._keep(worker.candidate)
 
     def _take(self, worker: _Worker, message: Message) -> None:
         worker.spoke = worker.spoke or worker.heard
@@ -156,10 +156,10 @@ class Pool:
                 worker.tally = tally
                 worker.finished = isinstance(message, Finished)
                 self._on_progress(self._tallies())
-            case Suspect(finding):
-                worker.suspect = finding
+            case Candidate(finding):
+                worker.candidate = finding
             case Found(finding):
-                worker.suspect = None
+                worker.candidate = None
                 self._keep(finding)
                 if worker.assignment.stop_at_first:
                     self._end_others(worker)
@@ -173,7 +173,7 @@ class Pool:
         name = worker.assignment.backend
         self._waiting = deque(each for each in self._waiting if each[0].backend != name)
         for other in [each for each in self._running if each is not worker and each.assignment.backend == name]:
-            if other.suspect is None:
+            if other.candidate is None:
                 other.process.kill()
                 self._running.remove(other)
                 self._done.append(other)
@@ -187,7 +187,7 @@ class Pool:
         job, trying = worker.assignment, worker.trying
         if trying is None:
             raise CampaignError(f"the worker for {job.backend} {how} before its first case")
-        self._keep_suspect(worker)
+        self._keep_candidate(worker)
         if killed_for_memory(worker.process.exitcode if symptom == "Crashed" else None):
             self._troubles.append(f"the worker for {job.backend} was killed, and had filled the memory: no finding")
             return
@@ -207,7 +207,7 @@ class Pool:
         try:
             # Hangs are too slow to shrink.
             if symptom == "Crashed" and (job.backend, symptom) not in self._findings:
-                death = autopsy(job, trying, HANG_SECONDS)
+                death = crash_triage_of(job, trying, HANG_SECONDS)
                 messages = finding.messages if death.again else (*finding.messages, NOT_AGAIN)
                 finding = dataclasses.replace(finding, case=death.case, original_case=death.original, messages=messages)
             self._keep(finding)
@@ -277,7 +277,7 @@ class Pool:
                     worker.process.kill()
             for worker in self._running:
                 self._drain(worker)
-                self._keep_suspect(worker)
+                self._keep_candidate(worker)
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
         tallies = self._tallies()

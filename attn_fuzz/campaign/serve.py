@@ -1,18 +1,18 @@
-"""What a worker process of a campaign does: its assignment, by its gear."""
+"""What a worker process of a campaign does: its assignment, by its mode."""
 
 from __future__ import annotations
 
 from multiprocessing.connection import Connection
 from typing import Final
 
-from attn_fuzz.campaign.calls_worker import hunt_volleys
+from attn_fuzz.campaign.calls_worker import work_on_batches
 from attn_fuzz.campaign.messages import Assignment
-from attn_fuzz.campaign.packed_worker import hunt_wide
+from attn_fuzz.campaign.packed_worker import work_on_packed
 from attn_fuzz.campaign.worker import hunt
 from attn_fuzz.execution.process import set_apart, stay_on
 
-HUNTS: Final = {"narrow": hunt, "volley": hunt_volleys, "wide": hunt_wide}
-"""What each gear does with an assignment."""
+WORK: Final = {"case": hunt, "batch": work_on_batches, "packed": work_on_packed}
+"""What each mode does with an assignment."""
 
 
 def serve(assignment: Assignment, connection: Connection, processors: frozenset[int] | None) -> None:
@@ -27,7 +27,7 @@ def serve(assignment: Assignment, connection: Connection, processors: frozenset[
     if processors is not None:
         stay_on(processors)
     try:
-        HUNTS[assignment.gear](assignment, connection.send)
+        WORK[assignment.mode](assignment, connection.send)
     except KeyboardInterrupt:
         pass
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""What gears that judge many documents at a time do with one that fails: hand it to the narrow gear."""
+"""What modes that judge many documents at a time do with one that fails: hand it to the case mode."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.campaign.messages import Found
-from attn_fuzz.campaign.worker import Hunt
+from attn_fuzz.campaign.worker import Worker
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.oracle.examine import Verdict
@@ -16,22 +16,22 @@ from attn_fuzz.oracle.symptoms import Symptom
 from attn_fuzz.reference.case import Case
 
 
-class Pursuit(Hunt):
+class Triage(Worker):
     """A hunt whose suspects come out of a crowd."""
 
-    def suspect(self, case: Case) -> None:
+    def note_candidate(self, case: Case) -> None:
         """Notes the case that a finding will have been drawn as."""
         self.original, self.failed_at = case, time.monotonic()
 
     def narrow(self, case: Case) -> Verdict | None:
-        """All checks of the narrow gear on a cut-out; None where the backend does not take it."""
+        """All checks of the case mode on a cut-out; None where the backend does not take it."""
         try:
             return self.examine(case)
         except UnsupportedCase:
             return None
 
     def hand_over(self, case: Case, verdict: Verdict) -> None:
-        """Lets the narrow gear shrink and report what it fails too."""
+        """Lets the case mode shrink and report what it fails too."""
         if type(verdict.first).__name__ in self.found:
             self.tally.repeated += 1
             return
@@ -48,9 +48,9 @@ class Pursuit(Hunt):
         check: str,
         message: str,
         case: Case,
-        company: Mapping[str, Any] | None = None,
+        sequence: Mapping[str, Any] | None = None,
     ) -> None:
-        """A finding that the narrow gear does not show, once per symptom; ``company``: in which calls it did."""
+        """A finding that the case mode does not show, once per symptom; ``sequence``: in which calls it did."""
         name = symptom.__name__
         if name in self.found:
             self.tally.repeated += 1
@@ -68,6 +68,6 @@ class Pursuit(Hunt):
             cases_to_find=self.tally.cases,
             seconds_to_find=round(self.failed_at - self.started, 3),
             environment=environment(str(self.device)),
-            company=company,
+            sequence=sequence,
         )
         self.send(Found(finding))

@@ -20,13 +20,13 @@ from attn_fuzz.backends.known import KnownIssue, crash_issue_of
 from attn_fuzz.campaign.isolated import Isolated, NoDevice, Subject
 from attn_fuzz.campaign.messages import (
     Assignment,
+    Candidate,
     Died,
     Failed,
     Finished,
     Found,
     Message,
     Progress,
-    Suspect,
     Tally,
     Trying,
 )
@@ -66,7 +66,7 @@ class _Broken(BaseException):
     """Leaves Hypothesis's engine, a mistake of ours its cause: shrunk as a failing case is, it could be missed."""
 
 
-class Hunt:
+class Worker:
     """The state of one assignment."""
 
     def __init__(self, assignment: Assignment, send: Send) -> None:
@@ -170,7 +170,7 @@ class Hunt:
         if self.failure is None:
             self.original, self.failed_at = case, time.monotonic()
             self.failure = (case, verdict)
-            self.send(Suspect(self.finding(case, verdict)))
+            self.send(Candidate(self.finding(case, verdict)))
         elif type(symptom) is type(self.failure[1].first):
             self.failure = (case, verdict)
         raise symptom
@@ -294,7 +294,7 @@ class Hunt:
         self.send(Finished(self.tally))
 
 
-def hunt(assignment: Assignment, send: Send, how: type[Hunt] = Hunt) -> None:
+def hunt(assignment: Assignment, send: Send, how: type[Worker] = Worker) -> None:
     """Does an assignment, sending messages as it goes. What cannot be done is a ``Failed`` message."""
     set_up_process(assignment.device)
     try:

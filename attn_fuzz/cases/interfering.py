@@ -1,10 +1,10 @@
-"""A decoy: another case whose tensors have the same shapes, run around the case under test.
+"""An interfering call: another case whose tensors have the same shapes, run around the case under test.
 
 What a backend keeps between calls (plans, compiled variants, metadata, rotary tables, buffers) is often keyed on shapes
-alone. A decoy runs before the case's forward, and another between its forward and backward, so whatever they leave
-behind is met by the case, whose results are checked. In half of the cases there is one decoy only, whose forward comes
-before the case's and whose backward comes before the case's too, as pipelines have it (``crossing``): what keeps the
-contexts of all calls on one stack takes back the wrong one.
+alone. An interfering call runs before the case's forward, and another between its forward and backward, so whatever
+they leave behind is met by the case, whose results are checked. In half of the cases there is one only, whose forward
+comes before the case's and whose backward comes before the case's too, as pipelines have it (``crossing``): what
+keeps the contexts of all calls on one stack takes back the wrong one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _OTHER_SEED = 0x5BD1E995
 
 
 def crossing(case: Case) -> bool:
-    """Whether the decoy that began before the case is taken back before it, too, and not gone when the case begins.
+    """Whether the interfering call is taken back before the case, too, and not gone when the case begins.
 
     One bit of the seed says so. The second value seed leaves it as it is, a shrinker tries it both ways, and neither a
-    decoy's strides nor which cases on ranks have one depend on it.
+    interfering call's strides nor which cases on ranks have one depend on it.
     """
     return bool(case.seed & 4)
 
@@ -51,7 +51,7 @@ def _candidates(case: Case) -> Iterator[dict[str, object]]:
     yield {"seed": case.seed ^ _OTHER_SEED, **rotary}
 
 
-def decoy_of(case: Case, backend: Backend, device: str) -> Case | None:
+def interfering_call(case: Case, backend: Backend, device: str) -> Case | None:
     """The most different case of the same shapes that the backend takes, or None.
 
     Args:

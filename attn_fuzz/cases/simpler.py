@@ -25,7 +25,7 @@ _SIMPLER: dict[str, tuple[object, ...]] = {
     "weights": ("gaussian",),
     "memory": ("contiguous", "fused", "head_major", "sliced"),
     "causal": (True,),
-    # A bit of the seed says how a decoy's strides differ, another one in which order it is taken back (decoy.py).
+    # One bit of the seed is of an interfering call's strides, one of the order in which it is taken back.
     "seed": (0, 1, 4, 5),
     "dtype": ("fp32", "bf16"),
 }

@@ -15,7 +15,7 @@ def subset(case: Case, places: Iterable[int]) -> Case | None:
         return with_lengths(case, [case.lengths[i] for i in kept], kept, None)
     lengths, keys, ids = case.packed_lengths, case.packed_key_lengths, case.packed_ids
     if not any(keys[i] for i in kept):
-        # The narrow gear draws no call without a key, and its needle has none to point at.
+        # The case mode draws no call without a key, and its needle has none to point at.
         return None
     try:
         return case.replace(

@@ -12,7 +12,7 @@ from attn_fuzz.campaign.plan import default_device
 
 DEFAULT_STORE = Path(".attn-fuzz") / "findings"
 DEFAULT_SECONDS = 60.0
-GEARS = ("narrow", "volley", "wide")
+MODES = ("case", "batch", "packed")
 
 BackendOption = Annotated[
     list[str] | None,
@@ -23,7 +23,7 @@ DeviceOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 SecondsOption = Annotated[float | None, typer.Option(min=0.1, help="Wall-clock time. Default: 60.")]
-CasesOption = Annotated[int | None, typer.Option(min=1, help="Cases per backend and gear, instead of a time.")]
+CasesOption = Annotated[int | None, typer.Option(min=1, help="Cases per backend and mode, instead of a time.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the campaign; the same seed draws the same cases.")]
 RanksOption = Annotated[
     list[int] | None,
@@ -44,10 +44,10 @@ LevelOption = Annotated[list[str] | None, typer.Option(help="layer or kernel. De
 DtypeOption = Annotated[
     list[str] | None, typer.Option(help="fp32, bf16 or fp16; repeat for several. Default: all that a backend takes.")
 ]
-GearOption = Annotated[
+ModeOption = Annotated[
     str,
     typer.Option(
-        help="narrow: one drawn case after another; volley: hundreds of small kernel calls, one by one, judged "
+        help="narrow: one drawn case after another; batch: hundreds of small kernel calls, one by one, judged "
         "together; wide: packed calls of thousands of documents; several with + between them; both: narrow+wide; all."
     ),
 ]
@@ -75,12 +75,12 @@ def device_of(name: str | None) -> str:
     return device
 
 
-def gears_of(name: str) -> tuple[str, ...]:
-    several = {"both": ("narrow", "wide"), "all": GEARS}
+def modes_of(name: str) -> tuple[str, ...]:
+    several = {"both": ("case", "packed"), "all": MODES}
     chosen = several.get(name, tuple(dict.fromkeys(name.split("+"))))
-    if unknown := [part for part in chosen if part not in GEARS]:
-        known = f"{', '.join(GEARS)}, several with + between them, both or all"
-        raise UsageError(f"unknown gear {unknown[0]!r}; use {known}")
+    if unknown := [part for part in chosen if part not in MODES]:
+        known = f"{', '.join(MODES)}, several with + between them, both or all"
+        raise UsageError(f"unknown mode {unknown[0]!r}; use {known}")
     return chosen
 
 

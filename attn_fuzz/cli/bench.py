@@ -1,4 +1,4 @@
-"""``bench``: how fast both gears are on this machine."""
+"""``bench``: how fast both modes are on this machine."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def bench(
         bool, typer.Option("--exact", help="Judge everything in float64, without a fast first look.")
     ] = False,
     processes: Annotated[
-        bool, typer.Option("--processes", help="Volleys of several processes on the device instead, on one layout.")
+        bool, typer.Option("--processes", help="Batches of several processes on the device instead, on one layout.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Documents and cases per second of both gears, beside the bare kernels on the same layouts."""
+    """Documents and cases per second of both modes, beside the bare kernels on the same layouts."""
     where = device_of(device)
     names = tuple(dict.fromkeys(backend or ()))
     require_available(names, where)
@@ -53,7 +53,7 @@ def bench(
 def show_processes(console: Console, result: dict[str, Any]) -> None:
     """Calls per second of several processes, as people read them."""
     table = Table(title=f"{result['environment']['device']}, torch {result['environment']['torch']}")
-    for column in ("backend", "processes", "volley cases/s", "bare calls/s"):
+    for column in ("backend", "processes", "batch cases/s", "bare calls/s"):
         table.add_column(column, justify="left" if column == "backend" else "right")
     for name, by_count in result["processes"].items():
         for count, rates in by_count.items():
@@ -111,9 +111,9 @@ def show(console: Console, result: dict[str, Any]) -> None:
         )
     for count, rate in result.get("processes", {}).get("cases_per_s", {}).items():
         console.print(f"{count} processes on {result['processes']['backend']}: {rate:,.0f} cases/s narrow")
-    for name, rates in result.get("volley_processes", {}).items():
+    for name, rates in result.get("batch_processes", {}).items():
         for count, rate in rates.items():
-            told = "not measured: too little came back in time" if rate is None else f"{rate:,.0f} cases/s in volleys"
+            told = "not measured: too little came back in time" if rate is None else f"{rate:,.0f} cases/s in batches"
             console.print(f"{count} processes on {name}: {told}")
     if "cases_per_s" in (plain := result.get("plain", {})):
         console.print(

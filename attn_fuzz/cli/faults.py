@@ -26,9 +26,9 @@ def faults(
         int, typer.Option(min=1, help="Cases after which a fault counts as missed.")
     ] = seeded_faults.MAX_CASES,
     rules: Annotated[bool, typer.Option(help="Try published tolerance rules on the same faults.")] = True,
-    gear: Annotated[
-        str, typer.Option(help="What hunts: narrow, or volley, which hunts those of kernels only.")
-    ] = "narrow",
+    mode: Annotated[
+        str, typer.Option(help="What hunts: narrow, or batch, which hunts those of kernels only.")
+    ] = "case",
     workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -37,12 +37,12 @@ def faults(
     for fault in only or ():
         if fault not in known:
             raise UsageError(f"unknown fault {fault!r}; there are {', '.join(known)}")
-    if gear not in ("narrow", "volley"):
-        raise UsageError(f"unknown gear {gear!r}; faults are hunted by narrow or volley")
-    names = list(dict.fromkeys(only or (name for name in known if gear == "narrow" or seeded_faults.called(name))))
-    if uncalled := [name for name in names if gear == "volley" and not seeded_faults.called(name)]:
-        raise UsageError(f"{uncalled[0]} is no fault of a kernel, and volleys are of kernel calls")
-    marks: dict[str, list[seeded_faults.Mark]] = {name: [] for name in names}
+    if mode not in ("case", "batch"):
+        raise UsageError(f"unknown mode {mode!r}; faults are hunted by narrow or batch")
+    names = list(dict.fromkeys(only or (name for name in known if mode == "case" or seeded_faults.called(name))))
+    if uncalled := [name for name in names if mode == "batch" and not seeded_faults.called(name)]:
+        raise UsageError(f"{uncalled[0]} is no fault of a kernel, and batches are of kernel calls")
+    marks: dict[str, list[seeded_faults.MutantResult]] = {name: [] for name in names}
     caught_by: dict[str, set[str] | None] = dict.fromkeys(names)
     work = [(name, seed) for seed in [*range(seeds), *([None] if rules else [])] for name in names]
     progress = Progress(
@@ -55,11 +55,11 @@ def faults(
     context = multiprocessing.get_context("spawn")
     with progress, ProcessPoolExecutor(workers or default_workers("cpu"), mp_context=context) as pool:
         task = progress.add_task("hunts", total=len(work))
-        futures = [pool.submit(seeded_faults.take, name, seed, cases, gear) for name, seed in work]
+        futures = [pool.submit(seeded_faults.take, name, seed, cases, mode) for name, seed in work]
         try:
             for future in as_completed(futures):
                 result = future.result()
-                if isinstance(result, seeded_faults.Mark):
+                if isinstance(result, seeded_faults.MutantResult):
                     marks[result.fault].append(result)
                     if result.finding is None:
                         progress.console.print(f"{result.fault} missed from seed {result.seed}")
@@ -75,7 +75,7 @@ def faults(
         if marks[name]
     ]
     if as_json:
-        typer.echo(json.dumps({"faults": rows, "seeds": seeds, "gear": gear, "environment": environment("cpu")}))
+        typer.echo(json.dumps({"faults": rows, "seeds": seeds, "mode": mode, "environment": environment("cpu")}))
     else:
         results_console().print(tables.faults_table(rows))
     raise typer.Exit(0 if all(row["caught"] for row in rows) else 1)

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from attn_fuzz.backends import registry
-from attn_fuzz.campaign.limits import Inferred, Limit, finding_of, inferred
-from attn_fuzz.campaign.plan import available_backends, default_workers, plan, require_available, takes_volleys
+from attn_fuzz.campaign.limits import Limit, LimitsFound, finding_of, infer_limits
+from attn_fuzz.campaign.plan import available_backends, default_workers, plan, require_available, takes_batches
 from attn_fuzz.campaign.pool import Outcome, Pool
 from attn_fuzz.cli import tables
 from attn_fuzz.cli.arguments import (
@@ -22,9 +22,9 @@ from attn_fuzz.cli.arguments import (
     DeviceOption,
     DtypeOption,
     FirstOption,
-    GearOption,
     JsonOption,
     LevelOption,
+    ModeOption,
     RanksOption,
     SecondsOption,
     SeedOption,
@@ -35,7 +35,7 @@ from attn_fuzz.cli.arguments import (
     WorkersOption,
     choices,
     device_of,
-    gears_of,
+    modes_of,
 )
 from attn_fuzz.cli.terminal import Screen, progress_console, results_console
 from attn_fuzz.execution.environment import environment
@@ -90,7 +90,7 @@ def _fuzz(
     ranks: list[int] | None,
     tensor_ranks: list[int] | None,
     poisons: tuple[str, ...],
-    gears: tuple[str, ...] = ("narrow",),
+    modes: tuple[str, ...] = ("case",),
     first: bool,
     workers: int | None,
     store: Path,
@@ -112,19 +112,19 @@ def _fuzz(
     for name in names:
         if not set(levels) & set(offered := registry.load(name).levels):
             raise UsageError(f"{name} has no {' or '.join(levels)} level; use --level {' or '.join(offered)}")
-    if gears == ("volley",) and "kernel" in levels and not named:
-        # Those that nobody asked for by name, and that volleys cannot test, are left to the other gears.
-        names = tuple(name for name in names if takes_volleys(name, levels, where))
-    if gears == ("volley",) and not (names and all(takes_volleys(name, levels, where) for name in names)):
+    if modes == ("batch",) and "kernel" in levels and not named:
+        # Those that nobody asked for by name, and that batches cannot test, are left to the other modes.
+        names = tuple(name for name in names if takes_batches(name, levels, where))
+    if modes == ("batch",) and not (names and all(takes_batches(name, levels, where) for name in names)):
         raise UsageError(
-            "volleys are of kernel calls: they need --level kernel, and backends with a kernel level that compile "
+            "batches are of kernel calls: they need --level kernel, and backends with a kernel level that compile "
             "neither for every layout nor for every option"
         )
     kept = Store(store)
     kept.prepare()
     if cases is None and seconds is None:
         seconds = DEFAULT_SECONDS
-    found_out = Inferred() if strict is None else _found_out(names[0], where, dtypes, workers)
+    found_out = LimitsFound() if strict is None else _found_out(names[0], where, dtypes, workers)
     together = max(ranks or (1,)) * max(tensor_ranks or (1,))
     if together > MAX_RANKS:
         raise UsageError(f"--ranks and --tensor-ranks make {together} ranks, each a process; {MAX_RANKS} are the most")
@@ -139,7 +139,7 @@ def _fuzz(
         levels=levels,
         dtypes=dtypes,
         poisons=poisons,
-        gears=gears,
+        modes=modes,
         stop_at_first=first,
         ranks=tuple(dict.fromkeys(ranks or (1,))),
         tensor_ranks=tuple(dict.fromkeys(tensor_ranks or (1,))),
@@ -179,14 +179,14 @@ def _fuzz(
     raise typer.Exit(2 if unstored or outcome.troubles else 1 if outcome.findings else 2 if idle else 0)
 
 
-def _found_out(name: str, where: str, dtypes: tuple[str, ...], workers: int | None) -> Inferred:
+def _found_out(name: str, where: str, dtypes: tuple[str, ...], workers: int | None) -> LimitsFound:
     """What a user's kernel takes of what it declares; told while it is found out."""
 
     def tell(limit: Limit) -> None:
         progress_console.print(f"limit found: {limit.axis} {limit.how}", markup=False, soft_wrap=True)
 
     progress_console.print(f"asking what {name} takes", markup=False, soft_wrap=True)
-    return inferred(name, where, dtypes, workers or default_workers(where), tell)
+    return infer_limits(name, where, dtypes, workers or default_workers(where), tell)
 
 
 def _levels(level: list[str] | None, ranks: list[int] | None) -> tuple[str, ...]:
@@ -210,7 +210,7 @@ def run(
     poison: Annotated[
         list[str] | None, typer.Option(help="nan, finite, or none for memory as it comes. Default: nan and finite.")
     ] = None,
-    gear: GearOption = "narrow",
+    mode: ModeOption = "case",
     first: FirstOption = False,
     workers: WorkersOption = None,
     store: StoreOption = DEFAULT_STORE,
@@ -230,7 +230,7 @@ def run(
         ranks=ranks,
         tensor_ranks=tensor_ranks,
         poisons=choices(poison, (*POISONS, "none"), "poison") or POISONS,
-        gears=gears_of(gear),
+        modes=modes_of(mode),
         first=first,
         workers=workers,
         store=store,
@@ -255,7 +255,7 @@ def check(
     dtype: DtypeOption = None,
     ranks: RanksOption = None,
     tensor_ranks: TensorRanksOption = None,
-    gear: GearOption = "narrow+volley",
+    mode: ModeOption = "case+batch",
     first: FirstOption = False,
     workers: WorkersOption = None,
     store: StoreOption = DEFAULT_STORE,
@@ -278,7 +278,7 @@ def check(
         ranks=ranks,
         tensor_ranks=tensor_ranks,
         poisons=POISONS,
-        gears=gears_of(gear),
+        modes=modes_of(mode),
         first=first,
         workers=workers,
         store=store,

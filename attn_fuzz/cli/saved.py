@@ -28,10 +28,10 @@ from attn_fuzz.cli.arguments import (
 )
 from attn_fuzz.cli.terminal import results_console
 from attn_fuzz.execution.process import set_up_process
-from attn_fuzz.findings.regression_cases import REGRESSIONS, Seed, find_seed
+from attn_fuzz.findings.regression_cases import REGRESSIONS, RegressionCase, find_regression_case
 from attn_fuzz.findings.script import ScriptError, standalone
 from attn_fuzz.oracle.examine import Verdict, examine
-from attn_fuzz.reduction.call_sequence import in_company
+from attn_fuzz.reduction.call_sequence import interferes
 from attn_fuzz.reference.case import Case
 
 
@@ -54,16 +54,16 @@ def _verdict_of_survivors(name: str, case: Case, device: str) -> Verdict | str:
     return _verdict(name, case, device) if symptom is None else Verdict((symptom,), {}, frozenset())
 
 
-def _in_company(name: str, seed: Seed, device: str, alone: Verdict | str) -> Verdict | str:
+def _in_company(name: str, seed: RegressionCase, device: str, alone: Verdict | str) -> Verdict | str:
     if isinstance(alone, str):
         return alone
     with contextlib.redirect_stdout(sys.stderr):
-        return in_company(alone, seed.company, registry.load(name), torch.device(device))
+        return interferes(alone, seed.sequence, registry.load(name), torch.device(device))
 
 
-def _place(device: str | None, seed: Seed) -> str:
+def _place(device: str | None, seed: RegressionCase) -> str:
     """The device asked for, else the one to try a case on: where there is a GPU that, unless it failed on CPUs only."""
-    return device_of("cpu" if device is None and set(seed.convicts) == {"cpu"} else device)
+    return device_of("cpu" if device is None and set(seed.expected_failures) == {"cpu"} else device)
 
 
 def replay(
@@ -80,9 +80,9 @@ def replay(
     Default backends: a finding's own, else all available. Default device: the CPU for what was found on CPUs only, else
     cuda where there is one.
     """
-    seed = find_seed(case, store)
+    seed = find_regression_case(case, store)
     where = _place(device, seed)
-    own = seed.convicts.get(where.partition(":")[0], ())
+    own = seed.expected_failures.get(where.partition(":")[0], ())
     names = tuple(dict.fromkeys(backend or own or available_backends(where)))
     require_available(names, where)
     set_up_process(where)
@@ -117,8 +117,8 @@ def replay(
     else:
         console = results_console()
         tables.verdict_lines(console, seed.case, results)
-        if seed.company is not None:
-            tables.company_lines(console, seed.company)
+        if seed.sequence is not None:
+            tables.call_sequence_lines(console, seed.sequence)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -132,11 +132,11 @@ def save(
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Keep a failing case as a regression seed, which the test suite collects by itself."""
-    found = find_seed(case, store)
+    found = find_regression_case(case, store)
     for backend in convict or ():
         registry.load(backend)
-    convicts = {device_of(device).partition(":")[0]: tuple(convict)} if convict else found.convicts
-    seed = Seed(name, found.case, about or found.about, convicts, company=found.company)
+    expected_failures = {device_of(device).partition(":")[0]: tuple(convict)} if convict else found.expected_failures
+    seed = RegressionCase(name, found.case, about or found.about, expected_failures, sequence=found.sequence)
     target = folder / f"{name}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,16 +156,16 @@ def script(
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Print a failing kernel case as one Python file that needs nothing of this project, to paste into a report."""
-    seed = find_seed(case, store)
+    seed = find_regression_case(case, store)
     where = _place(device, seed)
-    own = seed.convicts.get(where.partition(":")[0], ())
+    own = seed.expected_failures.get(where.partition(":")[0], ())
     name = backend or (own[0] if own else None)
     if name is None:
         raise UsageError("the case names no backend that fails it; say --backend NAME")
     require_available((name,), where)
     set_up_process(where)
     verdict = _verdict(name, seed.case, where)
-    if seed.company is not None and isinstance(verdict, Verdict) and not verdict.symptoms:
+    if seed.sequence is not None and isinstance(verdict, Verdict) and not verdict.symptoms:
         raise UsageError(f"{case} fails among other calls only, which no script has: replay it")
     if isinstance(verdict, str):
         raise UsageError(verdict)

@@ -16,7 +16,7 @@ from attn_fuzz.evaluation.capability_probe import RIGHT, Answer
 from attn_fuzz.evaluation.published_tolerances import RULES
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.oracle.examine import Verdict
-from attn_fuzz.reduction.call_sequence import Company
+from attn_fuzz.reduction.call_sequence import CallSequence
 from attn_fuzz.reference.case import Case
 
 
@@ -94,13 +94,13 @@ def verdict_lines(console: Console, case: Case, results: Sequence[tuple[str, Ver
             console.print(f"[green]clean[/]   {name}: largest z {errors}", soft_wrap=True)
 
 
-def company_lines(console: Console, company: Company) -> None:
+def call_sequence_lines(console: Console, sequence: CallSequence) -> None:
     """The calls in a row that a case fails among, one line each."""
-    asks = f", {company.asked} of them asked for {company.turn.asked!r} too" if company.turn.asked else ""
-    console.print(f"in a row, unwritten memory {company.turn.poison}{asks}:", markup=False, soft_wrap=True)
-    for index in range(len(company.volley.ends)):
-        mark = "the one that fails" if index == company.index else "beside it"
-        console.print(f"  {mark}: {describe(company.volley.call(index))}", markup=False, soft_wrap=True)
+    asks = f", {sequence.asked} of them asked for {sequence.turn.asked!r} too" if sequence.turn.asked else ""
+    console.print(f"in a row, unwritten memory {sequence.turn.poison}{asks}:", markup=False, soft_wrap=True)
+    for index in range(len(sequence.batch.ends)):
+        mark = "the one that fails" if index == sequence.index else "beside it"
+        console.print(f"  {mark}: {describe(sequence.batch.call(index))}", markup=False, soft_wrap=True)
 
 
 def backends_table(rows: Sequence[tuple[str, str, str | None]]) -> Table:

@@ -1,4 +1,4 @@
-"""How fast the two gears are, measured beside the bare kernels on the same layouts in the same run."""
+"""How fast the two modes are, measured beside the bare kernels on the same layouts in the same run."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import UnsupportedCase
-from attn_fuzz.backends.rare import PREFIX as RARE
 from attn_fuzz.backends.registry import Backend
+from attn_fuzz.backends.trigger import PREFIX as RARE
 from attn_fuzz.batch.layer import layer_verdict
 from attn_fuzz.batch.layer import run as run_layer
 from attn_fuzz.batch.packed import effective_profile, examine_wide, verdicts
 from attn_fuzz.batch.packed_call import Call, run
 from attn_fuzz.campaign.plan import available_backends
 from attn_fuzz.cases.subsets import subset
-from attn_fuzz.evaluation.bench_calls import volley_of, volleys_shared_of
+from attn_fuzz.evaluation.bench_calls import batch_of, batches_shared_of
 from attn_fuzz.evaluation.bench_cases import bare, narrow_of, plain_of, shared_of
 from attn_fuzz.evaluation.bench_plan import PLANS, Plan, layout
 from attn_fuzz.execution.environment import environment
@@ -31,7 +31,7 @@ from attn_fuzz.reduction.minimise import minimise
 from attn_fuzz.reference.batched import answers
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import layer_inputs
-from attn_fuzz.reference.screen import distrust, screen, takes
+from attn_fuzz.reference.screen import distrust, screen, unsupported_reason
 from attn_fuzz.reference.values import fused_agrees
 
 Say = Callable[[str], None]
@@ -76,7 +76,7 @@ def wide_of(case: Case, backends: Sequence[Backend], device: torch.device, *, ex
 
     def answer() -> None:
         for profile in profiles:
-            if not exact and takes(case, profile, device) is None:
+            if not exact and unsupported_reason(case, profile, device) is None:
                 screen(case, call.inputs, profile)
             else:
                 for _ in answers(case, call.inputs, profile):
@@ -86,7 +86,7 @@ def wide_of(case: Case, backends: Sequence[Backend], device: torch.device, *, ex
     count = len(case.lengths)
     return {
         "documents": count,
-        "screened": not exact and all(takes(case, profile, device) is None for profile in profiles),
+        "screened": not exact and all(unsupported_reason(case, profile, device) is None for profile in profiles),
         "seconds": whole,
         "documents_per_s": count / whole,
         "verdicts_per_s": count * len(backends) / whole,
@@ -100,7 +100,7 @@ def wide_of(case: Case, backends: Sequence[Backend], device: torch.device, *, ex
 
 
 def layer_of(plan: Plan, backend: Backend, device: torch.device, documents: int) -> dict[str, float] | None:
-    """The wide gear at layer level: nine micro-sequences, with the layer's own time; None where it is not taken."""
+    """The packed mode at layer level: nine micro-sequences, with the layer's own time; None where it is not taken."""
     lengths = layout(plan, documents).lengths
     total = sum(lengths)
     case = Case(
@@ -125,8 +125,8 @@ def _is_wrong(case: Case, backend: Backend, device: torch.device) -> bool:
     """Whether the backend takes a case and gives wrong results, whichever."""
     if backend.refusal(case, device.type) is not None:
         return False
-    suspicion = examine_wide(case, backend, device)
-    return suspicion is not None and suspicion.symptom is not Crashed
+    confirmed_failure = examine_wide(case, backend, device)
+    return confirmed_failure is not None and confirmed_failure.symptom is not Crashed
 
 
 def rare_of(plan: Plan, name: str, device: torch.device) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def rare_of(plan: Plan, name: str, device: torch.device) -> dict[str, Any]:
 def row_of(plan: Plan, backend: Backend, device: str, say: Say, *, exact: bool) -> tuple[dict[str, Any], Case] | None:
     """One backend's figures, and the layout that they were taken on; None when it does not take the layout."""
     name, place = backend.name, torch.device(device)
-    say(f"{name}: bare kernel and wide gear")
+    say(f"{name}: bare kernel and packed mode")
     found = fitting(plan, backend, place)
     if found is None:
         say(f"{name}: does not take the layout")
@@ -185,8 +185,8 @@ def row_of(plan: Plan, backend: Backend, device: str, say: Say, *, exact: bool) 
     layer = layer_of(plan, backend, place, min(4 * len(case.lengths), plan.layer_documents))
     if layer is not None:
         say(f"{name}: {layer['documents_per_s']:,.0f} documents/s wide at layer level")
-    volley = volley_of(layout(plan, min(plan.volley_documents, len(case.lengths))), backend, place)
-    say(f"{name}: {volley['cases_per_s']:,.0f} cases/s in volleys, {volley['over_bare']:.1f} times bare")
+    batch = batch_of(layout(plan, min(plan.batch_documents, len(case.lengths))), backend, place)
+    say(f"{name}: {batch['cases_per_s']:,.0f} cases/s in batches, {batch['over_bare']:.1f} times bare")
     narrow = narrow_of(name, device, plan.narrow_hunt, plan.narrow_cases)
     say(f"{name}: {narrow['cases_per_s']:,.0f} cases/s narrow")
     row = {
@@ -196,7 +196,7 @@ def row_of(plan: Plan, backend: Backend, device: str, say: Say, *, exact: bool) 
         "wide_over_bare": wide["seconds"] / seconds,
         "wide": wide,
         "wide_layer": layer,
-        "volley": volley,
+        "batch": batch,
         "narrow_cases_per_s": narrow["cases_per_s"],
         "narrow_documents_per_s": narrow["documents_per_s"],
         "narrow": narrow,
@@ -226,14 +226,14 @@ def together_of(
     say(f"{first}: {' and '.join(map(str, plan.processes))} processes on one device")
     shared = {str(n): shared_of(first, device, n, plan.narrow_seconds) for n in plan.processes}
     yield "processes", {"backend": first, "cases_per_s": shared}
-    volleys: dict[str, dict[str, float | None]] = {}
+    batches: dict[str, dict[str, float | None]] = {}
     for index, (backend, _, _) in enumerate(fitted):
-        for count in plan.volley_processes if index == 0 else plan.volley_processes[:1]:
-            rate = volleys_shared_of(backend.name, device, count, plan.volley_seconds)
+        for count in plan.batch_processes if index == 0 else plan.batch_processes[:1]:
+            rate = batches_shared_of(backend.name, device, count, plan.batch_seconds)
             told = "not measured: too little came back in time" if rate is None else f"{rate:,.0f} cases/s"
-            say(f"{backend.name}, in volleys of {count} processes: {told}")
-            volleys.setdefault(backend.name, {})[str(count)] = rate
-    yield "volley_processes", volleys
+            say(f"{backend.name}, in batches of {count} processes: {told}")
+            batches.setdefault(backend.name, {})[str(count)] = rate
+    yield "batch_processes", batches
     say(f"{first}: a plain pytest loop")
     yield "plain", (plain_of(first, device, plan.plain_cases) or {}) | {"backend": first}
 

@@ -1,4 +1,4 @@
-"""The volley gear's speed, beside the bare kernel on the same calls, in one process and in several."""
+"""The batch mode's speed, beside the bare kernel on the same calls, in one process and in several."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Final
 import torch
 
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.batch.calls import fire
-from attn_fuzz.batch.calls_batch import TURNS, judge
+from attn_fuzz.batch.calls import run_batch
+from attn_fuzz.batch.calls_batch import SCHEDULE, judge
 from attn_fuzz.batch.packed import effective_profile
-from attn_fuzz.batch.tensors import Loaded
+from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.batch.verdicts import largest_z
 from attn_fuzz.campaign.messages import Assignment, Tally
 from attn_fuzz.campaign.pool import Pool
 from attn_fuzz.execution.timing import median
-from attn_fuzz.generation.calls import DOCUMENTS, LONGEST, Volley, draw_volley
+from attn_fuzz.generation.calls import DOCUMENTS, LONGEST, CallBatch, draw_batch
 from attn_fuzz.generation.length_sweeps import Sweep
 from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.reference.answer import kernel_inputs
@@ -29,24 +29,24 @@ _ENOUGH: Final = 0.3
 """Seconds of each turn: there are many."""
 
 _SETTLED: Final = 0.4
-"""Share of the time of several processes after which they count: all have started, and volleys have grown."""
+"""Share of the time of several processes after which they count: all have started, and batches have grown."""
 
 
 _MESSAGES: Final = 3
-"""Of each process, once it has settled: fewer are of volleys that were begun before."""
+"""Of each process, once it has settled: fewer are of batches that were begun before."""
 
 _PATIENCE: Final = 3
 
 
-def cut_up(case: Case, seed: int = 0) -> Volley:
+def cut_up(case: Case, seed: int = 0) -> CallBatch:
     """A packed case cut into calls of as many documents as those of campaigns have."""
     random, ends = Random(seed), [0]
     while ends[-1] < len(case.packed_lengths):
         ends.append(min(ends[-1] + random.choice(DOCUMENTS), len(case.packed_lengths)))
-    return Volley(case, tuple(ends[1:]))
+    return CallBatch(case, tuple(ends[1:]))
 
 
-def volley_of(case: Case, backend: Backend, device: torch.device) -> dict[str, float]:
+def batch_of(case: Case, backend: Backend, device: torch.device) -> dict[str, float]:
     """Cases per second of one process, and where their time goes, in seconds per case.
 
     Args:
@@ -54,30 +54,30 @@ def volley_of(case: Case, backend: Backend, device: torch.device) -> dict[str, f
         backend: what runs them.
         device: where.
     """
-    volley, kind = cut_up(case), device.type
-    count = len(volley.ends)
-    # What is asked of a volley changes from one to the next.
-    turns = Counter(TURNS)
+    batch, kind = cut_up(case), device.type
+    count = len(batch.ends)
+    # What is asked of a batch changes from one to the next.
+    turns = Counter(SCHEDULE)
     each = {
-        turn: median(lambda asked=turn: judge(volley, backend, device, asked), device, enough=_ENOUGH)  # type: ignore[misc]
+        turn: median(lambda asked=turn: judge(batch, backend, device, asked), device, enough=_ENOUGH)  # type: ignore[misc]
         for turn in turns
     }
-    checked = sum(times * each[turn] for turn, times in turns.items()) / len(TURNS)
-    inputs = kernel_inputs(volley.case, device)
-    loaded = Loaded(volley, inputs, device)
-    bare = median(lambda: fire(loaded, backend, "none"), device)
-    run = median(lambda: fire(loaded, backend, "nan"), device)
-    placing = median(lambda: Loaded(volley, kernel_inputs(volley.case, device), device), device)
-    results, profile = fire(loaded, backend, "none").results, backend.kernel.profile_on(kind)
-    profile = effective_profile(profile, volley.case)
-    reference = median(lambda: largest_z(volley.case, inputs, profile, [results]), device)
+    checked = sum(times * each[turn] for turn, times in turns.items()) / len(SCHEDULE)
+    inputs = kernel_inputs(batch.case, device)
+    tensors_of_calls = BatchTensors(batch, inputs, device)
+    bare = median(lambda: run_batch(tensors_of_calls, backend, "none"), device)
+    run = median(lambda: run_batch(tensors_of_calls, backend, "nan"), device)
+    placing = median(lambda: BatchTensors(batch, kernel_inputs(batch.case, device), device), device)
+    results, profile = run_batch(tensors_of_calls, backend, "none").results, backend.kernel.profile_on(kind)
+    profile = effective_profile(profile, batch.case)
+    reference = median(lambda: largest_z(batch.case, inputs, profile, [results]), device)
     domain = Domain.of(backend.kernel.capabilities_on(kind), kind)
     sweep, random = Sweep(LONGEST[kind][0], 0), Random(0)
-    drawing = median(lambda: draw_volley(random, sweep, backend, domain, count), torch.device("cpu"))
+    drawing = median(lambda: draw_batch(random, sweep, backend, domain, count), torch.device("cpu"))
     return {
         "calls": count,
         "cases_per_s": count / (checked + drawing),
-        "documents_per_s": len(volley.case.packed_lengths) / (checked + drawing),
+        "documents_per_s": len(batch.case.packed_lengths) / (checked + drawing),
         "over_bare": (checked + drawing) / bare,
         "bare_s_per_case": bare / count,
         "drawing_s_per_case": drawing / count,
@@ -87,7 +87,7 @@ def volley_of(case: Case, backend: Backend, device: torch.device) -> dict[str, f
     }
 
 
-def volleys_shared_of(name: str, device: str, processes: int, seconds: float) -> float | None:
+def batches_shared_of(name: str, device: str, processes: int, seconds: float) -> float | None:
     """Calls per second that so many processes judge on one device, as a campaign draws them.
 
     One process compiles what there is to compile first, and is not counted: those that follow find it on the disk.
@@ -106,7 +106,7 @@ def volleys_shared_of(name: str, device: str, processes: int, seconds: float) ->
 def _hunted(name: str, device: str, processes: int, seconds: float) -> list[tuple[float, int]]:
     """Each message of so many processes: when it came, and how many cases there had been by then."""
     jobs = [
-        Assignment(backend=name, device=device, seed=20 + index, levels=("kernel",), seconds=seconds, gear="volley")
+        Assignment(backend=name, device=device, seed=20 + index, levels=("kernel",), seconds=seconds, mode="batch")
         for index in range(processes)
     ]
     seen: list[tuple[float, int]] = []

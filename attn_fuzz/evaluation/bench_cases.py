@@ -1,4 +1,4 @@
-"""The narrow gear's speed: one process, several, and a plain pytest loop beside them."""
+"""The case mode's speed: one process, several, and a plain pytest loop beside them."""
 
 from __future__ import annotations
 

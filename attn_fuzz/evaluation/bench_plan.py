@@ -16,8 +16,8 @@ class Plan:
     documents: int
     layer_documents: int
     """At layer level: its many small operations cost as much for few documents as for many."""
-    volley_documents: int
-    """Of a volley's calls together."""
+    batch_documents: int
+    """Of a batch's calls together."""
     longest: tuple[int, int]
     heads: int
     kv_heads: int
@@ -30,10 +30,10 @@ class Plan:
     narrow_seconds: float
     """How long several processes hunt."""
     processes: tuple[int, ...]
-    """How many processes share the device, by the narrow gear."""
-    volley_processes: tuple[int, ...]
-    """How many of them by volleys, the usual number first: of the first backend all are tried."""
-    volley_seconds: float
+    """How many processes share the device, by the case mode."""
+    batch_processes: tuple[int, ...]
+    """How many of them by batches, the usual number first: of the first backend all are tried."""
+    batch_seconds: float
     """How long each of those hunts."""
     narrow_cases: int = 60
     """Cases drawn to time their generation and their bare kernels."""
@@ -49,7 +49,7 @@ PLANS: Final = {
     "cuda": Plan(
         documents=4096,
         layer_documents=16384,
-        volley_documents=1024,
+        batch_documents=1024,
         longest=(64, 128),
         heads=4,
         kv_heads=2,
@@ -58,8 +58,8 @@ PLANS: Final = {
         narrow_hunt=100,
         narrow_seconds=15.0,
         processes=(16,),
-        volley_processes=(12, 8),
-        volley_seconds=10.0,
+        batch_processes=(12, 8),
+        batch_seconds=10.0,
         plain_cases=200,
         rare=(201, 317),
         rare_longest=(256, 400),
@@ -68,7 +68,7 @@ PLANS: Final = {
     "cpu": Plan(
         documents=512,
         layer_documents=512,
-        volley_documents=256,
+        batch_documents=256,
         longest=(16, 32),
         heads=2,
         kv_heads=1,
@@ -77,8 +77,8 @@ PLANS: Final = {
         narrow_hunt=120,
         narrow_seconds=15.0,
         processes=(2,),
-        volley_processes=(2,),
-        volley_seconds=10.0,
+        batch_processes=(2,),
+        batch_seconds=10.0,
         plain_cases=40,
         rare=(11, 23),
         rare_longest=(16, 32),

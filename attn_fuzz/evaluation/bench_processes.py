@@ -1,4 +1,4 @@
-"""Volleys of several processes that share a device, beside the bare kernel of as many on the same calls.
+"""Batches of several processes that share a device, beside the bare kernel of as many on the same calls.
 
 All of them judge calls of one layout and ask what campaigns ask, each beginning at another question. A campaign draws
 its layouts and options, longer documents and wider heads among them: ``bench`` measures that, too.
@@ -18,9 +18,9 @@ from typing import Any, Final
 import torch
 
 from attn_fuzz.backends import registry
-from attn_fuzz.batch.calls import fire
-from attn_fuzz.batch.calls_batch import TURNS, judge
-from attn_fuzz.batch.tensors import Loaded
+from attn_fuzz.batch.calls import run_batch
+from attn_fuzz.batch.calls_batch import SCHEDULE, judge
+from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.evaluation.bench_calls import cut_up
 from attn_fuzz.evaluation.bench_plan import PLANS, Plan, layout
 from attn_fuzz.execution.environment import environment
@@ -55,7 +55,7 @@ def _rate(work: Callable[[int], int], first: int, seconds: float, device: torch.
         idle(device)
         taken = time.monotonic() - started
         if taken > seconds:
-            # A volley longer than that is all there is.
+            # A batch longer than that is all there is.
             return done / last if done else calls / taken
         done, last = done + calls, taken
     raise AssertionError
@@ -67,16 +67,16 @@ def _measure(index: int, job: _Job, barrier: Barrier, results: Any) -> None:
     device = torch.device(job.device)
     for name in job.names:
         backend = registry.load(name)
-        volley = cut_up(layout(job.plan, job.plan.volley_documents, seed=index), seed=index)
-        loaded = Loaded(volley, kernel_inputs(volley.case, device), device)
+        batch = cut_up(layout(job.plan, job.plan.batch_documents, seed=index), seed=index)
+        tensors_of_calls = BatchTensors(batch, kernel_inputs(batch.case, device), device)
 
         def whole(turn: int) -> int:
-            judge(volley, backend, device, TURNS[turn % len(TURNS)])  # noqa: B023
-            return len(volley.ends)  # noqa: B023
+            judge(batch, backend, device, SCHEDULE[turn % len(SCHEDULE)])  # noqa: B023
+            return len(batch.ends)  # noqa: B023
 
         def bare(turn: int) -> int:
-            fire(loaded, backend, "none")  # noqa: B023
-            return len(volley.ends)  # noqa: B023
+            run_batch(tensors_of_calls, backend, "none")  # noqa: B023
+            return len(batch.ends)  # noqa: B023
 
         for work in (whole, bare):
             work(0)
@@ -119,7 +119,7 @@ def processes_of(
                     raise BenchError(f"figures of {told} came while {name} was measured")
                 rates[kind] += rate
             found.setdefault(name, {})[str(count)] = rates
-            say(f"{name}, {count} processes: {rates['cases_per_s']:,.0f} cases/s in volleys, "
+            say(f"{name}, {count} processes: {rates['cases_per_s']:,.0f} cases/s in batches, "
                 f"{rates['bare_calls_per_s']:,.0f} bare")  # fmt: skip
     finally:
         for worker in workers:
@@ -142,8 +142,8 @@ def bench_processes(device: str, names: Sequence[str], say: Callable[[str], None
     """The JSON object of ``bench --processes --json``."""
     plan = PLANS[device]
     # Of calls that are there already: a campaign begins with few and draws them.
-    counts, seconds = plan.volley_processes, plan.volley_seconds / 2
-    case = layout(plan, plan.volley_documents)
+    counts, seconds = plan.batch_processes, plan.batch_seconds / 2
+    case = layout(plan, plan.batch_documents)
     names = [name for name in names if registry.load(name).refusal(case, device) is None]
     return {
         "device": device,

@@ -1,6 +1,6 @@
 """What a backend takes, found out by asking: one small case for each capability, beyond what it declares too.
 
-Every case runs in a child process, with the declaration set aside (``any:NAME``), so that a crash costs one answer.
+Every case runs in a child process, with the declaration set aside (``unrestricted:NAME``): a crash costs one answer.
 """
 
 from __future__ import annotations

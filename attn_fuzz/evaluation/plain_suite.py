@@ -1,4 +1,4 @@
-"""A plain per-case test as attention suites are written, to be measured beside the two gears (evaluation/bench.py).
+"""A plain per-case test as attention suites are written, to be measured beside the two modes (evaluation/bench.py).
 
 One parametrised case a test: four documents, random tensors, a float32 reference by autograd, allclose. Run by pytest
 with the backend, the device and the file for the result in the environment.
@@ -75,5 +75,5 @@ def test_varlen(seed: int, heads: tuple[int, int], head_dim: int) -> None:
     assert torch.allclose(out.float(), wanted, atol=3e-2, rtol=3e-2)
     for got, want in zip(gradients, expected, strict=True):
         assert torch.allclose(got.float(), want.float(), atol=2e-1, rtol=5e-2)
-    # As the gears are timed (timing.py): a busy machine is to measure as an idle one does.
+    # As the modes are timed (timing.py): a busy machine is to measure as an idle one does.
     _ends.append(time.process_time() if DEVICE == "cpu" else time.perf_counter())

@@ -73,7 +73,7 @@ def keys_of(kind: Kind, row: int, key: int, other: int) -> torch.Tensor:
 
 
 def forward_sees(document: Document, kind: Kind, row: int, key: int, other: int) -> bool:
-    """Whether the census convicts a forward with the fault in this row."""
+    """Whether the census accuses a forward with the fault in this row."""
     attended = keys_of(kind, row, key, other)
     # Weights before the division by their sum are all 1, which no rounding changes.
     out = (document.values[attended].float().sum(0) / len(attended)).double()
@@ -83,7 +83,7 @@ def forward_sees(document: Document, kind: Kind, row: int, key: int, other: int)
 
 
 def backward_seen(document: Document, row: int, key: int, other: int) -> set[Kind]:
-    """Kinds of fault in this row of which dV of an output gradient in every row convicts a backward."""
+    """Kinds of fault in this row of which dV of an output gradient in every row accuses a backward."""
     length = len(document.values)
     touched = torch.tensor([key, other])
     counts = torch.arange(1, length + 1).double()

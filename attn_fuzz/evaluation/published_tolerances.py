@@ -1,6 +1,6 @@
 """Pass rules that published test suites use, for comparison only: what would they have said of the same runs?
 
-They judge whole tensors, on memory as it comes, without decoys or probes.
+They judge whole tensors, on memory as it comes, without interfering calls or probes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The project's own exam: every planted fault is hunted without hints, from several seeds."""
+"""Mutation testing of the harness: every seeded fault is hunted without hints, from several seeds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from attn_fuzz.backends import registry
 from attn_fuzz.backends.faults.fault import PREFIX, RankFault, TensorFault, faults
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.campaign.messages import Assignment, Failed, Found, Message
-from attn_fuzz.campaign.serve import HUNTS
+from attn_fuzz.campaign.serve import WORK
 from attn_fuzz.cases.smaller import fewer_documents, one_shorter
 from attn_fuzz.evaluation.published_tolerances import failing
 from attn_fuzz.execution.process import set_up_process
@@ -32,7 +32,7 @@ SEEDS: Final = (0, 1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
-class Mark:
+class MutantResult:
     """How one fault fared from one seed."""
 
     fault: str
@@ -63,18 +63,18 @@ def called(fault: str) -> bool:
     return "kernel" in registry.load(PREFIX + fault).levels
 
 
-def hunt_fault(fault: str, seed: int, max_cases: int = MAX_CASES, gear: str = "narrow") -> Mark:
-    """Hunts one fault on the CPU until it is found, by the narrow gear or by volleys."""
+def find_fault(fault: str, seed: int, max_cases: int = MAX_CASES, mode: str = "case") -> MutantResult:
+    """Hunts one fault on the CPU until it is found, by the case mode or by batches."""
     messages: list[Message] = []
     ranks, tensor_ranks = _spread(fault)
-    HUNTS[gear](
+    WORK[mode](
         Assignment(
             backend=PREFIX + fault,
             device="cpu",
             seed=seed,
             cases=max_cases,
             stop_at_first=True,
-            gear=gear,
+            mode=mode,
             ranks=tuple(ranks),
             tensor_ranks=tuple(tensor_ranks),
         ),
@@ -85,9 +85,9 @@ def hunt_fault(fault: str, seed: int, max_cases: int = MAX_CASES, gear: str = "n
             raise RuntimeError(message.reason)
     found = [message.finding for message in messages if isinstance(message, Found)]
     if not found:
-        return Mark(fault, seed, None, max_cases, 0.0, None)
+        return MutantResult(fault, seed, None, max_cases, 0.0, None)
     finding = found[0]
-    return Mark(fault, seed, finding, finding.cases_to_find, finding.seconds_to_find, is_minimal(finding))
+    return MutantResult(fault, seed, finding, finding.cases_to_find, finding.seconds_to_find, is_minimal(finding))
 
 
 def is_minimal(finding: Finding) -> bool:
@@ -140,12 +140,12 @@ def rules_on(fault: str, seed: int = 0, count: int = RULE_CASES) -> set[str]:
     return caught
 
 
-def take(fault: str, seed: int | None, max_cases: int, gear: str = "narrow") -> Mark | tuple[str, set[str]]:
+def take(fault: str, seed: int | None, max_cases: int, mode: str = "case") -> MutantResult | tuple[str, set[str]]:
     """One unit of work: a hunt, or (seed None) the published rules."""
-    return (fault, rules_on(fault)) if seed is None else hunt_fault(fault, seed, max_cases, gear)
+    return (fault, rules_on(fault)) if seed is None else find_fault(fault, seed, max_cases, mode)
 
 
-def row(fault: str, marks: Sequence[Mark], rules: set[str] | None) -> dict[str, Any]:
+def row(fault: str, marks: Sequence[MutantResult], rules: set[str] | None) -> dict[str, Any]:
     """The JSON object of a fault from its marks."""
     planted = faults()[fault]
     found = [mark.finding for mark in marks if mark.finding is not None]

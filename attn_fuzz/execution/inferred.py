@@ -31,7 +31,7 @@ TIMES = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class InferredCapabilities:
     """The answers."""
 
     capacity: bool
@@ -94,7 +94,7 @@ def _of_backward(name: str) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def measured(backend: Backend, device: str) -> Measured:
+def inferred(backend: Backend, device: str) -> InferredCapabilities:
     """Statements where there are any, measurements otherwise."""
     where = torch.device(device)
     stated = backend.kernel.capabilities_on(where.type)
@@ -105,7 +105,7 @@ def measured(backend: Backend, device: str) -> Measured:
     capacity, isolates = stated.capacity, stated.isolates_nonfinite
     if "kernel" not in backend.levels:
         # A layer cannot be asked in one call; NaN is then kept out of its documents.
-        return Measured(bool(capacity), bool(isolates), forward, backward)
+        return InferredCapabilities(bool(capacity), bool(isolates), forward, backward)
     plain = _plain(backend, where.type, _LENGTHS)
     if capacity is None:
         wide = plain.replace(capacity=3)
@@ -124,4 +124,4 @@ def measured(backend: Backend, device: str) -> Measured:
     if stated.capacity is None and not isolates:
         # NaN behind the last document would be multiplied by 0 as that of another document is.
         capacity = False
-    return Measured(capacity, isolates, forward, backward)
+    return InferredCapabilities(capacity, isolates, forward, backward)

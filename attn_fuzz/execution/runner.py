@@ -47,30 +47,30 @@ def refusing_cleanly(runs: Sequence[KernelCall | LayerRun]) -> Iterator[None]:
 
 
 def around(
-    decoy: Case | None,
+    interfering: Case | None,
     made: Callable[[Case], KernelCall | LayerRun],
     *,
     crossed: bool,
     lockstep: bool = False,
 ) -> Iterator[None]:
-    """Yields once, for the forward under test, between a decoy's forward and the whole of another one of its kind.
+    """Yields once, for the forward under test, between an interfering call's forward and the whole of another one.
 
-    What is kept by shape is then the decoy's when the case comes, and what is shared by shape is the decoy's again when
-    the case's backward comes. A decoy that fails is a case of its own, some other time.
+    What is kept by shape is then the other call's when the case comes, and what is shared by shape is the other call's
+    again when the case's backward comes. An interfering call that fails is a case of its own, some other time.
 
     Args:
-        decoy: what runs around the case, or None.
-        made: gives a run of the decoy.
-        crossed: there is only one decoy, alive all the time, whose backward comes where otherwise the other one does.
-        lockstep: a decoy that fails fails the case, since other ranks wait for what it did not get to.
+        interfering: what runs around the case, or None.
+        made: gives a run of the interfering call.
+        crossed: there is only one, alive all the time, whose backward comes where otherwise the other one does.
+        lockstep: an interfering call that fails fails the case, since other ranks wait for what it did not get to.
     """
 
     def attempt(begun: KernelCall | LayerRun | None, *, whole: bool) -> KernelCall | LayerRun | None:
-        if decoy is None:
+        if interfering is None:
             return None
         try:
             if begun is None:
-                begun = made(decoy)
+                begun = made(interfering)
                 begun.forward()
             if whole:
                 begun.backward()
@@ -183,21 +183,21 @@ def run_kernel(
     inputs: Inputs,
     poison: str,
     device: torch.device,
-    decoy: Case | None = None,
+    interfering: Case | None = None,
     asked: Asked = EVERYTHING,
 ) -> Observation:
-    """Forward and backward of one varlen call on ``device``, around those of a decoy where one is given.
+    """Forward and backward of one varlen call on ``device``, around those of an interfering call where one is given.
 
     Raises:
         UnsupportedCase: when the backend itself refuses; the message says if it had written anything by then.
     """
     made = functools.partial(KernelCall, backend, poison=poison, device=device)
     # Drawn once, and with nobody filling the memory that it takes.
-    others = kernel_inputs(decoy, "cpu") if decoy is not None else inputs
+    others = kernel_inputs(interfering, "cpu") if interfering is not None else inputs
     calls: list[KernelCall] = []
     with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly(calls):
-        for _ in around(decoy, lambda other: made(case=other, inputs=others), crossed=crossing(case)):
-            # Not before a decoy that goes is gone, whose memory this call then gets: what is kept by address is stale.
+        for _ in around(interfering, lambda other: made(case=other, inputs=others), crossed=crossing(case)):
+            # Not before another call that goes is gone, whose memory this one then gets: kept addresses are stale.
             calls.append(made(case=case, inputs=inputs, asked=asked))
             calls[0].forward()
         calls[0].backward()
@@ -213,7 +213,7 @@ class LayerRun:
         inputs: its tensors.
         poison: contents of unwritten memory.
         device: where.
-        watched: whether the K/V buffer is compared step by step, which nobody asks of a decoy.
+        watched: whether the K/V buffer is compared step by step, which nobody asks of an interfering call.
     """
 
     def __init__(
@@ -307,15 +307,22 @@ class LayerRun:
 
 
 def run_layer(
-    backend: Backend, case: Case, inputs: LayerInputs, poison: str, device: torch.device, decoy: Case | None = None
+    backend: Backend,
+    case: Case,
+    inputs: LayerInputs,
+    poison: str,
+    device: torch.device,
+    interfering: Case | None = None,
 ) -> Observation:
-    """A packed sequence through the backend's layer on ``device``, around a decoy's where one is given."""
+    """A packed sequence through the backend's layer on ``device``, around an interfering call's where one is given."""
     run = LayerRun(backend, case, inputs, poison, device)
     # Drawn once, and with nobody filling the memory that it takes.
-    others = layer_inputs(decoy, "cpu") if decoy is not None else inputs
+    others = layer_inputs(interfering, "cpu") if interfering is not None else inputs
     with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly([run]):
         for _ in around(
-            decoy, lambda other: LayerRun(backend, other, others, poison, device, watched=False), crossed=crossing(case)
+            interfering,
+            lambda other: LayerRun(backend, other, others, poison, device, watched=False),
+            crossed=crossing(case),
         ):
             run.forward()
         run.backward()

@@ -32,8 +32,8 @@ class Finding:
     cases_to_find: int
     seconds_to_find: float
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    company: Mapping[str, Any] | None = None
-    """Calls in a row (``volley.company.Company.to_dict``) where the case fails among them only."""
+    sequence: Mapping[str, Any] | None = None
+    """Calls in a row (``reduction.call_sequence.CallSequence.to_dict``) where the case fails among them only."""
 
     @property
     def id(self) -> str:
@@ -52,7 +52,7 @@ class Finding:
             "case": self.case.to_dict(),
             "original_case": self.original_case.to_dict(),
             "environment": dict(self.environment),
-            "company": None if self.company is None else dict(self.company),
+            "sequence": None if self.sequence is None else dict(self.sequence),
         }
 
     @classmethod
@@ -75,7 +75,7 @@ class Finding:
                 cases_to_find=int(data["cases_to_find"]),
                 seconds_to_find=float(data["seconds_to_find"]),
                 environment=dict(data.get("environment", {})),
-                company=None if data.get("company") is None else dict(data["company"]),
+                sequence=None if data.get("sequence") is None else dict(data["sequence"]),
             )
         except CaseError:
             raise

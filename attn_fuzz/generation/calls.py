@@ -1,4 +1,4 @@
-"""What a volley is made of: a packed case, and where it is cut into calls."""
+"""What a batch is made of: a packed case, and where it is cut into calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.reference.case import Case
 
 LONGEST: Final = {"cuda": ((64, 128), (256, 400), (16, 32)), "cpu": ((16, 32), (64, 128), (16, 32))}
-"""(queries, keys) of the longest documents of volleys, in turn."""
+"""(queries, keys) of the longest documents of batches, in turn."""
 
 DOCUMENTS: Final = (1, 1, 2, 2, 3, 4, 4, 5, 7, 12)
 """How many documents a call may have; 4 in the mean."""
@@ -25,15 +25,15 @@ _MEAN: Final = sum(DOCUMENTS) / len(DOCUMENTS)
 VALUES: Final = ("gaussian", "gaussian", "gaussian", "large", "large", "offset", "tiny", "ties")
 
 _ANY_OPTIONS: Final = 0.4
-"""Share of volleys whose head dimension, head group and scale are any that are taken: some cost ten times others."""
+"""Share of batches whose head dimension, head group and scale are any that are taken: some cost ten times others."""
 
 _MOST_WORK: Final = {"cuda": 1e9, "cpu": 4e7}
-"""Products of a query's and a key's channels in a volley, an eighth of a second of the reference's on a GPU and half a
+"""Products of a query's and a key's channels in a batch, an eighth of a second of the reference's on a GPU and half a
 one on a CPU: longer documents and wider heads make fewer calls, and would keep other processes from the device."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Volley:
+class CallBatch:
     """Small calls that share everything but their documents."""
 
     case: Case
@@ -57,24 +57,24 @@ class Volley:
         assert small is not None
         return small
 
-    def other(self, seed: int) -> Volley:
+    def other(self, seed: int) -> CallBatch:
         """The same calls with other values."""
-        return Volley(self.case.replace(seed=seed), self.ends)
+        return CallBatch(self.case.replace(seed=seed), self.ends)
 
-    def first(self, calls: int) -> Volley:
+    def first(self, calls: int) -> CallBatch:
         """So many of its calls."""
         ends = self.ends[:calls]
         small = subset(self.case, range(ends[-1]))
         assert small is not None
-        return Volley(small, ends)
+        return CallBatch(small, ends)
 
 
 def compiles_for_calls(capabilities: Capabilities) -> bool:
-    """Whether a backend compiles for every layout or option, and so for each call of a volley."""
+    """Whether a backend compiles for every layout or option, and so for each call of a batch."""
     return bool(capabilities.layouts or capabilities.configurations)
 
 
-def draw_volley(random: Random, sweep: Sweep, backend: Backend, domain: Domain, calls: int) -> Volley | None:
+def draw_batch(random: Random, sweep: Sweep, backend: Backend, domain: Domain, calls: int) -> CallBatch | None:
     """Calls that a backend takes, up to so many, or None where none of those drawn is one.
 
     Args:
@@ -106,4 +106,4 @@ def draw_volley(random: Random, sweep: Sweep, backend: Backend, domain: Domain, 
             ends.append(len(kept))
         begin = end
     packed = subset(case, kept) if kept else None
-    return None if packed is None else Volley(packed, tuple(ends))
+    return None if packed is None else CallBatch(packed, tuple(ends))

@@ -23,7 +23,7 @@ _OPTIONS: Final = {"cuda": 7, "cpu": 4}
 WINDOW_SIDES: Final = (0, 1, 2, 7, 15, 16, 31, 63, 64)
 
 VALUES: Final = ("gaussian", "gaussian", "gaussian", "large", "offset")
-"""Continuous modes only: what is structured on purpose is the narrow gear's."""
+"""Continuous modes only: what is structured on purpose is the case mode's."""
 
 _MANY_HEADS: Final = 0.15
 """Share of calls with groups above 8, or more heads than 32."""
@@ -38,7 +38,7 @@ _LONG_ROWS: Final = 0.2
 """Share of calls in which one document has thousands of queries, where it may."""
 
 _LONG_WORK: Final = 1 << 23
-"""Products of a query's and a key's channels in that document, a fifth of a volley's on a CPU."""
+"""Products of a query's and a key's channels in that document, a fifth of a batch's on a CPU."""
 
 _ATTEMPTS: Final = 50
 

@@ -89,7 +89,7 @@ def examine(
     device = torch.device(device)
     require_support(backend, case, device)
     trial = Trial(case, backend, device, poisons, hasty=hasty)
-    if case.level == "kernel" and case.capacity and not trial.measured.capacity:
+    if case.level == "kernel" and case.capacity and not trial.inferred.capacity:
         raise UnsupportedCase(f"{backend.name} does not take rows beyond the last document")
     observations = _observed(trial)
     if isinstance(observations, Symptom):
@@ -159,7 +159,7 @@ def tried(case: Case, backend: Backend, device: torch.device | str) -> Verdict:
     """
     device = torch.device(device)
     require_support(backend, case, device)
-    observations = _observed(Trial(case, backend, device, POISONS[:1], company=False))
+    observations = _observed(Trial(case, backend, device, POISONS[:1], sequence=False))
     if isinstance(observations, Symptom):
         return Verdict((observations,), {}, frozenset())
     nan = [name for name, got in observations[0].results.items() if got.isnan().any()]

@@ -36,9 +36,9 @@ from attn_fuzz.oracle.symptoms import (
 )
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.answer import Expected, Inputs
-from attn_fuzz.reference.arithmetic import SAMPLES
 from attn_fuzz.reference.batched import kernel_answer
 from attn_fuzz.reference.case import Case, CaseError
+from attn_fuzz.reference.monte_carlo import SAMPLES
 from attn_fuzz.reference.narrow import Narrow
 from attn_fuzz.reference.profile import Profile
 

@@ -9,19 +9,19 @@ from collections.abc import Callable, Sequence
 import torch
 
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.cases.interfering import decoy_of
-from attn_fuzz.execution.inferred import TIMES, Measured, measured, promises
+from attn_fuzz.cases.interfering import interfering_call
+from attn_fuzz.execution.inferred import TIMES, InferredCapabilities, inferred, promises
 from attn_fuzz.execution.observation import Observation, differing
 from attn_fuzz.execution.poison import POISONS
 from attn_fuzz.execution.runner import EVERYTHING, Asked, run_kernel, run_layer
 from attn_fuzz.ranks.gather import run_ranks
 from attn_fuzz.reference.answer import Expected, Inputs, kernel_inputs
-from attn_fuzz.reference.arithmetic import CONFIRMING_SAMPLES, SAMPLES
 from attn_fuzz.reference.batched import kernel_answer
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import LayerInputs, layer_answer, layer_inputs
 from attn_fuzz.reference.layout import document_spans
 from attn_fuzz.reference.memory import same_bits
+from attn_fuzz.reference.monte_carlo import CONFIRMING_SAMPLES, SAMPLES
 from attn_fuzz.reference.profile import Profile
 
 # Second value seed of a layout: an error that is a property of the layout shows under both.
@@ -38,8 +38,8 @@ class Trial:
     poisons: Sequence[str] = POISONS
     touched: list[str] = dataclasses.field(default_factory=list, repr=False)
     """Inputs, metadata or guard margins whose bits any run has changed, in words; shared by trials made from this."""
-    company: bool | None = None
-    """Whether a decoy runs around the first run; None: as the case's seed says (``in_company``)."""
+    sequence: bool | None = None
+    """Whether an interfering call runs around the first run; None: as the case's seed says (``interferes``)."""
     hasty: bool = False
     """Whether quick budgets are good enough, as they are for what is not the last word."""
     first_deviations: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False)
@@ -55,59 +55,59 @@ class Trial:
         return (kernel_inputs if self.case.level == "kernel" else layer_inputs)(self.case, "cpu")
 
     @property
-    def in_company(self) -> bool:
-        """Whether a decoy runs around the first run.
+    def interferes(self) -> bool:
+        """Whether an interfering call runs around the first run.
 
         Ranks do not keep more between calls than one process does, and two more passes of all their collectives would
         be a third of a case: of those cases, one seed in four, which is none that a shrinker leaves.
         """
-        return self.company if self.company is not None else self.case.all_ranks == 1 or self.case.seed % 4 == 0
+        return self.sequence if self.sequence is not None else self.case.all_ranks == 1 or self.case.seed % 4 == 0
 
     @functools.cached_property
     def observations(self) -> tuple[Observation, ...]:
-        """One run per poison; the first in the company of a decoy, the others alone."""
-        decoy = decoy_of(self.case, self.backend, self.device.type) if self.in_company else None
+        """One run per poison; the first in the company of an interfering call, the others alone."""
+        interfering = interfering_call(self.case, self.backend, self.device.type) if self.interferes else None
         if self.case.all_ranks > 1:
             assert isinstance(self.inputs, LayerInputs)
-            return tuple(self._on_ranks(self.inputs, self.poisons, decoy))
+            return tuple(self._on_ranks(self.inputs, self.poisons, interfering))
         first, *others = self.poisons
-        return (self.observe(first, decoy), *(self.observe(poison) for poison in others))
+        return (self.observe(first, interfering), *(self.observe(poison) for poison in others))
 
-    def _on_ranks(self, inputs: LayerInputs, poisons: Sequence[str], decoy: Case | None) -> list[Observation]:
+    def _on_ranks(self, inputs: LayerInputs, poisons: Sequence[str], interfering: Case | None) -> list[Observation]:
         """A run under each poison."""
-        observed = run_ranks(self.backend, self.case, inputs, poisons, self.device, decoy)
+        observed = run_ranks(self.backend, self.case, inputs, poisons, self.device, interfering)
         self.touched.extend(what for one in observed for what in one.changed)
         return observed
 
-    def observe(self, poison: str, decoy: Case | None = None) -> Observation:
+    def observe(self, poison: str, interfering: Case | None = None) -> Observation:
         """A run of its own."""
-        return self.observe_with(self.inputs, poison, decoy)
+        return self.observe_with(self.inputs, poison, interfering)
 
     def observe_with(
         self,
         inputs: Inputs | LayerInputs,
         poison: str,
-        decoy: Case | None = None,
+        interfering: Case | None = None,
         asked: Asked = EVERYTHING,
     ) -> Observation:
         """A run with other tensors than the case's; of autograd only a kernel case can be asked otherwise."""
         if isinstance(inputs, Inputs):
-            observed = run_kernel(self.backend, self.case, inputs, poison, self.device, decoy, asked)
+            observed = run_kernel(self.backend, self.case, inputs, poison, self.device, interfering, asked)
         elif self.case.all_ranks > 1:
-            return self._on_ranks(inputs, (poison,), decoy)[0]
+            return self._on_ranks(inputs, (poison,), interfering)[0]
         else:
-            observed = run_layer(self.backend, self.case, inputs, poison, self.device, decoy)
+            observed = run_layer(self.backend, self.case, inputs, poison, self.device, interfering)
         self.touched.extend(observed.changed)
         return observed
 
     @functools.cached_property
-    def measured(self) -> Measured:
+    def inferred(self) -> InferredCapabilities:
         """What nobody has stated about the backend, found out by trying."""
-        return measured(self.backend, str(self.device))
+        return inferred(self.backend, str(self.device))
 
     def repeats(self, name: str) -> bool:
         """Whether the backend promises the same bits every time for this result."""
-        return self.measured.repeats(name)
+        return self.inferred.repeats(name)
 
     def moves_for(self, name: str, other: Callable[[], Observation]) -> bool:
         """Whether other bits of a result come of what a run does otherwise, and not of chance.
@@ -185,7 +185,7 @@ class Trial:
     def second(self) -> Trial:
         """The same layout with other values."""
         other = self.case.replace(seed=self.case.seed ^ SECOND_SEED)
-        return dataclasses.replace(self, case=other, company=self.in_company)
+        return dataclasses.replace(self, case=other, sequence=self.interferes)
 
     def document_of(self, tensor: str, row: int) -> tuple[int | None, int]:
         """(document, row within it) of a tensor's row; parameters have no documents."""

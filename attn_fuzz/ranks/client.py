@@ -1,4 +1,4 @@
-"""The parent's end of the process that ranks are forked from (``nursery``)."""
+"""The parent's end of the process that ranks are forked from (``fork server``)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ MESSAGE: Final = 1 << 16
 """The longest request or answer, in bytes."""
 
 MAX_RANKS: Final = 64
-"""The most ranks of a team: each costs a process that has all of torch in it."""
+"""The most ranks of a group: each costs a process that has all of torch in it."""
 
-_NURSERY: Final = "attn_fuzz.ranks.fork_server"
+_FORK_SERVER: Final = "attn_fuzz.ranks.fork_server"
 
 
 class HostError(RuntimeError):
     """Ranks cannot be started; the message is one sentence."""
 
 
-class Host:
-    """Starts the process when the first team is asked for."""
+class Client:
+    """Starts the process when the first group is asked for."""
 
     def __init__(self) -> None:
         self._socket: socket.socket | None = None
@@ -37,7 +37,7 @@ class Host:
         path = os.pathsep.join(place or os.getcwd() for place in sys.path)
         # Standard output belongs to the parent's results.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", _NURSERY, str(theirs.fileno())],
+            [sys.executable, "-m", _FORK_SERVER, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=2,

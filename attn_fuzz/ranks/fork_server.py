@@ -1,7 +1,7 @@
-"""The process that ranks are forked from: it has imported everything once, so that a new team costs milliseconds.
+"""The process that ranks are forked from: it has imported everything once, so that a new group costs milliseconds.
 
 It runs a single thread and never touches a GPU, which is what makes forking safe. It ends, with all ranks, when its
-parent (``host``) does.
+parent (``client``) does.
 """
 
 from __future__ import annotations

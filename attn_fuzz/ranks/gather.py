@@ -8,7 +8,7 @@ import torch
 
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.execution.observation import Observation
-from attn_fuzz.ranks.rank_group import PATIENCE, QUICK_PATIENCE, teams
+from attn_fuzz.ranks.rank_group import PATIENCE, QUICK_PATIENCE, rank_groups
 from attn_fuzz.ranks.rank_run import run_slice
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import LayerInputs, layer_inputs
@@ -29,11 +29,11 @@ def run_ranks(
     inputs: LayerInputs,
     poisons: Sequence[str],
     device: torch.device,
-    decoy: Case | None = None,
+    interfering: Case | None = None,
 ) -> list[Observation]:
     """A packed sequence through the backend's layer on ``case.all_ranks`` ranks, once under each poison.
 
-    Where a decoy is given, the first run is around its own.
+    Where an interfering call is given, the first run is around its own.
 
     Raises:
         RankFailed: when a rank raised or died.
@@ -41,10 +41,17 @@ def run_ranks(
         UnsupportedCase: when the backend itself refuses.
     """
     # Drawn here once, and not on every rank.
-    arguments = (backend.name, case, inputs, tuple(poisons), decoy, decoy and layer_inputs(decoy, "cpu"))
+    arguments = (
+        backend.name,
+        case,
+        inputs,
+        tuple(poisons),
+        interfering,
+        interfering and layer_inputs(interfering, "cpu"),
+    )
     quick = device.type == "cpu" and not backend.kernel.compiled
     patience = QUICK_PATIENCE if quick else PATIENCE
-    by_rank = teams().call(case.all_ranks, device, run_slice, arguments, patience)
+    by_rank = rank_groups().call(case.all_ranks, device, run_slice, arguments, patience)
     return [assembled(case, poison, observed) for poison, *observed in zip(poisons, *by_rank, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""How many collectives each rank of a team has begun, where the parent sees it while they wait for one another.
+"""How many collectives each rank of a group has begun, where the parent sees it while they wait for one another.
 
 Ranks that share a sequence begin the same collectives in the same order. One that has come back after fewer than
 another has begun leaves that one waiting for ever, which is certain long before any patience ends.
@@ -20,7 +20,7 @@ _COUNT: Final = struct.Struct("=Q")
 
 
 class Progress:
-    """Counts in a file that all ranks of a team, and their parent, have mapped.
+    """Counts in a file that all ranks of a group, and their parent, have mapped.
 
     Args:
         path: of the file, which is made where there is none.
@@ -42,7 +42,7 @@ class Progress:
         _COUNT.pack_into(self._counts, place, _COUNT.unpack_from(self._counts, place)[0] + 1)
 
     def counts(self) -> list[int]:
-        """How many each rank has begun since the team was started."""
+        """How many each rank has begun since the group was started."""
         return [count for (count,) in _COUNT.iter_unpack(self._counts)]
 
 
@@ -52,7 +52,7 @@ class Counted(Collectives):
     Args:
         collectives: what makes them.
         progress: where they are counted.
-        rank: whose count that is, among all ranks of the team.
+        rank: whose count that is, among all ranks of the group.
     """
 
     def __init__(self, collectives: Collectives, progress: Progress, rank: int) -> None:

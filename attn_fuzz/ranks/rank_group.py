@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from attn_fuzz.backends.kernel import UnsupportedCase
-from attn_fuzz.ranks.client import Host, HostError
+from attn_fuzz.ranks.client import Client, HostError
 from attn_fuzz.ranks.pickling import packed, unpacked
 from attn_fuzz.ranks.progress import Progress
 from attn_fuzz.ranks.rank_process import Failure, Seat
@@ -47,7 +47,7 @@ class RanksHung(RuntimeError):
 
 
 def seats(device: torch.device, ranks: int, folder: Path) -> list[Seat]:
-    """Where the ranks of a team sit: NCCL with a GPU each where there are enough, otherwise gloo on one device."""
+    """Where the ranks of a group sit: NCCL with a GPU each where there are enough, otherwise gloo on one device."""
     files = str(folder / "store"), str(folder / "progress")
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     if gpus >= ranks and dist.is_nccl_available():
@@ -57,7 +57,7 @@ def seats(device: torch.device, ranks: int, folder: Path) -> list[Seat]:
     return [Seat(rank, ranks, place, "gloo", *files) for rank in range(ranks)]
 
 
-class Team:
+class RankGroup:
     """Processes that share a process group.
 
     Args:
@@ -66,8 +66,8 @@ class Team:
         device: of the first one.
     """
 
-    def __init__(self, host: Host, ranks: int, device: torch.device) -> None:
-        self._host, self._ranks = host, ranks
+    def __init__(self, client: Client, ranks: int, device: torch.device) -> None:
+        self._client, self._ranks = client, ranks
         self._folder = tempfile.TemporaryDirectory(prefix="attn-fuzz-ranks-")
         pairs = [Pipe() for _ in range(ranks)]
         self._connections: list[Connection] = [ours for ours, _ in pairs]
@@ -75,7 +75,9 @@ class Team:
         self._progress = Progress(places[0].progress, ranks)
         self.transport = places[0].transport
         try:
-            self.pids = host.fork([dataclasses.asdict(seat) for seat in places], [there.fileno() for _, there in pairs])
+            self.pids = client.fork(
+                [dataclasses.asdict(seat) for seat in places], [there.fileno() for _, there in pairs]
+            )
         finally:
             for _, theirs in pairs:
                 theirs.close()
@@ -100,7 +102,7 @@ class Team:
         answers, dead = self._answers(time.monotonic() + seconds)
         failures = {rank: answer for rank, answer in answers.items() if isinstance(answer, Failure)}
         if dead:
-            codes = self._host.end(self.pids)
+            codes = self._client.end(self.pids)
             self.pids = []
             raise RankFailed(f"rank {dead[0]} of {self._ranks} died with exit code {codes[dead[0]]}")
         if failures:
@@ -159,24 +161,24 @@ class Team:
         if self.pids:
             # A host that is gone took them along.
             with contextlib.suppress(HostError):
-                self._host.end(self.pids)
+                self._client.end(self.pids)
             self.pids = []
         self._folder.cleanup()
 
 
-class Teams:
-    """The teams of this process, one for each number of ranks on each device, started when first needed."""
+class RankGroups:
+    """The groups of this process, one for each number of ranks on each device, started when first needed."""
 
     def __init__(self) -> None:
-        self._host = Host()
-        self._teams: dict[tuple[int, str], Team] = {}
+        self._client = Client()
+        self._rank_groups: dict[tuple[int, str], RankGroup] = {}
 
-    def team(self, ranks: int, device: torch.device) -> Team:
-        """The team, alive as far as is known."""
+    def group(self, ranks: int, device: torch.device) -> RankGroup:
+        """The group, alive as far as is known."""
         key = (ranks, str(device))
-        if key not in self._teams:
-            self._teams[key] = Team(self._host, ranks, device)
-        return self._teams[key]
+        if key not in self._rank_groups:
+            self._rank_groups[key] = RankGroup(self._client, ranks, device)
+        return self._rank_groups[key]
 
     def call(
         self,
@@ -186,34 +188,34 @@ class Teams:
         arguments: Sequence[Any],
         seconds: float = PATIENCE,
     ) -> list[Any]:
-        """``Team.call``; a team in which anything went wrong is replaced, since its ranks may be out of step."""
-        team = self.team(ranks, device)
+        """``Team.call``; a group in which anything went wrong is replaced, since its ranks may be out of step."""
+        group = self.group(ranks, device)
         try:
-            return team.call(function, arguments, seconds)
+            return group.call(function, arguments, seconds)
         except HostError:
-            # All ranks of all teams ended with it.
+            # All ranks of all groups ended with it.
             self.close()
             raise
         except BaseException:
-            del self._teams[ranks, str(device)]
-            team.end()
+            del self._rank_groups[ranks, str(device)]
+            group.end()
             raise
 
     def close(self) -> None:
-        """Ends all teams and the host."""
-        for team in self._teams.values():
-            team.end()
-        self._teams.clear()
-        self._host.close()
+        """Ends all groups and the host."""
+        for group in self._rank_groups.values():
+            group.end()
+        self._rank_groups.clear()
+        self._client.close()
 
 
-_mine: tuple[int, Teams] | None = None
+_mine: tuple[int, RankGroups] | None = None
 
 
-def teams() -> Teams:
-    """This process's teams; they end with it."""
+def rank_groups() -> RankGroups:
+    """This process's groups; they end with it."""
     global _mine
     if _mine is None or _mine[0] != os.getpid():
-        _mine = (os.getpid(), Teams())
+        _mine = (os.getpid(), RankGroups())
         atexit.register(_mine[1].close)
     return _mine[1]

@@ -33,7 +33,7 @@ class Seat:
     transport: str
     """``gloo`` or ``nccl``."""
     store: str
-    """File through which the ranks of a team find one another."""
+    """File through which the ranks of a group find one another."""
     progress: str
     """File in which they count their collectives."""
 

@@ -42,10 +42,10 @@ def run_slice(
     case: Case,
     inputs: LayerInputs,
     poisons: Sequence[str],
-    decoy: Case | None,
-    decoys: LayerInputs | None,
+    interfering: Case | None,
+    interfering_calls: LayerInputs | None,
 ) -> list[Observation]:
-    """What one rank does: called in every rank of a team. One run per poison, the first around a decoy if there is one.
+    """What one rank does: called in every rank of a group. One run per poison.
 
     Runs of a case are asked for together, because a call wakes every process up.
     """
@@ -55,11 +55,11 @@ def run_slice(
         run = RankRun(loaded, case, inputs, poison, device)
 
         def made(other: Case, poison: str = poison) -> RankRun:
-            assert decoys is not None
-            return RankRun(loaded, other, decoys, poison, device, watched=False)
+            assert interfering_calls is not None
+            return RankRun(loaded, other, interfering_calls, poison, device, watched=False)
 
         with poisoned(poison, device, compiled=loaded.kernel.compiled), refusing_cleanly([run]):
-            for _ in around(None if observations else decoy, made, crossed=crossing(case), lockstep=True):
+            for _ in around(None if observations else interfering, made, crossed=crossing(case), lockstep=True):
                 run.forward()
             run.backward()
         observations.append(run.observe())

@@ -1,4 +1,4 @@
-"""From a packed call that fails to a case that the narrow gear takes: alone, with neighbours, by bisection."""
+"""From a packed call that fails to a case that the case mode takes: alone, with neighbours, by bisection."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from attn_fuzz.reference.case import Case
 
 Fails = Callable[[Case], bool]
 
-SUSPECTS: Final = 3
+CANDIDATES: Final = 3
 """Documents tried on their own: of a fault's many victims the worst few are as good as any."""
 
 NEIGHBOURS: Final = (0, 1, 4)
@@ -23,7 +23,7 @@ CLIPS: Final = (1, 2, 4, 8, 16, 32)
 """Lengths to which all documents of a call are cut down at once."""
 
 ENOUGH: Final = 12
-"""Documents that the narrow gear shrinks by itself."""
+"""Documents that the case mode shrinks by itself."""
 
 
 def candidates(case: Case, documents: Sequence[int]) -> list[Case]:
@@ -31,7 +31,7 @@ def candidates(case: Case, documents: Sequence[int]) -> list[Case]:
     found: dict[Case, None] = {}
     count = len(case.packed_lengths)
     for reach in NEIGHBOURS:
-        for place in documents[:SUSPECTS]:
+        for place in documents[:CANDIDATES]:
             small = subset(case, range(max(place - reach, 0), min(place + reach + 1, count)))
             if small is not None:
                 found[small] = None

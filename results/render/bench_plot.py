@@ -24,7 +24,7 @@ def title(result: dict[str, Any]) -> str:
 
 
 def draw(results: list[dict[str, Any]], target: Path) -> None:
-    """Where the wide gear's time goes per document, and documents per second of both gears."""
+    """Where the packed mode's time goes per document, and documents per second of both modes."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -23,7 +23,7 @@ _HEADS: Final = (
     "ratio",
     "wide documents/s",
     "at layer level",
-    "volley cases/s",
+    "batch cases/s",
     "over bare",
     "narrow cases/s",
     "wide over narrow, documents",
@@ -31,7 +31,7 @@ _HEADS: Final = (
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
-    wide, volley, layer = row["wide"], row["volley"], row["wide_layer"]
+    wide, batch, layer = row["wide"], row["batch"], row["wide_layer"]
     return (
         row["name"],
         f"{wide['documents']:,}",
@@ -40,8 +40,8 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['wide_over_bare']:.1f}",
         f"{row['wide_documents_per_s']:,.0f}",
         "-" if layer is None else f"{layer['documents_per_s']:,.0f}",
-        f"{volley['cases_per_s']:,.0f}",
-        f"{volley['over_bare']:.1f}",
+        f"{batch['cases_per_s']:,.0f}",
+        f"{batch['over_bare']:.1f}",
         f"{row['narrow_cases_per_s']:,.0f}",
         f"{row['wide_over_narrow']:,.0f}",
     )
@@ -58,7 +58,7 @@ def speed_tables(results: list[dict[str, Any]]) -> list[str]:
         narrow = ", ".join(f"{rate:,.0f} in {count}" for count, rate in shared["cases_per_s"].items())
         drawn = "; ".join(
             f"{name}: {', '.join(f'{rate:,.0f} in {count}' for count, rate in rates.items() if rate is not None)}"
-            for name, rates in result["volley_processes"].items()
+            for name, rates in result["batch_processes"].items()
             if any(rate is not None for rate in rates.values())
         )
         lines += [
@@ -67,7 +67,7 @@ def speed_tables(results: list[dict[str, Any]]) -> list[str]:
             f"bare kernels take together, {together['verdicts_per_s']:,.0f} document verdicts/s",
             f"- a fault in one of {rare['sizes']:,} pairs of lengths, in {rare['backend']}: found in "
             f"{rare['seconds']:.2f} s, shrunk to a single document in {rare['shrink_s']:.0f} s",
-            f"- cases/s of several processes, as a campaign draws them, in volleys: {drawn}",
+            f"- cases/s of several processes, as a campaign draws them, in batches: {drawn}",
             f"- cases/s of several processes, {shared['backend']}, narrow: {narrow}",
             f"- a plain pytest loop with one comparison a case, {plain['backend']}: {plain['cases_per_s']:,.0f} "
             f"cases/s, {plain['documents_per_s']:,.0f} documents/s",
@@ -76,13 +76,13 @@ def speed_tables(results: list[dict[str, Any]]) -> list[str]:
 
 
 def process_tables(results: list[dict[str, Any]]) -> list[str]:
-    """Lines for each device: volleys of several processes that share it, beside as many that call the bare kernel."""
+    """Lines for each device: batches of several processes that share it, beside as many that call the bare kernel."""
     lines: list[str] = []
     for result in results:
         commit = result["environment"]["commit"]
         lines += [
             "",
-            f"**Several processes on one device, volleys on the same layout**, {title(result)} ({commit}):",
+            f"**Several processes on one device, batches on the same layout**, {title(result)} ({commit}):",
             "",
         ]
         heads = ("backend", "processes", "cases/s", "bare calls/s", "over bare")

@@ -1,8 +1,9 @@
 """How many rank cases a second: ``python -m results.render.rank_rate --ranks 2 --backend sdpa_dense --seconds 60``.
 
-A case is what a campaign makes of it: both poisons, now and then a decoy, the reference, all checks, a quarter of the
-probes. Once all teams are warm, cases are counted by wall-clock time and by the processor time of all processes, which
-other work on the machine moves less: a machine that is busy with it shows in ``load``, and in ``processors_had``, how
+A case is what a campaign makes of it: both poisons, now and then an interfering call, the reference, all checks, a
+quarter of the probes. Once all groups are warm, cases are counted by wall-clock time and by the processor time of all
+processes, which other work on the machine moves less: a machine that is busy with it shows in ``load``, and in
+``processors_had``, how
 many this run got.
 """
 

@@ -26,8 +26,8 @@ END: Final = "<!-- end of {} -->"
 
 DTYPES: Final = ("fp32", "bf16", "fp16")
 
-KINDS: Final = ("kernel", "layer", "volley")
-"""Kernel and layer cases of the narrow gear, and kernel calls of volleys."""
+KINDS: Final = ("kernel", "layer", "batch")
+"""Kernel and layer cases of the case mode, and kernel calls of batches."""
 
 Result = dict[str, Any]
 

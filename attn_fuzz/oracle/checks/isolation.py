@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from attn_fuzz.execution.inferred import Measured
+from attn_fuzz.execution.inferred import InferredCapabilities
 from attn_fuzz.execution.observation import Observation
 from attn_fuzz.oracle.checks.budget import LIMIT
 from attn_fuzz.oracle.garbage import kernel_garbage, layer_garbage
@@ -20,9 +20,9 @@ from attn_fuzz.reference.layer import LayerInputs
 from attn_fuzz.reference.layout import call_segments, document_spans
 
 
-def garbage_of(case: Case, measured: Measured, finite: float) -> float:
+def garbage_of(case: Case, inferred: InferredCapabilities, finite: float) -> float:
     """NaN or infinity where the backend keeps them apart, the finite number otherwise; by the case's seed."""
-    return (finite, torch.nan, torch.inf)[case.seed % 3] if measured.isolates_nonfinite else finite
+    return (finite, torch.nan, torch.inf)[case.seed % 3] if inferred.isolates_nonfinite else finite
 
 
 def _finite(trial: Trial) -> float:
@@ -54,7 +54,7 @@ def documents_apart(trial: Trial) -> Iterator[Symptom]:
     kept = kept_documents(case)
     rows = _rows_of(case.packed_lengths, kept)
     key_rows = _rows_of(case.packed_key_lengths, kept) if case.level == "kernel" else rows
-    garbage = garbage_of(case, trial.measured, _finite(trial))
+    garbage = garbage_of(case, trial.inferred, _finite(trial))
     inputs = _spoiled(trial, ~rows, ~key_rows, garbage)
 
     def spoiled() -> Observation:

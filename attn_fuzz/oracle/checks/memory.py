@@ -92,7 +92,7 @@ def _nan_under(trial: Trial, poison: str, name: str, found: torch.Tensor) -> tor
 
 
 def _by_poison(trial: Trial, name: str) -> bool:
-    """Whether it is the poison, and neither chance nor the decoy, that decides the bits."""
+    """Whether it is the poison, and neither chance nor the interfering call, that decides the bits."""
     first, second = trial.observations
     again = trial.observe(first.poison)
     return same_bits(again.results[name], first.results[name]) and same_bits(

@@ -1,4 +1,4 @@
-"""The exam of planted faults, the published rules, and the power of the probes."""
+"""Seeded faults, the published rules, and the power of the probes."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def test_there_are_faults_of_many_kinds() -> None:
 
 @pytest.mark.parametrize("fault", ["M51-swapped", "M01", "X07"])
 def test_a_fault_is_found_and_minimal(fault: str) -> None:
-    mark = seeded_faults.hunt_fault(fault, seed=5)
+    mark = seeded_faults.find_fault(fault, seed=5)
     assert mark.finding is not None
     assert mark.cases <= 500
     assert mark.minimal
     assert len(mark.finding.case.packed_lengths) <= 3
-    row = seeded_faults.row(fault, [mark, seeded_faults.Mark(fault, 6, None, 2000, 0.0, None)], {"rms"})
+    row = seeded_faults.row(fault, [mark, seeded_faults.MutantResult(fault, 6, None, 2000, 0.0, None)], {"rms"})
     assert (row["caught"], row["cases_by_seed"], row["rules"]) == (False, [mark.cases, 2000], ["rms"])
 
 
 def test_what_could_be_shorter_is_not_minimal() -> None:
-    mark = seeded_faults.hunt_fault("M51-swapped", seed=5)
+    mark = seeded_faults.find_fault("M51-swapped", seed=5)
     assert mark.finding is not None
     larger = Case(level="kernel", lengths=(4, 3), head_dim=4)
     grown = Finding.from_dict({**mark.finding.to_dict(), "case": larger.to_dict()})

@@ -1,4 +1,4 @@
-"""Decoys: another case of the same shapes, as different as the backend takes, run around the case under test."""
+"""Interfering calls: another case of the same shapes, as different as the backend takes, around the case under test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from doubles import double, trial
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attn_fuzz.cases.interfering import crossing, decoy_of
+from attn_fuzz.cases.interfering import crossing, interfering_call
 from attn_fuzz.cases.simpler import simpler_options
 from attn_fuzz.evaluation.seeded_faults import drawn
 from attn_fuzz.generation.strategies import Domain, cases
@@ -41,8 +41,8 @@ def shapes(case: Case) -> list[tuple[int, ...]]:
 
 @settings(max_examples=60, deadline=None)
 @given(case=st.one_of(*(cases(level, Domain.of(Capabilities(), "cpu")) for level in LEVELS)))
-def test_a_decoy_has_the_shapes_of_its_case_and_other_values(case: Case) -> None:
-    other = decoy_of(case, LOOP, "cpu")
+def test_a_interfering_call_has_the_shapes_of_its_case_and_other_values(case: Case) -> None:
+    other = interfering_call(case, LOOP, "cpu")
     assert other is not None
     assert other.seed != case.seed
     assert (other.level, other.dtype, other.cuts, other.padding) == (case.level, case.dtype, case.cuts, case.padding)
@@ -51,14 +51,14 @@ def test_a_decoy_has_the_shapes_of_its_case_and_other_values(case: Case) -> None
     assert shapes(other) == shapes(case)
 
 
-def test_a_decoy_differs_in_all_that_may_be_forgotten() -> None:
-    other = decoy_of(CASE, LOOP, "cpu")
+def test_a_interfering_call_differs_in_all_that_may_be_forgotten() -> None:
+    other = interfering_call(CASE, LOOP, "cpu")
     assert other is not None
     assert (other.lengths, other.key_lengths) == ((5, 4, 3), (9, 3, 6))
     assert other.softmax_scale != CASE.softmax_scale
     assert other.window != CASE.window
     assert other.memory != CASE.memory
-    layer = decoy_of(Case(lengths=(2, 3), rotary="default"), LOOP, "cpu")
+    layer = interfering_call(Case(lengths=(2, 3), rotary="default"), LOOP, "cpu")
     assert layer is not None
     assert layer.rotary_theta != Case().rotary_theta
 
@@ -67,17 +67,17 @@ def test_a_decoy_differs_in_all_that_may_be_forgotten() -> None:
     ("lacks", "kept"),
     [({"window": False}, "window"), ({"scale": False}, "scale"), ({"memories": ("contiguous",)}, "memory")],
 )
-def test_a_decoy_asks_for_nothing_that_is_not_taken(lacks: dict[str, object], kept: str) -> None:
+def test_a_interfering_call_asks_for_nothing_that_is_not_taken(lacks: dict[str, object], kept: str) -> None:
     backend = double(Loop(), **lacks)
-    other = decoy_of(CASE, backend, "cpu")
+    other = interfering_call(CASE, backend, "cpu")
     assert other is not None
     assert backend.refusal(other, "cpu") is None
     assert getattr(other, kept) == getattr(CASE, kept)
     assert other.seed != CASE.seed
 
 
-def test_there_may_be_no_decoy() -> None:
-    assert decoy_of(CASE, double(Loop(), dtypes=("bf16",)), "cpu") is None
+def test_there_may_be_no_interfering_call() -> None:
+    assert interfering_call(CASE, double(Loop(), dtypes=("bf16",)), "cpu") is None
 
 
 class Notes(Loop):
@@ -99,18 +99,26 @@ class Notes(Loop):
         return super().backward(call, q, *rest)
 
 
-NESTED_ORDER = ["forward decoy", "forward case", "forward decoy", "backward decoy", "backward case"]
-CROSSED_ORDER = ["forward decoy", "forward case", "backward decoy", "backward case"]
+NESTED_ORDER = [
+    "forward interfering call",
+    "forward case",
+    "forward interfering call",
+    "backward interfering call",
+    "backward case",
+]
+CROSSED_ORDER = ["forward interfering call", "forward case", "backward interfering call", "backward case"]
 
 
 @pytest.mark.parametrize(("case", "order"), [(CASE, NESTED_ORDER), (CROSSED, CROSSED_ORDER)])
-def test_calls_of_a_decoy_come_before_the_forward_and_before_the_backward(case: Case, order: list[str]) -> None:
+def test_calls_of_an_interfering_call_come_before_the_forward_and_before_the_backward(
+    case: Case, order: list[str]
+) -> None:
     loop = Notes()
     probe = trial(loop, case)
     assert isinstance(probe.inputs, Inputs)
     own = probe.inputs.q[0, 0, 0].item()
     assert probe.observations
-    who = [f"{step} {'case' if value == own else 'decoy'}" for step, value in loop.calls]
+    who = [f"{step} {'case' if value == own else 'interfering call'}" for step, value in loop.calls]
     # Under the second poison the case is alone.
     assert who == [*order, "forward case", "backward case"]
 
@@ -130,14 +138,14 @@ class NotesLayer(BufferedLayer):
 
 
 @pytest.mark.parametrize(("seed", "order"), [(0, NESTED_ORDER), (4, CROSSED_ORDER)])
-def test_so_do_sequences_of_a_decoy_each_of_them_whole(seed: int, order: list[str]) -> None:
+def test_so_do_sequences_of_an_interfering_call_each_of_them_whole(seed: int, order: list[str]) -> None:
     NotesLayer.calls.clear()
     case = Case(lengths=(3, 2), cuts=(2,), seed=seed)
     probe = Trial(case, dataclasses.replace(LOOP, layer=NotesLayer), CPU, ("nan",))
     assert isinstance(probe.inputs, LayerInputs)
     own = probe.inputs.weights["query"][0, 0].item()
     assert probe.observations
-    who = [f"{step} {'case' if value == own else 'decoy'}" for step, value in NotesLayer.calls]
+    who = [f"{step} {'case' if value == own else 'interfering call'}" for step, value in NotesLayer.calls]
     assert who == [step for step in order for _ in range(2)]
 
 
@@ -157,7 +165,7 @@ def test_the_second_values_run_in_the_order_of_the_first(seed: int) -> None:
 
 def test_some_cases_of_ranks_are_crossed_and_some_are_not() -> None:
     ranks = [Trial(Case(lengths=(4,), ranks=2, seed=seed), LOOP, CPU) for seed in range(8)]
-    assert {crossing(trial.case) for trial in ranks if trial.in_company} == {False, True}
+    assert {crossing(trial.case) for trial in ranks if trial.interferes} == {False, True}
 
 
 def test_a_shrinker_tries_both_orders() -> None:
@@ -182,14 +190,14 @@ class NotesMetadata(Loop):
         return super().forward(call, q, k, v)
 
 
-def test_a_case_is_put_where_its_decoy_was() -> None:
-    """What is kept by address is then the decoy's: its tensors are gone when those of the case are made."""
+def test_a_case_is_put_where_its_interfering_call_was() -> None:
+    """What is kept by address is then the interfering call's: its tensors are gone when those of the case are made."""
     loop = NotesMetadata()
     assert trial(loop, CASE).observations
     assert loop.alive[1] == 0
 
 
-def test_a_crossing_decoy_is_alive_beside_its_case() -> None:
+def test_a_crossing_interfering_call_is_alive_beside_its_case() -> None:
     loop = NotesMetadata()
     assert trial(loop, CROSSED).observations
     assert loop.alive[1] == 1
@@ -233,7 +241,7 @@ class OneStack(Loop):
         return super().backward(call, q, k, v, self.stack.pop(), lse, dout)
 
 
-def test_one_stack_for_all_calls_shows_only_where_a_decoy_crosses() -> None:
+def test_one_stack_for_all_calls_shows_only_where_a_interfering_call_crosses() -> None:
     assert examine(CASE, double(OneStack()), "cpu", probes=()).symptoms == ()
     first = examine(CROSSED, double(OneStack()), "cpu", probes=()).first
     assert first is not None
@@ -256,7 +264,7 @@ class FallsOverOthers(Loop):
         return super().scores(call, document)  # type: ignore[arg-type]
 
 
-def test_what_a_decoy_leaves_behind_is_met_by_the_case() -> None:
+def test_what_a_interfering_call_leaves_behind_is_met_by_the_case() -> None:
     case = Case(level="kernel", lengths=(3,), seed=1)
     first = examine(case, double(KeepsScale()), "cpu", probes=()).first
     assert first is not None
@@ -264,7 +272,7 @@ def test_what_a_decoy_leaves_behind_is_met_by_the_case() -> None:
 
 
 @pytest.mark.parametrize("case", [CASE, CROSSED])
-def test_a_decoy_that_fails_accuses_nobody(case: Case) -> None:
+def test_a_interfering_call_that_fails_accuses_nobody(case: Case) -> None:
     assert examine(case, double(FallsOverOthers()), "cpu", probes=()).symptoms == ()
 
 

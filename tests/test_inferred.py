@@ -11,7 +11,7 @@ from attn_fuzz.backends.registry import Backend
 from attn_fuzz.reference.case import Case
 from doubles import Double, double
 
-from attn_fuzz.execution.inferred import Measured, measured
+from attn_fuzz.execution.inferred import InferredCapabilities, inferred
 
 UNSTATED = {"capacity": None, "isolates_nonfinite": None}
 
@@ -68,19 +68,21 @@ class Crashes(Loop):
     [(Loop, True, True), (MixesNaN, False, False), (MixesNaNBackward, False, False), (Crashes, False, False)],
 )
 def test_a_call_tells(loop: type[Loop], capacity: bool, isolates: bool) -> None:
-    assert measured(double(loop(), **UNSTATED), "cpu") == Measured(capacity, isolates)
+    assert inferred(double(loop(), **UNSTATED), "cpu") == InferredCapabilities(capacity, isolates)
 
 
 def test_who_drops_spare_rows_takes_none() -> None:
     backend = Backend("double", DropsSpareRows(Loop(), **UNSTATED))
-    assert measured(backend, "cpu") == Measured(capacity=False, isolates_nonfinite=True)
+    assert inferred(backend, "cpu") == InferredCapabilities(capacity=False, isolates_nonfinite=True)
 
 
 @pytest.mark.parametrize("capacity", [True, False])
 @pytest.mark.parametrize("isolates", [True, False])
 def test_statements_are_believed_without_a_call(capacity: bool, isolates: bool) -> None:
     loop = Counts()
-    assert measured(double(loop, capacity=capacity, isolates_nonfinite=isolates), "cpu") == Measured(capacity, isolates)
+    assert inferred(double(loop, capacity=capacity, isolates_nonfinite=isolates), "cpu") == InferredCapabilities(
+        capacity, isolates
+    )
     assert loop.calls == 0
 
 
@@ -88,12 +90,12 @@ def test_a_backend_is_asked_once() -> None:
     loop = Counts()
     backend = double(loop, **UNSTATED)
     for _ in range(3):
-        measured(backend, "cpu")
+        inferred(backend, "cpu")
     assert loop.calls == 2
 
 
 @pytest.mark.parametrize(
-    "narrow",
+    "case",
     [
         {"dtypes": ("bf16",)},
         {"causal": False},
@@ -130,16 +132,16 @@ def test_only_what_a_backend_takes_is_asked(narrow: dict[str, object]) -> None:
         return attend(q, k, *rest)  # type: ignore[arg-type]
 
     kernel.attend = strict  # type: ignore[method-assign, assignment]
-    assert measured(backend, "cpu") == Measured(capacity=True, isolates_nonfinite=True)
+    assert inferred(backend, "cpu") == InferredCapabilities(capacity=True, isolates_nonfinite=True)
 
 
 def test_a_layer_cannot_be_asked() -> None:
     loop = Counts()
     backend = Backend("double", Double(loop, **UNSTATED), levels=("layer",))
-    assert measured(backend, "cpu") == Measured(capacity=False, isolates_nonfinite=False)
+    assert inferred(backend, "cpu") == InferredCapabilities(capacity=False, isolates_nonfinite=False)
     assert loop.calls == 0
 
 
 @pytest.mark.parametrize(("name", "isolates"), [("loop", True), ("sdpa_dense", False)])
 def test_the_backends_that_are_here(name: str, isolates: bool) -> None:
-    assert measured(registry.load(name), "cpu").isolates_nonfinite == isolates
+    assert inferred(registry.load(name), "cpu").isolates_nonfinite == isolates

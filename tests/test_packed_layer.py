@@ -1,4 +1,4 @@
-"""The wide gear at layer level: its answer is the layer's, clean layers pass, the known-bad one does not."""
+"""The packed mode at layer level: its answer is the layer's, clean layers pass, the known-bad one does not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attn_fuzz.reference.profile import Profile
 
 from attn_fuzz.batch.layer import draw_layer_case, examine_wide_layer
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message
-from attn_fuzz.campaign.packed_worker import hunt_wide
+from attn_fuzz.campaign.packed_worker import work_on_packed
 from attn_fuzz.generation.strategies import Domain, straddling
 
 CPU = torch.device("cpu")
@@ -65,9 +65,9 @@ def test_clean_layers_pass(name: str) -> None:
 def test_a_faulty_layer_is_found_and_shrunk(name: str) -> None:
     messages: list[Message] = []
     job = Assignment(backend=name, device="cpu", seed=1, levels=("layer",), cases=6, stop_at_first=True)
-    hunt_wide(job, messages.append)
+    work_on_packed(job, messages.append)
     assert isinstance(messages[-1], Finished)
     (finding,) = (message.finding for message in messages if isinstance(message, Found))
     assert len(finding.case.lengths) <= 3
     assert finding.case.cuts
-    assert "wide" not in finding.checks
+    assert "packed" not in finding.checks

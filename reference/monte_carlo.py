@@ -19,7 +19,7 @@ SAMPLES = 8
 """Enough to pass a clean case; its own noise can mimic a 10 sigma error about once in 1e5 independent elements."""
 
 CONFIRMING_SAMPLES = 64
-"""For a second look at a suspect: Student's t with 64 degrees of freedom exceeds 10 with probability 1e-14."""
+"""For a second look at a candidate: Student's t with 64 degrees of freedom exceeds 10 with probability 1e-14."""
 
 
 _BANK = 1 << 21

@@ -1,4 +1,4 @@
-"""The volley gear: calls are those of the narrow gear, correct backends are left alone, what fails is handed over."""
+"""The batch mode: calls are those of the case mode, correct backends are left alone, what fails is handed over."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from attn_fuzz.reference.case import MEMORIES, Case, CaseError
 from commandline import Run
 
 from attn_fuzz.batch.batch_run import NAMES
-from attn_fuzz.batch.calls_batch import SHARE, TURNS, Turn, judge
+from attn_fuzz.batch.calls_batch import SCHEDULE, SHARE, Question, judge
 from attn_fuzz.batch.questions import QUESTIONS
-from attn_fuzz.batch.tensors import Loaded
-from attn_fuzz.campaign.calls_worker import VolleyHunt, hunt_volleys
+from attn_fuzz.batch.tensors import BatchTensors
+from attn_fuzz.campaign.calls_worker import BatchWorker, work_on_batches
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message, Tally
 from attn_fuzz.campaign.plan import available_backends, plan
 from attn_fuzz.campaign.pool import Pool
 from attn_fuzz.execution.runner import run_kernel
 from attn_fuzz.findings.finding import Finding
-from attn_fuzz.generation.calls import LONGEST, Volley, draw_volley
+from attn_fuzz.generation.calls import LONGEST, CallBatch, draw_batch
 from attn_fuzz.generation.length_sweeps import Sweep
 from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.oracle.checks.budget import LIMIT, deviations
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.symptoms import DeadRowsNotZero, NotExact, WrongKeys, WrongKeysBackward
-from attn_fuzz.reduction.call_sequence import Company, in_company, smallest
+from attn_fuzz.reduction.call_sequence import CallSequence, interferes, smallest
 
 CPU = torch.device("cpu")
 EXAMPLE = (Path(__file__).resolve().parent.parent / "examples" / "my_kernel.py").read_text()
@@ -48,15 +48,15 @@ CASE = Case(
     head_dim=8,
     dtype="bf16",
 )
-VOLLEY = Volley(CASE, (1, 3, 4, 8))
+BATCH = CallBatch(CASE, (1, 3, 4, 8))
 
 
-def drawn(name: str, seed: int, calls: int = 24) -> Volley:
+def drawn(name: str, seed: int, calls: int = 24) -> CallBatch:
     backend = registry.load(name)
     domain = Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")
-    volley = draw_volley(Random(seed), Sweep((9, 17), seed), backend, domain, calls)
-    assert volley is not None
-    return volley
+    batch = draw_batch(Random(seed), Sweep((9, 17), seed), backend, domain, calls)
+    assert batch is not None
+    return batch
 
 
 def hunted(
@@ -67,16 +67,16 @@ def hunted(
     seed: int = 0,
     device: str = "cpu",
 ) -> tuple[list[Finding], Tally]:
-    """What volleys find on a backend, and the tally in the end."""
+    """What batches find on a backend, and the tally in the end."""
     messages: list[Message] = []
     name = backend if isinstance(backend, str) else backend.name
-    job = Assignment(backend=name, device=device, seed=seed, cases=calls, gear="volley", stop_at_first=True)
+    job = Assignment(backend=name, device=device, seed=seed, cases=calls, mode="batch", stop_at_first=True)
     if isinstance(backend, str):
-        hunt_volleys(job, messages.append)
+        work_on_batches(job, messages.append)
     else:
         assert monkeypatch is not None
         monkeypatch.setattr(registry, "load", lambda name: backend)
-        VolleyHunt(job, messages.append).run()
+        BatchWorker(job, messages.append).run()
     last = messages[-1]
     assert isinstance(last, Finished)
     return [message.finding for message in messages if isinstance(message, Found)], last.tally
@@ -99,32 +99,32 @@ def altered(deed: Callable[[int, VarlenMetadata, Attended], Attended]) -> Backen
     return Backend("altered", Altered(deed), levels=("kernel",))
 
 
-# What a volley is.
+# What a batch is.
 
 
 def test_calls_are_cases_with_the_values_of_the_packed_one() -> None:
     inputs = kernel_inputs(CASE, "cpu")
-    loaded = Loaded(VOLLEY, inputs, CPU)
-    for index in range(len(VOLLEY.ends)):
-        alone = kernel_inputs(VOLLEY.call(index), "cpu")
-        for name, mine in zip(("q", "k", "v", "dout"), loaded.of_calls[index], strict=True):
+    tensors_of_calls = BatchTensors(BATCH, inputs, CPU)
+    for index in range(len(BATCH.ends)):
+        alone = kernel_inputs(BATCH.call(index), "cpu")
+        for name, mine in zip(("q", "k", "v", "dout"), tensors_of_calls.of_calls[index], strict=True):
             assert torch.equal(mine, getattr(alone, name)), name
-    sizes = [VOLLEY.call(index).packed_lengths for index in range(len(VOLLEY.ends))]
+    sizes = [BATCH.call(index).packed_lengths for index in range(len(BATCH.ends))]
     assert sizes == [(3,), (6, 1), (9,), (2, 5, 4, 8)]
 
 
 def test_ends_that_make_no_calls_are_refused() -> None:
     for ends in ((), (1, 3), (3, 3, 8), (0, 8)):
         with pytest.raises(ValueError, match="rising places up to 8"):
-            Volley(CASE, ends)
+            CallBatch(CASE, ends)
 
 
 @pytest.mark.parametrize("memory", [memory for memory in MEMORIES if memory != "broadcast"])
 def test_calls_lie_aligned_between_rows_of_nan(memory: str) -> None:
-    volley = Volley(CASE.replace(memory=memory), VOLLEY.ends)
-    loaded = Loaded(volley, kernel_inputs(volley.case, "cpu"), CPU)
-    for name, item in loaded.placed.items():
-        side = loaded.sides["k" if name in "kv" else "q"]
+    batch = CallBatch(CASE.replace(memory=memory), BATCH.ends)
+    tensors_of_calls = BatchTensors(batch, kernel_inputs(batch.case, "cpu"), CPU)
+    for name, item in tensors_of_calls.placed.items():
+        side = tensors_of_calls.sides["k" if name in "kv" else "q"]
         theirs = torch.zeros(side.rows, dtype=torch.bool)
         for begin, count in zip(side.begins, side.counts, strict=True):
             theirs[begin : begin + count] = True
@@ -133,22 +133,22 @@ def test_calls_lie_aligned_between_rows_of_nan(memory: str) -> None:
             assert first % 128 == 0
         assert item.tensor[~theirs].isnan().all()
         assert not item.tensor[theirs].isnan().any()
-    assert not loaded.changed()
-    loaded.placed["k"].tensor[loaded.sides["k"].counts[0]] = 1.0
-    assert loaded.changed()
+    assert not tensors_of_calls.changed()
+    tensors_of_calls.placed["k"].tensor[tensors_of_calls.sides["k"].counts[0]] = 1.0
+    assert tensors_of_calls.changed()
 
 
 def test_prefix_sums_are_those_of_each_call() -> None:
-    loaded = Loaded(VOLLEY, kernel_inputs(CASE, "cpu"), CPU)
-    for index, metadata in enumerate(loaded.metadata):
-        case = VOLLEY.call(index)
+    tensors_of_calls = BatchTensors(BATCH, kernel_inputs(CASE, "cpu"), CPU)
+    for index, metadata in enumerate(tensors_of_calls.metadata):
+        case = BATCH.call(index)
         own = VarlenMetadata(lengths_q=case.packed_lengths, lengths_k=case.packed_key_lengths, device=CPU)
         assert metadata == own
         assert torch.equal(metadata.cu_seqlens_q, own.cu_seqlens_q)
         assert torch.equal(metadata.cu_seqlens_k, own.cu_seqlens_k)
         assert metadata.cu_seqlens_k.dtype == torch.int32
-    loaded.metadata[1].cu_seqlens_k[0] = 1
-    assert loaded.changed()
+    tensors_of_calls.metadata[1].cu_seqlens_k[0] = 1
+    assert tensors_of_calls.changed()
 
 
 @pytest.mark.parametrize("size", range(len(LONGEST["cpu"])))
@@ -156,10 +156,10 @@ def test_drawn_calls_are_such_as_the_backend_takes(size: int) -> None:
     backend = registry.load("sdpa_nested")
     domain = Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")
     for seed in range(4):
-        volley = draw_volley(Random(seed), Sweep(LONGEST["cpu"][size], seed), backend, domain, 20)
-        assert volley is not None
-        for index in range(len(volley.ends)):
-            assert backend.refusal(volley.call(index), "cpu") is None
+        batch = draw_batch(Random(seed), Sweep(LONGEST["cpu"][size], seed), backend, domain, 20)
+        assert batch is not None
+        for index in range(len(batch.ends)):
+            assert backend.refusal(batch.call(index), "cpu") is None
 
 
 def declared(capabilities: Capabilities) -> Backend:
@@ -174,7 +174,7 @@ NARROWER: dict[str, dict[str, object]] = {
     "no shared heads": {"gqa": False},
     "no rows without keys": {"queries_without_keys": False},
     "equal lengths": {"causal_needs_equal_lengths": True, "noncausal": False},
-    "wide heads only": {"head_dim_multiple": 64},
+    "packed heads only": {"head_dim_multiple": 64},
 }
 
 
@@ -183,9 +183,9 @@ def test_many_heads_and_long_rows_are_drawn_where_they_are_taken(name: str) -> N
     capabilities = Capabilities(**NARROWER[name])  # type: ignore[arg-type]
     backend = declared(capabilities)
     domain, random = Domain.of(capabilities, "cpu"), Random(0)
-    volleys = [draw_volley(random, Sweep((16, 32), seed), backend, domain, 16) for seed in range(150)]
-    cases = [volley.case for volley in volleys if volley is not None]
-    assert len(cases) == len(volleys)
+    batches = [draw_batch(random, Sweep((16, 32), seed), backend, domain, 16) for seed in range(150)]
+    cases = [batch.case for batch in batches if batch is not None]
+    assert len(cases) == len(batches)
     groups = {case.heads // case.kv_heads for case in cases}
     assert (max(groups) > 8) == capabilities.gqa
     assert 0.03 < sum(case.heads > 32 for case in cases) / len(cases) < 0.2
@@ -205,7 +205,7 @@ def test_correct_backends_are_not_accused(name: str) -> None:
     backend = registry.load(name)
     if backend.kernel.why_unavailable("cpu") is not None:
         pytest.skip("not on this machine")
-    for seed, turn in enumerate(dict.fromkeys(TURNS)):
+    for seed, turn in enumerate(dict.fromkeys(SCHEDULE)):
         judged = judge(drawn(name, seed), backend, CPU, turn)
         assert judged.failing() == []
         assert not judged.touched
@@ -223,10 +223,10 @@ def test_nor_are_they_on_a_gpu(name: str) -> None:
     if capabilities.layouts or capabilities.configurations:
         assert hunted(name, calls=4, device="cuda")[1].cases == 0
         return
-    volley = draw_volley(Random(1), Sweep((64, 128), 1), backend, Domain.of(capabilities, "cuda"), 40)
-    assert volley is not None
-    for turn in dict.fromkeys(TURNS):
-        judged = judge(volley, backend, torch.device("cuda"), turn)
+    batch = draw_batch(Random(1), Sweep((64, 128), 1), backend, Domain.of(capabilities, "cuda"), 40)
+    assert batch is not None
+    for turn in dict.fromkeys(SCHEDULE):
+        judged = judge(batch, backend, torch.device("cuda"), turn)
         assert not judged.touched
         for index in judged.failing():
             verdict = examine(judged.call(index), backend, "cuda")
@@ -235,15 +235,15 @@ def test_nor_are_they_on_a_gpu(name: str) -> None:
 
 
 def test_everything_has_its_turn() -> None:
-    assert {turn.asked for turn in TURNS} == {name for name in QUESTIONS if name}
-    assert {turn.poison for turn in TURNS} == {"nan", "finite"}
+    assert {turn.asked for turn in SCHEDULE} == {name for name in QUESTIONS if name}
+    assert {turn.poison for turn in SCHEDULE} == {"nan", "finite"}
 
 
-@pytest.mark.parametrize("turn", dict.fromkeys(TURNS), ids=str)
-def test_some_calls_may_be_asked_more_than_others(turn: Turn, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("turn", dict.fromkeys(SCHEDULE), ids=str)
+def test_some_calls_may_be_asked_more_than_others(turn: Question, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on GPUs."""
     monkeypatch.setitem(SHARE, "cpu", 0.5)
-    assert not judge(VOLLEY, registry.load("loop"), CPU, turn).failing()
+    assert not judge(BATCH, registry.load("loop"), CPU, turn).failing()
     counts: list[int] = []
 
     def deed(count: int, metadata: VarlenMetadata, attended: Attended) -> Attended:
@@ -251,7 +251,7 @@ def test_some_calls_may_be_asked_more_than_others(turn: Turn, monkeypatch: pytes
         # Every run but the first is wrong, which nobody can see of calls that have no other.
         return attended if count <= 4 else attended._replace(out=attended.out * 2)
 
-    failing = judge(VOLLEY, altered(deed), CPU, turn).failing()
+    failing = judge(BATCH, altered(deed), CPU, turn).failing()
     assert counts[:4] == [1, 2, 1, 4]
     if turn.asked == "swamping":
         # No document is long enough.
@@ -262,11 +262,11 @@ def test_some_calls_may_be_asked_more_than_others(turn: Turn, monkeypatch: pytes
         assert set(failing) <= {0, 1}
 
 
-def test_z_is_that_of_the_narrow_gear() -> None:
+def test_z_is_that_of_the_narrow_mode() -> None:
     backend = registry.load("loop")
-    judged = judge(VOLLEY, backend, CPU)
-    for index, (begin, end) in enumerate(VOLLEY.spans):
-        case = VOLLEY.call(index)
+    judged = judge(BATCH, backend, CPU)
+    for index, (begin, end) in enumerate(BATCH.spans):
+        case = BATCH.call(index)
         inputs = kernel_inputs(case, "cpu")
         answer = kernel_answer(case, inputs, backend.kernel.profile)
         observation = run_kernel(backend, case, inputs, "nan", CPU)
@@ -279,8 +279,8 @@ def test_the_forward_without_autograd_is_held_to_the_budget() -> None:
     def deed(count: int, metadata: VarlenMetadata, attended: Attended) -> Attended:
         return attended if attended.out.requires_grad else attended._replace(out=attended.out * 1.5)
 
-    assert not judge(VOLLEY, altered(deed), CPU).failing()
-    judged = judge(VOLLEY, altered(deed), CPU, Turn("finite", "inference"))
+    assert not judge(BATCH, altered(deed), CPU).failing()
+    judged = judge(BATCH, altered(deed), CPU, Question("finite", "inference"))
     assert sorted(judged.failing()) == [0, 1, 2, 3]
     assert all(name.startswith("out") for _, name in judged.worst())
 
@@ -291,7 +291,7 @@ def test_calls_in_the_other_order_have_the_same_bits() -> None:
         return attended._replace(out=attended.out * (1 + 2.0**-7)) if count in (1, 5) else attended
 
     backend = altered(deed)
-    judged = judge(VOLLEY, backend, CPU, Turn("nan", "again"))
+    judged = judge(BATCH, backend, CPU, Question("nan", "again"))
     bits = judged.z[:, NAMES.index("bits")]
     assert bits.isinf().tolist() == [True] + [False] * 3 + [True] * 4
     assert set(judged.failing()) == {0, 3}
@@ -307,8 +307,10 @@ def test_gradients_of_some_inputs_are_held_to_the_budget() -> None:
             return attended if q.requires_grad else attended._replace(out=attended.out * 1.5)
 
     backend = Backend("frozen", Frozen())
-    assert not judge(VOLLEY, backend, CPU).failing()
-    seen = [bool(judge(VOLLEY.other(seed), backend, CPU, Turn("nan", "some gradients")).failing()) for seed in range(4)]
+    assert not judge(BATCH, backend, CPU).failing()
+    seen = [
+        bool(judge(BATCH.other(seed), backend, CPU, Question("nan", "some gradients")).failing()) for seed in range(4)
+    ]
     assert seen == [False, True, True, True]
 
 
@@ -325,9 +327,9 @@ def test_documents_are_apart(seed: int) -> None:
             factor = 1 + 2.0**-8 * (v.detach().float().nan_to_num(9.0, 9.0, 9.0).abs().max() > 8).float()
             return attended._replace(out=(attended.out.float() * factor).to(q.dtype))
 
-    turn = Turn("nan", "documents apart")
-    assert not judge(VOLLEY.other(seed), registry.load("loop"), CPU, turn).failing()
-    judged = judge(VOLLEY.other(seed), Backend("mean", Mean()), CPU, turn)
+    turn = Question("nan", "documents apart")
+    assert not judge(BATCH.other(seed), registry.load("loop"), CPU, turn).failing()
+    judged = judge(BATCH.other(seed), Backend("mean", Mean()), CPU, turn)
     # A call of one document has no other.
     assert judged.failing()
     assert set(judged.failing()) <= {1, 3}
@@ -343,7 +345,7 @@ def test_the_probe_sees_one_wrong_key() -> None:
                 v = torch.cat([v[1:2], v[1:]])
             return super().attend(q, k, v, metadata, options)
 
-    judged = judge(Volley(CASE.replace(values="offset", causal=False), VOLLEY.ends), Backend("blind", Blind()), CPU)
+    judged = judge(CallBatch(CASE.replace(values="offset", causal=False), BATCH.ends), Backend("blind", Blind()), CPU)
     probed = judged.z[:, NAMES.index("out of the probe")]
     assert probed.isinf().nonzero().tolist() == [[3]]
 
@@ -357,7 +359,7 @@ def test_the_needle_sees_what_only_sharp_scores_show() -> None:
                 v = torch.cat([v[1:2], v[:1], v[2:]])
             return super().attend(q, k, v, metadata, options)
 
-    seen = {turn.asked: judge(VOLLEY, Backend("sharp", Sharp()), CPU, turn) for turn in dict.fromkeys(TURNS)}
+    seen = {turn.asked: judge(BATCH, Backend("sharp", Sharp()), CPU, turn) for turn in dict.fromkeys(SCHEDULE)}
     failing = {asked: judged.failing() for asked, judged in seen.items() if judged.failing()}
     assert set(failing) == {"needle"}
     assert set(failing["needle"]) == {1, 2, 3}
@@ -374,8 +376,8 @@ def test_a_gradient_in_every_row_counts_them() -> None:
             attended = super().attend(q, k, v, metadata, options)
             return attended._replace(out=torch.cat([attended.out[:1].detach(), attended.out[1:]]))
 
-    assert not judge(VOLLEY, registry.load("loop"), CPU, Turn("nan", "every row")).failing()
-    judged = judge(VOLLEY, Backend("forgetful", Forgetful()), CPU, Turn("nan", "every row"))
+    assert not judge(BATCH, registry.load("loop"), CPU, Question("nan", "every row")).failing()
+    judged = judge(BATCH, Backend("forgetful", Forgetful()), CPU, Question("nan", "every row"))
     assert sorted(judged.failing()) == [0, 1, 2, 3]
     z = judged.z[:, NAMES.index("dv of the probe")]
     assert (z > LIMIT).tolist() == [True, True, False, True, True, False, False, False]
@@ -386,9 +388,9 @@ def test_a_gradient_in_every_row_counts_them() -> None:
 @pytest.mark.parametrize("fault", ["X37", "X38"])
 def test_small_numbers_beside_large_ones_are_not_lost(fault: str) -> None:
     case = CASE.replace(lengths=(3, 2, 4), key_lengths=(90, 33, 5), document_ids=None)
-    volley, turn = Volley(case, (1, 2, 3)), Turn("nan", "swamping")
-    assert not judge(volley, registry.load("loop"), CPU, turn).failing()
-    judged = judge(volley, registry.load(f"fault:{fault}"), CPU, turn)
+    batch, turn = CallBatch(case, (1, 2, 3)), Question("nan", "swamping")
+    assert not judge(batch, registry.load("loop"), CPU, turn).failing()
+    judged = judge(batch, registry.load(f"fault:{fault}"), CPU, turn)
     assert 0 in judged.failing()
     assert 2 not in judged.failing()
     assert judged.symptom(judged.worst()[0][1]) is NotExact
@@ -407,8 +409,8 @@ def test_a_second_backward_is_held_to_the_budget() -> None:
         attended.out.register_hook(hook)
         return attended
 
-    assert not judge(VOLLEY, altered(deed), CPU).failing()
-    judged = judge(VOLLEY, altered(deed), CPU, Turn("nan", "second backward"))
+    assert not judge(BATCH, altered(deed), CPU).failing()
+    judged = judge(BATCH, altered(deed), CPU, Question("nan", "second backward"))
     assert sorted(judged.failing()) == [0, 1, 2, 3]
     assert {name for _, name in judged.worst()} <= {"dq", "dk", "dv", "dq-rows", "dk-rows", "dv-rows"}
 
@@ -428,7 +430,7 @@ def test_a_graph_that_is_spent_may_say_so() -> None:
             return gradient
 
     backend = altered(lambda count, _, attended: attended._replace(out=Once.apply(attended.out)))
-    judged = judge(VOLLEY, backend, CPU, Turn("nan", "second backward"))
+    judged = judge(BATCH, backend, CPU, Question("nan", "second backward"))
     assert not judged.failing()
     assert not judged.broken
     assert not judged.refused
@@ -443,14 +445,14 @@ def test_earlier_rows_are_apart_from_the_future() -> None:
             factor = 1 + 2.0**-8 * (v[-1:].detach().float().abs().max() > 8).float()
             return attended._replace(out=(attended.out.float() * factor).to(q.dtype))
 
-    turn = Turn("nan", "future apart")
-    assert not judge(VOLLEY, registry.load("loop"), CPU, turn).failing()
-    judged = judge(VOLLEY, Backend("mean", Mean()), CPU, turn)
+    turn = Question("nan", "future apart")
+    assert not judge(BATCH, registry.load("loop"), CPU, turn).failing()
+    judged = judge(BATCH, Backend("mean", Mean()), CPU, turn)
     # The second call's last document has no row before its last.
     assert {0, 2, 3} <= set(judged.failing())
     assert {judged.worst()[index][1] for index in judged.failing()} == {"isolation"}
     # Nothing is hidden where every row sees everything.
-    everything = Volley(CASE.replace(causal=False), VOLLEY.ends)
+    everything = CallBatch(CASE.replace(causal=False), BATCH.ends)
     assert not judge(everything, Backend("mean", Mean()), CPU, turn).failing()
 
 
@@ -458,11 +460,11 @@ def test_documents_come_in_another_order() -> None:
     def deed(count: int, metadata: VarlenMetadata, attended: Attended) -> Attended:
         return attended._replace(out=attended.out * 1.5) if metadata.lengths_q[0] == 5 else attended
 
-    assert not judge(VOLLEY, altered(deed), CPU).failing()
-    assert judge(VOLLEY, altered(deed), CPU, Turn("nan", "turned")).failing() == [3]
+    assert not judge(BATCH, altered(deed), CPU).failing()
+    assert judge(BATCH, altered(deed), CPU, Question("nan", "turned")).failing() == [3]
     refusing = altered(deed)
     refusing.kernel.limit = lambda case, calls: "fives" if calls[0][0][0] == 5 else None  # type: ignore[method-assign]
-    assert not judge(VOLLEY, refusing, CPU, Turn("nan", "turned")).failing()
+    assert not judge(BATCH, refusing, CPU, Question("nan", "turned")).failing()
 
 
 @pytest.mark.parametrize("scale", [None, 0.25, 0.5])
@@ -477,10 +479,10 @@ def test_what_is_kept_by_shape_meets_another_scale(scale: float | None) -> None:
             kept = dataclasses.replace(options, scale=self.plans.setdefault(k.shape, options.scale))
             return super().attend(q, k, v, metadata, kept)
 
-    volley, turn = Volley(CASE.replace(scale=scale), VOLLEY.ends), Turn("nan", "other scale")
-    assert not judge(volley, registry.load("loop"), CPU, turn).failing()
-    assert not judge(volley, Backend("planned", Planned()), CPU).failing()
-    assert {1, 2, 3} <= set(judge(volley, Backend("planned", Planned()), CPU, turn).failing())
+    batch, turn = CallBatch(CASE.replace(scale=scale), BATCH.ends), Question("nan", "other scale")
+    assert not judge(batch, registry.load("loop"), CPU, turn).failing()
+    assert not judge(batch, Backend("planned", Planned()), CPU).failing()
+    assert {1, 2, 3} <= set(judge(batch, Backend("planned", Planned()), CPU, turn).failing())
 
 
 def test_rows_behind_the_last_document_are_nobodys() -> None:
@@ -491,20 +493,20 @@ def test_rows_behind_the_last_document_are_nobodys() -> None:
             attended = super().attend(q, k, v, metadata, options)
             return attended._replace(out=attended.out * 1.5) if len(k) > sum(metadata.lengths_k) == 25 else attended
 
-    backend, turn = Backend("last", Last()), Turn("nan", "capacity")
-    assert not judge(VOLLEY, backend, CPU).failing()
-    assert not judge(VOLLEY, backend, CPU, turn).failing()
-    volley = Volley(CASE.replace(key_lengths=(3, 13, 1, 17, 9, 5, 8, 3)), VOLLEY.ends)
-    assert not judge(volley, backend, CPU).failing()
+    backend, turn = Backend("last", Last()), Question("nan", "capacity")
+    assert not judge(BATCH, backend, CPU).failing()
+    assert not judge(BATCH, backend, CPU, turn).failing()
+    batch = CallBatch(CASE.replace(key_lengths=(3, 13, 1, 17, 9, 5, 8, 3)), BATCH.ends)
+    assert not judge(batch, backend, CPU).failing()
     for seed, spare in enumerate((1, 17)):
-        judged = judge(volley.other(seed), backend, CPU, turn)
+        judged = judge(batch.other(seed), backend, CPU, turn)
         assert judged.failing() == [3]
         assert judged.call(3).capacity == spare
-    assert not judge(VOLLEY, registry.load("backup"), CPU, turn).spares
+    assert not judge(BATCH, registry.load("backup"), CPU, turn).spares
 
 
 def test_rows_that_a_backend_promises_to_fill_are_looked_at() -> None:
-    judged = judge(VOLLEY, registry.load("fault:M02-dk"), CPU, Turn("nan", "capacity"))
+    judged = judge(BATCH, registry.load("fault:M02-dk"), CPU, Question("nan", "capacity"))
     assert sorted(judged.failing()) == [0, 1, 2, 3]
     assert judged.z[:, NAMES.index("tails")].isinf().nonzero()[:, 0].tolist() == [0, 2, 3, 7]
     assert judged.symptom("tails") is DeadRowsNotZero
@@ -518,7 +520,7 @@ def test_a_call_that_raises_or_refuses_spoils_no_other() -> None:
             raise UnsupportedCase("more than three")
         return attended
 
-    judged = judge(VOLLEY, altered(deed), CPU)
+    judged = judge(BATCH, altered(deed), CPU)
     assert judged.broken == {1: "RuntimeError: two documents"}
     assert judged.refused == {3: "more than three"}
     assert judged.failing() == [1]
@@ -530,7 +532,7 @@ def test_results_of_another_shape_or_dtype_are_none() -> None:
         out = attended.out
         return attended._replace(out=out.float() if metadata.lengths_q == (3,) else out)
 
-    assert judge(VOLLEY, altered(deed), CPU).broken == {0: "out of another shape or dtype"}
+    assert judge(BATCH, altered(deed), CPU).broken == {0: "out of another shape or dtype"}
 
 
 # What becomes of it.
@@ -542,7 +544,7 @@ FAULTS = ("M18", "X29", "X33", "X32", "X11", "M28-mean", "M30", "M08", "X07", "M
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found_and_handed_over(fault: str) -> None:
     (finding, *_), _ = hunted(f"fault:{fault}", calls=1000)
-    assert "volley" not in finding.checks
+    assert "batch" not in finding.checks
     assert len(finding.case.lengths) <= 3
 
 
@@ -550,7 +552,7 @@ def test_clean_calls_are_counted_one_by_one() -> None:
     findings, tally = hunted("loop", calls=150)
     assert findings == []
     assert tally.cases == sum(tally.by_kind.values()) == 150
-    assert all(kind.startswith("volley ") for kind in tally.by_kind)
+    assert all(kind.startswith("batch ") for kind in tally.by_kind)
     assert tally.paths == {"loop": 150}
     assert set(tally.worst_z) == set(tally.worst_case)
     assert max(tally.worst_z.values()) < LIMIT
@@ -567,7 +569,7 @@ def test_a_slow_kernel_is_heard_of_between_its_calls(monkeypatch: pytest.MonkeyP
 
     backend = altered(deed)
     monkeypatch.setattr(registry, "load", lambda name: backend)
-    VolleyHunt(Assignment(backend="altered", device="cpu", seed=0, cases=8, gear="volley"), messages.append).run()
+    BatchWorker(Assignment(backend="altered", device="cpu", seed=0, cases=8, mode="batch"), messages.append).run()
     assert len(calls) >= 16
     assert all(later > earlier for earlier, later in zip(calls, calls[1:], strict=False))
 
@@ -589,21 +591,21 @@ def test_what_only_many_calls_show_is_reported_as_such(monkeypatch: pytest.Monke
 
     backend = altered(deed)
     (finding,), _ = hunted(backend, monkeypatch)
-    assert finding.checks == ("volley",)
+    assert finding.checks == ("batch",)
     assert "in a row" in finding.messages[0]
     assert "not where the call runs by itself" in finding.messages[0]
     # It is kept with as few calls, as small ones, as it takes.
-    company = Company.from_dict(json.loads(json.dumps(finding.to_dict()))["company"])
-    calls = [company.volley.call(index) for index in range(len(company.volley.ends))]
-    assert finding.case == calls[company.index]
+    sequence = CallSequence.from_dict(json.loads(json.dumps(finding.to_dict()))["sequence"])
+    calls = [sequence.batch.call(index) for index in range(len(sequence.batch.ends))]
+    assert finding.case == calls[sequence.index]
     assert sorted(sum(call.lengths) for call in calls) == [1, 3]
-    assert company.words(company.judged(backend, CPU)) is not None
+    assert sequence.words(sequence.judged(backend, CPU)) is not None
     correct = Backend("correct", LoopKernel())
-    assert company.words(company.judged(correct, CPU)) is None
+    assert sequence.words(sequence.judged(correct, CPU)) is None
     alone = examine(finding.case, backend, CPU)
     assert not alone.symptoms
-    assert in_company(alone, company, backend, CPU).checks == ("volley",)
-    assert in_company(alone, company, correct, CPU) == alone
+    assert interferes(alone, sequence, backend, CPU).checks == ("batch",)
+    assert interferes(alone, sequence, correct, CPU) == alone
 
 
 def test_a_finding_that_takes_other_calls_is_replayed(attn_fuzz: Run, tmp_path: Path) -> None:
@@ -611,11 +613,11 @@ def test_a_finding_that_takes_other_calls_is_replayed(attn_fuzz: Run, tmp_path: 
     deed = "    before, _rows[0] = _rows[0], len(q)\n    q = q * (3 if 2 * len(q) < before < 100 else 1)\n"
     text = EXAMPLE.replace("    out = []\n", f"{deed}    out = []\n")
     path.write_text(text + "\n\n_rows = [0]\n")
-    command = ("check", f"{path}:kernel", "--gear", "volley", "--device", "cpu", "--cases", "400", "--first")
+    command = ("check", f"{path}:kernel", "--mode", "batch", "--device", "cpu", "--cases", "400", "--first")
     done = attn_fuzz(*command, "--store", str(store), "--workers", "1", "--json")
     assert done.status == 1, done.err
-    finding = next(each for each in json.loads(done.out)["findings"] if each["checks"] == ["volley"])
-    assert len(finding["company"]["ends"]) == 2
+    finding = next(each for each in json.loads(done.out)["findings"] if each["checks"] == ["batch"])
+    assert len(finding["sequence"]["ends"]) == 2
     done = attn_fuzz("replay", finding["id"], "--store", str(store), "--device", "cpu")
     assert done.status == 1, done.err
     assert "calls in a row" in done.out
@@ -630,14 +632,14 @@ def test_a_finding_that_takes_other_calls_is_replayed(attn_fuzz: Run, tmp_path: 
 
 def test_calls_do_not_shrink_to_none() -> None:
     lengths, keys = (3, 6, 1, 9, 2, 5, 4, 8), (3, 0, 1, 17, 0, 5, 0, 8)
-    volley = Volley(CASE.replace(lengths=lengths, key_lengths=keys), (2, 3, 6, 8))
+    batch = CallBatch(CASE.replace(lengths=lengths, key_lengths=keys), (2, 3, 6, 8))
     wrong = altered(lambda count, _, attended: attended._replace(out=attended.out * 1.5))
-    company = smallest(Company(volley, 2, TURNS[0], 4), wrong, CPU, 20.0)
-    assert company.volley.case.lengths == (1,)
-    assert company.volley.case.key_lengths in (None, (1,))
-    assert company.index == 0
+    sequence = smallest(CallSequence(batch, 2, SCHEDULE[0], 4), wrong, CPU, 20.0)
+    assert sequence.batch.case.lengths == (1,)
+    assert sequence.batch.case.key_lengths in (None, (1,))
+    assert sequence.index == 0
     # Nothing to leave out where nothing fails.
-    right = Company(volley, 2, TURNS[0], 4)
+    right = CallSequence(batch, 2, SCHEDULE[0], 4)
     assert smallest(right, altered(lambda count, _, attended: attended), CPU, 20.0) == right
 
 
@@ -645,10 +647,10 @@ def test_calls_do_not_shrink_to_none() -> None:
     "change", [{"index": 4}, {"ends": [1, 3]}, {"asks": "nothing"}, {"poison": "much"}, {"asked": 0}, {"case": {}}]
 )
 def test_calls_in_a_row_that_cannot_be_are_refused(change: dict[str, object]) -> None:
-    company = Company(VOLLEY, 2, TURNS[0], 4)
-    assert Company.from_dict(company.to_dict()) == company
+    sequence = CallSequence(BATCH, 2, SCHEDULE[0], 4)
+    assert CallSequence.from_dict(sequence.to_dict()) == sequence
     with pytest.raises(CaseError, match="no calls in a row"):
-        Company.from_dict(company.to_dict() | change)
+        CallSequence.from_dict(sequence.to_dict() | change)
 
 
 def test_an_error_that_comes_once_is_reported_where_nothing_explains_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -656,7 +658,7 @@ def test_an_error_that_comes_once_is_reported_where_nothing_explains_it(monkeypa
         return altered(lambda count, _, a: a._replace(out=a.out * factor) if count == 3 else a)
 
     (finding,), _ = hunted(once(100.0), monkeypatch, calls=60)
-    assert finding.checks == ("volley",)
+    assert finding.checks == ("batch",)
     assert "seen once" in finding.messages[0]
 
 
@@ -708,7 +710,7 @@ def test_who_writes_to_an_input_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(finding.case.lengths) == 3
 
 
-def test_what_compiles_for_every_layout_is_left_to_the_narrow_gear() -> None:
+def test_what_compiles_for_every_layout_is_left_to_the_narrow_mode() -> None:
     backend = registry.load("loop")
     domain = Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")
     assert not domain.capabilities.layouts
@@ -723,7 +725,7 @@ def test_a_call_that_ends_its_process_is_told_from_the_others(tmp_path: Path) ->
     path = tmp_path / "kernel.py"
     path.write_text(EXAMPLE.replace("    out = []\n", f"{deed}    out = []\n"))
     job = Assignment(
-        backend=f"{path}:kernel", device="cpu", seed=1, cases=400, gear="volley", levels=("kernel",), stop_at_first=True
+        backend=f"{path}:kernel", device="cpu", seed=1, cases=400, mode="batch", levels=("kernel",), stop_at_first=True
     )
     outcome = Pool([job], 1, lambda tallies: None, lambda finding: None).run()
     (finding,) = [finding for finding in outcome.findings if finding.symptom == "Crashed"]
@@ -731,40 +733,40 @@ def test_a_call_that_ends_its_process_is_told_from_the_others(tmp_path: Path) ->
     assert len(finding.original_case.lengths) <= 12
 
 
-def test_the_command_has_the_gear(attn_fuzz: Run) -> None:
-    done = attn_fuzz("run", "--gear", "volley", "-b", "loop", "--cases", "40", "--device", "cpu", "--level", "kernel")
+def test_the_command_has_the_mode(attn_fuzz: Run) -> None:
+    done = attn_fuzz("run", "--mode", "batch", "-b", "loop", "--cases", "40", "--device", "cpu", "--level", "kernel")
     assert done.status == 0, done.err
-    assert "volley" in done.out
-    done = attn_fuzz("run", "--gear", "volley", "-b", "loop", "--cases", "4", "--device", "cpu", "--level", "layer")
+    assert "batch" in done.out
+    done = attn_fuzz("run", "--mode", "batch", "-b", "loop", "--cases", "4", "--device", "cpu", "--level", "layer")
     assert done.status == 2
-    assert "volleys are of kernel calls" in done.err
-    done = attn_fuzz("run", "--gear", "volley", "--cases", "40", "--device", "cpu", "--level", "kernel", "--json")
+    assert "batches are of kernel calls" in done.err
+    done = attn_fuzz("run", "--mode", "batch", "--cases", "40", "--device", "cpu", "--level", "kernel", "--json")
     assert done.status == 0, done.err
     assert "loop" in (told := json.loads(done.out)["backends"])
     assert "flex_compiled" not in told
-    done = attn_fuzz("run", "--gear", "fast", "-b", "loop", "--cases", "4", "--device", "cpu")
+    done = attn_fuzz("run", "--mode", "fast", "-b", "loop", "--cases", "4", "--device", "cpu")
     assert done.status == 2
-    assert "narrow, volley, wide, several with + between them, both or all" in done.err
+    assert "narrow, batch, wide, several with + between them, both or all" in done.err
 
 
-def test_faults_of_kernels_are_hunted_by_volleys_too(attn_fuzz: Run) -> None:
-    command = ("faults", "--gear", "volley", "--no-rules", "--workers", "1", "--json")
+def test_faults_of_kernels_are_hunted_by_batches_too(attn_fuzz: Run) -> None:
+    command = ("faults", "--mode", "batch", "--no-rules", "--workers", "1", "--json")
     done = attn_fuzz(*command, "--only", "M51-swapped", "--only", "X32")
     assert done.status == 0, done.err
     told = json.loads(done.out)
-    assert told["gear"] == "volley"
+    assert told["mode"] == "batch"
     assert [row["caught"] and row["minimal"] for row in told["faults"]] == [True, True]
     done = attn_fuzz(*command, "--only", "M01")
     assert done.status == 2
     assert "M01 is no fault of a kernel" in done.err
-    assert attn_fuzz("faults", "--gear", "wide").status == 2
+    assert attn_fuzz("faults", "--mode", "packed").status == 2
 
 
-def test_all_gears_leave_volleys_out_where_there_is_nothing_to_call() -> None:
-    def gears(levels: tuple[str, ...]) -> list[str]:
-        every = ("narrow", "volley", "wide")
-        options = {"workers": 3, "seed": 0, "seconds": 1.0, "cases": None, "dtypes": (), "gears": every}
-        return [job.gear for job in plan(("loop",), "cpu", levels=levels, **options)]  # type: ignore[arg-type]
+def test_all_modes_leave_batches_out_where_there_is_nothing_to_call() -> None:
+    def modes(levels: tuple[str, ...]) -> list[str]:
+        every = ("case", "batch", "packed")
+        options = {"workers": 3, "seed": 0, "seconds": 1.0, "cases": None, "dtypes": (), "modes": every}
+        return [job.mode for job in plan(("loop",), "cpu", levels=levels, **options)]  # type: ignore[arg-type]
 
-    assert gears(("layer",)) == ["narrow", "wide"]
-    assert gears(("layer", "kernel")) == ["narrow", "volley", "wide"]
+    assert modes(("layer",)) == ["case", "packed"]
+    assert modes(("layer", "kernel")) == ["case", "batch", "packed"]

@@ -26,9 +26,9 @@ from attn_fuzz.reference.budget import (
     stored_ds_variance,
     walk_variance,
 )
-from attn_fuzz.reference.lean_scores import A2, bounded_scores, forward
 from attn_fuzz.reference.narrow import ByKey, Narrow
 from attn_fuzz.reference.profile import UNIT_ROUNDOFF, Profile
+from attn_fuzz.reference.vectorised_scores import A2, bounded_scores, forward
 
 
 class Documents(NamedTuple):

@@ -1,4 +1,4 @@
-"""The wide gear: silent on correct backends, convicts faulty ones by document, cuts out what the narrow gear takes."""
+"""The packed mode: silent on correct backends, accuses faulty ones by document, cuts out what the case mode takes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from attn_fuzz.reference.case import Case
 
 from attn_fuzz.batch import batch_size
 from attn_fuzz.batch.batch_size import masks_whole_pack
-from attn_fuzz.batch.packed import Outcome, examine_wide, suspicion, verdicts
+from attn_fuzz.batch.packed import Outcome, confirmed_failure, examine_wide, verdicts
 from attn_fuzz.batch.packed_call import Call
 from attn_fuzz.batch.verdicts import ROWS
 from attn_fuzz.campaign.messages import Assignment, Failed, Finished, Found, Message, Trying
-from attn_fuzz.campaign.packed_worker import CROWD, WideHunt, hunt_wide
+from attn_fuzz.campaign.packed_worker import CROWD, PackedWorker, work_on_packed
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.execution.runner import run_kernel
 from attn_fuzz.findings.finding import Finding
@@ -51,9 +51,9 @@ def drawn(name: str, seed: int, documents: int, longest: tuple[int, int] = (9, 1
 
 
 def hunted(name: str, *, calls: int, seed: int = 0) -> tuple[Finding | None, Finished]:
-    """What the wide gear finds on a backend, and the end of the assignment."""
+    """What the packed mode finds on a backend, and the end of the assignment."""
     messages: list[Message] = []
-    hunt_wide(Assignment(backend=name, device="cpu", seed=seed, cases=calls, stop_at_first=True), messages.append)
+    work_on_packed(Assignment(backend=name, device="cpu", seed=seed, cases=calls, stop_at_first=True), messages.append)
     assert not [message for message in messages if isinstance(message, Failed)]
     found = [message.finding for message in messages if isinstance(message, Found)]
     last = messages[-1]
@@ -106,7 +106,7 @@ def test_correct_backends_are_not_accused(name: str) -> None:
         assert examine_wide(drawn(name, seed, 60), backend, CPU, twice=True) is None
 
 
-def test_z_is_that_of_the_narrow_gear() -> None:
+def test_z_is_that_of_the_narrow_mode() -> None:
     case = drawn("loop", 4, 20)
     backend = registry.load("loop")
     (outcome,) = verdicts(Call.of(case, CPU), [backend])
@@ -118,7 +118,7 @@ def test_z_is_that_of_the_narrow_gear() -> None:
         assert outcome.z[:, column].max().item() == pytest.approx(worst, rel=1e-6)
 
 
-def test_rows_are_those_of_the_narrow_gear() -> None:
+def test_rows_are_those_of_the_narrow_mode() -> None:
     case = drawn("loop", 1, 20).replace(values="gaussian")
     backend = registry.load("loop")
     (outcome,) = verdicts(Call.of(case, CPU), [backend])
@@ -132,7 +132,7 @@ def test_rows_are_those_of_the_narrow_gear() -> None:
 
 
 def test_a_row_that_is_off_as_a_whole_is_seen() -> None:
-    backend = registry.load("rare:6,13,row:loop")
+    backend = registry.load("trigger:6,13,row:loop")
     case = Case(level="kernel", lengths=(3, 6, 9), key_lengths=(3, 13, 17), head_dim=128, dtype="bf16")
     found = examine_wide(case, backend, CPU)
     assert found is not None
@@ -170,14 +170,14 @@ def test_backends_share_a_call() -> None:
 def test_a_planted_fault_is_found_and_shrunk(fault: str) -> None:
     finding, _ = hunted(f"fault:{fault}", calls=6)
     assert finding is not None
-    assert "wide" not in finding.checks
+    assert "packed" not in finding.checks
     assert len(finding.case.lengths) <= 3
     assert len(finding.original_case.lengths) >= 40
 
 
 @pytest.mark.parametrize("how", ["scale", "key"])
 def test_a_size_in_hundreds_is_found_and_shrinks_to_itself(how: str) -> None:
-    finding, last = hunted(f"rare:11,23,{how}:loop", calls=60)
+    finding, last = hunted(f"trigger:11,23,{how}:loop", calls=60)
     assert finding is not None
     assert (finding.case.lengths, finding.case.key_lengths) == ((11,), (23,))
     assert (finding.case.heads, finding.case.head_dim) == (1, 1)
@@ -188,7 +188,7 @@ def test_a_size_in_hundreds_is_found_and_shrinks_to_itself(how: str) -> None:
 def test_what_needs_company_is_found_by_bisection() -> None:
     backend = Backend("crowded", Crowded(), levels=("kernel",))
     case = Case(level="kernel", lengths=(3, 0, 5, 1) * 20, key_lengths=(4, 2, 5, 3) * 20, head_dim=4)
-    found = suspicion(call := Call.of(case, CPU), backend, verdicts(call, [backend])[0])
+    found = confirmed_failure(call := Call.of(case, CPU), backend, verdicts(call, [backend])[0])
     assert found is not None
     assert found.documents == (79,)
     assert not any(examine_wide(small, backend, CPU) for small in candidates(case, found.documents))
@@ -237,7 +237,7 @@ def hunted_kernel(kernel: LoopKernel, calls: int) -> list[Message]:
         patch.setattr("attn_fuzz.campaign.packed_worker.FIRST_DOCUMENTS", 4)
         patch.setattr("attn_fuzz.campaign.packed_worker.MOST_DOCUMENTS", 4)
         patch.setattr("attn_fuzz.campaign.packed_worker.CROWD", 4)
-        hunt_wide(job, messages.append)
+        work_on_packed(job, messages.append)
     return messages
 
 
@@ -324,16 +324,16 @@ def test_calls_of_more_documents_than_time_allows_come_early() -> None:
         # Nothing but the number of documents is asked here: no kernel, no reference.
         patch.setattr(registry, "load", lambda name: Backend(name, LoopKernel(), levels=("kernel",)))
         patch.setattr(
-            WideHunt, "judge", lambda self, case: Outcome(torch.zeros(len(case.lengths), 5), None, KERNEL_TENSORS)
+            PackedWorker, "judge", lambda self, case: Outcome(torch.zeros(len(case.lengths), 5), None, KERNEL_TENSORS)
         )
-        hunt_wide(job, messages.append)
+        work_on_packed(job, messages.append)
     cases = [Case.from_json(message.case) for message in messages if isinstance(message, Trying)]
     assert max(len(case.lengths) for case in cases) >= CROWD
     assert len(cases[0].lengths) < CROWD
 
 
 def test_the_command_finds_and_stores(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "attn_fuzz", "run", "--gear", "wide", "--device", "cpu", "--json", "--first"]
+    command = [sys.executable, "-m", "attn_fuzz", "run", "--mode", "packed", "--device", "cpu", "--json", "--first"]
     options = ["--backend", "fault:M18", "--cases", "5", "--workers", "1", "--store", str(tmp_path)]
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
@@ -343,7 +343,7 @@ def test_the_command_finds_and_stores(tmp_path: Path) -> None:
     assert (tmp_path / f"{finding['id']}.json").is_file()
 
 
-@pytest.mark.parametrize("arguments", [["--gear", "broad"], ["--backend", "rare:3:loop"]])
+@pytest.mark.parametrize("arguments", [["--mode", "broad"], ["--backend", "trigger:3:loop"]])
 def test_what_cannot_be_is_one_sentence(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "attn_fuzz", "run", "--device", "cpu", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -353,7 +353,7 @@ def test_what_cannot_be_is_one_sentence(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("how", ["scale", "key", "row"])
 def test_the_rare_fault_takes_rows_behind_the_last_document(how: str) -> None:
-    backend = registry.load(f"rare:11,23,{how}:loop")
+    backend = registry.load(f"trigger:11,23,{how}:loop")
     case = Case(level="kernel", lengths=(2, 3), capacity=2, head_dim=128, dtype="bf16")
     assert examine(case, backend, "cpu").symptoms == ()
     assert examine(case.replace(lengths=(2, 11), key_lengths=(3, 23)), backend, "cpu").symptoms

@@ -16,14 +16,14 @@ from attn_fuzz.reference.answer import KERNEL_TENSORS
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.profile import UNIT_ROUNDOFF
 
-from attn_fuzz.batch.census import wide_probe, wrong_documents
-from attn_fuzz.batch.every_row import wide_every_row
-from attn_fuzz.batch.needle import wide_needle
+from attn_fuzz.batch.census import keys_probe, wrong_documents
+from attn_fuzz.batch.every_row import every_row_inputs
+from attn_fuzz.batch.needle import needle_inputs
 from attn_fuzz.batch.packed import examine_probe, probe_verdict
 from attn_fuzz.batch.packed_call import Call, run
 from attn_fuzz.batch.probes import PROBES
-from attn_fuzz.batch.swamping import swamped_sums, wide_swamping
-from attn_fuzz.campaign.plan import available_backends, takes_volleys
+from attn_fuzz.batch.swamping import swamped_sums, swamping_inputs
+from attn_fuzz.campaign.plan import available_backends, takes_batches
 from attn_fuzz.generation.length_sweeps import Sweep, draw_case
 from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.oracle.known_answer.inputs import every_row_probe, needle_probe, uniform_probe
@@ -43,7 +43,7 @@ def drawn(backend: Backend, seed: int, documents: int = 40) -> Case:
 @pytest.mark.parametrize("seed", range(6))
 def test_numbers_are_those_of_the_pure_probe(seed: int) -> None:
     case = drawn(registry.load("loop"), seed)
-    pure, wide = uniform_probe(case), wide_probe(case, CPU)
+    pure, wide = uniform_probe(case), keys_probe(case, CPU)
     for name in ("q", "k", "v", "dout"):
         assert torch.equal(getattr(pure.inputs, name), getattr(wide.inputs, name)), name
     assert pure.shift == wide.shift
@@ -75,7 +75,7 @@ def test_there_is_a_call_that_every_probe_has_inputs_for(name: str) -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_needles_are_those_of_the_pure_probe(seed: int) -> None:
     case = drawn(registry.load("loop"), seed)
-    pure, wide = needle_probe(case), wide_needle(case, CPU)
+    pure, wide = needle_probe(case), needle_inputs(case, CPU)
     assert (pure is None) == (wide is None)
     if pure is not None and wide is not None:
         assert torch.equal(pure.picked, wide.picked)
@@ -86,7 +86,7 @@ def test_needles_are_those_of_the_pure_probe(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_gradients_in_every_row_are_those_of_the_pure_probe(seed: int) -> None:
     case = drawn(registry.load("loop"), seed)
-    pure, wide = every_row_probe(case), wide_every_row(case, CPU)
+    pure, wide = every_row_probe(case), every_row_inputs(case, CPU)
     for name in ("q", "k", "v", "dout"):
         assert torch.equal(getattr(pure, name), getattr(wide, name)), name
 
@@ -94,7 +94,7 @@ def test_gradients_in_every_row_are_those_of_the_pure_probe(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_swamped_sums_are_those_of_the_pure_probe(seed: int) -> None:
     case = long_documents(seed)
-    pure, wide = swamping_probe(case), wide_swamping(case, CPU)
+    pure, wide = swamping_probe(case), swamping_inputs(case, CPU)
     assert pure is not None
     assert wide is not None
     for name in ("q", "k", "v", "dout"):
@@ -116,8 +116,8 @@ def test_swamped_sums_are_those_of_the_pure_probe(seed: int) -> None:
 
 
 def test_there_is_no_swamping_without_long_documents() -> None:
-    assert wide_swamping(long_documents(0).replace(key_lengths=(31,) * 6), CPU) is None
-    assert wide_swamping(long_documents(0).replace(dtype="fp32"), CPU) is None
+    assert swamping_inputs(long_documents(0).replace(key_lengths=(31,) * 6), CPU) is None
+    assert swamping_inputs(long_documents(0).replace(dtype="fp32"), CPU) is None
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -150,15 +150,15 @@ def test_correct_backends_pass(name: str) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", [n for n in available_backends("cuda") if takes_volleys(n, ("kernel",), "cuda")])
+@pytest.mark.parametrize("name", [n for n in available_backends("cuda") if takes_batches(n, ("kernel",), "cuda")])
 def test_they_pass_on_a_gpu(name: str) -> None:
     backend, device = registry.load(name), torch.device("cuda")
     capabilities = backend.kernel.capabilities_on("cuda")
     case = draw_case(Random(2), Sweep((64, 128), 2), backend, Domain.of(capabilities, "cuda"), 40)
     assert case is not None
     for probe in PROBES:
-        if (suspicion := examine_probe(case, backend, device, probe)) is not None:
-            assert issues_of(name, "cuda", case, calls_of(case)), suspicion.message
+        if (confirmed_failure := examine_probe(case, backend, device, probe)) is not None:
+            assert issues_of(name, "cuda", case, calls_of(case)), confirmed_failure.message
 
 
 @pytest.mark.cuda
@@ -175,7 +175,7 @@ def test_a_gpu_makes_the_same_inputs(name: str) -> None:
 
 
 def test_one_wrong_key_in_one_size_is_seen_and_named() -> None:
-    backend = registry.load("rare:6,13,key:loop")
+    backend = registry.load("trigger:6,13,key:loop")
     lengths, keys = (3, 6, 0, 9, 6) * 40, (3, 12, 4, 17, 6) * 40
     case = Case(level="kernel", lengths=(*lengths, 6), key_lengths=(*keys, 13), head_dim=16, dtype="bf16", causal=False)
     found = examine_probe(case, backend, CPU)
@@ -189,7 +189,7 @@ def test_one_wrong_key_in_one_size_is_seen_and_named() -> None:
 def test_each_result_is_looked_at(name: str) -> None:
     backend = registry.load("loop")
     case = Case(level="kernel", lengths=(5, 3, 7), key_lengths=(5, 6, 7), head_dim=4, heads=2, dtype="bf16", seed=1)
-    probe = wide_probe(case, CPU)
+    probe = keys_probe(case, CPU)
     results = run(Call.of(case, CPU, probe.inputs), backend)
     assert not wrong_documents(case, probe, results).any()
     # The second document's last row, or last key: of documents with a gradient in one row only, most are silent.
@@ -219,11 +219,11 @@ def test_what_a_probe_measures_is_seen_under_two_value_seeds() -> None:
             return attended._replace(out=torch.cat([attended.out[:1].detach(), attended.out[1:]]))
 
     case = Case(level="kernel", lengths=(5, 3, 7), key_lengths=(5, 6, 7), head_dim=4, heads=2, dtype="bf16")
-    suspicion = examine_probe(case, Backend("forgetful", Forgetful()), CPU, "every row")
-    assert suspicion is not None
-    assert suspicion.symptom is WrongKeysBackward
-    assert suspicion.documents == (0,)
-    assert "the probe 'every row'" in suspicion.message
+    confirmed_failure = examine_probe(case, Backend("forgetful", Forgetful()), CPU, "every row")
+    assert confirmed_failure is not None
+    assert confirmed_failure.symptom is WrongKeysBackward
+    assert confirmed_failure.documents == (0,)
+    assert "the probe 'every row'" in confirmed_failure.message
     assert len(found) == 2
 
 

@@ -1,8 +1,8 @@
 """A kernel that is wrong for documents of one exact size only: what thousands of documents a call are for.
 
-``rare:QUERIES,KEYS:KERNEL`` is a backend like any other. It is no fault of the exam (backends/faults), whose faults
+``trigger:QUERIES,KEYS:KERNEL`` is a backend like any other. It is no seeded fault (backends/faults), whose faults
 show within a few hundred drawn cases: this one shows in one of as many documents as there are pairs of lengths.
-``rare:QUERIES,KEYS,HOW:KERNEL`` says how it is wrong there:
+``trigger:QUERIES,KEYS,HOW:KERNEL`` says how it is wrong there:
 
     scale   the output is off by 2^-4, its gradients with it: what is meant where nothing is said
     row     the output is off by 1 %: too little for any element in half precision, too much for a row of them
@@ -19,13 +19,13 @@ from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.profile import Profile
 
-PREFIX = "rare:"
+PREFIX = "trigger:"
 
 SCALES = {"scale": 2.0**-4, "row": 5 * 2.0**-9}
 HOWS = (*SCALES, "key")
 
 
-class RareKernel(Kernel):
+class TriggerKernel(Kernel):
     """Another kernel, wrong for documents of one size.
 
     Args:
@@ -72,7 +72,7 @@ class RareKernel(Kernel):
 
 
 def size_of(name: str) -> tuple[int, int, str, str]:
-    """(queries, keys, how, kernel's name) of ``rare:QUERIES,KEYS[,HOW]:KERNEL``.
+    """(queries, keys, how, kernel's name) of ``trigger:QUERIES,KEYS[,HOW]:KERNEL``.
 
     Raises:
         ValueError: for anything else.

@@ -1,4 +1,4 @@
-"""The forward of lean.py: scores and probabilities of many documents, with what the budget has of them."""
+"""The forward of vectorised.py: scores and probabilities of many documents, with what the budget has of them."""
 
 from __future__ import annotations
 
