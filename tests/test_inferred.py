@@ -95,7 +95,7 @@ def test_a_backend_is_asked_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "case",
+    "narrow",
     [
         {"dtypes": ("bf16",)},
         {"causal": False},
