@@ -78,7 +78,7 @@ def test_bad_usage_is_one_sentence(name: str, attn_fuzz: Run) -> None:
                 "unknown": '{"colour": 1}',
                 "text": '{"dtypes": "bf16"}',
                 "int8": '{"dtypes": ["int8"]}',
-                "packed": '{"max_head_dim": "packed"}',
+                "wide": '{"max_head_dim": "wide"}',
                 "half": '{"dtypes": ("bf16",)}',
             }.items()
         ),
