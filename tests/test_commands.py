@@ -125,6 +125,17 @@ def test_a_finding_that_ends_its_process_is_replayed_in_another(attn_fuzz: Run) 
     (verdict,) = done.json["backends"]
     assert verdict["checks"] == ["runs"]
     assert "the process died" in verdict["messages"][0]
+    # Kept, it is known to do that, and so it is to whoever asks for a script.
+    assert attn_fuzz("save", died.id, "dead", "--store", "store").status == 0
+    assert json.loads(Path("tests/regressions/dead.json").read_text())["symptom"] == "Crashed"
+    kept = attn_fuzz("replay", "dead", "--device", "cpu", "--json")
+    assert kept.status == 1, kept.err
+    assert kept.json["backends"] == done.json["backends"]
+    for name in (died.id, "dead"):
+        printed = attn_fuzz("script", name, "--store", "store", "--device", "cpu")
+        assert printed.status == 0, printed.err
+        compile(printed.out, "script", "exec")
+        assert "Crashed" in printed.out
 
 
 # Seeds.
@@ -139,13 +150,14 @@ def test_a_finding_becomes_a_seed_that_convicts(attn_fuzz: Run) -> None:
         "about": "why",
         "case": FINDING.case.to_dict(),
         "expected_failures": {"cpu": [SWAPPED]},
+        "symptom": FINDING.symptom,
     }
     assert attn_fuzz("replay", "swapped", "--device", "cpu").status == 1
     assert "choose another name" in sentence(attn_fuzz("save", CASE, "swapped"))
 
 
 def test_a_seed_convicts_no_backend_that_does_not_exist(attn_fuzz: Run) -> None:
-    assert "unknown backend 'flesh'" in sentence(attn_fuzz("save", CASE, "kept", "--convict", "flesh"))
+    assert "unknown backend 'flesh'" in sentence(attn_fuzz("save", CASE, "kept", "--expect-failure", "flesh"))
     assert not Path("tests").exists()
 
 

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from attn_fuzz.backends.user import import_object
 
 _PACKAGE = """
 import torch
-from backends.kernels.loop import LoopKernel
+from attn_fuzz.backends.kernels.loop import LoopKernel
 
 class Theirs(LoopKernel):
     name = "theirs"
@@ -67,3 +68,14 @@ def test_what_cannot_be_imported_says_so(installed: dict[str, str]) -> None:
     done = run(installed, "run", "-b", "broken", "--cases", "5", "--device", "cpu")
     assert done.returncode == 2
     assert "their_package has no 'nothing'" in done.stderr
+
+
+def test_files_of_one_name_are_two_modules(tmp_path: Path) -> None:
+    """What a kernel defines as it runs, as compilers do, is looked for in its own file."""
+    kernels = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "kernel.py"
+        path.write_text(f"import sys\n\ndef where():\n    return sys.modules[__name__].FOLDER\n\nFOLDER = {folder!r}\n")
+        kernels.append(import_object(f"{path}:where"))
+    assert [where() for where in kernels] == ["a", "b"]

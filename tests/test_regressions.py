@@ -8,44 +8,93 @@ import pytest
 import torch
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.reference.case import Case
 
+from attn_fuzz.campaign.isolated import FATAL, Isolated, Subject
 from attn_fuzz.findings.regression_cases import RegressionCase, regression_cases
-from attn_fuzz.oracle.examine import examine
+from attn_fuzz.oracle.examine import Verdict, examine
 from attn_fuzz.reduction.call_sequence import interferes
 
-SEEDS = regression_cases(Path(__file__).parent / "regressions")
+SAVED = regression_cases(Path(__file__).parent / "regressions")
+SECONDS = 120.0
 
 
-@pytest.mark.parametrize("seed", SEEDS, ids=lambda seed: seed.name)
-def test_seed_is_clean(seed: RegressionCase, attn_backend: str, attn_device: str) -> None:
-    backend = registry.load(attn_backend)
-    if (reason := backend.kernel.why_unavailable(attn_device.partition(":")[0])) is not None:
-        pytest.skip(f"{attn_backend}: {reason}")
+def available(name: str, device: str) -> Backend:
+    """A backend that runs here; skips where it does not."""
+    backend = registry.load(name)
+    if (reason := backend.kernel.why_unavailable(device.partition(":")[0])) is not None:
+        pytest.skip(f"{name}: {reason}")
+    return backend
+
+
+def verdict_on(saved: RegressionCase, backend: Backend, device: str) -> Verdict:
+    """What a backend makes of a saved case, among the calls that it takes; skips what it refuses."""
     try:
-        verdict = interferes(
-            examine(seed.case, backend, attn_device), seed.sequence, backend, torch.device(attn_device)
-        )
+        alone = examine(saved.case, backend, device)
     except UnsupportedCase as refusal:
         pytest.skip(str(refusal))
-    assert [str(symptom) for symptom in verdict.symptoms] == []
+    return interferes(alone, saved.sequence, backend, torch.device(device))
+
+
+def symptoms_of(saved: RegressionCase, backend: Backend, device: str) -> set[str]:
+    """Names of what a backend shows in a saved case, which may end its process where that is how it fails."""
+    if saved.symptom not in FATAL:
+        return {type(symptom).__name__ for symptom in verdict_on(saved, backend, device).symptoms}
+    child = Isolated(Subject(backend.name, device), SECONDS)
+    try:
+        report = child.report(saved.case)
+    finally:
+        child.close()
+    if report.refusal is not None:
+        pytest.skip(report.refusal)
+    return {report.symptom} - {None}
+
+
+@pytest.mark.parametrize("saved", SAVED, ids=lambda saved: saved.name)
+def test_a_saved_case_is_clean(saved: RegressionCase, attn_backend: str, attn_device: str) -> None:
+    backend = available(attn_backend, attn_device)
+    assert symptoms_of(saved, backend, attn_device) == set()
 
 
 @pytest.mark.parametrize(
-    ("seed", "name"),
+    ("saved", "name"),
     [
-        pytest.param(seed, name, id=f"{seed.name}-{name}")
-        for seed in SEEDS
-        for name in sorted({name for names in seed.expected_failures.values() for name in names})
+        pytest.param(saved, name, id=f"{saved.name}-{name}")
+        for saved in SAVED
+        for name in sorted({name for names in saved.expected_failures.values() for name in names})
     ],
 )
-def test_seed_convicts(seed: RegressionCase, name: str, attn_device: str) -> None:
-    backend = registry.load(name)
-    if name not in seed.expected_failures.get(attn_device.partition(":")[0], ()):
+def test_a_saved_case_fails_where_that_is_expected(saved: RegressionCase, name: str, attn_device: str) -> None:
+    if name not in saved.expected_failures.get(attn_device.partition(":")[0], ()):
         pytest.skip(f"{name} need not fail on {attn_device}")
-    if (reason := backend.kernel.why_unavailable(attn_device.partition(":")[0])) is not None:
-        pytest.skip(f"{name}: {reason}")
-    try:
-        verdict = examine(seed.case, backend, attn_device)
-    except UnsupportedCase as refusal:
-        pytest.skip(str(refusal))
-    assert set(verdict.checks) & {"dead_rows", "unwritten"}, "the known-bad backend was not convicted"
+    found = symptoms_of(saved, available(name, attn_device), attn_device)
+    assert saved.symptom in found if saved.symptom else found
+
+
+DIES = """
+import os
+
+def kernel(*arguments, **options):
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "case", "symptom"),
+    [
+        ("X06", '{"level": "kernel", "lengths": [1], "head_dim": 8}', "WrongOutput"),
+        ("M51-swapped", '{"level": "layer", "lengths": [1], "head_dim": 1, "hidden": 1}', ""),
+    ],
+)
+def test_a_case_saved_for_any_check_is_asked(fault: str, case: str, symptom: str) -> None:
+    """Not only those of the known-bad layer, whose gradients of dead rows are not zero."""
+    saved = RegressionCase("saved", Case.from_json(case), symptom=symptom)
+    found = symptoms_of(saved, registry.load(f"fault:{fault}"), "cpu")
+    assert symptom in found if symptom else found
+
+
+def test_a_case_that_ends_its_process_ends_another(tmp_path: Path) -> None:
+    (tmp_path / "dies.py").write_text(DIES)
+    saved = RegressionCase("saved", Case(level="kernel", lengths=(2,)), symptom="Crashed")
+    assert symptoms_of(saved, registry.load(f"{tmp_path / 'dies.py'}:kernel"), "cpu") == {"Crashed"}

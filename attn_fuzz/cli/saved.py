@@ -44,6 +44,11 @@ def _verdict(name: str, case: Case, device: str) -> Verdict | str:
         return str(refusal)
 
 
+def _safe_verdict(name: str, seed: RegressionCase, device: str) -> Verdict | str:
+    """The verdict on a saved case, where it may end its process or never come back that of another process."""
+    return (_verdict_of_survivors if seed.symptom in FATAL else _verdict)(name, seed.case, device)
+
+
 def _verdict_of_survivors(name: str, case: Case, device: str) -> Verdict | str:
     """The verdict on a case that may end its process or never come back: tried in another one first."""
     child = Isolated(Subject(name, device), HANG_SECONDS)
@@ -54,7 +59,7 @@ def _verdict_of_survivors(name: str, case: Case, device: str) -> Verdict | str:
     return _verdict(name, case, device) if symptom is None else Verdict((symptom,), {}, frozenset())
 
 
-def _in_company(name: str, seed: RegressionCase, device: str, alone: Verdict | str) -> Verdict | str:
+def _in_sequence(name: str, seed: RegressionCase, device: str, alone: Verdict | str) -> Verdict | str:
     if isinstance(alone, str):
         return alone
     with contextlib.redirect_stdout(sys.stderr):
@@ -68,7 +73,7 @@ def _place(device: str | None, seed: RegressionCase) -> str:
 
 def replay(
     case: Annotated[
-        str, typer.Argument(help="A CASE.json file, a finding's id, a seed's name, or a case as JSON text.")
+        str, typer.Argument(help="A CASE.json file, a finding's id, a regression case's name, or a case as JSON text.")
     ],
     backend: BackendOption = None,
     device: DeviceOption = None,
@@ -86,8 +91,7 @@ def replay(
     names = tuple(dict.fromkeys(backend or own or available_backends(where)))
     require_available(names, where)
     set_up_process(where)
-    judge = _verdict_of_survivors if seed.symptom in FATAL else _verdict
-    results = [(name, _in_company(name, seed, where, judge(name, seed.case, where))) for name in names]
+    results = [(name, _in_sequence(name, seed, where, _safe_verdict(name, seed, where))) for name in names]
     if backend and all(isinstance(verdict, str) for _, verdict in results):
         raise UsageError("; ".join(str(verdict) for _, verdict in results))
     failed = [name for name, verdict in results if isinstance(verdict, Verdict) and verdict.symptoms]
@@ -124,19 +128,26 @@ def replay(
 
 def save(
     case: Annotated[str, typer.Argument(help="A CASE.json file, a finding's id, or a case as JSON text.")],
-    name: Annotated[str, typer.Argument(help="Name of the regression seed.")],
+    name: Annotated[str, typer.Argument(help="Name of the regression case.")],
     about: Annotated[str, typer.Option(help="Why it is kept.")] = "",
-    convict: Annotated[list[str] | None, typer.Option(help="Backend that must fail it; repeat for several.")] = None,
+    expect_failure: Annotated[
+        list[str] | None,
+        typer.Option(help="Backend that must fail it; repeat for several."),
+    ] = None,
     device: DeviceOption = None,
-    folder: Annotated[Path, typer.Option(help="Folder of regression seeds.")] = REGRESSIONS,
+    folder: Annotated[Path, typer.Option(help="Folder of regression cases.")] = REGRESSIONS,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
-    """Keep a failing case as a regression seed, which the test suite collects by itself."""
+    """Keep a failing case as a regression case, which the test suite collects by itself."""
     found = find_regression_case(case, store)
-    for backend in convict or ():
+    for backend in expect_failure or ():
         registry.load(backend)
-    expected_failures = {device_of(device).partition(":")[0]: tuple(convict)} if convict else found.expected_failures
-    seed = RegressionCase(name, found.case, about or found.about, expected_failures, sequence=found.sequence)
+    expected_failures = (
+        {device_of(device).partition(":")[0]: tuple(expect_failure)} if expect_failure else found.expected_failures
+    )
+    # Of other backends it is not known how they fail.
+    symptom = found.symptom if expected_failures == found.expected_failures else ""
+    seed = RegressionCase(name, found.case, about or found.about, expected_failures, symptom, found.sequence)
     target = folder / f"{name}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -164,14 +175,15 @@ def script(
         raise UsageError("the case names no backend that fails it; say --backend NAME")
     require_available((name,), where)
     set_up_process(where)
-    verdict = _verdict(name, seed.case, where)
+    verdict = _safe_verdict(name, seed, where)
     if seed.sequence is not None and isinstance(verdict, Verdict) and not verdict.symptoms:
         raise UsageError(f"{case} fails among other calls only, which no script has: replay it")
     if isinstance(verdict, str):
         raise UsageError(verdict)
     title = f"{name}: {verdict.first}" if verdict.first else f"{name}: {', '.join(verdict.known) or 'no check fails'}"
     try:
-        text = standalone(seed.case, registry.load(name), where, title)
+        fatal = isinstance(verdict, Verdict) and type(verdict.first).__name__ in FATAL
+        text = standalone(seed.case, registry.load(name), where, title, fatal=fatal)
     except ScriptError as error:
         raise UsageError(str(error)) from None
     typer.echo(text, nl=False)

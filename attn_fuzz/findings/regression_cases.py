@@ -1,4 +1,4 @@
-"""Where a named case comes from: a JSON file, a stored finding, or a regression seed."""
+"""Where a named case comes from: a JSON file, a stored finding, or a regression case."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from attn_fuzz.reduction.call_sequence import CallSequence, call_sequence_of
 from attn_fuzz.reference.case import Case, CaseError
 
 REGRESSIONS = Path("tests") / "regressions"
-"""Regression seeds of the project in whose folder the command runs."""
+"""Regression cases of the project in whose folder the command runs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RegressionCase:
-    """A saved case; optionally why it is kept, and the backends that must fail it."""
+    """A saved case; optionally why it is kept, how it fails, and the backends that must fail it."""
 
     name: str
     case: Case
@@ -26,7 +26,7 @@ class RegressionCase:
     expected_failures: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Backends that must fail it, by ``cpu`` and ``cuda``."""
     symptom: str = ""
-    """A stored finding's; empty where none is known."""
+    """How those fail it, by the name of the symptom; empty where that is not known."""
     sequence: CallSequence | None = None
     """Calls in a row, where the case fails among them only."""
 
@@ -37,12 +37,14 @@ class RegressionCase:
             entries["sequence"] = self.sequence.to_dict()
         if self.expected_failures:
             entries["expected_failures"] = {device: list(names) for device, names in self.expected_failures.items()}
+        if self.symptom:
+            entries["symptom"] = self.symptom
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items())
         return f"{{\n{lines}\n}}\n"
 
 
 def read_regression_case(path: Path) -> RegressionCase:
-    """A case from a file: a bare case, a regression seed, or a stored finding.
+    """A case from a file: a bare case, a regression case, or a stored finding.
 
     Raises:
         CaseError: when the file cannot be read or holds no possible case.
@@ -70,7 +72,7 @@ def read_regression_case(path: Path) -> RegressionCase:
 
 
 def _expected_failures(data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Who must fail: a seed's own list, or the backend of a stored finding."""
+    """What must fail: the list of a regression case, or the backend of a stored finding."""
     if "backend" in data and "device" in data:
         return {str(data["device"]).partition(":")[0]: (str(data["backend"]),)}
     expected_failures = data.get("expected_failures", {})
@@ -82,7 +84,7 @@ def _expected_failures(data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 
 def regression_cases(folder: Path = REGRESSIONS) -> tuple[RegressionCase, ...]:
-    """All regression seeds, by name."""
+    """All regression cases, by name."""
     return tuple(read_regression_case(path) for path in sorted(folder.glob("*.json")))
 
 

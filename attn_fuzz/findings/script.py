@@ -129,9 +129,9 @@ for name, want in expected.items():
 raise SystemExit(1 if failed else 0)
 '''
 
-_OWN_KERNEL: Final = '''from backends import registry
-from backends.kernel import AttentionOptions
-from backends.metadata import VarlenMetadata
+_OWN_KERNEL: Final = '''from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import AttentionOptions
+from attn_fuzz.backends.metadata import VarlenMetadata
 
 
 def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
@@ -179,11 +179,25 @@ def _fails(backend: Backend, case: Case, inputs: Inputs, device: torch.device) -
     return answer if any(wrong) or behind else None
 
 
+def _own(case: Case, backend: Backend, device: torch.device) -> tuple[Inputs, dict[str, Expected]]:
+    """The case's own tensors, and what should come out of them."""
+    inputs = kernel_inputs(case, "cpu")
+    return inputs, kernel_answer(case, inputs, backend.kernel.profile_on(device.type))
+
+
+def _first_failing(case: Case, backend: Backend, device: torch.device) -> tuple[Inputs, dict[str, Expected]]:
+    """The first tensors for which an element is beyond its budget, and what should have come out."""
+    for inputs in _candidates(case):
+        if (answer := _fails(backend, case, inputs, device)) is not None:
+            return inputs, answer
+    raise ScriptError("no single call shows this by a wrong element; use replay")
+
+
 def _numbers(x: torch.Tensor) -> str:
     return "[" + ", ".join(f"{value:.9g}" for value in x.detach().double().flatten().tolist()) + "]"
 
 
-def standalone(case: Case, backend: Backend, device: str, title: str) -> str:
+def standalone(case: Case, backend: Backend, device: str, title: str, *, fatal: bool = False) -> str:
     """The text of the script.
 
     Args:
@@ -191,6 +205,7 @@ def standalone(case: Case, backend: Backend, device: str, title: str) -> str:
         backend: that fails it.
         device: where.
         title: what is wrong, in a line.
+        fatal: the case ends its process or hangs, so that it is not run here; its script does what the case does.
 
     Raises:
         ScriptError: when the case is a layer case, too large, or fails in a way that one call does not show.
@@ -198,12 +213,7 @@ def standalone(case: Case, backend: Backend, device: str, title: str) -> str:
     if case.level != "kernel":
         raise ScriptError("a layer case needs the layer around it and has no script of its own; use replay")
     place = torch.device(device)
-    for inputs in _candidates(case):
-        answer = _fails(backend, case, inputs, place)
-        if answer is not None:
-            break
-    else:
-        raise ScriptError("no single call shows this by a wrong element; use replay")
+    inputs, answer = _own(case, backend, place) if fatal else _first_failing(case, backend, place)
     placed = KernelCall(backend, case, inputs, "nan", place).placed
     if sum(item.storage.numel() for item in placed.values()) > MAX_ELEMENTS:
         raise ScriptError(f"the case has more than {MAX_ELEMENTS} numbers; shrink it first")
