@@ -1,3 +1,38 @@
-"""Loads the differential suite's plugin."""
+"""The project's own test runs: Hypothesis profiles, and processes set up as those of campaigns are."""
 
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+
+# Where the package is installed its entry point has loaded the plugin, under the same name.
 pytest_plugins = ["attn_fuzz.pytest_plugin"]
+
+
+def register_profiles() -> None:
+    """``dev`` is quick, ``ci`` thorough, ``nightly`` as long as a night allows; all print the reproduction blob."""
+    # Hypothesis derandomises where it sees a CI machine, and then ignores --hypothesis-seed.
+    common = {
+        "deadline": None,
+        "derandomize": False,
+        "print_blob": True,
+        "suppress_health_check": [HealthCheck.too_slow],
+    }
+    phases = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
+    settings.register_profile("dev", settings(max_examples=20, **common))  # type: ignore[arg-type]
+    settings.register_profile("ci", settings(max_examples=100, **common))  # type: ignore[arg-type]
+    settings.register_profile("nightly", settings(max_examples=5000, phases=phases, **common))  # type: ignore[arg-type]
+
+
+register_profiles()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The profile ``dev`` unless another is asked for; one thread, plain float32, one GPU per xdist worker, in turn."""
+    # Not before pytest has loaded the plugin, whose assertions it rewrites.
+    from attn_fuzz.execution.process import set_up_process
+    from attn_fuzz.pytest_plugin import test_device
+
+    if not config.getoption("--hypothesis-profile", None):
+        settings.load_profile("dev")
+    set_up_process(test_device())

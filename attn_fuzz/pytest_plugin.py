@@ -1,6 +1,8 @@
-"""pytest plugin: devices for xdist workers, ``--require-cuda``, Hypothesis profiles, backends as parameters.
+"""pytest plugin: devices for xdist workers, ``--require-cuda``, backends as parameters.
 
-A project's ``conftest.py`` loads it with ``pytest_plugins = ["attn_fuzz.pytest_plugin"]``.
+Installed, it is there in every test run, and costs and changes nothing until it is asked for: torch is imported, and
+the process set up, when a test takes one of its fixtures or an option is given. From a checkout, ``conftest.py`` loads
+it with ``pytest_plugins = ["attn_fuzz.pytest_plugin"]``.
 """
 
 from __future__ import annotations
@@ -9,33 +11,8 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
-from hypothesis import HealthCheck, Phase, settings
-
-from attn_fuzz.backends import registry
-from attn_fuzz.backends.kernel import BackendUnavailable
-from attn_fuzz.backends.registry import UnknownBackend
-from attn_fuzz.campaign.plan import default_device
-from attn_fuzz.execution.process import set_up_process
 
 REQUIRE_CUDA = "--require-cuda"
-
-
-def register_profiles() -> None:
-    """``dev`` is quick, ``ci`` thorough, ``nightly`` as long as a night allows; all print the reproduction blob."""
-    # Hypothesis derandomises where it sees a CI machine, and then ignores --hypothesis-seed.
-    common = {
-        "deadline": None,
-        "derandomize": False,
-        "print_blob": True,
-        "suppress_health_check": [HealthCheck.too_slow],
-    }
-    settings.register_profile("dev", settings(max_examples=20, **common))  # type: ignore[arg-type]
-    settings.register_profile("ci", settings(max_examples=100, **common))  # type: ignore[arg-type]
-    settings.register_profile(
-        "nightly",
-        settings(max_examples=5000, phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink), **common),  # type: ignore[arg-type]
-    )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,23 +32,39 @@ def _worker_number() -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Profiles; one GPU per xdist worker, in turn; no GPU is an error where one is required."""
-    register_profiles()
-    if not config.getoption("--hypothesis-profile", None):
-        settings.load_profile("dev")
-    if config.getoption(REQUIRE_CUDA) and not torch.cuda.is_available():
+    """The marker; no GPU is an error where one is required, and so is a backend that there is not."""
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    if config.getoption(REQUIRE_CUDA):
+        _require_cuda()
+    _require_backends(config.getoption("--attn-backend") or ())
+
+
+def _require_cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
         raise pytest.UsageError("--require-cuda was given, but torch sees no CUDA device here")
-    for name in config.getoption("--attn-backend") or ():
+
+
+def _require_backends(names: list[str] | tuple[()]) -> None:
+    if not names:
+        return
+    from attn_fuzz.backends import registry
+    from attn_fuzz.backends.kernel import BackendUnavailable
+    from attn_fuzz.backends.registry import UnknownBackend
+
+    for name in names:
         try:
             registry.load(name)
         except (UnknownBackend, BackendUnavailable) as error:
             raise pytest.UsageError(str(error)) from None
-    set_up_process(test_device())
 
 
 def test_device() -> str:
     """The device of this process: xdist workers take GPUs in turn."""
-    if default_device() == "cpu":
+    import torch
+
+    if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{_worker_number() % torch.cuda.device_count()}"
 
@@ -82,6 +75,8 @@ test_device.__test__ = False  # type: ignore[attr-defined]
 
 def suite_backends(config: pytest.Config) -> list[str]:
     """Backends of the differential suite: those asked for, else every kernel adapter."""
+    from attn_fuzz.backends import registry
+
     return list(config.getoption("--attn-backend") or registry.backend_names())
 
 
@@ -93,8 +88,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def attn_device() -> str:
-    """Device that this process tests on."""
-    return test_device()
+    """Device that this process tests on; the process is set up for it (``execution.process.set_up_process``)."""
+    from attn_fuzz.execution.process import set_up_process
+
+    device = test_device()
+    set_up_process(device)
+    return device
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,8 +37,9 @@ def imported() -> None:
 def run(pytester: pytest.Pytester, request: pytest.FixtureRequest) -> Iterator[Run]:
     """Runs a test file with the plugin in this process, whose Hypothesis profile comes back afterwards."""
 
-    def inner(source: str, *options: str) -> pytest.RunResult:
-        pytester.makeini("[pytest]\nmarkers = cuda: needs a CUDA device")
+    def inner(source: str, *options: str, conftest: str = "") -> pytest.RunResult:
+        pytester.makeini("[pytest]\naddopts = --strict-markers")
+        pytester.makeconftest(conftest)
         pytester.makepyfile(test_inner=source)
         return pytester.runpytest_inprocess("-p", "attn_fuzz.pytest_plugin", "-p", "no:xdist", "-rs", *options)
 
@@ -157,7 +161,9 @@ def test_an_unknown_backend_is_one_sentence(name: str, told: str, run: Run) -> N
     assert len(result.stderr.str().strip().splitlines()) == 1
 
 
-# Profiles.
+# Profiles of the project itself, and what other repositories see of it.
+
+OURS = (HERE.parent / "conftest.py").read_text().replace('pytest_plugins = ["attn_fuzz.pytest_plugin"]', "")
 
 EXAMPLES = """
 from hypothesis import settings
@@ -171,7 +177,51 @@ def test_examples():
 @pytest.mark.parametrize(("profile", "examples"), [(None, 20), ("dev", 20), ("ci", 100), ("nightly", 5000)])
 def test_profiles(profile: str | None, examples: int, run: Run) -> None:
     options = () if profile is None else ("--hypothesis-profile", profile)
-    assert printed(run(EXAMPLES, "-s", *options)) == [f"{examples} None True"]
+    assert printed(run(EXAMPLES, "-s", *options, conftest=OURS)) == [f"{examples} None True"]
+
+
+STATE = """
+import os
+
+import torch
+from hypothesis import settings
+
+
+def test_state():
+    torch.set_num_threads(3)
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    print(f"<{flags} {settings.default.max_examples} {sorted(set(os.environ) - BEFORE)}>")
+
+
+def test_threads():
+    print(f"<{torch.get_num_threads()}>")
+"""
+
+
+@pytest.fixture
+def others_state() -> Iterator[None]:
+    """What a host's other tests may have set, and this process's own afterwards."""
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.get_num_threads()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    settings.load_profile("default")
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags[:2]
+    torch.set_num_threads(flags[2])
+
+
+@pytest.mark.usefixtures("others_state")
+def test_loading_it_changes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither threads, TF32, Hypothesis profiles nor the environment of the other tests of a repository."""
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "ONEDNN_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    before = f"BEFORE = {set(os.environ) | {'PYTEST_CURRENT_TEST'}!r}\n"
+    assert printed(run(before + STATE, "-s")) == [f"(True, True) {settings.default.max_examples} []", "3"]
+
+
+def test_loading_it_imports_nothing_heavy() -> None:
+    program = "import sys, attn_fuzz.pytest_plugin; print('torch' in sys.modules, 'hypothesis' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
 
 
 # Failures.
@@ -216,7 +266,8 @@ def test_draws(number):
 
 
 def test_a_seed_draws_again_what_it_drew(run: Run) -> None:
-    first, again, other = (printed(run(DRAWS, "-s", "--hypothesis-seed", seed)) for seed in ("1", "1", "2"))
+    seeds = ("1", "1", "2")
+    first, again, other = (printed(run(DRAWS, "-s", "--hypothesis-seed", seed, conftest=OURS)) for seed in seeds)
     assert len(first) == 20
     assert first == again
     assert first != other

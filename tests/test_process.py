@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import sys
 import pytest
 import torch
 
-from attn_fuzz.execution.process import interrupt_once, lacks_memory
+from attn_fuzz.campaign.messages import Assignment
+from attn_fuzz.campaign.pool import Pool
+from attn_fuzz.execution.process import environment_of_children, interrupt_once, lacks_memory
 
 _PRODUCT = """
 import sys
@@ -54,3 +57,22 @@ def test_a_signal_that_comes_twice_interrupts_once() -> None:
 )
 def test_what_is_a_lack_of_memory(error: Exception, lacking: bool) -> None:
     assert lacks_memory(error) is lacking
+
+
+def test_what_children_find_is_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller's own environment is theirs, also where it had the variable."""
+    monkeypatch.setenv("HAD", "mine")
+    monkeypatch.delenv("HAD_NOT", raising=False)
+    with environment_of_children({"HAD": "ours", "HAD_NOT": "ours"}):
+        assert (os.environ["HAD"], os.environ["HAD_NOT"]) == ("ours", "ours")
+    assert os.environ["HAD"] == "mine"
+    assert "HAD_NOT" not in os.environ
+
+
+def test_a_campaign_leaves_its_callers_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    job = Assignment(backend="loop", device="cpu", seed=1, levels=("kernel",), cases=1)
+    Pool([job], 1, lambda tallies: None, lambda finding: None).run()
+    assert dict(os.environ) == before

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import multiprocessing
 import os
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, Final
@@ -18,8 +16,16 @@ import torch
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import BackendUnavailable, UnsupportedCase
 from attn_fuzz.backends.registry import Backend
+from attn_fuzz.execution.heap import fill_in_children
 from attn_fuzz.execution.operators import operators_of
-from attn_fuzz.execution.process import DEAD_CONTEXT, NO_DEVICE, context_alive, set_apart, set_up_process
+from attn_fuzz.execution.process import (
+    DEAD_CONTEXT,
+    NO_DEVICE,
+    context_alive,
+    environment_of_children,
+    set_apart,
+    set_up_process,
+)
 from attn_fuzz.oracle.examine import examine, tried
 from attn_fuzz.oracle.symptoms import Crashed, Hung, Symptom
 from attn_fuzz.reference.case import Case
@@ -100,24 +106,8 @@ def _serve(subject: Subject, connection: Connection) -> None:
         connection.send(report_of(Case.from_json(text), subject, loaded, operators=operators))
 
 
-@contextlib.contextmanager
-def _away_from_others() -> Iterator[None]:
-    """Where processes share a GPU through a server (CUDA MPS), a fault in one ends all; not so for a child."""
-    before = os.environ.get(_SERVER)
-    os.environ[_SERVER] = os.devnull
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_SERVER]
-        else:
-            os.environ[_SERVER] = before
-
-
-_SERVER: Final = "CUDA_MPS_PIPE_DIRECTORY"
-
-_STARTING: Final = threading.Lock()
-"""The environment is the whole process's: children are started one after another, whatever threads ask for them."""
+_AWAY_FROM_OTHERS: Final = {"CUDA_MPS_PIPE_DIRECTORY": os.devnull}
+"""Where processes share a GPU through a server (CUDA MPS), a fault in one ends all; not so for a child without it."""
 
 
 _DIED: Final = Report("Crashed", "the process died while it ran this case", survived=False)
@@ -184,7 +174,8 @@ class Isolated:
         if self._process is None:
             self._connection, theirs = self._context.Pipe()
             self._process = self._context.Process(target=_serve, args=(self._subject, theirs), daemon=True)
-            with _STARTING, _away_from_others():
+            added = {**_AWAY_FROM_OTHERS, **fill_in_children(os.environ)}
+            with environment_of_children(added):
                 self._process.start()
             theirs.close()
         assert self._connection is not None

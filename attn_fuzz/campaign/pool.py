@@ -31,7 +31,8 @@ from attn_fuzz.campaign.messages import (
 from attn_fuzz.campaign.plan import share_of_time
 from attn_fuzz.campaign.serve import serve
 from attn_fuzz.execution.environment import environment
-from attn_fuzz.execution.process import interrupt_once, killed_for_memory, share_of_processors
+from attn_fuzz.execution.heap import fill_in_children
+from attn_fuzz.execution.process import environment_of_children, interrupt_once, killed_for_memory, share_of_processors
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.reference.case import Case
 
@@ -74,6 +75,10 @@ class _Worker:
     finished: bool = False
 
 
+_KEEPS_BLOCKS: Final = {name: str(1 << 30) for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")}
+"""glibc returns large blocks to the system at once, and faulting them in again costs more than the reference."""
+
+
 class Pool:
     """Runs assignments, so many at a time.
 
@@ -98,9 +103,6 @@ class Pool:
         self._on_progress, self._on_finding = on_progress, on_finding
         self._seconds, self._started = seconds, time.monotonic()
         self._context = multiprocessing.get_context("spawn")
-        # glibc returns large blocks to the system at once, and faulting them in again costs more than the reference.
-        os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
-        os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 30))
         self._running: list[_Worker] = []
         self._done: list[_Worker] = []
         self._findings: dict[tuple[str, str], Finding] = {}
@@ -124,7 +126,8 @@ class Pool:
         processors = share_of_processors(place, self._limit) if on_processors else None
         # No daemon, for those may not have the children that crash-class cases run in; run() kills what is left.
         process = self._context.Process(target=serve, args=(assignment, theirs, processors))
-        process.start()
+        with environment_of_children({**_KEEPS_BLOCKS, **os.environ, **fill_in_children(os.environ)}):
+            process.start()
         theirs.close()
         self._running.append(_Worker(assignment, process, ours, restarts, place))
 

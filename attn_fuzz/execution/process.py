@@ -6,6 +6,8 @@ import contextlib
 import os
 import resource
 import signal
+import threading
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Final
 
@@ -78,6 +80,26 @@ def interrupt_once(number: int, frame: FrameType | None) -> None:
     """
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+_STARTING: Final = threading.Lock()
+"""The environment is the whole process's: children are started one after another, of whatever thread."""
+
+
+@contextlib.contextmanager
+def environment_of_children(added: Mapping[str, str]) -> Iterator[None]:
+    """What processes that are started here find in their environment; this process's own is as before afterwards."""
+    with _STARTING:
+        before = {name: os.environ.get(name) for name in added}
+        os.environ.update(added)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
 
 def set_apart() -> None:
