@@ -6,6 +6,8 @@ it (pyproject.toml). In a bare checkout the last line here has ``attn_fuzz.refer
 
 from pathlib import Path
 
+__version__ = "0.2.0"
+
 _HERE = Path(__file__).resolve().parent
 if not (_HERE / "reference").exists() and (_HERE.parent / "reference" / "attention.py").exists():
     __path__.append(str(_HERE.parent))

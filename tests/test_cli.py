@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from commandline import CASE, SWAPPED, Run, sentence, write
 
-COMMANDS = ("run", "check", "check-layer", "replay", "script", "save", "backends", "faults")
+import attn_fuzz as package
+from attn_fuzz.cli.app import COMMANDS
 
+ROOT = Path(__file__).resolve().parent.parent
 
 # Help.
-
-
-def test_help_names_every_command(attn_fuzz: Run) -> None:
-    done = attn_fuzz("--help")
-    assert done.status == 0
-    assert set(COMMANDS) <= set(done.out.split())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -140,3 +140,42 @@ def test_cuda_without_a_gpu_is_one_sentence(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     write("kernel.py", KERNEL)
     assert "use --device cpu" in sentence(attn_fuzz(*arguments, "--device", "cuda"))
+
+
+# What answers at once.
+
+LIGHT = "import sys; from attn_fuzz.cli.app import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], []])
+def test_help_and_version_need_no_torch(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+    assert done.stderr == ""
+    assert done.returncode == (0 if arguments else 2)
+
+
+def test_help_names_every_command(attn_fuzz: Run) -> None:
+    done = attn_fuzz("--help")
+    assert done.status == 0
+    text = done.out
+    assert all(f" {name} " in text for name in COMMANDS)
+    for name, (module, _) in COMMANDS.items():
+        assert callable(getattr(importlib.import_module(f"attn_fuzz.cli.{module}"), name.replace("-", "_")))
+
+
+def test_a_command_says_its_options(attn_fuzz: Run) -> None:
+    assert "--seconds" in attn_fuzz("check", "--help").out
+
+
+def test_version(attn_fuzz: Run) -> None:
+    said = attn_fuzz("--version").out
+    assert said.startswith(f"attn-fuzz {package.__version__}, torch {torch.__version__.partition('+')[0]}")
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    program = "import sys, attn_fuzz; print([name for name in ('torch', 'typer', 'hypothesis') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -12,7 +12,8 @@ import torch
 
 from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.campaign.pool import Pool
-from attn_fuzz.execution.process import environment_of_children, interrupt_once, lacks_memory
+from attn_fuzz.execution.process import environment_of_children, lacks_memory
+from attn_fuzz.execution.signals import interrupt_once
 
 _PRODUCT = """
 import sys

@@ -32,7 +32,8 @@ from attn_fuzz.campaign.plan import share_of_time
 from attn_fuzz.campaign.serve import serve
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.execution.heap import fill_in_children
-from attn_fuzz.execution.process import environment_of_children, interrupt_once, killed_for_memory, share_of_processors
+from attn_fuzz.execution.process import environment_of_children, killed_for_memory, share_of_processors
+from attn_fuzz.execution.signals import interrupt_once
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.reference.case import Case
 

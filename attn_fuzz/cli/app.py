@@ -1,27 +1,57 @@
-"""The command line. Exit status: 0 nothing found, 1 findings, 2 bad usage or an environment that cannot do it."""
+"""The command line. Exit status: 0 nothing found, 1 findings, 2 bad usage or an environment that cannot do it.
+
+A command is imported when it is called, since torch takes seconds: help and usage errors of the whole answer at once.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
-from typing import Any, Final, cast
+from typing import Annotated, Any, Final, cast
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from attn_fuzz.backends.kernel import BackendUnavailable
-from attn_fuzz.backends.registry import UnknownBackend
-from attn_fuzz.campaign.messages import CampaignError
-from attn_fuzz.cli import bench, catalogue, faults, fuzz, saved
-from attn_fuzz.cli.arguments import UsageError
-from attn_fuzz.evaluation.bench_processes import BenchError
-from attn_fuzz.execution.heap import fill_in_children
-from attn_fuzz.execution.process import interrupt_once
-from attn_fuzz.findings.finding import FindingError
-from attn_fuzz.findings.store import StoreError
-from attn_fuzz.reference.case import CaseError
+COMMANDS: Final = {
+    "run": ("fuzz", "Fuzz backends with the full buffered-K/V layer and at kernel level."),
+    "check": ("fuzz", "Fuzz your own kernel, by itself and inside the buffered layer."),
+    "check-layer": ("fuzz", "Fuzz your own attention layer (docs/your_layer.md)."),
+    "replay": ("saved", "Run one saved case and show every check's verdict."),
+    "script": ("saved", "Print a failing kernel case as one Python file that needs nothing of this project."),
+    "save": ("saved", "Keep a failing case as a regression case, which the test suite collects."),
+    "backends": ("catalogue", "What is available here, what each backend supports, and why the rest is not."),
+    "faults": ("faults", "Hunt every seeded fault on the CPU, without hints."),
+    "bench": ("bench", "Documents and cases per second of all modes, beside the bare kernels."),
+}
+"""By name: the module of ``attn_fuzz.cli`` that has it, and what it does."""
+
+
+def _loaded(name: str) -> Any:
+    """A command with its options."""
+    module = importlib.import_module(f"attn_fuzz.cli.{COMMANDS[name][0]}")
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(name)(getattr(module, name.replace("-", "_")))
+    return typer.main.get_command(single)
+
+
+class _Group(TyperGroup):
+    """Commands by name, each without its options until it is called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return TyperCommand(cmd_name, help=COMMANDS[cmd_name][1]) if cmd_name in COMMANDS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and _loaded(cast("str", name)), rest
+
 
 app = typer.Typer(
+    cls=_Group,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -29,32 +59,46 @@ app = typer.Typer(
 )
 
 
-_COMMANDS = (
-    fuzz.run,
-    fuzz.check,
-    fuzz.check_layer,
-    saved.replay,
-    saved.script,
-    saved.save,
-    catalogue.backends,
-    faults.faults,
-    bench.bench,
-)
+def _say_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
 
-for _command in _COMMANDS:
-    # Typer makes "check-layer" of "check_layer" by itself.
-    app.command()(_command)
+        from attn_fuzz import __version__
 
-_ONE_SENTENCE = (
-    UsageError,
-    CaseError,
-    FindingError,
-    StoreError,
-    CampaignError,
-    BenchError,
-    BackendUnavailable,
-    UnknownBackend,
-)
+        typer.echo(f"attn-fuzz {__version__}, torch {version('torch')}, Python {sys.version.partition(' ')[0]}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    """Options of all commands: there are none but those that end at once."""
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    """Errors whose message is all that is to be said of them."""
+    from attn_fuzz.backends.kernel import BackendUnavailable
+    from attn_fuzz.backends.registry import UnknownBackend
+    from attn_fuzz.campaign.messages import CampaignError
+    from attn_fuzz.cli.arguments import UsageError
+    from attn_fuzz.evaluation.bench_processes import BenchError
+    from attn_fuzz.findings.finding import FindingError
+    from attn_fuzz.findings.store import StoreError
+    from attn_fuzz.reference.case import CaseError
+
+    return (
+        UsageError,
+        CaseError,
+        FindingError,
+        StoreError,
+        CampaignError,
+        BenchError,
+        BackendUnavailable,
+        UnknownBackend,
+    )
 
 
 # ClickException: typer brings its own copy of click or not, by its version.
@@ -73,20 +117,22 @@ def _usage(error: Any) -> str:
 
 def main() -> None:
     """Entry point: every expected error is one sentence on standard error and exit status 2."""
+    from attn_fuzz.execution.signals import interrupt_once
+
     # A scheduler's SIGTERM ends a command as Ctrl-C does: with what it has, and with its children.
     signal.signal(signal.SIGTERM, interrupt_once)
     # Read by cuBLAS when it starts; without it repeatable matrix products are refused.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Read by glibc when a process starts: of those that run cases.
-    os.environ.update(fill_in_children(os.environ))
     try:
         status = app(standalone_mode=False) if sys.argv[1:] else app(["--help"], standalone_mode=False) or 2
-    except _ONE_SENTENCE as error:
-        typer.echo(f"attn-fuzz: {error}", err=True)
-        sys.exit(2)
     except _BAD_USAGE as error:
         typer.echo(f"attn-fuzz: {_usage(error)}", err=True)
         sys.exit(2)
     except typer.Abort:
         sys.exit(INTERRUPTED)
+    except Exception as error:
+        if not isinstance(error, _expected()):
+            raise
+        typer.echo(f"attn-fuzz: {error}", err=True)
+        sys.exit(2)
     sys.exit(status or 0)

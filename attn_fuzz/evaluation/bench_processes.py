@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import multiprocessing
+import os
 import queue
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,8 @@ from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.evaluation.bench_calls import cut_up
 from attn_fuzz.evaluation.bench_plan import PLANS, Plan, layout
 from attn_fuzz.execution.environment import environment
-from attn_fuzz.execution.process import set_apart, set_up_process
+from attn_fuzz.execution.heap import fill_in_children
+from attn_fuzz.execution.process import environment_of_children, set_apart, set_up_process
 from attn_fuzz.execution.timing import idle
 from attn_fuzz.reference.answer import kernel_inputs
 
@@ -107,8 +109,9 @@ def processes_of(
     job = _Job(tuple(names), tuple(counts), seconds, device, plan)
     barrier, results = context.Barrier(max(counts)), context.Queue()
     workers = [context.Process(target=_measure, args=(index, job, barrier, results)) for index in range(max(counts))]
-    for worker in workers:
-        worker.start()
+    with environment_of_children({**os.environ, **fill_in_children(os.environ)}):
+        for worker in workers:
+            worker.start()
     found: dict[str, dict[str, dict[str, float]]] = {}
     try:
         for name, count in itertools.product(names, counts):

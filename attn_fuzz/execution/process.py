@@ -8,7 +8,6 @@ import resource
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from types import FrameType
 from typing import Final
 
 import torch
@@ -70,16 +69,6 @@ def leave_memory(device: torch.device) -> None:
         free, total = torch.cuda.mem_get_info(device)
         if free * _SCARCE < total:
             torch.cuda.empty_cache()
-
-
-def interrupt_once(number: int, frame: FrameType | None) -> None:
-    """A signal's handler: ends a command as Ctrl-C does, and ignores the signal from then on.
-
-    Whoever ends a process group may say so twice, to the process and to the group. The second time may come while the
-    first is being seen to, and would lose what the command has found.
-    """
-    signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 _STARTING: Final = threading.Lock()
