@@ -1,14 +1,18 @@
-"""pytest plugin: devices for xdist workers, ``--require-cuda``, backends as parameters.
+"""pytest plugin: devices for xdist workers, ``--require-cuda``, backends as parameters, saved cases as tests.
 
 Installed, it is there in every test run, and costs and changes nothing until it is asked for: torch is imported, and
-the process set up, when a test takes one of its fixtures or an option is given. From a checkout, ``conftest.py`` loads
-it with ``pytest_plugins = ["attn_fuzz.pytest_plugin"]``.
+the process set up, when a test takes one of its fixtures or an option is given. Saved cases in ``regressions/*.json``
+that name a backend are tests: each fails while the case does, and passes once the backend is mended. From a checkout,
+``conftest.py`` loads it with ``pytest_plugins = ["attn_fuzz.pytest_plugin"]``.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,6 +98,69 @@ def attn_device() -> str:
     device = test_device()
     set_up_process(device)
     return device
+
+
+class StillFails(Exception):
+    """A saved case that its backend still fails; the message is for people."""
+
+
+class SavedCase(pytest.Item):
+    """A saved case on the backend that it was found on."""
+
+    def runtest(self) -> None:
+        """Raises StillFails where it is not clean."""
+        from attn_fuzz.campaign.replay import verdict_on
+        from attn_fuzz.execution.process import set_up_process
+        from attn_fuzz.findings.regression_cases import read_regression_case
+
+        saved = read_regression_case(self.path)
+        device = "cpu" if saved.device == "cpu" else test_device()
+        if saved.device != "cpu" and device == "cpu":
+            pytest.skip(f"it was found on {saved.device}, and torch sees no CUDA device here")
+        set_up_process(device)
+        verdict = verdict_on(saved, _from_root(saved.backend, self.config.rootpath), device)
+        if isinstance(verdict, str):
+            pytest.skip(verdict)
+        if verdict.symptoms:
+            lines = [str(symptom) for symptom in verdict.symptoms]
+            raise StillFails("\n".join([f"{saved.backend} still fails {saved.case.to_json()}", *lines]))
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """The message alone where the case fails: its traceback is this plugin's."""
+        return str(excinfo.value) if isinstance(excinfo.value, StillFails) else super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        """Where it is from."""
+        return self.path, None, f"saved case {self.name}"
+
+
+class SavedCases(pytest.File):
+    """A file of ``regressions``."""
+
+    def collect(self) -> Iterator[SavedCase]:
+        """One test, where the case names the backend that it was found on."""
+        try:
+            data = json.loads(self.path.read_text())
+        except (OSError, ValueError) as error:
+            raise self.CollectError(f"{self.path} is no saved case: {error}") from None
+        if isinstance(data, dict) and data.get("backend"):
+            yield SavedCase.from_parent(self, name=self.path.stem)
+
+
+def _from_root(backend: str, root: Path) -> str:
+    """A backend's name, with the file that it names, if any, found from the repository's root."""
+    place, colon, name = backend.rpartition(":")
+    prefix, _, path = place.rpartition(":")
+    if not path.endswith(".py") or Path(path).is_absolute():
+        return backend
+    return f"{prefix + ':' if prefix else ''}{root / path}{colon}{name}"
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> SavedCases | None:
+    """Saved cases."""
+    if file_path.suffix == ".json" and file_path.parent.name == "regressions":
+        return SavedCases.from_parent(parent, path=file_path)
+    return None
 
 
 @pytest.hookimpl(hookwrapper=True)

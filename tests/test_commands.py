@@ -149,7 +149,8 @@ def test_a_finding_becomes_a_seed_that_convicts(attn_fuzz: Run) -> None:
     assert json.loads(Path("tests/regressions/swapped.json").read_text()) == {
         "about": "why",
         "case": FINDING.case.to_dict(),
-        "expected_failures": {"cpu": [SWAPPED]},
+        "backend": SWAPPED,
+        "device": "cpu",
         "symptom": FINDING.symptom,
     }
     assert attn_fuzz("replay", "swapped", "--device", "cpu").status == 1

@@ -5,19 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from attn_fuzz.backends import registry
-from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.reference.case import Case
 
-from attn_fuzz.campaign.isolated import FATAL, Isolated, Subject
+from attn_fuzz.campaign.replay import verdict_on
 from attn_fuzz.findings.regression_cases import RegressionCase, regression_cases
-from attn_fuzz.oracle.examine import Verdict, examine
-from attn_fuzz.reduction.call_sequence import interferes
 
 SAVED = regression_cases(Path(__file__).parent / "regressions")
-SECONDS = 120.0
 
 
 def available(name: str, device: str) -> Backend:
@@ -28,27 +23,12 @@ def available(name: str, device: str) -> Backend:
     return backend
 
 
-def verdict_on(saved: RegressionCase, backend: Backend, device: str) -> Verdict:
-    """What a backend makes of a saved case, among the calls that it takes; skips what it refuses."""
-    try:
-        alone = examine(saved.case, backend, device)
-    except UnsupportedCase as refusal:
-        pytest.skip(str(refusal))
-    return interferes(alone, saved.sequence, backend, torch.device(device))
-
-
 def symptoms_of(saved: RegressionCase, backend: Backend, device: str) -> set[str]:
-    """Names of what a backend shows in a saved case, which may end its process where that is how it fails."""
-    if saved.symptom not in FATAL:
-        return {type(symptom).__name__ for symptom in verdict_on(saved, backend, device).symptoms}
-    child = Isolated(Subject(backend.name, device), SECONDS)
-    try:
-        report = child.report(saved.case)
-    finally:
-        child.close()
-    if report.refusal is not None:
-        pytest.skip(report.refusal)
-    return {report.symptom} - {None}
+    """Names of what a backend shows in a saved case; skips what it refuses."""
+    verdict = verdict_on(saved, backend.name, device)
+    if isinstance(verdict, str):
+        pytest.skip(verdict)
+    return {type(symptom).__name__ for symptom in verdict.symptoms}
 
 
 @pytest.mark.parametrize("saved", SAVED, ids=lambda saved: saved.name)

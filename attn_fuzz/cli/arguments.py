@@ -47,8 +47,8 @@ DtypeOption = Annotated[
 ModeOption = Annotated[
     str,
     typer.Option(
-        help="narrow: one drawn case after another; batch: hundreds of small kernel calls, one by one, judged "
-        "together; wide: packed calls of thousands of documents; several with + between them; both: narrow+wide; all."
+        help="case: one drawn case after another; batch: hundreds of small kernel calls, one by one, judged "
+        "together; packed: calls of thousands of documents; several with + between them; both: case+packed; all."
     ),
 ]
 FirstOption = Annotated[bool, typer.Option("--first", help="Stop each backend at its first finding.")]

@@ -68,10 +68,10 @@ def show(console: Console, result: dict[str, Any]) -> None:
         "backend",
         "documents",
         "bare, ms",
-        "wide, ms",
+        "packed, ms",
         "ratio",
-        "wide documents/s",
-        "narrow cases/s",
+        "packed documents/s",
+        "cases/s",
         "documents/s",
     )
     for column in columns:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from attn_fuzz.backends import registry
-from attn_fuzz.backends.kernel import UnsupportedCase
-from attn_fuzz.campaign.isolated import FATAL, Isolated, Subject
+from attn_fuzz.campaign.isolated import FATAL
 from attn_fuzz.campaign.plan import available_backends, require_available
-from attn_fuzz.campaign.pool import HANG_SECONDS
+from attn_fuzz.campaign.replay import verdict_alone, verdict_on
 from attn_fuzz.cli import tables
 from attn_fuzz.cli.arguments import (
     DEFAULT_STORE,
@@ -30,45 +27,12 @@ from attn_fuzz.cli.terminal import results_console
 from attn_fuzz.execution.process import set_up_process
 from attn_fuzz.findings.regression_cases import REGRESSIONS, RegressionCase, find_regression_case
 from attn_fuzz.findings.script import ScriptError, standalone
-from attn_fuzz.oracle.examine import Verdict, examine
-from attn_fuzz.reduction.call_sequence import interferes
-from attn_fuzz.reference.case import Case
-
-
-def _verdict(name: str, case: Case, device: str) -> Verdict | str:
-    try:
-        # What a kernel prints is not what the command prints.
-        with contextlib.redirect_stdout(sys.stderr):
-            return examine(case, registry.load(name), device)
-    except UnsupportedCase as refusal:
-        return str(refusal)
-
-
-def _safe_verdict(name: str, seed: RegressionCase, device: str) -> Verdict | str:
-    """The verdict on a saved case, where it may end its process or never come back that of another process."""
-    return (_verdict_of_survivors if seed.symptom in FATAL else _verdict)(name, seed.case, device)
-
-
-def _verdict_of_survivors(name: str, case: Case, device: str) -> Verdict | str:
-    """The verdict on a case that may end its process or never come back: tried in another one first."""
-    child = Isolated(Subject(name, device), HANG_SECONDS)
-    try:
-        symptom = child.fatal(case)
-    finally:
-        child.close()
-    return _verdict(name, case, device) if symptom is None else Verdict((symptom,), {}, frozenset())
-
-
-def _in_sequence(name: str, seed: RegressionCase, device: str, alone: Verdict | str) -> Verdict | str:
-    if isinstance(alone, str):
-        return alone
-    with contextlib.redirect_stdout(sys.stderr):
-        return interferes(alone, seed.sequence, registry.load(name), torch.device(device))
+from attn_fuzz.oracle.examine import Verdict
 
 
 def _place(device: str | None, seed: RegressionCase) -> str:
     """The device asked for, else the one to try a case on: where there is a GPU that, unless it failed on CPUs only."""
-    return device_of("cpu" if device is None and set(seed.expected_failures) == {"cpu"} else device)
+    return device_of("cpu" if device is None and set(seed.failing) == {"cpu"} else device)
 
 
 def replay(
@@ -87,11 +51,11 @@ def replay(
     """
     seed = find_regression_case(case, store)
     where = _place(device, seed)
-    own = seed.expected_failures.get(where.partition(":")[0], ())
+    own = seed.failing.get(where.partition(":")[0], ())
     names = tuple(dict.fromkeys(backend or own or available_backends(where)))
     require_available(names, where)
     set_up_process(where)
-    results = [(name, _in_sequence(name, seed, where, _safe_verdict(name, seed, where))) for name in names]
+    results = [(name, verdict_on(seed, name, where)) for name in names]
     if backend and all(isinstance(verdict, str) for _, verdict in results):
         raise UsageError("; ".join(str(verdict) for _, verdict in results))
     failed = [name for name, verdict in results if isinstance(verdict, Verdict) and verdict.symptoms]
@@ -132,22 +96,19 @@ def save(
     about: Annotated[str, typer.Option(help="Why it is kept.")] = "",
     expect_failure: Annotated[
         list[str] | None,
-        typer.Option(help="Backend that must fail it; repeat for several."),
+        typer.Option(help="Known-bad control that must fail it; repeat for several."),
     ] = None,
     device: DeviceOption = None,
     folder: Annotated[Path, typer.Option(help="Folder of regression cases.")] = REGRESSIONS,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
-    """Keep a failing case as a regression case, which the test suite collects by itself."""
+    """Keep a failing case as a regression case, a test that passes once its backend is mended."""
     found = find_regression_case(case, store)
     for backend in expect_failure or ():
         registry.load(backend)
-    expected_failures = (
-        {device_of(device).partition(":")[0]: tuple(expect_failure)} if expect_failure else found.expected_failures
-    )
-    # Of other backends it is not known how they fail.
-    symptom = found.symptom if expected_failures == found.expected_failures else ""
-    seed = RegressionCase(name, found.case, about or found.about, expected_failures, symptom, found.sequence)
+    kind = device_of(device).partition(":")[0]
+    controls = {kind: tuple(expect_failure)} if expect_failure else found.expected_failures
+    seed = dataclasses.replace(found, name=name, about=about or found.about, expected_failures=controls)
     target = folder / f"{name}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,13 +130,13 @@ def script(
     """Print a failing kernel case as one Python file that needs nothing of this project, to paste into a report."""
     seed = find_regression_case(case, store)
     where = _place(device, seed)
-    own = seed.expected_failures.get(where.partition(":")[0], ())
+    own = seed.failing.get(where.partition(":")[0], ())
     name = backend or (own[0] if own else None)
     if name is None:
         raise UsageError("the case names no backend that fails it; say --backend NAME")
     require_available((name,), where)
     set_up_process(where)
-    verdict = _safe_verdict(name, seed, where)
+    verdict = verdict_alone(seed, name, where)
     if seed.sequence is not None and isinstance(verdict, Verdict) and not verdict.symptoms:
         raise UsageError(f"{case} fails among other calls only, which no script has: replay it")
     if isinstance(verdict, str):

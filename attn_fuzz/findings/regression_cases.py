@@ -18,17 +18,30 @@ REGRESSIONS = Path("tests") / "regressions"
 
 @dataclasses.dataclass(frozen=True)
 class RegressionCase:
-    """A saved case; optionally why it is kept, how it fails, and the backends that must fail it."""
+    """A saved case; optionally why it is kept, and what failed it and how, which must pass once that is mended."""
 
     name: str
     case: Case
     about: str = ""
     expected_failures: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    """Backends that must fail it, by ``cpu`` and ``cuda``."""
+    """Known-bad controls, which must fail it for ever, by ``cpu`` and ``cuda``."""
     symptom: str = ""
-    """How those fail it, by the name of the symptom; empty where that is not known."""
+    """How it fails, by the symptom's name; empty where that is not known."""
+    backend: str = ""
+    """What it was found on: it must be clean there."""
+    device: str = ""
+    """Where that was."""
     sequence: CallSequence | None = None
     """Calls in a row, where the case fails among them only."""
+
+    @property
+    def failing(self) -> dict[str, tuple[str, ...]]:
+        """Backends that fail it, or did, by ``cpu`` and ``cuda``."""
+        found = {kind: tuple(names) for kind, names in self.expected_failures.items()}
+        if self.backend:
+            kind = self.device.partition(":")[0]
+            found[kind] = tuple(dict.fromkeys((self.backend, *found.get(kind, ()))))
+        return found
 
     def to_json(self) -> str:
         """The content of its file: one line per entry."""
@@ -37,8 +50,7 @@ class RegressionCase:
             entries["sequence"] = self.sequence.to_dict()
         if self.expected_failures:
             entries["expected_failures"] = {device: list(names) for device, names in self.expected_failures.items()}
-        if self.symptom:
-            entries["symptom"] = self.symptom
+        entries |= {key: value for key in ("backend", "device", "symptom") if (value := getattr(self, key))}
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items())
         return f"{{\n{lines}\n}}\n"
 
@@ -57,14 +69,10 @@ def read_regression_case(path: Path) -> RegressionCase:
         raise CaseError(f"{path} is not valid JSON: {error}") from None
     try:
         if isinstance(data, Mapping) and "case" in data:
-            about, symptom = str(data.get("about", "")), str(data.get("symptom", ""))
+            words = {key: str(data.get(key, "")) for key in ("about", "symptom", "backend", "device")}
+            case, sequence = Case.from_dict(data["case"]), call_sequence_of(data)
             return RegressionCase(
-                path.stem,
-                Case.from_dict(data["case"]),
-                about,
-                _expected_failures(data),
-                symptom,
-                call_sequence_of(data),
+                path.stem, case, expected_failures=_expected_failures(data), sequence=sequence, **words
             )
         return RegressionCase(path.stem, Case.from_dict(data))
     except CaseError as error:
@@ -72,9 +80,7 @@ def read_regression_case(path: Path) -> RegressionCase:
 
 
 def _expected_failures(data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """What must fail: the list of a regression case, or the backend of a stored finding."""
-    if "backend" in data and "device" in data:
-        return {str(data["device"]).partition(":")[0]: (str(data["backend"]),)}
+    """The known-bad controls."""
     expected_failures = data.get("expected_failures", {})
     if not isinstance(expected_failures, Mapping) or not all(
         isinstance(names, list) for names in expected_failures.values()
@@ -103,7 +109,12 @@ def find_regression_case(name: str, store: Path) -> RegressionCase:
     if is_file(REGRESSIONS / f"{name}.json"):
         return read_regression_case(REGRESSIONS / f"{name}.json")
     finding = Store(store).load(name)
-    device = finding.device.partition(":")[0]
-    about = "; ".join(finding.messages[:1])
-    sequence = call_sequence_of({"sequence": finding.sequence})
-    return RegressionCase(name, finding.case, about, {device: (finding.backend,)}, finding.symptom, sequence)
+    return RegressionCase(
+        name,
+        finding.case,
+        "; ".join(finding.messages[:1]),
+        symptom=finding.symptom,
+        backend=finding.backend,
+        device=finding.device,
+        sequence=call_sequence_of({"sequence": finding.sequence}),
+    )

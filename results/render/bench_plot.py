@@ -45,7 +45,7 @@ def draw(results: list[dict[str, Any]], target: Path) -> None:
         # Room for the legend.
         left.set_ylim(0, 1.3 * max(bottom))
         left.legend(fontsize=7, ncols=5, loc="upper center")
-        for key, label in (("wide_documents_per_s", "wide"), ("narrow_documents_per_s", "narrow")):
+        for key, label in (("wide_documents_per_s", "packed"), ("narrow_documents_per_s", "case by case")):
             right.plot(names, [row[key] for row in rows], "o", label=label)
         if plain := result.get("plain", {}).get("documents_per_s"):
             right.axhline(plain, color="grey", label="plain pytest loop")

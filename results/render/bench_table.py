@@ -19,13 +19,13 @@ _HEADS: Final = (
     "backend",
     "documents a call",
     "bare, ms",
-    "wide, ms",
+    "packed, ms",
     "ratio",
-    "wide documents/s",
+    "packed documents/s",
     "at layer level",
     "batch cases/s",
     "over bare",
-    "narrow cases/s",
+    "cases/s",
     "wide over narrow, documents",
 )
 
@@ -68,7 +68,7 @@ def speed_tables(results: list[dict[str, Any]]) -> list[str]:
             f"- a fault in one of {rare['sizes']:,} pairs of lengths, in {rare['backend']}: found in "
             f"{rare['seconds']:.2f} s, shrunk to a single document in {rare['shrink_s']:.0f} s",
             f"- cases/s of several processes, as a campaign draws them, in batches: {drawn}",
-            f"- cases/s of several processes, {shared['backend']}, narrow: {narrow}",
+            f"- cases/s of several processes, {shared['backend']}, case by case: {narrow}",
             f"- a plain pytest loop with one comparison a case, {plain['backend']}: {plain['cases_per_s']:,.0f} "
             f"cases/s, {plain['documents_per_s']:,.0f} documents/s",
         ]

@@ -1,0 +1,102 @@
+"""The wheel, in a repository of somebody's own that has folders and files of the names that are ours in a checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = (ROOT / "examples" / "my_kernel.py").read_text()
+RIGHT, WRONG = "mask.tril(ke - kb - (qe - qb))", "mask.tril()"
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+THEIR_TESTS = """
+import attn_fuzz
+from backends import ours
+from reference import ANSWER
+
+
+def test_their_own():
+    assert (ours, ANSWER) == (1, 42)
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds what the wheel brings, as site-packages does."""
+    if int(version("setuptools").partition(".")[0]) < 77:
+        pytest.skip("setuptools here is too old to build the wheel, and another one would have to be fetched")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    done = subprocess.run([*command, str(ROOT)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = folder.glob("attn_fuzz-*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    return folder / "site"
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """The repository."""
+    (tmp_path / "reference.py").write_text("ANSWER = 42\n")
+    (tmp_path / "backends").mkdir()
+    (tmp_path / "backends" / "__init__.py").write_text("ours = 1\n")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_theirs.py").write_text(THEIR_TESTS)
+    (tmp_path / "conftest.py").write_text('"""Theirs."""\n')
+    (tmp_path / "kernel.py").write_text(EXAMPLE.replace(RIGHT, WRONG))
+    return tmp_path
+
+
+@pytest.fixture
+def run(installed: Path, theirs: Path) -> Run:
+    """Runs a Python module there, as if the wheel were installed."""
+
+    def inner(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment.pop("PYTEST_XDIST_WORKER", None)
+        return subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=theirs, env=environment, capture_output=True, text=True, check=False
+        )
+
+    return inner
+
+
+def test_what_is_in_it(installed: Path) -> None:
+    top = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
+    assert top == {"attn_fuzz"}
+    inside = {path.name for path in (installed / "attn_fuzz").iterdir()}
+    assert {"py.typed", "reference", "backends", "api.py", "pytest_plugin.py"} <= inside
+
+
+def test_from_a_finding_to_a_test_that_passes_once_it_is_mended(run: Run, theirs: Path) -> None:
+    options = ("--device", "cpu", "--cases", "60", "--level", "kernel", "--mode", "case", "--workers", "1", "--first")
+    checked = run("attn_fuzz", "check", "kernel.py:kernel", *options, "--json")
+    assert checked.returncode == 1, checked.stderr
+    finding = json.loads(checked.stdout)["findings"][0]
+    printed = run("attn_fuzz", "script", finding["id"])
+    assert printed.returncode == 0, printed.stderr
+    (theirs / "script.py").write_text(printed.stdout)
+    assert run("script").returncode == 1
+    assert run("attn_fuzz", "save", finding["id"], "top_left").returncode == 0
+
+    # As the entry point does where it is installed.
+    suite = ("pytest", "-q", "-p", "attn_fuzz.pytest_plugin", "-p", "no:cacheprovider", "tests")
+    red = run(*suite)
+    assert red.returncode == 1, red.stdout
+    assert "kernel.py:kernel still fails" in red.stdout
+    assert "1 failed, 1 passed" in red.stdout
+
+    (theirs / "kernel.py").write_text(EXAMPLE)
+    green = run(*suite)
+    assert green.returncode == 0, green.stdout
+    assert "2 passed" in green.stdout
+    assert run("script").returncode == 0
