@@ -26,7 +26,7 @@ from attn_fuzz.batch.questions import QUESTIONS
 from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.campaign.calls_worker import BatchWorker, work_on_batches
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message, Tally
-from attn_fuzz.campaign.plan import available_backends, plan
+from attn_fuzz.campaign.plan import CampaignOptions, available_backends, plan
 from attn_fuzz.campaign.pool import Pool
 from attn_fuzz.execution.runner import run_kernel
 from attn_fuzz.findings.finding import Finding
@@ -746,7 +746,7 @@ def test_the_command_has_the_mode(attn_fuzz: Run) -> None:
     assert "flex_compiled" not in told
     done = attn_fuzz("run", "--mode", "fast", "-b", "loop", "--cases", "4", "--device", "cpu")
     assert done.status == 2
-    assert "narrow, batch, wide, several with + between them, both or all" in done.err
+    assert "case, batch, packed, several with + between them, both or all" in done.err
 
 
 def test_faults_of_kernels_are_hunted_by_batches_too(attn_fuzz: Run) -> None:
@@ -765,8 +765,8 @@ def test_faults_of_kernels_are_hunted_by_batches_too(attn_fuzz: Run) -> None:
 def test_all_modes_leave_batches_out_where_there_is_nothing_to_call() -> None:
     def modes(levels: tuple[str, ...]) -> list[str]:
         every = ("case", "batch", "packed")
-        options = {"workers": 3, "seed": 0, "seconds": 1.0, "cases": None, "dtypes": (), "modes": every}
-        return [job.mode for job in plan(("loop",), "cpu", levels=levels, **options)]  # type: ignore[arg-type]
+        options = CampaignOptions(device="cpu", workers=3, seconds=1.0, levels=levels, modes=every)
+        return [job.mode for job in plan(("loop",), options)]
 
     assert modes(("layer",)) == ["case", "packed"]
     assert modes(("layer", "kernel")) == ["case", "batch", "packed"]

@@ -7,11 +7,14 @@ import errno
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from attn_fuzz.reference.case import Case
 from commandline import CASE, SWAPPED, Run, sentence, write
 
+from attn_fuzz.campaign.messages import Tally
+from attn_fuzz.campaign.pool import Outcome
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.store import Store
 
@@ -202,3 +205,23 @@ def test_a_full_store_loses_nothing(attn_fuzz: Run, monkeypatch: pytest.MonkeyPa
     assert [path.name for path in Path("store").iterdir()] == [f"{FINDING.id}.json"]
     assert store.load(FINDING.id) == FINDING
     assert (Path("store") / f"{FINDING.id}.json").read_text() == before
+
+
+# Nothing tested is no pass.
+
+QUICK = ("--device", "cpu", "--workers", "1", "--level", "kernel")
+
+
+def test_too_few_cases_are_no_pass(attn_fuzz: Run) -> None:
+    done = attn_fuzz("run", "-b", "loop", "--cases", "2", "--min-cases", "3", *QUICK, "--json")
+    assert done.status == 3
+    assert done.json["findings"] == []
+    assert done.err.splitlines()[-1] == "attn-fuzz: loop was tested with 2 cases, fewer than the 3 of --min-cases"
+
+
+def test_an_interrupted_campaign_is_no_pass(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = Outcome(tallies={"loop": Tally(cases=7)}, findings=[], seconds=1.0, interrupted=True, troubles=())
+    monkeypatch.setattr("attn_fuzz.cli.campaigns.Pool", lambda *_: SimpleNamespace(run=lambda: outcome))
+    done = attn_fuzz("run", "-b", "loop", "--cases", "9", *QUICK, "--json")
+    assert done.status == 3
+    assert done.err.splitlines()[-1] == "attn-fuzz: interrupted after 7 cases, so the campaign is no pass"

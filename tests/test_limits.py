@@ -194,7 +194,9 @@ def test_a_crash_costs_an_answer_and_no_campaign(tmp_path: Path, attn_fuzz: Run)
 def test_strict_makes_limits_findings(tmp_path: Path, attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(level="kernel", lengths=(1,), memory="misaligned", head_dim=16)
     limit = Limit("memory misaligned", "crashed", "it died", case, "known: so and so")
-    monkeypatch.setattr("attn_fuzz.cli.fuzz.inferred", lambda *_: LimitsFound((limit,), {"memories": MEMORIES[:2]}))
+    monkeypatch.setattr(
+        "attn_fuzz.cli.campaigns.infer_limits", lambda *_: LimitsFound((limit,), {"memories": MEMORIES[:2]})
+    )
     options = ("--device", "cpu", "--workers", "1", "--cases", "4", "--mode", "case", "--level", "kernel", "--strict")
     done = attn_fuzz("check", written(tmp_path, dtypes=("fp32",), head_dims=(16,)), *options, "--json")
     assert done.status == 1, done.err

@@ -15,7 +15,7 @@ from attn_fuzz.reference.case import Case
 from attn_fuzz.campaign import crash_triage, pool
 from attn_fuzz.campaign.isolated import Isolated, NoDevice, Subject
 from attn_fuzz.campaign.messages import Assignment, Candidate, Message, Tally
-from attn_fuzz.campaign.plan import plan, share_of_time
+from attn_fuzz.campaign.plan import CampaignOptions, plan, share_of_time
 from attn_fuzz.campaign.pool import CampaignError, Outcome, Pool
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.reduction.minimise import minimise
@@ -341,7 +341,7 @@ def test_a_campaign_of_more_backends_than_workers_ends_in_time(workers: int) -> 
     jobs = [
         job.seconds
         for job in plan(
-            tuple("abcdefg"), "cpu", workers=workers, seed=0, seconds=100.0, cases=None, levels=("layer",), dtypes=()
+            tuple("abcdefg"), CampaignOptions(device="cpu", workers=workers, seconds=100.0, levels=("layer",))
         )
     ]
     free_at = [0.0] * workers

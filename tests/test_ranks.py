@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_calls import gathers, unwaited
 
-from attn_fuzz.campaign.plan import default_workers, plan
+from attn_fuzz.campaign.plan import CampaignOptions, default_workers, plan
 from attn_fuzz.cases.repair import fitted
 from attn_fuzz.cases.smaller import fewer_ranks
 from attn_fuzz.evaluation.seeded_faults import find_fault
@@ -529,9 +529,8 @@ def test_every_gpu_has_its_workers(gpus: int, cores: int, workers: int, monkeypa
 @pytest.mark.parametrize(("ranks", "places"), [(1, [0, 1, 2, 3]), (2, [0, 2, 0, 2]), (4, [0] * 4), (8, [0] * 4)])
 def test_teams_are_spread_over_the_gpus(ranks: int, places: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    made = plan(
-        ("loop",), "cuda", workers=4, seed=0, seconds=9.0, cases=None, levels=("layer",), dtypes=(), ranks=(1, ranks)
-    )
+    options = CampaignOptions(device="cuda", workers=4, seconds=9.0, levels=("layer",), ranks=(1, ranks))
+    made = plan(("loop",), options)
     assert [job.device for job in made] == [f"cuda:{place}" for place in places]
 
 

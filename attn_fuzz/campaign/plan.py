@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -88,73 +89,74 @@ def devices_in_turn(device: str) -> tuple[str, ...]:
     return (device,)
 
 
-def plan(
-    names: Sequence[str],
-    device: str,
-    *,
-    workers: int,
-    seed: int,
-    seconds: float | None,
-    cases: int | None,
-    levels: Sequence[str],
-    dtypes: Sequence[str],
-    poisons: Sequence[str] = POISONS,
-    modes: Sequence[str] = ("case",),
-    stop_at_first: bool = False,
-    ranks: Sequence[int] = (1,),
-    tensor_ranks: Sequence[int] = (1,),
-    without: Mapping[str, Any] | None = None,
-) -> list[Assignment]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CampaignOptions:
+    """What a campaign is asked for."""
+
+    device: str
+    """``cpu``, ``cuda`` (all GPUs in turn) or ``cuda:N``."""
+    workers: int
+    """Processes at a time."""
+    seed: int = 0
+    """Of the campaign; every shard derives its own."""
+    seconds: float | None = None
+    """Wall-clock time of the whole campaign."""
+    cases: int | None = None
+    """Per backend, all shards together."""
+    levels: tuple[str, ...] = ("layer", "kernel")
+    dtypes: tuple[str, ...] = ()
+    """To draw from; none for all."""
+    poisons: tuple[str, ...] = POISONS
+    """Memory contents to run every case under."""
+    modes: tuple[str, ...] = ("case",)
+    """``case``, ``batch``, ``packed``; each backend has workers of its own for each, batches only where kernels are
+    called."""
+    stop_at_first: bool = False
+    """End each assignment with its first finding."""
+    ranks: tuple[int, ...] = (1,)
+    """To draw layer cases for."""
+    tensor_ranks: tuple[int, ...] = (1,)
+    """That share the query heads of each of them."""
+
+
+def plan(names: Sequence[str], options: CampaignOptions, without: Mapping[str, Any] | None = None) -> list[Assignment]:
     """Assignments for all backends.
 
     Args:
         names: backends.
-        device: ``cpu``, ``cuda`` (all GPUs in turn) or ``cuda:N``.
-        workers: processes at a time.
-        seed: of the campaign; every shard derives its own.
-        seconds: wall-clock time of the whole campaign.
-        cases: per backend, all shards together.
-        levels: ``layer``, ``kernel``.
-        dtypes: to draw from; none for all.
-        poisons: memory contents to run every case under.
-        modes: ``narrow``, ``batch``, ``wide``; each backend has workers of its own for each, batches only where
-            kernels are called.
-        stop_at_first: end each assignment with its first finding.
-        ranks: to draw layer cases for.
-        tensor_ranks: that share the query heads of each of them.
+        options: what is asked for.
         without: of a user's backend: capabilities as they were found out.
     """
-    jobs = [(name, mode) for mode in modes for name in names if mode != "batch" or takes_batches(name, levels, device)]
-    shards = max(1, workers // len(jobs))
-    if cases is not None:
-        shards = min(shards, max(1, cases // 50))
+    o = options
+    jobs = [
+        (name, mode) for mode in o.modes for name in names if mode != "batch" or takes_batches(name, o.levels, o.device)
+    ]
+    shards = max(1, o.workers // len(jobs))
+    if o.cases is not None:
+        shards = min(shards, max(1, o.cases // 50))
     # With more backends than workers, each gets its share of the time.
-    share = None if seconds is None else seconds * min(1.0, workers / (len(jobs) * shards))
-    places = devices_in_turn(device)
-    # Teams of ranks that have a GPU each begin where others end.
-    places = places[:: max(ranks) * max(tensor_ranks)]
-    assignments: list[Assignment] = []
-    for shard in range(shards):
-        for index, (name, mode) in enumerate(jobs):
-            part = None if cases is None else cases // shards + (shard < cases % shards)
-            assignments.append(
-                Assignment(
-                    backend=name,
-                    device=places[len(assignments) % len(places)],
-                    seed=seed * 1009 + shard * len(jobs) + index,
-                    levels=tuple(levels),
-                    dtypes=tuple(dtypes),
-                    cases=part,
-                    seconds=share,
-                    poisons=tuple(poisons),
-                    mode=mode,
-                    stop_at_first=stop_at_first,
-                    ranks=tuple(ranks),
-                    tensor_ranks=tuple(tensor_ranks),
-                    without=dict(without or {}),
-                )
-            )
-    return assignments
+    share = None if o.seconds is None else o.seconds * min(1.0, o.workers / (len(jobs) * shards))
+    # Groups of ranks that have a GPU each begin where others end.
+    places = devices_in_turn(o.device)[:: max(o.ranks) * max(o.tensor_ranks)]
+    return [
+        Assignment(
+            backend=name,
+            device=places[(shard * len(jobs) + index) % len(places)],
+            seed=o.seed * 1009 + shard * len(jobs) + index,
+            levels=o.levels,
+            dtypes=o.dtypes,
+            cases=None if o.cases is None else o.cases // shards + (shard < o.cases % shards),
+            seconds=share,
+            poisons=o.poisons,
+            mode=mode,
+            stop_at_first=o.stop_at_first,
+            ranks=o.ranks,
+            tensor_ranks=o.tensor_ranks,
+            without=dict(without or {}),
+        )
+        for shard in range(shards)
+        for index, (name, mode) in enumerate(jobs)
+    ]
 
 
 def share_of_time(planned: float, left: float, waiting: int, workers: int, starting: float | None) -> float:

@@ -24,6 +24,9 @@ DeviceOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 SecondsOption = Annotated[float | None, typer.Option(min=0.1, help="Wall-clock time. Default: 60.")]
 CasesOption = Annotated[int | None, typer.Option(min=1, help="Cases per backend and mode, instead of a time.")]
+MinCasesOption = Annotated[
+    int, typer.Option(min=0, help="Cases below which a backend counts as not tested (exit status 3).")
+]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the campaign; the same seed draws the same cases.")]
 RanksOption = Annotated[
     list[int] | None,

@@ -19,7 +19,7 @@ from typing import Annotated, Final
 import typer
 
 from attn_fuzz.campaign.messages import Tally
-from attn_fuzz.campaign.plan import default_workers, plan
+from attn_fuzz.campaign.plan import CampaignOptions, default_workers, plan
 from attn_fuzz.campaign.pool import Pool
 from attn_fuzz.cli.arguments import device_of
 
@@ -69,17 +69,8 @@ def main(
     """Measures the rate of clean cases spread over ranks; prints one JSON object."""
     where = device_of(device)
     processes = workers or default_workers(where, ranks)
-    assignments = plan(
-        (backend,),
-        where,
-        workers=processes,
-        seed=0,
-        seconds=seconds,
-        cases=None,
-        levels=("layer",),
-        dtypes=(),
-        ranks=(ranks,),
-    )
+    options = CampaignOptions(device=where, workers=processes, seconds=seconds, levels=("layer",), ranks=(ranks,))
+    assignments = plan((backend,), options)
     seen: list[tuple[float, int, float | None]] = []
 
     def note(tallies: dict[str, Tally]) -> None:

@@ -1,0 +1,189 @@
+"""A campaign of the command line: from options to what is printed and the exit status."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Final
+
+import typer
+
+from attn_fuzz.backends import registry
+from attn_fuzz.campaign.limits import Limit, LimitsFound, finding_of, infer_limits
+from attn_fuzz.campaign.plan import (
+    CampaignOptions,
+    plan,
+    require_available,
+    takes_batches,
+)
+from attn_fuzz.campaign.pool import Outcome, Pool
+from attn_fuzz.cli import tables
+from attn_fuzz.cli.arguments import (
+    DEFAULT_SECONDS,
+    UsageError,
+)
+from attn_fuzz.cli.terminal import Screen, progress_console, results_console
+from attn_fuzz.execution.environment import environment
+from attn_fuzz.findings.finding import Finding
+from attn_fuzz.findings.store import Store, StoreError
+from attn_fuzz.ranks.client import MAX_RANKS
+
+
+def campaign_dict(outcome: Outcome, device: str, seed: int, poisons: tuple[str, ...]) -> dict[str, Any]:
+    """The JSON object of a campaign."""
+    return {
+        "cases": sum(tally.cases for tally in outcome.tallies.values()),
+        "documents": sum(tally.documents for tally in outcome.tallies.values()),
+        "seconds": round(outcome.seconds, 3),
+        "seed": seed,
+        "poisons": list(poisons),
+        "interrupted": outcome.interrupted,
+        "troubles": list(outcome.troubles),
+        "environment": environment(device),
+        "backends": {
+            name: {
+                "cases": tally.cases,
+                "documents": tally.documents,
+                "straddling": tally.straddling,
+                "refused": tally.refused,
+                "repeated": tally.repeated,
+                "warm_up_seconds": round(tally.warm_up_seconds, 1),
+                "by_kind": dict(sorted(tally.by_kind.items())),
+                "paths": tally.paths,
+                "known": tally.known,
+                "histograms": dict(sorted(tally.histograms.items())),
+                "worst_z": {key: round(z, 3) for key, z in sorted(tally.worst_z.items())},
+                "worst_case": {key: json.loads(tally.worst_case[key]) for key in sorted(tally.worst_z)},
+            }
+            for name, tally in outcome.tallies.items()
+        },
+        "findings": [finding.to_dict() for finding in outcome.findings],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """Where results go, and what counts as one."""
+
+    store: Path
+    as_json: bool
+    min_cases: int
+    """Cases below which a backend counts as not tested."""
+    strict: bool | None = None
+    """Of a user's backend, whether limits are findings; None for one of ours, which is not asked for any."""
+
+
+def _require_sense(names: tuple[str, ...], options: CampaignOptions) -> None:
+    """Raises UsageError for what no campaign can do."""
+    if options.seconds is not None and options.cases is not None:
+        raise UsageError("--seconds and --cases exclude each other")
+    if options.seconds is not None and math.isnan(options.seconds):
+        raise UsageError("--seconds must be a number")
+    require_available(names, options.device, options.dtypes)
+    for name in names:
+        if not set(options.levels) & set(offered := registry.load(name).levels):
+            raise UsageError(f"{name} has no {' or '.join(options.levels)} level; use --level {' or '.join(offered)}")
+    together = max(options.ranks) * max(options.tensor_ranks)
+    if together > MAX_RANKS:
+        raise UsageError(f"--ranks and --tensor-ranks make {together} ranks, each a process; {MAX_RANKS} are the most")
+
+
+def _that_take_batches(names: tuple[str, ...], options: CampaignOptions, *, named: bool) -> tuple[str, ...]:
+    """The backends of a campaign; of batches alone, without those that take none and that were not asked for by name.
+
+    Raises:
+        UsageError: when one that was asked for takes none, or none is left.
+    """
+    if options.modes != ("batch",):
+        return names
+    taking = tuple(name for name in names if takes_batches(name, options.levels, options.device))
+    kept = taking if "kernel" in options.levels and not named else names
+    if not kept or taking != kept:
+        raise UsageError(
+            "batches are of kernel calls: they need --level kernel, and backends with a kernel level that compile "
+            "neither for every layout nor for every option"
+        )
+    return kept
+
+
+def fuzz(names: tuple[str, ...], options: CampaignOptions, told: Told, *, named: bool = True) -> None:
+    """A campaign from options to exit status.
+
+    Args:
+        names: backends.
+        options: what is asked for.
+        told: where results go.
+        named: these very backends were asked for.
+    """
+    _require_sense(names, options)
+    names = _that_take_batches(names, options, named=named)
+    kept = Store(told.store)
+    kept.prepare()
+    if options.cases is None and options.seconds is None:
+        options = dataclasses.replace(options, seconds=DEFAULT_SECONDS)
+    found_out = LimitsFound() if told.strict is None else _found_out(names[0], options)
+    assignments = plan(names, options, found_out.without)
+    unstored: list[StoreError] = []
+    with Screen(names, assignments[0].seconds, options.cases) as screen:
+
+        def keep(finding: Finding) -> None:
+            screen.found(finding)
+            try:
+                kept.save(finding)
+            except StoreError as error:
+                # The campaign goes on; the finding is printed at the end in any case.
+                unstored.append(error)
+
+        forbidden = [finding_of(limit, names[0], options.device) for limit in found_out.limits] if told.strict else []
+        for finding in forbidden:
+            keep(finding)
+        outcome = Pool(assignments, options.workers, screen.update, keep, options.seconds).run()
+    outcome.findings[:0] = forbidden
+    _tell(outcome, options, told, found_out)
+    untested = _untested(outcome, told.min_cases)
+    for trouble in (*unstored, *outcome.troubles, *untested):
+        typer.echo(f"attn-fuzz: {trouble}", err=True)
+    raise typer.Exit(2 if unstored or outcome.troubles else 1 if outcome.findings else UNTESTED if untested else 0)
+
+
+UNTESTED: Final = 3
+"""Exit status where nothing was found, because nothing, or too little, was tested."""
+
+
+def _tell(outcome: Outcome, options: CampaignOptions, told: Told, found_out: LimitsFound) -> None:
+    """Prints what came of a campaign."""
+    if told.as_json:
+        data = campaign_dict(outcome, options.device, options.seed, options.poisons)
+        typer.echo(json.dumps(data | {"limits": [limit.to_dict() for limit in found_out.limits]}))
+        return
+    console = results_console()
+    console.print(tables.campaign_table(outcome))
+    tables.print_limits(console, found_out.limits)
+    tables.print_findings(console, outcome.findings, str(told.store))
+    console.print(f"seed {options.seed}" + (", interrupted" if outcome.interrupted else ""))
+
+
+def _untested(outcome: Outcome, min_cases: int) -> list[str]:
+    """Why a campaign without findings is no pass: one sentence for each reason."""
+    said = []
+    for name, tally in outcome.tallies.items():
+        if tally.refused and not tally.cases:
+            said.append(f"{name} took none of the {tally.refused} cases drawn for it, so nothing was tested")
+        elif tally.cases < min_cases:
+            said.append(f"{name} was tested with {tally.cases} cases, fewer than the {min_cases} of --min-cases")
+    if outcome.interrupted:
+        cases = sum(tally.cases for tally in outcome.tallies.values())
+        said.append(f"interrupted after {cases} cases, so the campaign is no pass")
+    return said
+
+
+def _found_out(name: str, options: CampaignOptions) -> LimitsFound:
+    """What a user's kernel takes of what it declares; told while it is found out."""
+
+    def tell(limit: Limit) -> None:
+        progress_console.print(f"limit found: {limit.axis} {limit.how}", markup=False, soft_wrap=True)
+
+    progress_console.print(f"asking what {name} takes", markup=False, soft_wrap=True)
+    return infer_limits(name, options.device, options.dtypes, options.workers, tell)
