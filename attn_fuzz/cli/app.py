@@ -19,6 +19,7 @@ from attn_fuzz.execution.heap import fill_in_children
 from attn_fuzz.execution.process import interrupt_once
 from attn_fuzz.findings.finding import FindingError
 from attn_fuzz.findings.store import StoreError
+from attn_fuzz.oracle.second_opinion import ReferencesDisagree
 from attn_fuzz.reference.case import CaseError
 
 app = typer.Typer(
@@ -54,6 +55,7 @@ _ONE_SENTENCE = (
     BenchError,
     BackendUnavailable,
     UnknownBackend,
+    ReferencesDisagree,
 )
 
 
