@@ -77,7 +77,7 @@ _PAIRS: Final = 1 << 20
 """(query, key) pairs computed side by side: float64 tensors of that size, times heads, are what is kept at a time."""
 
 
-def kernel_answer(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Expected]:
+def kernel_answer(case: Case, inputs: Inputs, profile: Profile, pairs: int = _PAIRS) -> dict[str, Expected]:
     """Expected ``out``, ``lse`` (``[tokens_q, heads]``), ``dq``, ``dk`` and ``dv`` of a kernel case.
 
     Every document is computed on its own; those of one size lie side by side in a leading dimension.
@@ -86,6 +86,7 @@ def kernel_answer(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Exp
         case: a kernel case.
         inputs: its tensors.
         profile: the roundings of the backend under test.
+        pairs: (query, key) pairs computed side by side; 0 for one document at a time.
     """
     group = case.heads // case.kv_heads
     sums = budget.sums_of(max(case.packed_lengths), max(case.packed_key_lengths), profile, group)
@@ -94,7 +95,7 @@ def kernel_answer(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Exp
     values |= {"dk": torch.zeros_like(k), "dv": torch.zeros_like(v)}
     variances = {name: torch.zeros_like(value) for name, value in values.items()}
     degrees = {name: torch.ones_like(values[name][..., 0]) for name in KERNEL_TENSORS if name != "lse"}
-    for documents in alike(call_segments(case), _PAIRS // case.heads):
+    for documents in alike(call_segments(case), pairs // case.heads):
         queries, seen = documents[0].queries.length, documents[0].keys.length
         rows, keys = (
             torch.tensor([span.begin for span in spans], device=q.device)[:, None]

@@ -11,6 +11,7 @@ from attn_fuzz.reference.values import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attn_fuzz.cases.order import simplicity
 from attn_fuzz.cases.smaller import (
     fewer_documents,
     merged_documents,
@@ -260,6 +261,33 @@ def test_what_comes_out_fails_is_no_larger_and_minimal(case: Case, failure: str)
     assert small.heads * small.head_dim <= case.heads * case.head_dim
     for step in (*PASSES, one_shorter):
         assert not [c for c in candidates(step, small) if c != small and FAILURES[failure](c) and c not in (case,)]
+
+
+def test_keys_do_not_become_more_so_that_there_are_as_many_as_queries() -> None:
+    case = Case(level="kernel", lengths=(0, 1, 2), key_lengths=(0, 1, 0), dtype="fp32")
+    small = minimise(case, FAILURES["a document of three"])
+    assert (small.lengths, small.key_lengths) == ((3,), (0,))
+    # Where that makes them no more, it is simpler.
+    small = minimise(case.replace(key_lengths=(0, 1, 2)), lambda each: each.tokens == sum(each.packed_key_lengths) == 3)
+    assert (small.lengths, small.key_lengths) == ((3,), None)
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=DRAWN)
+def test_all_that_is_offered_is_simpler(case: Case) -> None:
+    for step in (*PASSES, one_shorter):
+        assert not [c for c in candidates(step, case) if c != case and not simplicity(c) < simplicity(case)]
+
+
+def test_no_option_is_worth_a_token_or_a_document_and_no_layout_a_rank() -> None:
+    plain = Case(lengths=(2, 1), ranks=1)
+    fancy = plain.replace(lengths=(3,), cuts=(1,), heads=4, head_dim=64, dtype="bf16", memory="strided", seed=9)
+    fewer = fancy.replace(lengths=(2,))
+    assert simplicity(fewer) < simplicity(fancy) < simplicity(plain) < simplicity(fewer.replace(ranks=2, cuts=()))
+    kernel = Case(level="kernel", lengths=(3,), key_lengths=(1,))
+    assert (
+        simplicity(kernel) < simplicity(kernel.replace(key_lengths=None)) < simplicity(kernel.replace(key_lengths=(3,)))
+    )
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from attn_fuzz.execution.process import (
     set_up_process,
 )
 from attn_fuzz.oracle.examine import examine, tried
+from attn_fuzz.oracle.second_opinion import ReferencesDisagree
 from attn_fuzz.oracle.symptoms import Crashed, Hung, Symptom
 from attn_fuzz.reference.case import Case
 
@@ -65,6 +66,8 @@ class Report:
     """Whether the process did."""
     operators: tuple[str, ...] = ()
     """Names of torch's operators that ran, where that was asked."""
+    disagreement: str | None = None
+    """Why the harness can say nothing of it (oracle/second_opinion.py), if that is so."""
 
 
 def report_of(case: Case, subject: Subject, backend: Backend, *, operators: bool = False) -> Report:
@@ -75,6 +78,8 @@ def report_of(case: Case, subject: Subject, backend: Backend, *, operators: bool
         verdict, ran = operators_of(judge) if operators else (judge(), ())
     except UnsupportedCase as error:
         return Report(refusal=str(error))
+    except ReferencesDisagree as error:
+        return Report(disagreement=str(error))
     first = verdict.first
     if isinstance(first, Crashed) and not context_alive(place):
         raise SystemExit(DEAD_CONTEXT)
@@ -170,6 +175,7 @@ class Isolated:
 
         Raises:
             NoDevice: as ``symptom`` does.
+            ReferencesDisagree: as ``examine`` does.
         """
         if self._process is None:
             self._connection, theirs = self._context.Pipe()
@@ -193,6 +199,8 @@ class Isolated:
             if without:
                 raise NoDevice(f"a new process cannot use {self._subject.device}, whatever it runs there") from None
             return _DIED
+        if found.disagreement is not None:
+            raise ReferencesDisagree(found.disagreement)
         return found
 
     def close(self) -> None:

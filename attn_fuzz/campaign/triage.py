@@ -12,6 +12,7 @@ from attn_fuzz.campaign.worker import Worker
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.oracle.examine import Verdict
+from attn_fuzz.oracle.second_opinion import confirm_call
 from attn_fuzz.oracle.symptoms import Symptom
 from attn_fuzz.reference.case import Case
 
@@ -55,6 +56,7 @@ class Triage(Worker):
         if name in self.found:
             self.tally.repeated += 1
             return
+        confirm_call(case, symptom, self.backend.kernel.profile_on(self.device.type), self.device)
         self.found.add(name)
         assert self.original is not None
         finding = Finding(

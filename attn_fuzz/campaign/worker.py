@@ -38,6 +38,7 @@ from attn_fuzz.generation.strategies import Domain, straddling
 from attn_fuzz.oracle.checks import PROBES, Check
 from attn_fuzz.oracle.examine import Verdict, examine, some_probes
 from attn_fuzz.oracle.explain import suggestion
+from attn_fuzz.oracle.second_opinion import ReferencesDisagree
 from attn_fuzz.oracle.symptoms import Crashed, Symptom
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reduction.smallest import smallest
@@ -299,5 +300,5 @@ def hunt(assignment: Assignment, send: Send, how: type[Worker] = Worker) -> None
     set_up_process(assignment.device)
     try:
         how(assignment, send).run()
-    except (LookupError, ValueError) as error:
+    except (LookupError, ValueError, ReferencesDisagree) as error:
         send(Failed(str(error)))

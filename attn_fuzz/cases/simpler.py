@@ -4,41 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from attn_fuzz.cases.order import SIMPLEST, place
 from attn_fuzz.cases.repair import changed
 from attn_fuzz.cases.smaller import below
 from attn_fuzz.reference.case import Case
-
-_SIMPLER: dict[str, tuple[object, ...]] = {
-    "key_lengths": (None,),
-    "document_ids": (None,),
-    "window": ((-1, -1),),
-    "scale": (None,),
-    "softcap": (0.0,),
-    "query_norm": ("none",),
-    "key_norm": ("none",),
-    "value_norm": ("none",),
-    "shared_key_value": (False,),
-    "rotary": ("none", "default"),
-    "rotary_fraction": (0.5,),
-    "rotary_theta": (10000.0,),
-    "values": ("gaussian",),
-    "weights": ("gaussian",),
-    "memory": ("contiguous", "fused", "head_major", "sliced"),
-    "causal": (True,),
-    # One bit of the seed is of an interfering call's strides, one of the order in which it is taken back.
-    "seed": (0, 1, 4, 5),
-    "dtype": ("fp32", "bf16"),
-}
-
-
-_MORE_KEYS = 64
-"""How many keys may come with having as many as queries: thousands take longer than they are simple."""
-
-
-def _simplicity(field: str, value: object) -> int:
-    """Place in the order of simplicity; what is not listed is least simple."""
-    choices = _SIMPLER[field]
-    return choices.index(value) if value in choices else len(choices)
 
 
 def _fewer_heads(case: Case) -> Iterator[tuple[int, int]]:
@@ -75,11 +44,11 @@ def simpler_options(case: Case) -> Iterator[Case | None]:
         yield changed(case, lengths=(*case.lengths[:-1], case.lengths[-1] + case.padding), padding=0)
     for capacity in below(case.capacity):
         yield changed(case, capacity=capacity)
-    for field, choices in _SIMPLER.items():
-        current = _simplicity(field, getattr(case, field))
-        if field == "key_lengths" and sum(case.lengths) > sum(case.packed_key_lengths) + _MORE_KEYS:
+    for field, choices in SIMPLEST.items():
+        if field == "key_lengths" and sum(case.lengths) > sum(case.packed_key_lengths):
+            # As many keys as queries would be more than there are.
             continue
-        for choice in choices[:current]:
+        for choice in choices[: place(field, getattr(case, field))]:
             yield changed(case, **{field: choice})
     for side in (0, 1):
         for width in below(case.window[side]):

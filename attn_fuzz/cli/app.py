@@ -87,6 +87,7 @@ def _expected() -> tuple[type[Exception], ...]:
     from attn_fuzz.evaluation.bench_processes import BenchError
     from attn_fuzz.findings.finding import FindingError
     from attn_fuzz.findings.store import StoreError
+    from attn_fuzz.oracle.second_opinion import ReferencesDisagree
     from attn_fuzz.reference.case import CaseError
 
     return (
@@ -98,6 +99,7 @@ def _expected() -> tuple[type[Exception], ...]:
         BenchError,
         BackendUnavailable,
         UnknownBackend,
+        ReferencesDisagree,
     )
 
 

@@ -14,6 +14,7 @@ from attn_fuzz.backends.faults.fault import PREFIX, RankFault, TensorFault, faul
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.campaign.messages import Assignment, Failed, Found, Message
 from attn_fuzz.campaign.serve import WORK
+from attn_fuzz.cases.order import tokens
 from attn_fuzz.cases.smaller import fewer_documents, one_shorter
 from attn_fuzz.evaluation.published_tolerances import failing
 from attn_fuzz.execution.process import set_up_process
@@ -161,12 +162,8 @@ def row(fault: str, marks: Sequence[MutantResult], rules: set[str] | None) -> di
         "cases_by_seed": [mark.cases for mark in marks],
         "seconds": round(statistics.median(mark.seconds for mark in marks), 2),
         "documents": max((len(finding.case.packed_lengths) for finding in found), default=None),
-        "tokens": max((_tokens(finding.case) for finding in found), default=None),
+        "tokens": max((tokens(finding.case) for finding in found), default=None),
         "minimal": all(mark.minimal for mark in marks) if found else None,
         "case": None if case is None else case.to_dict(),
         "rules": None if rules is None else sorted(rules),
     }
-
-
-def _tokens(case: Case) -> int:
-    return max(sum(case.packed_lengths), sum(case.packed_key_lengths))

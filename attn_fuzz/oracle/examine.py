@@ -23,6 +23,7 @@ from attn_fuzz.execution.poison import POISONS
 from attn_fuzz.execution.process import raise_lack_of_memory
 from attn_fuzz.execution.runner import WroteBeforeRefusing, require_support
 from attn_fuzz.oracle.checks import CHECKS, PROBES, Check, histograms, worst_errors, worst_spreads
+from attn_fuzz.oracle.second_opinion import confirm
 from attn_fuzz.oracle.symptoms import Crashed, Hung, InputsChanged, MissingResult, Symptom, wrong_tensor
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.ranks.rank_group import RanksHung
@@ -85,6 +86,7 @@ def examine(
 
     Raises:
         UnsupportedCase: when the backend declares that it does not take the case.
+        ReferencesDisagree: when a second opinion has it that the mistake is the harness's.
     """
     device = torch.device(device)
     require_support(backend, case, device)
@@ -116,6 +118,7 @@ def examine(
         found = [_fallen(error)]
     paths = frozenset().union(*(o.paths for o in observations))
     unknown, known = _without_known(found, trial)
+    confirm(trial, unknown)
     return Verdict(
         tuple(unknown),
         worst_errors(trial) | worst_spreads(trial),

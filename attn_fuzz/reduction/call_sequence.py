@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.calls_batch import Judged, Question, judge
 from attn_fuzz.batch.questions import QUESTIONS
+from attn_fuzz.cases.order import simplicity
 from attn_fuzz.cases.simpler import narrower, simpler_options
 from attn_fuzz.cases.smaller import clipped
 from attn_fuzz.cases.subsets import subset
@@ -22,6 +22,7 @@ from attn_fuzz.oracle.checks.budget import LIMIT
 from attn_fuzz.oracle.examine import Verdict
 from attn_fuzz.oracle.symptoms import Crashed, Symptom
 from attn_fuzz.reduction.packed import CLIPS
+from attn_fuzz.reduction.reduce import Deadline, Pass, reduce
 from attn_fuzz.reference.case import Case, CaseError
 
 
@@ -122,12 +123,10 @@ def _fewer_documents(sequence: CallSequence) -> Iterator[CallSequence | None]:
 
 def _shorter(sequence: CallSequence) -> Iterator[CallSequence | None]:
     case = sequence.batch.case
-    longest = max(*case.packed_lengths, *case.packed_key_lengths)
     for most in CLIPS:
-        if most < longest:
-            small = clipped(case, most, most)
-            batch = None if small is None else CallBatch(small, sequence.batch.ends)
-            yield None if batch is None else dataclasses.replace(sequence, batch=batch)
+        small = clipped(case, most, most)
+        batch = None if small is None else CallBatch(small, sequence.batch.ends)
+        yield None if batch is None else dataclasses.replace(sequence, batch=batch)
 
 
 def _simpler(sequence: CallSequence) -> Iterator[CallSequence | None]:
@@ -138,7 +137,12 @@ def _simpler(sequence: CallSequence) -> Iterator[CallSequence | None]:
         yield None if batch is None else dataclasses.replace(sequence, batch=batch)
 
 
-_STEPS: Final[tuple[Callable[[CallSequence], Iterator[CallSequence | None]], ...]] = (
+def _simplicity(sequence: CallSequence) -> tuple[Any, ...]:
+    """Fewer calls are simpler, and of as many those that make a simpler case."""
+    return len(sequence.batch.ends), simplicity(sequence.batch.case)
+
+
+_PASSES: Final[tuple[Pass[CallSequence], ...]] = (
     _fewer_calls,
     # Before single documents, because every later attempt costs less.
     _shorter,
@@ -160,7 +164,6 @@ def smallest(sequence: CallSequence, backend: Backend, device: torch.device, sec
         device: where.
         seconds: after which the smallest so far will do.
     """
-    deadline = time.monotonic() + seconds
 
     def fails(small: CallSequence) -> bool:
         calls = (subset(small.batch.case, range(*span)) for span in small.batch.spans)
@@ -173,16 +176,7 @@ def smallest(sequence: CallSequence, backend: Backend, device: torch.device, sec
         except (torch.OutOfMemoryError, MemoryError):
             return False
 
-    progress = True
-    while progress:
-        progress = False
-        for small in (each for step in _STEPS for each in step(sequence)):
-            if time.monotonic() > deadline:
-                return sequence
-            if small is not None and fails(small):
-                sequence, progress = small, True
-                break
-    return sequence
+    return reduce(sequence, _PASSES, fails, _simplicity, Deadline.after(seconds))
 
 
 def interferes(alone: Verdict, sequence: CallSequence | None, backend: Backend, device: torch.device) -> Verdict:

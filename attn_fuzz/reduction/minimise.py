@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Final
 
+from attn_fuzz.cases.order import simplicity
 from attn_fuzz.cases.simpler import narrower, simpler_options
 from attn_fuzz.cases.smaller import (
     fewer_documents,
@@ -20,12 +22,13 @@ from attn_fuzz.cases.smaller import (
     simpler_cuts,
     tiny_layouts,
 )
+from attn_fuzz.reduction.reduce import Deadline, Pass, reduce
 from attn_fuzz.reference.case import Case
 
 Fails = Callable[[Case], bool]
 
 
-PASSES = (
+PASSES: Final[tuple[Pass[Case], ...]] = (
     fewer_ranks,
     tiny_layouts,
     fewer_documents,
@@ -50,22 +53,4 @@ def minimise(case: Case, fails: Fails, seconds: float = 60.0, clock: Callable[[]
         clock: processor time, so that a busy machine shrinks as far as an idle one. Who waits for other processes
             needs another.
     """
-    deadline = clock() + seconds
-    tried = {case}
-    improved = True
-    while improved:
-        improved = False
-        for step in PASSES:
-            progress = True
-            while progress:
-                progress = False
-                for candidate in step(case):
-                    if clock() > deadline:
-                        return case
-                    if candidate is None or candidate in tried:
-                        continue
-                    tried.add(candidate)
-                    if fails(candidate):
-                        case, progress, improved = candidate, True, True
-                        break
-    return case
+    return reduce(case, PASSES, fails, simplicity, Deadline.after(seconds, clock))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
+from attn_fuzz.cases.order import simplicity
 from attn_fuzz.cases.simpler import narrower, simpler_options
 from attn_fuzz.cases.smaller import clipped
 from attn_fuzz.cases.subsets import subset
+from attn_fuzz.reduction.reduce import Deadline, Pass, reduce
 from attn_fuzz.reference.case import Case
 
 Fails = Callable[[Case], bool]
@@ -46,20 +47,19 @@ def bisected(case: Case, fails: Fails, seconds: float) -> Case:
         fails: whether a call fails.
         seconds: after which what has been reached is returned.
     """
-    deadline = time.monotonic() + seconds
-    size = len(case.packed_lengths) // 2
-    while size >= 1 and len(case.packed_lengths) > ENOUGH:
-        begin, count = 0, len(case.packed_lengths)
-        while begin < count and count > ENOUGH:
-            if time.monotonic() > deadline:
-                return case
-            small = subset(case, [i for i in range(count) if not begin <= i < begin + size])
-            if small is not None and fails(small):
-                case, count = small, len(small.packed_lengths)
-            else:
-                begin += size
-        size = min(size, count) // 2
-    return case
+    sizes = [len(case.packed_lengths) >> shift for shift in range(1, len(case.packed_lengths).bit_length())]
+    return reduce(case, [_without_runs(size) for size in sizes], fails, simplicity, Deadline.after(seconds))
+
+
+def _without_runs(size: int) -> Pass[Case]:
+    """Without every so many documents in turn, while there are many."""
+
+    def offers(case: Case) -> Iterator[Case | None]:
+        count = len(case.packed_lengths)
+        for begin in range(0, count if count > ENOUGH else 0, size):
+            yield subset(case, [i for i in range(count) if not begin <= i < begin + size])
+
+    return offers
 
 
 def plainer(case: Case, fails: Fails, seconds: float) -> Case:
@@ -70,27 +70,17 @@ def plainer(case: Case, fails: Fails, seconds: float) -> Case:
         fails: whether a call fails.
         seconds: after which what has been reached is returned.
     """
-    deadline = time.monotonic() + seconds
-    longest_q, longest_k = max(case.packed_lengths), max(case.packed_key_lengths)
-    both = ((clip, clip) for clip in CLIPS)
-    one = [*((clip, longest_k) for clip in CLIPS), *((longest_q, clip) for clip in CLIPS)]
-    for queries, keys in (*both, *one):
-        small = clipped(case, queries, keys)
-        if time.monotonic() > deadline:
-            return case
-        if small is not None and small != case and fails(small):
-            case = small
-            break
-    tried = {case}
-    progress = True
-    while progress:
-        progress = False
-        for small in (*narrower(case), *simpler_options(case)):
-            if time.monotonic() > deadline:
-                return case
-            if small is not None and small not in tried:
-                tried.add(small)
-                if fails(small):
-                    case, progress = small, True
-                    break
-    return case
+    passes = (_shorter, _shorter_on_one_side, narrower, simpler_options)
+    return reduce(case, passes, fails, simplicity, Deadline.after(seconds))
+
+
+def _shorter(case: Case) -> Iterator[Case | None]:
+    for most in CLIPS:
+        yield clipped(case, most, most)
+
+
+def _shorter_on_one_side(case: Case) -> Iterator[Case | None]:
+    for most in CLIPS:
+        yield clipped(case, most, max(case.packed_key_lengths))
+    for most in CLIPS:
+        yield clipped(case, max(case.packed_lengths), most)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.cases.order import simplicity, tokens
 from attn_fuzz.execution.poison import POISONS
 from attn_fuzz.oracle.checks import PROBES, Check
 from attn_fuzz.oracle.checks.accumulation import exact_accumulation
@@ -137,10 +138,6 @@ def _again(case: Case, verdict: Verdict, examine: Examine) -> _Again:
     return _Again(verdict, _alone(verdict), _ATTEMPTS, False)
 
 
-def _tokens(case: Case) -> int:
-    return max(sum(case.packed_lengths), sum(case.packed_key_lengths))
-
-
 FAR: Final = 2
 """A case with so many times fewer tokens that fails in another way is what people would rather read."""
 
@@ -158,8 +155,8 @@ def smallest(trial: Trial, verdict: Verdict, examine: Examine) -> Smallest:
     """
     others: list[Case] = []
     found = _alike(trial, verdict, examine, others)
-    for other in sorted(set(others), key=_tokens)[:1]:
-        if FAR * _tokens(other) > _tokens(found.case):
+    for other in sorted(set(others), key=lambda each: (tokens(each), simplicity(each)))[:1]:
+        if FAR * tokens(other) > tokens(found.case):
             break
         careful = examine(other, trial.poisons)
         if careful.first is not None and type(careful.first) is not found.symptom:
