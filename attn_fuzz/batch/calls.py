@@ -14,7 +14,7 @@ from attn_fuzz.backends.kernel import Attended, UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.execution.poison import filler, poisoned
-from attn_fuzz.execution.process import raise_lack_of_memory
+from attn_fuzz.execution.process import beyond_its_call, in_words, raise_lack_of_memory
 from attn_fuzz.execution.runner import EVERYTHING, Asked
 
 
@@ -109,8 +109,7 @@ def _one(tensors_of_calls: BatchTensors, index: int, backend: Backend, poison: s
         try:
             gradients = torch.autograd.grad(attended.out, wanted, dout)
         except RuntimeError as error:
-            raise_lack_of_memory(error)
-            if "CUDA" in str(error):
+            if beyond_its_call(error):
                 raise
             # A backward that gives back what it saved, and says so, is nobody's mistake.
             return CallResult(attended, {}, spent=True)
@@ -205,8 +204,6 @@ def run_batch(
                 batch_result.refused[index] = str(refusal)
             except Exception as error:
                 raise_lack_of_memory(error)
-                batch_result.broken[index] = (
-                    f"{type(error).__name__}: {(str(error).strip().splitlines() or ['-'])[0][:300]}"
-                )
+                batch_result.broken[index] = in_words(error)
             collector.take(index, got)
     return collector.done(len(order), backwards=how.backwards)

@@ -11,8 +11,9 @@ import torch
 
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.batch.packed import Outcome, PackedFailure, confirmed, words
+from attn_fuzz.batch.packed import Outcome, PackedFailure, confirmed
 from attn_fuzz.execution.poison import poisoned
+from attn_fuzz.execution.process import in_words, raise_lack_of_memory
 from attn_fuzz.generation.length_sweeps import USUAL_HEADS, draw_options, edge_lengths
 from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.oracle.checks.budget import deviations
@@ -101,12 +102,13 @@ def layer_verdict(case: Case, backend: Backend, device: torch.device) -> Outcome
     z = torch.zeros(count, len(EXACT_TENSORS), dtype=torch.float64, device=device)
     try:
         results = run(case, inputs, backend)
-    except (UnsupportedCase, torch.OutOfMemoryError, MemoryError):
+    except UnsupportedCase:
         raise
     except NotImplementedError as refusal:
         raise UnsupportedCase(str(refusal)) from refusal
     except Exception as error:
-        return Outcome(z.cpu(), words(error), EXACT_TENSORS)
+        raise_lack_of_memory(error)
+        return Outcome(z.cpu(), in_words(error), EXACT_TENSORS)
     expected = exact_layer_answer(case, inputs, backend.kernel.profile_on(device.type), _answer)
     owner = packed(case.packed_lengths, device).owner
     for column, name in enumerate(EXACT_TENSORS):

@@ -13,7 +13,7 @@ from attn_fuzz.batch.packed_call import Call, run
 from attn_fuzz.batch.probes import PROBES
 from attn_fuzz.batch.verdicts import COLUMNS, complete, largest_z, other_bits, screened_z
 from attn_fuzz.execution.inferred import TIMES, inferred, promises
-from attn_fuzz.execution.process import raise_lack_of_memory
+from attn_fuzz.execution.process import in_words, raise_lack_of_memory
 from attn_fuzz.oracle.checks.budget import limit
 from attn_fuzz.oracle.symptoms import Crashed, PoisonLeaked, Symptom, WrongSpread, wrong_tensor
 from attn_fuzz.oracle.trial import SECOND_SEED
@@ -43,11 +43,6 @@ class Outcome:
         return torch.full_like(self.z, True, dtype=torch.bool) if self.broken else self.z > beyond
 
 
-def words(error: BaseException) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['(no message)'])[0][:300]}"
-
-
 def effective_profile(profile: Profile, case: Case) -> Profile:
     """A profile without what the case does not touch, so that backends which compute alike share a reference pass."""
     if not case.softcap:
@@ -67,7 +62,7 @@ def _attempt(call: Call, backend: Backend, poison: str) -> tuple[dict[str, torch
         raise UnsupportedCase(str(refusal)) from refusal
     except Exception as error:
         raise_lack_of_memory(error)
-        return {}, words(error)
+        return {}, in_words(error)
     missing = complete(call.case, found, call.inputs)
     return found, f"{', '.join(missing)} missing, or of another shape or dtype" if missing else None
 
