@@ -21,10 +21,11 @@ from attn_fuzz.reference.case import MEMORIES, Case, CaseError
 from commandline import Run
 
 from attn_fuzz.batch.batch_run import NAMES
-from attn_fuzz.batch.calls_batch import SCHEDULE, SHARE, Question, judge
+from attn_fuzz.batch.judge import SCHEDULE, SHARE, judge
+from attn_fuzz.batch.judged import Question
 from attn_fuzz.batch.questions import QUESTIONS
 from attn_fuzz.batch.tensors import BatchTensors
-from attn_fuzz.campaign.calls_worker import BatchWorker, work_on_batches
+from attn_fuzz.campaign.calls_worker import CallsWorker, work_on_batches
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message, Tally
 from attn_fuzz.campaign.plan import available_backends, plan
 from attn_fuzz.campaign.pool import Pool
@@ -76,7 +77,7 @@ def hunted(
     else:
         assert monkeypatch is not None
         monkeypatch.setattr(registry, "load", lambda name: backend)
-        BatchWorker(job, messages.append).run()
+        CallsWorker(job, messages.append).run()
     last = messages[-1]
     assert isinstance(last, Finished)
     return [message.finding for message in messages if isinstance(message, Found)], last.tally
@@ -559,7 +560,7 @@ def test_clean_calls_are_counted_one_by_one() -> None:
 
 
 def test_a_slow_kernel_is_heard_of_between_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attn_fuzz.campaign.calls_worker.BEAT_SECONDS", -1.0)
+    monkeypatch.setattr("attn_fuzz.campaign.batch_worker.BEAT_SECONDS", -1.0)
     messages: list[Message] = []
     calls: list[int] = []
 
@@ -569,7 +570,7 @@ def test_a_slow_kernel_is_heard_of_between_its_calls(monkeypatch: pytest.MonkeyP
 
     backend = altered(deed)
     monkeypatch.setattr(registry, "load", lambda name: backend)
-    BatchWorker(Assignment(backend="altered", device="cpu", seed=0, cases=8, mode="batch"), messages.append).run()
+    CallsWorker(Assignment(backend="altered", device="cpu", seed=0, cases=8, mode="batch"), messages.append).run()
     assert len(calls) >= 16
     assert all(later > earlier for earlier, later in zip(calls, calls[1:], strict=False))
 

@@ -151,7 +151,8 @@ class _Collector:
     def done(self, calls: int, *, backwards: bool) -> BatchResult:
         """All of it; the LSE only where every call has one."""
         self.batch_result.results = {
-            name: torch.cat(some[::-1] if backwards else some)
+            # Gradients of a single call are copies already.
+            name: some[0] if calls == 1 and name.startswith("d") else torch.cat(some[::-1] if backwards else some)
             for name, some in self.parts.items()
             if len(some) == calls
         }
@@ -170,12 +171,12 @@ def run_batch(
     """Forward and backward of every call, one after another.
 
     Args:
-        loaded: the calls.
+        tensors_of_calls: the calls in their places.
         backend: what runs them.
         poison: contents of unwritten memory; ``none`` for what it happens to hold.
         how: in which way.
         calls: how many of them, from the first on; None for all.
-        beat: called before every call, for whoever would take a slow kernel for one that hangs.
+        beat: called before every call, so that a slow kernel is not taken for one that hangs.
 
     Raises:
         torch.OutOfMemoryError: as it comes.
