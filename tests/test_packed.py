@@ -55,7 +55,7 @@ def drawn(name: str, seed: int, documents: int, longest: tuple[int, int] = (9, 1
     return case
 
 
-def hunted(name: str, *, calls: int, seed: int = 0) -> tuple[Finding | None, Finished]:
+def fuzzed(name: str, *, calls: int, seed: int = 0) -> tuple[Finding | None, Finished]:
     """What the packed mode finds on a backend, and the end of the assignment."""
     messages: list[Message] = []
     work_on_packed(Assignment(backend=name, device="cpu", seed=seed, cases=calls, stop_at_first=True), messages.append)
@@ -155,7 +155,7 @@ def test_so_they_are_for_kernels_that_promise_nothing_and_repeat_themselves() ->
 
 @pytest.mark.parametrize("fault", ["M18", "M20-causal", "M51-detached", "X10", "M05"])
 def test_a_planted_fault_is_found_and_shrunk(fault: str) -> None:
-    finding, _ = hunted(f"fault:{fault}", calls=6)
+    finding, _ = fuzzed(f"fault:{fault}", calls=6)
     assert finding is not None
     assert "packed" not in finding.checks
     assert len(finding.case.lengths) <= 3
@@ -164,7 +164,7 @@ def test_a_planted_fault_is_found_and_shrunk(fault: str) -> None:
 
 @pytest.mark.parametrize("how", ["scale", "key"])
 def test_a_size_in_hundreds_is_found_and_shrinks_to_itself(how: str) -> None:
-    finding, last = hunted(f"trigger:11,23,{how}:loop", calls=60)
+    finding, last = fuzzed(f"trigger:11,23,{how}:loop", calls=60)
     assert finding is not None
     assert (finding.case.lengths, finding.case.key_lengths) == ((11,), (23,))
     assert (finding.case.heads, finding.case.head_dim) == (1, 1)
@@ -200,7 +200,7 @@ def test_a_call_that_lacks_memory_is_made_smaller() -> None:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
             return super().attend(q, k, v, metadata, options)
 
-    messages = hunted_kernel(Cramped(), 3)
+    messages = fuzzed_kernel(Cramped(), 3)
     assert not [message.finding.messages for message in messages if isinstance(message, Found)]
     last = messages[-1]
     assert isinstance(last, Finished)
@@ -256,7 +256,7 @@ class Flat(LoopKernel):
         return super().attend(q, k, v, metadata, options)
 
 
-def hunted_kernel(kernel: LoopKernel, calls: int) -> list[Message]:
+def fuzzed_kernel(kernel: LoopKernel, calls: int) -> list[Message]:
     messages: list[Message] = []
     job = Assignment(backend="mine", device="cpu", seed=3, levels=("kernel",), cases=calls)
     with pytest.MonkeyPatch.context() as patch:
@@ -267,8 +267,8 @@ def hunted_kernel(kernel: LoopKernel, calls: int) -> list[Message]:
     return messages
 
 
-def test_a_backend_that_refuses_everything_is_no_finding_and_no_endless_hunt() -> None:
-    messages = hunted_kernel(Refusing(), 5)
+def test_a_backend_that_refuses_everything_is_no_finding_and_no_endless_work() -> None:
+    messages = fuzzed_kernel(Refusing(), 5)
     assert not [message for message in messages if isinstance(message, Found)]
     last = messages[-1]
     assert isinstance(last, Failed)
@@ -276,7 +276,7 @@ def test_a_backend_that_refuses_everything_is_no_finding_and_no_endless_hunt() -
 
 
 def test_an_unusual_layout_that_is_not_taken_is_refused() -> None:
-    messages = hunted_kernel(Flat(), 16)
+    messages = fuzzed_kernel(Flat(), 16)
     assert not [message.finding.messages for message in messages if isinstance(message, Found)]
     last = messages[-1]
     assert isinstance(last, Finished)

@@ -111,7 +111,7 @@ def _one(tensors_of_calls: BatchTensors, index: int, backend: Backend, poison: s
         except RuntimeError as error:
             if beyond_its_call(error):
                 raise
-            # A backward that gives back what it saved, and says so, is nobody's mistake.
+            # A backward that gives back what it saved, and says so, makes no mistake.
             return CallResult(attended, {}, spent=True)
     return CallResult(attended, {f"d{name}": x for name, x in zip(asked.gradients, _copies(gradients), strict=True)})
 

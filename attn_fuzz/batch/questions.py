@@ -165,7 +165,7 @@ _SPARES: Final = (1, 17)
 
 
 def capacity(batch_run: BatchRun) -> None:
-    """Rows behind the last document of each call, which nobody may read, where the backend takes such."""
+    """Rows behind the last document of each call, which no call may read, where the backend takes such."""
     if not inferred(batch_run.backend, str(batch_run.device)).capacity:
         return
     spare, kind = _SPARES[batch_run.case.seed % 2], batch_run.device.type

@@ -117,7 +117,7 @@ def plan(
         levels: ``layer``, ``kernel``.
         dtypes: to draw from; none for all.
         poisons: memory contents to run every case under.
-        modes: ``narrow``, ``batch``, ``wide``; each backend has workers of its own for each, batches only where
+        modes: ``case``, ``batch``, ``packed``; each backend has workers of its own for each, batches only where
             kernels are called.
         stop_at_first: end each assignment with its first finding.
         ranks: to draw layer cases for.

@@ -21,7 +21,7 @@ from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.campaign.plan import available_backends
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.evaluation.bench_calls import batch_of, batches_shared_of
-from attn_fuzz.evaluation.bench_cases import bare, narrow_of, plain_of, shared_of
+from attn_fuzz.evaluation.bench_cases import bare, cases_of, plain_of, shared_of
 from attn_fuzz.evaluation.bench_plan import PLANS, Plan, layout
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.execution.process import lacks_memory, set_up_process
@@ -70,7 +70,7 @@ def fitting(plan: Plan, backend: Backend, device: torch.device) -> tuple[Case, f
     return best
 
 
-def wide_of(case: Case, backend: Backend, device: torch.device, *, exact: bool) -> dict[str, Any]:
+def packed_of(case: Case, backend: Backend, device: torch.device, *, exact: bool) -> dict[str, Any]:
     """The whole verification of a backend on a packed case, and where its time goes, in seconds."""
     whole = median(lambda: judge_packed(case, backend, device, screened=not exact), device)
     batch, inputs = packed_batch(case), kernel_inputs(case, device)
@@ -183,28 +183,28 @@ def row_of(plan: Plan, backend: Backend, device: str, say: Say, *, exact: bool) 
         say(f"{name}: does not take the layout")
         return None
     case, seconds = found
-    wide = wide_of(case, backend, place, exact=exact)
-    say(f"{name}: {wide['documents_per_s']:,.0f} documents/s wide, {wide['seconds'] / seconds:.1f} times bare")
+    packed = packed_of(case, backend, place, exact=exact)
+    say(f"{name}: {packed['documents_per_s']:,.0f} documents/s packed, {packed['seconds'] / seconds:.1f} times bare")
     # A micro-sequence is one of nine.
     layer = layer_of(plan, backend, place, min(4 * len(case.lengths), plan.layer_documents))
     if layer is not None:
-        say(f"{name}: {layer['documents_per_s']:,.0f} documents/s wide at layer level")
+        say(f"{name}: {layer['documents_per_s']:,.0f} documents/s packed at layer level")
     batch = batch_of(layout(plan, min(plan.batch_documents, len(case.lengths))), backend, place)
     say(f"{name}: {batch['cases_per_s']:,.0f} cases/s in batches, {batch['over_bare']:.1f} times bare")
-    narrow = narrow_of(name, device, plan.narrow_hunt, plan.narrow_cases)
-    say(f"{name}: {narrow['cases_per_s']:,.0f} cases/s narrow")
+    cases = cases_of(name, device, plan.narrow_hunt, plan.narrow_cases)
+    say(f"{name}: {cases['cases_per_s']:,.0f} cases/s one by one")
     return {
         "name": name,
         "bare_kernel_s": seconds,
-        "wide_documents_per_s": wide["documents_per_s"],
-        "wide_over_bare": wide["seconds"] / seconds,
-        "wide": wide,
+        "wide_documents_per_s": packed["documents_per_s"],
+        "wide_over_bare": packed["seconds"] / seconds,
+        "wide": packed,
         "wide_layer": layer,
         "batch": batch,
-        "narrow_cases_per_s": narrow["cases_per_s"],
-        "narrow_documents_per_s": narrow["documents_per_s"],
-        "narrow": narrow,
-        "wide_over_narrow": wide["documents_per_s"] / max(narrow["documents_per_s"], 1e-9),
+        "narrow_cases_per_s": cases["cases_per_s"],
+        "narrow_documents_per_s": cases["documents_per_s"],
+        "narrow": cases,
+        "wide_over_narrow": packed["documents_per_s"] / max(cases["documents_per_s"], 1e-9),
     }
 
 

@@ -40,7 +40,7 @@ def bare(case: Case, backend: Backend, device: torch.device) -> Callable[[], obj
     return run
 
 
-def narrow_of(name: str, device: str, cases: int, count: int) -> dict[str, float]:
+def cases_of(name: str, device: str, cases: int, count: int) -> dict[str, float]:
     """Cases and documents per second of one process, all checks on, with what its generation and kernels take.
 
     Args:

@@ -42,7 +42,7 @@ _OF_MEMORY: Final = 0.5
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an error is this machine's lack of memory, and nobody's fault."""
+    """Whether an error is this machine's lack of memory, and no fault of what ran."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _LACKING)
     )
@@ -126,7 +126,7 @@ def share_of_processors(place: int, places: int) -> frozenset[int] | None:
 def stay_on(processors: frozenset[int]) -> None:
     """Keeps this process, and those that it starts, on some processors, where they take turns.
 
-    Whoever is woken up there waits until whoever woke it has nothing more to do, instead of interrupting it.
+    One that is woken up there waits until the one that woke it has nothing more to do, instead of interrupting it.
     """
     os.sched_setaffinity(0, processors)
     with contextlib.suppress(OSError):
