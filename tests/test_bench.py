@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from attn_fuzz.backends import registry
-from attn_fuzz.reference.case import Case
 from rich.console import Console
 
 from attn_fuzz.cli.bench import show_processes
@@ -73,10 +72,10 @@ def test_the_rare_fault_shrinks_to_what_the_backend_takes(monkeypatch: pytest.Mo
 
 
 def test_an_interruption_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    def row(plan: object, backend: registry.Backend, *rest: object, **more: object) -> tuple[dict[str, object], Case]:
+    def row(plan: object, backend: registry.Backend, *rest: object, **more: object) -> dict[str, object]:
         if backend.name == "backup":
             raise KeyboardInterrupt
-        return {"name": backend.name, "bare_kernel_s": 1.0}, Case(level="kernel")
+        return {"name": backend.name, "bare_kernel_s": 1.0}
 
     monkeypatch.setattr(bench, "row_of", row)
     told = bench.bench("cpu", ("loop", "backup", "sdpa_dense"), lambda line: None)

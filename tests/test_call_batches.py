@@ -21,10 +21,11 @@ from attn_fuzz.reference.case import MEMORIES, Case, CaseError
 from commandline import Run
 
 from attn_fuzz.batch.batch_run import NAMES
-from attn_fuzz.batch.calls_batch import SCHEDULE, SHARE, Question, judge
+from attn_fuzz.batch.judge import SCHEDULE, SHARE, judge
+from attn_fuzz.batch.judged import Question
 from attn_fuzz.batch.questions import QUESTIONS
 from attn_fuzz.batch.tensors import BatchTensors
-from attn_fuzz.campaign.calls_worker import BatchWorker, work_on_batches
+from attn_fuzz.campaign.calls_worker import CallsWorker, work_on_batches
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message, Tally
 from attn_fuzz.campaign.plan import CampaignOptions, available_backends, plan
 from attn_fuzz.campaign.pool import Pool
@@ -59,7 +60,7 @@ def drawn(name: str, seed: int, calls: int = 24) -> CallBatch:
     return batch
 
 
-def hunted(
+def fuzzed(
     backend: str | Backend,
     monkeypatch: pytest.MonkeyPatch | None = None,
     *,
@@ -76,7 +77,7 @@ def hunted(
     else:
         assert monkeypatch is not None
         monkeypatch.setattr(registry, "load", lambda name: backend)
-        BatchWorker(job, messages.append).run()
+        CallsWorker(job, messages.append).run()
     last = messages[-1]
     assert isinstance(last, Finished)
     return [message.finding for message in messages if isinstance(message, Found)], last.tally
@@ -221,7 +222,7 @@ def test_nor_are_they_on_a_gpu(name: str) -> None:
     backend = registry.load(name)
     capabilities = backend.kernel.capabilities_on("cuda")
     if capabilities.layouts or capabilities.configurations:
-        assert hunted(name, calls=4, device="cuda")[1].cases == 0
+        assert fuzzed(name, calls=4, device="cuda")[1].cases == 0
         return
     batch = draw_batch(Random(1), Sweep((64, 128), 1), backend, Domain.of(capabilities, "cuda"), 40)
     assert batch is not None
@@ -262,7 +263,7 @@ def test_some_calls_may_be_asked_more_than_others(turn: Question, monkeypatch: p
         assert set(failing) <= {0, 1}
 
 
-def test_z_is_that_of_the_narrow_mode() -> None:
+def test_z_is_that_of_the_case_mode() -> None:
     backend = registry.load("loop")
     judged = judge(BATCH, backend, CPU)
     for index, (begin, end) in enumerate(BATCH.spans):
@@ -543,13 +544,13 @@ FAULTS = ("M18", "X29", "X33", "X32", "X11", "M28-mean", "M30", "M08", "X07", "M
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found_and_handed_over(fault: str) -> None:
-    (finding, *_), _ = hunted(f"fault:{fault}", calls=1000)
+    (finding, *_), _ = fuzzed(f"fault:{fault}", calls=1000)
     assert "batch" not in finding.checks
     assert len(finding.case.lengths) <= 3
 
 
 def test_clean_calls_are_counted_one_by_one() -> None:
-    findings, tally = hunted("loop", calls=150)
+    findings, tally = fuzzed("loop", calls=150)
     assert findings == []
     assert tally.cases == sum(tally.by_kind.values()) == 150
     assert all(kind.startswith("batch ") for kind in tally.by_kind)
@@ -559,7 +560,7 @@ def test_clean_calls_are_counted_one_by_one() -> None:
 
 
 def test_a_slow_kernel_is_heard_of_between_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attn_fuzz.campaign.calls_worker.BEAT_SECONDS", -1.0)
+    monkeypatch.setattr("attn_fuzz.campaign.batch_worker.BEAT_SECONDS", -1.0)
     messages: list[Message] = []
     calls: list[int] = []
 
@@ -569,13 +570,13 @@ def test_a_slow_kernel_is_heard_of_between_its_calls(monkeypatch: pytest.MonkeyP
 
     backend = altered(deed)
     monkeypatch.setattr(registry, "load", lambda name: backend)
-    BatchWorker(Assignment(backend="altered", device="cpu", seed=0, cases=8, mode="batch"), messages.append).run()
+    CallsWorker(Assignment(backend="altered", device="cpu", seed=0, cases=8, mode="batch"), messages.append).run()
     assert len(calls) >= 16
     assert all(later > earlier for earlier, later in zip(calls, calls[1:], strict=False))
 
 
-def test_the_same_seed_hunts_the_same_cases() -> None:
-    tallies = [hunted("loop", calls=40, seed=3)[1] for _ in range(2)]
+def test_the_same_seed_draws_the_same_cases() -> None:
+    tallies = [fuzzed("loop", calls=40, seed=3)[1] for _ in range(2)]
     assert tallies[0].worst_case == tallies[1].worst_case
     assert tallies[0].documents == tallies[1].documents
 
@@ -590,7 +591,7 @@ def test_what_only_many_calls_show_is_reported_as_such(monkeypatch: pytest.Monke
         return attended._replace(out=attended.out * 1.5) if before > 2 * rows else attended
 
     backend = altered(deed)
-    (finding,), _ = hunted(backend, monkeypatch)
+    (finding,), _ = fuzzed(backend, monkeypatch)
     assert finding.checks == ("batch",)
     assert "in a row" in finding.messages[0]
     assert "not where the call runs by itself" in finding.messages[0]
@@ -657,7 +658,7 @@ def test_an_error_that_comes_once_is_reported_where_nothing_explains_it(monkeypa
     def once(factor: float) -> Backend:
         return altered(lambda count, _, a: a._replace(out=a.out * factor) if count == 3 else a)
 
-    (finding,), _ = hunted(once(100.0), monkeypatch, calls=60)
+    (finding,), _ = fuzzed(once(100.0), monkeypatch, calls=60)
     assert finding.checks == ("batch",)
     assert "seen once" in finding.messages[0]
 
@@ -665,7 +666,7 @@ def test_an_error_that_comes_once_is_reported_where_nothing_explains_it(monkeypa
 def test_bad_luck_under_one_value_seed_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attn_fuzz.campaign.calls_worker.beyond_doubt", lambda case: 1e9)
     backend = altered(lambda count, _, a: a._replace(out=a.out * 1.25) if count == 3 else a)
-    findings, tally = hunted(backend, monkeypatch, calls=60)
+    findings, tally = fuzzed(backend, monkeypatch, calls=60)
     assert findings == []
     assert tally.cases == 60
 
@@ -679,7 +680,7 @@ def test_a_layout_that_a_kernel_refuses_is_no_finding(monkeypatch: pytest.Monkey
                 raise RuntimeError("q must be aligned, its last dimension contiguous")
             return super().attend(q, k, v, metadata, options)
 
-    findings, tally = hunted(Backend("aligned", Aligned(), levels=("kernel",)), monkeypatch, calls=400, seed=1)
+    findings, tally = fuzzed(Backend("aligned", Aligned(), levels=("kernel",)), monkeypatch, calls=400, seed=1)
     assert findings == []
     assert tally.refused > 0
 
@@ -688,7 +689,7 @@ def test_a_lack_of_memory_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None
     def deed(count: int, metadata: VarlenMetadata, attended: Attended) -> Attended:
         raise torch.OutOfMemoryError("out of memory")
 
-    findings, tally = hunted(altered(deed), monkeypatch, calls=40)
+    findings, tally = fuzzed(altered(deed), monkeypatch, calls=40)
     assert findings == []
     assert tally.cases == 0
     assert tally.refused > 0
@@ -705,16 +706,16 @@ def test_who_writes_to_an_input_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
             return attended
 
     backend = Backend("scribbling", Scribbling(), levels=("kernel",))
-    (finding, *_), _ = hunted(backend, monkeypatch, calls=100)
+    (finding, *_), _ = fuzzed(backend, monkeypatch, calls=100)
     assert finding.symptom == "InputsChanged"
     assert len(finding.case.lengths) == 3
 
 
-def test_what_compiles_for_every_layout_is_left_to_the_narrow_mode() -> None:
+def test_what_compiles_for_every_layout_is_left_to_the_case_mode() -> None:
     backend = registry.load("loop")
     domain = Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")
     assert not domain.capabilities.layouts
-    findings, tally = hunted("flex_compiled", calls=10)
+    findings, tally = fuzzed("flex_compiled", calls=10)
     assert findings == []
     assert tally.cases == 0
     assert tally.refused > 0
@@ -749,7 +750,7 @@ def test_the_command_has_the_mode(attn_fuzz: Run) -> None:
     assert "case, batch, packed, several with + between them, both or all" in done.err
 
 
-def test_faults_of_kernels_are_hunted_by_batches_too(attn_fuzz: Run) -> None:
+def test_faults_of_kernels_are_found_by_batches_too(attn_fuzz: Run) -> None:
     command = ("faults", "--mode", "batch", "--no-rules", "--workers", "1", "--json")
     done = attn_fuzz(*command, "--only", "M51-swapped", "--only", "X32")
     assert done.status == 0, done.err

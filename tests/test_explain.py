@@ -16,7 +16,7 @@ from attn_fuzz.reference.case import Case
 from emulated import KINDS, How, bf16, kernel
 
 from attn_fuzz.campaign.messages import Assignment, Found, Message
-from attn_fuzz.campaign.worker import hunt
+from attn_fuzz.campaign.worker import work
 from attn_fuzz.evaluation.seeded_faults import drawn
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.explain import explained_by
@@ -194,7 +194,7 @@ def test_a_finding_says_it_second(tmp_path: Path) -> None:
         cases=5,
         stop_at_first=True,
     )
-    hunt(job, messages.append)
+    work(job, messages.append)
     (finding,) = [message.finding for message in messages if isinstance(message, Found)]
     assert finding.messages[0].startswith(finding.symptom)
     assert finding.messages[1].startswith("looks like TF32 products")

@@ -179,7 +179,7 @@ def test_a_campaign_runs_a_few_crash_class_cases_apart(monkeypatch: pytest.Monke
     monkeypatch.setattr(worker, "Isolated", _Dying)
     messages: list[Message] = []
     job = Assignment(backend="loop", device="cpu", seed=3, levels=("kernel",), cases=60)
-    worker.hunt(job, messages.append)
+    worker.work(job, messages.append)
     last = messages[-1]
     assert isinstance(last, Finished)
     assert last.tally.known == {"example": 2}
@@ -190,9 +190,9 @@ def test_a_campaign_runs_a_few_crash_class_cases_apart(monkeypatch: pytest.Monke
 def test_what_is_refused_anyway_is_no_crash_class_case(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing would run, so nothing is counted: every drawn case with rows behind the last document is refused."""
     monkeypatch.setattr(known, "KNOWN", (dataclasses.replace(crashing(), backends=("sdpa_dense",)),))
-    hunt = worker.Worker(Assignment(backend="sdpa_dense", device="cpu", seed=3), lambda message: None)
-    assert hunt.only_isolated(LAYOUT.replace(capacity=1)) is None
-    assert hunt.only_isolated(LAYOUT) is not None
+    begun = worker.Worker(Assignment(backend="sdpa_dense", device="cpu", seed=3), lambda message: None)
+    assert begun.only_isolated(LAYOUT.replace(capacity=1)) is None
+    assert begun.only_isolated(LAYOUT) is not None
 
 
 class _Dying:

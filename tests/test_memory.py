@@ -11,7 +11,8 @@ from attn_fuzz.reference.memory import MARGIN, Placed, bits, layout_of, place, s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attn_fuzz.batch.packed_call import Call
+from attn_fuzz.batch.packed import packed_batch
+from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.execution.runner import KernelCall
 
 ROWS, HEADS, CHANNELS = 3, 2, 4
@@ -93,11 +94,13 @@ def test_a_tensor_by_itself_is_no_mixture() -> None:
 
 
 def strides(case: Case) -> list[dict[str, tuple[int, ...]]]:
-    """The strides of q, k, v and dout of a kernel case in both modes."""
-    call = KernelCall(registry.load("loop"), case, kernel_inputs(case, "cpu"), "nan", CPU)
+    """The strides of q, k, v and dout of a kernel case by itself and in a batch."""
+    inputs = kernel_inputs(case, "cpu")
+    call = KernelCall(registry.load("loop"), case, inputs, "nan", CPU)
+    (tensors,) = BatchTensors(packed_batch(case.replace(capacity=0)), inputs, CPU).of_calls
     return [
-        {name: placed[name].tensor.stride() for name in NAMES}
-        for placed in (call.placed, Call.of(case.replace(capacity=0), CPU).placed)
+        {name: call.placed[name].tensor.stride() for name in NAMES},
+        {name: tensor.stride() for name, tensor in zip(NAMES, tensors, strict=True)},
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -17,29 +18,33 @@ from attn_fuzz.backends.kernel import Attended, AttentionOptions
 from attn_fuzz.backends.kernels.loop import LoopKernel
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.reference.answer import KERNEL_TENSORS, kernel_answer, kernel_inputs
+from attn_fuzz.reference.answer import kernel_answer, kernel_inputs
 from attn_fuzz.reference.case import Case
 
 from attn_fuzz.batch import batch_size
+from attn_fuzz.batch.batch_run import NAMES
 from attn_fuzz.batch.batch_size import masks_whole_pack
-from attn_fuzz.batch.packed import Outcome, confirmed_failure, examine_wide, verdicts
-from attn_fuzz.batch.packed_call import Call
+from attn_fuzz.batch.judged import Judged, Question
+from attn_fuzz.batch.packed import PACKED_SCHEDULE, judge_packed, packed_failure
 from attn_fuzz.batch.verdicts import ROWS
+from attn_fuzz.campaign.batch_worker import Sizing
 from attn_fuzz.campaign.messages import Assignment, Failed, Finished, Found, Message, Trying
 from attn_fuzz.campaign.packed_worker import CROWD, PackedWorker, work_on_packed
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.execution.runner import run_kernel
 from attn_fuzz.findings.finding import Finding
-from attn_fuzz.generation.length_sweeps import Sweep, draw_case
+from attn_fuzz.generation.calls import CallBatch
+from attn_fuzz.generation.length_sweeps import LONGEST, Sweep, draw_case
 from attn_fuzz.generation.strategies import Domain
-from attn_fuzz.oracle.checks.budget import deviations
+from attn_fuzz.oracle.checks.budget import LIMIT
 from attn_fuzz.oracle.checks.spread import row_spreads
 from attn_fuzz.oracle.examine import examine
-from attn_fuzz.oracle.symptoms import PoisonLeaked, WrongSpread
+from attn_fuzz.oracle.symptoms import Crashed, InputsChanged, PoisonLeaked, WrongSpread
 from attn_fuzz.reduction.packed import ENOUGH, bisected, candidates, plainer
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
+AGAIN = Question("nan", "again")
 
 
 def drawn(name: str, seed: int, documents: int, longest: tuple[int, int] = (9, 17)) -> Case:
@@ -50,7 +55,7 @@ def drawn(name: str, seed: int, documents: int, longest: tuple[int, int] = (9, 1
     return case
 
 
-def hunted(name: str, *, calls: int, seed: int = 0) -> tuple[Finding | None, Finished]:
+def fuzzed(name: str, *, calls: int, seed: int = 0) -> tuple[Finding | None, Finished]:
     """What the packed mode finds on a backend, and the end of the assignment."""
     messages: list[Message] = []
     work_on_packed(Assignment(backend=name, device="cpu", seed=seed, cases=calls, stop_at_first=True), messages.append)
@@ -103,38 +108,26 @@ def test_correct_backends_are_not_accused(name: str) -> None:
     if backend.kernel.why_unavailable("cpu") is not None:
         pytest.skip("not on this machine")
     for seed in range(3):
-        assert examine_wide(drawn(name, seed, 60), backend, CPU, twice=True) is None
+        assert packed_failure(drawn(name, seed, 60), backend, CPU, AGAIN) is None
 
 
-def test_z_is_that_of_the_narrow_mode() -> None:
-    case = drawn("loop", 4, 20)
-    backend = registry.load("loop")
-    (outcome,) = verdicts(Call.of(case, CPU), [backend])
-    inputs = kernel_inputs(case, "cpu")
-    answer = kernel_answer(case, inputs, backend.kernel.profile)
-    observation = run_kernel(backend, case, inputs, "nan", CPU)
-    for column, name in enumerate(KERNEL_TENSORS):
-        worst = deviations(case, observation.results[name], answer[name]).max().item()
-        assert outcome.z[:, column].max().item() == pytest.approx(worst, rel=1e-6)
-
-
-def test_rows_are_those_of_the_narrow_mode() -> None:
+def test_rows_are_those_of_the_case_mode() -> None:
     case = drawn("loop", 1, 20).replace(values="gaussian")
     backend = registry.load("loop")
-    (outcome,) = verdicts(Call.of(case, CPU), [backend])
+    judged = judge_packed(case, backend, CPU)
     inputs = kernel_inputs(case, "cpu")
     answer = kernel_answer(case, inputs, backend.kernel.profile)
     observation = run_kernel(backend, case, inputs, "nan", CPU)
     for name in ROWS:
-        worst = 10.0 * row_spreads(case, observation.results[name], answer[name]).max().item()
-        column = outcome.z[:, outcome.names.index(f"{name}-rows")]
+        worst = LIMIT * row_spreads(case, observation.results[name], answer[name]).max().item()
+        column = judged.z[:, judged.names.index(f"{name}-rows")]
         assert column.max().item() == pytest.approx(worst, rel=1e-6)
 
 
 def test_a_row_that_is_off_as_a_whole_is_seen() -> None:
     backend = registry.load("trigger:6,13,row:loop")
     case = Case(level="kernel", lengths=(3, 6, 9), key_lengths=(3, 13, 17), head_dim=128, dtype="bf16")
-    found = examine_wide(case, backend, CPU)
+    found = packed_failure(case, backend, CPU)
     assert found is not None
     assert found.symptom is WrongSpread
     assert found.documents == (1,)
@@ -143,8 +136,8 @@ def test_a_row_that_is_off_as_a_whole_is_seen() -> None:
 def test_two_poisons_are_held_against_one_another() -> None:
     backend = registry.load("fault:X29")
     case = Case(level="kernel", lengths=(3, 6, 9), key_lengths=(3, 13, 17), dtype="bf16")
-    assert examine_wide(case, backend, CPU) is None
-    found = examine_wide(case, backend, CPU, twice=True)
+    assert packed_failure(case, backend, CPU) is None
+    found = packed_failure(case, backend, CPU, AGAIN)
     assert found is not None
     assert found.symptom is PoisonLeaked
 
@@ -155,20 +148,14 @@ def test_so_they_are_for_kernels_that_promise_nothing_and_repeat_themselves() ->
     silent = dataclasses.replace(kernel.capabilities, repeatable=None, repeatable_backward=None)
     kernel.capabilities = silent  # type: ignore[misc]
     case = Case(level="kernel", lengths=(3, 6, 9), key_lengths=(3, 13, 17), dtype="bf16")
-    found = examine_wide(case, dataclasses.replace(backend, kernel=kernel), CPU, twice=True)
+    found = packed_failure(case, dataclasses.replace(backend, kernel=kernel), CPU, AGAIN)
     assert found is not None
     assert found.symptom is PoisonLeaked
 
 
-def test_backends_share_a_call() -> None:
-    case = drawn("backup", 2, 30)
-    outcomes = verdicts(Call.of(case, CPU), [registry.load(name) for name in ("loop", "fault:M51-swapped", "backup")])
-    assert [bool(outcome.failing(10.0).any()) for outcome in outcomes] == [False, True, False]
-
-
 @pytest.mark.parametrize("fault", ["M18", "M20-causal", "M51-detached", "X10", "M05"])
 def test_a_planted_fault_is_found_and_shrunk(fault: str) -> None:
-    finding, _ = hunted(f"fault:{fault}", calls=6)
+    finding, _ = fuzzed(f"fault:{fault}", calls=6)
     assert finding is not None
     assert "packed" not in finding.checks
     assert len(finding.case.lengths) <= 3
@@ -177,7 +164,7 @@ def test_a_planted_fault_is_found_and_shrunk(fault: str) -> None:
 
 @pytest.mark.parametrize("how", ["scale", "key"])
 def test_a_size_in_hundreds_is_found_and_shrinks_to_itself(how: str) -> None:
-    finding, last = hunted(f"trigger:11,23,{how}:loop", calls=60)
+    finding, last = fuzzed(f"trigger:11,23,{how}:loop", calls=60)
     assert finding is not None
     assert (finding.case.lengths, finding.case.key_lengths) == ((11,), (23,))
     assert (finding.case.heads, finding.case.head_dim) == (1, 1)
@@ -185,16 +172,52 @@ def test_a_size_in_hundreds_is_found_and_shrinks_to_itself(how: str) -> None:
     assert last.tally.documents <= 3000
 
 
+def test_every_size_comes_to_be_asked_everything() -> None:
+    assert {question.asked for question in PACKED_SCHEDULE} == {"keys", "again", "needle", "every row", "swamping"}
+    for longest in LONGEST.values():
+        assert math.gcd(len(PACKED_SCHEDULE), len(longest)) == 1
+
+
+def test_what_is_cut_out_is_what_the_backend_takes() -> None:
+    """A fault in calls that a backend declares not to take is none of its own."""
+    backend = Backend("crowded", Crowded(), levels=("kernel",))
+    backend.kernel.limit = lambda case, calls: "few documents" if len(case.lengths) < 20 else None  # type: ignore[method-assign]
+    case = Case(level="kernel", lengths=(3, 0, 5, 1) * 10, key_lengths=(4, 2, 5, 3) * 10, head_dim=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "load", lambda name: backend)
+        worker = PackedWorker(Assignment(backend="crowded", device="cpu", seed=0, levels=("kernel",)), lambda m: None)
+    assert worker.fails(case, AGAIN)
+    small = bisected(case, lambda each: worker.fails(each, AGAIN), 60.0)
+    assert len(small.lengths) == 20
+
+
+def test_a_call_that_lacks_memory_is_made_smaller() -> None:
+    class Cramped(LoopKernel):
+        def attend(
+            self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+        ) -> Attended:
+            if len(metadata.lengths_q) > 1:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+            return super().attend(q, k, v, metadata, options)
+
+    messages = fuzzed_kernel(Cramped(), 3)
+    assert not [message.finding.messages for message in messages if isinstance(message, Found)]
+    last = messages[-1]
+    assert isinstance(last, Finished)
+    assert last.tally.refused
+    assert last.tally.cases == 3
+
+
 def test_what_needs_company_is_found_by_bisection() -> None:
     backend = Backend("crowded", Crowded(), levels=("kernel",))
     case = Case(level="kernel", lengths=(3, 0, 5, 1) * 20, key_lengths=(4, 2, 5, 3) * 20, head_dim=4)
-    found = confirmed_failure(call := Call.of(case, CPU), backend, verdicts(call, [backend])[0])
+    found = packed_failure(case, backend, CPU)
     assert found is not None
     assert found.documents == (79,)
-    assert not any(examine_wide(small, backend, CPU) for small in candidates(case, found.documents))
-    small = bisected(case, lambda each: examine_wide(each, backend, CPU) is not None, 60.0)
+    assert not any(packed_failure(small, backend, CPU) for small in candidates(case, found.documents))
+    small = bisected(case, lambda each: packed_failure(each, backend, CPU) is not None, 60.0)
     assert ENOUGH < len(small.lengths) == 16
-    small = plainer(small, lambda each: examine_wide(each, backend, CPU) is not None, 60.0)
+    small = plainer(small, lambda each: packed_failure(each, backend, CPU) is not None, 60.0)
     assert len(small.lengths) == 16
     assert max(small.lengths) == max(small.packed_key_lengths) == 1
     assert small.head_dim == 1
@@ -202,9 +225,13 @@ def test_what_needs_company_is_found_by_bisection() -> None:
 
 def test_a_call_that_raises_or_changes_its_inputs_fails_as_a_whole() -> None:
     case = drawn("loop", 1, 10)
-    for kernel, words in ((Raising(), "RuntimeError: too many documents"), (Scribbling(), "changed")):
-        found = examine_wide(case, Backend("broken", kernel), CPU)
+    for kernel, symptom, words in (
+        (Raising(), Crashed, "RuntimeError: too many documents"),
+        (Scribbling(), InputsChanged, "changed"),
+    ):
+        found = packed_failure(case, Backend("broken", kernel), CPU)
         assert found is not None
+        assert found.symptom is symptom
         assert words in found.message
         assert len(found.documents) == len(case.lengths)
 
@@ -229,20 +256,19 @@ class Flat(LoopKernel):
         return super().attend(q, k, v, metadata, options)
 
 
-def hunted_kernel(kernel: LoopKernel, calls: int) -> list[Message]:
+def fuzzed_kernel(kernel: LoopKernel, calls: int) -> list[Message]:
     messages: list[Message] = []
     job = Assignment(backend="mine", device="cpu", seed=3, levels=("kernel",), cases=calls)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "load", lambda name: Backend(name, kernel, levels=("kernel",)))
-        patch.setattr("attn_fuzz.campaign.packed_worker.FIRST_DOCUMENTS", 4)
-        patch.setattr("attn_fuzz.campaign.packed_worker.MOST_DOCUMENTS", 4)
+        patch.setattr("attn_fuzz.campaign.packed_worker.SIZING", Sizing(first=4, most=4, seconds=0.5))
         patch.setattr("attn_fuzz.campaign.packed_worker.CROWD", 4)
         work_on_packed(job, messages.append)
     return messages
 
 
-def test_a_backend_that_refuses_everything_is_no_finding_and_no_endless_hunt() -> None:
-    messages = hunted_kernel(Refusing(), 5)
+def test_a_backend_that_refuses_everything_is_no_finding_and_no_endless_work() -> None:
+    messages = fuzzed_kernel(Refusing(), 5)
     assert not [message for message in messages if isinstance(message, Found)]
     last = messages[-1]
     assert isinstance(last, Failed)
@@ -250,7 +276,7 @@ def test_a_backend_that_refuses_everything_is_no_finding_and_no_endless_hunt() -
 
 
 def test_an_unusual_layout_that_is_not_taken_is_refused() -> None:
-    messages = hunted_kernel(Flat(), 16)
+    messages = fuzzed_kernel(Flat(), 16)
     assert not [message.finding.messages for message in messages if isinstance(message, Found)]
     last = messages[-1]
     assert isinstance(last, Finished)
@@ -289,14 +315,14 @@ MASKING = [("loop", False), ("backup", True), ("sdpa_dense", True), ("sdpa_neste
 def test_kernels_that_mask_the_whole_pack_are_known_by_what_they_make(
     name: str, masks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_size, "_seconds", lambda call, backend: len(call.case.lengths))
+    monkeypatch.setattr(batch_size, "_seconds", lambda call: len(call.case.lengths))
     backend = registry.load(name)
     assert masks_whole_pack(backend, Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")) is masks
 
 
 @pytest.mark.parametrize(("name", "masks"), [("loop", False), ("backup", True)])
 def test_others_are_known_by_their_time(name: str, masks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_size, "_forms_a_mask", lambda call, backend: False)
+    monkeypatch.setattr(batch_size, "_forms_a_mask", lambda call: False)
     backend = registry.load(name)
     assert masks_whole_pack(backend, Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")) is masks
 
@@ -317,15 +343,18 @@ def test_cut_outs_have_a_key() -> None:
     assert [small.key_lengths for small in candidates(case, (0,))] == [(0, 3), (0, 3, 0)]
 
 
+def clean(batch: CallBatch, question: Question) -> Judged:
+    """What is said of a batch with which nothing is wrong."""
+    return Judged(batch, torch.zeros(len(batch.case.lengths), len(NAMES), dtype=torch.float64), question)
+
+
 def test_calls_of_more_documents_than_time_allows_come_early() -> None:
     messages: list[Message] = []
     job = Assignment(backend="crowd", device="cpu", seed=0, levels=("kernel",), cases=5, stop_at_first=True)
     with pytest.MonkeyPatch.context() as patch:
         # Nothing but the number of documents is asked here: no kernel, no reference.
         patch.setattr(registry, "load", lambda name: Backend(name, LoopKernel(), levels=("kernel",)))
-        patch.setattr(
-            PackedWorker, "judge", lambda self, case: Outcome(torch.zeros(len(case.lengths), 5), None, KERNEL_TENSORS)
-        )
+        patch.setattr(PackedWorker, "judge", lambda self, batch, question: clean(batch, question))
         work_on_packed(job, messages.append)
     cases = [Case.from_json(message.case) for message in messages if isinstance(message, Trying)]
     assert max(len(case.lengths) for case in cases) >= CROWD

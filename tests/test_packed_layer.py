@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from random import Random
 
 import pytest
 import torch
 from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import Attended
+from attn_fuzz.backends.kernels.loop import LoopKernel
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.exact_layer import exact_layer_answer, is_exact
 from attn_fuzz.reference.layer import layer_answer, layer_inputs
 from attn_fuzz.reference.profile import Profile
 
-from attn_fuzz.batch.layer import draw_layer_case, examine_wide_layer
+from attn_fuzz.batch.layer import draw_layer_case, judge_layer
+from attn_fuzz.batch.packed import packed_failure
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message
 from attn_fuzz.campaign.packed_worker import work_on_packed
 from attn_fuzz.generation.strategies import Domain, straddling
@@ -58,7 +62,20 @@ def test_clean_layers_pass(name: str) -> None:
     cases = [drawn(name, seed, 12) for seed in range(3)]
     assert any(straddling(case) for case in cases)
     for case in cases:
-        assert examine_wide_layer(case, backend, CPU) is None, case.to_json()
+        assert packed_failure(case, backend, CPU) is None, case.to_json()
+
+
+class Cramped(LoopKernel):
+    """Finds no memory for what its library allocates."""
+
+    def attend(self, *args: object) -> Attended:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+def test_a_lack_of_memory_accuses_no_layer() -> None:
+    backend = dataclasses.replace(registry.load("loop"), kernel=Cramped())
+    with pytest.raises(torch.OutOfMemoryError):
+        judge_layer(drawn("loop", 0, 5), backend, CPU)
 
 
 @pytest.mark.parametrize("name", ["legacy:loop", "fault:X22"])

@@ -12,17 +12,20 @@ from attn_fuzz.backends.kernels.loop import LoopKernel
 from attn_fuzz.backends.known import issues_of
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend, calls_of
-from attn_fuzz.reference.answer import KERNEL_TENSORS
+from attn_fuzz.reference.answer import KERNEL_TENSORS, Inputs
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.profile import UNIT_ROUNDOFF
 
+from attn_fuzz.batch.calls import run_batch
 from attn_fuzz.batch.census import keys_probe, wrong_documents
 from attn_fuzz.batch.every_row import every_row_inputs
+from attn_fuzz.batch.judged import Question
 from attn_fuzz.batch.needle import needle_inputs
-from attn_fuzz.batch.packed import examine_probe, probe_verdict
-from attn_fuzz.batch.packed_call import Call, run
+from attn_fuzz.batch.packed import confirmed, judge_packed, packed_batch, packed_failure
 from attn_fuzz.batch.probes import PROBES
 from attn_fuzz.batch.swamping import swamped_sums, swamping_inputs
+from attn_fuzz.batch.tensors import BatchTensors
+from attn_fuzz.batch.verdicts import COLUMNS
 from attn_fuzz.campaign.plan import available_backends, takes_batches
 from attn_fuzz.generation.length_sweeps import Sweep, draw_case
 from attn_fuzz.generation.strategies import Domain
@@ -31,6 +34,7 @@ from attn_fuzz.oracle.known_answer.swamping import sums_of, swamping_probe
 from attn_fuzz.oracle.symptoms import WrongKeys, WrongKeysBackward
 
 CPU = torch.device("cpu")
+KEYS = Question("nan", "keys")
 
 
 def drawn(backend: Backend, seed: int, documents: int = 40) -> Case:
@@ -51,6 +55,10 @@ def test_numbers_are_those_of_the_pure_probe(seed: int) -> None:
         assert (hot.row, hot.head, hot.channel) == tuple(
             int(each[document]) for each in (wide.row, wide.head, wide.channel)
         )
+
+
+def results_of(case: Case, inputs: Inputs, backend: Backend) -> dict[str, torch.Tensor]:
+    return run_batch(BatchTensors(packed_batch(case), inputs, CPU), backend, "nan").results
 
 
 def long_documents(seed: int) -> Case:
@@ -127,7 +135,7 @@ def test_probes_are_silent_on_correct_results_and_look_at_what_they_say(name: st
     case = long_documents(seed) if name == "swamping" else drawn(backend, seed).replace(softcap=0.0)
     probe = PROBES[name](case, CPU, backend.kernel.profile)
     assert probe is not None
-    results = run(Call.of(case, CPU, probe.inputs), backend)
+    results = results_of(case, probe.inputs, backend)
     assert not (probe.deviations(results) > 10).any()
     for column, result in enumerate(KERNEL_TENSORS):
         was = results[result]
@@ -145,7 +153,7 @@ def test_correct_backends_pass(name: str) -> None:
         pytest.skip("not on this machine")
     for probe in PROBES:
         for seed in range(4):
-            assert examine_probe(drawn(backend, seed), backend, CPU, probe) is None
+            assert packed_failure(drawn(backend, seed), backend, CPU, Question("nan", probe)) is None
 
 
 @pytest.mark.cuda
@@ -157,8 +165,8 @@ def test_they_pass_on_a_gpu(name: str) -> None:
     case = draw_case(Random(2), Sweep((64, 128), 2), backend, Domain.of(capabilities, "cuda"), 40)
     assert case is not None
     for probe in PROBES:
-        if (confirmed_failure := examine_probe(case, backend, device, probe)) is not None:
-            assert issues_of(name, "cuda", case, calls_of(case)), confirmed_failure.message
+        if (failure := packed_failure(case, backend, device, Question("nan", probe))) is not None:
+            assert issues_of(name, "cuda", case, calls_of(case)), failure.message
 
 
 @pytest.mark.cuda
@@ -178,7 +186,7 @@ def test_one_wrong_key_in_one_size_is_seen_and_named() -> None:
     backend = registry.load("trigger:6,13,key:loop")
     lengths, keys = (3, 6, 0, 9, 6) * 40, (3, 12, 4, 17, 6) * 40
     case = Case(level="kernel", lengths=(*lengths, 6), key_lengths=(*keys, 13), head_dim=16, dtype="bf16", causal=False)
-    found = examine_probe(case, backend, CPU)
+    found = packed_failure(case, backend, CPU, KEYS)
     assert found is not None
     assert found.symptom is WrongKeys
     assert found.documents == (200,)
@@ -190,7 +198,7 @@ def test_each_result_is_looked_at(name: str) -> None:
     backend = registry.load("loop")
     case = Case(level="kernel", lengths=(5, 3, 7), key_lengths=(5, 6, 7), head_dim=4, heads=2, dtype="bf16", seed=1)
     probe = keys_probe(case, CPU)
-    results = run(Call.of(case, CPU, probe.inputs), backend)
+    results = results_of(case, probe.inputs, backend)
     assert not wrong_documents(case, probe, results).any()
     # The second document's last row, or last key: of documents with a gradient in one row only, most are silent.
     silent = int(probe.row[1] == 2)
@@ -200,11 +208,16 @@ def test_each_result_is_looked_at(name: str) -> None:
 
 
 def test_no_second_seed_need_agree() -> None:
-    outcome = probe_verdict(Case(level="kernel", lengths=(4,), head_dim=4), registry.load("fault:M18"), CPU)
-    assert outcome.probe == "keys"
-    assert not outcome.failing(10.0).any()
     case = Case(level="kernel", lengths=(4,), key_lengths=(9,), head_dim=4)
-    assert probe_verdict(case, registry.load("fault:M18"), CPU).failing(10.0).any()
+    backend = registry.load("fault:M18")
+    judged = judge_packed(case, backend, CPU, KEYS)
+    # What the budgets say is taken out.
+    judged.z[:, : len(COLUMNS)] = 0.0
+    found = confirmed(judged, lambda other: pytest.fail("it was run again"))
+    assert found is not None
+    assert "the probe 'keys'" in found.message
+    right = judge_packed(Case(level="kernel", lengths=(4,), head_dim=4), backend, CPU, KEYS)
+    assert not right.wrong().any()
 
 
 def test_what_a_probe_measures_is_seen_under_two_value_seeds() -> None:
@@ -219,14 +232,17 @@ def test_what_a_probe_measures_is_seen_under_two_value_seeds() -> None:
             return attended._replace(out=torch.cat([attended.out[:1].detach(), attended.out[1:]]))
 
     case = Case(level="kernel", lengths=(5, 3, 7), key_lengths=(5, 6, 7), head_dim=4, heads=2, dtype="bf16")
-    confirmed_failure = examine_probe(case, Backend("forgetful", Forgetful()), CPU, "every row")
-    assert confirmed_failure is not None
-    assert confirmed_failure.symptom is WrongKeysBackward
-    assert confirmed_failure.documents == (0,)
-    assert "the probe 'every row'" in confirmed_failure.message
-    assert len(found) == 2
+    failure = packed_failure(case, Backend("forgetful", Forgetful()), CPU, Question("nan", "every row"))
+    assert failure is not None
+    assert failure.symptom is WrongKeysBackward
+    assert failure.documents == (0,)
+    assert "the probe 'every row'" in failure.message
+    # The drawn values and the probe, twice.
+    assert len(found) == 4
 
 
-def test_a_probe_without_inputs_gives_way_to_the_keys() -> None:
+def test_a_probe_without_inputs_asks_nothing() -> None:
     short = Case(level="kernel", lengths=(4,), head_dim=4)
-    assert probe_verdict(short, registry.load("loop"), CPU, "swamping").probe == "keys"
+    judged = judge_packed(short, registry.load("loop"), CPU, Question("nan", "swamping"))
+    assert not judged.symptoms
+    assert not judged.z[:, len(COLUMNS) :].any()

@@ -12,8 +12,15 @@ import torch
 
 from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.campaign.pool import Pool
-from attn_fuzz.execution.process import environment_of_children, lacks_memory
+from attn_fuzz.execution.process import (
+    beyond_its_call,
+    device_failed,
+    environment_of_children,
+    in_words,
+    lacks_memory,
+)
 from attn_fuzz.execution.signals import interrupt_once
+from attn_fuzz.ranks.rank_process import Failure
 
 _PRODUCT = """
 import sys
@@ -52,12 +59,16 @@ def test_a_signal_that_comes_twice_interrupts_once() -> None:
         (MemoryError(), True),
         (RuntimeError("CUDA error: out of memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes."), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (ValueError("ran out of memory"), False),
     ],
 )
 def test_what_is_a_lack_of_memory(error: Exception, lacking: bool) -> None:
     assert lacks_memory(error) is lacking
+    if lacking:
+        assert beyond_its_call(error)
 
 
 def test_what_children_find_is_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,3 +88,29 @@ def test_a_campaign_leaves_its_callers_environment_as_it_was(monkeypatch: pytest
     job = Assignment(backend="loop", device="cpu", seed=1, levels=("kernel",), cases=1)
     Pool([job], 1, lambda tallies: None, lambda finding: None).run()
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "failed"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("CUDA driver error: invalid device context"), True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), True),
+        (RuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS"), True),
+        (RuntimeError("Trying to backward through the graph a second time"), False),
+        (NotImplementedError("no backward on CUDA"), False),
+    ],
+)
+def test_what_is_a_failed_device(error: Exception, failed: bool) -> None:
+    assert device_failed(error) is beyond_its_call(error) is failed
+
+
+def test_a_rank_that_lacks_memory_says_so() -> None:
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    assert Failure.of(error).kind == "memory"
+    assert Failure.of(RuntimeError("CUDA error: an illegal memory access was encountered")).kind == "error"
+
+
+def test_an_error_is_one_line() -> None:
+    assert in_words(ValueError("\nfirst\nsecond")) == "ValueError: first"
+    assert in_words(KeyboardInterrupt()) == "KeyboardInterrupt: (no message)"

@@ -16,12 +16,12 @@ from attn_fuzz.reference.memory import same_bits
 from doubles import double
 
 from attn_fuzz.batch.batch_size import _forms_a_mask
-from attn_fuzz.batch.calls_batch import SCHEDULE, judge
-from attn_fuzz.batch.packed import verdicts
-from attn_fuzz.batch.packed_call import Call, run
+from attn_fuzz.batch.judge import SCHEDULE, judge
+from attn_fuzz.batch.judged import Question
+from attn_fuzz.batch.packed import judge_packed
 from attn_fuzz.execution.observation import Observation
 from attn_fuzz.execution.poison import POISONS
-from attn_fuzz.execution.runner import run_kernel, run_layer
+from attn_fuzz.execution.runner import KernelCall, run_kernel, run_layer
 from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.symptoms import PoisonLeaked
@@ -149,23 +149,28 @@ def test_a_backward_with_static_memory_is_clean_in_batches() -> None:
         assert not judged.broken
 
 
-def test_a_wide_call_compares_two_runs_and_not_one_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_runs_of_a_packed_call_are_compared_and_not_one_with_itself() -> None:
+    class Drifting(StaticGradients):
+        """Gives other gradients every time, in the same memory."""
+
+        calls = 0
+
+        def backward(self, *args: object) -> tuple[torch.Tensor, ...]:
+            gradients = super().backward(*args)  # type: ignore[arg-type]
+            type(self).calls += 1
+            gradients[0].add_(1e-7 * self.calls)
+            return gradients
+
     case = Case(level="kernel", lengths=(3, 6, 1, 9), heads=2, head_dim=8)
-    call, backend = Call.of(case, torch.device("cpu")), double(StaticGradients(), repeatable=True)
-
-    def moved(call: Call, backend: registry.Backend, poison: str) -> dict[str, torch.Tensor]:
-        results = run(call, backend, poison)
-        results["dq"].add_(1e-7 if poison == "finite" else 0.0)
-        return results
-
-    monkeypatch.setattr("attn_fuzz.batch.packed.run", moved)
-    (outcome,) = verdicts(call, [backend], twice=True)
-    assert outcome.z[:, -1].isinf().any()
+    backend = double(Drifting(), repeatable=True)
+    judged = judge_packed(case, backend, torch.device("cpu"), Question("nan", "again"))
+    assert judged.z[:, judged.names.index("bits")].isinf().any()
 
 
 def test_a_kernel_that_cannot_be_watched_for_masks_is_not_accused() -> None:
     # Under a dispatch mode ``Subclass(2, 3)`` raises: the mode's tensor comes out of Python.
     backend = registry.load(f"{USER_CODE}:kernel")
     case = Case(level="kernel", lengths=(3, 6, 1, 9), heads=2, head_dim=8)
-    assert not _forms_a_mask(Call.of(case, torch.device("cpu")), backend)
+    call = KernelCall(backend, case, kernel_inputs(case, "cpu"), "nan", torch.device("cpu"))
+    assert not _forms_a_mask(call)
     assert examine(KERNEL_CASES["fp32"], backend, "cpu", probes=()).symptoms == ()

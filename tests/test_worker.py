@@ -11,7 +11,7 @@ from attn_fuzz.reference.case import Case
 
 from attn_fuzz.campaign import worker
 from attn_fuzz.campaign.messages import Assignment, Candidate, Failed, Finished, Found, Message, Trying
-from attn_fuzz.campaign.worker import hunt
+from attn_fuzz.campaign.worker import work
 from attn_fuzz.oracle.examine import Verdict
 
 EXAMPLE = (Path(__file__).resolve().parent.parent / "examples" / "my_kernel.py").read_text()
@@ -21,7 +21,7 @@ SWAPPED = Assignment(backend="fault:M51-swapped", device="cpu", seed=3, cases=40
 def said(assignment: Assignment) -> list[Message]:
     """Every message of an assignment."""
     messages: list[Message] = []
-    hunt(assignment, messages.append)
+    work(assignment, messages.append)
     return messages
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -9,9 +10,9 @@ import torch
 
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.calls import PLAIN, BatchResult, How, run_batch
-from attn_fuzz.batch.packed import effective_profile
 from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.batch.verdicts import COLUMNS
+from attn_fuzz.execution.inferred import inferred
 from attn_fuzz.execution.observation import in_our_convention
 from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.oracle.symptoms import Symptom
@@ -21,7 +22,7 @@ PROBED: Final = tuple(f"{name} of the probe" for name in KERNEL_TENSORS)
 APART: Final = "isolation"
 TAILS: Final = "tails"
 NAMES: Final = (*COLUMNS, APART, TAILS, *PROBED)
-"""What is judged of each document: as of a wide call; then isolation, rows behind the last document, and a probe."""
+"""What is judged of each document: its budgets; then isolation, rows behind the last document, and a probe."""
 
 Results = dict[str, torch.Tensor]
 
@@ -53,8 +54,8 @@ class BatchRun:
         self.poison, self.other_poison, self.beat = poison, _OTHER[poison], beat
         self.batch = batch if asked == len(batch.ends) else batch.first(asked)
         """The calls that are asked."""
-        self.case = self.batch.case
-        self.profile = effective_profile(backend.kernel.profile_on(device.type), batch.case)
+        self.case, self.whole = self.batch.case, batch.case
+        self.profile = backend.kernel.profile_on(device.type)
         self.drawn = kernel_inputs(batch.case, device)
         self.runs: list[BatchResult] = []
         self.placed: list[BatchTensors] = []
@@ -72,6 +73,12 @@ class BatchRun:
         self.rows = {"q": rows, "k": keys, "v": keys, "dout": rows, "dk": keys, "dv": keys}
         self.first = {name: x[: self.rows.get(name, rows)] for name, x in self.all_first.items()}
         """What the calls that are asked gave for the drawn values."""
+
+    @functools.cached_property
+    def promised(self) -> tuple[str, ...]:
+        """Results that have the same bits every time: as the backend promises or, without a promise, as calls tell."""
+        repeats = inferred(self.backend, str(self.device)).repeats
+        return tuple(name for name in KERNEL_TENSORS if repeats(name))
 
     def inputs(self) -> Inputs:
         """The drawn values of the calls that are asked."""

@@ -13,15 +13,16 @@ from torch.utils._pytree import tree_flatten
 
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.batch.packed_call import Call, run
+from attn_fuzz.execution.runner import KernelCall
 from attn_fuzz.generation.strategies import Domain
+from attn_fuzz.reference.answer import kernel_inputs
 from attn_fuzz.reference.batched import free_bytes
 from attn_fuzz.reference.case import Case
 
 _FEW: Final = 32
 _MANY: Final = 256
 _REPEATS: Final = 5
-"""The fastest of so many counts: beside other work, caches are somebody else's most of the time."""
+"""The fastest of so many counts: beside other work, caches are another process's most of the time."""
 
 _SQUARE: Final = 3.0
 """How much a document's time may grow by from few to many: not at all where documents are apart, eightfold where a mask
@@ -32,8 +33,8 @@ _TOKENS: Final = 700
 
 
 _BYTES: Final = 100
-"""What a pair of a query and a key takes, whosever they are, where scores of the whole pack are kept: a few heads of
-them, a few times over, in float32."""
+"""What a pair of a query and a key takes, whichever document's they are, where scores of the whole pack are kept: a
+few heads of them, a few times over, in float32."""
 
 _MEMORY_SHARE: Final = 4
 
@@ -55,14 +56,19 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-def _forms_a_mask(call: Call, backend: Backend) -> bool:
-    """Whether a tensor is made that has an element for every query and key of the pack, whosever they are."""
+def _run(call: KernelCall) -> None:
+    call.forward()
+    call.backward()
+
+
+def _forms_a_mask(call: KernelCall) -> bool:
+    """Whether a tensor is made that has an element for every query and key of the pack, whichever document's."""
     pairs = sum(call.case.packed_lengths) * sum(call.case.packed_key_lengths)
-    if backend.kernel.compiled:
+    if call.backend.kernel.compiled:
         return False
     try:
         with _Largest() as largest:
-            run(call, backend)
+            _run(call)
     except Exception:
         # What some kernels do cannot be watched.
         return False
@@ -90,20 +96,21 @@ def masks_whole_pack(backend: Backend, domain: Domain, announce: Callable[[Case]
         if "kernel" not in backend.levels or backend.refusal(case, domain.device) is not None:
             return False
         announce(case)
-        call = Call.of(case, torch.device(domain.device))
-        if _forms_a_mask(call, backend):
+        device = torch.device(domain.device)
+        call = KernelCall(backend, case, kernel_inputs(case, device), "nan", device)
+        if _forms_a_mask(call):
             return True
         try:
-            taken.append(min(_seconds(call, backend) for _ in range(_REPEATS)) / count)
+            taken.append(min(_seconds(call) for _ in range(_REPEATS)) / count)
         except (UnsupportedCase, NotImplementedError, MemoryError, RuntimeError):
-            # What is wrong with it is for the hunt to say.
+            # What is wrong with it is for the campaign to say.
             return False
     return taken[1] > _SQUARE * taken[0]
 
 
-def _seconds(call: Call, backend: Backend) -> float:
+def _seconds(call: KernelCall) -> float:
     started = time.process_time()
-    run(call, backend)
+    _run(call)
     return time.process_time() - started
 
 

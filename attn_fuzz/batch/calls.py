@@ -14,7 +14,7 @@ from attn_fuzz.backends.kernel import Attended, UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.execution.poison import filler, poisoned
-from attn_fuzz.execution.process import raise_lack_of_memory
+from attn_fuzz.execution.process import beyond_its_call, in_words, raise_lack_of_memory
 from attn_fuzz.execution.runner import EVERYTHING, Asked
 
 
@@ -109,10 +109,9 @@ def _one(tensors_of_calls: BatchTensors, index: int, backend: Backend, poison: s
         try:
             gradients = torch.autograd.grad(attended.out, wanted, dout)
         except RuntimeError as error:
-            raise_lack_of_memory(error)
-            if "CUDA" in str(error):
+            if beyond_its_call(error):
                 raise
-            # A backward that gives back what it saved, and says so, is nobody's mistake.
+            # A backward that gives back what it saved, and says so, makes no mistake.
             return CallResult(attended, {}, spent=True)
     return CallResult(attended, {f"d{name}": x for name, x in zip(asked.gradients, _copies(gradients), strict=True)})
 
@@ -152,7 +151,8 @@ class _Collector:
     def done(self, calls: int, *, backwards: bool) -> BatchResult:
         """All of it; the LSE only where every call has one."""
         self.batch_result.results = {
-            name: torch.cat(some[::-1] if backwards else some)
+            # Gradients of a single call are copies already.
+            name: some[0] if calls == 1 and name.startswith("d") else torch.cat(some[::-1] if backwards else some)
             for name, some in self.parts.items()
             if len(some) == calls
         }
@@ -171,12 +171,12 @@ def run_batch(
     """Forward and backward of every call, one after another.
 
     Args:
-        loaded: the calls.
+        tensors_of_calls: the calls in their places.
         backend: what runs them.
         poison: contents of unwritten memory; ``none`` for what it happens to hold.
         how: in which way.
         calls: how many of them, from the first on; None for all.
-        beat: called before every call, for whoever would take a slow kernel for one that hangs.
+        beat: called before every call, so that a slow kernel is not taken for one that hangs.
 
     Raises:
         torch.OutOfMemoryError: as it comes.
@@ -205,8 +205,6 @@ def run_batch(
                 batch_result.refused[index] = str(refusal)
             except Exception as error:
                 raise_lack_of_memory(error)
-                batch_result.broken[index] = (
-                    f"{type(error).__name__}: {(str(error).strip().splitlines() or ['-'])[0][:300]}"
-                )
+                batch_result.broken[index] = in_words(error)
             collector.take(index, got)
     return collector.done(len(order), backwards=how.backwards)

@@ -5,17 +5,20 @@ Projections are exact, so that each document's verdict is about buffer, metadata
 
 from __future__ import annotations
 
+import dataclasses
 from random import Random
 
 import torch
 
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.batch.packed import Outcome, PackedFailure, confirmed, words
+from attn_fuzz.batch.judged import Judged, Question
 from attn_fuzz.execution.poison import poisoned
+from attn_fuzz.execution.process import in_words, raise_lack_of_memory
+from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.generation.length_sweeps import USUAL_HEADS, draw_options, edge_lengths
 from attn_fuzz.generation.strategies import Domain
-from attn_fuzz.oracle.checks.budget import deviations
+from attn_fuzz.oracle.checks.budget import LIMIT, deviations, limit
 from attn_fuzz.reference.answer import Expected, Inputs
 from attn_fuzz.reference.batched import kernel_answer
 from attn_fuzz.reference.case import Case
@@ -35,12 +38,12 @@ _SHORT = 16
 
 
 def draw_layer_case(random: Random, backend: Backend, domain: Domain, documents: int, longest: int) -> Case | None:
-    """A packed sequence of many documents with a few cuts, or None where the backend unsupported_reason none of twenty.
+    """A packed sequence of many documents with a few cuts, or None where the backend takes none of twenty.
 
     Args:
         random: decides everything.
         backend: what will run it.
-        domain: the options that it unsupported_reason.
+        domain: the options that it takes.
         documents: how many.
         longest: tokens of the longest document.
     """
@@ -76,7 +79,7 @@ def run(case: Case, inputs: LayerInputs, backend: Backend) -> dict[str, torch.Te
     """All micro-sequences forward, then backward in reverse: ``EXACT_TENSORS`` that the layer gives, on the device."""
     device = inputs.x.device
     parts = micro_sequences(case)
-    with poisoned("nan", device):
+    with poisoned("nan", device, compiled=backend.kernel.compiled):
         layer = backend.layer(inputs.weights, case, backend.kernel)
         outputs = [layer.forward(inputs.x[slice(*part)], *part) for part in parts]
         gradients = [layer.backward(inputs.dout[slice(*part)]) for part in reversed(parts)]
@@ -94,31 +97,30 @@ def _answer(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Expected]
     return {name: Expected(each.value.double(), each.inverse.double().pow(-2)) for name, each in screened.items()}
 
 
-def layer_verdict(case: Case, backend: Backend, device: torch.device) -> Outcome:
-    """Runs a layer and judges every document by its largest deviation."""
+def judge_layer(case: Case, backend: Backend, device: torch.device) -> Judged:
+    """Runs a layer and judges every document by its largest deviation.
+
+    Raises:
+        torch.OutOfMemoryError: as it comes.
+    """
     inputs = layer_inputs(case, device)
     count = len(case.packed_lengths)
     z = torch.zeros(count, len(EXACT_TENSORS), dtype=torch.float64, device=device)
+    judged = Judged(CallBatch(case, (count,)), z.cpu(), Question("nan"), names=EXACT_TENSORS)
     try:
         results = run(case, inputs, backend)
-    except (UnsupportedCase, torch.OutOfMemoryError, MemoryError):
-        raise
-    except NotImplementedError as refusal:
-        raise UnsupportedCase(str(refusal)) from refusal
+    except (UnsupportedCase, NotImplementedError) as refusal:
+        return dataclasses.replace(judged, refused={0: str(refusal)})
     except Exception as error:
-        return Outcome(z.cpu(), words(error), EXACT_TENSORS)
+        raise_lack_of_memory(error)
+        return dataclasses.replace(judged, broken={0: in_words(error)})
     expected = exact_layer_answer(case, inputs, backend.kernel.profile_on(device.type), _answer)
     owner = packed(case.packed_lengths, device).owner
     for column, name in enumerate(EXACT_TENSORS):
         if name not in results:
             continue
         if results[name].shape != expected[name].value.shape:
-            return Outcome(z.cpu(), f"{name} is of another shape", EXACT_TENSORS)
+            return dataclasses.replace(judged, broken={0: f"{name} is of another shape"})
         worst = deviations(case, results[name], expected[name]).flatten(1).amax(1)
         z[:, column].scatter_reduce_(0, owner, worst, "amax")
-    return Outcome(z.cpu(), None, EXACT_TENSORS)
-
-
-def examine_wide_layer(case: Case, backend: Backend, device: torch.device) -> PackedFailure | None:
-    """The wide verdict on one layer case and one backend: None for a clean one."""
-    return confirmed(case, layer_verdict(case, backend, device), lambda again: layer_verdict(again, backend, device))
+    return dataclasses.replace(judged, z=z.cpu() * (LIMIT / limit(case)))

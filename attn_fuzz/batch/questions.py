@@ -1,6 +1,6 @@
 """What is asked of a batch beside the budgets of its drawn values: adding a question is one function, listed here.
 
-Each stands for a check or probe of the case mode (attn_fuzz/checks), to which a call that fails is handed over.
+Each stands for a check or probe of the case mode (attn_fuzz/oracle/checks), to which a call that fails is handed over.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 
 from attn_fuzz.batch.batch_run import APART, PROBED, TAILS, BatchRun
 from attn_fuzz.batch.calls import How
-from attn_fuzz.batch.packed import promised
 from attn_fuzz.batch.probes import PROBES
 from attn_fuzz.batch.row_index import RowIndex
 from attn_fuzz.batch.verdicts import largest_z, of_documents, other_bits
@@ -69,7 +68,7 @@ def _asked(batch_run: BatchRun, asked: Asked) -> None:
 
 def again(batch_run: BatchRun) -> None:
     """The drawn values once more, from memory of the other kind, the last call first: the same bits where promised."""
-    if names := promised(batch_run.backend, batch_run.device):
+    if names := batch_run.promised:
         second = batch_run.run(batch_run.tensors_of_calls, batch_run.other_poison, How(backwards=True))
         batch_run.accuse("bits", other_bits(batch_run.case, batch_run.first, second, names))
 
@@ -108,8 +107,7 @@ def _spoiled(
     results: Sequence[str],
 ) -> None:
     """Garbage everywhere but in some rows, some of whose results keep their bits where that is promised."""
-    promises = promised(batch_run.backend, batch_run.device)
-    names = [name for name in results if name in promises and len(batch_run.first.get(name, ()))]
+    names = [name for name in results if name in batch_run.promised and len(batch_run.first.get(name, ()))]
     if not names:
         return
     kept = {"q": rows, "k": key_rows, "v": key_rows, "dout": rows}
@@ -167,7 +165,7 @@ _SPARES: Final = (1, 17)
 
 
 def capacity(batch_run: BatchRun) -> None:
-    """Rows behind the last document of each call, which nobody may read, where the backend takes such."""
+    """Rows behind the last document of each call, which no call may read, where the backend takes such."""
     if not inferred(batch_run.backend, str(batch_run.device)).capacity:
         return
     spare, kind = _SPARES[batch_run.case.seed % 2], batch_run.device.type

@@ -45,7 +45,7 @@ def _side(batch: CallBatch, lengths: tuple[int, ...], spares: Sequence[int], dev
     begins, row = [], 0
     for count, spare in zip(counts, spares, strict=True):
         begins.append(row)
-        # A row at least between calls is nobody's.
+        # A row at least between calls belongs to none.
         row += ((count + spare) // _STEP + 1) * _STEP
     gaps = [begin - packed for begin, packed in zip(begins, itertools.accumulate(counts, initial=0))]
     numbers = torch.tensor([counts, gaps], dtype=torch.int64).to(device, non_blocking=True)

@@ -15,7 +15,7 @@ from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.memory import bits
 from attn_fuzz.reference.packed import packed
 from attn_fuzz.reference.profile import Profile
-from attn_fuzz.reference.screen import row_maxima, screen
+from attn_fuzz.reference.screen import SUSPICIOUS, row_maxima, screen
 
 ROWS: Final = ("out", "dq", "dk", "dv")
 """Results that have a row statistic."""
@@ -31,17 +31,6 @@ _EQUALITY: Final = 1e60
 _LARGEST_FP16: Final = 65504.0
 
 
-def complete(case: Case, results: dict[str, torch.Tensor], inputs: Inputs) -> list[str]:
-    """Results of the wrong shape or dtype, by name; only the LSE may be absent, and has a dtype of its own."""
-    shapes = {"out": inputs.q, "dq": inputs.q, "dk": inputs.k, "dv": inputs.v, "lse": inputs.q[..., 0]}
-    return [
-        name
-        for name, like in shapes.items()
-        if (name in results and results[name].shape != like.shape)
-        or (name != "lse" and (name not in results or results[name].dtype != like.dtype))
-    ]
-
-
 def largest_z(
     case: Case,
     inputs: Inputs,
@@ -52,17 +41,17 @@ def largest_z(
 ) -> torch.Tensor:
     """The largest deviation of each document's results, in standard deviations of their budget.
 
-    One pass of the reference serves any number of backends that compute alike.
+    One pass of the reference serves any number of runs.
 
     Args:
         case: a kernel case.
         inputs: its tensors, on the device.
-        profile: the roundings of those backends.
-        results: of each of them, on the device, complete.
+        profile: the roundings of what ran.
+        results: of each run, on the device, complete.
         documents: places in the call of those to judge; None for all.
 
     Returns:
-        float64 ``[backends, documents of the call, columns]`` on the device, in the order of ``COLUMNS``; 0 where
+        float64 ``[runs, documents of the call, columns]`` on the device, in the order of ``COLUMNS``; 0 where
         nothing was judged, inf where equality was owed or a finite value is missing.
     """
     count = len(case.packed_lengths)
@@ -71,18 +60,18 @@ def largest_z(
     for chunk in answers(case, inputs, profile, documents=documents, degrees=by_row):
         for column, name in enumerate(KERNEL_TENSORS):
             rows, expected = chunk.rows(name), chunk.expected[name]
-            for backend, found in enumerate(results):
+            for run, found in enumerate(results):
                 if name not in found:
                     continue
                 got = rows.gather(found[name], torch.float64)
                 if name == "lse":
                     worst = deviations(case, got, expected).masked_fill(~rows.there[:, None, :], 0.0)
-                    z[backend, chunk.documents, column] = worst.amax((1, 2))
+                    z[run, chunk.documents, column] = worst.amax((1, 2))
                     continue
                 worst, mean = _by_row(case, got, expected)
-                z[backend, chunk.documents, column] = worst.amax((1, 2))
+                z[run, chunk.documents, column] = worst.amax((1, 2))
                 if by_row:
-                    z[backend, chunk.documents, COLUMNS.index(f"{name}-rows")] = LIMIT * mean.amax((1, 2))
+                    z[run, chunk.documents, COLUMNS.index(f"{name}-rows")] = LIMIT * mean.amax((1, 2))
     return z
 
 
@@ -127,14 +116,26 @@ def other_bits(
 def screened_z(
     case: Case, inputs: Inputs, profile: Profile, results: Sequence[dict[str, torch.Tensor]]
 ) -> torch.Tensor:
-    """What ``largest_z`` gives, for all documents, by the fast reference (reference/screen.py); no row statistic."""
+    """What ``largest_z`` gives, by the fast reference, and by the exact one of what looks suspicious there.
+
+    Row statistics are those of suspicious documents only. This waits for the device once.
+    """
+    z = _fast_z(case, inputs, profile, results)
+    documents = (z > SUSPICIOUS * limit(case)).any(2).any(0).nonzero()[:, 0].tolist()
+    if documents:
+        z[:, documents] = largest_z(case, inputs, profile, results, documents=documents)[:, documents]
+    return z
+
+
+def _fast_z(case: Case, inputs: Inputs, profile: Profile, results: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """``largest_z`` by the fast reference (reference/screen.py), without row statistics."""
     screened = screen(case, inputs, profile)
     device, count = inputs.q.device, len(case.packed_lengths)
     sides = {"q": packed(case.packed_lengths, device).owner, "k": packed(case.packed_key_lengths, device).owner}
     z = torch.zeros(len(results), len(COLUMNS), count, dtype=torch.float32, device=device)
     for column, name in enumerate(KERNEL_TENSORS):
         owner = sides["k" if name in ("dk", "dv") else "q"]
-        for backend, found in enumerate(results):
+        for run, found in enumerate(results):
             if name in found:
-                z[backend, column].scatter_reduce_(0, owner, row_maxima(found[name], screened[name]), "amax")
+                z[run, column].scatter_reduce_(0, owner, row_maxima(found[name], screened[name]), "amax")
     return z.transpose(1, 2).double()

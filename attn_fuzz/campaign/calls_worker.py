@@ -1,42 +1,28 @@
-"""One worker of the batch mode: batches until time or number is used up; a call that fails goes to the case mode."""
+"""One worker of the batch mode: batches of small calls; a call that fails goes to the case mode."""
 
 from __future__ import annotations
 
-import copy
-import os
-import time
-from random import Random
 from typing import Final
 
-import torch
-
-from attn_fuzz.batch.calls_batch import BY_BITS, SCHEDULE, Judged, Question, judge, moving
-from attn_fuzz.campaign.messages import Assignment, Died, Finished, Progress, Trying
-from attn_fuzz.campaign.triage import Triage
-from attn_fuzz.campaign.worker import Send, hunt
+from attn_fuzz.batch.judge import SCHEDULE, judge, moving
+from attn_fuzz.batch.judged import BY_BITS, Judged, Question
+from attn_fuzz.campaign.batch_worker import BatchWorker, Sizing
+from attn_fuzz.campaign.messages import Assignment
+from attn_fuzz.campaign.worker import Send, work
 from attn_fuzz.execution.inferred import promises
-from attn_fuzz.execution.process import DEAD_CONTEXT, context_alive, leave_memory
-from attn_fuzz.execution.timing import now
 from attn_fuzz.generation.calls import LONGEST, CallBatch, compiles_for_calls, draw_batch
-from attn_fuzz.generation.length_sweeps import Sweep
-from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.oracle.checks.budget import beyond_doubt
 from attn_fuzz.oracle.symptoms import Crashed, InputsChanged
 from attn_fuzz.oracle.trial import SECOND_SEED
 from attn_fuzz.reduction.call_sequence import CallSequence, smallest
+from attn_fuzz.reference.case import Case
 
-FIRST_CALLS: Final = 4
-MOST_CALLS: Final = {"cuda": 256, "cpu": 32}
-"""More calls make each cheaper, but have their configuration in common: many batches see more of those."""
-
-BATCH_SECONDS: Final = 2.0
-"""Batches grow until one takes so long."""
-
-BEAT_SECONDS: Final = 5.0
-"""Silence after which a call says that there are more to come."""
-
-REFUSED_BATCHES: Final = 60
-"""A backend that has refused so many and taken none would refuse for ever."""
+SIZING: Final = {
+    "cuda": Sizing(first=4, most=256, seconds=2.0, quick=4),
+    "cpu": Sizing(first=4, most=32, seconds=2.0, quick=4),
+}
+"""In calls. More of them make each cheaper, but have their configuration in common: many batches see more of those. A
+call takes its share at most: what is quick may grow at once."""
 
 _CANDIDATES: Final = 3
 """Calls of a failing batch that are looked at on their own: its victims are much alike."""
@@ -48,98 +34,51 @@ _TOUCHED: Final = 64
 """Calls that are looked at on their own where something was written that may not be."""
 
 
-class BatchWorker(Triage):
-    """The state of one assignment of batches."""
+class CallsWorker(BatchWorker):
+    """The state of one assignment of batches of small calls."""
 
     def __init__(self, assignment: Assignment, send: Send) -> None:
-        super().__init__(assignment, send)
-        kind = self.device.type
-        self.domain = Domain.of(self.backend.kernel.capabilities_on(kind), kind, assignment.dtypes)
-        self.random = Random(assignment.seed)
-        self.sweeps = [Sweep(longest, self.random.randrange(1 << 16)) for longest in LONGEST[kind]]
-        self.calls = [FIRST_CALLS] * len(self.sweeps)
-        self.turn = 0
+        kind = assignment.device.partition(":")[0]
+        super().__init__(assignment, send, LONGEST[kind], SIZING[kind], SCHEDULE)
 
-    def draw(self, size: int) -> CallBatch | None:
-        """The next batch of a size; no more calls than are still asked for.
+    def levels(self) -> list[str]:
+        """That of kernels."""
+        if "kernel" not in self.assignment.levels or "kernel" not in self.backend.levels:
+            raise ValueError(f"{self.backend.name} has no kernel level here, and batches are of kernel calls")
+        return ["kernel"]
+
+    def draw(self, level: str, place: int) -> CallBatch | None:
+        """The next batch; no more calls than are still asked for.
 
         None where nothing that was drawn is taken, as by backends that compile for every layout or option.
         """
         if compiles_for_calls(self.domain.capabilities):
             return None
-        wanted = self.calls[size]
+        wanted = self.sizes[level, place]
         if self.assignment.cases is not None:
             wanted = min(wanted, self.assignment.cases - self.tally.cases)
-        batch = draw_batch(self.random, self.sweeps[size], self.backend, self.domain, wanted)
+        batch = draw_batch(self.random, self.sweeps[place], self.backend, self.domain, wanted)
         return batch.first(wanted) if batch is not None else None
 
-    def judge(self, batch: CallBatch, turn: Question) -> Judged:
-        """A batch's verdict, with the batch announced first."""
-        self.send(Trying(batch.case.to_json(), batch.ends))
-        judged = judge(batch, self.backend, self.device, turn, self.beat)
-        if judged.broken and not context_alive(self.device):
-            self.send(Died(next(iter(judged.broken.values()))))
-            os._exit(DEAD_CONTEXT)
-        return judged
+    def judge(self, batch: CallBatch, question: Question) -> Judged:
+        """A batch's verdict."""
+        return judge(batch, self.backend, self.device, question, self.beat)
 
-    def beat(self) -> None:
-        """Says now and then that calls go on: a batch of a slow kernel takes as long as many cases."""
-        if time.monotonic() - self.last_sent > BEAT_SECONDS:
-            self.last_sent = time.monotonic()
-            self.send(Progress(copy.deepcopy(self.tally)))
+    def kind(self, case: Case) -> str:
+        """What its calls are counted as."""
+        return f"batch {case.dtype}"
 
-    def batch(self, size: int) -> None:
-        """One batch, judged, and pursued where a call fails."""
-        batch = self.draw(size)
-        if batch is None:
-            self.tally.refused += 1
-            self.refusals["no call that was drawn is one that it declares to take"] += 1
-            return
-        started = now(self.device)
-        try:
-            judged = self.judge(batch, SCHEDULE[self.turn % len(SCHEDULE)])
-            leave_memory(self.device)
-            taken = now(self.device) - started
-            if taken < BATCH_SECONDS / 2:
-                # A call takes its share at most: what is quick may grow at once.
-                growth = 4 if taken < BATCH_SECONDS / 4 else 2
-                self.calls[size] = min(growth * self.calls[size], MOST_CALLS[self.device.type])
-            self.take(judged)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            # This machine's limit, and nobody's fault.
-            self.calls[size] = max(self.calls[size] // 2, 1)
-            self.tally.refused += 1
-            self.refusals[f"memory ran out: {error}"] += 1
+    def shown(self, judged: Judged, document: int) -> Case | None:
+        """The call that a document is in."""
+        return judged.call(judged.call_of(document))
 
     def take(self, judged: Judged) -> None:
-        """Adds a batch to the tally, and pursues what failed of it."""
-        failing = judged.failing()
-        self.tally_batch(judged, failing)
+        """Adds a batch to the tally, and has what failed of it triaged."""
+        self.tally_batch(judged)
         if judged.touched:
             self.triage_touched(judged)
-        elif failing:
+        elif failing := judged.failing():
             self.triage(judged, failing)
-
-    def tally_batch(self, judged: Judged, failing: list[int]) -> None:
-        """Adds the calls to the tally, each as one case."""
-        tally, case = self.tally, judged.batch.case
-        taken = len(judged.batch.ends) - len(judged.refused)
-        tally.cases += taken
-        tally.refused += len(judged.refused)
-        self.refusals.update(judged.refused.values())
-        tally.documents += len(case.packed_lengths)
-        tally.seconds = time.monotonic() - self.started
-        kind = f"batch {case.dtype}"
-        tally.by_kind[kind] = tally.by_kind.get(kind, 0) + taken
-        for path in judged.paths:
-            tally.paths[path] = tally.paths.get(path, 0) + taken
-        if not failing and not judged.touched:
-            for key, (z, index) in judged.largest().items():
-                if z > tally.worst_z.get(f"{kind} {key}", -1.0):
-                    tally.worst_z[f"{kind} {key}"] = z
-                    tally.worst_case[f"{kind} {key}"] = judged.call(index).to_json()
-        self.last_sent = time.monotonic()
-        self.send(Progress(copy.deepcopy(tally)))
 
     def handed_over(self, judged: Judged, calls: list[int]) -> bool:
         """Whether the case mode fails one of these calls, or explains it: a known issue, or a refused layout."""
@@ -164,7 +103,7 @@ class BatchWorker(Triage):
         if self.handed_over(judged, failing[:_CANDIDATES]):
             return
         batch, worst = judged.batch, judged.worst()
-        again = set(self.judge(batch.other(batch.case.seed ^ SECOND_SEED), judged.turn).failing())
+        again = set(self.judged(batch.other(batch.case.seed ^ SECOND_SEED), judged.question).failing())
         both = [index for index in failing if index in again]
         index = (both or failing)[0]
         z, name = worst[index]
@@ -172,15 +111,11 @@ class BatchWorker(Triage):
             # One value seed may have bad luck.
             return
         promised = promises(self.backend, str(self.device), "dq")
-        if (
-            name in BY_BITS
-            and not promised
-            and (not both or index in moving(batch, self.backend, self.device, judged.turn.poison))
-        ):
-            # Nobody has promised these bits, and they come and go.
+        if name in BY_BITS and not promised and (not both or self.moves(judged, index)):
+            # These bits are not promised, and they come and go.
             return
         seen = "under two value seeds" if both else "once: other values did not show it"
-        sequence = CallSequence(batch, index, judged.turn, judged.asked)
+        sequence = CallSequence(batch, index, judged.question, judged.asked)
         self.note_candidate(judged.call(index))
         small = smallest(sequence, self.backend, self.device, SHRINK_SECONDS)
         words = sequence.words(judged)
@@ -194,6 +129,11 @@ class BatchWorker(Triage):
             sequence.to_dict(),
         )
 
+    def moves(self, judged: Judged, index: int) -> bool:
+        """Whether a call's results have other bits from one run to the next, which are promised by no statement."""
+        moved = moving(judged.batch, self.backend, self.device, judged.question.poison)
+        return bool(moved[slice(*judged.batch.spans[index])].any())
+
     def triage_touched(self, judged: Judged) -> None:
         """Finds out which call wrote to what it was handed."""
         calls = list(range(min(len(judged.batch.ends), _TOUCHED)))
@@ -202,22 +142,7 @@ class BatchWorker(Triage):
             message = f"one of {len(judged.batch.ends)} calls in a row changed an input, or memory between two calls'"
             self.report_as_seen(InputsChanged, "batch", message, judged.batch.case)
 
-    def run(self) -> None:
-        """Sizes in turn."""
-        if "kernel" not in self.assignment.levels or "kernel" not in self.backend.levels:
-            raise ValueError(f"{self.backend.name} has no kernel level here, and batches are of kernel calls")
-        while not self.turn or not self.over():
-            self.batch(self.turn % len(self.sweeps))
-            self.turn += 1
-            if not self.tally.cases and self.tally.refused > REFUSED_BATCHES:
-                # The other modes have more to offer it: its tally says that nothing was tested here.
-                break
-            if self.found and self.assignment.stop_at_first:
-                break
-        self.tally.seconds = time.monotonic() - self.started
-        self.send(Finished(self.tally))
-
 
 def work_on_batches(assignment: Assignment, send: Send) -> None:
     """Does an assignment of batches, sending messages as it goes. What cannot be done is a ``Failed`` message."""
-    hunt(assignment, send, BatchWorker)
+    work(assignment, send, CallsWorker)

@@ -34,7 +34,7 @@ class Assignment:
     """Stop after so long."""
     poisons: tuple[str, ...] = POISONS
     mode: str = "case"
-    """``narrow``: one drawn case after another; ``wide``: cases of thousands of documents; ``batch``: hundreds of
+    """``case``: one drawn case after another; ``packed``: cases of thousands of documents; ``batch``: hundreds of
     small calls at a time."""
     stop_at_first: bool = False
     """End the assignment with the first finding."""

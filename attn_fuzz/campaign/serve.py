@@ -8,10 +8,10 @@ from typing import Final
 from attn_fuzz.campaign.calls_worker import work_on_batches
 from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.campaign.packed_worker import work_on_packed
-from attn_fuzz.campaign.worker import hunt
+from attn_fuzz.campaign.worker import work
 from attn_fuzz.execution.process import set_apart, stay_on
 
-WORK: Final = {"case": hunt, "batch": work_on_batches, "packed": work_on_packed}
+WORK: Final = {"case": work, "batch": work_on_batches, "packed": work_on_packed}
 """What each mode does with an assignment."""
 
 

@@ -18,7 +18,7 @@ from attn_fuzz.reference.case import Case
 
 
 class Triage(Worker):
-    """A hunt whose suspects come out of a crowd."""
+    """A worker whose candidates are some of many documents that were judged together."""
 
     def note_candidate(self, case: Case) -> None:
         """Notes the case that a finding will have been drawn as."""

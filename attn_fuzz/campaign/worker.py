@@ -101,7 +101,7 @@ class Worker:
         try:
             verdict = examine(case, self.backend, self.device, poisons, probes=probes, hasty=hasty)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            # This machine's limit, and nobody's fault.
+            # This machine's limit, and no fault of the backend.
             raise UnsupportedCase(f"memory ran out: {error}") from None
         if isinstance(verdict.first, Crashed) and not context_alive(self.device):
             # Everything after this would fail too. The parent makes a finding of the case that was announced last.
@@ -263,7 +263,7 @@ class Worker:
         )
 
     def warm_up(self) -> None:
-        """One case of every configuration that a compiling backend compiles, counted apart from the hunt."""
+        """One case of every configuration that a compiling backend compiles, counted apart from the drawn cases."""
         configurations = self.backend.kernel.capabilities_on(self.device.type).configurations
         # Workers that share a cache on disk start at different places, so that each finds the others' work.
         turn = self.assignment.seed % max(len(configurations), 1)
@@ -295,7 +295,7 @@ class Worker:
         self.send(Finished(self.tally))
 
 
-def hunt(assignment: Assignment, send: Send, how: type[Worker] = Worker) -> None:
+def work(assignment: Assignment, send: Send, how: type[Worker] = Worker) -> None:
     """Does an assignment, sending messages as it goes. What cannot be done is a ``Failed`` message."""
     set_up_process(assignment.device)
     try:

@@ -98,12 +98,6 @@ def show(console: Console, result: dict[str, Any]) -> None:
                 f"{row['name']}: {layer['documents_per_s']:,.0f} documents/s at layer level, "
                 f"{ratio:.1f} times the layer's own {own:.2f} ms"
             )
-    if "together" in result:
-        together = result["together"]
-        console.print(
-            f"all on one layout: {together['verdicts_per_s']:,.0f} document verdicts/s, "
-            f"{together['over_bare']:.1f} times the bare kernels' {1e3 * together['bare_kernels_s']:.2f} ms"
-        )
     if (rare := result.get("rare")) is not None:
         console.print(
             f"a fault in 1 of {rare['sizes']:,} sizes: found after {rare['documents']:,} documents and "

@@ -96,8 +96,8 @@ def verdict_lines(console: Console, case: Case, results: Sequence[tuple[str, Ver
 
 def call_sequence_lines(console: Console, sequence: CallSequence) -> None:
     """The calls in a row that a case fails among, one line each."""
-    asks = f", {sequence.asked} of them asked for {sequence.turn.asked!r} too" if sequence.turn.asked else ""
-    console.print(f"in a row, unwritten memory {sequence.turn.poison}{asks}:", markup=False, soft_wrap=True)
+    asks = f", {sequence.asked} of them asked for {sequence.question.asked!r} too" if sequence.question.asked else ""
+    console.print(f"in a row, unwritten memory {sequence.question.poison}{asks}:", markup=False, soft_wrap=True)
     for index in range(len(sequence.batch.ends)):
         mark = "the one that fails" if index == sequence.index else "beside it"
         console.print(f"  {mark}: {describe(sequence.batch.call(index))}", markup=False, soft_wrap=True)

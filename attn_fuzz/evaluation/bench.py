@@ -13,21 +13,23 @@ from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.backends.trigger import PREFIX as RARE
-from attn_fuzz.batch.layer import layer_verdict
+from attn_fuzz.batch.calls import run_batch
+from attn_fuzz.batch.layer import judge_layer
 from attn_fuzz.batch.layer import run as run_layer
-from attn_fuzz.batch.packed import effective_profile, examine_wide, verdicts
-from attn_fuzz.batch.packed_call import Call, run
+from attn_fuzz.batch.packed import judge_packed, packed_batch, packed_failure
+from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.campaign.plan import available_backends
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.evaluation.bench_calls import batch_of, batches_shared_of
-from attn_fuzz.evaluation.bench_cases import bare, narrow_of, plain_of, shared_of
+from attn_fuzz.evaluation.bench_cases import bare, cases_of, plain_of, shared_of
 from attn_fuzz.evaluation.bench_plan import PLANS, Plan, layout
 from attn_fuzz.execution.environment import environment
-from attn_fuzz.execution.process import set_up_process
+from attn_fuzz.execution.process import lacks_memory, set_up_process
 from attn_fuzz.execution.timing import median, now, once
 from attn_fuzz.generation.length_sweeps import Sweep
 from attn_fuzz.oracle.symptoms import Crashed
 from attn_fuzz.reduction.minimise import minimise
+from attn_fuzz.reference.answer import kernel_inputs
 from attn_fuzz.reference.batched import answers
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import layer_inputs
@@ -53,8 +55,10 @@ def fitting(plan: Plan, backend: Backend, device: torch.device) -> tuple[Case, f
         if backend.refusal(case, device.type) is not None:
             return None
         try:
-            seconds = median(bare(Call.of(case, device), backend), device)
-        except (torch.OutOfMemoryError, MemoryError, UnsupportedCase):
+            seconds = median(bare(case, backend, device), device)
+        except Exception as error:
+            if not lacks_memory(error) and not isinstance(error, UnsupportedCase):
+                raise
             return best
         # What forms masks over the whole pack takes the square of its growth.
         if best is not None and seconds / documents > best[1] / len(best[0].lengths) * MUCH_SLOWER:
@@ -66,30 +70,30 @@ def fitting(plan: Plan, backend: Backend, device: torch.device) -> tuple[Case, f
     return best
 
 
-def wide_of(case: Case, backends: Sequence[Backend], device: torch.device, *, exact: bool) -> dict[str, Any]:
-    """The whole verification of some backends on one layout, and where its time goes, in seconds."""
-    whole = median(lambda: verdicts(Call.of(case, device), backends, screened=not exact), device)
-    call = Call.of(case, device)
-    values = median(lambda: Call.of(case, device), device)
-    kernels = median(lambda: [run(call, backend) for backend in backends], device)
-    profiles = {effective_profile(backend.kernel.profile_on(device.type), case) for backend in backends}
+def packed_of(case: Case, backend: Backend, device: torch.device, *, exact: bool) -> dict[str, Any]:
+    """The whole verification of a backend on a packed case, and where its time goes, in seconds."""
+    whole = median(lambda: judge_packed(case, backend, device, screened=not exact), device)
+    batch, inputs = packed_batch(case), kernel_inputs(case, device)
+    tensors = BatchTensors(batch, inputs, device)
+    values = median(lambda: BatchTensors(batch, kernel_inputs(case, device), device), device)
+    kernels = median(lambda: run_batch(tensors, backend, "nan"), device)
+    profile = backend.kernel.profile_on(device.type)
+    screened = not exact and unsupported_reason(case, profile, device) is None
 
     def answer() -> None:
-        for profile in profiles:
-            if not exact and unsupported_reason(case, profile, device) is None:
-                screen(case, call.inputs, profile)
-            else:
-                for _ in answers(case, call.inputs, profile):
-                    pass
+        if screened:
+            screen(case, inputs, profile)
+        else:
+            for _ in answers(case, inputs, profile):
+                pass
 
     reference = median(answer, device)
     count = len(case.lengths)
     return {
         "documents": count,
-        "screened": not exact and all(unsupported_reason(case, profile, device) is None for profile in profiles),
+        "screened": screened,
         "seconds": whole,
         "documents_per_s": count / whole,
-        "verdicts_per_s": count * len(backends) / whole,
         "parts": {
             "values": values,
             "kernels": kernels,
@@ -116,17 +120,17 @@ def layer_of(plan: Plan, backend: Backend, device: torch.device, documents: int)
     if backend.refusal(case, device.type) is not None:
         return None
     inputs = layer_inputs(case, device)
-    whole = median(lambda: layer_verdict(case, backend, device), device)
+    whole = median(lambda: judge_layer(case, backend, device), device)
     alone = median(lambda: run_layer(case, inputs, backend), device)
     return {"documents": documents, "seconds": whole, "documents_per_s": documents / whole, "bare_layer_s": alone}
 
 
 def _is_wrong(case: Case, backend: Backend, device: torch.device) -> bool:
-    """Whether the backend takes a case and gives wrong results, whichever."""
+    """Whether the backend takes a case and gives wrong results."""
     if backend.refusal(case, device.type) is not None:
         return False
-    confirmed_failure = examine_wide(case, backend, device)
-    return confirmed_failure is not None and confirmed_failure.symptom is not Crashed
+    failure = packed_failure(case, backend, device)
+    return failure is not None and failure.symptom is not Crashed
 
 
 def rare_of(plan: Plan, name: str, device: torch.device) -> dict[str, Any]:
@@ -146,12 +150,12 @@ def rare_of(plan: Plan, name: str, device: torch.device) -> dict[str, Any]:
             kv_heads=1,
         )
         if turn == 0:
-            verdicts(Call.of(case, device), [backend])
+            judge_packed(case, backend, device)
         found = None
 
         def look(case: Case = case) -> None:
             nonlocal found
-            found = examine_wide(case, backend, device)
+            found = packed_failure(case, backend, device)
 
         taken += once(look, device)
         seen += len(lengths)
@@ -170,8 +174,8 @@ def rare_of(plan: Plan, name: str, device: torch.device) -> dict[str, Any]:
     return {"sizes": sizes, "documents": seen, "seconds": taken, "shrunk": None}
 
 
-def row_of(plan: Plan, backend: Backend, device: str, say: Say, *, exact: bool) -> tuple[dict[str, Any], Case] | None:
-    """One backend's figures, and the layout that they were taken on; None when it does not take the layout."""
+def row_of(plan: Plan, backend: Backend, device: str, say: Say, *, exact: bool) -> dict[str, Any] | None:
+    """One backend's figures; None when it does not take the layout."""
     name, place = backend.name, torch.device(device)
     say(f"{name}: bare kernel and packed mode")
     found = fitting(plan, backend, place)
@@ -179,55 +183,45 @@ def row_of(plan: Plan, backend: Backend, device: str, say: Say, *, exact: bool) 
         say(f"{name}: does not take the layout")
         return None
     case, seconds = found
-    wide = wide_of(case, [backend], place, exact=exact)
-    say(f"{name}: {wide['documents_per_s']:,.0f} documents/s wide, {wide['seconds'] / seconds:.1f} times bare")
+    packed = packed_of(case, backend, place, exact=exact)
+    say(f"{name}: {packed['documents_per_s']:,.0f} documents/s packed, {packed['seconds'] / seconds:.1f} times bare")
     # A micro-sequence is one of nine.
     layer = layer_of(plan, backend, place, min(4 * len(case.lengths), plan.layer_documents))
     if layer is not None:
-        say(f"{name}: {layer['documents_per_s']:,.0f} documents/s wide at layer level")
+        say(f"{name}: {layer['documents_per_s']:,.0f} documents/s packed at layer level")
     batch = batch_of(layout(plan, min(plan.batch_documents, len(case.lengths))), backend, place)
     say(f"{name}: {batch['cases_per_s']:,.0f} cases/s in batches, {batch['over_bare']:.1f} times bare")
-    narrow = narrow_of(name, device, plan.narrow_hunt, plan.narrow_cases)
-    say(f"{name}: {narrow['cases_per_s']:,.0f} cases/s narrow")
-    row = {
+    cases = cases_of(name, device, plan.narrow_hunt, plan.narrow_cases)
+    say(f"{name}: {cases['cases_per_s']:,.0f} cases/s one by one")
+    return {
         "name": name,
         "bare_kernel_s": seconds,
-        "wide_documents_per_s": wide["documents_per_s"],
-        "wide_over_bare": wide["seconds"] / seconds,
-        "wide": wide,
+        "wide_documents_per_s": packed["documents_per_s"],
+        "wide_over_bare": packed["seconds"] / seconds,
+        "wide": packed,
         "wide_layer": layer,
         "batch": batch,
-        "narrow_cases_per_s": narrow["cases_per_s"],
-        "narrow_documents_per_s": narrow["documents_per_s"],
-        "narrow": narrow,
-        "wide_over_narrow": wide["documents_per_s"] / max(narrow["documents_per_s"], 1e-9),
+        "narrow_cases_per_s": cases["cases_per_s"],
+        "narrow_documents_per_s": cases["documents_per_s"],
+        "narrow": cases,
+        "wide_over_narrow": packed["documents_per_s"] / max(cases["documents_per_s"], 1e-9),
     }
-    return row, case
 
 
 Part = tuple[str, dict[str, Any]]
 
 
-def together_of(
-    plan: Plan, fitted: Sequence[tuple[Backend, Case, float]], device: str, say: Say, *, exact: bool
-) -> Iterator[Part]:
-    """What is measured over all backends, or on the first of them: (key, figures), one after another."""
+def others_of(plan: Plan, fitted: Sequence[Backend], device: str, say: Say) -> Iterator[Part]:
+    """What is measured of several processes, or on the first backend alone: (key, figures), one after another."""
     place = torch.device(device)
-    most = max(len(case.lengths) for _, case, _ in fitted)
-    packed = [(backend, seconds) for backend, case, seconds in fitted if len(case.lengths) == most]
-    backends, bares = [backend for backend, _ in packed], [seconds for _, seconds in packed]
-    first = backends[0].name
-    say(f"all of {', '.join(backend.name for backend in backends)} on one layout")
-    together = wide_of(layout(plan, most), backends, place, exact=exact)
-    over_bare = {"bare_kernels_s": sum(bares), "over_bare": together["seconds"] / sum(bares)}
-    yield "together", together | {"backends": [b.name for b in backends], **over_bare}
+    first = fitted[0].name
     say(f"{first}: a fault in one size of {plan.rare_longest}")
     yield "rare", rare_of(plan, first, place) | {"backend": first}
     say(f"{first}: {' and '.join(map(str, plan.processes))} processes on one device")
     shared = {str(n): shared_of(first, device, n, plan.narrow_seconds) for n in plan.processes}
     yield "processes", {"backend": first, "cases_per_s": shared}
     batches: dict[str, dict[str, float | None]] = {}
-    for index, (backend, _, _) in enumerate(fitted):
+    for index, backend in enumerate(fitted):
         for count in plan.batch_processes if index == 0 else plan.batch_processes[:1]:
             rate = batches_shared_of(backend.name, device, count, plan.batch_seconds)
             told = "not measured: too little came back in time" if rate is None else f"{rate:,.0f} cases/s"
@@ -262,17 +256,16 @@ def bench(device: str, names: Sequence[str], say: Say, *, exact: bool = False) -
         "interrupted": False,
         "backends": [],
     }
-    fitted: list[tuple[Backend, Case, float]] = []
+    fitted: list[Backend] = []
     try:
         for name in names or available_backends(device, (plan.dtype,)):
             backend = registry.load(name)
             if (found := row_of(plan, backend, device, say, exact=exact)) is not None:
-                row, case = found
-                result["backends"].append(row)
-                fitted.append((backend, case, row["bare_kernel_s"]))
+                result["backends"].append(found)
+                fitted.append(backend)
         if fitted:
             # One after another, so that an interruption keeps those before it.
-            for part in together_of(plan, fitted, device, say, exact=exact):
+            for part in others_of(plan, fitted, device, say):
                 result.update([part])
     except KeyboardInterrupt:
         result["interrupted"] = True

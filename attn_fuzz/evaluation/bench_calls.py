@@ -12,8 +12,7 @@ import torch
 
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.calls import run_batch
-from attn_fuzz.batch.calls_batch import SCHEDULE, judge
-from attn_fuzz.batch.packed import effective_profile
+from attn_fuzz.batch.judge import SCHEDULE, judge
 from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.batch.verdicts import largest_z
 from attn_fuzz.campaign.messages import Assignment, Tally
@@ -26,7 +25,7 @@ from attn_fuzz.reference.answer import kernel_inputs
 from attn_fuzz.reference.case import Case
 
 _ENOUGH: Final = 0.3
-"""Seconds of each turn: there are many."""
+"""Seconds of each question: there are many."""
 
 _SETTLED: Final = 0.4
 """Share of the time of several processes after which they count: all have started, and batches have grown."""
@@ -57,19 +56,18 @@ def batch_of(case: Case, backend: Backend, device: torch.device) -> dict[str, fl
     batch, kind = cut_up(case), device.type
     count = len(batch.ends)
     # What is asked of a batch changes from one to the next.
-    turns = Counter(SCHEDULE)
+    times_of = Counter(SCHEDULE)
     each = {
-        turn: median(lambda asked=turn: judge(batch, backend, device, asked), device, enough=_ENOUGH)  # type: ignore[misc]
-        for turn in turns
+        asks: median(lambda asks=asks: judge(batch, backend, device, asks), device, enough=_ENOUGH)  # type: ignore[misc]
+        for asks in times_of
     }
-    checked = sum(times * each[turn] for turn, times in turns.items()) / len(SCHEDULE)
+    checked = sum(times * each[asks] for asks, times in times_of.items()) / len(SCHEDULE)
     inputs = kernel_inputs(batch.case, device)
     tensors_of_calls = BatchTensors(batch, inputs, device)
     bare = median(lambda: run_batch(tensors_of_calls, backend, "none"), device)
     run = median(lambda: run_batch(tensors_of_calls, backend, "nan"), device)
     placing = median(lambda: BatchTensors(batch, kernel_inputs(batch.case, device), device), device)
     results, profile = run_batch(tensors_of_calls, backend, "none").results, backend.kernel.profile_on(kind)
-    profile = effective_profile(profile, batch.case)
     reference = median(lambda: largest_z(batch.case, inputs, profile, [results]), device)
     domain = Domain.of(backend.kernel.capabilities_on(kind), kind)
     sweep, random = Sweep(LONGEST[kind][0], 0), Random(0)
@@ -96,14 +94,14 @@ def batches_shared_of(name: str, device: str, processes: int, seconds: float) ->
     Returns:
         None where there was too little even then.
     """
-    _hunted(name, device, 1, seconds / 2)
+    _messages(name, device, 1, seconds / 2)
     for patience in (1, _PATIENCE):
-        if (rate := settled_rate(_hunted(name, device, processes, patience * seconds), processes)) is not None:
+        if (rate := settled_rate(_messages(name, device, processes, patience * seconds), processes)) is not None:
             return rate
     return None
 
 
-def _hunted(name: str, device: str, processes: int, seconds: float) -> list[tuple[float, int]]:
+def _messages(name: str, device: str, processes: int, seconds: float) -> list[tuple[float, int]]:
     """Each message of so many processes: when it came, and how many cases there had been by then."""
     jobs = [
         Assignment(backend=name, device=device, seed=20 + index, levels=("kernel",), seconds=seconds, mode="batch")

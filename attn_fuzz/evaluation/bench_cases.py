@@ -14,48 +14,49 @@ from typing import Final
 import torch
 
 from attn_fuzz.backends import registry
-from attn_fuzz.backends.kernel import AttentionOptions, UnsupportedCase
+from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.batch.packed_call import Call
 from attn_fuzz.campaign.messages import Assignment, Finished, Message
 from attn_fuzz.campaign.pool import Pool
-from attn_fuzz.campaign.worker import hunt
+from attn_fuzz.campaign.worker import work
 from attn_fuzz.evaluation import plain_suite
 from attn_fuzz.evaluation.seeded_faults import drawn
+from attn_fuzz.execution.runner import KernelCall
 from attn_fuzz.execution.timing import now, once
+from attn_fuzz.reference.answer import kernel_inputs
+from attn_fuzz.reference.case import Case
 
 _WARM_UP: Final = 10
 
 
-def bare(call: Call, backend: Backend) -> Callable[[], object]:
-    """The kernel's own forward and backward on a call's tensors, and nothing else."""
-    q, k, v = leaves = [call.placed[name].tensor.detach().requires_grad_() for name in ("q", "k", "v")]
-    dout, options = call.placed["dout"].tensor, AttentionOptions.of(call.case)
+def bare(case: Case, backend: Backend, device: torch.device) -> Callable[[], object]:
+    """The kernel's own forward and backward on a case's tensors, and nothing else."""
+    call = KernelCall(backend, case, kernel_inputs(case, device), "nan", device)
 
-    def work() -> object:
-        out = backend.kernel.attend(q, k, v, call.metadata, options).out
-        return torch.autograd.grad(out, leaves, dout)
+    def run() -> None:
+        call.forward()
+        call.backward()
 
-    return work
+    return run
 
 
-def narrow_of(name: str, device: str, cases: int, count: int) -> dict[str, float]:
+def cases_of(name: str, device: str, cases: int, count: int) -> dict[str, float]:
     """Cases and documents per second of one process, all checks on, with what its generation and kernels take.
 
     Args:
         name: of the backend.
         device: where.
-        cases: that are hunted, after a few that do not count.
+        cases: that are examined, after a few that do not count.
         count: cases drawn to time their generation and their bare kernels.
     """
     messages: list[Message] = []
     place = torch.device(device)
 
-    def work(number: int, seed: int) -> None:
-        hunt(Assignment(backend=name, device=device, seed=seed, levels=("kernel",), cases=number), messages.append)
+    def examined(number: int, seed: int) -> None:
+        work(Assignment(backend=name, device=device, seed=seed, levels=("kernel",), cases=number), messages.append)
 
-    work(_WARM_UP, 2)
-    taken = once(lambda: work(cases, 1), place)
+    examined(_WARM_UP, 2)
+    taken = once(lambda: examined(cases, 1), place)
     last = messages[-1]
     if not isinstance(last, Finished) or not last.tally.cases:
         return {"cases_per_s": 0.0, "documents_per_s": 0.0}
@@ -65,7 +66,7 @@ def narrow_of(name: str, device: str, cases: int, count: int) -> dict[str, float
     drawing = (now(place) - started) / max(len(every), 1)
     kernels = []
     for case in (case for case in every if case.level == "kernel"):
-        alone = bare(Call.of(case.replace(capacity=0, memory="contiguous"), place), backend)
+        alone = bare(case.replace(capacity=0, memory="contiguous"), backend, place)
         try:
             alone()
         except (RuntimeError, UnsupportedCase, NotImplementedError):

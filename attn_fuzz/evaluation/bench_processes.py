@@ -20,7 +20,7 @@ import torch
 
 from attn_fuzz.backends import registry
 from attn_fuzz.batch.calls import run_batch
-from attn_fuzz.batch.calls_batch import SCHEDULE, judge
+from attn_fuzz.batch.judge import SCHEDULE, judge
 from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.evaluation.bench_calls import cut_up
 from attn_fuzz.evaluation.bench_plan import PLANS, Plan, layout

@@ -18,8 +18,11 @@ DEAD_CONTEXT: Final = 77
 NO_DEVICE: Final = 78
 """Exit status of a process that could not use its device from the beginning."""
 
-_LACKING: Final = ("out of memory", "ALLOC_FAILED")
-"""What CUDA and its libraries say where there is too little memory for what torch does not allocate."""
+_LACKING: Final = ("out of memory", "out_of_memory", "alloc_failed", "can't allocate memory")
+"""What CUDA, its libraries, JAX and torch on a CPU say, in small letters, where there is too little memory."""
+
+_DEVICE_FAILED: Final = ("CUDA error", "CUDA driver", "[CUDA]", "CUDA_ERROR", "cudaError")
+"""What torch, Triton, CUDA's driver and its runtime say where a call on the device came to nothing."""
 
 _SCARCE: Final = 8
 """Below so small a part of a GPU's memory, caches are given back."""
@@ -40,9 +43,9 @@ _OF_MEMORY: Final = 0.5
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an error is this machine's lack of memory, and nobody's fault."""
+    """Whether an error is this machine's lack of memory, and no fault of what ran."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _LACKING)
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _LACKING)
     )
 
 
@@ -52,6 +55,26 @@ def raise_lack_of_memory(error: Exception) -> None:
         raise error
     if lacks_memory(error):
         raise torch.OutOfMemoryError(str(error)) from error
+
+
+def device_failed(error: BaseException) -> bool:
+    """Whether an error is the device's or its driver's: what comes after it on the device may fail for it, too."""
+    return any(words in str(error) for words in _DEVICE_FAILED)
+
+
+def beyond_its_call(error: BaseException) -> bool:
+    """Whether an error is about more than the call that raised it: too little memory, or a device that has failed."""
+    return lacks_memory(error) or device_failed(error)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return (str(error).strip().splitlines() or ["(no message)"])[0][:300]
+
+
+def in_words(error: BaseException) -> str:
+    """An exception in one line: its type, and what it says."""
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def killed_for_memory(exit_code: int | None) -> bool:
@@ -114,7 +137,7 @@ def share_of_processors(place: int, places: int) -> frozenset[int] | None:
 def stay_on(processors: frozenset[int]) -> None:
     """Keeps this process, and those that it starts, on some processors, where they take turns.
 
-    Whoever is woken up there waits until whoever woke it has nothing more to do, instead of interrupting it.
+    One that is woken up there waits until the one that woke it has nothing more to do, instead of interrupting it.
     """
     os.sched_setaffinity(0, processors)
     with contextlib.suppress(OSError):

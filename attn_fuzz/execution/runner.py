@@ -17,7 +17,7 @@ from attn_fuzz.backends.registry import Backend
 from attn_fuzz.cases.interfering import crossing
 from attn_fuzz.execution.observation import HandedBack, Observation, Watch, in_our_convention
 from attn_fuzz.execution.poison import filler, poisoned
-from attn_fuzz.execution.process import lacks_memory
+from attn_fuzz.execution.process import beyond_its_call
 from attn_fuzz.reference.answer import SHARED_DIMENSIONS, Inputs, kernel_inputs
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import LayerInputs, layer_inputs
@@ -76,7 +76,7 @@ def around(
                 begun.backward()
         except Exception as error:
             refused = isinstance(error, (UnsupportedCase, NotImplementedError))
-            if lacks_memory(error) or "CUDA error" in str(error) or (lockstep and not refused):
+            if beyond_its_call(error) or (lockstep and not refused):
                 raise
             return None
         return begun

@@ -1,4 +1,4 @@
-"""What one wide call is made of: a configuration, and thousands of documents that tile edges and sweeps pick."""
+"""What one packed call is made of: a configuration, and thousands of documents that tile edges and sweeps pick."""
 
 from __future__ import annotations
 

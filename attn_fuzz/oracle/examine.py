@@ -20,7 +20,7 @@ from attn_fuzz.backends.user import InsideLayer, UserKernel
 from attn_fuzz.execution.observation import Observation
 from attn_fuzz.execution.operators import operators_of
 from attn_fuzz.execution.poison import POISONS
-from attn_fuzz.execution.process import raise_lack_of_memory
+from attn_fuzz.execution.process import device_failed, first_line, in_words, raise_lack_of_memory
 from attn_fuzz.execution.runner import WroteBeforeRefusing, require_support
 from attn_fuzz.oracle.checks import CHECKS, PROBES, Check, histograms, worst_errors, worst_spreads
 from attn_fuzz.oracle.second_opinion import confirm
@@ -144,7 +144,7 @@ def _observed(trial: Trial) -> tuple[Observation, ...] | Symptom:
         raise_lack_of_memory(error)
         if _refuses_layout(trial, error):
             raise UnsupportedCase(
-                f"{trial.backend.name} does not take memory layout {trial.case.memory}: {_one_line(error)}"
+                f"{trial.backend.name} does not take memory layout {trial.case.memory}: {first_line(error)}"
             ) from None
         return _fallen(error)
 
@@ -217,12 +217,7 @@ def _below(trial: Trial) -> tuple[KnownIssue, ...]:
 def _refuses_layout(trial: Trial, error: BaseException) -> bool:
     """Whether an ordinary error about an unusual memory layout goes away with the layout: a clean refusal."""
     case = trial.case
-    if (
-        case.level != "kernel"
-        or case.memory in USUAL_MEMORIES
-        or "CUDA error" in str(error)
-        or "CUDA driver" in str(error)
-    ):
+    if case.level != "kernel" or case.memory in USUAL_MEMORIES or device_failed(error):
         return False
     try:
         dataclasses.replace(trial, case=case.replace(memory="contiguous")).observe(trial.poisons[0])
@@ -244,8 +239,8 @@ _NOT_THEIRS = (
 def _fallen(error: BaseException) -> Symptom:
     """The symptom of a call that did not come back as it should."""
     if isinstance(error, MisshapenResult):
-        return MissingResult("complete", "out", _one_line(error))
-    words = f"{type(error).__name__}: {_one_line(error)}{_place(error)}"
+        return MissingResult("complete", "out", first_line(error))
+    words = f"{in_words(error)}{_place(error)}"
     if isinstance(error, RanksHung):
         return Hung("runs", "call", words)
     crashed = Crashed("runs", "call", words)
@@ -258,7 +253,3 @@ def _place(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not any(Path(frame.filename).is_relative_to(folder) for folder in _NOT_THEIRS)]
     return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["(no message)"])[0][:300]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from attn_fuzz.backends.collectives import Collectives, Distributed
 from attn_fuzz.backends.kernel import UnsupportedCase
-from attn_fuzz.execution.process import set_up_process
+from attn_fuzz.execution.process import first_line, lacks_memory, set_up_process
 from attn_fuzz.ranks.pickling import packed, unpacked
 from attn_fuzz.ranks.progress import Counted, Progress
 
@@ -50,9 +50,8 @@ class Failure:
     @classmethod
     def of(cls, error: BaseException) -> Failure:
         refused = isinstance(error, (UnsupportedCase, NotImplementedError))
-        memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        first_line = (str(error).strip().splitlines() or ["(no message)"])[0][:300]
-        return cls(type(error).__name__, first_line, "refused" if refused else "memory" if memory else "error")
+        kind = "refused" if refused else "memory" if lacks_memory(error) else "error"
+        return cls(type(error).__name__, first_line(error), kind)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,13 +10,15 @@ from typing import Any, Final
 import torch
 
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.batch.calls_batch import Judged, Question, judge
+from attn_fuzz.batch.judge import judge
+from attn_fuzz.batch.judged import Judged, Question
 from attn_fuzz.batch.questions import QUESTIONS
 from attn_fuzz.cases.order import simplicity
 from attn_fuzz.cases.simpler import narrower, simpler_options
 from attn_fuzz.cases.smaller import clipped
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.execution.poison import POISONS
+from attn_fuzz.execution.process import lacks_memory
 from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.oracle.checks.budget import LIMIT
 from attn_fuzz.oracle.examine import Verdict
@@ -33,7 +35,7 @@ class CallSequence:
     batch: CallBatch
     index: int
     """Which of them."""
-    turn: Question
+    question: Question
     """What was asked."""
     asked: int
     """Of how many calls, from the first on, more was asked than the budgets."""
@@ -44,8 +46,8 @@ class CallSequence:
             "case": self.batch.case.to_dict(),
             "ends": list(self.batch.ends),
             "index": self.index,
-            "poison": self.turn.poison,
-            "asks": self.turn.asked,
+            "poison": self.question.poison,
+            "asks": self.question.asked,
             "asked": self.asked,
         }
 
@@ -62,14 +64,14 @@ class CallSequence:
         except (LookupError, TypeError, ValueError) as error:
             raise CaseError(f"these are no calls in a row: {type(error).__name__} {error}") from None
         count = len(batch.ends)
-        known = found.turn.poison in POISONS and found.turn.asked in QUESTIONS
+        known = found.question.poison in POISONS and found.question.asked in QUESTIONS
         if not known or not 0 <= found.index < count or not 0 < found.asked <= count:
             raise CaseError("these are no calls in a row: no such call, poison or question")
         return found
 
     def judged(self, backend: Backend, device: torch.device) -> Judged:
         """What the backend makes of all of them."""
-        return judge(self.batch, backend, device, self.turn, asked=self.asked)
+        return judge(self.batch, backend, device, self.question, asked=self.asked)
 
     def words(self, judged: Judged) -> str | None:
         """What is wrong with the call, or None."""
@@ -77,7 +79,7 @@ class CallSequence:
         if z <= LIMIT:
             return None
         after = f" after {self.index} of them" if self.index else ""
-        asks = f", asked for {self.turn.asked!r} too" if self.turn.asked and self.index < self.asked else ""
+        asks = f", asked for {self.question.asked!r} too" if self.question.asked and self.index < self.asked else ""
         what = name if self.index in judged.broken else f"{name}: z = {z:.3g}"
         return f"one of {len(self.batch.ends)} calls in a row{after}{asks}: {what}"
 
@@ -91,7 +93,7 @@ class CallSequence:
         if case is None:
             return None
         ends = tuple(itertools.accumulate(len(call) for call in documents))
-        return CallSequence(CallBatch(case, ends), index, self.turn, len(ends))
+        return CallSequence(CallBatch(case, ends), index, self.question, len(ends))
 
 
 def _fewer_calls(sequence: CallSequence) -> Iterator[CallSequence | None]:
@@ -173,7 +175,9 @@ def smallest(sequence: CallSequence, backend: Backend, device: torch.device, sec
         try:
             # Twice in a row: the first time what was tried before comes before it, too.
             return all(small.words(small.judged(backend, device)) is not None for _ in range(2))
-        except (torch.OutOfMemoryError, MemoryError):
+        except Exception as error:
+            if not lacks_memory(error):
+                raise
             return False
 
     return reduce(sequence, _PASSES, fails, _simplicity, Deadline.after(seconds))

@@ -54,7 +54,7 @@ def speed_tables(results: list[dict[str, Any]]) -> list[str]:
         lines += ["", f"**{title(result)}**, {result['plan']['dtype']}:", "", "| " + " | ".join(_HEADS) + " |"]
         lines.append("|---|" + "---:|" * (len(_HEADS) - 1))
         lines += ["| " + " | ".join(_row(row)) + " |" for row in result["backends"]]
-        together, rare, shared, plain = (result[key] for key in ("together", "rare", "processes", "plain"))
+        rare, shared, plain = (result[key] for key in ("rare", "processes", "plain"))
         narrow = ", ".join(f"{rate:,.0f} in {count}" for count, rate in shared["cases_per_s"].items())
         drawn = "; ".join(
             f"{name}: {', '.join(f'{rate:,.0f} in {count}' for count, rate in rates.items() if rate is not None)}"
@@ -63,8 +63,6 @@ def speed_tables(results: list[dict[str, Any]]) -> list[str]:
         )
         lines += [
             "",
-            f"- all of {', '.join(together['backends'])} on one layout: {together['over_bare']:.1f} times what their "
-            f"bare kernels take together, {together['verdicts_per_s']:,.0f} document verdicts/s",
             f"- a fault in one of {rare['sizes']:,} pairs of lengths, in {rare['backend']}: found in "
             f"{rare['seconds']:.2f} s, shrunk to a single document in {rare['shrink_s']:.0f} s",
             f"- cases/s of several processes, as a campaign draws them, in batches: {drawn}",

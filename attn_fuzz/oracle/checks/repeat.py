@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.cases.smaller import fewer_documents, one_shorter
 from attn_fuzz.execution.observation import Observation, differing
-from attn_fuzz.execution.process import lacks_memory
+from attn_fuzz.execution.process import beyond_its_call
 from attn_fuzz.execution.runner import require_support
 from attn_fuzz.oracle.symptoms import NotRepeatable, Symptom, WrongPath
 from attn_fuzz.oracle.trial import Trial
@@ -41,7 +41,7 @@ def _run_smaller(trial: Trial) -> None:
         except UnsupportedCase:
             continue
         except Exception as error:
-            if lacks_memory(error) or "CUDA error" in str(error):
+            if beyond_its_call(error):
                 raise
         return
 

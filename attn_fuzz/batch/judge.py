@@ -1,0 +1,135 @@
+"""A batch from end to end: run its calls, judge every document of every call, and wait for the device once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Final
+
+import torch
+
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.batch.batch_run import NAMES, BatchRun
+from attn_fuzz.batch.judged import Judged, Question
+from attn_fuzz.batch.questions import QUESTIONS
+from attn_fuzz.batch.verdicts import COLUMNS, largest_z, other_bits, screened_z
+from attn_fuzz.execution.inferred import TIMES, promises
+from attn_fuzz.generation.calls import CallBatch
+from attn_fuzz.oracle.checks.budget import LIMIT, limit
+from attn_fuzz.reference.screen import unsupported_reason
+
+SCHEDULE: Final = (
+    Question("nan", "keys"),
+    Question("finite", "inference"),
+    Question("nan", "needle"),
+    Question("finite", "again"),
+    Question("nan", "keys"),
+    Question("finite", "documents apart"),
+    Question("nan", "every row"),
+    Question("finite", "some gradients"),
+    Question("nan", "keys"),
+    Question("finite", "turned"),
+    Question("nan", "swamping"),
+    Question("finite", "second backward"),
+    Question("nan", "keys"),
+    Question("finite", "future apart"),
+    Question("nan", "needle"),
+    Question("finite", "capacity"),
+    Question("nan", "other scale"),
+)
+"""Of every campaign, in turn."""
+
+SHARE: Final = {"cuda": 0.5, "cpu": 1.0}
+"""Of a batch's calls that are asked more than the budgets. A further run costs as much as the drawn values' own, and
+more calls of other kinds are worth more; on CPUs batches are smaller, and the reference costs more than a run."""
+
+
+def judge(
+    batch: CallBatch,
+    backend: Backend,
+    device: torch.device,
+    question: Question = SCHEDULE[0],
+    beat: Callable[[], None] = lambda: None,
+    asked: int | None = None,
+    *,
+    screened: bool = False,
+) -> Judged:
+    """Runs every call with drawn values, and as the question has it, from poisoned memory; judges all of it.
+
+    Every document's results are held to the budget, element by element and row by row, and what is asked of the
+    first calls (``SHARE``) to what is exactly right.
+
+    Args:
+        batch: the calls.
+        backend: what runs them.
+        device: where.
+        question: what is asked.
+        beat: called before every call of every run.
+        asked: of how many calls, from the first on; None for the usual share.
+        screened: hold to the budget by the fast reference first, where it can (``verdicts.screened_z``).
+
+    Raises:
+        torch.OutOfMemoryError: as it comes.
+    """
+    if asked is None:
+        asked = math.ceil(len(batch.ends) * SHARE[device.type])
+    batch_run = BatchRun(batch, backend, device, question.poison, asked, beat)
+    z = torch.zeros(len(batch.case.packed_lengths), len(NAMES), dtype=torch.float64, device=device)
+    first = batch_run.runs[0]
+    if len(first.broken | first.refused) < len(batch.ends):
+        # Of calls none of which came back there is nothing to ask.
+        QUESTIONS[question.asked](batch_run)
+        _fill(z, batch_run, screened=screened)
+    touched = torch.stack([each.changed() for each in batch_run.placed]).any()
+    # The one transfer: everything before it was only queued.
+    flat = torch.cat([z.flatten(), touched[None].double()]).cpu()
+    broken: dict[int, str] = {}
+    refused: dict[int, str] = {}
+    for batch_result in batch_run.runs:
+        broken = batch_result.broken | broken
+        refused |= batch_result.refused
+    return Judged(
+        batch,
+        flat[:-1].view(z.shape),
+        question,
+        broken,
+        refused,
+        touched=bool(flat[-1]),
+        paths=frozenset().union(*(batch_result.paths for batch_result in batch_run.runs)),
+        spares=batch_run.spares,
+        asked=asked,
+        symptoms=batch_run.symptoms,
+    )
+
+
+def _fill(z: torch.Tensor, batch_run: BatchRun, *, screened: bool) -> None:
+    """Writes down what is wrong with each document, ``[documents, len(NAMES)]``, in units of ``Judged.z``."""
+    case, profile, device = batch_run.whole, batch_run.profile, batch_run.device
+    fast = screened and unsupported_reason(case, profile, device) is None
+    by_budget = (screened_z if fast else largest_z)(case, batch_run.drawn, profile, batch_run.held).amax(0)
+    for deviations in batch_run.deviations:
+        first = by_budget[: len(deviations)]
+        torch.maximum(first, deviations, out=first)
+    z[:, : len(COLUMNS)] = by_budget * (LIMIT / limit(case))
+    for name, wrong in batch_run.accused.items():
+        z[: len(wrong), NAMES.index(name)] = wrong
+
+
+def moving(batch: CallBatch, backend: Backend, device: torch.device, poison: str) -> torch.Tensor:
+    """Documents whose results have other bits from one run to the next, of results that are promised by no statement.
+
+    Args:
+        batch: the calls.
+        backend: what runs them.
+        device: where.
+        poison: contents of unwritten memory, the same in each run.
+
+    Returns:
+        bool ``[documents]`` on the CPU.
+    """
+    batch_run = BatchRun(batch, backend, device, poison, len(batch.ends), lambda: None)
+    names = [name for name in batch_run.promised if not promises(backend, str(device), name)]
+    found = torch.zeros(len(batch.case.packed_lengths), dtype=torch.bool, device=device)
+    for _ in range(TIMES - 1 if names else 0):
+        found |= other_bits(batch.case, batch_run.first, batch_run.run(batch_run.tensors_of_calls, poison), names)
+    return found.cpu()

@@ -1,0 +1,192 @@
+"""What modes that draw, run and judge a batch at a time share: sizes that grow, the tally, and the end."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from random import Random
+from typing import Final
+
+from attn_fuzz.batch.judged import Judged, Question
+from attn_fuzz.campaign.messages import Assignment, Died, Finished, Progress, Trying
+from attn_fuzz.campaign.triage import Triage
+from attn_fuzz.campaign.worker import Send
+from attn_fuzz.execution.process import DEAD_CONTEXT, context_alive, lacks_memory, leave_memory
+from attn_fuzz.execution.timing import now
+from attn_fuzz.generation.calls import CallBatch
+from attn_fuzz.generation.length_sweeps import Sweep
+from attn_fuzz.generation.strategies import Domain
+from attn_fuzz.reference.case import LEVELS, Case
+
+BEAT_SECONDS: Final = 5.0
+"""Silence after which a call says that there are more to come."""
+
+REFUSED_BATCHES: Final = 60
+"""A backend that has refused so many and taken none would refuse for ever."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizing:
+    """How large batches are, in calls or in documents."""
+
+    first: int
+    most: int
+    seconds: float
+    """Batches grow until one takes so long, of processor time on a CPU, so that a busy machine's are as large as an
+    idle one's: a slow kernel is asked for less than a fast one."""
+    quick: int = 2
+    """How many times as large the batch after one that took a quarter of that is."""
+
+
+class BatchWorker(Triage, abc.ABC):
+    """The state of one assignment of batches.
+
+    Args:
+        assignment: what to do.
+        send: where messages go.
+        longest: (queries, keys) of the longest documents of batches, in turn.
+        sizing: how large batches are.
+        schedule: what is asked of batches, in turn; as many as have no divisor in common with ``longest``.
+    """
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        send: Send,
+        longest: Sequence[tuple[int, int]],
+        sizing: Sizing,
+        schedule: Sequence[Question],
+    ) -> None:
+        super().__init__(assignment, send)
+        kind = self.device.type
+        self.sizing, self.schedule = sizing, schedule
+        self.domain = Domain.of(self.backend.kernel.capabilities_on(kind), kind, assignment.dtypes)
+        self.random = Random(assignment.seed)
+        self.sweeps = [Sweep(each, self.random.randrange(1 << 16)) for each in longest]
+        self.sizes = {(level, place): sizing.first for level in LEVELS for place in range(len(longest))}
+        self.turn = 0
+
+    # What modes differ in.
+
+    @abc.abstractmethod
+    def levels(self) -> list[str]:
+        """The levels that take turns."""
+
+    @abc.abstractmethod
+    def draw(self, level: str, place: int) -> CallBatch | None:
+        """The next batch of a level and a place in ``longest``; None where nothing that was drawn is taken."""
+
+    @abc.abstractmethod
+    def judge(self, batch: CallBatch, question: Question) -> Judged:
+        """A batch's verdict."""
+
+    @abc.abstractmethod
+    def take(self, judged: Judged) -> None:
+        """Adds a batch to the tally, and has what failed of it triaged."""
+
+    @abc.abstractmethod
+    def kind(self, case: Case) -> str:
+        """What a batch is counted as."""
+
+    @abc.abstractmethod
+    def shown(self, judged: Judged, document: int) -> Case | None:
+        """The case that shows a deviation of a document."""
+
+    def refused_all(self) -> None:
+        """Says that nothing was taken, where the tally is not enough."""
+
+    # What they share.
+
+    def judged(self, batch: CallBatch, question: Question) -> Judged:
+        """A batch's verdict, with the batch announced first."""
+        # A single call is the case itself.
+        self.send(Trying(batch.case.to_json(), batch.ends if len(batch.ends) > 1 else ()))
+        judged = self.judge(batch, question)
+        if judged.broken and not context_alive(self.device):
+            self.send(Died(next(iter(judged.broken.values()))))
+            os._exit(DEAD_CONTEXT)
+        return judged
+
+    def beat(self) -> None:
+        """Says now and then that calls go on: a batch of a slow kernel takes as long as many cases."""
+        if time.monotonic() - self.last_sent > BEAT_SECONDS:
+            self.tell()
+
+    def tell(self) -> None:
+        """Sends the tally as it is."""
+        self.last_sent = time.monotonic()
+        self.send(Progress(copy.deepcopy(self.tally)))
+
+    def refuse(self, reason: str) -> None:
+        """Counts a batch that was not taken."""
+        self.tally.refused += 1
+        self.refusals[reason] += 1
+
+    def batch(self, level: str, place: int, question: Question) -> None:
+        """One batch, judged, and triaged where a call fails."""
+        batch = self.draw(level, place)
+        if batch is None:
+            self.refuse("no call that was drawn is one that it declares to take")
+            return
+        started, size = now(self.device), self.sizes[level, place]
+        try:
+            judged = self.judged(batch, question)
+            leave_memory(self.device)
+            self.sizes[level, place] = self.grown(size, now(self.device) - started)
+            self.take(judged)
+        except Exception as error:
+            if not lacks_memory(error):
+                raise
+            # This machine's limit, and no fault of the backend.
+            self.sizes[level, place] = max(size // 2, 1)
+            self.refuse(f"memory ran out: {error}")
+
+    def grown(self, size: int, taken: float) -> int:
+        """The size of the next batch after one that took so many seconds."""
+        if taken >= self.sizing.seconds / 2:
+            return size
+        growth = self.sizing.quick if taken < self.sizing.seconds / 4 else 2
+        return min(growth * size, self.sizing.most)
+
+    def tally_batch(self, judged: Judged) -> None:
+        """Adds the calls to the tally, each as one case."""
+        tally, batch = self.tally, judged.batch
+        taken = [span for index, span in enumerate(batch.spans) if index not in judged.refused]
+        tally.cases += len(taken)
+        tally.refused += len(judged.refused)
+        self.refusals.update(judged.refused.values())
+        tally.documents += sum(end - begin for begin, end in taken)
+        tally.seconds = time.monotonic() - self.started
+        kind = self.kind(batch.case)
+        tally.by_kind[kind] = tally.by_kind.get(kind, 0) + len(taken)
+        for path in judged.paths:
+            tally.paths[path] = tally.paths.get(path, 0) + len(taken)
+        if not judged.failing() and not judged.touched:
+            self.note_largest(judged, kind)
+        self.tell()
+
+    def note_largest(self, judged: Judged, kind: str) -> None:
+        """Keeps the largest deviations of a clean batch, and the cases that show them."""
+        for name, (z, document) in judged.largest().items():
+            key = f"{kind} {name}"
+            if z > self.tally.worst_z.get(key, -1.0) and (case := self.shown(judged, document)) is not None:
+                self.tally.worst_z[key], self.tally.worst_case[key] = z, case.to_json()
+
+    def run(self) -> None:
+        """Levels, sizes and questions in turn."""
+        levels = self.levels()
+        while not self.turn or not self.over():
+            level, number = levels[self.turn % len(levels)], self.turn // len(levels)
+            self.batch(level, number % len(self.sweeps), self.schedule[number % len(self.schedule)])
+            self.turn += 1
+            if not self.tally.cases and self.tally.refused > REFUSED_BATCHES:
+                self.refused_all()
+                break
+            if self.found and self.assignment.stop_at_first:
+                break
+        self.tally.seconds = time.monotonic() - self.started
+        self.send(Finished(self.tally))
