@@ -32,8 +32,7 @@ from attn_fuzz.execution.runner import run_kernel
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.generation.length_sweeps import Sweep, draw_case
 from attn_fuzz.generation.strategies import Domain
-from attn_fuzz.oracle.checks.budget import deviations
-from attn_fuzz.oracle.checks.spread import row_spreads
+from attn_fuzz.oracle.deviations import deviations, row_spreads
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.symptoms import PoisonLeaked, WrongSpread
 from attn_fuzz.reduction.packed import ENOUGH, bisected, candidates, plainer

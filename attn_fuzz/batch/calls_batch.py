@@ -16,7 +16,7 @@ from attn_fuzz.batch.questions import QUESTIONS
 from attn_fuzz.batch.verdicts import COLUMNS, largest_z, other_bits
 from attn_fuzz.execution.inferred import TIMES, promises
 from attn_fuzz.generation.calls import CallBatch
-from attn_fuzz.oracle.checks.budget import LIMIT, limit
+from attn_fuzz.oracle.deviations import LIMIT, limit
 from attn_fuzz.oracle.symptoms import DeadRowsNotZero, NotIsolated, PoisonLeaked, Symptom, WrongSpread, wrong_tensor
 from attn_fuzz.reference.case import Case
 

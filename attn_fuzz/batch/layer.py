@@ -15,7 +15,7 @@ from attn_fuzz.batch.packed import Outcome, PackedFailure, confirmed, words
 from attn_fuzz.execution.poison import poisoned
 from attn_fuzz.generation.length_sweeps import USUAL_HEADS, draw_options, edge_lengths
 from attn_fuzz.generation.strategies import Domain
-from attn_fuzz.oracle.checks.budget import deviations
+from attn_fuzz.oracle.deviations import deviations
 from attn_fuzz.reference.answer import Expected, Inputs
 from attn_fuzz.reference.batched import kernel_answer
 from attn_fuzz.reference.case import Case

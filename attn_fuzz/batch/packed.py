@@ -14,7 +14,7 @@ from attn_fuzz.batch.probes import PROBES
 from attn_fuzz.batch.verdicts import COLUMNS, complete, largest_z, other_bits, screened_z
 from attn_fuzz.execution.inferred import TIMES, inferred, promises
 from attn_fuzz.execution.process import raise_lack_of_memory
-from attn_fuzz.oracle.checks.budget import limit
+from attn_fuzz.oracle.deviations import limit
 from attn_fuzz.oracle.symptoms import Crashed, PoisonLeaked, Symptom, WrongSpread, wrong_tensor
 from attn_fuzz.oracle.trial import SECOND_SEED
 from attn_fuzz.reference.answer import KERNEL_TENSORS

@@ -7,8 +7,7 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.oracle.checks.budget import LIMIT, deviations, limit
-from attn_fuzz.oracle.checks.spread import CONTINUOUS, row_bound
+from attn_fuzz.oracle.deviations import CONTINUOUS, LIMIT, deviations, limit, row_bound
 from attn_fuzz.reference.answer import KERNEL_TENSORS, Expected, Inputs
 from attn_fuzz.reference.batched import answers
 from attn_fuzz.reference.case import Case

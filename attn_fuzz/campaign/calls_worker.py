@@ -20,7 +20,7 @@ from attn_fuzz.execution.timing import now
 from attn_fuzz.generation.calls import LONGEST, CallBatch, compiles_for_calls, draw_batch
 from attn_fuzz.generation.length_sweeps import Sweep
 from attn_fuzz.generation.strategies import Domain
-from attn_fuzz.oracle.checks.budget import beyond_doubt
+from attn_fuzz.oracle.deviations import beyond_doubt
 from attn_fuzz.oracle.symptoms import Crashed, InputsChanged
 from attn_fuzz.oracle.trial import SECOND_SEED
 from attn_fuzz.reduction.call_sequence import CallSequence, smallest

@@ -24,7 +24,7 @@ from attn_fuzz.execution.process import DEAD_CONTEXT, context_alive
 from attn_fuzz.execution.timing import now
 from attn_fuzz.generation.length_sweeps import LONGEST, Sweep, draw_case
 from attn_fuzz.generation.strategies import Domain
-from attn_fuzz.oracle.checks.budget import LIMIT, limit
+from attn_fuzz.oracle.deviations import LIMIT, limit
 from attn_fuzz.oracle.examine import USUAL_MEMORIES
 from attn_fuzz.reduction.packed import bisected, candidates, plainer
 from attn_fuzz.reference.case import LEVELS, Case

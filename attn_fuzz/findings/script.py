@@ -15,7 +15,7 @@ from attn_fuzz.backends.registry import Backend
 from attn_fuzz.backends.user import UserKernel
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.execution.runner import KernelCall, run_kernel
-from attn_fuzz.oracle.checks.budget import deviations, limit
+from attn_fuzz.oracle.deviations import deviations, limit
 from attn_fuzz.oracle.known_answer.inputs import every_row_probe, needle_probe, uniform_probe
 from attn_fuzz.reference.answer import Expected, Inputs, kernel_answer, kernel_inputs
 from attn_fuzz.reference.case import Case

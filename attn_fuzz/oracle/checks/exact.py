@@ -10,8 +10,7 @@ from typing import Final, NamedTuple
 import torch
 
 from attn_fuzz.execution.observation import Observation
-from attn_fuzz.oracle.checks.budget import LIMIT, deviations
-from attn_fuzz.oracle.checks.spread import row_spreads
+from attn_fuzz.oracle.deviations import LIMIT, deviations, row_spreads
 from attn_fuzz.oracle.known_answer.inputs import (
     Hot,
     NeedleProbe,

@@ -9,7 +9,8 @@ import torch
 
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.execution.runner import require_support
-from attn_fuzz.oracle.checks.budget import deviations, limit, within_budget
+from attn_fuzz.oracle.checks.budget import within_budget
+from attn_fuzz.oracle.deviations import deviations, limit
 from attn_fuzz.oracle.symptoms import NotRegrouped, Symptom
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.answer import Expected
