@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Final
 
 import torch
 
 from attn_fuzz.oracle.deviations import LIMIT, STRUCTURED, beyond_doubt, deviations, limit
-from attn_fuzz.oracle.symptoms import Place, Symptom, wrong_tensor
+from attn_fuzz.oracle.symptoms import Element, Place, Symptom, wrong_tensor
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.answer import Expected
 from attn_fuzz.reference.memory import same_bits
@@ -104,10 +103,10 @@ def _suspects(trial: Trial, answer: dict[str, Expected]) -> dict[str, torch.Tens
 def place_of(trial: Trial, name: str, flat_index: int, shape: torch.Size) -> Place:
     """Document, row, head and channel of an element."""
     index = [int(i) for i in torch.unravel_index(torch.tensor(flat_index), shape)]
-    if name == "lse":
-        index = [index[0], index[1], 0]
     document, row = trial.document_of(name, index[0])
-    return Place(document, row, index[1] if len(index) == 3 else None, index[-1] if len(index) > 1 else 0)
+    if name == "lse":
+        return Place(document, row, index[1])
+    return Place(document, row, index[1] if len(index) == 3 else None, index[-1] if len(index) > 1 else None)
 
 
 _WHENCE: Final = "; NaN whatever unwritten memory holds: it comes from arithmetic"
@@ -133,17 +132,16 @@ def within_budget(trial: Trial) -> Iterator[Symptom]:
         place = place_of(trial, name, worst, z.shape)
         wrong = z > limit(trial.case)
         wrong_rows = wrong.flatten(1).any(1).nonzero()[:, 0].tolist() if z.dim() > 1 else []
-        number = got.flatten()[worst].item()
+        element = Element(place, got.flatten()[worst].item(), expected.flatten()[worst].item())
         documents = sorted({d for row in wrong_rows if (d := trial.document_of(name, row)[0]) is not None})
         of_documents = f" in documents {documents}" if documents else ""
         yield wrong_tensor(name)(
             "budget",
             name,
-            f"{place}: got {number:.6g}, expected {expected.flatten()[worst].item():.6g}, "
-            f"z = {z.flatten()[worst].item():.3g}; "
-            f"{int(wrong.sum())} of {z.numel()} elements wrong{of_documents}{_WHENCE if math.isnan(number) else ''}",
+            f"{place}: got {element.got:.6g}, expected {element.expected:.6g}, z = {z.flatten()[worst].item():.3g}; "
+            f"{int(wrong.sum())} of {z.numel()} elements wrong{of_documents}{_WHENCE if element.nan else ''}",
             z=z.flatten()[worst].item(),
-            nan=math.isnan(number),
+            element=element,
         )
 
 

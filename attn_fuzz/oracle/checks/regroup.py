@@ -77,7 +77,9 @@ def regrouped(trial: Trial) -> Iterator[Symptom]:
     for symptom in within_budget(second):
         what = "with its first document last" if case.level == "kernel" else f"cut at {list(other.cuts)}"
         what = "on one rank" if other.all_ranks != case.all_ranks else what
-        yield NotRegrouped("regrouping", symptom.tensor, f"{what}: {symptom.message}", z=symptom.z)
+        yield NotRegrouped(
+            "regrouping", symptom.tensor, f"{what}: {symptom.message}", z=symptom.z, element=symptom.element
+        )
 
 
 def _within(trial: Trial, other: Case, name: str, got: torch.Tensor, expected: Expected) -> bool:
