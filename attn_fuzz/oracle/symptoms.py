@@ -79,7 +79,7 @@ class Crashed(Symptom):
 
     rank = 0
     error: str = ""
-    """Name of the exception's type, where it was one."""
+    """What kind of exception it was, where it was one (``execution.process.kind_of``)."""
 
 
 class Hung(Symptom):
