@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Final
 
 import torch
 
 from attn_fuzz.reference.attention import allowed_keys
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import LayerInputs
-from attn_fuzz.reference.layout import rank_slices, segments
+from attn_fuzz.reference.layout import Span, rank_slices, segments
 from attn_fuzz.reference.values import DTYPES, draw
 from attn_fuzz.reference.weights import layer_weights
 
@@ -24,11 +25,14 @@ class AccumulationProbe:
     """float64: ``dv [tokens, kv_heads, head_dim]``, and ``d_dense [hidden, heads * head_dim]`` where it is whole."""
 
 
-_WHOLE = {"bf16": 129, "fp16": 1025}
+_WHOLE: Final = {"bf16": 129, "fp16": 1025}
 """Just above half of what the dtype counts to: one addend is exact in it, the sum of an odd and an even one is not."""
 
+_LARGEST: Final = 60000
+"""Of an output gradient, within fp16's range."""
 
-_KEY_CHANNELS = 16
+_KEY_CHANNELS: Final = 16
+"""Channels of the input that keys are made of."""
 
 
 def _channels(case: Case) -> dict[int, int]:
@@ -48,6 +52,68 @@ def _channels(case: Case) -> dict[int, int]:
     return channels
 
 
+class _Gradients:
+    """Output gradients of single rows, and the whole numbers that they add up to, over micro-sequences and ranks."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.whole, self.channels = case, _WHOLE[case.dtype], _channels(case)
+        self.dout = torch.zeros(case.tokens, case.heads, case.head_dim)
+        self.dv = torch.zeros(case.tokens, case.kv_heads, case.head_dim, dtype=torch.float64)
+        self.dense = torch.zeros(case.head_dim, dtype=torch.float64)
+        """By channel: what the output projection's gradient adds up to."""
+        self.dense_exact = case.all_ranks == 1
+        self.added = torch.zeros(case.tokens, dtype=torch.int64)
+        """How often each key's dV is added to, and each channel of the output projection's gradient."""
+        self.dense_added = torch.zeros(case.head_dim, dtype=torch.int64)
+        for number, part in enumerate(rank_slices(case)):
+            self._add(part, self.whole + number % 2)
+
+    @property
+    def telling(self) -> bool:
+        """Whether anything is added to more than once."""
+        return bool((self.added > 1).any() or (self.dense_exact and (self.dense_added > 1).any()))
+
+    def _add(self, part: Span, weight: int) -> None:
+        """A row of each document in a rank's share of a micro-sequence, where one has a fitting number of keys."""
+        case, summed = self.case, [0] * self.case.head_dim
+        for segment in segments(case.packed_lengths, part):
+            seen = allowed_keys(segment.queries.length, segment.keys.length, case.effective_window)
+            counts = seen.sum(1)
+            powers = (counts > 0) & (counts & (counts - 1) == 0) & (counts * (self.whole + 1) <= _LARGEST)
+            if not powers.any():
+                continue
+            row, channel = int(powers.nonzero()[-1, 0]), self.channels[segment.document]
+            keys, count = torch.arange(*segment.keys)[seen[row]], int(counts[row])
+            self.dout[segment.queries.begin + row, :: case.heads // case.kv_heads, channel] = weight * count
+            self.dv[keys, :, channel] += weight
+            self.added[keys] += 1
+            summed[channel] += count
+        self.dense_exact &= all(n & (n - 1) == 0 and weight * n <= _LARGEST for n in summed)
+        self.dense += weight * torch.tensor(summed)
+        self.dense_added += torch.tensor(summed) > 0
+
+    def of_dense(self, values: torch.Tensor) -> torch.Tensor:
+        """The output projection's gradient, float64 ``[hidden, heads * head_dim]``; ``values`` are one token's."""
+        case, group = self.case, self.case.heads // self.case.kv_heads
+        context = values.double().view(case.kv_heads, -1).repeat_interleave(group, 0).flatten()
+        moved = torch.zeros(case.heads, case.head_dim, dtype=torch.float64)
+        moved[::group] = self.dense
+        return moved.flatten()[:, None] * context
+
+
+def _weights(probe: Case) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """(no queries, the identity behind, values that are signs and the same in all tokens, those values)."""
+    width, rows, dtype = probe.hidden, probe.kv_heads * probe.head_dim, DTYPES[probe.dtype]
+    # No score depends on the keys: a few channels of the input are enough to make them of, and to draw.
+    drawn = layer_weights(probe.replace(hidden=min(width, _KEY_CHANNELS)), "cpu")
+    values = torch.where(drawn["key_value"][rows:, 0] < 0, -1.0, 1.0)
+    key_value = torch.zeros(2 * rows, width, dtype=dtype)
+    key_value[:rows, : drawn["key_value"].shape[1]] = drawn["key_value"][:rows]
+    key_value[rows:, 0] = values.to(dtype)
+    query, dense = torch.zeros(width, width, dtype=dtype), torch.eye(width, dtype=dtype)
+    return {**drawn, "query": query, "key_value": key_value, "dense": dense}, values
+
+
 def accumulation_probe(case: Case) -> AccumulationProbe | None:
     """The exact accumulation probe of a layer case, or None where no two micro-sequences or ranks add to the same.
 
@@ -60,58 +126,16 @@ def accumulation_probe(case: Case) -> AccumulationProbe | None:
     that their gradient is in: a micro-sequence adds +-w n to a row of the output projection's gradient, or w times the
     sum of several n where there are more documents than channels.
     """
-    if case.dtype not in _WHOLE or len(rank_slices(case)) < 2:
+    if case.dtype not in _WHOLE or len(rank_slices(case)) < 2 or not (gradients := _Gradients(case)).telling:
         return None
     width = case.heads * case.head_dim
     probe = case.replace(
         hidden=width, query_norm="none", value_norm="none", shared_key_value=False, weights="gaussian", softcap=0.0
     )
-    dtype, whole = DTYPES[case.dtype], _WHOLE[case.dtype]
-    group = case.heads // case.kv_heads
-    dout = torch.zeros(case.tokens, case.heads, case.head_dim)
-    dv = torch.zeros(case.tokens, case.kv_heads, case.head_dim, dtype=torch.float64)
-    added, dense_added = torch.zeros(case.tokens, dtype=torch.int64), torch.zeros(case.head_dim, dtype=torch.int64)
-    channels = _channels(case)
-    ddense, dense_exact = torch.zeros(case.head_dim, dtype=torch.float64), case.all_ranks == 1
-    for number, part in enumerate(rank_slices(case)):
-        weight, summed = whole + number % 2, [0] * case.head_dim
-        for segment in segments(case.packed_lengths, part):
-            seen = allowed_keys(segment.queries.length, segment.keys.length, case.effective_window)
-            counts = seen.sum(1)
-            powers = (counts > 0) & (counts & (counts - 1) == 0) & (counts * (whole + 1) <= 60000)
-            if not powers.any():
-                continue
-            row = int(powers.nonzero()[-1, 0])
-            keys = torch.arange(*segment.keys)[seen[row]]
-            channel = channels[segment.document]
-            dout[segment.queries.begin + row, ::group, channel] = weight * int(counts[row])
-            dv[keys, :, channel] += weight
-            added[keys] += 1
-            summed[channel] += int(counts[row])
-        dense_exact &= all(n & (n - 1) == 0 and weight * n <= 60000 for n in summed)
-        ddense += weight * torch.tensor(summed)
-        dense_added += torch.tensor(summed) > 0
-    if not (added > 1).any() and not (dense_exact and (dense_added > 1).any()):
-        return None
     x = draw(probe, "x", 1, width, "cpu")[:, 0]
     x[:, 0] = 1.0
-    # No score depends on the keys: a few channels of the input are enough to make them of, and to draw.
-    drawn = layer_weights(probe.replace(hidden=min(width, _KEY_CHANNELS)), "cpu")
-    rows = case.kv_heads * case.head_dim
-    values = torch.where(drawn["key_value"][rows:, 0] < 0, -1.0, 1.0)
-    key_value = torch.zeros(2 * rows, width, dtype=dtype)
-    key_value[:rows, : drawn["key_value"].shape[1]] = drawn["key_value"][:rows]
-    key_value[rows:, 0] = values.to(dtype)
-    weights = {
-        **drawn,
-        "query": torch.zeros(width, width, dtype=dtype),
-        "key_value": key_value,
-        "dense": torch.eye(width, dtype=dtype),
-    }
-    exact = {"dv": dv}
-    if dense_exact:
-        context = values.double().view(case.kv_heads, -1).repeat_interleave(group, 0).flatten()
-        moved = torch.zeros(case.heads, case.head_dim, dtype=torch.float64)
-        moved[::group] = ddense
-        exact["d_dense"] = moved.flatten()[:, None] * context
-    return AccumulationProbe(probe, LayerInputs(x, dout.flatten(1).to(dtype), weights), exact)
+    weights, values = _weights(probe)
+    exact = {"dv": gradients.dv}
+    if gradients.dense_exact:
+        exact["d_dense"] = gradients.of_dense(values)
+    return AccumulationProbe(probe, LayerInputs(x, gradients.dout.flatten(1).to(x.dtype), weights), exact)
