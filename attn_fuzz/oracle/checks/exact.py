@@ -60,7 +60,7 @@ def _census(census: Census, compared: Compared, wrong: Wrong) -> Symptom:
     element = wrong.element
     ours = compared.document == compared.document[wrong.index[0]]
     counts = census.counts[ours][:, None, None]
-    own, count = compared.of(ours), int(census.counts[wrong.index[0]])
+    own, count = compared.rows(ours), int(census.counts[wrong.index[0]])
     weights = weighs_otherwise(own.got * counts, (own.expected * counts).round(), own.wrong)
     sentence = (
         f"{element.place}: the sum over its {count} keys is {element.got * max(count, 1):.4g}, but should be "
@@ -71,7 +71,7 @@ def _census(census: Census, compared: Compared, wrong: Wrong) -> Symptom:
 
 def _row_sums(census: Census, compared: Compared, wrong: Wrong) -> Symptom:
     element = wrong.element
-    own = compared.of(compared.document == compared.document[wrong.index[0]])
+    own = compared.rows(compared.document == compared.document[wrong.index[0]])
     sentence = (
         f"{element.place}: got {element.got:.6g} for equal scores, but should be {element.expected:.6g}; "
         f"{int(own.wrong.sum())} rows wrong"

@@ -137,7 +137,8 @@ class Census:
     def _out(self, out: torch.Tensor) -> Compared:
         got, sums = out.double(), self._sums()
         wrong = census_sees(got, self.counts, sums)
-        return self._of_rows("out", got, sums / self.counts.clamp_min(1)[:, None, None], wrong)
+        # In place: there may be a hundred thousand documents.
+        return self._of_rows("out", got, sums.div_(self.counts.clamp_min(1)[:, None, None]), wrong)
 
     def _sums(self) -> torch.Tensor:
         """float64 ``[tokens_q, heads, d]``: the sum of V over the keys of each row, whole numbers."""
@@ -175,18 +176,18 @@ class Census:
         return self._of_keys("dv", got, expected, wrong)
 
     def _dk(self, dk: torch.Tensor, expected_dv: torch.Tensor) -> Compared:
-        got = dk.to(torch.float64, copy=True)
         if self.score:
             # The channel that makes the score has a gradient, on the keys of the hot rows.
-            got[..., 0] = torch.where((expected_dv != 0).any(-1), 0.0, got[..., 0])
-        return self._of_keys("dk", got, torch.zeros_like(got), got != 0)
+            dk = dk.clone()
+            dk[..., 0] = torch.where((expected_dv != 0).any(-1), 0.0, dk[..., 0])
+        return self._of_keys("dk", dk, dk.new_zeros(()).expand_as(dk), dk != 0)
 
     def _dq(self, dq: torch.Tensor) -> Compared:
         """0 in all rows whose output has no gradient; the others' are not judged."""
-        got, owner = dq.double(), self.places.owner
+        owner = self.places.owner
         hot = (self.places.position == self.row[owner])[:, None]
         hot = hot & (torch.arange(self.case.heads, device=dq.device) == self.head[owner][:, None])
-        return self._of_rows("dq", got, torch.zeros_like(got), (got != 0) & ~hot[..., None])
+        return self._of_rows("dq", dq, dq.new_zeros(()).expand_as(dq), (dq != 0) & ~hot[..., None])
 
 
 def _hot(case: Case, places: RowIndex) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

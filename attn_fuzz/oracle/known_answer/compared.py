@@ -28,7 +28,7 @@ class Compared:
     position: torch.Tensor
     """int64 ``[rows]``: where in its document each row is."""
     got: torch.Tensor
-    """float64 ``[rows, heads, channels]``, of the LSE without the channels."""
+    """``[rows, heads, channels]``, of the LSE without the channels; float64, or the result itself."""
     expected: torch.Tensor
     """As ``got``."""
     beyond: torch.Tensor
@@ -46,25 +46,29 @@ class Compared:
 
     def first(self) -> Wrong | None:
         """The first document, row and head with something wrong, and what is most off there; None where nothing is."""
-        rows = self.wrong.flatten(2).any(2) if self.wrong.dim() > 2 else self.wrong
-        if not rows.any():
+        by_head = self.wrong if self.wrong.dim() == 2 else self.wrong.any(-1)
+        found = by_head.any(1).nonzero()[:, 0]
+        if not len(found):
             return None
         # Rows need not lie in the order of documents.
-        found = rows.any(1).nonzero()[:, 0]
         order = self.document[found] * (1 << 32) + self.position[found]
         row = int(found[order.argmin()])
-        head = int(rows[row].nonzero()[0, 0])
-        index: tuple[int, ...] = (row, head)
-        if self.got.dim() > 2:
-            off = (self.got[index] - self.expected[index]).abs().nan_to_num(torch.inf, posinf=_FINITE)
-            index = (*index, int(off.where(self.wrong[index], -1.0).argmax()))
-        place = Place(int(self.document[row]), int(self.position[row]), head, index[2] if len(index) > 2 else None)
+        head = int(by_head[row].nonzero()[0, 0])
+        channel = self._most_off(row, head) if self.got.dim() > 2 else None
+        index = (row, head) if channel is None else (row, head, channel)
+        place = Place(int(self.document[row]), int(self.position[row]), head, channel)
         return Wrong(Element(place, self.got[index].item(), self.expected[index].item()), index)
 
-    def of(self, rows: torch.Tensor) -> Compared:
+    def _most_off(self, row: int, head: int) -> int:
+        """The channel, of those that are wrong; NaN before all others."""
+        got, expected, wrong = (x[row, head] for x in (self.got, self.expected, self.wrong))
+        off = (got.double() - expected.double()).abs().nan_to_num(torch.inf, posinf=_FINITE)
+        return int(off.where(wrong, -1.0).argmax())
+
+    def rows(self, some: torch.Tensor) -> Compared:
         """Some of the rows: bool ``[rows]``."""
         tensors = (self.document, self.position, self.got, self.expected, self.beyond)
-        return Compared(self.tensor, *(x[rows] for x in tensors))
+        return Compared(self.tensor, *(x[some] for x in tensors))
 
     @classmethod
     def joined(cls, parts: Sequence[Compared]) -> Compared:
