@@ -20,14 +20,21 @@ from attn_fuzz.reference.answer import Inputs, kernel_inputs
 from attn_fuzz.reference.batched import kernel_answer
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.packed import packed
-from attn_fuzz.reference.profile import ACCUMULATION, COARSE, SMALLEST_NORMAL, SUBNORMAL_SPACING, UNIT_ROUNDOFF, Profile
+from attn_fuzz.reference.profile import (
+    ACCUMULATION,
+    COARSE,
+    ROUNDING_SECOND_MOMENT,
+    SMALLEST_NORMAL,
+    SUBNORMAL_SPACING,
+    UNIT_ROUNDOFF,
+    Profile,
+)
 
 SUSPICIOUS: Final = 0.8
 """Share of the verdict's limit from which on float64 is asked."""
 
 _SUPPORTED: Final = Profile(stores_probabilities=True, expands_kv=True, normalises_by_lse=True)
 _MAX_HEAD_DIM: Final = 128
-_ROUNDING: Final = 0.18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +129,7 @@ def screen(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Screened]:
     strides = tuple(stride for x in (q, k, v, dout) for stride in x.stride())
     factor = min(1.0, abs(scale), abs(scale / case.softcap) if case.softcap else 1.0)
     stores = (
-        _ROUNDING * UNIT_ROUNDOFF[case.dtype] ** 2,
+        ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[case.dtype] ** 2,
         SMALLEST_NORMAL[case.dtype],
         # Of fp16 only: below float32's range for bf16.
         SUBNORMAL_SPACING[case.dtype] ** 2 / 12 if case.dtype == "fp16" else 0.0,

@@ -16,8 +16,7 @@ from attn_fuzz.reference.narrow import LARGEST_ERROR, Narrow, operand_variance
 from attn_fuzz.reference.profile import Profile
 from emulated import ALL_SUMS, KINDS, How, bf16, cut_off, fp16, kernel, to_nearest
 
-from attn_fuzz.oracle.checks.budget import deviations
-from attn_fuzz.oracle.checks.spread import row_spreads
+from attn_fuzz.oracle.deviations import deviations, row_spreads
 
 
 def largest(how: How, case: Case, facts: dict[str, Any]) -> tuple[dict[str, float], float]:

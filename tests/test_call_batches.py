@@ -34,7 +34,7 @@ from attn_fuzz.findings.finding import Finding
 from attn_fuzz.generation.calls import LONGEST, CallBatch, draw_batch
 from attn_fuzz.generation.length_sweeps import Sweep
 from attn_fuzz.generation.strategies import Domain
-from attn_fuzz.oracle.checks.budget import LIMIT, deviations
+from attn_fuzz.oracle.deviations import LIMIT, deviations
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.symptoms import DeadRowsNotZero, NotExact, WrongKeys, WrongKeysBackward
 from attn_fuzz.reduction.call_sequence import CallSequence, interferes, smallest

@@ -22,8 +22,8 @@ from attn_fuzz.reference.profile import Profile
 
 from attn_fuzz.oracle.checks import CHECKS, Check
 from attn_fuzz.oracle.checks.additivity import sums_add_up
-from attn_fuzz.oracle.checks.budget import LIMIT, beyond_doubt, deviations
 from attn_fuzz.oracle.checks.memory import unwritten_unread
+from attn_fuzz.oracle.deviations import LIMIT, beyond_doubt, deviations
 from attn_fuzz.oracle.examine import Verdict, examine
 from attn_fuzz.oracle.symptoms import (
     Crashed,

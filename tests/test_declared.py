@@ -19,7 +19,8 @@ from attn_fuzz.reference.profile import Profile
 from attn_fuzz.reference.screen import unsupported_reason
 from emulated import How, kernel
 
-from attn_fuzz.oracle.known_answer.inputs import needle_gain, uniform_probe
+from attn_fuzz.oracle.known_answer.census import equal_product
+from attn_fuzz.oracle.known_answer.needle_gain import needle_gain
 from attn_fuzz.oracle.known_answer.slack import (
     holds_whole_numbers,
     needle_slack,
@@ -141,9 +142,9 @@ def test_nothing_that_is_kept_in_fp16_overflows() -> None:
     assert needle_gain(wide) is not None
     assert needle_gain(wide, fp16=True) is None
     assert needle_slack(wide, Profile(scores_dtype="fp16")) == float("inf")
-    shifts = [uniform_probe(CASE.replace(seed=seed), fp16=True).shift for seed in range(4)]
-    assert max(map(abs, shifts)) <= 2.0**15
-    assert max(abs(uniform_probe(CASE.replace(seed=seed)).shift) for seed in range(4)) > 2.0**15
+    products = [equal_product(CASE.replace(seed=seed), fp16=True) for seed in range(4)]
+    assert max(map(abs, products)) <= 2.0**15
+    assert max(abs(equal_product(CASE.replace(seed=seed))) for seed in range(4)) > 2.0**15
 
 
 def test_whole_numbers_are_no_whole_numbers_in_fewer_bits() -> None:

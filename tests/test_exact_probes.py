@@ -11,14 +11,18 @@ from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layout import call_segments
+from attn_fuzz.reference.profile import Profile
 
 from attn_fuzz.oracle.checks.accumulation import exact_accumulation
 from attn_fuzz.oracle.checks.exact import needle_found, uniform_keys
 from attn_fuzz.oracle.examine import examine
-from attn_fuzz.oracle.known_answer.inputs import accumulation_probe, needle_probe, uniform_probe
+from attn_fuzz.oracle.known_answer.accumulation import accumulation_probe
+from attn_fuzz.oracle.known_answer.census import Census
+from attn_fuzz.oracle.known_answer.needle import Needle
 from attn_fuzz.oracle.symptoms import NotExact, Symptom
 from attn_fuzz.oracle.trial import Trial
 
+CPU = torch.device("cpu")
 CASE = Case(
     level="kernel", lengths=(3, 0, 40, 2), key_lengths=(3, 4, 64, 5), heads=4, kv_heads=2, head_dim=16, dtype="bf16"
 )
@@ -106,7 +110,7 @@ def test_needle_names_the_key_that_came_out() -> None:
 
 def test_uniform_values_cannot_drift() -> None:
     """Any run of keys sums to at most 2 in magnitude, which is what makes rounding to the integer exact."""
-    values = uniform_probe(CASE).inputs.v.double()
+    values = Census.of(CASE, CPU, Profile()).inputs.v.double()
     for segment in call_segments(CASE):
         sums = torch.cat([torch.zeros_like(values[:1]), values[slice(*segment.keys)].cumsum(0)])
         assert (sums[:, None] - sums[None]).abs().max() <= 2
@@ -114,7 +118,7 @@ def test_uniform_values_cannot_drift() -> None:
 
 def test_needles_are_told_apart() -> None:
     """Between the picked key and any other lies a logit gap of at least 30."""
-    probe = needle_probe(CASE)
+    probe = Needle.of(CASE, CPU, Profile())
     assert probe is not None
     q, k = probe.inputs.q.double(), probe.inputs.k.double()
     group = CASE.heads // CASE.kv_heads
@@ -127,14 +131,14 @@ def test_needles_are_told_apart() -> None:
 
 
 def test_no_needle_where_keys_cannot_be_told_apart() -> None:
-    assert needle_probe(CASE.replace(head_dim=1)) is None
-    assert needle_probe(CASE.replace(softcap=5.0)) is None
+    assert Needle.of(CASE.replace(head_dim=1), CPU, Profile()) is None
+    assert Needle.of(CASE.replace(softcap=5.0), CPU, Profile()) is None
 
 
 def test_a_call_without_a_single_key_is_judged() -> None:
     """A right kernel is not accused of it, by probes that have nothing to point at."""
     case = Case(level="kernel", lengths=(2,), key_lengths=(0,))
-    assert needle_probe(case) is None
+    assert Needle.of(case, CPU, Profile()) is None
     assert examine(case, registry.load("loop"), "cpu").symptoms == ()
 
 

@@ -17,7 +17,8 @@ from attn_fuzz.oracle.checks import PROBES
 from attn_fuzz.oracle.checks.exact import rows_counted, uniform_keys
 from attn_fuzz.oracle.examine import Verdict, examine
 from attn_fuzz.oracle.garbage import kernel_garbage, layer_garbage
-from attn_fuzz.oracle.symptoms import MissingResult, PoisonLeaked, WrongGradV, WrongKeys, WrongOutput
+from attn_fuzz.oracle.symptoms import MissingResult, PoisonLeaked, WrongGradQ, WrongGradV, WrongKeys, WrongOutput
+from attn_fuzz.oracle.trial import Trial
 
 CPU = torch.device("cpu")
 
@@ -139,8 +140,6 @@ class DropsKey(Loop):
 def names(loop: Loop, case: Case, probe: object = None) -> set[str]:
     """Names of what a probe, or both, accuse a loop of."""
     probes = [each for each in PROBES if each is probe or (probe is None and each in (uniform_keys, rows_counted))]
-    from attn_fuzz.oracle.trial import Trial
-
     trial = Trial(case, double(loop), CPU)
     return {type(symptom).__name__ for each in probes for symptom in each(trial)}
 
@@ -168,6 +167,34 @@ def test_a_common_factor_is_no_matter_of_keys() -> None:
 
 def test_a_dropped_key_is() -> None:
     assert WrongKeys.__name__ in names(DropsKey(), SEVENTEEN, uniform_keys)
+
+
+class NoNumbers(Loop):
+    """dQ is NaN."""
+
+    def dq(self, call: Call, document: Document, ds: torch.Tensor) -> torch.Tensor:
+        return super().dq(call, document, ds) * torch.nan
+
+
+def test_nan_in_any_gradient_says_nothing_about_keys() -> None:
+    (symptom,) = uniform_keys(Trial(SEVENTEEN, double(NoNumbers()), CPU))
+    assert (type(symptom), symptom.tensor, symptom.nan) == (WrongGradQ, "dq", True)
+
+
+def test_a_symptom_has_what_came_out_where_and_what_should_have_as_data() -> None:
+    census, *_ = uniform_keys(Trial(SEVENTEEN, double(DropsKey()), CPU))
+    assert census.element is not None
+    place = census.element.place
+    assert census.message.startswith(f"{place}: the sum over its {(17, 5)[place.document or 0]} keys is ")
+    # The keys that are left have a weight of 1/16 each, or 1/4.
+    assert abs(census.element.got - census.element.expected) > 0.01
+    found = verdict(double(HeavyRow()), SEVENTEEN)
+    assert found.first is not None
+    assert found.first.check == "budget"
+    element = found.first.element
+    assert element is not None
+    assert element.got == pytest.approx(1.25 * element.expected, rel=0.02)
+    assert found.first.message.startswith(f"{element.place}: got {element.got:.6g}, expected {element.expected:.6g}, ")
 
 
 class WritesWhenAsked(Loop):
@@ -247,7 +274,6 @@ class AddsNeighbour(Loop):
 
 def test_a_finding_of_isolation_says_what_was_put_where_and_how_far_what_moved() -> None:
     from attn_fuzz.oracle.checks.isolation import documents_apart
-    from attn_fuzz.oracle.trial import Trial
 
     case = Case(level="kernel", lengths=(2, 1), head_dim=8, dtype="fp16", seed=0)
     symptom, *_ = documents_apart(Trial(case, double(AddsNeighbour(), isolates_nonfinite=False), CPU))

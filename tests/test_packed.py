@@ -36,8 +36,7 @@ from attn_fuzz.findings.finding import Finding
 from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.generation.length_sweeps import LONGEST, Sweep, draw_case
 from attn_fuzz.generation.strategies import Domain
-from attn_fuzz.oracle.checks.budget import LIMIT
-from attn_fuzz.oracle.checks.spread import row_spreads
+from attn_fuzz.oracle.deviations import LIMIT, row_spreads
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.symptoms import Crashed, InputsChanged, PoisonLeaked, WrongSpread
 from attn_fuzz.reduction.packed import ENOUGH, bisected, candidates, plainer

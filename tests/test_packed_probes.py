@@ -1,4 +1,4 @@
-"""Probes of many documents: the pure probes' numbers, silent on correct kernels, exact on wrong keys."""
+"""Known answers of many documents at once: silent on correct kernels, exact on wrong keys."""
 
 from __future__ import annotations
 
@@ -14,23 +14,17 @@ from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend, calls_of
 from attn_fuzz.reference.answer import KERNEL_TENSORS, Inputs
 from attn_fuzz.reference.case import Case
-from attn_fuzz.reference.profile import UNIT_ROUNDOFF
 
 from attn_fuzz.batch.calls import run_batch
-from attn_fuzz.batch.census import keys_probe, wrong_documents
-from attn_fuzz.batch.every_row import every_row_inputs
 from attn_fuzz.batch.judged import Question
-from attn_fuzz.batch.needle import needle_inputs
 from attn_fuzz.batch.packed import confirmed, judge_packed, packed_batch, packed_failure
 from attn_fuzz.batch.probes import PROBES
-from attn_fuzz.batch.swamping import swamped_sums, swamping_inputs
 from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.batch.verdicts import COLUMNS
 from attn_fuzz.campaign.plan import available_backends, takes_batches
 from attn_fuzz.generation.length_sweeps import Sweep, draw_case
 from attn_fuzz.generation.strategies import Domain
-from attn_fuzz.oracle.known_answer.inputs import every_row_probe, needle_probe, uniform_probe
-from attn_fuzz.oracle.known_answer.swamping import sums_of, swamping_probe
+from attn_fuzz.oracle.known_answer.census import Census
 from attn_fuzz.oracle.symptoms import WrongKeys, WrongKeysBackward
 
 CPU = torch.device("cpu")
@@ -42,19 +36,6 @@ def drawn(backend: Backend, seed: int, documents: int = 40) -> Case:
     case = draw_case(Random(seed), Sweep((9, 17), seed), backend, domain, documents)
     assert case is not None
     return case
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_numbers_are_those_of_the_pure_probe(seed: int) -> None:
-    case = drawn(registry.load("loop"), seed)
-    pure, wide = uniform_probe(case), keys_probe(case, CPU)
-    for name in ("q", "k", "v", "dout"):
-        assert torch.equal(getattr(pure.inputs, name), getattr(wide.inputs, name)), name
-    assert pure.shift == wide.shift
-    for document, hot in pure.hot.items():
-        assert (hot.row, hot.head, hot.channel) == tuple(
-            int(each[document]) for each in (wide.row, wide.head, wide.channel)
-        )
 
 
 def results_of(case: Case, inputs: Inputs, backend: Backend) -> dict[str, torch.Tensor]:
@@ -80,52 +61,9 @@ def test_there_is_a_call_that_every_probe_has_inputs_for(name: str) -> None:
     assert PROBES[name](probed_everywhere(), CPU, registry.load("loop").kernel.profile) is not None
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_needles_are_those_of_the_pure_probe(seed: int) -> None:
-    case = drawn(registry.load("loop"), seed)
-    pure, wide = needle_probe(case), needle_inputs(case, CPU)
-    assert (pure is None) == (wide is None)
-    if pure is not None and wide is not None:
-        assert torch.equal(pure.picked, wide.picked)
-        for name in ("q", "k", "v", "dout"):
-            assert torch.equal(getattr(pure.inputs, name), getattr(wide.inputs, name)), name
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_gradients_in_every_row_are_those_of_the_pure_probe(seed: int) -> None:
-    case = drawn(registry.load("loop"), seed)
-    pure, wide = every_row_probe(case), every_row_inputs(case, CPU)
-    for name in ("q", "k", "v", "dout"):
-        assert torch.equal(getattr(pure, name), getattr(wide, name)), name
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_swamped_sums_are_those_of_the_pure_probe(seed: int) -> None:
-    case = long_documents(seed)
-    pure, wide = swamping_probe(case), swamping_inputs(case, CPU)
-    assert pure is not None
-    assert wide is not None
-    for name in ("q", "k", "v", "dout"):
-        assert torch.equal(getattr(pure.inputs, name), getattr(wide.inputs, name)), name
-    assert wide.judged.nonzero()[:, 0].tolist() == [document.segment.document for document in pure.swamped] == [0, 2, 4]
-    # What the pure probe expects is right, and 60 of the small ones more is wrong.
-    results = {"out": torch.zeros(20, 2, 8), "dq": torch.zeros(20, 2, 8)}
-    for document in pure.swamped:
-        for name, (expected, _) in sums_of(case, pure, document).items():
-            results[name][document.segment.queries.end - 1] = expected.float()
-    assert not any(wrong.any() for wrong in swamped_sums(case, wide, results, UNIT_ROUNDOFF[case.dtype]).values())
-    for name, result in results.items():
-        result[-1, 1, 1] += 60 * sums_of(case, pure, pure.swamped[-1])[name][1]
-    found = swamped_sums(case, wide, results, UNIT_ROUNDOFF[case.dtype])
-    assert {name: wrong.nonzero().tolist() for name, wrong in found.items()} == {
-        "out": [[4]],
-        "dq": [[4]],
-    }
-
-
 def test_there_is_no_swamping_without_long_documents() -> None:
-    assert swamping_inputs(long_documents(0).replace(key_lengths=(31,) * 6), CPU) is None
-    assert swamping_inputs(long_documents(0).replace(dtype="fp32"), CPU) is None
+    for case in (long_documents(0).replace(key_lengths=(31,) * 6), long_documents(0).replace(dtype="fp32")):
+        assert PROBES["swamping"](case, CPU, registry.load("loop").kernel.profile) is None
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -197,13 +135,15 @@ def test_one_wrong_key_in_one_size_is_seen_and_named() -> None:
 def test_each_result_is_looked_at(name: str) -> None:
     backend = registry.load("loop")
     case = Case(level="kernel", lengths=(5, 3, 7), key_lengths=(5, 6, 7), head_dim=4, heads=2, dtype="bf16", seed=1)
-    probe = keys_probe(case, CPU)
+    census = Census.of(case, CPU, backend.kernel.profile)
+    probe = PROBES["keys"](case, CPU, backend.kernel.profile)
+    assert probe is not None
     results = results_of(case, probe.inputs, backend)
-    assert not wrong_documents(case, probe, results).any()
+    assert not probe.deviations(results).any()
     # The second document's last row, or last key: of documents with a gradient in one row only, most are silent.
-    silent = int(probe.row[1] == 2)
+    silent = int(census.row[1] == 2)
     results[name][{"dq": 7 - silent}.get(name, 10 if name in ("dk", "dv") else 7)] += 1.0
-    wrong = wrong_documents(case, probe, results)
+    wrong = probe.deviations(results)
     assert wrong.nonzero().tolist() == [[1, KERNEL_TENSORS.index(name)]]
 
 

@@ -9,7 +9,7 @@ from attn_fuzz.backends.loop import Call, Gradients, Loop
 from attn_fuzz.reference.case import Case
 from doubles import double, trial
 
-from attn_fuzz.batch.calls_batch import moving
+from attn_fuzz.batch.judge import moving
 from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.oracle.checks import Check
 from attn_fuzz.oracle.checks.isolation import documents_apart
@@ -146,8 +146,8 @@ def test_what_other_calls_leave_behind_is_seen_without_a_promise() -> None:
 
 def test_batches_know_what_moves_by_itself() -> None:
     batch = CallBatch(Case(level="kernel", lengths=(3, 4, 5, 2), head_dim=4), (1, 3, 4))
-    assert moving(batch, double(MovesInSmall(), **UNSTATED), CPU, "nan") == [0, 1, 2]
-    assert moving(batch, double(Loop(), **UNSTATED), CPU, "nan") == []
+    assert moving(batch, double(MovesInSmall(), **UNSTATED), CPU, "nan").tolist() == [True] * 4
+    assert moving(batch, double(Loop(), **UNSTATED), CPU, "nan").tolist() == [False] * 4
 
 
 # Paths.

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from attn_fuzz.backends import registry
 from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.profile import Profile
 
-from attn_fuzz.findings.script import ScriptError, standalone
+from attn_fuzz.findings.script import ScriptError, candidates, standalone
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL = (ROOT / "examples" / "my_kernel.py").read_text()
@@ -107,3 +108,13 @@ def test_a_planted_fault_fails_by_itself(fault: str, case: str, tmp_path: Path) 
 def test_what_cannot_be_told_is_said(case: Case, backend: str, sentence: str) -> None:
     with pytest.raises(ScriptError, match=sentence):
         standalone(case, registry.load(backend), "cpu", "title")
+
+
+def test_what_a_script_tries_is_what_the_checks_ask_of_such_a_kernel() -> None:
+    """Scores that are kept in float16 must fit."""
+    case = Case(level="kernel", lengths=(3,), seed=3)
+    largest = {
+        scores: max(inputs.q.abs().max().item() for inputs in candidates(case, Profile(scores_dtype=scores)))
+        for scores in ("", "fp16")
+    }
+    assert largest[""] > 2.0**15 >= largest["fp16"]

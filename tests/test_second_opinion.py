@@ -16,7 +16,7 @@ from attn_fuzz.reference.profile import Profile
 from attn_fuzz.campaign.isolated import Isolated, Report, Subject, report_of
 from attn_fuzz.campaign.messages import Assignment, Failed, Found, Message, Trying
 from attn_fuzz.campaign.triage import Triage
-from attn_fuzz.campaign.worker import hunt
+from attn_fuzz.campaign.worker import work
 from attn_fuzz.oracle import examine as examining
 from attn_fuzz.oracle import second_opinion
 from attn_fuzz.oracle import trial as trials
@@ -136,7 +136,7 @@ def test_what_is_right_costs_no_second_opinion(asked: list[Case]) -> None:
 def test_a_campaign_says_so_and_has_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch, "out", lambda expected: wrong_value(expected) if expected.value.numel() else expected)
     messages: list[Message] = []
-    hunt(Assignment(backend="loop", device="cpu", seed=0, cases=40, levels=("kernel",)), messages.append)
+    work(Assignment(backend="loop", device="cpu", seed=0, cases=40, levels=("kernel",)), messages.append)
     assert {type(message) for message in messages} <= {Trying, Failed}
     last = messages[-1]
     assert isinstance(last, Failed)

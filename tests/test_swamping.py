@@ -12,12 +12,14 @@ from attn_fuzz.backends.loop import Call, Document, Loop, attend
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.profile import Profile
 
 from attn_fuzz.oracle.checks.swamping import sums_not_swamped
-from attn_fuzz.oracle.known_answer.swamping import FEWEST_KEYS, LARGE, REFERENCE_CHANNEL, sums_of, swamping_probe
+from attn_fuzz.oracle.known_answer.swamping import FEWEST_KEYS, LARGE, REFERENCE_CHANNEL, Swamping
 from attn_fuzz.oracle.symptoms import NotExact, Symptom
 from attn_fuzz.oracle.trial import Trial
 
+CPU = torch.device("cpu")
 CASE = Case(level="kernel", lengths=(2, 129, 1), key_lengths=(2, 129, 300), heads=4, kv_heads=2, dtype="bf16")
 CPU_BACKENDS = (
     "loop",
@@ -31,7 +33,7 @@ CPU_BACKENDS = (
 
 
 def symptoms(backend: Backend, case: Case) -> list[Symptom]:
-    return list(sums_not_swamped(Trial(case, backend, torch.device("cpu"))))
+    return list(sums_not_swamped(Trial(case, backend, CPU)))
 
 
 class OfLoop(Kernel):
@@ -127,24 +129,28 @@ def test_planted_sums_are_named(fault: str, tensor: str) -> None:
     (symptom,) = symptoms(registry.load(f"fault:{fault}"), CASE)
     assert (type(symptom), symptom.tensor, symptom.check) == (NotExact, tensor, "swamping")
     assert "document 1, row 128, head 0" in symptom.message
+    assert symptom.element is not None
+    assert symptom.element.place.document == 1
+    assert symptom.element.got != symptom.element.expected
 
 
 @pytest.mark.parametrize("keys", [32, 33, 97, 130, 1023])
 def test_large_values_cancel(keys: int) -> None:
     """Per channel, and with K's signs in either half; what is left is about a quarter of the middle."""
     case = CASE.replace(lengths=(1,), key_lengths=(keys,), dtype="fp16")
-    probe = swamping_probe(case)
+    probe = Swamping.of(case, CPU, Profile())
     assert probe is not None
-    (document,) = probe.swamped
+    large = int(probe.large[0])
     k, v = probe.inputs.k.double(), probe.inputs.v.double()
     assert v[..., 0].sum() == 0
     assert not v[..., REFERENCE_CHANNEL].sum().any()
     for x in (v[..., 1:], k * v[..., :1]):
-        assert (x == LARGE["fp16"]).sum(0).eq(document.large).all()
-        assert (x == -LARGE["fp16"]).sum(0).eq(document.large).all()
-    for expected, unit in sums_of(case, probe, document).values():
-        small = expected[:, REFERENCE_CHANNEL + 1 :] / unit
-        assert (small - (keys - 2 * document.large) / 4).abs().max() < 4 * keys**0.5
+        assert (x == LARGE["fp16"]).sum(0).eq(large).all()
+        assert (x == -LARGE["fp16"]).sum(0).eq(large).all()
+    nothing = {name: torch.zeros_like(probe.inputs.q) for name in ("out", "dq")}
+    for compared in probe.judge(nothing):
+        small = compared.expected[0, :, REFERENCE_CHANNEL + 1 :] / probe.unit(compared.tensor)[0]
+        assert (small - (keys - 2 * large) / 4).abs().max() < 4 * keys**0.5
 
 
 @pytest.mark.parametrize(
@@ -160,10 +166,10 @@ def test_large_values_cancel(keys: int) -> None:
     ],
 )
 def test_nothing_is_asked_where_nothing_can_be_seen(case: Case) -> None:
-    assert swamping_probe(case) is None
+    assert Swamping.of(case, CPU, Profile()) is None
 
 
 def test_a_window_as_wide_as_the_document_is_none() -> None:
-    probe = swamping_probe(CASE.replace(window=(128, -1)))
+    probe = Swamping.of(CASE.replace(window=(128, -1)), CPU, Profile())
     assert probe is not None
-    assert [document.segment.document for document in probe.swamped] == [1]
+    assert probe.judged.tolist() == [False, True, False]

@@ -15,7 +15,7 @@ from attn_fuzz.batch.questions import QUESTIONS
 from attn_fuzz.batch.verdicts import COLUMNS, largest_z, other_bits, screened_z
 from attn_fuzz.execution.inferred import TIMES, promises
 from attn_fuzz.generation.calls import CallBatch
-from attn_fuzz.oracle.checks.budget import LIMIT, limit
+from attn_fuzz.oracle.deviations import LIMIT, limit
 from attn_fuzz.reference.screen import unsupported_reason
 
 SCHEDULE: Final = (

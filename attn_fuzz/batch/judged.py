@@ -10,7 +10,7 @@ import torch
 
 from attn_fuzz.batch.batch_run import APART, NAMES, PROBED, TAILS
 from attn_fuzz.generation.calls import CallBatch
-from attn_fuzz.oracle.checks.budget import LIMIT
+from attn_fuzz.oracle.deviations import LIMIT
 from attn_fuzz.oracle.symptoms import DeadRowsNotZero, NotIsolated, PoisonLeaked, Symptom, WrongSpread, wrong_tensor
 from attn_fuzz.reference.case import Case
 

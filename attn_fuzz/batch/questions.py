@@ -13,7 +13,6 @@ import torch
 from attn_fuzz.batch.batch_run import APART, PROBED, TAILS, BatchRun
 from attn_fuzz.batch.calls import How
 from attn_fuzz.batch.probes import PROBES
-from attn_fuzz.batch.row_index import RowIndex
 from attn_fuzz.batch.verdicts import largest_z, of_documents, other_bits
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.execution.inferred import inferred
@@ -24,6 +23,7 @@ from attn_fuzz.oracle.checks.asked import INFERENCE, SOME_GRADIENTS, TWICE
 from attn_fuzz.oracle.checks.dead_rows import unfilled
 from attn_fuzz.oracle.checks.isolation import first_kept, garbage_of, moved_bits
 from attn_fuzz.oracle.garbage import kernel_garbage
+from attn_fuzz.oracle.known_answer.row_index import RowIndex
 from attn_fuzz.reference.answer import KERNEL_TENSORS, Inputs, kernel_inputs
 
 

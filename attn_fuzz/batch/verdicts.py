@@ -7,8 +7,8 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.oracle.checks.budget import LIMIT, deviations, limit
-from attn_fuzz.oracle.checks.spread import CONTINUOUS, row_bound
+from attn_fuzz.oracle.deviations import CONTINUOUS, LIMIT, deviations, limit, row_bound
+from attn_fuzz.oracle.known_answer.compared import largest
 from attn_fuzz.reference.answer import KERNEL_TENSORS, Expected, Inputs
 from attn_fuzz.reference.batched import answers
 from attn_fuzz.reference.case import Case
@@ -96,8 +96,7 @@ def _by_row(case: Case, got: torch.Tensor, expected: Expected) -> tuple[torch.Te
 def of_documents(case: Case, name: str, by_row: torch.Tensor) -> torch.Tensor:
     """Which documents have a row of a result for which something holds: bool ``[tokens]`` to bool ``[documents]``."""
     lengths = case.packed_key_lengths if name in ("dk", "dv") else case.packed_lengths
-    found = torch.zeros(len(lengths), dtype=torch.uint8, device=by_row.device)
-    return found.scatter_reduce_(0, packed(lengths, by_row.device).owner, by_row.byte(), "amax").bool()
+    return largest(by_row, packed(lengths, by_row.device).owner, len(lengths))
 
 
 def other_bits(

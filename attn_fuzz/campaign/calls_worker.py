@@ -11,7 +11,7 @@ from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.campaign.worker import Send, work
 from attn_fuzz.execution.inferred import promises
 from attn_fuzz.generation.calls import LONGEST, CallBatch, compiles_for_calls, draw_batch
-from attn_fuzz.oracle.checks.budget import beyond_doubt
+from attn_fuzz.oracle.deviations import beyond_doubt
 from attn_fuzz.oracle.symptoms import Crashed, InputsChanged
 from attn_fuzz.oracle.trial import SECOND_SEED
 from attn_fuzz.reduction.call_sequence import CallSequence, smallest

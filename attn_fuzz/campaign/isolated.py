@@ -59,7 +59,7 @@ class Report:
     """Name of the first symptom: ``Crashed`` when the process died, ``Hung`` when it went silent; None for none."""
     message: str = ""
     error: str = ""
-    """Name of the exception's type, where the symptom is one."""
+    """What kind of exception the symptom is, where it is one (``execution.process.kind_of``)."""
     refusal: str | None = None
     """Why the case was refused, if it was."""
     survived: bool = True

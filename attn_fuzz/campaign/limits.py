@@ -20,6 +20,7 @@ from attn_fuzz.backends.known import KnownIssue, built_on, issues_below
 from attn_fuzz.backends.registry import Backend, calls_of
 from attn_fuzz.campaign.isolated import Isolated, Report, Subject
 from attn_fuzz.execution.environment import environment
+from attn_fuzz.execution.process import NOT_DIFFERENTIABLE
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.reference.case import Case, CaseError
@@ -44,8 +45,6 @@ NO_KERNEL: Final = (
     "KeyError",
 )
 """Exceptions that say that something is missing in or around a kernel, rather than that it computes wrongly."""
-
-_NO_GRADIENT: Final = "does not require grad"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,14 +252,12 @@ def _cited(below: KnownIssue | None) -> str | None:
 
 def _unusable(name: str, reports: Sequence[Report]) -> str | None:
     """Why a kernel is none that can be tested, in one sentence, where every plain case says so."""
-    if not all(
-        report.error in NO_KERNEL or report.symptom == "MissingResult" or _NO_GRADIENT in report.message
-        for report in reports
-    ):
+    unusable = (*NO_KERNEL, NOT_DIFFERENTIABLE)
+    if not all(report.error in unusable or report.symptom == "MissingResult" for report in reports):
         return None
-    said = reports[0].message
-    hint = "; declare what it takes, or make its output differentiable" if _NO_GRADIENT in said else ""
-    return f"{name} cannot be tested: {said}{hint}"
+    first, *_ = reports
+    hint = "; declare what it takes, or make its output differentiable" if first.error == NOT_DIFFERENTIABLE else ""
+    return f"{name} cannot be tested: {first.message}{hint}"
 
 
 def infer_limits(

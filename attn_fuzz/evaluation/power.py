@@ -18,9 +18,9 @@ from typing import Any, Final, Literal
 import torch
 
 from attn_fuzz.execution.environment import environment
-from attn_fuzz.oracle.checks.budget import LIMIT, deviations
-from attn_fuzz.oracle.checks.exact import ALIKE, census_sees
-from attn_fuzz.oracle.checks.spread import row_spreads
+from attn_fuzz.oracle.deviations import LIMIT, deviations, row_spreads
+from attn_fuzz.oracle.known_answer.census import census_sees
+from attn_fuzz.oracle.known_answer.every_row import ALIKE
 from attn_fuzz.reference.answer import Expected
 from attn_fuzz.reference.attention import Forward
 from attn_fuzz.reference.budget import attention_variances

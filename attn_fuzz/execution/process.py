@@ -77,6 +77,17 @@ def in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
+NOT_DIFFERENTIABLE: Final = "NotDifferentiable"
+"""What an error is called that says that an output has no gradient; torch has no type for it."""
+
+_NO_GRADIENT: Final = "does not require grad"
+
+
+def kind_of(error: BaseException) -> str:
+    """The name of an error's type, or ``NOT_DIFFERENTIABLE``."""
+    return NOT_DIFFERENTIABLE if _NO_GRADIENT in str(error) else type(error).__name__
+
+
 def killed_for_memory(exit_code: int | None) -> bool:
     """Whether a child that has been waited for was killed, and children have taken so much that the system did it."""
     if exit_code != -signal.SIGKILL:

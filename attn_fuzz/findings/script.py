@@ -15,11 +15,14 @@ from attn_fuzz.backends.registry import Backend
 from attn_fuzz.backends.user import UserKernel
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.execution.runner import KernelCall, run_kernel
-from attn_fuzz.oracle.checks.budget import deviations, limit
-from attn_fuzz.oracle.known_answer.inputs import every_row_probe, needle_probe, uniform_probe
+from attn_fuzz.oracle.deviations import deviations, limit
+from attn_fuzz.oracle.known_answer.census import Census
+from attn_fuzz.oracle.known_answer.every_row import EveryRow
+from attn_fuzz.oracle.known_answer.needle import Needle
 from attn_fuzz.reference.answer import Expected, Inputs, kernel_answer, kernel_inputs
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.memory import MARGIN
+from attn_fuzz.reference.profile import Profile
 
 RESULTS: Final = ("out", "dq", "dk", "dv")
 MAX_ELEMENTS: Final = 20000
@@ -160,14 +163,14 @@ def _kernel_source(backend: Backend, case: Case) -> str:
     return backend.kernel.call_source or _OWN_KERNEL.format(name=backend.name)
 
 
-def _candidates(case: Case) -> Iterator[Inputs]:
-    """The case's own tensors, then those of the probes."""
-    yield kernel_inputs(case, "cpu")
+def candidates(case: Case, profile: Profile) -> Iterator[Inputs]:
+    """The case's own tensors, then those whose answers are known."""
+    cpu = torch.device("cpu")
+    yield kernel_inputs(case, cpu)
     if case.memory != "broadcast":
-        yield uniform_probe(case).inputs
-        yield every_row_probe(case)
-        if (needle := needle_probe(case)) is not None:
-            yield needle.inputs
+        for known in (Census, EveryRow, Needle):
+            if (made := known.of(case, cpu, profile)) is not None:
+                yield made.inputs
 
 
 def _fails(backend: Backend, case: Case, inputs: Inputs, device: torch.device) -> dict[str, Expected] | None:
@@ -187,7 +190,7 @@ def _own(case: Case, backend: Backend, device: torch.device) -> tuple[Inputs, di
 
 def _first_failing(case: Case, backend: Backend, device: torch.device) -> tuple[Inputs, dict[str, Expected]]:
     """The first tensors for which an element is beyond its budget, and what should have come out."""
-    for inputs in _candidates(case):
+    for inputs in candidates(case, backend.kernel.profile_on(device.type)):
         if (answer := _fails(backend, case, inputs, device)) is not None:
             return inputs, answer
     raise ScriptError("no single call shows this by a wrong element; use replay")

@@ -20,7 +20,7 @@ from attn_fuzz.backends.user import InsideLayer, UserKernel
 from attn_fuzz.execution.observation import Observation
 from attn_fuzz.execution.operators import operators_of
 from attn_fuzz.execution.poison import POISONS
-from attn_fuzz.execution.process import device_failed, first_line, in_words, raise_lack_of_memory
+from attn_fuzz.execution.process import device_failed, first_line, in_words, kind_of, raise_lack_of_memory
 from attn_fuzz.execution.runner import WroteBeforeRefusing, require_support
 from attn_fuzz.oracle.checks import CHECKS, PROBES, Check, histograms, worst_errors, worst_spreads
 from attn_fuzz.oracle.second_opinion import confirm
@@ -244,7 +244,7 @@ def _fallen(error: BaseException) -> Symptom:
     if isinstance(error, RanksHung):
         return Hung("runs", "call", words)
     crashed = Crashed("runs", "call", words)
-    crashed.error = type(error).__name__
+    crashed.error = kind_of(error)
     return crashed
 
 

@@ -20,7 +20,7 @@ from attn_fuzz.backends.arithmetic import KEY
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.backends.user import InsideLayer, UserKernel
-from attn_fuzz.oracle.checks.budget import LIMIT, deviations, limit
+from attn_fuzz.oracle.deviations import LIMIT, deviations, limit
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.facts import Fact, all_facts, declaring, loosens
 from attn_fuzz.oracle.symptoms import (

@@ -12,7 +12,7 @@ import torch
 from attn_fuzz.backends.arithmetic import declared_facts
 from attn_fuzz.backends.sdpa import as_flash_does
 from attn_fuzz.backends.user import UserKernel
-from attn_fuzz.oracle.checks.budget import deviations, limit
+from attn_fuzz.oracle.deviations import deviations, limit
 from attn_fuzz.reference.answer import KERNEL_TENSORS, Expected, Inputs
 from attn_fuzz.reference.batched import kernel_answer
 from attn_fuzz.reference.case import Case

@@ -19,8 +19,8 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.oracle.checks.budget import deviations, limit
-from attn_fuzz.oracle.known_answer.inputs import every_row_probe
+from attn_fuzz.oracle.deviations import deviations, limit
+from attn_fuzz.oracle.known_answer.every_row import EveryRow
 from attn_fuzz.oracle.symptoms import WRONG_TENSOR, Symptom
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference import answer, batched
@@ -63,7 +63,7 @@ def confirm(trial: Trial, symptoms: Sequence[Symptom]) -> None:
         for name in dict.fromkeys(symptom.tensor for symptom in symptoms if symptom.check == "budget"):
             _require_excess(trial, name, pure[name])
     if "every_row" in checks:
-        _compare(case, every_row_probe(case), profile)
+        _compare(case, EveryRow.of(case, torch.device("cpu"), profile).inputs, profile)
 
 
 def confirm_call(case: Case, symptom: type[Symptom], profile: Profile, device: torch.device) -> None:

@@ -6,6 +6,7 @@ A shrink that may pass from one failure to another ends at whichever is easiest 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -17,13 +18,28 @@ class Place:
     document: int | None
     row: int
     """Row within the document; within the tensor where there is no document."""
-    head: int | None
-    channel: int
+    head: int | None = None
+    channel: int | None = None
 
     def __str__(self) -> str:
-        parts = [] if self.document is None else [f"document {self.document}"]
-        parts += [f"row {self.row}"] + ([] if self.head is None else [f"head {self.head}"])
-        return ", ".join([*parts, f"channel {self.channel}"])
+        named = {"document": self.document, "row": self.row, "head": self.head, "channel": self.channel}
+        return ", ".join(f"{name} {number}" for name, number in named.items() if number is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Element:
+    """A wrong element of a result."""
+
+    place: Place
+    got: float
+    """What came out there."""
+    expected: float
+    """What should have."""
+
+    @property
+    def nan(self) -> bool:
+        """NaN came out."""
+        return math.isnan(self.got)
 
 
 class Symptom(AssertionError):
@@ -35,14 +51,25 @@ class Symptom(AssertionError):
         message: one sentence.
         z: error in standard deviations of the budget, where that is what was measured.
         nan: what came back is NaN.
+        element: the first or the worst of the elements that are wrong, where it is one of them that was looked at.
     """
 
     rank: ClassVar[int] = 0
     """Of several symptoms the one with the lowest rank names the finding."""
 
-    def __init__(self, check: str, tensor: str, message: str, z: float | None = None, *, nan: bool = False) -> None:
+    def __init__(
+        self,
+        check: str,
+        tensor: str,
+        message: str,
+        z: float | None = None,
+        *,
+        nan: bool = False,
+        element: Element | None = None,
+    ) -> None:
         super().__init__(f"{type(self).__name__} [{check}] {tensor}: {message}")
-        self.check, self.tensor, self.message, self.z, self.nan = check, tensor, message, z, nan
+        self.check, self.tensor, self.message, self.z, self.element = check, tensor, message, z, element
+        self.nan = nan or (element is not None and element.nan)
         self.probe: Callable[..., Any] | None = None
         """The check with runs of its own that saw it, if it was one."""
 
@@ -52,7 +79,7 @@ class Crashed(Symptom):
 
     rank = 0
     error: str = ""
-    """Name of the exception's type, where it was one."""
+    """What kind of exception it was, where it was one (``execution.process.kind_of``)."""
 
 
 class Hung(Symptom):

@@ -20,7 +20,7 @@ from attn_fuzz.cases.subsets import subset
 from attn_fuzz.execution.poison import POISONS
 from attn_fuzz.execution.process import lacks_memory
 from attn_fuzz.generation.calls import CallBatch
-from attn_fuzz.oracle.checks.budget import LIMIT
+from attn_fuzz.oracle.deviations import LIMIT
 from attn_fuzz.oracle.examine import Verdict
 from attn_fuzz.oracle.symptoms import Crashed, Symptom
 from attn_fuzz.reduction.packed import CLIPS

@@ -12,8 +12,8 @@ from attn_fuzz.cases.order import simplicity, tokens
 from attn_fuzz.execution.poison import POISONS
 from attn_fuzz.oracle.checks import PROBES, Check
 from attn_fuzz.oracle.checks.accumulation import exact_accumulation
-from attn_fuzz.oracle.checks.budget import LIMIT
 from attn_fuzz.oracle.checks.regroup import regrouped, regrouped_case
+from attn_fuzz.oracle.deviations import LIMIT
 from attn_fuzz.oracle.examine import Verdict, some_probes
 from attn_fuzz.oracle.symptoms import MEMORY_SYMPTOMS, Crashed, Hung, NotExact, Symptom
 from attn_fuzz.oracle.trial import Trial

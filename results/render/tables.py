@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from attn_fuzz.evaluation.published_tolerances import RULES
-from attn_fuzz.oracle.checks.budget import HISTOGRAM_STEP, LIMIT
+from attn_fuzz.oracle.checks.budget import HISTOGRAM_STEP
+from attn_fuzz.oracle.deviations import LIMIT
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 FOLDER: Final = ROOT / "results"

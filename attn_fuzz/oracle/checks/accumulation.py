@@ -1,4 +1,4 @@
-"""Exact accumulation: whole-number gradients, summed over micro-sequences, stay whole (known_answer/inputs.py)."""
+"""Exact accumulation: whole-number gradients, summed over micro-sequences, stay whole."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.execution.runner import require_support
 from attn_fuzz.oracle.checks.budget import place_of
-from attn_fuzz.oracle.known_answer.inputs import accumulation_probe
+from attn_fuzz.oracle.known_answer.accumulation import accumulation_probe
 from attn_fuzz.oracle.known_answer.slack import holds_whole_numbers
-from attn_fuzz.oracle.symptoms import NotExact, Symptom
+from attn_fuzz.oracle.symptoms import Element, NotExact, Symptom
 from attn_fuzz.oracle.trial import Trial
 
 
@@ -35,9 +35,12 @@ def exact_accumulation(trial: Trial) -> Iterator[Symptom]:
         wrong = got.double() != expected
         if wrong.any():
             first = int(wrong.flatten().nonzero()[0])
+            place = place_of(second, name, first, got.shape)
+            element = Element(place, got.flatten()[first].item(), expected.flatten()[first].item())
             yield NotExact(
                 "exact_accumulation",
                 name,
-                f"{place_of(second, name, first, got.shape)}: {got.flatten()[first].item():.6g} instead of the whole "
-                f"number {expected.flatten()[first].item():.0f}; {int(wrong.sum())} elements wrong",
+                f"{place}: {element.got:.6g} instead of the whole number {element.expected:.0f}; "
+                f"{int(wrong.sum())} elements wrong",
+                element=element,
             )

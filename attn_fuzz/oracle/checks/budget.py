@@ -2,88 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Final
 
 import torch
 
-from attn_fuzz.oracle.symptoms import Place, Symptom, wrong_tensor
+from attn_fuzz.oracle.deviations import LIMIT, STRUCTURED, beyond_doubt, deviations, limit
+from attn_fuzz.oracle.symptoms import Element, Place, Symptom, wrong_tensor
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.answer import Expected
-from attn_fuzz.reference.budget import ROUNDING_SECOND_MOMENT
-from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.memory import same_bits
-
-LIMIT: Final = 10.0
-"""Standard deviations. The largest error of correct tensor-core kernels over 4e9 elements was 8.6 (docs/oracle.md)."""
-
-
-STRUCTURED: Final = ("ties",)
-"""Value modes of few distinct numbers."""
-
-_RIGOROUS: Final = 1 / ROUNDING_SECOND_MOMENT**0.5
-"""Roundings that all agree: |error| <= u sum |t_j| <= u sqrt(n sum t_j^2), and the budget's variance is at least
-0.18 u^2 sum t_j^2, so that z <= sqrt(n / 0.18) whatever the roundings do (Cauchy-Schwarz)."""
-
-
-def terms(case: Case) -> int:
-    """The most terms that any element of a result sums up, each with a rounding of its own."""
-    longest = max(*case.packed_lengths, *case.packed_key_lengths)
-    return longest * (case.heads // case.kv_heads)
-
-
-def limit(case: Case) -> float:
-    """LIMIT, widened where roundings must be expected to agree.
-
-    Roundings of equal numbers are equal, and n of them add up to n instead of sqrt(n). Layers that are only a few
-    channels wide make equal keys (a norm over one channel leaves a sign), and selections narrower than the heads make
-    equal channels; their error grows by the square root of how many can agree.
-    """
-    if case.values in STRUCTURED or case.memory == "broadcast":
-        # The budget allows for 8 / sqrt(n) roundings of a float32 sum, where n equal terms make up to n.
-        summed = terms(case) ** 1.5 / 8 if case.dtype == "fp32" else 0.0
-        return max(LIMIT, _RIGOROUS * terms(case) ** 0.5, summed)
-    if case.level == "kernel":
-        return LIMIT
-    agreeing = 1.0
-    if min(case.hidden, case.head_dim) < 4:
-        agreeing = max(case.packed_lengths)
-    if case.weights == "selection":
-        agreeing *= max(1.0, case.heads * case.head_dim / case.hidden)
-    return LIMIT * agreeing**0.5
-
-
-def beyond_doubt(case: Case) -> float:
-    """What no agreement of roundings explains, four times over: an error beyond it needs no second value seed.
-
-    A race does not come back when it is asked to. Layers have more sums than this bound counts.
-    """
-    if case.level == "layer":
-        return torch.inf
-    agreeing = terms(case) ** 1.5 / 8 if case.dtype == "fp32" else 0.0
-    return 4 * max(limit(case), _RIGOROUS * terms(case) ** 0.5, agreeing)
-
-
-_LARGEST: Final = {"fp32": 3.4e38, "bf16": 3.3e38, "fp16": 65504.0}
-
-
-def deviations(case: Case, got: torch.Tensor, expected: Expected) -> torch.Tensor:
-    """z per element, ``|got - value| / sqrt(variance)``; inf where equality was owed or a finite value is missing.
-
-    Elements whose true value does not fit the dtype owe nothing.
-    """
-    value = expected.value
-    z = (got.double() - value).abs_().div_(expected.variance.sqrt())
-    unsettled = z.isnan()
-    # Asked on the host only: a GPU would be waited for.
-    if z.is_cuda or unsettled.any():
-        # Equal infinities (the LSE of rows without keys) and 0 / 0 are right; all other NaN are wrong.
-        z = torch.where(unsettled, torch.where(got.double() == value, 0.0, torch.inf), z)
-    most = 0.5 * _LARGEST[case.dtype]
-    if z.is_cuda or (z.numel() and not value.abs().max() <= most):
-        z = torch.where(value.isfinite() & (value.abs() > most), 0.0, z)
-    return z
 
 
 def first_deviations(trial: Trial, name: str) -> torch.Tensor:
@@ -175,10 +103,10 @@ def _suspects(trial: Trial, answer: dict[str, Expected]) -> dict[str, torch.Tens
 def place_of(trial: Trial, name: str, flat_index: int, shape: torch.Size) -> Place:
     """Document, row, head and channel of an element."""
     index = [int(i) for i in torch.unravel_index(torch.tensor(flat_index), shape)]
-    if name == "lse":
-        index = [index[0], index[1], 0]
     document, row = trial.document_of(name, index[0])
-    return Place(document, row, index[1] if len(index) == 3 else None, index[-1] if len(index) > 1 else 0)
+    if name == "lse":
+        return Place(document, row, index[1])
+    return Place(document, row, index[1] if len(index) == 3 else None, index[-1] if len(index) > 1 else None)
 
 
 _WHENCE: Final = "; NaN whatever unwritten memory holds: it comes from arithmetic"
@@ -204,17 +132,16 @@ def within_budget(trial: Trial) -> Iterator[Symptom]:
         place = place_of(trial, name, worst, z.shape)
         wrong = z > limit(trial.case)
         wrong_rows = wrong.flatten(1).any(1).nonzero()[:, 0].tolist() if z.dim() > 1 else []
-        number = got.flatten()[worst].item()
+        element = Element(place, got.flatten()[worst].item(), expected.flatten()[worst].item())
         documents = sorted({d for row in wrong_rows if (d := trial.document_of(name, row)[0]) is not None})
         of_documents = f" in documents {documents}" if documents else ""
         yield wrong_tensor(name)(
             "budget",
             name,
-            f"{place}: got {number:.6g}, expected {expected.flatten()[worst].item():.6g}, "
-            f"z = {z.flatten()[worst].item():.3g}; "
-            f"{int(wrong.sum())} of {z.numel()} elements wrong{of_documents}{_WHENCE if math.isnan(number) else ''}",
+            f"{place}: got {element.got:.6g}, expected {element.expected:.6g}, z = {z.flatten()[worst].item():.3g}; "
+            f"{int(wrong.sum())} of {z.numel()} elements wrong{of_documents}{_WHENCE if element.nan else ''}",
             z=z.flatten()[worst].item(),
-            nan=math.isnan(number),
+            element=element,
         )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from attn_fuzz.execution.inferred import InferredCapabilities
 from attn_fuzz.execution.observation import Observation
-from attn_fuzz.oracle.checks.budget import LIMIT
+from attn_fuzz.oracle.deviations import LIMIT
 from attn_fuzz.oracle.garbage import kernel_garbage, layer_garbage
 from attn_fuzz.oracle.symptoms import NotIsolated, Symptom
 from attn_fuzz.oracle.trial import Trial

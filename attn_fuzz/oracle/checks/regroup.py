@@ -9,7 +9,8 @@ import torch
 
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.execution.runner import require_support
-from attn_fuzz.oracle.checks.budget import deviations, limit, within_budget
+from attn_fuzz.oracle.checks.budget import within_budget
+from attn_fuzz.oracle.deviations import deviations, limit
 from attn_fuzz.oracle.symptoms import NotRegrouped, Symptom
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.answer import Expected
@@ -76,7 +77,9 @@ def regrouped(trial: Trial) -> Iterator[Symptom]:
     for symptom in within_budget(second):
         what = "with its first document last" if case.level == "kernel" else f"cut at {list(other.cuts)}"
         what = "on one rank" if other.all_ranks != case.all_ranks else what
-        yield NotRegrouped("regrouping", symptom.tensor, f"{what}: {symptom.message}", z=symptom.z)
+        yield NotRegrouped(
+            "regrouping", symptom.tensor, f"{what}: {symptom.message}", z=symptom.z, element=symptom.element
+        )
 
 
 def _within(trial: Trial, other: Case, name: str, got: torch.Tensor, expected: Expected) -> bool:

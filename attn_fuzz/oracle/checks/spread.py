@@ -6,46 +6,15 @@ One key among thousands moves each channel of a row by a few standard deviations
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
 
 import torch
 
-from attn_fuzz.oracle.checks.budget import LIMIT, deviations, first_deviations, limit
+from attn_fuzz.oracle.checks.budget import first_deviations
+from attn_fuzz.oracle.deviations import CONTINUOUS, LIMIT, deviations, limit, spread_of
 from attn_fuzz.oracle.symptoms import Symptom, WrongSpread
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.answer import Expected
 from attn_fuzz.reference.case import Case
-
-CONTINUOUS: Final = ("gaussian", "large")
-"""Value modes whose rows point in general directions, which the count of degrees of freedom rests on."""
-
-_TAIL: Final = 30.0
-"""-log of the chance of a correct row beyond the bound: 1e-13."""
-
-_UNEVEN: Final = 1.5
-"""Roundings of numbers that all begin a binade have 1.85 times the variance of roundings on average, rarely in full."""
-
-
-def row_bound(degrees: torch.Tensor) -> torch.Tensor:
-    """What the mean of z^2 over a row of so many independent errors stays under.
-
-    The tail of a chi-squared variable (Laurent and Massart, 2000, lemma 1): with probability 1 - e^-t,
-    ``chi^2_d <= d + 2 sqrt(d t) + 2 t``.
-    """
-    return _UNEVEN * (1 + 2 * (_TAIL / degrees).sqrt() + 2 * _TAIL / degrees)
-
-
-def row_spreads(case: Case, got: torch.Tensor, expected: Expected) -> torch.Tensor:
-    """sqrt(mean z^2 / bound) per row ``[tokens, heads]``: beyond 1, the row as a whole is off."""
-    return _row_spreads(deviations(case, got, expected), expected)
-
-
-def _row_spreads(z: torch.Tensor, expected: Expected) -> torch.Tensor:
-    assert expected.degrees is not None
-    z2 = z.square()
-    # A row that owes bits, or subnormals that may be flushed, is not one of many independent errors.
-    owing = (expected.variance > 0).all(-1)
-    return torch.where(owing, (z2.mean(-1) / row_bound(expected.degrees)).sqrt(), 0.0)
 
 
 def _judged(case: Case) -> bool:
@@ -61,7 +30,7 @@ def spreads(trial: Trial, answer: dict[str, Expected] | None = None) -> dict[str
         got = trial.observations[0].results.get(name)
         if expected.degrees is not None and got is not None and got.shape == expected.value.shape and got.numel():
             z = first_deviations(trial, name) if answer is None else deviations(trial.case, got, expected)
-            found[name] = _row_spreads(z, expected)
+            found[name] = spread_of(z, expected)
     return found
 
 

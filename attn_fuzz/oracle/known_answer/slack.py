@@ -5,10 +5,16 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from attn_fuzz.oracle.known_answer.inputs import CODE_CHANNELS, needle_gain
+from attn_fuzz.oracle.known_answer.needle_gain import CODE_CHANNELS, needle_gain
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.narrow import LARGEST_ERROR, Narrow
 from attn_fuzz.reference.profile import PARTIAL_SUM_KEYS, UNIT_ROUNDOFF, Profile
+
+NEAR_WHOLE: Final = 0.25
+"""From a whole number, of ``out * n``: correct kernels stay within 0.01 of it, a wrong key moves it by 1 or more."""
+
+_LSE: Final = 1e-3
+"""Of a log of a number of keys: float32, and fast logarithms of GPUs."""
 
 _SPLIT: Final = 2.0**-18
 """Relative error of a float32 product in three TF32 ones; other keys' values differ at random."""
@@ -35,6 +41,14 @@ def support_slack(case: Case, profile: Profile, score: float) -> float:
     """
     narrow = Narrow.of(case.dtype, profile)
     return 0.02 + 4 * 2.0**-23 * abs(score) + (2 * narrow.weights if narrow else 0.0)
+
+
+def lse_slack(case: Case, score: float) -> float:
+    """How far the LSE of equal scores may be from that score plus the log of their number.
+
+    float32 around a score of this size, and around the fast logarithms and hyperbolic tangents of GPUs.
+    """
+    return _LSE + 2.0**-10 * abs(score) * bool(case.softcap) + 2.0**-20 * abs(score)
 
 
 def stores_dq(case: Case, profile: Profile) -> bool:

@@ -1,4 +1,4 @@
-"""Where the rows of a packed call lie, and which keys each of them sees: what probes of many documents are made of."""
+"""Where the rows of a packed call lie, and which keys each of them sees: what known-answer inputs are made of."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class RowIndex:
         return self.seen_by(self.position, self.owner)
 
     def pick(self, document: torch.Tensor, salt: torch.Tensor | int, count: torch.Tensor | int) -> torch.Tensor:
-        """``probes._pick``: a whole number below ``count`` that depends on the seed, a document's name and a salt."""
+        """A whole number below ``count`` that depends on the seed, a document's name and a salt."""
         mixed = (self.case.seed * 1_000_003 + self._numbers[2][document] * 8191 + salt * 131) * 0x9E3779B1
         return ((mixed >> 7) & 0xFFFFFF) % count
 
