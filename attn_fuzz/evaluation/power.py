@@ -18,9 +18,9 @@ from typing import Any, Final, Literal
 import torch
 
 from attn_fuzz.execution.environment import environment
-from attn_fuzz.oracle.deviations import LIMIT, deviations, row_spreads
+from attn_fuzz.oracle.deviations import LIMIT
 from attn_fuzz.oracle.known_answer.census import census_sees
-from attn_fuzz.oracle.known_answer.every_row import ALIKE
+from attn_fuzz.oracle.known_answer.every_row import beyond
 from attn_fuzz.reference.answer import Expected
 from attn_fuzz.reference.attention import Forward
 from attn_fuzz.reference.budget import attention_variances
@@ -98,8 +98,7 @@ def backward_seen(document: Document, row: int, key: int, other: int) -> set[Kin
         attended = keys_of(kind, row, key, other)
         weights[row] = recomputed[row] * torch.stack([(attended == j).sum() for j in touched]).double()
         got = document.rounded((weights.float().T @ document.dout.float()).double())[:, None]
-        z = deviations(case, got, expected)
-        if ((z > LIMIT).any(-1) | (row_spreads(case, got, expected) > ALIKE)).any():
+        if (beyond(case, got, expected) > LIMIT).any():
             seen.add(kind)
     return seen
 

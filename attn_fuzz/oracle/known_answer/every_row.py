@@ -74,11 +74,11 @@ class EveryRow:
             owner = chunk.documents[:, None].expand_as(rows.index)
             position = torch.arange(rows.index.shape[1], device=got.device).expand_as(rows.index)
             # Padding is 0, as its answer is.
-            tensors = (_by_row(x) for x in (got, expected.value, _beyond(self.case, got, expected)))
+            tensors = (_by_row(x) for x in (got, expected.value, beyond(self.case, got, expected)))
             yield Compared("dv", owner.flatten(), position.flatten(), *tensors)
 
 
-def _beyond(case: Case, got: torch.Tensor, expected: Expected) -> torch.Tensor:
+def beyond(case: Case, got: torch.Tensor, expected: Expected) -> torch.Tensor:
     """The deviation of each element, or of its row as a whole where that is larger, as the verdict is at LIMIT."""
     z = deviations(case, got, expected)
     return torch.maximum(z, LIMIT / ALIKE * spread_of(z, expected)[..., None])
