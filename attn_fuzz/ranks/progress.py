@@ -20,8 +20,8 @@ import torch
 from attn_fuzz.backends.collectives import Collectives, Handle
 
 _WORD: Final = struct.Struct("@Q")
-"""What a rank has begun: how many in the upper bits, which in the lower ones. One aligned word, so that whoever reads it
-while it is written gets the old or the new one."""
+"""What a rank has begun: how many in the upper bits, which in the lower ones. One aligned word, so that a reader gets
+the old one or the new one, and never half of each."""
 
 KEPT: Final = 16
 """Collectives of which a rank's word says which they were, one bit each, the last one lowest: ranks that do the same
