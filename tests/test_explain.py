@@ -98,14 +98,21 @@ FAULTS = ["M15", "B9", "X06", "X07", "M46-forward", "X09", "X27", "X37", "X10"]
 """Of backends/faults/numerics.py and masks.py, those that a value shows."""
 
 
+TABLE = json.loads((HERE.parent / "results" / "faults.json").read_text())["faults"]
+SMALLEST = {row["id"]: Case.from_dict(row["case"]) for row in TABLE if row["case"]["level"] == "kernel"}
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_no_planted_fault_is_explained(fault: str) -> None:
     backend = registry.load(f"fault:{fault}")
-    seen = 0
-    for case in drawn(backend, 1, 40):
-        if case.level == "kernel" and seen < 2 and examine(case, backend, CPU, probes=()).symptoms:
-            seen += 1
-            assert explained(backend, case) is None, case.to_json()
+    shown = [SMALLEST[fault]] if fault in SMALLEST else []
+    for case in drawn(backend, 1, 26):
+        if case.level == "kernel" and len(shown) < 2 and examine(case, backend, CPU, probes=()).symptoms:
+            shown.append(case)
+    assert shown
+    for case in shown:
+        assert examine(case, backend, CPU).symptoms, case.to_json()
+        assert explained(backend, case) is None, case.to_json()
 
 
 @pytest.mark.parametrize("factor", [1.01, 1.003, 0.98])

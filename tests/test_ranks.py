@@ -20,7 +20,7 @@ from attn_fuzz.reference.case import Case, CaseError
 from attn_fuzz.reference.layer import layer_inputs
 from attn_fuzz.reference.layout import Span, active_extent, micro_sequences, rank_slice, rank_slices, segments
 from attn_fuzz.reference.memory import same_bits
-from hunts import finding_of, first_failure
+from hunts import finding_of, first_failure, job_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_calls import at_odds, gathers, unwaited
@@ -520,7 +520,7 @@ SMALLEST = {row["id"]: Case.from_dict(row["case"]) for row in json.loads(FAULTS_
 @pytest.mark.parametrize("fault", RANK_FAULTS)
 def test_drawn_cases_show_a_rank_fault(fault: str) -> None:
     """Hunted without hints on as many ranks as it may take; the first case that fails is enough."""
-    found = first_failure(fault, seed=4, cases=200)
+    found = first_failure(job_of(fault, seed=4, cases=200))
     assert set(EXPECTED[fault].split()) & set(found.checks)
 
 
