@@ -97,6 +97,7 @@ class Scribbling(LoopKernel):
         return attended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", registry.kernel_names())
 def test_correct_backends_are_not_accused(name: str) -> None:
     backend = registry.load(name)
@@ -118,6 +119,7 @@ def test_z_is_that_of_the_narrow_mode() -> None:
         assert outcome.z[:, column].max().item() == pytest.approx(worst, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_rows_are_those_of_the_narrow_mode() -> None:
     case = drawn("loop", 1, 20).replace(values="gaussian")
     backend = registry.load("loop")
@@ -166,6 +168,7 @@ def test_backends_share_a_call() -> None:
     assert [bool(outcome.failing(10.0).any()) for outcome in outcomes] == [False, True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["M18", "M20-causal", "M51-detached", "X10", "M05"])
 def test_a_planted_fault_is_found_and_shrunk(fault: str) -> None:
     finding, _ = hunted(f"fault:{fault}", calls=6)
@@ -175,6 +178,7 @@ def test_a_planted_fault_is_found_and_shrunk(fault: str) -> None:
     assert len(finding.original_case.lengths) >= 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["scale", "key"])
 def test_a_size_in_hundreds_is_found_and_shrinks_to_itself(how: str) -> None:
     finding, last = hunted(f"trigger:11,23,{how}:loop", calls=60)
@@ -185,6 +189,7 @@ def test_a_size_in_hundreds_is_found_and_shrinks_to_itself(how: str) -> None:
     assert last.tally.documents <= 3000
 
 
+@pytest.mark.slow
 def test_what_needs_company_is_found_by_bisection() -> None:
     backend = Backend("crowded", Crowded(), levels=("kernel",))
     case = Case(level="kernel", lengths=(3, 0, 5, 1) * 20, key_lengths=(4, 2, 5, 3) * 20, head_dim=4)
@@ -249,6 +254,7 @@ def test_a_backend_that_refuses_everything_is_no_finding_and_no_endless_hunt() -
     assert "not today" in last.reason
 
 
+@pytest.mark.slow
 def test_an_unusual_layout_that_is_not_taken_is_refused() -> None:
     messages = hunted_kernel(Flat(), 16)
     assert not [message.finding.messages for message in messages if isinstance(message, Found)]
@@ -285,6 +291,7 @@ def test_layouts_have_documents_of_every_kind() -> None:
 MASKING = [("loop", False), ("backup", True), ("sdpa_dense", True), ("sdpa_nested", True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "masks"), MASKING)
 def test_kernels_that_mask_the_whole_pack_are_known_by_what_they_make(
     name: str, masks: bool, monkeypatch: pytest.MonkeyPatch
@@ -294,6 +301,7 @@ def test_kernels_that_mask_the_whole_pack_are_known_by_what_they_make(
     assert masks_whole_pack(backend, Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")) is masks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "masks"), [("loop", False), ("backup", True)])
 def test_others_are_known_by_their_time(name: str, masks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_size, "_forms_a_mask", lambda call, backend: False)
@@ -317,6 +325,7 @@ def test_cut_outs_have_a_key() -> None:
     assert [small.key_lengths for small in candidates(case, (0,))] == [(0, 3), (0, 3, 0)]
 
 
+@pytest.mark.slow
 def test_calls_of_more_documents_than_time_allows_come_early() -> None:
     messages: list[Message] = []
     job = Assignment(backend="crowd", device="cpu", seed=0, levels=("kernel",), cases=5, stop_at_first=True)
@@ -332,6 +341,7 @@ def test_calls_of_more_documents_than_time_allows_come_early() -> None:
     assert len(cases[0].lengths) < CROWD
 
 
+@pytest.mark.slow
 def test_the_command_finds_and_stores(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "attn_fuzz", "run", "--mode", "packed", "--device", "cpu", "--json", "--first"]
     options = ["--backend", "fault:M18", "--cases", "5", "--workers", "1", "--store", str(tmp_path)]
@@ -343,6 +353,7 @@ def test_the_command_finds_and_stores(tmp_path: Path) -> None:
     assert (tmp_path / f"{finding['id']}.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--mode", "broad"], ["--backend", "trigger:3:loop"]])
 def test_what_cannot_be_is_one_sentence(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "attn_fuzz", "run", "--device", "cpu", *arguments]

@@ -61,6 +61,7 @@ def test_clean_layers_pass(name: str) -> None:
         assert examine_wide_layer(case, backend, CPU) is None, case.to_json()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["legacy:loop", "fault:X22"])
 def test_a_faulty_layer_is_found_and_shrunk(name: str) -> None:
     messages: list[Message] = []

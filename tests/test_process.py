@@ -24,6 +24,7 @@ print(bool((buffer[:, :80] @ torch.ones(4, 80, dtype=torch.bfloat16).T).isfinite
 """
 
 
+@pytest.mark.slow
 def test_products_read_their_rows_and_no_further() -> None:
     """In a fresh process: the library reads its settings at the first product (docs/oracle.md)."""
     code = _PRODUCT.format(path=sys.path)

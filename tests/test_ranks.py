@@ -131,6 +131,7 @@ def test_fitted_layouts_fit(ranks: int, lengths: list[int], padding: int, data: 
         assert fitted(ranks, lengths, fit, moved) == (case.padding, case.cuts)
 
 
+@pytest.mark.slow
 def test_drawn_cases_meet_every_kind_of_border() -> None:
     domain = Domain.of(load("loop").kernel.capabilities, "cpu", ranks=(2, 3))
     seen: set[str] = set()
@@ -394,6 +395,7 @@ def test_kinds_of_collectives_are_compared_where_both_are(
     assert progress.counts() == [len(first), len(second)]
 
 
+@pytest.mark.slow
 def test_when_their_host_dies_ranks_end_and_others_take_their_place() -> None:
     mine = RankGroups()
     before = [*mine.call(2, CPU, os.getpid, ()), *mine.call(3, CPU, os.getpid, ())]
@@ -405,6 +407,7 @@ def test_when_their_host_dies_ranks_end_and_others_take_their_place() -> None:
     mine.close()
 
 
+@pytest.mark.slow
 def test_teams_whose_host_has_died_can_be_closed() -> None:
     mine = RankGroups()
     os.kill(mine.call(2, CPU, os.getppid, ())[0], signal.SIGKILL)
@@ -416,6 +419,7 @@ def test_what_a_rank_raises_comes_back() -> None:
         rank_groups().call(2, CPU, int, ("x",))
 
 
+@pytest.mark.slow
 def test_closing_ends_every_process() -> None:
     mine = RankGroups()
     pids = mine.call(3, CPU, os.getpid, ())
@@ -560,6 +564,7 @@ def test_every_rank_fault_is_expected() -> None:
     assert set(EXPECTED) == set(RANK_FAULTS) == set(SMALLEST)
 
 
+@pytest.mark.slow
 def test_a_campaign_over_ranks_runs_layers_only(tmp_path: Path) -> None:
     options = ["--ranks", "2", "--tensor-ranks", "1", "--cases", "5", "-b", "sdpa_dense", "--device", "cpu", "--json"]
     command = [sys.executable, "-m", "attn_fuzz", "run", *options, "--store", str(tmp_path)]
@@ -570,6 +575,7 @@ def test_a_campaign_over_ranks_runs_layers_only(tmp_path: Path) -> None:
     assert all(kind.startswith("layer ") for kind in told["by_kind"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

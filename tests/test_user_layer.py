@@ -86,9 +86,9 @@ def job(path: Path) -> Assignment:
 
 @pytest.mark.slow
 def test_the_example_is_clean(tmp_path: Path) -> None:
-    status, result, _ = check_layer(EXAMPLE, tmp_path, "--cases", "20")
+    status, result, _ = check_layer(EXAMPLE, tmp_path, "--cases", "12")
     assert status == 0
-    assert result["cases"] == 20
+    assert result["cases"] == 12
     assert result["findings"] == []
 
 
@@ -97,7 +97,7 @@ def test_the_example_is_clean(tmp_path: Path) -> None:
 def test_a_right_layer_of_another_style_is_clean(name: str | None, tmp_path: Path) -> None:
     path = EXAMPLE if name is None else written(tmp_path, *VARIANTS[name])
     backend = registry.load(f"layer:{path}:Layer")
-    for case in drawn(backend, seed=0, count=60):
+    for case in drawn(backend, seed=0, count=30):
         assert examine(case, backend, "cpu", probes=some_probes(case)).symptoms == (), case.to_json()
 
 
@@ -116,7 +116,7 @@ def test_a_broken_line_is_convicted(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["workspace", "scale_forgotten", "past_gradient_lost"])
+@pytest.mark.parametrize("name", ["workspace", "scale_forgotten"])
 def test_a_broken_line_is_shrunk(name: str, tmp_path: Path) -> None:
     case = first_finding(job(written(tmp_path, *BREAKS[name]))).case
     assert len(case.lengths) <= 3
