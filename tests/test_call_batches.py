@@ -767,7 +767,7 @@ def test_the_command_has_the_mode(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatc
     assert "flex_compiled" not in told
     done = attn_fuzz("run", "--mode", "fast", "-b", "loop", "--cases", "4", "--device", "cpu")
     assert done.status == 2
-    assert "narrow, batch, wide, several with + between them, both or all" in done.err
+    assert "case, batch, packed, several with + between them, both or all" in done.err
 
 
 @pytest.mark.slow
