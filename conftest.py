@@ -1,4 +1,4 @@
-"""The project's own test runs: Hypothesis profiles, and processes set up as those of campaigns are."""
+"""The project's own test runs: Hypothesis profiles, processes set up as those of campaigns, tests taken in turns."""
 
 from __future__ import annotations
 
@@ -36,3 +36,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--hypothesis-profile", None):
         settings.load_profile("dev")
     set_up_process(test_device())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Where several processes share the suite and nothing else was asked for: long tests of one file end up in a row.
+
+    Here and not in ``addopts``, which could not be read with ``-p no:xdist``.
+    """
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "worksteal"

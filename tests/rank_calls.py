@@ -24,3 +24,12 @@ def unwaited(times: int) -> None:
     """So many collectives on rank 1 alone, which nobody waits for."""
     if here().collectives.rank == 1:
         _kept.extend(here().collectives.gather(torch.ones(1), torch.empty(2)) for _ in range(times))
+
+
+def at_odds() -> None:
+    """A reduction on rank 0 where rank 1 gathers."""
+    collectives = here().collectives
+    if collectives.rank == 0:
+        collectives.reduce_scatter(torch.ones(2, 4), torch.empty(1, 4)).wait()
+    collectives.gather(torch.ones(1, 4), torch.empty(2, 4)).wait()
+    collectives.gather(torch.ones(1, 4), torch.empty(2, 4)).wait()

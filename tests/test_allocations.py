@@ -58,6 +58,7 @@ def has(x: torch.Tensor, byte: int) -> bool:
     return bool((x.cpu().contiguous().view(torch.uint8) == byte).all())
 
 
+@pytest.mark.slow
 def test_can_stand_before_torchs_own(device: torch.device) -> None:
     assert can_be_filled(device)
 

@@ -211,6 +211,7 @@ def test_public_names_are_there() -> None:
         attn_fuzz.chekc  # noqa: B018
 
 
+@pytest.mark.slow
 def test_a_right_kernel_is_true(tmp_path: Path) -> None:
     options = {"cases": 6, "level": "kernel", "mode": "case", "workers": 1, "device": "cpu", "dtype": ["fp32", "bf16"]}
     verdict = attn_fuzz.check(f"{EXAMPLE}:kernel", store=tmp_path / "store", **options)
@@ -221,6 +222,7 @@ def test_a_right_kernel_is_true(tmp_path: Path) -> None:
     verdict.raise_if_found()
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_is_false_and_raises(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
@@ -244,6 +246,7 @@ def inside() -> Callable[..., None]:
     return kernel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "options", "said"),
     [
@@ -259,6 +262,7 @@ def test_what_cannot_be_done_is_one_sentence(kernel: object, options: dict[str, 
     assert len(str(raised.value).splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_script_that_checks_when_it_is_imported_is_told(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(EXAMPLE.read_text() + "\nimport attn_fuzz\nattn_fuzz.check(kernel, cases=1)\n")

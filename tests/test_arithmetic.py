@@ -35,6 +35,7 @@ def largest(how: How, case: Case, facts: dict[str, Any]) -> tuple[dict[str, floa
 SHAPES = [(1, True, 1), (8, False, 2), (64, True, 1), (64, False, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", ["gaussian", "large", "offset", "tiny", "ties"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_computes_as_declared_is_within_its_budget(kind: str, values: str) -> None:

@@ -96,6 +96,7 @@ def assert_both_agree(case: Case, profile: Profile, memory: int | None) -> None:
         assert torch.equal(*dead), name
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(
     case=packed_cases(),

@@ -25,6 +25,7 @@ SMALL = bench.dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_object_of_the_promised_form(tmp_path: Path) -> None:
     # The same command with a small plan.
     program = (
@@ -47,6 +48,7 @@ def test_the_command_prints_one_object_of_the_promised_form(tmp_path: Path) -> N
     assert told["plain"]["cases_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_the_command_measures_processes_too() -> None:
     program = (
         "import dataclasses, attn_fuzz.evaluation.bench as b; b.PLANS['cpu'] = dataclasses.replace(b.PLANS['cpu'], "
@@ -64,6 +66,7 @@ def test_the_command_measures_processes_too() -> None:
     assert f"{told['processes']['loop']['2']['cases_per_s']:,.0f}" in console.export_text()
 
 
+@pytest.mark.slow
 def test_the_rare_fault_shrinks_to_what_the_backend_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = registry.load("loop").kernel
     monkeypatch.setattr(kernel, "capabilities", bench.dataclasses.replace(kernel.capabilities, dtypes=("bf16",)))
@@ -93,6 +96,7 @@ def test_layouts_are_as_stated() -> None:
     assert max(case.packed_key_lengths) == 128
 
 
+@pytest.mark.slow
 def test_a_kernel_whose_time_grows_with_the_square_is_given_fewer_documents() -> None:
     plan = bench.dataclasses.replace(SMALL, documents=512)
     found = bench.fitting(plan, registry.load("backup"), CPU)
@@ -106,6 +110,7 @@ def test_medians_do_not_count_the_first_run() -> None:
     assert len(runs) == 4
 
 
+@pytest.mark.slow
 def test_processes_share_a_device() -> None:
     plan = bench.dataclasses.replace(SMALL, batch_documents=12)
     said: list[str] = []
@@ -130,11 +135,13 @@ def test_a_rate_is_of_settled_processes_or_none(seen: list[tuple[float, int]], r
     assert settled_rate(seen, 2) == rate
 
 
+@pytest.mark.slow
 def test_processes_as_a_campaign_has_them_are_measured() -> None:
     rate = batches_shared_of("loop", "cpu", 2, 2.0)
     assert rate is None or rate > 0
 
 
+@pytest.mark.slow
 def test_a_lost_process_is_told() -> None:
     with pytest.raises(BenchError, match="died"):
         processes_of(("nobody",), (1,), 0.1, "cpu", SMALL, lambda line: None)

@@ -300,6 +300,7 @@ def worst(d: Document, *, by_product: bool, stores_p: bool = True, **profile: fl
     return (error.abs() / allowed.dq.sqrt()).max().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [2059, 8195])
 def test_products_that_are_stored_round_alike(keys: int) -> None:
     """Subnormal dS of one channel: what is left to round of them goes with the scores, and so with the keys."""

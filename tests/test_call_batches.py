@@ -25,9 +25,10 @@ from attn_fuzz.batch.judge import SCHEDULE, SHARE, judge
 from attn_fuzz.batch.judged import Question
 from attn_fuzz.batch.questions import QUESTIONS
 from attn_fuzz.batch.tensors import BatchTensors
+from attn_fuzz.campaign import crash_triage
 from attn_fuzz.campaign.calls_worker import CallsWorker, work_on_batches
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message, Tally
-from attn_fuzz.campaign.plan import CampaignOptions, available_backends, plan
+from attn_fuzz.campaign.plan import CampaignOptions, available_backends, plan, takes_batches
 from attn_fuzz.campaign.pool import Pool
 from attn_fuzz.execution.runner import run_kernel
 from attn_fuzz.findings.finding import Finding
@@ -201,13 +202,14 @@ def test_many_heads_and_long_rows_are_drawn_where_they_are_taken(name: str) -> N
 # What it is judged by.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", registry.kernel_names())
 def test_correct_backends_are_not_accused(name: str) -> None:
     backend = registry.load(name)
     if backend.kernel.why_unavailable("cpu") is not None:
         pytest.skip("not on this machine")
     for seed, turn in enumerate(dict.fromkeys(SCHEDULE)):
-        judged = judge(drawn(name, seed), backend, CPU, turn)
+        judged = judge(drawn(name, seed, calls=16), backend, CPU, turn)
         assert judged.failing() == []
         assert not judged.touched
         assert not judged.broken
@@ -542,6 +544,7 @@ def test_results_of_another_shape_or_dtype_are_none() -> None:
 FAULTS = ("M18", "X29", "X33", "X32", "X11", "M28-mean", "M30", "M08", "X07", "M02-out", "X35", "X38")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found_and_handed_over(fault: str) -> None:
     (finding, *_), _ = fuzzed(f"fault:{fault}", calls=1000)
@@ -549,6 +552,7 @@ def test_planted_faults_are_found_and_handed_over(fault: str) -> None:
     assert len(finding.case.lengths) <= 3
 
 
+@pytest.mark.slow
 def test_clean_calls_are_counted_one_by_one() -> None:
     findings, tally = fuzzed("loop", calls=150)
     assert findings == []
@@ -575,12 +579,14 @@ def test_a_slow_kernel_is_heard_of_between_its_calls(monkeypatch: pytest.MonkeyP
     assert all(later > earlier for earlier, later in zip(calls, calls[1:], strict=False))
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same_cases() -> None:
     tallies = [fuzzed("loop", calls=40, seed=3)[1] for _ in range(2)]
     assert tallies[0].worst_case == tallies[1].worst_case
     assert tallies[0].documents == tallies[1].documents
 
 
+@pytest.mark.slow
 def test_what_only_many_calls_show_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     state = {"before": 0}
 
@@ -609,6 +615,7 @@ def test_what_only_many_calls_show_is_reported_as_such(monkeypatch: pytest.Monke
     assert interferes(alone, sequence, correct, CPU) == alone
 
 
+@pytest.mark.slow
 def test_a_finding_that_takes_other_calls_is_replayed(attn_fuzz: Run, tmp_path: Path) -> None:
     path, store = tmp_path / "kernel.py", tmp_path / "store"
     deed = "    before, _rows[0] = _rows[0], len(q)\n    q = q * (3 if 2 * len(q) < before < 100 else 1)\n"
@@ -631,6 +638,7 @@ def test_a_finding_that_takes_other_calls_is_replayed(attn_fuzz: Run, tmp_path: 
     assert attn_fuzz("replay", finding["id"], "--store", str(store), "--device", "cpu").status == 0
 
 
+@pytest.mark.slow
 def test_calls_do_not_shrink_to_none() -> None:
     lengths, keys = (3, 6, 1, 9, 2, 5, 4, 8), (3, 0, 1, 17, 0, 5, 0, 8)
     batch = CallBatch(CASE.replace(lengths=lengths, key_lengths=keys), (2, 3, 6, 8))
@@ -654,6 +662,7 @@ def test_calls_in_a_row_that_cannot_be_are_refused(change: dict[str, object]) ->
         CallSequence.from_dict(sequence.to_dict() | change)
 
 
+@pytest.mark.slow
 def test_an_error_that_comes_once_is_reported_where_nothing_explains_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def once(factor: float) -> Backend:
         return altered(lambda count, _, a: a._replace(out=a.out * factor) if count == 3 else a)
@@ -663,6 +672,7 @@ def test_an_error_that_comes_once_is_reported_where_nothing_explains_it(monkeypa
     assert "seen once" in finding.messages[0]
 
 
+@pytest.mark.slow
 def test_bad_luck_under_one_value_seed_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attn_fuzz.campaign.calls_worker.beyond_doubt", lambda case: 1e9)
     backend = altered(lambda count, _, a: a._replace(out=a.out * 1.25) if count == 3 else a)
@@ -671,6 +681,7 @@ def test_bad_luck_under_one_value_seed_is_no_finding(monkeypatch: pytest.MonkeyP
     assert tally.cases == 60
 
 
+@pytest.mark.slow
 def test_a_layout_that_a_kernel_refuses_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     class Aligned(LoopKernel):
         def attend(
@@ -685,6 +696,7 @@ def test_a_layout_that_a_kernel_refuses_is_no_finding(monkeypatch: pytest.Monkey
     assert tally.refused > 0
 
 
+@pytest.mark.slow
 def test_a_lack_of_memory_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     def deed(count: int, metadata: VarlenMetadata, attended: Attended) -> Attended:
         raise torch.OutOfMemoryError("out of memory")
@@ -695,6 +707,7 @@ def test_a_lack_of_memory_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None
     assert tally.refused > 0
 
 
+@pytest.mark.slow
 def test_who_writes_to_an_input_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     class Scribbling(LoopKernel):
         def attend(
@@ -721,7 +734,10 @@ def test_what_compiles_for_every_layout_is_left_to_the_case_mode() -> None:
     assert tally.refused > 0
 
 
-def test_a_call_that_ends_its_process_is_told_from_the_others(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_call_that_ends_its_process_is_told_from_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As it was drawn it has seven tokens; each attempt at a smaller one would be a process.
+    monkeypatch.setattr(crash_triage, "minimise", lambda case, *_: case)
     deed = "    if len(q) == 7:\n        import os\n\n        os._exit(9)\n"
     path = tmp_path / "kernel.py"
     path.write_text(EXAMPLE.replace("    out = []\n", f"{deed}    out = []\n"))
@@ -734,14 +750,19 @@ def test_a_call_that_ends_its_process_is_told_from_the_others(tmp_path: Path) ->
     assert len(finding.original_case.lengths) <= 12
 
 
-def test_the_command_has_the_mode(attn_fuzz: Run) -> None:
-    done = attn_fuzz("run", "--mode", "batch", "-b", "loop", "--cases", "40", "--device", "cpu", "--level", "kernel")
+@pytest.mark.slow
+def test_the_command_has_the_mode(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = attn_fuzz("run", "--mode", "batch", "-b", "loop", "--cases", "20", "--device", "cpu", "--level", "kernel")
     assert done.status == 0, done.err
     assert "batch" in done.out
     done = attn_fuzz("run", "--mode", "batch", "-b", "loop", "--cases", "4", "--device", "cpu", "--level", "layer")
     assert done.status == 2
     assert "batches are of kernel calls" in done.err
-    done = attn_fuzz("run", "--mode", "batch", "--cases", "40", "--device", "cpu", "--level", "kernel", "--json")
+    # One or two of all that there are: each is a process.
+    few = tuple(name for name in ("loop", "flex_compiled") if name in available_backends("cpu"))
+    assert not takes_batches("flex_compiled", ("kernel",), "cpu")
+    monkeypatch.setattr("attn_fuzz.cli.fuzz.available_backends", lambda *_: few)
+    done = attn_fuzz("run", "--mode", "batch", "--cases", "10", "--device", "cpu", "--level", "kernel", "--json")
     assert done.status == 0, done.err
     assert "loop" in (told := json.loads(done.out)["backends"])
     assert "flex_compiled" not in told
@@ -750,6 +771,7 @@ def test_the_command_has_the_mode(attn_fuzz: Run) -> None:
     assert "case, batch, packed, several with + between them, both or all" in done.err
 
 
+@pytest.mark.slow
 def test_faults_of_kernels_are_found_by_batches_too(attn_fuzz: Run) -> None:
     command = ("faults", "--mode", "batch", "--no-rules", "--workers", "1", "--json")
     done = attn_fuzz(*command, "--only", "M51-swapped", "--only", "X32")

@@ -61,6 +61,7 @@ def test_every_capability_has_a_question(changes: dict[str, object], name: str) 
     assert not declared("less", dataclasses.replace(Capabilities(), **changes))[name]  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_wrong_statement_is_seen() -> None:
     """The planted fault of unpacked strides says that it takes every layout."""
     heard: list[Answer] = []

@@ -224,6 +224,7 @@ JUNK = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(case=DRAWN, name=st.sampled_from([field.name for field in dataclasses.fields(Case)]), junk=JUNK)
 def test_junk_in_a_field_is_refused_or_makes_a_case(case: Case, name: str, junk: object) -> None:

@@ -48,6 +48,7 @@ kernel.capabilities = {"gqa": False, "dtypes": ["fp32"]}
 """
 
 
+@pytest.mark.slow
 def test_a_campaign_without_findings_ends_with_0(attn_fuzz: Run) -> None:
     options = ("--device", "cpu", "--cases", "4", "--level", "kernel", "--dtype", "fp32", "--workers", "1", "--json")
     done = attn_fuzz("run", "--backend", "loop", *options)
@@ -59,6 +60,7 @@ def test_a_campaign_without_findings_ends_with_0(attn_fuzz: Run) -> None:
     assert done.json["backends"]["loop"]["by_kind"] == {"kernel fp32": 4}
 
 
+@pytest.mark.slow
 def test_a_finding_ends_with_1_and_is_stored(attn_fuzz: Run) -> None:
     """The kernel prints, too: nothing of that may come between the command and whoever reads its JSON."""
     write("noisy.py", NOISY)
@@ -116,6 +118,7 @@ def test_a_script_is_all_that_is_printed(attn_fuzz: Run) -> None:
     compile(done.out, "script", "exec")
 
 
+@pytest.mark.slow
 def test_a_finding_that_ends_its_process_is_replayed_in_another(attn_fuzz: Run) -> None:
     write("dies.py", "import os\n" + NOISY.replace('print("called")', "os._exit(0)"))
     store = Store(Path("store"))
@@ -186,6 +189,7 @@ def test_a_file_in_the_place_of_the_store_is_one_sentence(attn_fuzz: Run) -> Non
     assert Path("store").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_full_store_loses_nothing(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store fills up while the campaign runs: what it held stays, and what was found is printed."""
     store = Store(Path("store"))
@@ -212,6 +216,7 @@ def test_a_full_store_loses_nothing(attn_fuzz: Run, monkeypatch: pytest.MonkeyPa
 QUICK = ("--device", "cpu", "--workers", "1", "--level", "kernel")
 
 
+@pytest.mark.slow
 def test_too_few_cases_are_no_pass(attn_fuzz: Run) -> None:
     done = attn_fuzz("run", "-b", "loop", "--cases", "2", "--min-cases", "3", *QUICK, "--json")
     assert done.status == 3

@@ -16,6 +16,7 @@ from attn_fuzz.generation.strategies import Domain, cases
 from attn_fuzz.oracle.examine import examine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_backend_agrees_with_reference(attn_backend: str, level: str, attn_device: str) -> None:
     backend = registry.load(attn_backend)

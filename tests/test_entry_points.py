@@ -48,6 +48,7 @@ def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.slow
 def test_they_are_listed_beside_ours(installed: dict[str, str]) -> None:
     done = run(installed, "backends", "--device", "cpu", "--json", "-b", "theirs", "-b", "their-function", "-b", "loop")
     listed = {entry["name"]: entry for entry in json.loads(done.stdout)["backends"]}
@@ -55,6 +56,7 @@ def test_they_are_listed_beside_ours(installed: dict[str, str]) -> None:
     assert all(entry["available"] for entry in listed.values())
 
 
+@pytest.mark.slow
 def test_they_are_put_under_test(installed: dict[str, str], tmp_path: Path) -> None:
     common = ["--device", "cpu", "--workers", "1", "--json", "--store", str(tmp_path / "store")]
     right = run(installed, "run", "-b", "theirs", "--cases", "20", *common)
@@ -64,6 +66,7 @@ def test_they_are_put_under_test(installed: dict[str, str], tmp_path: Path) -> N
     assert json.loads(wrong.stdout)["findings"][0]["backend"] == "their-function"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_imported_says_so(installed: dict[str, str]) -> None:
     done = run(installed, "run", "-b", "broken", "--cases", "5", "--device", "cpu")
     assert done.returncode == 2

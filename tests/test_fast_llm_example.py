@@ -35,6 +35,7 @@ def check_layer(name: str, store: Path, *arguments: str, **environment: str) -> 
 # Anywhere.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("raised", "reason"),
     [

@@ -81,6 +81,7 @@ print(*sorted(name for name in sys.modules if name.startswith("attn_fuzz.backend
 """
 
 
+@pytest.mark.slow
 def test_the_registry_imports_no_kernel() -> None:
     """Not even an attempt: a package that is installed and broken must not matter to the other backends."""
     done = subprocess.run(

@@ -174,6 +174,7 @@ def test_what_crashes_is_refused_outside_a_process_of_its_own(monkeypatch: pytes
     assert dataclasses.replace(backend, isolated=True).refusal(LAYOUT, "cpu") is None
 
 
+@pytest.mark.slow
 def test_a_campaign_runs_a_few_crash_class_cases_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known, "KNOWN", (crashing(covers=lambda case, calls: case.capacity > 0),))
     monkeypatch.setattr(worker, "Isolated", _Dying)

@@ -177,6 +177,7 @@ def test_a_layer_that_is_built_otherwise_is_refused(tmp_path: Path) -> None:
         registry.load(f"layer:{path}:Layer")
 
 
+@pytest.mark.slow
 def test_a_crash_costs_an_answer_and_no_campaign(tmp_path: Path, attn_fuzz: Run) -> None:
     """The command, with real processes: one layout kills them, and the campaign is clean without it."""
     name = written(tmp_path, "q.storage_offset() % 2 and os.kill(os.getpid(), 11)", dtypes=("bf16",), head_dims=(16,))
@@ -191,6 +192,7 @@ def test_a_crash_costs_an_answer_and_no_campaign(tmp_path: Path, attn_fuzz: Run)
     assert told["findings"] == []
 
 
+@pytest.mark.slow
 def test_strict_makes_limits_findings(tmp_path: Path, attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(level="kernel", lengths=(1,), memory="misaligned", head_dim=16)
     limit = Limit("memory misaligned", "crashed", "it died", case, "known: so and so")

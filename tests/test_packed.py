@@ -101,6 +101,7 @@ class Scribbling(LoopKernel):
         return attended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", registry.kernel_names())
 def test_correct_backends_are_not_accused(name: str) -> None:
     backend = registry.load(name)
@@ -110,6 +111,7 @@ def test_correct_backends_are_not_accused(name: str) -> None:
         assert packed_failure(drawn(name, seed, 60), backend, CPU, AGAIN) is None
 
 
+@pytest.mark.slow
 def test_rows_are_those_of_the_case_mode() -> None:
     case = drawn("loop", 1, 20).replace(values="gaussian")
     backend = registry.load("loop")
@@ -152,6 +154,7 @@ def test_so_they_are_for_kernels_that_promise_nothing_and_repeat_themselves() ->
     assert found.symptom is PoisonLeaked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["M18", "M20-causal", "M51-detached", "X10", "M05"])
 def test_a_planted_fault_is_found_and_shrunk(fault: str) -> None:
     finding, _ = fuzzed(f"fault:{fault}", calls=6)
@@ -161,6 +164,7 @@ def test_a_planted_fault_is_found_and_shrunk(fault: str) -> None:
     assert len(finding.original_case.lengths) >= 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["scale", "key"])
 def test_a_size_in_hundreds_is_found_and_shrinks_to_itself(how: str) -> None:
     finding, last = fuzzed(f"trigger:11,23,{how}:loop", calls=60)
@@ -274,6 +278,7 @@ def test_a_backend_that_refuses_everything_is_no_finding_and_no_endless_work() -
     assert "not today" in last.reason
 
 
+@pytest.mark.slow
 def test_an_unusual_layout_that_is_not_taken_is_refused() -> None:
     messages = fuzzed_kernel(Flat(), 16)
     assert not [message.finding.messages for message in messages if isinstance(message, Found)]
@@ -310,6 +315,7 @@ def test_layouts_have_documents_of_every_kind() -> None:
 MASKING = [("loop", False), ("backup", True), ("sdpa_dense", True), ("sdpa_nested", True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "masks"), MASKING)
 def test_kernels_that_mask_the_whole_pack_are_known_by_what_they_make(
     name: str, masks: bool, monkeypatch: pytest.MonkeyPatch
@@ -319,6 +325,7 @@ def test_kernels_that_mask_the_whole_pack_are_known_by_what_they_make(
     assert masks_whole_pack(backend, Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")) is masks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "masks"), [("loop", False), ("backup", True)])
 def test_others_are_known_by_their_time(name: str, masks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_size, "_forms_a_mask", lambda call: False)
@@ -360,6 +367,7 @@ def test_calls_of_more_documents_than_time_allows_come_early() -> None:
     assert len(cases[0].lengths) < CROWD
 
 
+@pytest.mark.slow
 def test_the_command_finds_and_stores(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "attn_fuzz", "run", "--mode", "packed", "--device", "cpu", "--json", "--first"]
     options = ["--backend", "fault:M18", "--cases", "5", "--workers", "1", "--store", str(tmp_path)]
@@ -371,6 +379,7 @@ def test_the_command_finds_and_stores(tmp_path: Path) -> None:
     assert (tmp_path / f"{finding['id']}.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--mode", "broad"], ["--backend", "trigger:3:loop"]])
 def test_what_cannot_be_is_one_sentence(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "attn_fuzz", "run", "--device", "cpu", *arguments]

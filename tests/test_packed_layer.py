@@ -78,6 +78,7 @@ def test_a_lack_of_memory_accuses_no_layer() -> None:
         judge_layer(drawn("loop", 0, 5), backend, CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["legacy:loop", "fault:X22"])
 def test_a_faulty_layer_is_found_and_shrunk(name: str) -> None:
     messages: list[Message] = []

@@ -66,6 +66,7 @@ def test_there_is_no_swamping_without_long_documents() -> None:
         assert PROBES["swamping"](case, CPU, registry.load("loop").kernel.profile) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROBES)
 @pytest.mark.parametrize("seed", range(3))
 def test_probes_are_silent_on_correct_results_and_look_at_what_they_say(name: str, seed: int) -> None:
@@ -84,6 +85,7 @@ def test_probes_are_silent_on_correct_results_and_look_at_what_they_say(name: st
         assert not (spoilt[:, [place for place in range(5) if place != column]] > 10).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", registry.kernel_names())
 def test_correct_backends_pass(name: str) -> None:
     backend = registry.load(name)

@@ -234,6 +234,7 @@ settings.register_profile("first", deadline=None, derandomize=False, print_blob=
 """
 
 
+@pytest.mark.slow
 def test_a_failure_of_the_differential_suite_replays(pytester: pytest.Pytester) -> None:
     """The case is printed, ready to be saved, and Hypothesis's own way to draw it again.
 

@@ -81,6 +81,7 @@ def campaign(
 # Deaths.
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_a_finding_and_the_campaign_goes_on(
     kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +109,7 @@ class InThisProcess:
     close = nothing
 
 
+@pytest.mark.slow
 def test_a_death_that_does_not_come_again_says_so(kernel: Callable[..., str]) -> None:
     # It leaves a mark, and does not die where there is one.
     (finding,) = campaign(kernel(DIES_SPEAKING), cases=2).findings
@@ -115,6 +117,7 @@ def test_a_death_that_does_not_come_again_says_so(kernel: Callable[..., str]) ->
     assert finding.case == finding.original_case
 
 
+@pytest.mark.slow
 def test_what_the_system_kills_for_its_memory_accuses_nobody(
     kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +133,7 @@ def test_what_the_system_kills_for_its_memory_accuses_nobody(
     assert finding.symptom == "Crashed"
 
 
+@pytest.mark.slow
 def test_where_no_process_can_use_the_device_no_kernel_is_accused(
     kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +149,7 @@ def test_where_no_process_can_use_the_device_no_kernel_is_accused(
     assert "died with exit code 9, but a new process cannot use cuda:0" in trouble
 
 
+@pytest.mark.slow
 def test_the_case_that_kills_is_shrunk(kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     """By the clock on the wall: this process only waits for others, and its own processor time stands still."""
     clocks: list[Callable[[], float]] = []
@@ -179,6 +184,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], None]:
     return lambda _: monkeypatch.setattr(pool, "HANG_SECONDS", 4.0)
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_a_finding_and_the_campaign_goes_on(
     kernel: Callable[..., str], impatient: Callable[[object], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +202,7 @@ def test_a_worker_that_hangs_is_a_finding_and_the_campaign_goes_on(
     assert outcome.tallies[backend].cases == 12
 
 
+@pytest.mark.slow
 def test_what_a_worker_was_shrinking_when_it_hung_is_kept(
     kernel: Callable[..., str], impatient: Callable[[object], None]
 ) -> None:
@@ -232,6 +239,7 @@ class ToldTwice(Pool):
         super()._drain(worker)
 
 
+@pytest.mark.slow
 def test_a_signal_that_comes_twice_loses_nothing() -> None:
     """As when a scheduler tells the process and then its group."""
     assignments = [Assignment(backend="fault:M51-swapped", device="cpu", seed=1, cases=10_000)]
@@ -258,6 +266,7 @@ def test_an_interruption_while_a_worker_shrinks_keeps_the_case_as_it_was_drawn()
     assert finding.checks == ("budget",)
 
 
+@pytest.mark.slow
 def test_an_interruption_while_a_crash_is_shrunk_keeps_it(
     kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,6 +281,7 @@ def test_an_interruption_while_a_crash_is_shrunk_keeps_it(
     assert (finding.symptom, finding.case) == ("Crashed", finding.original_case)
 
 
+@pytest.mark.slow
 def test_one_finding_of_a_backend_is_enough_for_all_its_hunts() -> None:
     """The case mode would look for that size for hours."""
     jobs = [
@@ -289,6 +299,7 @@ def test_one_finding_of_a_backend_is_enough_for_all_its_hunts() -> None:
 # One case in a process of its own.
 
 
+@pytest.mark.slow
 def test_isolated_cases_name_their_symptom_and_outlive_deaths(kernel: Callable[..., str]) -> None:
     isolated = Isolated(Subject(kernel(DIES_FROM_THREE, SCALES), "cpu"), timeout=100.0)
     try:
@@ -297,17 +308,20 @@ def test_isolated_cases_name_their_symptom_and_outlive_deaths(kernel: Callable[.
         isolated.close()
 
 
+@pytest.mark.slow
 def test_an_isolated_case_that_hangs_is_said_to(kernel: Callable[..., str]) -> None:
     isolated = Isolated(Subject(kernel(HANGS_AFTER.format(0)), "cpu"), timeout=0.2)
     assert isolated.symptom(CASE) == "Hung"
     isolated.close()
 
 
+@pytest.mark.slow
 def test_an_isolated_process_that_dies_at_its_start_is_a_crash(kernel: Callable[..., str]) -> None:
     isolated = Isolated(Subject(kernel("", at_import="os._exit(3)"), "cpu"), timeout=100.0)
     assert isolated.symptom(CASE) == "Crashed"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_an_isolated_process_without_its_device_accuses_nobody() -> None:
     isolated = Isolated(Subject("loop", "cuda:0"), timeout=100.0)

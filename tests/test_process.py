@@ -35,6 +35,7 @@ print(bool((buffer[:, :80] @ torch.ones(4, 80, dtype=torch.bfloat16).T).isfinite
 """
 
 
+@pytest.mark.slow
 def test_products_read_their_rows_and_no_further() -> None:
     """In a fresh process: the library reads its settings at the first product (docs/oracle.md)."""
     code = _PRODUCT.format(path=sys.path)
@@ -81,6 +82,7 @@ def test_what_children_find_is_gone_afterwards(monkeypatch: pytest.MonkeyPatch) 
     assert "HAD_NOT" not in os.environ
 
 
+@pytest.mark.slow
 def test_a_campaign_leaves_its_callers_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)

@@ -20,14 +20,15 @@ from attn_fuzz.reference.case import Case, CaseError
 from attn_fuzz.reference.layer import layer_inputs
 from attn_fuzz.reference.layout import Span, active_extent, micro_sequences, rank_slice, rank_slices, segments
 from attn_fuzz.reference.memory import same_bits
+from hunts import finding_of, first_failure, job_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_calls import gathers, unwaited
+from rank_calls import at_odds, gathers, unwaited
 
 from attn_fuzz.campaign.plan import CampaignOptions, default_workers, plan
 from attn_fuzz.cases.repair import fitted
 from attn_fuzz.cases.smaller import fewer_ranks
-from attn_fuzz.evaluation.seeded_faults import find_fault
+from attn_fuzz.evaluation.seeded_faults import find_fault, is_minimal
 from attn_fuzz.execution.process import share_of_processors
 from attn_fuzz.generation.strategies import Domain, cases
 from attn_fuzz.oracle.checks.ranks import attended
@@ -35,6 +36,7 @@ from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.ranks.client import HostError
 from attn_fuzz.ranks.pickling import packed, unpacked
+from attn_fuzz.ranks.progress import KEPT, Progress
 from attn_fuzz.ranks.rank_group import RankFailed, RankGroups, RanksHung, rank_groups, seats
 from attn_fuzz.reduction.minimise import minimise
 from results.render import rank_tables as rank_results
@@ -46,6 +48,7 @@ CPU = torch.device("cpu")
 ACROSS = Case(lengths=(4, 1, 11), padding=2, cuts=(6, 12), heads=4, kv_heads=2, capacity=3, rotary="default")
 """Documents over rank borders and cuts, dead rows, padding on the last rank, GQA, spare rows; 2, 3 or 6 ranks."""
 
+FAULTS_OF_RANKS = ROOT / "results" / "faults_ranks.json"
 RANK_FAULTS = [name for name, fault in faults().items() if issubclass(fault, (RankFault, TensorFault))]
 
 
@@ -128,6 +131,7 @@ def test_fitted_layouts_fit(ranks: int, lengths: list[int], padding: int, data: 
         assert fitted(ranks, lengths, fit, moved) == (case.padding, case.cuts)
 
 
+@pytest.mark.slow
 def test_drawn_cases_meet_every_kind_of_border() -> None:
     domain = Domain.of(load("loop").kernel.capabilities, "cpu", ranks=(2, 3))
     seen: set[str] = set()
@@ -259,6 +263,13 @@ def test_few_gpus_are_shared_and_enough_are_not(monkeypatch: pytest.MonkeyPatch)
     assert {(seat.transport, seat.device) for seat in seats(CPU, 2, Path("team"))} == {("gloo", "cpu")}
 
 
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is certain is not waited for: in a test nothing depends on what the other ranks would have said."""
+    monkeypatch.setattr("attn_fuzz.ranks.rank_group.SETTLED", 0.1)
+    monkeypatch.setattr("attn_fuzz.ranks.rank_group.GRACE", 0.1)
+
+
 def clean(case: Case) -> None:
     assert [str(symptom) for symptom in examine(case, load("loop"), "cpu").symptoms] == []
 
@@ -350,6 +361,41 @@ def test_ranks_that_come_back_out_of_step_are_replaced() -> None:
     assert not set(before) & set(rank_groups().call(2, CPU, gathers, ((1, 1),)))
 
 
+def test_ranks_that_meet_in_different_collectives_are_given_up_at_once() -> None:
+    """Neither comes back, so that no count would ever say it."""
+    before = rank_groups().call(2, CPU, os.getpid, ())
+    with pytest.raises(RanksHung, match="0 and 1 met in different collective calls"):
+        rank_groups().call(2, CPU, at_odds, (), seconds=100_000.0)
+    assert not set(before) & set(rank_groups().call(2, CPU, gathers, ((20, 20),)))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "odds"),
+    [
+        ("gr", "gr", None),
+        ("", "r", None),
+        ("g", "gr", None),
+        ("r", "ggg", (0, 1)),
+        ("gggr", "ggg", None),
+        ("gggrg", "gggg", (0, 1)),
+        # What is longer ago than a word tells is forgotten.
+        ("r" + "g" * KEPT, "g" * (KEPT + 1), None),
+        ("r" + "g" * (KEPT - 1), "g" * KEPT, (0, 1)),
+        ("r", "g" * (KEPT + 1), None),
+    ],
+)
+def test_kinds_of_collectives_are_compared_where_both_are(
+    first: str, second: str, odds: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    progress = Progress(tmp_path / "progress", 2)
+    for rank, kinds in enumerate((first, second)):
+        for kind in kinds:
+            progress.begin(rank, reduces=kind == "r")
+    assert progress.at_odds() == odds
+    assert progress.counts() == [len(first), len(second)]
+
+
+@pytest.mark.slow
 def test_when_their_host_dies_ranks_end_and_others_take_their_place() -> None:
     mine = RankGroups()
     before = [*mine.call(2, CPU, os.getpid, ()), *mine.call(3, CPU, os.getpid, ())]
@@ -361,6 +407,7 @@ def test_when_their_host_dies_ranks_end_and_others_take_their_place() -> None:
     mine.close()
 
 
+@pytest.mark.slow
 def test_teams_whose_host_has_died_can_be_closed() -> None:
     mine = RankGroups()
     os.kill(mine.call(2, CPU, os.getppid, ())[0], signal.SIGKILL)
@@ -372,6 +419,7 @@ def test_what_a_rank_raises_comes_back() -> None:
         rank_groups().call(2, CPU, int, ("x",))
 
 
+@pytest.mark.slow
 def test_closing_ends_every_process() -> None:
     mine = RankGroups()
     pids = mine.call(3, CPU, os.getpid, ())
@@ -468,8 +516,42 @@ EXPECTED = {
 }
 
 
+SMALLEST = {row["id"]: Case.from_dict(row["case"]) for row in json.loads(FAULTS_OF_RANKS.read_text())["faults"]}
+"""What each was shrunk to when the committed table was made."""
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", RANK_FAULTS)
-def test_a_rank_fault_is_found_on_the_fewest_ranks(fault: str) -> None:
+def test_drawn_cases_show_a_rank_fault(fault: str) -> None:
+    """Hunted without hints on as many ranks as it may take; the first case that fails is enough."""
+    found = first_failure(job_of(fault, seed=4, cases=200))
+    assert set(EXPECTED[fault].split()) & set(found.checks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", RANK_FAULTS)
+def test_a_rank_fault_shows_on_the_fewest_ranks(fault: str, short_waits: None) -> None:
+    """In the smallest case, as the committed table has it: one with a token less would pass."""
+    case = SMALLEST[fault]
+    assert case.all_ranks == 2
+    assert case.tokens <= 8
+    clean(case)
+    verdict = examine(case, load(f"fault:{fault}"), CPU)
+    assert set(EXPECTED[fault].split()) & set(verdict.checks)
+    assert is_minimal(finding_of(f"fault:{fault}", case, verdict))
+
+
+TELLING = ("R01", "R08", "R11", "R18", "T01")
+"""A wrong value, one that whole numbers alone show, one that a single rank shows, a hang, and tensor parallelism."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", TELLING)
+def test_a_rank_fault_is_shrunk_to_the_fewest_ranks(
+    fault: str, short_waits: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Hypothesis need not shrink what is shrunk after it.
+    monkeypatch.setattr("attn_fuzz.campaign.worker._SHRINK_SECONDS", 0.5)
     mark = find_fault(fault, seed=4)
     assert mark.finding is not None
     assert mark.minimal
@@ -479,9 +561,10 @@ def test_a_rank_fault_is_found_on_the_fewest_ranks(fault: str) -> None:
 
 
 def test_every_rank_fault_is_expected() -> None:
-    assert set(EXPECTED) == set(RANK_FAULTS)
+    assert set(EXPECTED) == set(RANK_FAULTS) == set(SMALLEST)
 
 
+@pytest.mark.slow
 def test_a_campaign_over_ranks_runs_layers_only(tmp_path: Path) -> None:
     options = ["--ranks", "2", "--tensor-ranks", "1", "--cases", "5", "-b", "sdpa_dense", "--device", "cpu", "--json"]
     command = [sys.executable, "-m", "attn_fuzz", "run", *options, "--store", str(tmp_path)]
@@ -492,6 +575,7 @@ def test_a_campaign_over_ranks_runs_layers_only(tmp_path: Path) -> None:
     assert all(kind.startswith("layer ") for kind in told["by_kind"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -8,17 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from commandline import Run
+from hunts import first_finding
 
+from attn_fuzz.campaign.messages import Assignment
 from results.render import bench_table
 from results.render import tables as results
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+QUICK = ("--device", "cpu", "--dtype", "fp32", "--workers", "1")
+"""One dtype and one process: to find out what a kernel takes is most of the time of such a run."""
 
 
-def attn_fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "attn_fuzz", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "attn_fuzz", *arguments]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_tables_are_those_of_the_committed_results() -> None:
@@ -28,40 +33,61 @@ def test_tables_are_those_of_the_committed_results() -> None:
     )
 
 
-def test_every_command_of_the_readme_exists() -> None:
+def test_every_command_of_the_readme_exists(attn_fuzz: Run) -> None:
     commands = {line.split("attn_fuzz ")[1].split()[0] for line in README.splitlines() if "-m attn_fuzz " in line}
     assert {"run", "check", "check-layer", "replay", "script", "save", "backends", "faults"} <= commands
     for command in commands:
-        assert attn_fuzz(command, "--help").returncode == 0
+        assert attn_fuzz(command, "--help").status == 0
 
 
+@pytest.mark.slow
 def test_example_kernel_is_clean(tmp_path: Path) -> None:
     kernel = "examples/my_kernel.py:kernel"
-    done = attn_fuzz("check", kernel, "--device", "cpu", "--cases", "20", "--json", "--store", str(tmp_path))
+    done = command("check", kernel, *QUICK, "--cases", "10", "--json", "--store", str(tmp_path))
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     (mine,) = told["backends"].values()
     # So many of each mode that it is fuzzed by.
-    assert sum(count for kind, count in mine["by_kind"].items() if kind.startswith("batch")) == 20
-    assert told["cases"] == 40
+    assert sum(count for kind, count in mine["by_kind"].items() if kind.startswith("batch")) == 10
+    assert told["cases"] == 20
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong"),
-    [
-        ("mask.tril(ke - kb - (qe - qb))", "mask.tril()"),
-        ("torch.cat(out)", "torch.cat([*out[:-1], out[-1] * 1.02])"),
-        ("in zip(cu_seqlens_q", "in zip(cu_seqlens_q[cu_seqlens_q.diff(append=cu_seqlens_q[-1:] + 1) > 0]"),
-    ],
-    ids=["top-left", "last-document-scaled", "empty-documents-shift-keys"],
-)
-def test_example_kernel_with_one_line_broken_is_convicted(tmp_path: Path, right: str, wrong: str) -> None:
+BREAKS = {
+    "top-left": ("mask.tril(ke - kb - (qe - qb))", "mask.tril()"),
+    "last-document-scaled": ("torch.cat(out)", "torch.cat([*out[:-1], out[-1] * 1.02])"),
+    "empty-documents-shift-keys": (
+        "in zip(cu_seqlens_q",
+        "in zip(cu_seqlens_q[cu_seqlens_q.diff(append=cu_seqlens_q[-1:] + 1) > 0]",
+    ),
+}
+
+
+def broken(folder: Path, name: str) -> Path:
     source = (ROOT / "examples" / "my_kernel.py").read_text()
+    right, wrong = BREAKS[name]
     assert right in source
-    broken = tmp_path / "broken.py"
-    broken.write_text(source.replace(right, wrong))
-    options = ("--device", "cpu", "--cases", "300", "--first", "--json", "--store", str(tmp_path / "store"))
-    done = attn_fuzz("check", f"{broken}:kernel", *options)
+    path = folder / "broken.py"
+    path.write_text(source.replace(right, wrong))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BREAKS)
+def test_example_kernel_with_one_line_broken_is_convicted(name: str, tmp_path: Path) -> None:
+    backend = f"{broken(tmp_path, name)}:kernel"
+    # What the limits of the kernel leave of its dtypes and layouts is another test's matter.
+    job = Assignment(
+        backend=backend, device="cpu", seed=0, cases=300, mode="batch", levels=("kernel",), dtypes=("fp32",)
+    )
+    case = first_finding(job).case
+    assert len(case.lengths) <= 3
+    assert case.tokens <= 8
+
+
+@pytest.mark.slow
+def test_the_command_convicts_it_too(tmp_path: Path) -> None:
+    options = (*QUICK, "--cases", "300", "--first", "--json", "--store", str(tmp_path / "store"))
+    done = command("check", f"{broken(tmp_path, 'top-left')}:kernel", *options)
     assert done.returncode == 1, done.stderr
     finding = json.loads(done.stdout)["findings"][0]
     assert len(finding["case"]["lengths"]) <= 3

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -50,51 +52,95 @@ BROKEN = {
 }
 
 
-def run(text: str, folder: Path, *, checkout: bool = False) -> subprocess.CompletedProcess[str]:
-    """Runs a script; without the checkout, in a folder from which this project cannot be imported."""
-    path = folder / "reproduce.py"
-    path.write_text(text)
-    path_variable = {"PYTHONPATH": str(ROOT)} if checkout else {}
-    command = [sys.executable, str(path)]
+FAULTY = {
+    "M51-swapped": '{"level": "kernel", "lengths": [2], "head_dim": 2}',
+    "M16": '{"level": "kernel", "lengths": [3], "key_lengths": [1]}',
+    "X06": '{"level": "kernel", "lengths": [1], "head_dim": 8}',
+    "M32-value": '{"level": "kernel", "lengths": [2], "head_dim": 2, "memory": "mixed"}',
+    "M46-backward": '{"level": "kernel", "lengths": [3], "softcap": 3.0}',
+}
+
+ONE_AFTER_ANOTHER = """
+import contextlib, io, json, runpy, sys, traceback
+
+for path in sys.argv[1:]:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        try:
+            runpy.run_path(path, run_name="__main__")
+            status = 0
+        except SystemExit as ended:
+            status = ended.code or 0
+        except BaseException:
+            status = traceback.format_exc()
+    print(json.dumps([path, status, said.getvalue()]))
+"""
+"""Runs scripts in one process: each that had one of its own would import torch anew."""
+
+
+def python(folder: Path, *arguments: str, checkout: bool) -> subprocess.CompletedProcess[str]:
+    """Without the checkout, in a folder from which this project cannot be imported."""
+    environment = {"PATH": "/usr/bin:/bin", **({"PYTHONPATH": str(ROOT)} if checkout else {})}
     return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=120, env={"PATH": "/usr/bin:/bin", **path_variable}
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=120, env=environment
     )
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_users_kernel_fails_broken_and_passes_mended(name: str, tmp_path: Path) -> None:
+def run(folder: Path, texts: Mapping[str, str], *, checkout: bool = False) -> dict[str, tuple[object, str]]:
+    """Exit status and standard output of every script, by name."""
+    paths = {name: folder / f"script_{index}.py" for index, name in enumerate(texts)}
+    for name, path in paths.items():
+        path.write_text(texts[name])
+    done = python(folder, "-c", ONE_AFTER_ANOTHER, *(str(path) for path in paths.values()), checkout=checkout)
+    assert done.returncode == 0, done.stderr
+    told = {path: (status, said) for path, status, said in map(json.loads, done.stdout.splitlines())}
+    return {name: told[str(path)] for name, path in paths.items()}
+
+
+def of_a_users_kernel(name: str, folder: Path) -> tuple[str, Path]:
+    """The script of a finding about a kernel with a line broken, and the kernel's file."""
     right, wrong, case = BROKEN[name]
-    kernel = tmp_path / "kernel.py"
+    folder.mkdir()
+    kernel = folder / "kernel.py"
     kernel.write_text(KERNEL.replace(right, wrong))
-    backend = registry.load(f"{kernel}:kernel")
-    text = standalone(Case.from_json(case), backend, "cpu", "broken")
-    assert "attn_fuzz" not in text
-    assert "backends" not in text
-    done = run(text, tmp_path)
+    return standalone(Case.from_json(case), registry.load(f"{kernel}:kernel"), "cpu", "broken"), kernel
+
+
+@pytest.mark.slow
+def test_users_kernels_fail_broken_and_pass_mended(tmp_path: Path) -> None:
+    made = {name: of_a_users_kernel(name, tmp_path / str(index)) for index, name in enumerate(BROKEN)}
+    texts = {name: text for name, (text, _) in made.items()}
+    for text in texts.values():
+        assert "attn_fuzz" not in text
+        assert "backends" not in text
+    for name, (status, said) in run(tmp_path, texts).items():
+        assert status == 1, (name, status)
+        assert "elements wrong; at row" in said, name
+    for _, kernel in made.values():
+        kernel.write_text(KERNEL)
+    assert {name: status for name, (status, _) in run(tmp_path, texts).items()} == dict.fromkeys(BROKEN, 0)
+
+
+@pytest.mark.slow
+def test_a_script_runs_by_itself(tmp_path: Path) -> None:
+    text, _ = of_a_users_kernel("top-left", tmp_path / "kernels")
+    path = tmp_path / "reproduce.py"
+    path.write_text(text)
+    done = python(tmp_path, str(path), checkout=False)
     assert done.returncode == 1, done.stderr
     assert "elements wrong; at row" in done.stdout
-    kernel.write_text(KERNEL)
-    done = run(text, tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    ("fault", "case"),
-    [
-        ("M51-swapped", '{"level": "kernel", "lengths": [2], "head_dim": 2}'),
-        ("M16", '{"level": "kernel", "lengths": [3], "key_lengths": [1]}'),
-        ("X06", '{"level": "kernel", "lengths": [1], "head_dim": 8}'),
-        ("M32-value", '{"level": "kernel", "lengths": [2], "head_dim": 2, "memory": "mixed"}'),
-        ("M46-backward", '{"level": "kernel", "lengths": [3], "softcap": 3.0}'),
-    ],
-)
-def test_a_planted_fault_fails_by_itself(fault: str, case: str, tmp_path: Path) -> None:
-    text = standalone(Case.from_json(case), registry.load(f"fault:{fault}"), "cpu", fault)
-    done = run(text, tmp_path, checkout=True)
-    assert done.returncode == 1, done.stderr
-    assert "elements wrong; at" in done.stdout or "rows behind the last document are not 0" in done.stdout
-    done = run(text.replace(f"fault:{fault}", "backup"), tmp_path, checkout=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.mark.slow
+def test_planted_faults_fail_by_themselves(tmp_path: Path) -> None:
+    texts = {}
+    for fault, case in FAULTY.items():
+        text = standalone(Case.from_json(case), registry.load(f"fault:{fault}"), "cpu", fault)
+        texts |= {fault: text, f"{fault} mended": text.replace(f"fault:{fault}", "backup")}
+    for name, (status, said) in run(tmp_path, texts, checkout=True).items():
+        assert status == (0 if "mended" in name else 1), (name, status, said)
+        if "mended" not in name:
+            assert "elements wrong; at" in said or "rows behind the last document are not 0" in said, name
 
 
 @pytest.mark.parametrize(

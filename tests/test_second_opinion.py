@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from attn_fuzz.oracle import second_opinion
 from attn_fuzz.oracle import trial as trials
 from attn_fuzz.oracle.checks import exact
 from attn_fuzz.oracle.examine import examine
+from attn_fuzz.oracle.known_answer import every_row
 from attn_fuzz.oracle.second_opinion import ReferencesDisagree, confirm_call
 from attn_fuzz.oracle.symptoms import NotExact, Symptom, WrongOutput
 from tests.commandline import Run, sentence, write
@@ -91,11 +93,17 @@ def test_a_row_that_only_the_vectorised_reference_takes_for_dead_is_no_finding(m
 
 
 def test_the_every_row_probe_has_its_own_answer_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
-    correct = batched.kernel_answer
-    broken(monkeypatch, "dv", wrong_value)
-    monkeypatch.setattr(exact, "kernel_answer", batched.kernel_answer)
+    correct = batched.answers
+
+    def answers(*arguments: Any, **options: Any) -> Iterator[batched.Chunk]:
+        for chunk in correct(*arguments, **options):
+            yield dataclasses.replace(chunk, expected={**chunk.expected, "dv": wrong_value(chunk.expected["dv"])})
+
     # The case's own answer is right: what is wrong shows where the probe's inputs are asked for.
-    monkeypatch.setattr(trials, "kernel_answer", correct)
+    own = batched.kernel_answer
+    broken(monkeypatch, "dv", wrong_value)
+    monkeypatch.setattr(trials, "kernel_answer", own)
+    monkeypatch.setattr(every_row, "answers", answers)
     with pytest.raises(ReferencesDisagree, match="dv at"):
         examine(CASE, registry.load("loop"), "cpu", probes=(exact.rows_counted,))
 

@@ -137,6 +137,7 @@ BOTH: dict[str, Callable[[Case], bool]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_space_is_covered(level: str) -> None:
     features = {**BOTH, **(KERNEL if level == "kernel" else LAYER)}
@@ -178,6 +179,7 @@ def long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strategies, "_LONG_SQUARE_ONCE_IN", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("many_heads")
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_number_of_many_heads_is_drawn_and_affordable(level: str) -> None:
@@ -203,6 +205,7 @@ def documents_of_thousands(case: Case) -> list[tuple[int, int]]:
     return [(q, k) for q, k in queries_and_keys(case) if q > 1100]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("long_rows")
 def test_every_number_of_long_rows_is_drawn_and_affordable() -> None:
     few, squares = set(), set()

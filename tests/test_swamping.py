@@ -80,6 +80,7 @@ class Tiled(Loop):
         return call.options.scale * total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CPU_BACKENDS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_silent_on_the_backends(name: str, dtype: str) -> None:

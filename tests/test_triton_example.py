@@ -21,10 +21,15 @@ BREAKAGES = {
 }
 
 
+CASES = 20
+"""Of each mode: on a GPU every new head dimension, dtype and mask is compiled, for one to three seconds."""
+
+
 def check(path: Path, store: Path) -> tuple[int, dict[str, object]]:
     command = [sys.executable, "-m", "attn_fuzz", "check", f"{path}:kernel", "--device", "cuda", "--first", "--json"]
-    command += ["--cases", "150", "--workers", "1", "--store", str(store)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command += ["--cases", str(CASES), "--workers", "1", "--mode", "case", "--level", "kernel", "--dtype", "fp16"]
+    command += ["--store", str(store)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     return done.returncode, json.loads(done.stdout)
 
 
@@ -34,6 +39,7 @@ def test_what_is_broken_is_there(old: str) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_example_is_clean(tmp_path: Path) -> None:
@@ -43,6 +49,7 @@ def test_the_example_is_clean(tmp_path: Path) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", BREAKAGES)

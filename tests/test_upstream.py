@@ -52,6 +52,7 @@ def test_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str, ans
     assert attempt("report")["answer"] == answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -1,4 +1,4 @@
-"""``check-layer``: a user's own layer under test, right ones and broken ones, through the command line."""
+"""A user's own layer under test, right ones and broken ones; ``check-layer`` through the command line."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from attn_fuzz.backends import registry
+from attn_fuzz.reference.case import Case
+from hunts import first_failure, first_finding
+
+from attn_fuzz.campaign.messages import Assignment
+from attn_fuzz.evaluation.seeded_faults import drawn
+from attn_fuzz.oracle.examine import examine, some_probes
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "my_layer.py"
@@ -42,6 +49,18 @@ VARIANTS = {
 }
 
 
+# The smallest case that shows each, as campaigns have shrunk it.
+SMALLEST = {
+    "top_left_causal": {"lengths": (2,), "cuts": (1,)},
+    "past_gradient_lost": {"lengths": (2,), "cuts": (1,)},
+    "documents_leak": {"lengths": (1, 1)},
+    "scale_forgotten": {"lengths": (2,), "scale": 0.25},
+    "sixth_forgets": {"lengths": (6,), "cuts": (1, 2, 3, 4, 5)},
+    "workspace": {"lengths": (2,), "cuts": (1,)},
+    "double_count": {"lengths": (2,), "cuts": (1,)},
+}
+
+
 def check_layer(path: Path, tmp_path: Path, *arguments: str) -> tuple[int, dict, str]:
     """Exit status, the JSON object and standard error of a run."""
     command = [sys.executable, "-m", "attn_fuzz", "check-layer", f"{path}:Layer", "--device", "cpu", "--json"]
@@ -50,31 +69,63 @@ def check_layer(path: Path, tmp_path: Path, *arguments: str) -> tuple[int, dict,
     return done.returncode, json.loads(done.stdout or "{}"), done.stderr
 
 
+def written(folder: Path, before: str, after: str) -> Path:
+    """The example with some of it replaced."""
+    source = EXAMPLE.read_text()
+    assert source.count(before) == 1
+    path = folder / "written.py"
+    path.write_text(source.replace(before, after))
+    return path
+
+
+def job(path: Path) -> Assignment:
+    """What a campaign on a layer gives its worker."""
+    backend = f"layer:{path}:Layer"
+    return Assignment(backend=backend, device="cpu", seed=0, levels=("layer",), cases=200, stop_at_first=True)
+
+
+@pytest.mark.slow
 def test_the_example_is_clean(tmp_path: Path) -> None:
-    status, result, _ = check_layer(EXAMPLE, tmp_path, "--cases", "60")
+    status, result, _ = check_layer(EXAMPLE, tmp_path, "--cases", "12")
     assert status == 0
-    assert result["cases"] == 60
+    assert result["cases"] == 12
     assert result["findings"] == []
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_right_layer_of_another_style_is_clean(name: str, tmp_path: Path) -> None:
-    before, after = VARIANTS[name]
-    source = EXAMPLE.read_text()
-    assert source.count(before) == 1
-    other = tmp_path / "other.py"
-    other.write_text(source.replace(before, after))
-    status, result, _ = check_layer(other, tmp_path, "--cases", "60")
-    assert (status, result["findings"]) == (0, [])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [None, *VARIANTS])
+def test_a_right_layer_of_another_style_is_clean(name: str | None, tmp_path: Path) -> None:
+    path = EXAMPLE if name is None else written(tmp_path, *VARIANTS[name])
+    backend = registry.load(f"layer:{path}:Layer")
+    for case in drawn(backend, seed=0, count=30):
+        assert examine(case, backend, "cpu", probes=some_probes(case)).symptoms == (), case.to_json()
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_a_broken_line_is_convicted_and_shrunk(name: str, tmp_path: Path) -> None:
-    right, wrong = BREAKS[name]
-    source = EXAMPLE.read_text()
-    assert source.count(right) == 1
-    broken = tmp_path / "broken.py"
-    broken.write_text(source.replace(right, wrong))
+def test_a_broken_line_shows_in_a_small_case(name: str, tmp_path: Path) -> None:
+    case = Case(level="layer", head_dim=1, hidden=1, **SMALLEST[name])
+    broken = registry.load(f"layer:{written(tmp_path, *BREAKS[name])}:Layer")
+    assert examine(case, broken, "cpu").symptoms
+    assert not examine(case, registry.load(f"layer:{EXAMPLE}:Layer"), "cpu").symptoms
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_line_is_convicted(name: str, tmp_path: Path) -> None:
+    first_failure(job(written(tmp_path, *BREAKS[name])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["workspace", "scale_forgotten"])
+def test_a_broken_line_is_shrunk(name: str, tmp_path: Path) -> None:
+    case = first_finding(job(written(tmp_path, *BREAKS[name]))).case
+    assert len(case.lengths) <= 3
+    assert case.tokens <= 40
+
+
+@pytest.mark.slow
+def test_the_command_convicts_and_shrinks(tmp_path: Path) -> None:
+    broken = written(tmp_path, *BREAKS["top_left_causal"])
     status, result, _ = check_layer(broken, tmp_path, "--cases", "200", "--first")
     assert status == 1
     case = result["findings"][0]["case"]
@@ -82,6 +133,7 @@ def test_a_broken_line_is_convicted_and_shrunk(name: str, tmp_path: Path) -> Non
     assert sum(case["lengths"]) <= 40
 
 
+@pytest.mark.slow
 def test_a_class_without_the_methods_is_refused_in_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "empty.py"
     path.write_text("class Layer:\n    pass\n")
@@ -91,14 +143,12 @@ def test_a_class_without_the_methods_is_refused_in_one_sentence(tmp_path: Path) 
     assert error.strip().splitlines()[-1].endswith("is no layer: it has no method forward")
 
 
+@pytest.mark.slow
 def test_a_layer_that_raises_is_told_where(tmp_path: Path) -> None:
     source = EXAMPLE.read_text()
-    broken = tmp_path / "broken.py"
     line = "        x = x.detach().requires_grad_()\n"
-    broken.write_text(source.replace(line, "        assert begin == 0, 'no past yet'\n" + line))
+    broken = written(tmp_path, line, "        assert begin == 0, 'no past yet'\n" + line)
     place = source[: source.index(line)].count("\n") + 1
-    status, result, _ = check_layer(broken, tmp_path, "--cases", "60", "--first")
-    assert status == 1
-    (finding,) = result["findings"]
-    assert finding["case"] == {"level": "layer", "lengths": [2], "cuts": [1], "head_dim": 1, "hidden": 1}
-    assert f"no past yet (broken.py, line {place})" in finding["messages"][0]
+    finding = first_finding(job(broken))
+    assert finding.case == Case(level="layer", lengths=(2,), cuts=(1,), head_dim=1, hidden=1)
+    assert f"no past yet (written.py, line {place})" in finding.messages[0]

@@ -70,6 +70,7 @@ def run(installed: Path, theirs: Path) -> Run:
     return inner
 
 
+@pytest.mark.slow
 def test_what_is_in_it(installed: Path) -> None:
     top = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
     assert top == {"attn_fuzz"}
@@ -77,6 +78,7 @@ def test_what_is_in_it(installed: Path) -> None:
     assert {"py.typed", "reference", "backends", "api.py", "pytest_plugin.py"} <= inside
 
 
+@pytest.mark.slow
 def test_from_a_finding_to_a_test_that_passes_once_it_is_mended(run: Run, theirs: Path) -> None:
     options = ("--device", "cpu", "--cases", "60", "--level", "kernel", "--mode", "case", "--workers", "1", "--first")
     checked = run("attn_fuzz", "check", "kernel.py:kernel", *options, "--json")

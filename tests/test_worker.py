@@ -32,6 +32,7 @@ def kernel(folder: Path, deed: str) -> Assignment:
     return Assignment(backend=f"{path}:kernel", device="cpu", seed=0, cases=12, levels=("kernel",), dtypes=("fp32",))
 
 
+@pytest.mark.slow
 def test_a_finding_is_announced_before_it_is_shrunk() -> None:
     messages = said(SWAPPED)
     kinds = [type(message) for message in messages]
@@ -46,6 +47,7 @@ def test_a_finding_is_announced_before_it_is_shrunk() -> None:
     assert {found.original_case, found.case} <= set(tried)
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same_cases() -> None:
     def tried(seed: int) -> list[str]:
         job = Assignment(backend="loop", device="cpu", seed=seed, cases=8, levels=("kernel",), dtypes=("fp32",))
@@ -56,6 +58,7 @@ def test_the_same_seed_draws_the_same_cases() -> None:
     assert first != tried(2)
 
 
+@pytest.mark.slow
 def test_as_many_cases_as_were_asked_for_are_counted(tmp_path: Path) -> None:
     (finished,) = [message for message in said(kernel(tmp_path, "pass")) if isinstance(message, Finished)]
     tally = finished.tally
@@ -65,6 +68,7 @@ def test_as_many_cases_as_were_asked_for_are_counted(tmp_path: Path) -> None:
     assert {Case.from_json(text).dtype for text in tally.worst_case.values()} == {"fp32"}
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_accuses_nobody(tmp_path: Path) -> None:
     """Half of the calls get none; what ran without is counted."""
     deed = "if len(q) % 2: raise MemoryError('no more')"
@@ -97,6 +101,7 @@ def test_what_cannot_be_done_is_one_message(changes: dict[str, object], reason: 
     assert reason in failed.reason
 
 
+@pytest.mark.slow
 def test_a_mistake_of_the_harness_ends_the_hunt_even_at_its_last_case(monkeypatch: pytest.MonkeyPatch) -> None:
     examined = worker.examine
     seen: list[Case] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -35,7 +36,7 @@ from attn_fuzz.oracle.symptoms import (
     WrongWhenAsked,
 )
 from attn_fuzz.oracle.trial import Trial
-from attn_fuzz.reference.answer import Expected, Inputs
+from attn_fuzz.reference.answer import Expected, kernel_inputs
 from attn_fuzz.reference.batched import kernel_answer
 from attn_fuzz.reference.case import Case, CaseError
 from attn_fuzz.reference.monte_carlo import SAMPLES
@@ -207,14 +208,25 @@ def _fitting(fact: Fact, evidence: Sequence[Trial]) -> _Fit:
         for name, got, expected in _results(trial, answer):
             z = deviations(trial.case, got, expected)
             worst = max(worst, z.max().item() * LIMIT / limit(trial.case) * vague)
-            if fact.fields and trial.case.level == "kernel" and trial.case.values != "tiny":
+            if fact.fields and worst <= _PLAUSIBLE and trial.case.level == "kernel" and trial.case.values != "tiny":
                 judged = _Judged(trial, name, got, expected)
                 if judged.one_sided(profile) or judged.far_less(trial.answer[name]):
                     worst = torch.inf
             if trial.case.level == "kernel" or not by_kernel:
                 settled = (expected.variance > 0) & z.isfinite() & expected.value.isfinite()
                 likelihood -= (z[settled].square() + expected.variance[settled].log()).sum().item() / 2
+            if fact.fields and worst > _PLAUSIBLE:
+                # Nothing that is left to look at would bring it back.
+                return _Fit(fact, worst, -torch.inf)
     return _Fit(fact, worst, likelihood)
+
+
+@functools.lru_cache(maxsize=16)
+def _of_a_larger_scale(case: Case) -> dict[str, torch.Tensor]:
+    """The results of a kernel case whose softmax scale is larger by one ``_STEP``: the same for every fact."""
+    moved = case.replace(scale=case.softmax_scale * (1 + _STEP))
+    answer = kernel_answer(moved, kernel_inputs(case, "cpu"), Profile(), degrees=False)
+    return {name: expected.value for name, expected in answer.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,9 +247,7 @@ class _Judged:
         """
         narrow = Narrow.of(self.trial.case.dtype, profile)
         value, variance = self.expected.value, self.expected.variance
-        case = self.trial.case.replace(scale=self.trial.case.softmax_scale * (1 + _STEP))
-        assert isinstance(self.trial.inputs, Inputs)
-        moved = kernel_answer(case, self.trial.inputs, Profile(), degrees=False)[self.name].value
+        moved = _of_a_larger_scale(self.trial.case)[self.name]
         directions = [(value, narrow.scores_alike if narrow else 0.0)]
         directions.append(((moved - value) / _STEP, 2 * narrow.cut if narrow else 0.0))
         return any(self._leans(direction, variance, allowed) for direction, allowed in directions)

@@ -1,7 +1,8 @@
-"""How many collectives each rank of a group has begun, where the parent sees it while they wait for one another.
+"""Which collectives each rank of a group has begun, where the parent sees it while they wait for one another.
 
-Ranks that share a sequence begin the same collectives in the same order. One that has come back after fewer than
-another has begun leaves that one waiting for ever, which is certain long before any patience ends.
+Ranks that share a sequence begin the same collectives in the same order. Two things are certain long before any
+patience ends: a rank that has come back after fewer than another has begun leaves that one waiting for ever, and so do
+two ranks of which one gathers where the other reduces.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Final
 
@@ -16,43 +19,71 @@ import torch
 
 from attn_fuzz.backends.collectives import Collectives, Handle
 
-_COUNT: Final = struct.Struct("=Q")
+_WORD: Final = struct.Struct("@Q")
+"""What a rank has begun: how many in the upper bits, which in the lower ones. One aligned word, so that a reader gets
+the old one or the new one, and never half of each."""
+
+KEPT: Final = 16
+"""Collectives of which a rank's word says which they were, one bit each, the last one lowest: ranks that do the same
+are fewer apart."""
+
+_KINDS: Final = (1 << KEPT) - 1
 
 
 class Progress:
-    """Counts in a file that all ranks of a group, and their parent, have mapped.
+    """Words in a file that all ranks of a group, and their parent, have mapped.
 
     Args:
         path: of the file, which is made where there is none.
-        ranks: how many counts it holds.
+        ranks: how many words it holds.
     """
 
     def __init__(self, path: str | Path, ranks: int) -> None:
         self._ranks = ranks
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            os.ftruncate(descriptor, ranks * _COUNT.size)
-            self._counts = mmap.mmap(descriptor, ranks * _COUNT.size)
+            os.ftruncate(descriptor, ranks * _WORD.size)
+            self._words = mmap.mmap(descriptor, ranks * _WORD.size)
         finally:
             os.close(descriptor)
 
-    def begin(self, rank: int) -> None:
-        """Notes that a rank, which nobody else writes for, begins another collective."""
-        place = rank * _COUNT.size
-        _COUNT.pack_into(self._counts, place, _COUNT.unpack_from(self._counts, place)[0] + 1)
+    def begin(self, rank: int, *, reduces: bool) -> None:
+        """Notes that a rank, which nobody else writes for, begins another collective: a gather, or a reduction."""
+        place = rank * _WORD.size
+        (word,) = _WORD.unpack_from(self._words, place)
+        count, kinds = (word >> KEPT) + 1, ((word << 1) | reduces) & _KINDS
+        _WORD.pack_into(self._words, place, (count << KEPT) | kinds)
+
+    def words(self) -> list[int]:
+        """What each rank has begun since the group was started."""
+        return [word for (word,) in _WORD.iter_unpack(self._words)]
 
     def counts(self) -> list[int]:
         """How many each rank has begun since the group was started."""
-        return [count for (count,) in _COUNT.iter_unpack(self._counts)]
+        return [word >> KEPT for word in self.words()]
+
+    def at_odds(self) -> tuple[int, int] | None:
+        """Two ranks of which one gathered where the other reduced, if there are such."""
+        words = list(enumerate(self.words()))
+        pairs = ((one, other) for (one, first), (other, second) in combinations(words, 2) if _differ((first, second)))
+        return next(pairs, None)
+
+
+def _differ(words: Sequence[int]) -> bool:
+    """Whether two ranks' words disagree about a collective that both have begun and still name."""
+    fewer, more = sorted(words, key=lambda word: word >> KEPT)
+    ahead = (more >> KEPT) - (fewer >> KEPT)
+    both = min(KEPT - ahead, fewer >> KEPT)
+    return both > 0 and ((((more & _KINDS) >> ahead) ^ fewer) & ((1 << both) - 1)) != 0
 
 
 class Counted(Collectives):
-    """Collectives that are counted as they begin.
+    """Collectives that are noted as they begin.
 
     Args:
         collectives: what makes them.
-        progress: where they are counted.
-        rank: whose count that is, among all ranks of the group.
+        progress: where they are noted.
+        rank: for whom that is, among all ranks of the group.
     """
 
     def __init__(self, collectives: Collectives, progress: Progress, rank: int) -> None:
@@ -60,11 +91,11 @@ class Counted(Collectives):
         self._collectives, self._progress, self._rank = collectives, progress, rank
 
     def gather(self, own: torch.Tensor, whole: torch.Tensor) -> Handle:
-        self._progress.begin(self._rank)
+        self._progress.begin(self._rank, reduces=False)
         return self._collectives.gather(own, whole)
 
     def reduce_scatter(self, whole: torch.Tensor, own: torch.Tensor) -> Handle:
-        self._progress.begin(self._rank)
+        self._progress.begin(self._rank, reduces=True)
         return self._collectives.reduce_scatter(whole, own)
 
     def block(self, size: int) -> Collectives:

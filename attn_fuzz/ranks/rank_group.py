@@ -32,10 +32,10 @@ GRACE: Final = 0.5
 """Seconds that the others have to fail too, once one rank has: what one died of explains what the others raised."""
 
 SETTLED: Final = 1.0
-"""Seconds that a rank has to come back on its own, once another has come back that made fewer collective calls."""
+"""Seconds that ranks have to come back on their own, once it is certain that they are out of step."""
 
 _LOOK: Final = 0.1
-"""Seconds between looks at what ranks are waiting for, once the first of them has come back."""
+"""Seconds between looks at what ranks are waiting for."""
 
 
 class RankFailed(RuntimeError):
@@ -126,7 +126,7 @@ class RankGroup:
         open_ones = {connection: rank for rank, connection in enumerate(self._connections)}
         certain = False
         while open_ones and (left := deadline - time.monotonic()) > 0:
-            if answers and not certain:
+            if not certain:
                 certain, left = self._out_of_step(sorted(answers)) is not None, min(left, _LOOK)
                 # Others may yet come back.
                 deadline = min(deadline, time.monotonic() + SETTLED) if certain else deadline
@@ -141,11 +141,13 @@ class RankGroup:
         return answers, sorted(dead)
 
     def _out_of_step(self, back: Sequence[int]) -> str | None:
-        """Who made more collective calls than ranks that have come back, which therefore take no part in the last.
+        """Which ranks call different collectives, or do without the last ones of others.
 
         Args:
-            back: the ranks that have; the counts of others still grow.
+            back: the ranks that have come back; the counts of others still grow.
         """
+        if (pair := self._progress.at_odds()) is not None:
+            return f"{pair[0]} and {pair[1]} met in different collective calls: one gathers where the other reduces"
         counts = self._progress.counts()
         fewest = min(back, key=lambda rank: counts[rank], default=0)
         most = max(range(self._ranks), key=lambda rank: counts[rank])
