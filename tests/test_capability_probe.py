@@ -68,8 +68,8 @@ def test_a_wrong_statement_is_seen() -> None:
     answers = probe_backend("fault:M32-row", "cpu", lambda _, answer: heard.append(answer))
     assert heard == answers
     by_name = {answer.probe: answer for answer in answers}
-    assert by_name["memory contiguous"].inferred == RIGHT
-    assert any(answer.differs and answer.stated and answer.inferred.startswith("wrong") for answer in answers)
+    assert by_name["memory contiguous"].measured == RIGHT
+    assert any(answer.differs and answer.stated and answer.measured.startswith("wrong") for answer in answers)
 
 
 def test_limits_are_set_aside_and_conventions_kept() -> None:

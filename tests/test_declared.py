@@ -16,7 +16,6 @@ from attn_fuzz.backends.user import _CAUTIOUS, _CAUTIOUS_LAYER, UserKernel
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import layer_answer, layer_inputs
 from attn_fuzz.reference.profile import Profile
-from attn_fuzz.reference.screen import unsupported_reason
 from emulated import How, kernel
 
 from attn_fuzz.oracle.known_answer.census import equal_product
@@ -151,18 +150,6 @@ def test_whole_numbers_are_no_whole_numbers_in_fewer_bits() -> None:
     assert not holds_whole_numbers(CASE.replace(dtype="fp16"), Profile(products="bf16"))
     assert holds_whole_numbers(CASE.replace(dtype="fp16"), Profile(products="tf32"))
     assert stores_dq(CASE, Profile(atomic_sums=frozenset({"dq"})))
-
-
-def test_the_fast_reference_leaves_such_profiles_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Asked on whatever machine.
-    monkeypatch.setattr("attn_fuzz.reference.screen.importlib.util.find_spec", lambda name: name)
-    monkeypatch.setattr("attn_fuzz.reference.screen.distrust", lambda device: None)
-    cuda, case = torch.device("cuda"), CASE.replace(dtype="bf16")
-    for field in ({"products": "fp16"}, {"scores_dtype": "fp16"}, {"probabilities_dtype": "fp16"}):
-        assert unsupported_reason(case, Profile(**field), cuda)
-    assert unsupported_reason(case, Profile(atomic_sums=frozenset({"dk"})), cuda)
-    assert unsupported_reason(case, Profile(exp_error=2.0**-8), cuda)
-    assert unsupported_reason(case, Profile(exp_error=2.0**-19), cuda) is None
 
 
 # Layers.

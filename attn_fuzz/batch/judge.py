@@ -12,11 +12,10 @@ from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.batch_run import NAMES, BatchRun
 from attn_fuzz.batch.judged import Judged, Question
 from attn_fuzz.batch.questions import QUESTIONS
-from attn_fuzz.batch.verdicts import COLUMNS, largest_z, other_bits, screened_z
+from attn_fuzz.batch.verdicts import COLUMNS, largest_z, other_bits
 from attn_fuzz.execution.inferred import TIMES, promises
 from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.oracle.deviations import LIMIT, limit
-from attn_fuzz.reference.screen import unsupported_reason
 
 SCHEDULE: Final = (
     Question("nan", "keys"),
@@ -51,8 +50,6 @@ def judge(
     question: Question = SCHEDULE[0],
     beat: Callable[[], None] = lambda: None,
     asked: int | None = None,
-    *,
-    screened: bool = False,
 ) -> Judged:
     """Runs every call with drawn values, and as the question has it, from poisoned memory; judges all of it.
 
@@ -66,7 +63,6 @@ def judge(
         question: what is asked.
         beat: called before every call of every run.
         asked: of how many calls, from the first on; None for the usual share.
-        screened: hold to the budget by the fast reference first, where it can (``verdicts.screened_z``).
 
     Raises:
         torch.OutOfMemoryError: as it comes.
@@ -79,7 +75,7 @@ def judge(
     if len(first.broken | first.refused) < len(batch.ends):
         # Of calls none of which came back there is nothing to ask.
         QUESTIONS[question.asked](batch_run)
-        _fill(z, batch_run, screened=screened)
+        _fill(z, batch_run)
     touched = torch.stack([each.changed() for each in batch_run.placed]).any()
     # The one transfer: everything before it was only queued.
     flat = torch.cat([z.flatten(), touched[None].double()]).cpu()
@@ -102,11 +98,10 @@ def judge(
     )
 
 
-def _fill(z: torch.Tensor, batch_run: BatchRun, *, screened: bool) -> None:
+def _fill(z: torch.Tensor, batch_run: BatchRun) -> None:
     """Writes down what is wrong with each document, ``[documents, len(NAMES)]``, in units of ``Judged.z``."""
-    case, profile, device = batch_run.whole, batch_run.profile, batch_run.device
-    fast = screened and unsupported_reason(case, profile, device) is None
-    by_budget = (screened_z if fast else largest_z)(case, batch_run.drawn, profile, batch_run.held).amax(0)
+    case = batch_run.whole
+    by_budget = largest_z(case, batch_run.drawn, batch_run.profile, batch_run.held).amax(0)
     for deviations in batch_run.deviations:
         first = by_budget[: len(deviations)]
         torch.maximum(first, deviations, out=first)

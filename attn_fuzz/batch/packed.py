@@ -53,8 +53,6 @@ def judge_packed(
     device: torch.device,
     question: Question = BUDGETS,
     beat: Callable[[], None] = lambda: None,
-    *,
-    screened: bool = True,
 ) -> Judged:
     """Runs a packed case and judges every document.
 
@@ -64,14 +62,13 @@ def judge_packed(
         device: where.
         question: what is asked of a kernel.
         beat: called before every run of a kernel.
-        screened: judge kernels by the fast reference first, where it can.
 
     Raises:
         torch.OutOfMemoryError: as it comes.
     """
     if case.level == "layer":
         return judge_layer(case, backend, device)
-    judged = judge(packed_batch(case), backend, device, question, beat, screened=screened)
+    judged = judge(packed_batch(case), backend, device, question, beat)
     columns = [judged.names.index(name) for name in BY_BITS]
     if judged.z[:, columns].any():
         # Not bits that change from one run to the next whatever memory holds, where nothing is promised.

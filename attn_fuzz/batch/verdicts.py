@@ -15,7 +15,6 @@ from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.memory import bits
 from attn_fuzz.reference.packed import packed
 from attn_fuzz.reference.profile import Profile
-from attn_fuzz.reference.screen import SUSPICIOUS, row_maxima, screen
 
 ROWS: Final = ("out", "dq", "dk", "dv")
 """Results that have a row statistic."""
@@ -110,31 +109,3 @@ def other_bits(
             differs = (bits(first[name]) != bits(second[name])).flatten(1).any(1)
             found |= of_documents(case, name, differs)
     return found
-
-
-def screened_z(
-    case: Case, inputs: Inputs, profile: Profile, results: Sequence[dict[str, torch.Tensor]]
-) -> torch.Tensor:
-    """What ``largest_z`` gives, by the fast reference, and by the exact one of what looks suspicious there.
-
-    Row statistics are those of suspicious documents only. This waits for the device once.
-    """
-    z = _fast_z(case, inputs, profile, results)
-    documents = (z > SUSPICIOUS * limit(case)).any(2).any(0).nonzero()[:, 0].tolist()
-    if documents:
-        z[:, documents] = largest_z(case, inputs, profile, results, documents=documents)[:, documents]
-    return z
-
-
-def _fast_z(case: Case, inputs: Inputs, profile: Profile, results: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """``largest_z`` by the fast reference (reference/screen.py), without row statistics."""
-    screened = screen(case, inputs, profile)
-    device, count = inputs.q.device, len(case.packed_lengths)
-    sides = {"q": packed(case.packed_lengths, device).owner, "k": packed(case.packed_key_lengths, device).owner}
-    z = torch.zeros(len(results), len(COLUMNS), count, dtype=torch.float32, device=device)
-    for column, name in enumerate(KERNEL_TENSORS):
-        owner = sides["k" if name in ("dk", "dv") else "q"]
-        for run, found in enumerate(results):
-            if name in found:
-                z[run, column].scatter_reduce_(0, owner, row_maxima(found[name], screened[name]), "amax")
-    return z.transpose(1, 2).double()

@@ -20,15 +20,12 @@ from attn_fuzz.evaluation.bench_processes import bench_processes
 def bench(
     backend: BackendOption = None,
     device: DeviceOption = None,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Judge everything in float64, without a fast first look.")
-    ] = False,
     processes: Annotated[
         bool, typer.Option("--processes", help="Batches of several processes on the device instead, on one layout.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Documents and cases per second of both modes, beside the bare kernels on the same layouts."""
+    """Documents and cases per second of all modes, beside the bare kernels on the same layouts."""
     where = device_of(device)
     names = tuple(dict.fromkeys(backend or ()))
     require_available(names, where)
@@ -43,7 +40,7 @@ def bench(
         else:
             show_processes(results_console(), shared)
         return
-    result = measure(where, names, say, exact=exact)
+    result = measure(where, names, say)
     if as_json:
         typer.echo(json.dumps(result))
     else:

@@ -33,7 +33,6 @@ from attn_fuzz.reference.answer import kernel_inputs
 from attn_fuzz.reference.batched import answers
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import layer_inputs
-from attn_fuzz.reference.screen import distrust, screen, unsupported_reason
 from attn_fuzz.reference.values import fused_agrees
 
 Say = Callable[[str], None]
@@ -70,28 +69,23 @@ def fitting(plan: Plan, backend: Backend, device: torch.device) -> tuple[Case, f
     return best
 
 
-def packed_of(case: Case, backend: Backend, device: torch.device, *, exact: bool) -> dict[str, Any]:
+def packed_of(case: Case, backend: Backend, device: torch.device) -> dict[str, Any]:
     """The whole verification of a backend on a packed case, and where its time goes, in seconds."""
-    whole = median(lambda: judge_packed(case, backend, device, screened=not exact), device)
+    whole = median(lambda: judge_packed(case, backend, device), device)
     batch, inputs = packed_batch(case), kernel_inputs(case, device)
     tensors = BatchTensors(batch, inputs, device)
     values = median(lambda: BatchTensors(batch, kernel_inputs(case, device), device), device)
     kernels = median(lambda: run_batch(tensors, backend, "nan"), device)
     profile = backend.kernel.profile_on(device.type)
-    screened = not exact and unsupported_reason(case, profile, device) is None
 
     def answer() -> None:
-        if screened:
-            screen(case, inputs, profile)
-        else:
-            for _ in answers(case, inputs, profile):
-                pass
+        for _ in answers(case, inputs, profile):
+            pass
 
     reference = median(answer, device)
     count = len(case.lengths)
     return {
         "documents": count,
-        "screened": screened,
         "seconds": whole,
         "documents_per_s": count / whole,
         "parts": {
@@ -174,7 +168,7 @@ def rare_of(plan: Plan, name: str, device: torch.device) -> dict[str, Any]:
     return {"sizes": sizes, "documents": seen, "seconds": taken, "shrunk": None}
 
 
-def row_of(plan: Plan, backend: Backend, device: str, say: Say, *, exact: bool) -> dict[str, Any] | None:
+def row_of(plan: Plan, backend: Backend, device: str, say: Say) -> dict[str, Any] | None:
     """One backend's figures; None when it does not take the layout."""
     name, place = backend.name, torch.device(device)
     say(f"{name}: bare kernel and packed mode")
@@ -183,7 +177,7 @@ def row_of(plan: Plan, backend: Backend, device: str, say: Say, *, exact: bool) 
         say(f"{name}: does not take the layout")
         return None
     case, seconds = found
-    packed = packed_of(case, backend, place, exact=exact)
+    packed = packed_of(case, backend, place)
     say(f"{name}: {packed['documents_per_s']:,.0f} documents/s packed, {packed['seconds'] / seconds:.1f} times bare")
     # A micro-sequence is one of nine.
     layer = layer_of(plan, backend, place, min(4 * len(case.lengths), plan.layer_documents))
@@ -232,19 +226,17 @@ def others_of(plan: Plan, fitted: Sequence[Backend], device: str, say: Say) -> I
     yield "plain", (plain_of(first, device, plan.plain_cases) or {}) | {"backend": first}
 
 
-def bench(device: str, names: Sequence[str], say: Say, *, exact: bool = False) -> dict[str, Any]:
+def bench(device: str, names: Sequence[str], say: Say) -> dict[str, Any]:
     """Everything, as the JSON object of ``bench --json``; after an interruption, what had been measured until then.
 
     Args:
         device: ``cpu`` or ``cuda``.
         names: backends; none for all available.
         say: told what is being measured.
-        exact: judge everything in float64, without the fast reference's first look.
     """
     set_up_process(device)
     place = torch.device(device)
     plan = PLANS[place.type]
-    trust = "on GPUs only" if device == "cpu" else "not asked for" if exact else distrust(place) or "in use"
     result: dict[str, Any] = {
         "device": device,
         "environment": environment(device),
@@ -252,7 +244,6 @@ def bench(device: str, names: Sequence[str], say: Say, *, exact: bool = False) -
         "load_average": os.getloadavg()[0],
         "plan": dataclasses.asdict(plan),
         "fused_values": fused_agrees(place),
-        "fast_reference": trust,
         "interrupted": False,
         "backends": [],
     }
@@ -260,7 +251,7 @@ def bench(device: str, names: Sequence[str], say: Say, *, exact: bool = False) -
     try:
         for name in names or available_backends(device, (plan.dtype,)):
             backend = registry.load(name)
-            if (found := row_of(plan, backend, device, say, exact=exact)) is not None:
+            if (found := row_of(plan, backend, device, say)) is not None:
                 result["backends"].append(found)
                 fitted.append(backend)
         if fitted:
