@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
+
 from attn_fuzz.backends.kernel import AttentionOptions
 from attn_fuzz.backends.metadata import VarlenMetadata
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Final, NamedTuple
 
 import torch
+
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.reference.case import MAX_HEAD_DIM, MEMORIES, ROTARIES, Case
 from attn_fuzz.reference.profile import Profile

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
+
 from attn_fuzz.reference.case import Case
 
 Calls = Sequence[Sequence[tuple[int, int]]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from attn_fuzz.reference.memory import layout_of
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
+
 from attn_fuzz.backends.kernel import AttentionOptions, Kernel, require_like
 from attn_fuzz.backends.kv_buffer import KeyValueBuffer
 from attn_fuzz.backends.metadata import MicroSequenceMetadata, preprocess

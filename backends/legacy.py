@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+
 from attn_fuzz.backends.kernel import Kernel, require_like
 from attn_fuzz.backends.layer import BufferedLayer
 from attn_fuzz.backends.metadata import MicroSequenceMetadata

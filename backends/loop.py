@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 
 import torch
+
 from attn_fuzz.backends.kernel import AttentionOptions
 from attn_fuzz.backends.metadata import VarlenMetadata
 

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
+
 from attn_fuzz.backends.collectives import Collectives
 from attn_fuzz.backends.kernel import Kernel
 from attn_fuzz.backends.kv_buffer import KeyValueBuffer, side_by_side

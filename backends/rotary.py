@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+
 from attn_fuzz.reference.case import Case
 
 

@@ -7,9 +7,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Final
 
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.reference.profile import Profile
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BACKENDS: Final = {
     "math": SDPBackend.MATH,

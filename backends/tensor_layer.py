@@ -9,6 +9,7 @@ as without tensor parallelism. The output projection's partial sums are reduce-s
 from __future__ import annotations
 
 import torch
+
 from attn_fuzz.backends.collectives import Collectives
 from attn_fuzz.backends.kernel import Kernel
 from attn_fuzz.backends.metadata import MicroSequenceMetadata

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.reference.case import Case

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any, TypeGuard
 
 import torch
+
 from attn_fuzz.backends.arithmetic import KEY, declared_facts
 from attn_fuzz.backends.kernel import (
     FLOAT_DTYPES,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
+
 from attn_fuzz.reference import attention, budget
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layout import Segment, call_segments

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import torch
+
 from attn_fuzz.reference import vectorised
 from attn_fuzz.reference.answer import KERNEL_TENSORS, Expected, Inputs
 from attn_fuzz.reference.budget import sums_of

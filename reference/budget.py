@@ -34,6 +34,7 @@ import math
 from typing import NamedTuple
 
 import torch
+
 from attn_fuzz.reference.attention import Forward, Gradients, sum_groups
 from attn_fuzz.reference.narrow import ByKey, KeyAlike, Narrow
 from attn_fuzz.reference.profile import (

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
 from attn_fuzz.reference import batched
 from attn_fuzz.reference.answer import Expected, Inputs
 from attn_fuzz.reference.budget import rounding_variance

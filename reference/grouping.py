@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
 from attn_fuzz.reference.layout import Span
 from attn_fuzz.reference.simulated import SimulatedAttention
 

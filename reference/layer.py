@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+
 from attn_fuzz.reference.answer import Expected
 from attn_fuzz.reference.budget import ROUNDING_SECOND_MOMENT, rounding_variance
 from attn_fuzz.reference.case import Case

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+
 from attn_fuzz.reference.budget import rounding_variance
 from attn_fuzz.reference.profile import ACCUMULATION, ALIKE
 

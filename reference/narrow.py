@@ -33,6 +33,7 @@ import dataclasses
 from typing import Final, NamedTuple
 
 import torch
+
 from attn_fuzz.reference.attention import Gradients
 from attn_fuzz.reference.profile import (
     ALIKE,

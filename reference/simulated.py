@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
 from attn_fuzz.reference import attention
 from attn_fuzz.reference.budget import (
     atomic_variance,

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 import torch
+
 from attn_fuzz.reference.answer import Expected
 from attn_fuzz.reference.attention import Gradients
 from attn_fuzz.reference.budget import (

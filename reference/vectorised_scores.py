@@ -6,6 +6,7 @@ import math
 from typing import Final, NamedTuple
 
 import torch
+
 from attn_fuzz.reference.budget import ROUNDING_SECOND_MOMENT, rounding_variance
 from attn_fuzz.reference.narrow import Narrow
 from attn_fuzz.reference.profile import ACCUMULATION, UNIT_ROUNDOFF, Profile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.values import draw_norm, draw_weight
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.loop import Loop, attend
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.reference.case import Case
-
 from attn_fuzz.oracle.trial import Trial
+from attn_fuzz.reference.case import Case
 
 
 class Double(Kernel):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
 from attn_fuzz.reference.attention import allowed_keys
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]

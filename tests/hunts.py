@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from attn_fuzz.backends.faults.fault import PREFIX, RankFault, TensorFault, faults
-from attn_fuzz.reference.case import Case
-
 from attn_fuzz.campaign.messages import Assignment, Candidate, Failed, Found, Message
 from attn_fuzz.campaign.serve import WORK
 from attn_fuzz.findings.finding import Finding, summarise
 from attn_fuzz.oracle.examine import Verdict
+from attn_fuzz.reference.case import Case
 
 
 class _Enough(BaseException):

@@ -10,12 +10,6 @@ import math
 from collections.abc import Iterator
 
 import torch
-from attn_fuzz.reference.answer import Inputs, kernel_answer
-from attn_fuzz.reference.attention import allowed_keys
-from attn_fuzz.reference.case import Case
-from attn_fuzz.reference.layout import Segment, call_segments
-from attn_fuzz.reference.profile import UNIT_ROUNDOFF, Profile
-from attn_fuzz.reference.values import DTYPES
 
 from attn_fuzz.oracle.deviations import LIMIT, deviations, row_spreads
 from attn_fuzz.oracle.known_answer.every_row import ALIKE
@@ -23,6 +17,12 @@ from attn_fuzz.oracle.known_answer.needle_gain import needle_code, needle_gain
 from attn_fuzz.oracle.known_answer.signs import drawn, signs
 from attn_fuzz.oracle.known_answer.slack import lse_slack, support_slack
 from attn_fuzz.oracle.known_answer.swamping import FEWEST_KEYS, LARGE, MOST_LARGE
+from attn_fuzz.reference.answer import Inputs, kernel_answer
+from attn_fuzz.reference.attention import allowed_keys
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.layout import Segment, call_segments
+from attn_fuzz.reference.profile import UNIT_ROUNDOFF, Profile
+from attn_fuzz.reference.values import DTYPES
 
 Results = dict[str, torch.Tensor]
 Wrong = set[tuple[str, int]]

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 
 import torch
-from attn_fuzz.backends.collectives import Handle
 
+from attn_fuzz.backends.collectives import Handle
 from attn_fuzz.ranks.rank_process import here
 
 _kept: list[Handle] = []

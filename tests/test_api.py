@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from attn_fuzz.backends import registry
-from attn_fuzz.backends.kernel import AttentionOptions
-from attn_fuzz.backends.metadata import VarlenMetadata
-from attn_fuzz.reference.answer import kernel_inputs
-from attn_fuzz.reference.case import Case
 
 import attn_fuzz
 from attn_fuzz import AttentionMismatch, CheckError, FoundError, assert_attention
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import AttentionOptions
+from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.oracle.own_inputs import WrongElement
+from attn_fuzz.reference.answer import kernel_inputs
+from attn_fuzz.reference.case import Case
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "my_kernel.py"

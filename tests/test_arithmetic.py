@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from emulated import ALL_SUMS, KINDS, How, bf16, cut_off, fp16, kernel, to_nearest
+
 from attn_fuzz.backends.user import _CAUTIOUS
+from attn_fuzz.oracle.deviations import deviations, row_spreads
 from attn_fuzz.reference.answer import kernel_inputs
 from attn_fuzz.reference.batched import kernel_answer
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.narrow import LARGEST_ERROR, Narrow, operand_variance
 from attn_fuzz.reference.profile import Profile
-from emulated import ALL_SUMS, KINDS, How, bf16, cut_off, fp16, kernel, to_nearest
-
-from attn_fuzz.oracle.deviations import deviations, row_spreads
 
 
 def largest(how: How, case: Case, facts: dict[str, Any]) -> tuple[dict[str, float], float]:

@@ -8,15 +8,16 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
 from attn_fuzz.backends import registry
 from attn_fuzz.reference import answer, batched, vectorised
 from attn_fuzz.reference.answer import kernel_inputs
 from attn_fuzz.reference.case import DTYPES, Case
 from attn_fuzz.reference.profile import ACCUMULATION, Profile
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 PROFILES = (
     Profile(),

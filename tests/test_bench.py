@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from attn_fuzz.backends import registry
 from rich.console import Console
 
+from attn_fuzz.backends import registry
 from attn_fuzz.cli.bench import show_processes
 from attn_fuzz.evaluation import bench
 from attn_fuzz.evaluation.bench_calls import batches_shared_of, settled_rate

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+
 from attn_fuzz.backends.registry import load
+from attn_fuzz.oracle.examine import examine
 from attn_fuzz.reference import attention
 from attn_fuzz.reference.budget import (
     Variances,
@@ -19,8 +21,6 @@ from attn_fuzz.reference.budget import (
 )
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.profile import ACCUMULATION, SMALLEST_NORMAL, SUBNORMAL_SPACING, UNIT_ROUNDOFF, Profile
-
-from attn_fuzz.oracle.examine import examine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = ("out", "lse", "dq", "dk", "dv")

@@ -11,15 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from commandline import Run
+
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, UnsupportedCase
 from attn_fuzz.backends.kernels.loop import LoopKernel
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.reference.answer import KERNEL_TENSORS, kernel_answer, kernel_inputs
-from attn_fuzz.reference.case import MEMORIES, Case, CaseError
-from commandline import Run
-
 from attn_fuzz.batch.batch_run import NAMES
 from attn_fuzz.batch.judge import SCHEDULE, SHARE, judge
 from attn_fuzz.batch.judged import Question
@@ -38,7 +36,9 @@ from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.oracle.deviations import LIMIT, deviations
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.symptoms import DeadRowsNotZero, NotExact, WrongKeys, WrongKeysBackward
-from attn_fuzz.reduction.call_sequence import CallSequence, interferes, smallest
+from attn_fuzz.reduction.call_sequence import CallSequence, smallest, verdict_among
+from attn_fuzz.reference.answer import KERNEL_TENSORS, kernel_answer, kernel_inputs
+from attn_fuzz.reference.case import MEMORIES, Case, CaseError
 
 CPU = torch.device("cpu")
 EXAMPLE = (Path(__file__).resolve().parent.parent / "examples" / "my_kernel.py").read_text()
@@ -611,8 +611,8 @@ def test_what_only_many_calls_show_is_reported_as_such(monkeypatch: pytest.Monke
     assert sequence.words(sequence.judged(correct, CPU)) is None
     alone = examine(finding.case, backend, CPU)
     assert not alone.symptoms
-    assert interferes(alone, sequence, backend, CPU).checks == ("batch",)
-    assert interferes(alone, sequence, correct, CPU) == alone
+    assert verdict_among(alone, sequence, backend, CPU).checks == ("batch",)
+    assert verdict_among(alone, sequence, correct, CPU) == alone
 
 
 @pytest.mark.slow

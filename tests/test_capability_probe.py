@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Capabilities, Configuration, Unlimited
-from attn_fuzz.reference.case import Case
-
 from attn_fuzz.evaluation.capability_probe import RIGHT, Answer, base_case, probe_backend, probes
+from attn_fuzz.reference.case import Case
 
 
 def declared(name: str, capabilities: Capabilities) -> dict[str, bool]:

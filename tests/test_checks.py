@@ -11,15 +11,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel, UnsupportedCase
 from attn_fuzz.backends.layer import BufferedLayer
 from attn_fuzz.backends.loop import Call, Gradients, Loop, attend
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend, LayerFactory, load
-from attn_fuzz.reference.answer import Expected, kernel_answer, kernel_inputs
-from attn_fuzz.reference.case import Case
-from attn_fuzz.reference.profile import Profile
-
 from attn_fuzz.oracle.checks import CHECKS, Check
 from attn_fuzz.oracle.checks.additivity import sums_add_up
 from attn_fuzz.oracle.checks.memory import unwritten_unread
@@ -42,6 +39,9 @@ from attn_fuzz.oracle.symptoms import (
     WroteOutside,
 )
 from attn_fuzz.oracle.trial import Trial
+from attn_fuzz.reference.answer import Expected, kernel_answer, kernel_inputs
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.profile import Profile
 
 CPU = torch.device("cpu")
 

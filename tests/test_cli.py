@@ -12,7 +12,7 @@ import torch
 from commandline import CASE, SWAPPED, Run, sentence, write
 
 import attn_fuzz as package
-from attn_fuzz.cli.app import COMMANDS
+from attn_fuzz.cli.app import COMMANDS, function_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -163,7 +163,7 @@ def test_help_names_every_command(attn_fuzz: Run) -> None:
     text = done.out
     assert all(f" {name} " in text for name in COMMANDS)
     for name, (module, _) in COMMANDS.items():
-        assert callable(getattr(importlib.import_module(f"attn_fuzz.cli.{module}"), name.replace("-", "_")))
+        assert callable(function_of(importlib.import_module(f"attn_fuzz.cli.{module}"), name))
 
 
 def test_a_command_says_its_options(attn_fuzz: Run) -> None:

@@ -6,17 +6,18 @@ import dataclasses
 import errno
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from attn_fuzz.reference.case import Case
 from commandline import CASE, SWAPPED, Run, sentence, write
 
 from attn_fuzz.campaign.messages import Tally
 from attn_fuzz.campaign.pool import Outcome
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.store import Store
+from attn_fuzz.reference.case import Case
 
 FINDING = Finding(
     backend=SWAPPED,
@@ -209,6 +210,58 @@ def test_a_full_store_loses_nothing(attn_fuzz: Run, monkeypatch: pytest.MonkeyPa
     assert [path.name for path in Path("store").iterdir()] == [f"{FINDING.id}.json"]
     assert store.load(FINDING.id) == FINDING
     assert (Path("store") / f"{FINDING.id}.json").read_text() == before
+
+
+def stored(*findings: Finding) -> None:
+    store = Store(Path("store"))
+    store.prepare()
+    for age, finding in enumerate(findings):
+        os.utime(store.save(finding), (1e9 - age, 1e9 - age))
+
+
+OTHER = dataclasses.replace(FINDING, symptom="WrongOutput")
+
+
+def test_findings_are_listed_newest_first(attn_fuzz: Run) -> None:
+    stored(OTHER, FINDING)
+    done = attn_fuzz("list", "--store", "store", "--json")
+    assert done.status == 0
+    assert [finding["id"] for finding in done.json["findings"]] == [OTHER.id, FINDING.id]
+    text = attn_fuzz("list", "--store", "store").out
+    assert text.index(OTHER.id) < text.index(FINDING.id)
+    assert "there is no store elsewhere" in sentence(attn_fuzz("list", "--store", "elsewhere"))
+
+
+def test_what_cannot_be_read_is_said_beside_the_rest(attn_fuzz: Run) -> None:
+    stored(FINDING)
+    write("store/0123456789.json", "{}")
+    done = attn_fuzz("list", "--store", "store", "--json")
+    assert done.status == 2
+    assert [finding["id"] for finding in done.json["findings"]] == [FINDING.id]
+    assert "0123456789.json is damaged" in done.err
+
+
+def test_a_finding_is_shown_by_the_beginning_of_its_id(attn_fuzz: Run) -> None:
+    stored(FINDING, OTHER)
+    done = attn_fuzz("show", FINDING.id[:6], "--store", "store", "--json")
+    assert done.json == FINDING.to_dict()
+    text = attn_fuzz("show", FINDING.id[:6], "--store", "store").out
+    assert "WrongGradK [budget] dk: wrong" in text
+    assert f"drawn as: {FINDING.original_case.to_json()}" in text
+    assert "it holds" in sentence(attn_fuzz("show", "nothing", "--store", "store"))
+
+
+def test_a_beginning_of_several_ids_names_none(attn_fuzz: Run) -> None:
+    stored(FINDING)
+    write(f"store/{FINDING.id[:6]}0000.json", "{}")
+    assert "begins the ids of 2 findings" in sentence(attn_fuzz("show", FINDING.id[:6], "--store", "store"))
+
+
+def test_a_finding_of_a_newer_version_is_not_called_damaged(attn_fuzz: Run) -> None:
+    stored(FINDING)
+    write(f"store/{FINDING.id}.json", json.dumps(FINDING.to_dict() | {"colour": "red"}))
+    said = sentence(attn_fuzz("show", FINDING.id, "--store", "store"))
+    assert "was written by a newer version of attn-fuzz: it has 'colour'" in said
 
 
 # Nothing tested is no pass.

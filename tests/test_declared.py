@@ -10,14 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from emulated import How, kernel
+
 from attn_fuzz.backends.arithmetic import declared_facts
 from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities
 from attn_fuzz.backends.user import _CAUTIOUS, _CAUTIOUS_LAYER, UserKernel
-from attn_fuzz.reference.case import Case
-from attn_fuzz.reference.layer import layer_answer, layer_inputs
-from attn_fuzz.reference.profile import Profile
-from emulated import How, kernel
-
 from attn_fuzz.oracle.known_answer.census import equal_product
 from attn_fuzz.oracle.known_answer.needle_gain import needle_gain
 from attn_fuzz.oracle.known_answer.slack import (
@@ -27,6 +24,9 @@ from attn_fuzz.oracle.known_answer.slack import (
     support_slack,
     weight_error,
 )
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.layer import layer_answer, layer_inputs
+from attn_fuzz.reference.profile import Profile
 
 DOCS = (Path(__file__).parent.parent / "docs" / "arithmetic.md").read_text()
 CASE = Case(level="kernel", lengths=(70,), heads=2, head_dim=8)

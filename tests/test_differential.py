@@ -6,14 +6,14 @@ A failing case is printed as JSON, ready for ``python -m attn_fuzz save``.
 from __future__ import annotations
 
 import pytest
-from attn_fuzz.backends import registry
-from attn_fuzz.backends.kernel import UnsupportedCase
-from attn_fuzz.reference.case import LEVELS
 from hypothesis import given, note
 from hypothesis import strategies as st
 
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.generation.strategies import Domain, cases
 from attn_fuzz.oracle.examine import examine
+from attn_fuzz.reference.case import LEVELS
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from attn_fuzz.backends.user import import_object
 
 _PACKAGE = """

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.loop import Call, Document, Loop, attend
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.reference.case import Case
-from attn_fuzz.reference.layout import call_segments
-from attn_fuzz.reference.profile import Profile
-
 from attn_fuzz.oracle.checks.accumulation import exact_accumulation
 from attn_fuzz.oracle.checks.exact import needle_found, uniform_keys
 from attn_fuzz.oracle.examine import examine
@@ -21,6 +18,9 @@ from attn_fuzz.oracle.known_answer.census import Census
 from attn_fuzz.oracle.known_answer.needle import Needle
 from attn_fuzz.oracle.symptoms import NotExact, Symptom
 from attn_fuzz.oracle.trial import Trial
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.layout import call_segments
+from attn_fuzz.reference.profile import Profile
 
 CPU = torch.device("cpu")
 CASE = Case(

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated import KINDS, How, bf16, kernel
+
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.backends.user import UserKernel
-from attn_fuzz.reference.case import Case
-from emulated import KINDS, How, bf16, kernel
-
 from attn_fuzz.campaign.messages import Assignment, Found, Message
 from attn_fuzz.campaign.worker import work
 from attn_fuzz.evaluation.seeded_faults import drawn
@@ -22,6 +21,7 @@ from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.explain import explained_by
 from attn_fuzz.oracle.facts import declaring
 from attn_fuzz.oracle.trial import Trial
+from attn_fuzz.reference.case import Case
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from attn_fuzz.backends.user import user_layer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,11 +7,11 @@ import json
 from typing import Any
 
 import pytest
-from attn_fuzz.reference.case import Case, CaseError
 
 from attn_fuzz.findings.finding import Finding, FindingError, summarise
 from attn_fuzz.oracle.examine import Verdict
 from attn_fuzz.oracle.symptoms import PoisonLeaked, Symptom, WrongGradK, WrongGradV
+from attn_fuzz.reference.case import Case, CaseError
 
 FINDING = Finding(
     backend="loop",

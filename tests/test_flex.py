@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from attn_fuzz.backends.flex import mask_of
 from attn_fuzz.backends.kernel import AttentionOptions
 from attn_fuzz.backends.metadata import VarlenMetadata

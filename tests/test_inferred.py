@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from doubles import Double, double
+
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Attended
 from attn_fuzz.backends.loop import Call, Loop
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.reference.case import Case
-from doubles import Double, double
-
 from attn_fuzz.execution.inferred import InferredCapabilities, inferred
+from attn_fuzz.reference.case import Case
 
 UNSTATED = {"capacity": None, "isolates_nonfinite": None}
 

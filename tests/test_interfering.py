@@ -8,23 +8,23 @@ from typing import ClassVar
 
 import pytest
 import torch
-from attn_fuzz.backends import registry
-from attn_fuzz.backends.kernel import Capabilities
-from attn_fuzz.backends.layer import BufferedLayer
-from attn_fuzz.backends.loop import Call, Document, Loop
-from attn_fuzz.reference.answer import Inputs
-from attn_fuzz.reference.case import LEVELS, Case
-from attn_fuzz.reference.layer import LayerInputs
 from doubles import double, trial
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import Capabilities
+from attn_fuzz.backends.layer import BufferedLayer
+from attn_fuzz.backends.loop import Call, Document, Loop
 from attn_fuzz.cases.interfering import crossing, interfering_call
 from attn_fuzz.cases.simpler import simpler_options
 from attn_fuzz.evaluation.seeded_faults import drawn
 from attn_fuzz.generation.strategies import Domain, cases
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.trial import SECOND_SEED, Trial
+from attn_fuzz.reference.answer import Inputs
+from attn_fuzz.reference.case import LEVELS, Case
+from attn_fuzz.reference.layer import LayerInputs
 
 CPU = torch.device("cpu")
 LOOP = registry.load("loop")

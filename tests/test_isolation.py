@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attn_fuzz.backends import registry
-from attn_fuzz.backends.loop import Call, Document, Loop
-from attn_fuzz.reference.case import Case
 from doubles import double, trial
 
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.loop import Call, Document, Loop
 from attn_fuzz.oracle.checks.isolation import documents_apart, future_apart, kept_documents
 from attn_fuzz.oracle.symptoms import NotIsolated
 from attn_fuzz.oracle.trial import Trial
+from attn_fuzz.reference.case import Case
 
 CASE = Case(level="kernel", lengths=(3, 0, 4, 2), key_lengths=(5, 2, 4, 3), heads=2, head_dim=4)
 CPU = torch.device("cpu")

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 import torch
+
 from attn_fuzz.backends.kernel import AttentionOptions, Capabilities, Kernel, UnsupportedCase
 from attn_fuzz.backends.layer import BufferedLayer
 from attn_fuzz.backends.legacy import LegacyLayer
 from attn_fuzz.backends.registry import UnknownBackend, kernel_names, load
-from attn_fuzz.reference.case import MEMORIES, Case
-
 from attn_fuzz.execution.runner import require_support
 from attn_fuzz.oracle.examine import examine
+from attn_fuzz.reference.case import MEMORIES, Case
 
 CPU = torch.device("cpu")
 DEVICES = ("cpu", "cuda")

@@ -6,18 +6,18 @@ import dataclasses
 
 import pytest
 import torch
+
 from attn_fuzz.backends import known, registry
 from attn_fuzz.backends.kernel import Attended, AttentionOptions
 from attn_fuzz.backends.kernels.loop import LoopKernel
 from attn_fuzz.backends.known import KNOWN, KnownIssue
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.reference.case import Case
-
 from attn_fuzz.campaign import worker
 from attn_fuzz.campaign.isolated import KNOWN_ISSUE, Isolated, Subject
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message
 from attn_fuzz.oracle.examine import examine
+from attn_fuzz.reference.case import Case
 
 LAYOUT = Case(level="kernel", lengths=(2, 3))
 

@@ -8,12 +8,8 @@ from random import Random
 import plain_known_answers as plain
 import pytest
 import torch
-from attn_fuzz.backends import registry
-from attn_fuzz.reference.answer import Inputs
-from attn_fuzz.reference.case import Case
-from attn_fuzz.reference.layout import call_segments
-from attn_fuzz.reference.profile import Profile
 
+from attn_fuzz.backends import registry
 from attn_fuzz.batch.calls import run_batch
 from attn_fuzz.batch.packed import packed_batch
 from attn_fuzz.batch.tensors import BatchTensors
@@ -28,6 +24,10 @@ from attn_fuzz.oracle.known_answer.every_row import EveryRow
 from attn_fuzz.oracle.known_answer.needle import Needle
 from attn_fuzz.oracle.known_answer.swamping import Swamping, swamped_documents
 from attn_fuzz.oracle.symptoms import Element, Place
+from attn_fuzz.reference.answer import Inputs
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.layout import call_segments
+from attn_fuzz.reference.profile import Profile
 
 CPU = torch.device("cpu")
 LOOP = registry.load("loop")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from attn_fuzz.backends.kv_buffer import KeyValueBuffer, key_value_views
 from attn_fuzz.reference.case import MEMORIES
 from attn_fuzz.reference.memory import same_bits

@@ -7,17 +7,17 @@ import weakref
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from attn_fuzz.backends.layer import BufferedLayer
 from attn_fuzz.backends.legacy import LegacyLayer
 from attn_fuzz.backends.registry import Backend, load
+from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.case import DTYPES, Case
 from attn_fuzz.reference.layer import LayerInputs, layer_inputs
 from attn_fuzz.reference.layout import active_extent, micro_sequences
 from attn_fuzz.reference.memory import same_bits
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from attn_fuzz.oracle.trial import Trial
 
 CPU = torch.device("cpu")
 SENTINEL = 7.0

@@ -5,6 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layout import (
     Segment,
@@ -17,8 +20,6 @@ from attn_fuzz.reference.layout import (
     micro_sequences,
     segments,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 LENGTHS = st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any).map(tuple)
 

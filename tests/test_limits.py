@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commandline import Run
+
 from attn_fuzz.backends import known, registry
 from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities
 from attn_fuzz.backends.known import KnownIssue, built_on
-from attn_fuzz.reference.case import MEMORIES, Case
-from commandline import Run
-
 from attn_fuzz.campaign import limits
 from attn_fuzz.campaign.isolated import Report, Subject, report_of
 from attn_fuzz.campaign.limits import Limit, LimitsFound, infer_limits, taken, without_of
 from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.symptoms import WrongOutput
+from attn_fuzz.reference.case import MEMORIES, Case
 
 KERNEL = """
 import os

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attn_fuzz.backends import registry
-from attn_fuzz.reference.answer import kernel_inputs
-from attn_fuzz.reference.case import MEMORIES, Case
-from attn_fuzz.reference.memory import MARGIN, Placed, bits, layout_of, place, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attn_fuzz.backends import registry
 from attn_fuzz.batch.packed import packed_batch
 from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.execution.runner import KernelCall
+from attn_fuzz.reference.answer import kernel_inputs
+from attn_fuzz.reference.case import MEMORIES, Case
+from attn_fuzz.reference.memory import MARGIN, Placed, bits, layout_of, place, same_bits
 
 ROWS, HEADS, CHANNELS = 3, 2, 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

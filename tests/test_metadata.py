@@ -6,10 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from attn_fuzz.backends.metadata import MicroSequenceMetadata, VarlenMetadata, prefix_sums, preprocess
-from attn_fuzz.reference.layout import Span, active_extent, segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from attn_fuzz.backends.metadata import MicroSequenceMetadata, VarlenMetadata, prefix_sums, preprocess
+from attn_fuzz.reference.layout import Span, active_extent, segments
 
 CPU = torch.device("cpu")
 lengths_strategy = st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any)

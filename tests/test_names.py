@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from attn_fuzz.backends import registry
-from attn_fuzz.backends.loop import Call, Document, Loop
-from attn_fuzz.reference.case import VALUES, Case
-from attn_fuzz.reference.layer import layer_inputs
 from doubles import double
 
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.loop import Call, Document, Loop
 from attn_fuzz.execution.poison import poisoned
 from attn_fuzz.oracle.checks import PROBES
 from attn_fuzz.oracle.checks.exact import rows_counted, uniform_keys
@@ -19,6 +17,8 @@ from attn_fuzz.oracle.examine import Verdict, examine
 from attn_fuzz.oracle.garbage import kernel_garbage, layer_garbage
 from attn_fuzz.oracle.symptoms import MissingResult, PoisonLeaked, WrongGradQ, WrongGradV, WrongKeys, WrongOutput
 from attn_fuzz.oracle.trial import Trial
+from attn_fuzz.reference.case import VALUES, Case
+from attn_fuzz.reference.layer import layer_inputs
 
 CPU = torch.device("cpu")
 

@@ -13,14 +13,12 @@ from random import Random
 
 import pytest
 import torch
+
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Attended, AttentionOptions
 from attn_fuzz.backends.kernels.loop import LoopKernel
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.reference.answer import kernel_answer, kernel_inputs
-from attn_fuzz.reference.case import Case
-
 from attn_fuzz.batch import batch_size
 from attn_fuzz.batch.batch_run import NAMES
 from attn_fuzz.batch.batch_size import masks_whole_pack
@@ -40,6 +38,8 @@ from attn_fuzz.oracle.deviations import LIMIT, row_spreads
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.symptoms import Crashed, InputsChanged, PoisonLeaked, WrongSpread
 from attn_fuzz.reduction.packed import ENOUGH, bisected, candidates, plainer
+from attn_fuzz.reference.answer import kernel_answer, kernel_inputs
+from attn_fuzz.reference.case import Case
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,19 +7,19 @@ from random import Random
 
 import pytest
 import torch
+
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Attended
 from attn_fuzz.backends.kernels.loop import LoopKernel
-from attn_fuzz.reference.case import Case
-from attn_fuzz.reference.exact_layer import exact_layer_answer, is_exact
-from attn_fuzz.reference.layer import layer_answer, layer_inputs
-from attn_fuzz.reference.profile import Profile
-
 from attn_fuzz.batch.layer import draw_layer_case, judge_layer
 from attn_fuzz.batch.packed import packed_failure
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message
 from attn_fuzz.campaign.packed_worker import work_on_packed
 from attn_fuzz.generation.strategies import Domain, straddling
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.exact_layer import exact_layer_answer, is_exact
+from attn_fuzz.reference.layer import layer_answer, layer_inputs
+from attn_fuzz.reference.profile import Profile
 
 CPU = torch.device("cpu")
 

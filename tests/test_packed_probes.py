@@ -6,15 +6,13 @@ from random import Random
 
 import pytest
 import torch
+
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Attended, AttentionOptions
 from attn_fuzz.backends.kernels.loop import LoopKernel
 from attn_fuzz.backends.known import issues_of
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend, calls_of
-from attn_fuzz.reference.answer import KERNEL_TENSORS, Inputs
-from attn_fuzz.reference.case import Case
-
 from attn_fuzz.batch.calls import run_batch
 from attn_fuzz.batch.judged import Question
 from attn_fuzz.batch.packed import confirmed, judge_packed, packed_batch, packed_failure
@@ -26,6 +24,8 @@ from attn_fuzz.generation.length_sweeps import Sweep, draw_case
 from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.oracle.known_answer.census import Census
 from attn_fuzz.oracle.symptoms import WrongKeys, WrongKeysBackward
+from attn_fuzz.reference.answer import KERNEL_TENSORS, Inputs
+from attn_fuzz.reference.case import Case
 
 CPU = torch.device("cpu")
 KEYS = Question("nan", "keys")

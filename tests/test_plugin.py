@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from attn_fuzz.backends import registry
-from attn_fuzz.reference.case import Case
 from hypothesis import settings
 
+from attn_fuzz.backends import registry
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.pytest_plugin import test_device as device_here
+from attn_fuzz.reference.case import Case
 
 pytest_plugins = ["pytester"]
 

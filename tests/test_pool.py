@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from attn_fuzz.reference.case import Case
 
 from attn_fuzz.campaign import crash_triage, pool
 from attn_fuzz.campaign.isolated import Isolated, NoDevice, Subject
@@ -19,6 +18,7 @@ from attn_fuzz.campaign.plan import CampaignOptions, plan, share_of_time
 from attn_fuzz.campaign.pool import CampaignError, Outcome, Pool
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.reduction.minimise import minimise
+from attn_fuzz.reference.case import Case
 
 EXAMPLE = (Path(__file__).resolve().parent.parent / "examples" / "my_kernel.py").read_text()
 CASE = Case(level="kernel", lengths=(3, 2), head_dim=2)

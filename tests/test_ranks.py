@@ -11,20 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from attn_fuzz.backends.collectives import Alone, Collectives, Done, Handle
-from attn_fuzz.backends.faults.fault import RankFault, TensorFault, faults
-from attn_fuzz.backends.layer import BufferedLayer
-from attn_fuzz.backends.rank_layer import RankLayer, preprocess_rank
-from attn_fuzz.backends.registry import load
-from attn_fuzz.reference.case import Case, CaseError
-from attn_fuzz.reference.layer import layer_inputs
-from attn_fuzz.reference.layout import Span, active_extent, micro_sequences, rank_slice, rank_slices, segments
-from attn_fuzz.reference.memory import same_bits
 from hunts import finding_of, first_failure, job_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_calls import at_odds, gathers, unwaited
 
+from attn_fuzz.backends.collectives import Alone, Collectives, Done, Handle
+from attn_fuzz.backends.faults.fault import RankFault, TensorFault, faults
+from attn_fuzz.backends.layer import BufferedLayer
+from attn_fuzz.backends.rank_layer import RankLayer, preprocess_rank
+from attn_fuzz.backends.registry import load
 from attn_fuzz.campaign.plan import CampaignOptions, default_workers, plan
 from attn_fuzz.cases.repair import fitted
 from attn_fuzz.cases.smaller import fewer_ranks
@@ -39,6 +35,10 @@ from attn_fuzz.ranks.pickling import packed, unpacked
 from attn_fuzz.ranks.progress import KEPT, Progress
 from attn_fuzz.ranks.rank_group import RankFailed, RankGroups, RanksHung, rank_groups, seats
 from attn_fuzz.reduction.minimise import minimise
+from attn_fuzz.reference.case import Case, CaseError
+from attn_fuzz.reference.layer import layer_inputs
+from attn_fuzz.reference.layout import Span, active_extent, micro_sequences, rank_slice, rank_slices, segments
+from attn_fuzz.reference.memory import same_bits
 from results.render import rank_tables as rank_results
 from results.render.rank_rate import processor_seconds
 from results.render.tables import load as load_results

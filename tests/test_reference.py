@@ -6,6 +6,9 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from attn_fuzz.backends.kernel import Capabilities
 from attn_fuzz.reference import attention
 from attn_fuzz.reference.answer import Inputs, kernel_answer, kernel_inputs
@@ -15,8 +18,6 @@ from attn_fuzz.reference.layer import LayerInputs, layer_answer, layer_inputs
 from attn_fuzz.reference.layout import call_segments, document_spans
 from attn_fuzz.reference.profile import Profile
 from attn_fuzz.reference.weights import NORM_EPSILON
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 CAPABILITIES = Capabilities(dtypes=("fp32",))
 WINDOWS = st.tuples(st.sampled_from([-1, 0, 1, 3]), st.sampled_from([-1, 0, 2]))

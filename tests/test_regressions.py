@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.reference.case import Case
-
 from attn_fuzz.campaign.replay import verdict_on
 from attn_fuzz.findings.regression_cases import RegressionCase, regression_cases
+from attn_fuzz.reference.case import Case
 
 SAVED = regression_cases(Path(__file__).parent / "regressions")
 

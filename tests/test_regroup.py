@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from doubles import trial
+
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.layer import BufferedLayer
 from attn_fuzz.backends.loop import Call, Document, Loop
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.reference.case import Case
-from doubles import trial
-
 from attn_fuzz.oracle.checks.regroup import recut, regrouped, regrouped_case, turned
 from attn_fuzz.oracle.symptoms import NotRegrouped
 from attn_fuzz.oracle.trial import Trial
+from attn_fuzz.reference.case import Case
 
 CPU = torch.device("cpu")
 CASE = Case(level="kernel", lengths=(3, 0, 4), key_lengths=(3, 2, 6), document_ids=(5, 1, 3), heads=2, kv_heads=1)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attn_fuzz.backends import registry
-from attn_fuzz.backends.loop import Call, Gradients, Loop
-from attn_fuzz.reference.case import Case
 from doubles import double, trial
 
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.loop import Call, Gradients, Loop
 from attn_fuzz.batch.judge import moving
 from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.oracle.checks import Check
@@ -17,6 +16,7 @@ from attn_fuzz.oracle.checks.memory import unwritten_unread
 from attn_fuzz.oracle.checks.repeat import path_taken, repeats_itself
 from attn_fuzz.oracle.symptoms import NotRepeatable, WrongPath
 from attn_fuzz.oracle.trial import Trial
+from attn_fuzz.reference.case import Case
 
 CASE = Case(level="kernel", lengths=(3, 4), head_dim=4)
 CPU = torch.device("cpu")

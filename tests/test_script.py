@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+
 from attn_fuzz.backends import registry
+from attn_fuzz.findings.script import ScriptError, candidates, standalone
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.profile import Profile
-
-from attn_fuzz.findings.script import ScriptError, candidates, standalone
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL = (ROOT / "examples" / "my_kernel.py").read_text()

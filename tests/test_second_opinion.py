@@ -8,12 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from attn_fuzz.backends import registry
-from attn_fuzz.reference import batched
-from attn_fuzz.reference.answer import KERNEL_TENSORS, Expected, Inputs
-from attn_fuzz.reference.case import Case
-from attn_fuzz.reference.profile import Profile
 
+from attn_fuzz.backends import registry
 from attn_fuzz.campaign.isolated import Isolated, Report, Subject, report_of
 from attn_fuzz.campaign.messages import Assignment, Failed, Found, Message, Trying
 from attn_fuzz.campaign.triage import Triage
@@ -26,6 +22,10 @@ from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.known_answer import every_row
 from attn_fuzz.oracle.second_opinion import ReferencesDisagree, confirm_call
 from attn_fuzz.oracle.symptoms import NotExact, Symptom, WrongOutput
+from attn_fuzz.reference import batched
+from attn_fuzz.reference.answer import KERNEL_TENSORS, Expected, Inputs
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.profile import Profile
 from tests.commandline import Run, sentence, write
 
 CPU = torch.device("cpu")

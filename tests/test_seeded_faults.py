@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from attn_fuzz.backends import registry
-from attn_fuzz.backends.faults.fault import faults
-from attn_fuzz.reference.case import Case
 from hunts import finding_of
 
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.faults.fault import faults
 from attn_fuzz.evaluation import seeded_faults
 from attn_fuzz.evaluation.power import power
 from attn_fuzz.evaluation.published_tolerances import failing
 from attn_fuzz.oracle.examine import examine
+from attn_fuzz.reference.case import Case
 from results.render import tables as results
 
 ROOT = Path(__file__).resolve().parent.parent

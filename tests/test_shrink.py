@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from attn_fuzz.backends.kernel import Capabilities
-from attn_fuzz.reference.case import LEVELS, Case
-from attn_fuzz.reference.values import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attn_fuzz.backends.kernel import Capabilities
 from attn_fuzz.cases.order import simplicity
 from attn_fuzz.cases.smaller import (
     fewer_documents,
@@ -23,6 +21,8 @@ from attn_fuzz.cases.smaller import (
 )
 from attn_fuzz.generation.strategies import Domain, cases, straddling
 from attn_fuzz.reduction.minimise import PASSES, minimise
+from attn_fuzz.reference.case import LEVELS, Case
+from attn_fuzz.reference.values import draw
 
 DOMAIN = Domain.of(Capabilities(), "cpu")
 DRAWN = st.one_of(*(cases(level, DOMAIN) for level in LEVELS))

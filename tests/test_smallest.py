@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from attn_fuzz.backends import registry
-from attn_fuzz.reference.case import Case
 
+from attn_fuzz.backends import registry
 from attn_fuzz.oracle.checks import PROBES, Check
 from attn_fuzz.oracle.examine import Verdict, some_probes
 from attn_fuzz.oracle.symptoms import NotExact, Symptom, WrongOutput
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reduction.smallest import smallest
+from attn_fuzz.reference.case import Case
 
 CASE = Case(lengths=(3, 40, 2), cuts=(20,))
 CLEAN = Verdict((), {}, frozenset())

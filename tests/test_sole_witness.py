@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attn_fuzz.backends import registry
-from attn_fuzz.reference.case import Case
 
+from attn_fuzz.backends import registry
 from attn_fuzz.oracle.checks import CHECKS, PROBES
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.trial import Trial
+from attn_fuzz.reference.case import Case
 
 WITNESSES = {
     "complete": ("X31", '{"level": "kernel", "lengths": [2], "head_dim": 4}'),

@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from attn_fuzz.reference.case import Case
 
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.store import Store, StoreError
+from attn_fuzz.reference.case import Case
 
 FINDING = Finding(
     backend="loop",

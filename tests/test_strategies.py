@@ -9,17 +9,17 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from attn_fuzz.backends.kernel import Capabilities, Configuration
-from attn_fuzz.backends.registry import calls_of
-from attn_fuzz.reference.case import DTYPES, LEVELS, MEMORIES, ROTARIES, VALUES, Case
-from attn_fuzz.reference.layout import active_extent, micro_sequences, segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attn_fuzz.backends.kernel import Capabilities, Configuration
+from attn_fuzz.backends.registry import calls_of
 from attn_fuzz.generation import strategies
 from attn_fuzz.generation.drawing import FEW, few_cases
 from attn_fuzz.generation.layouts import FEW_KEYS, LONG_ROWS, LONG_SQUARES, MAX_PAIRS
 from attn_fuzz.generation.strategies import HEAD_DIMS, HEAD_GROUPS, MANY_HEADS, Domain, cases, straddling
+from attn_fuzz.reference.case import DTYPES, LEVELS, MEMORIES, ROTARIES, VALUES, Case
+from attn_fuzz.reference.layout import active_extent, micro_sequences, segments
 
 ALL = Capabilities()
 

@@ -6,18 +6,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.loop import Call, Document, Loop, attend
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.reference.case import Case
-from attn_fuzz.reference.profile import Profile
-
 from attn_fuzz.oracle.checks.swamping import sums_not_swamped
 from attn_fuzz.oracle.known_answer.swamping import FEWEST_KEYS, LARGE, REFERENCE_CHANNEL, Swamping
 from attn_fuzz.oracle.symptoms import NotExact, Symptom
 from attn_fuzz.oracle.trial import Trial
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.profile import Profile
 
 CPU = torch.device("cpu")
 CASE = Case(level="kernel", lengths=(2, 129, 1), key_lengths=(2, 129, 300), heads=4, kv_heads=2, dtype="bf16")

@@ -7,14 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from attn_fuzz.backends import registry
-from attn_fuzz.backends.loop import Loop
-from attn_fuzz.reference.answer import kernel_inputs
-from attn_fuzz.reference.case import Case
-from attn_fuzz.reference.layer import layer_inputs
-from attn_fuzz.reference.memory import same_bits
 from doubles import double
 
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.loop import Loop
 from attn_fuzz.batch.batch_size import _forms_a_mask
 from attn_fuzz.batch.judge import SCHEDULE, judge
 from attn_fuzz.batch.judged import Question
@@ -25,6 +21,10 @@ from attn_fuzz.execution.runner import KernelCall, run_kernel, run_layer
 from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.symptoms import PoisonLeaked
+from attn_fuzz.reference.answer import kernel_inputs
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.layer import layer_inputs
+from attn_fuzz.reference.memory import same_bits
 
 USER_CODE = Path(__file__).with_name("user_code.py")
 

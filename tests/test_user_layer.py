@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from attn_fuzz.backends import registry
-from attn_fuzz.reference.case import Case
 from hunts import first_failure, first_finding
 
+from attn_fuzz.backends import registry
 from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.evaluation.seeded_faults import drawn
 from attn_fuzz.oracle.examine import examine, some_probes
+from attn_fuzz.reference.case import Case
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "my_layer.py"

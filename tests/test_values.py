@@ -6,11 +6,12 @@ import zlib
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from attn_fuzz.reference.case import DTYPES, MAX_HEAD_DIM, VALUES, Case
 from attn_fuzz.reference.memory import bits, same_bits
 from attn_fuzz.reference.values import draw, draw_norm, draw_weight
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 CASE = Case(level="kernel", lengths=(3, 2), key_lengths=(4, 1), heads=2, head_dim=4, seed=7)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attn_fuzz.reference.case import Case
 
 from attn_fuzz.campaign import worker
 from attn_fuzz.campaign.messages import Assignment, Candidate, Failed, Finished, Found, Message, Trying
 from attn_fuzz.campaign.worker import work
 from attn_fuzz.oracle.examine import Verdict
+from attn_fuzz.reference.case import Case
 
 EXAMPLE = (Path(__file__).resolve().parent.parent / "examples" / "my_kernel.py").read_text()
 SWAPPED = Assignment(backend="fault:M51-swapped", device="cpu", seed=3, cases=40, stop_at_first=True)

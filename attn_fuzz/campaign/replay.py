@@ -13,7 +13,7 @@ from attn_fuzz.campaign.isolated import FATAL, Isolated, Subject
 from attn_fuzz.campaign.pool import HANG_SECONDS
 from attn_fuzz.findings.regression_cases import RegressionCase
 from attn_fuzz.oracle.examine import Verdict, examine
-from attn_fuzz.reduction.call_sequence import interferes
+from attn_fuzz.reduction.call_sequence import verdict_among
 
 
 def verdict_alone(saved: RegressionCase, name: str, device: str) -> Verdict | str:
@@ -46,4 +46,4 @@ def verdict_on(saved: RegressionCase, name: str, device: str) -> Verdict | str:
     if isinstance(alone, str):
         return alone
     with contextlib.redirect_stdout(sys.stderr):
-        return interferes(alone, saved.sequence, registry.load(name), torch.device(device))
+        return verdict_among(alone, saved.sequence, registry.load(name), torch.device(device))

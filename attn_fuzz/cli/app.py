@@ -5,6 +5,7 @@ A command is imported when it is called, since torch takes seconds: help and usa
 
 from __future__ import annotations
 
+import builtins
 import importlib
 import os
 import signal
@@ -21,6 +22,8 @@ COMMANDS: Final = {
     "replay": ("saved", "Run one saved case and show every check's verdict."),
     "script": ("saved", "Print a failing kernel case as one Python file that needs nothing of this project."),
     "save": ("saved", "Keep a failing case as a regression case, which the test suite collects."),
+    "list": ("store", "List what was found, newest first."),
+    "show": ("store", "Show one finding: what failed, the shrunk case, and on which versions."),
     "backends": ("catalogue", "What is available here, what each backend supports, and why the rest is not."),
     "faults": ("faults", "Hunt every seeded fault on the CPU, without hints."),
     "bench": ("bench", "Documents and cases per second of all modes, beside the bare kernels."),
@@ -28,11 +31,17 @@ COMMANDS: Final = {
 """By name: the module of ``attn_fuzz.cli`` that has it, and what it does."""
 
 
+def function_of(module: Any, name: str) -> Any:
+    """What a command does, by its name; ``list_`` where Python has the name already."""
+    word = name.replace("-", "_")
+    return getattr(module, f"{word}_" if hasattr(builtins, word) else word)
+
+
 def _loaded(name: str) -> Any:
     """A command with its options."""
     module = importlib.import_module(f"attn_fuzz.cli.{COMMANDS[name][0]}")
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(name)(getattr(module, name.replace("-", "_")))
+    single.command(name)(function_of(module, name))
     return typer.main.get_command(single)
 
 

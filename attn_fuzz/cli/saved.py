@@ -30,9 +30,9 @@ from attn_fuzz.findings.script import ScriptError, standalone
 from attn_fuzz.oracle.examine import Verdict
 
 
-def _place(device: str | None, seed: RegressionCase) -> str:
+def _place(device: str | None, saved: RegressionCase) -> str:
     """The device asked for, else the one to try a case on: where there is a GPU that, unless it failed on CPUs only."""
-    return device_of("cpu" if device is None and set(seed.failing) == {"cpu"} else device)
+    return device_of("cpu" if device is None and set(saved.failing) == {"cpu"} else device)
 
 
 def replay(
@@ -49,13 +49,13 @@ def replay(
     Default backends: a finding's own, else all available. Default device: the CPU for what was found on CPUs only, else
     cuda where there is one.
     """
-    seed = find_regression_case(case, store)
-    where = _place(device, seed)
-    own = seed.failing.get(where.partition(":")[0], ())
+    saved = find_regression_case(case, store)
+    where = _place(device, saved)
+    own = saved.failing.get(where.partition(":")[0], ())
     names = tuple(dict.fromkeys(backend or own or available_backends(where)))
     require_available(names, where)
     set_up_process(where)
-    results = [(name, verdict_on(seed, name, where)) for name in names]
+    results = [(name, verdict_on(saved, name, where)) for name in names]
     if backend and all(isinstance(verdict, str) for _, verdict in results):
         raise UsageError("; ".join(str(verdict) for _, verdict in results))
     failed = [name for name, verdict in results if isinstance(verdict, Verdict) and verdict.symptoms]
@@ -63,7 +63,7 @@ def replay(
         typer.echo(
             json.dumps(
                 {
-                    "case": seed.case.to_dict(),
+                    "case": saved.case.to_dict(),
                     "device": where,
                     "backends": [
                         {"name": name, "refused": verdict}
@@ -84,9 +84,9 @@ def replay(
         )
     else:
         console = results_console()
-        tables.verdict_lines(console, seed.case, results)
-        if seed.sequence is not None:
-            tables.call_sequence_lines(console, seed.sequence)
+        tables.verdict_lines(console, saved.case, results)
+        if saved.sequence is not None:
+            tables.call_sequence_lines(console, saved.sequence)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -108,12 +108,12 @@ def save(
         registry.load(backend)
     kind = device_of(device).partition(":")[0]
     controls = {kind: tuple(expect_failure)} if expect_failure else found.expected_failures
-    seed = dataclasses.replace(found, name=name, about=about or found.about, expected_failures=controls)
+    saved = dataclasses.replace(found, name=name, about=about or found.about, expected_failures=controls)
     target = folder / f"{name}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with target.open("x") as file:
-            file.write(seed.to_json())
+            file.write(saved.to_json())
     except FileExistsError:
         raise UsageError(f"{target} exists already; choose another name") from None
     except OSError as error:
@@ -128,23 +128,23 @@ def script(
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Print a failing kernel case as one Python file that needs nothing of this project, to paste into a report."""
-    seed = find_regression_case(case, store)
-    where = _place(device, seed)
-    own = seed.failing.get(where.partition(":")[0], ())
+    saved = find_regression_case(case, store)
+    where = _place(device, saved)
+    own = saved.failing.get(where.partition(":")[0], ())
     name = backend or (own[0] if own else None)
     if name is None:
         raise UsageError("the case names no backend that fails it; say --backend NAME")
     require_available((name,), where)
     set_up_process(where)
-    verdict = verdict_alone(seed, name, where)
-    if seed.sequence is not None and isinstance(verdict, Verdict) and not verdict.symptoms:
+    verdict = verdict_alone(saved, name, where)
+    if saved.sequence is not None and isinstance(verdict, Verdict) and not verdict.symptoms:
         raise UsageError(f"{case} fails among other calls only, which no script has: replay it")
     if isinstance(verdict, str):
         raise UsageError(verdict)
     title = f"{name}: {verdict.first}" if verdict.first else f"{name}: {', '.join(verdict.known) or 'no check fails'}"
     try:
         fatal = isinstance(verdict, Verdict) and type(verdict.first).__name__ in FATAL
-        text = standalone(seed.case, registry.load(name), where, title, fatal=fatal)
+        text = standalone(saved.case, registry.load(name), where, title, fatal=fatal)
     except ScriptError as error:
         raise UsageError(str(error)) from None
     typer.echo(text, nl=False)

@@ -43,6 +43,16 @@ def campaign_table(outcome: Outcome) -> Table:
     return table
 
 
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """One row per finding."""
+    table = Table(title=f"{len(findings)} findings")
+    for column in ("id", "symptom", "backend", "device", "case"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("id", "symptom"))
+    for finding in findings:
+        table.add_row(finding.id, finding.symptom, finding.backend, finding.device, describe(finding.case))
+    return table
+
+
 def describe(case: Case) -> str:
     """A case in one line of JSON."""
     return case.to_json()

@@ -75,12 +75,18 @@ class Finding:
                 cases_to_find=int(data["cases_to_find"]),
                 seconds_to_find=float(data["seconds_to_find"]),
                 environment=dict(data.get("environment", {})),
-                sequence=None if data.get("sequence") is None else dict(data["sequence"]),
+                sequence=_calls(data),
             )
         except CaseError:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FindingError(f"this is no finding: {type(error).__name__} {error}") from None
+
+
+def _calls(data: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Calls in a row; findings of version 0.1 have them as ``company``."""
+    found = data.get("sequence", data.get("company"))
+    return None if found is None else dict(found)
 
 
 def _words(value: Any) -> tuple[str, ...]:

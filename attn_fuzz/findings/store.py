@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import tempfile
@@ -17,6 +18,16 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:
         return False
+
+
+def _of_a_newer_version(data: object) -> str:
+    """An entry that findings of this version do not have, where everything else is there; else nothing."""
+    known = {"id", *(field.name for field in dataclasses.fields(Finding))}
+    # Of version 0.1 (finding.py).
+    known |= {"company"}
+    if not isinstance(data, dict) or not {"backend", "case", "symptom"} <= set(data):
+        return ""
+    return next(iter(sorted(set(data) - known)), "")
 
 
 class StoreError(OSError):
@@ -71,23 +82,48 @@ class Store:
         return path
 
     def load(self, identifier: str) -> Finding:
-        """The finding of that id.
+        """The finding of that id, or of the only id that begins so.
 
         Raises:
-            StoreError: when there is none, or its file is damaged.
+            StoreError: when there is none, or more than one, or its file is damaged or of a newer version.
         """
-        path = self._path(identifier)
-        if not is_file(path):
-            raise StoreError(f"there is no finding {identifier} in {self.folder}; it holds {self._summary()}")
+        path = self._path(self._completed(identifier))
         try:
-            return Finding.from_dict(json.loads(path.read_text()))
+            data = json.loads(path.read_text())
+            newer = _of_a_newer_version(data)
+            finding = None if newer else Finding.from_dict(data)
         except (ValueError, OSError, RecursionError) as error:
             # FindingError and CaseError are ValueErrors too.
             raise StoreError(f"{path} is damaged ({error}); delete it or restore it from a copy") from None
+        if finding is None:
+            raise StoreError(f"{path} was written by a newer version of attn-fuzz: it has {newer!r}; update to read it")
+        return finding
+
+    def _completed(self, identifier: str) -> str:
+        """The id that begins with what was given of it."""
+        if is_file(self._path(identifier)):
+            return identifier
+        several = [each for each in self.identifiers() if identifier and each.startswith(identifier)]
+        if not several:
+            raise StoreError(f"there is no finding {identifier} in {self.folder}; it holds {self._summary()}")
+        if len(several) > 1:
+            raise StoreError(f"{identifier} begins the ids of {len(several)} findings: {', '.join(several[:10])}")
+        return several[0]
 
     def identifiers(self) -> tuple[str, ...]:
         """Ids of all findings."""
         return tuple(sorted(path.stem for path in self.folder.glob("*.json")))
+
+    def newest_first(self) -> tuple[str, ...]:
+        """Ids of all findings, the one that was written last first."""
+
+        def written(identifier: str) -> tuple[float, str]:
+            try:
+                return -self._path(identifier).stat().st_mtime, identifier
+            except OSError:
+                return 0.0, identifier
+
+        return tuple(sorted(self.identifiers(), key=written))
 
     def _summary(self) -> str:
         found = self.identifiers()

@@ -162,7 +162,7 @@ def tried(case: Case, backend: Backend, device: torch.device | str) -> Verdict:
     """
     device = torch.device(device)
     require_support(backend, case, device)
-    observations = _observed(Trial(case, backend, device, POISONS[:1], sequence=False))
+    observations = _observed(Trial(case, backend, device, POISONS[:1], interfered=False))
     if isinstance(observations, Symptom):
         return Verdict((observations,), {}, frozenset())
     nan = [name for name, got in observations[0].results.items() if got.isnan().any()]

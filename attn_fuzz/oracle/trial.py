@@ -38,7 +38,7 @@ class Trial:
     poisons: Sequence[str] = POISONS
     touched: list[str] = dataclasses.field(default_factory=list, repr=False)
     """Inputs, metadata or guard margins whose bits any run has changed, in words; shared by trials made from this."""
-    sequence: bool | None = None
+    interfered: bool | None = None
     """Whether an interfering call runs around the first run; None: as the case's seed says (``interferes``)."""
     hasty: bool = False
     """Whether quick budgets are good enough, as they are for what is not the last word."""
@@ -61,11 +61,11 @@ class Trial:
         Ranks do not keep more between calls than one process does, and two more passes of all their collectives would
         be a third of a case: of those cases, one seed in four, which is none that a shrinker leaves.
         """
-        return self.sequence if self.sequence is not None else self.case.all_ranks == 1 or self.case.seed % 4 == 0
+        return self.interfered if self.interfered is not None else self.case.all_ranks == 1 or self.case.seed % 4 == 0
 
     @functools.cached_property
     def observations(self) -> tuple[Observation, ...]:
-        """One run per poison; the first in the company of an interfering call, the others alone."""
+        """One run per poison; the first around an interfering call, the others alone."""
         interfering = interfering_call(self.case, self.backend, self.device.type) if self.interferes else None
         if self.case.all_ranks > 1:
             assert isinstance(self.inputs, LayerInputs)
@@ -185,7 +185,7 @@ class Trial:
     def second(self) -> Trial:
         """The same layout with other values."""
         other = self.case.replace(seed=self.case.seed ^ SECOND_SEED)
-        return dataclasses.replace(self, case=other, sequence=self.interferes)
+        return dataclasses.replace(self, case=other, interfered=self.interferes)
 
     def document_of(self, tensor: str, row: int) -> tuple[int | None, int]:
         """(document, row within it) of a tensor's row; parameters have no documents."""

@@ -183,7 +183,7 @@ def smallest(sequence: CallSequence, backend: Backend, device: torch.device, sec
     return reduce(sequence, _PASSES, fails, _simplicity, Deadline.after(seconds))
 
 
-def interferes(alone: Verdict, sequence: CallSequence | None, backend: Backend, device: torch.device) -> Verdict:
+def verdict_among(alone: Verdict, sequence: CallSequence | None, backend: Backend, device: torch.device) -> Verdict:
     """The verdict on a case where it passes by itself, but is kept with calls among which it fails.
 
     Args:

@@ -6,6 +6,7 @@ from collections import deque
 from typing import ClassVar
 
 import torch
+
 from attn_fuzz.backends.faults.fault import LayerFault
 from attn_fuzz.backends.kernel import Kernel
 from attn_fuzz.backends.kv_buffer import KeyValueBuffer

@@ -7,6 +7,7 @@ import pkgutil
 from typing import ClassVar
 
 import torch
+
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.layer import BufferedLayer, Layer
 from attn_fuzz.backends.loop import Loop, attend

@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 import torch
+
 from attn_fuzz.backends.faults.fault import LayerFault
 from attn_fuzz.backends.kernel import Kernel
 from attn_fuzz.backends.layer import BufferedLayer, BufferRegion

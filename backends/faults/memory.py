@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from attn_fuzz.backends.faults.fault import KernelFault
 from attn_fuzz.backends.kernel import Capabilities
 from attn_fuzz.backends.loop import Call, Document, Gradients

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+
 from attn_fuzz.backends.faults.fault import LayerFault
 from attn_fuzz.backends.kernel import Kernel
 from attn_fuzz.backends.layer import BufferedLayer

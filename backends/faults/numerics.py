@@ -6,6 +6,7 @@ import math
 from typing import ClassVar
 
 import torch
+
 from attn_fuzz.backends.faults.fault import KernelFault
 from attn_fuzz.backends.kernel import Capabilities
 from attn_fuzz.backends.loop import Call, Document

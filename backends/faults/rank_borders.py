@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+
 from attn_fuzz.backends.collectives import Collectives
 from attn_fuzz.backends.faults.fault import RankFault
 from attn_fuzz.backends.kernel import Kernel

@@ -7,6 +7,7 @@ from collections import deque
 from typing import ClassVar
 
 import torch
+
 from attn_fuzz.backends.collectives import Collectives, Handle
 from attn_fuzz.backends.faults.fault import RankFault
 from attn_fuzz.backends.kernel import Kernel

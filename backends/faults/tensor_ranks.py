@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from attn_fuzz.backends.collectives import Collectives
 from attn_fuzz.backends.faults.fault import TensorFault
 from attn_fuzz.backends.rank_layer import RankLayer, RankMetadata

@@ -6,6 +6,7 @@ import importlib.util
 from typing import ClassVar
 
 import torch
+
 from attn_fuzz.backends.flash2 import ALIGNED_MEMORIES
 from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata

@@ -7,6 +7,7 @@ import os
 from typing import Final
 
 import torch
+
 from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Configuration, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.reference.case import MEMORIES

@@ -6,6 +6,7 @@ import functools
 from typing import Any, Final
 
 import torch
+
 from attn_fuzz.backends.flex import FlexAttention, flex
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Configuration, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata

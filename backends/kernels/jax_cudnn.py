@@ -6,6 +6,7 @@ import importlib.util
 from typing import Final
 
 import torch
+
 from attn_fuzz.backends.jax_bridge import BATCHES, ROWS, Options, PaddedAttention, bucket
 from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Configuration, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.loop import Loop, attend
 from attn_fuzz.backends.metadata import VarlenMetadata

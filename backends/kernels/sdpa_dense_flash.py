@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+
 from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities
 from attn_fuzz.backends.kernels.sdpa_dense_math import ForcedDense
 from attn_fuzz.backends.metadata import VarlenMetadata

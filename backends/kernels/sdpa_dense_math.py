@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 import torch
+
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.kernels.sdpa_dense import SdpaDense, dense_attention
 from attn_fuzz.backends.metadata import VarlenMetadata

@@ -6,6 +6,7 @@ import dataclasses
 import os
 
 import torch
+
 from attn_fuzz.backends.flash2 import ALIKE_MEMORIES
 from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions
 from attn_fuzz.backends.kernels.sdpa_nested_math import ForcedNested

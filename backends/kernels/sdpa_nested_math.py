@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 import torch
+
 from attn_fuzz.backends.flash2 import ALIGNED_MEMORIES
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.kernels.sdpa_nested import UNFUSED, SdpaNested, nested_attention

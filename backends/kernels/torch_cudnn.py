@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import torch
+
 from attn_fuzz.backends.flash2 import ALIKE_MEMORIES
 from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Configuration, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from attn_fuzz.backends.flash2 import ALIGNED_MEMORIES
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata

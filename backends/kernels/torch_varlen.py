@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
 from attn_fuzz.backends.flash2 import ALIGNED_MEMORIES, FLASH2_PROFILE, flash2_limit
 from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata

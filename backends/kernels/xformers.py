@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from attn_fuzz.backends.flash2 import ALIGNED_MEMORIES
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata

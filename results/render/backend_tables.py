@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from attn_fuzz.backends.known import KNOWN
-
 from attn_fuzz.evaluation.capability_probe import RIGHT
 from attn_fuzz.execution.environment import versions_of
 

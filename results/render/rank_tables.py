@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Final
 
 from attn_fuzz.reference.case import Case
-
 from results.render.tables import BEGIN, END, ROOT, Result, campaigns, load, with_section
 
 FOLDER: Final = ROOT / "results" / "ranks"
