@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+if TYPE_CHECKING:
+    from attn_fuzz.api import Verdict
+
 REQUIRE_CUDA = "--require-cuda"
+
+SECONDS = 20.0
+"""For a check that says neither how long nor how often: short enough for a test run, some dozens of cases."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--attn-backend", action="append", default=None, help="backend of the differential suite; repeat for several"
     )
+    group.addoption("--attn-seconds", type=float, default=None, help=f"time for each check (default: {SECONDS:.0f})")
+    group.addoption("--attn-cases", type=int, default=None, help="cases for each check and mode, instead of a time")
 
 
 def _worker_number() -> int:
@@ -88,6 +96,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Fills the parameter ``attn_backend`` with backend names."""
     if "attn_backend" in metafunc.fixturenames:
         metafunc.parametrize("attn_backend", suite_backends(metafunc.config))
+
+
+@pytest.fixture
+def attn_fuzz(request: pytest.FixtureRequest, attn_device: str) -> Callable[..., Verdict]:
+    """Checks a kernel of one's own, and fails with what it found: ``attn_fuzz(my_kernel)``.
+
+    The function takes what ``attn_fuzz.check`` takes and returns its verdict. How long is for the test to say, else for
+    ``--attn-seconds`` and ``--attn-cases``.
+    """
+
+    def checked(kernel: Callable[..., Any] | str, **options: Any) -> Verdict:
+        from attn_fuzz.api import check
+
+        if not {"seconds", "cases"} & set(options):
+            cases, seconds = (request.config.getoption(f"--attn-{name}") for name in ("cases", "seconds"))
+            options |= {"cases": cases} if cases is not None else {"seconds": seconds or SECONDS}
+        verdict = check(kernel, **{"device": attn_device, **options})
+        verdict.raise_if_found()
+        return verdict
+
+    return checked
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,10 @@ from reference import ANSWER
 
 def test_their_own():
     assert (ours, ANSWER) == (1, 42)
+
+
+def test_their_kernel(attn_fuzz):
+    assert attn_fuzz("kernel.py:kernel", level="kernel", mode="case", workers=1, device="cpu").cases == 12
 """
 
 
@@ -91,14 +95,15 @@ def test_from_a_finding_to_a_test_that_passes_once_it_is_mended(run: Run, theirs
     assert run("attn_fuzz", "save", finding["id"], "top_left").returncode == 0
 
     # As the entry point does where it is installed.
-    suite = ("pytest", "-q", "-p", "attn_fuzz.pytest_plugin", "-p", "no:cacheprovider", "tests")
+    suite = ("pytest", "-q", "-p", "attn_fuzz.pytest_plugin", "-p", "no:cacheprovider", "--attn-cases", "12", "tests")
     red = run(*suite)
     assert red.returncode == 1, red.stdout
     assert "kernel.py:kernel still fails" in red.stdout
-    assert "1 failed, 1 passed" in red.stdout
+    assert "findings in 12 cases" in red.stdout
+    assert "2 failed, 1 passed" in red.stdout
 
     (theirs / "kernel.py").write_text(EXAMPLE)
     green = run(*suite)
     assert green.returncode == 0, green.stdout
-    assert "2 passed" in green.stdout
+    assert "3 passed" in green.stdout
     assert run("script").returncode == 0
