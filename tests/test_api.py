@@ -7,12 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import attn_fuzz
-from attn_fuzz import AttentionMismatch, CheckError, FoundError, assert_attention
+from attn_fuzz import AttentionMismatch, CheckError, FoundError, Verdict, assert_attention
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import AttentionOptions
 from attn_fuzz.backends.metadata import VarlenMetadata
@@ -211,15 +212,28 @@ def test_public_names_are_there() -> None:
         attn_fuzz.chekc  # noqa: B018
 
 
-@pytest.mark.slow
-def test_a_right_kernel_is_true(tmp_path: Path) -> None:
-    options = {"cases": 6, "level": "kernel", "mode": "case", "workers": 1, "device": "cpu", "dtype": ["fp32", "bf16"]}
-    verdict = attn_fuzz.check(f"{EXAMPLE}:kernel", store=tmp_path / "store", **options)
+def told(**data: Any) -> Verdict:
+    tally = {"by_kind": {"kernel fp32": 2, "batch bf16": 3}}
+    return Verdict({"cases": 5, "documents": 9, "seconds": 1.5, "findings": [], "backends": {"mine": tally}, **data})
+
+
+def test_a_clean_verdict_is_true() -> None:
+    verdict = told()
     assert verdict
-    assert (verdict.cases, verdict.findings) == (6, ())
-    assert set(verdict.coverage) <= {"kernel fp32", "kernel bf16"}
+    assert (verdict.cases, verdict.documents, verdict.seconds, verdict.findings) == (5, 9, 1.5, ())
+    assert verdict.coverage == {"kernel fp32": 2, "batch bf16": 3}
     assert '"findings": []' in verdict.to_json()
     verdict.raise_if_found()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"), [({"cases": 0}, "nothing was tested"), ({"troubles": ["the disk is full"]}, "the disk is full")]
+)
+def test_nothing_tested_is_no_pass(data: dict[str, Any], said: str) -> None:
+    verdict = told(**data)
+    assert not verdict
+    with pytest.raises(FoundError, match=said):
+        verdict.raise_if_found()
 
 
 @pytest.mark.slow

@@ -82,13 +82,3 @@ def test_example_kernel_with_one_line_broken_is_convicted(name: str, tmp_path: P
     case = first_finding(job).case
     assert len(case.lengths) <= 3
     assert case.tokens <= 8
-
-
-@pytest.mark.slow
-def test_the_command_convicts_it_too(tmp_path: Path) -> None:
-    options = (*QUICK, "--cases", "300", "--first", "--json", "--store", str(tmp_path / "store"))
-    done = command("check", f"{broken(tmp_path, 'top-left')}:kernel", *options)
-    assert done.returncode == 1, done.stderr
-    finding = json.loads(done.stdout)["findings"][0]
-    assert len(finding["case"]["lengths"]) <= 3
-    assert sum(finding["case"]["lengths"]) <= 8
