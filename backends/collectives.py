@@ -49,24 +49,6 @@ class Collectives(abc.ABC):
         """The block of so many neighbours that this rank is in, when all ranks are counted off in blocks."""
 
 
-class Alone(Collectives):
-    """One rank, which has everything already."""
-
-    def __init__(self) -> None:
-        super().__init__(0, 1)
-
-    def gather(self, own: torch.Tensor, whole: torch.Tensor) -> Handle:
-        whole.copy_(own)
-        return Done()
-
-    def reduce_scatter(self, whole: torch.Tensor, own: torch.Tensor) -> Handle:
-        own.copy_(whole)
-        return Done()
-
-    def block(self, size: int) -> Collectives:
-        return self
-
-
 class _Work(Handle):
     """Work of a process group, and what is to be done when it is over."""
 

@@ -46,17 +46,12 @@ def layer_inputs(case: Case, device: torch.device | str) -> LayerInputs:
     return LayerInputs(x, dout, layer_weights(case, device))
 
 
-def rotary_angles(case: Case, positions: torch.Tensor) -> torch.Tensor:
-    """Angle by which each channel pair turns, float64 ``[tokens, head_dim // 2]``; pair c is channels (c, c + d/2).
+def rotary_frequencies(case: Case, device: torch.device) -> torch.Tensor:
+    """Angle per position of each channel pair, float64 ``[head_dim // 2]``; pair c is channels (c, c + d/2).
 
-    ``theta ** (-2 c / head_dim)`` per position (Su et al., 2021); ``proportional`` leaves the pairs behind the leading
+    ``theta ** (-2 c / head_dim)`` (Su et al., 2021); ``proportional`` leaves the pairs behind the leading
     ``rotary_fraction`` at angle 0.
     """
-    return positions.double()[:, None] * rotary_frequencies(case, positions.device)
-
-
-def rotary_frequencies(case: Case, device: torch.device) -> torch.Tensor:
-    """Angle per position of each channel pair, float64 ``[head_dim // 2]``."""
     pairs = case.head_dim // 2
     frequency = case.rotary_theta ** (-torch.arange(pairs, dtype=torch.float64, device=device) / pairs)
     if case.rotary == "proportional":

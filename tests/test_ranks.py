@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_calls import at_odds, gathers, unwaited
 
-from attn_fuzz.backends.collectives import Alone, Collectives, Done, Handle
+from attn_fuzz.backends.collectives import Collectives, Done, Handle
 from attn_fuzz.backends.faults.fault import RankFault, TensorFault, faults
 from attn_fuzz.backends.layer import BufferedLayer
 from attn_fuzz.backends.rank_layer import RankLayer, preprocess_rank
@@ -156,6 +156,24 @@ def test_drawn_cases_meet_every_kind_of_border() -> None:
 
 
 # One rank's layer.
+
+
+class Alone(Collectives):
+    """One rank, which has everything already."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+
+    def gather(self, own: torch.Tensor, whole: torch.Tensor) -> Handle:
+        whole.copy_(own)
+        return Done()
+
+    def reduce_scatter(self, whole: torch.Tensor, own: torch.Tensor) -> Handle:
+        own.copy_(whole)
+        return Done()
+
+    def block(self, size: int) -> Collectives:
+        return self
 
 
 def test_one_rank_alone_has_the_bits_of_the_buffered_layer() -> None:

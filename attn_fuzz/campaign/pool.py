@@ -127,7 +127,9 @@ class Pool:
         processors = share_of_processors(place, self._limit) if on_processors else None
         # No daemon, for those may not have the children that crash-class cases run in; run() kills what is left.
         process = self._context.Process(target=serve, args=(assignment, theirs, processors))
-        with environment_of_children({**_KEEPS_BLOCKS, **os.environ, **fill_in_children(os.environ)}):
+        # What the caller has set of the former stays.
+        added = {name: value for name, value in _KEEPS_BLOCKS.items() if name not in os.environ}
+        with environment_of_children({**added, **fill_in_children(os.environ)}):
             process.start()
         theirs.close()
         self._running.append(_Worker(assignment, process, ours, restarts, place))

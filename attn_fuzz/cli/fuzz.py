@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,13 +48,14 @@ def _levels(level: list[str] | None, ranks: list[int] | None) -> tuple[str, ...]
     return chosen or (("layer",) if ranks else LEVELS[::-1])
 
 
-def _several(ranks: list[int] | None) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(ranks or (1,)))
-
-
-def _together(ranks: list[int] | None, tensor_ranks: list[int] | None) -> int:
-    """Processes of a case."""
-    return max(ranks or (1,)) * max(tensor_ranks or (1,))
+def _spread(where: str, workers: int | None, ranks: list[int] | None, tensor_ranks: list[int] | None) -> dict[str, Any]:
+    """Options of a campaign: ranks to draw cases for, and how many cases run at a time."""
+    together = max(ranks or (1,)) * max(tensor_ranks or (1,))
+    return {
+        "workers": workers or default_workers(where, together),
+        "ranks": tuple(dict.fromkeys(ranks or (1,))),
+        "tensor_ranks": tuple(dict.fromkeys(tensor_ranks or (1,))),
+    }
 
 
 def run(
@@ -82,7 +83,7 @@ def run(
     dtypes = choices(dtype, DTYPES, "dtype")
     options = CampaignOptions(
         device=where,
-        workers=workers or default_workers(where, _together(ranks, tensor_ranks)),
+        **_spread(where, workers, ranks, tensor_ranks),
         seed=seed,
         seconds=seconds,
         cases=cases,
@@ -91,8 +92,6 @@ def run(
         poisons=choices(poison, (*POISONS, "none"), "poison") or POISONS,
         modes=modes_of(mode),
         stop_at_first=first,
-        ranks=_several(ranks),
-        tensor_ranks=_several(tensor_ranks),
     )
     names = tuple(dict.fromkeys(backend or available_backends(where, dtypes)))
     fuzz(names, options, Told(store, as_json, min_cases), named=bool(backend))
@@ -130,7 +129,7 @@ def check(
     where = device_of(device)
     options = CampaignOptions(
         device=where,
-        workers=workers or default_workers(where, _together(ranks, tensor_ranks)),
+        **_spread(where, workers, ranks, tensor_ranks),
         seed=seed,
         seconds=seconds,
         cases=cases,
@@ -138,8 +137,6 @@ def check(
         dtypes=choices(dtype, DTYPES, "dtype"),
         modes=modes_of(mode),
         stop_at_first=first,
-        ranks=_several(ranks),
-        tensor_ranks=_several(tensor_ranks),
     )
     fuzz((_user_object(kernel, "FUNCTION"),), options, Told(store, as_json, min_cases, strict))
 

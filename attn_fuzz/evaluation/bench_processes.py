@@ -109,7 +109,7 @@ def processes_of(
     job = _Job(tuple(names), tuple(counts), seconds, device, plan)
     barrier, results = context.Barrier(max(counts)), context.Queue()
     workers = [context.Process(target=_measure, args=(index, job, barrier, results)) for index in range(max(counts))]
-    with environment_of_children({**os.environ, **fill_in_children(os.environ)}):
+    with environment_of_children(fill_in_children(os.environ)):
         for worker in workers:
             worker.start()
     found: dict[str, dict[str, dict[str, float]]] = {}

@@ -29,8 +29,6 @@ MAX_CASES: Final = 2000
 RULE_CASES: Final = 60
 """Cases per level on which the published rules are tried."""
 
-SEEDS: Final = (0, 1, 2)
-
 
 @dataclasses.dataclass(frozen=True)
 class MutantResult:
