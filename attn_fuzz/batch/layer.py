@@ -13,9 +13,9 @@ import torch
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.judged import Judged, Question
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.poison import poisoned
 from attn_fuzz.execution.process import in_words, raise_lack_of_memory
-from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.generation.length_sweeps import USUAL_HEADS, draw_options, edge_lengths
 from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.oracle.deviations import LIMIT, deviations, limit

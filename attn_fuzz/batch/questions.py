@@ -11,13 +11,12 @@ from typing import Final
 import torch
 
 from attn_fuzz.batch.batch_run import APART, PROBED, TAILS, BatchRun
-from attn_fuzz.batch.calls import How
 from attn_fuzz.batch.probes import PROBES
 from attn_fuzz.batch.verdicts import largest_z, of_documents, other_bits
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
+from attn_fuzz.execution.calls import Asked, How
 from attn_fuzz.execution.inferred import inferred
-from attn_fuzz.execution.runner import Asked
-from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.generation.strategies import usual_scales
 from attn_fuzz.oracle.checks.asked import INFERENCE, SOME_GRADIENTS, TWICE
 from attn_fuzz.oracle.checks.dead_rows import unfilled

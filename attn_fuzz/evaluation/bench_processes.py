@@ -19,11 +19,11 @@ from typing import Any, Final
 import torch
 
 from attn_fuzz.backends import registry
-from attn_fuzz.batch.calls import run_batch
 from attn_fuzz.batch.judge import SCHEDULE, judge
-from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.evaluation.bench_calls import cut_up
 from attn_fuzz.evaluation.bench_plan import PLANS, Plan, layout
+from attn_fuzz.execution.batch_tensors import BatchTensors
+from attn_fuzz.execution.calls import run_batch
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.execution.heap import fill_in_children
 from attn_fuzz.execution.process import environment_of_children, set_apart, set_up_process

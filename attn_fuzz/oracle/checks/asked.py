@@ -11,8 +11,8 @@ from typing import Final
 
 import torch
 
+from attn_fuzz.execution.calls import Asked
 from attn_fuzz.execution.process import beyond_its_call
-from attn_fuzz.execution.runner import Asked
 from attn_fuzz.oracle.deviations import deviations, limit
 from attn_fuzz.oracle.symptoms import Symptom, WrongWhenAsked
 from attn_fuzz.oracle.trial import Trial
