@@ -13,8 +13,7 @@ from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.backends.trigger import PREFIX as RARE
-from attn_fuzz.batch.layer import judge_layer
-from attn_fuzz.batch.layer import run as run_layer
+from attn_fuzz.batch.layer import judge_layer, run_through
 from attn_fuzz.batch.packed import judge_packed, packed_batch, packed_failure
 from attn_fuzz.campaign.plan import available_backends
 from attn_fuzz.cases.subsets import subset
@@ -115,7 +114,7 @@ def layer_of(plan: Plan, backend: Backend, device: torch.device, documents: int)
         return None
     inputs = layer_inputs(case, device)
     whole = median(lambda: judge_layer(case, backend, device), device)
-    alone = median(lambda: run_layer(case, inputs, backend), device)
+    alone = median(lambda: run_through(case, inputs, backend), device)
     return {"documents": documents, "seconds": whole, "documents_per_s": documents / whole, "bare_layer_s": alone}
 
 

@@ -239,26 +239,28 @@ class LayerRun:
                 self.observation.strays += self.buffer_gradient.compare(step, *extent)
                 self.observation.strays += self.buffer.compare(step, 0, 0)
 
-    def observe(self) -> Observation:
-        """What the layer gave back, on the CPU."""
-        observation, layer = self.observation, self.layer
-        observation.results |= {
-            "out": torch.cat(self.outputs.values()),
-            "dx": torch.cat(self.input_gradients.values()[::-1]),
-        }
-        observation.strays += self.buffer.settle() + self.buffer_gradient.settle()
-        observation.strays += self.outputs.changed() + self.input_gradients.changed()
+    def results(self) -> dict[str, torch.Tensor]:
+        """What the layer gave back, on the device; buffers as far as it shows them."""
+        layer = self.layer
+        found = {"out": torch.cat(self.outputs.values()), "dx": torch.cat(self.input_gradients.values()[::-1])}
         for names, tensors in ((("k", "v"), layer.key_value()), (("dk", "dv"), layer.key_value_gradients())):
             if tensors is not None:
-                observation.results |= {
+                found |= {
                     name: tensor.detach()[: self.case.tokens].clone()
                     for name, tensor in zip(names, tensors, strict=True)
                 }
         # A parameter that nothing ever reached may have None: that result is missing.
         gradients = layer.parameter_gradients().items()
-        observation.results |= {f"d_{name}": got.detach() for name, got in gradients if isinstance(got, torch.Tensor)}
+        return found | {f"d_{name}": got.detach() for name, got in gradients if isinstance(got, torch.Tensor)}
+
+    def observe(self) -> Observation:
+        """What the layer gave back, on the CPU."""
+        observation = self.observation
+        observation.results |= self.results()
+        observation.strays += self.buffer.settle() + self.buffer_gradient.settle()
+        observation.strays += self.outputs.changed() + self.input_gradients.changed()
         # A user's own layer need not say which implementation ran.
-        observation.paths = getattr(layer, "paths", frozenset)()
+        observation.paths = getattr(self.layer, "paths", frozenset)()
         observation.changed = self.changed()
         return observation.on_cpu()
 
