@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import multiprocessing
 import os
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any, Final
 
 import torch
@@ -16,13 +15,12 @@ import torch
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import BackendUnavailable, UnsupportedCase
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.execution.heap import fill_in_children
+from attn_fuzz.execution import new_process
 from attn_fuzz.execution.operators import operators_of
 from attn_fuzz.execution.process import (
     DEAD_CONTEXT,
     NO_DEVICE,
     context_alive,
-    environment_of_children,
     set_apart,
     set_up_process,
 )
@@ -132,8 +130,7 @@ class Isolated:
 
     def __init__(self, subject: Subject, timeout: float) -> None:
         self._subject, self._timeout = subject, timeout
-        self._context = multiprocessing.get_context("spawn")
-        self._process: SpawnProcess | None = None
+        self._process: BaseProcess | None = None
         self._connection: Connection | None = None
 
     def symptom(self, case: Case) -> str | None:
@@ -178,11 +175,8 @@ class Isolated:
             ReferencesDisagree: as ``examine`` does.
         """
         if self._process is None:
-            self._connection, theirs = self._context.Pipe()
-            self._process = self._context.Process(target=_serve, args=(self._subject, theirs), daemon=True)
-            added = {**_AWAY_FROM_OTHERS, **fill_in_children(os.environ)}
-            with environment_of_children(added):
-                self._process.start()
+            self._connection, theirs = new_process.context().Pipe()
+            self._process = new_process.start(_serve, (self._subject, theirs), _AWAY_FROM_OTHERS, daemon=True)
             theirs.close()
         assert self._connection is not None
         try:

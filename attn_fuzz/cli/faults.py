@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ from attn_fuzz.cli import tables
 from attn_fuzz.cli.arguments import JsonOption, UsageError, WorkersOption
 from attn_fuzz.cli.terminal import progress_console, results_console
 from attn_fuzz.evaluation import seeded_faults
+from attn_fuzz.execution import new_process
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.execution.heap import fill_in_children
 
@@ -54,10 +54,18 @@ def faults(
         TimeElapsedColumn(),
         console=progress_console,
     )
-    context = multiprocessing.get_context("spawn")
     # Read by glibc when a process starts, and the pool starts its processes when it likes.
     os.environ.update(fill_in_children(os.environ))
-    with progress, ProcessPoolExecutor(workers or default_workers("cpu"), mp_context=context) as pool:
+    with new_process.ready({}):
+        # The process that all of them are forked from is there.
+        pass
+    hunters = ProcessPoolExecutor(
+        workers or default_workers("cpu"),
+        mp_context=new_process.context(),
+        initializer=new_process.take_environment,
+        initargs=(dict(os.environ),),
+    )
+    with progress, hunters as pool:
         task = progress.add_task("hunts", total=len(work))
         futures = [pool.submit(seeded_faults.take, name, seed, cases, mode) for name, seed in work]
         try:
