@@ -148,7 +148,9 @@ def _run(command: str, name: str, options: Mapping[str, Any]) -> Verdict:
         return Verdict(json.loads(done.stdout))
     except json.JSONDecodeError:
         said = [line for line in done.stderr.splitlines() if line.startswith("attn-fuzz: ")]
-        raise CheckError(said[-1].removeprefix("attn-fuzz: ") if said else done.stderr[-2000:]) from None
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        unsaid = f"the check ended with exit status {done.returncode} and without a verdict: {last}"
+        raise CheckError(said[-1].removeprefix("attn-fuzz: ") if said else unsaid) from None
 
 
 def check(kernel: Callable[..., Any] | str, **options: Any) -> Verdict:

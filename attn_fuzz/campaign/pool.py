@@ -14,7 +14,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Final
 
 from attn_fuzz.campaign.crash_triage import NOT_AGAIN, crash_triage_of
-from attn_fuzz.campaign.isolated import NoDevice
+from attn_fuzz.campaign.isolated import NoDevice, cause_of_death
 from attn_fuzz.campaign.messages import (
     Assignment,
     CampaignError,
@@ -249,7 +249,7 @@ class Pool:
                         self._running.remove(worker)
                         self._done.append(worker)
                     else:
-                        self._bury(worker, "Crashed", f"died with exit code {worker.process.exitcode}")
+                        self._bury(worker, "Crashed", cause_of_death(worker.process.exitcode))
             elif time.monotonic() - worker.heard > HANG_SECONDS:
                 self._bury(worker, "Hung", f"was silent for {HANG_SECONDS:.0f} seconds")
 

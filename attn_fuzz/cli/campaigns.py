@@ -12,6 +12,7 @@ import typer
 
 from attn_fuzz.backends import registry
 from attn_fuzz.campaign.limits import Limit, LimitsFound, finding_of, infer_limits
+from attn_fuzz.campaign.messages import Tally
 from attn_fuzz.campaign.plan import (
     CampaignOptions,
     plan,
@@ -124,9 +125,10 @@ def fuzz(names: tuple[str, ...], options: CampaignOptions, told: Told, *, named:
     if options.cases is None and options.seconds is None:
         options = dataclasses.replace(options, seconds=DEFAULT_SECONDS)
     found_out = LimitsFound() if told.strict is None else _found_out(names[0], options)
-    assignments = plan(names, options, found_out.without)
+    # Of a kernel that no process survives there is nothing more to say.
+    assignments = plan(names, options, found_out.without) if found_out.fatal is None else []
     unstored: list[StoreError] = []
-    with Screen(names, assignments[0].seconds, options.cases) as screen:
+    with Screen(names, assignments[0].seconds if assignments else None, options.cases) as screen:
 
         def keep(finding: Finding) -> None:
             screen.found(finding)
@@ -136,10 +138,15 @@ def fuzz(names: tuple[str, ...], options: CampaignOptions, told: Told, *, named:
                 # The campaign goes on; the finding is printed at the end in any case.
                 unstored.append(error)
 
-        forbidden = [finding_of(limit, names[0], options.device) for limit in found_out.limits] if told.strict else []
+        known = (*((found_out.fatal,) if found_out.fatal else ()), *(found_out.limits if told.strict else ()))
+        forbidden = [finding_of(limit, names[0], options.device) for limit in known]
         for finding in forbidden:
             keep(finding)
-        outcome = Pool(assignments, options.workers, screen.update, keep, options.seconds).run()
+        outcome = (
+            Pool(assignments, options.workers, screen.update, keep, options.seconds).run()
+            if assignments
+            else Outcome({names[0]: Tally(cases=1)}, [])
+        )
     outcome.findings[:0] = forbidden
     _tell(outcome, options, told, found_out)
     untested = _untested(outcome, told.min_cases)
