@@ -6,11 +6,12 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.store import Store, is_file
 from attn_fuzz.reduction.call_sequence import CallSequence, call_sequence_of
-from attn_fuzz.reference.case import Case, CaseError
+from attn_fuzz.reference.case import FORMAT, Case, CaseError, NewerVersion, require_format
 
 REGRESSIONS = Path("tests") / "regressions"
 """Regression cases of the project in whose folder the command runs."""
@@ -45,7 +46,7 @@ class RegressionCase:
 
     def to_json(self) -> str:
         """The content of its file: one line per entry."""
-        entries: dict[str, Any] = {"about": self.about, "case": self.case.to_dict()}
+        entries: dict[str, Any] = {"format": FORMAT, "about": self.about, "case": self.case.to_dict()}
         if self.sequence is not None:
             entries["sequence"] = self.sequence.to_dict()
         if self.expected_failures:
@@ -69,8 +70,10 @@ def read_regression_case(path: Path) -> RegressionCase:
         raise CaseError(f"{path} is not valid JSON: {error}") from None
     try:
         if isinstance(data, Mapping) and "case" in data:
+            _require_known(data)
             words = {key: str(data.get(key, "")) for key in ("about", "symptom", "backend", "device")}
-            case, sequence = Case.from_dict(data["case"]), call_sequence_of(data)
+            # Version 0.1 called it company.
+            case, sequence = Case.from_dict(data["case"]), call_sequence_of({"sequence": data.get("company"), **data})
             return RegressionCase(
                 path.stem, case, expected_failures=_expected_failures(data), sequence=sequence, **words
             )
@@ -79,9 +82,21 @@ def read_regression_case(path: Path) -> RegressionCase:
         raise CaseError(f"{path}: {error}") from None
 
 
+_OLDER: Final = ("format", "case", "company", "convicts")
+"""Keys of files that are no fields; the last two are version 0.1's names of ``sequence`` and ``expected_failures``."""
+
+
+def _require_known(data: Mapping[str, Any]) -> None:
+    """Raises NewerVersion where a key or the format is one that only newer versions have."""
+    require_format(data, "it")
+    known = {*_OLDER, "id", *(field.name for kind in (RegressionCase, Finding) for field in dataclasses.fields(kind))}
+    if unknown := sorted(str(key) for key in data if key not in known):
+        raise NewerVersion(f"it was written by a newer version (it has {unknown[0]!r}); upgrade attn-fuzz")
+
+
 def _expected_failures(data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """The known-bad controls."""
-    expected_failures = data.get("expected_failures", {})
+    expected_failures = data.get("expected_failures", data.get("convicts", {}))
     if not isinstance(expected_failures, Mapping) or not all(
         isinstance(names, list) for names in expected_failures.values()
     ):

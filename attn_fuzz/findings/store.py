@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import tempfile
 from pathlib import Path
 
 from attn_fuzz.findings.finding import Finding
+from attn_fuzz.reference.case import NewerVersion
 
 
 def is_file(path: Path) -> bool:
@@ -18,16 +18,6 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:
         return False
-
-
-def _of_a_newer_version(data: object) -> str:
-    """An entry that findings of this version do not have, where everything else is there; else nothing."""
-    known = {"id", *(field.name for field in dataclasses.fields(Finding))}
-    # Of version 0.1 (finding.py).
-    known |= {"company"}
-    if not isinstance(data, dict) or not {"backend", "case", "symptom"} <= set(data):
-        return ""
-    return next(iter(sorted(set(data) - known)), "")
 
 
 class StoreError(OSError):
@@ -89,15 +79,12 @@ class Store:
         """
         path = self._path(self._completed(identifier))
         try:
-            data = json.loads(path.read_text())
-            newer = _of_a_newer_version(data)
-            finding = None if newer else Finding.from_dict(data)
+            return Finding.from_dict(json.loads(path.read_text()))
+        except NewerVersion as error:
+            raise StoreError(f"{path}: {error}") from None
         except (ValueError, OSError, RecursionError) as error:
             # FindingError and CaseError are ValueErrors too.
             raise StoreError(f"{path} is damaged ({error}); delete it or restore it from a copy") from None
-        if finding is None:
-            raise StoreError(f"{path} was written by a newer version of attn-fuzz: it has {newer!r}; update to read it")
-        return finding
 
     def _completed(self, identifier: str) -> str:
         """The id that begins with what was given of it."""
