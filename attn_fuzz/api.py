@@ -27,6 +27,9 @@ _CHECKING: Final = "ATTN_FUZZ_CHECKING"
 """Set in the processes of a check: the module under test is imported there, and must not check again as it is."""
 
 
+_KINDS: Final = {"kernel": "function", "layer": "class"}
+
+
 class CheckError(RuntimeError):
     """A check that could not be made; the message is one sentence."""
 
@@ -111,6 +114,8 @@ def _importable(thing: object, what: str) -> str:
     """
     if isinstance(thing, str):
         return thing
+    if not callable(thing):
+        raise CheckError(f"{what} should be a {_KINDS[what]} or the name of one, not {thing!r}")
     name, module = getattr(thing, "__qualname__", ""), getattr(thing, "__module__", None)
     if not name.isidentifier() or module is None:
         raise CheckError(f"{what} {name or thing!r} cannot be imported by another process: define it at a module's top")

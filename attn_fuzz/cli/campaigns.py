@@ -79,7 +79,7 @@ class Told:
 def _require_sense(names: tuple[str, ...], options: CampaignOptions) -> None:
     """Raises UsageError for what no campaign can do."""
     if options.seconds is not None and options.cases is not None:
-        raise UsageError("--seconds and --cases exclude each other")
+        raise UsageError("--seconds and --cases exclude each other; give one of them")
     if options.seconds is not None and math.isnan(options.seconds):
         raise UsageError("--seconds must be a number")
     require_available(names, options.device, options.dtypes)

@@ -65,8 +65,9 @@ class Finding:
             NewerVersion: when it was written by a newer version.
             CaseError: when one of its cases is impossible.
         """
-        if isinstance(data, Mapping):
-            _require_known(data)
+        if not isinstance(data, Mapping):
+            raise FindingError(f"a finding is a JSON object, not {type(data).__name__}")
+        _require_known(data)
         try:
             return cls(
                 backend=str(data["backend"]),
@@ -83,6 +84,8 @@ class Finding:
             )
         except CaseError:
             raise
+        except KeyError as missing:
+            raise FindingError(f"this is no finding: it has no {missing}") from None
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FindingError(f"this is no finding: {type(error).__name__} {error}") from None
 

@@ -64,8 +64,10 @@ def read_regression_case(path: Path) -> RegressionCase:
     """
     try:
         data = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise CaseError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise CaseError(f"{path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise CaseError(f"{path} is not valid JSON: it is no text in UTF-8") from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise CaseError(f"{path} is not valid JSON: {error}") from None
     try:
