@@ -191,7 +191,7 @@ def replay(case: str, backend: str | None = None, **options: Any) -> Mapping[str
     Args:
         case: a ``CASE.json`` file, a finding's id, a regression case's name, or a case as JSON text.
         backend: what runs it; None for a finding's own, or all that there are.
-        options: those of ``attn-fuzz replay``: ``device``, ``store``.
+        options: those of ``attn-fuzz replay``: ``device``, ``store``, ``root``.
 
     Returns:
         ``case``, ``device``, and ``backends``: each with ``name`` and ``checks`` that failed, or why it ``refused``.

@@ -133,7 +133,7 @@ def fuzz(names: tuple[str, ...], options: CampaignOptions, told: Told, *, named:
         def keep(finding: Finding) -> None:
             screen.found(finding)
             try:
-                kept.save(finding)
+                kept.save(kept.placed(finding))
             except StoreError as error:
                 # The campaign goes on; the finding is printed at the end in any case.
                 unstored.append(error)
@@ -147,7 +147,7 @@ def fuzz(names: tuple[str, ...], options: CampaignOptions, told: Told, *, named:
             if assignments
             else Outcome({names[0]: Tally(cases=1)}, [])
         )
-    outcome.findings[:0] = forbidden
+    outcome.findings[:] = [kept.placed(finding) for finding in (*forbidden, *outcome.findings)]
     _tell(outcome, options, told, found_out)
     untested = _untested(outcome, told.min_cases)
     for trouble in (*unstored, *outcome.troubles, *untested):

@@ -20,6 +20,7 @@ from attn_fuzz.cli.arguments import (
     BackendOption,
     DeviceOption,
     JsonOption,
+    RootOption,
     StoreOption,
     UsageError,
     device_of,
@@ -46,6 +47,7 @@ def replay(
     backend: BackendOption = None,
     device: DeviceOption = None,
     store: StoreOption = DEFAULT_STORE,
+    root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run one saved case and show every check's verdict.
@@ -53,7 +55,7 @@ def replay(
     Default backends: a finding's own, else all available. Default device: the CPU for what was found on CPUs only, else
     cuda where there is one.
     """
-    saved = find_regression_case(case, store)
+    saved = find_regression_case(case, store).from_anywhere(root)
     where = _place(device, saved)
     own = saved.failing.get(where.partition(":")[0], ())
     names = tuple(dict.fromkeys(backend or own or available_backends(where)))
@@ -122,7 +124,7 @@ def save(
         raise UsageError(f"{folder} cannot be made ({error.strerror}); choose another with --folder") from None
     try:
         with target.open("x") as file:
-            file.write(saved.to_json())
+            file.write(saved.to_json(folder))
     except FileExistsError:
         raise UsageError(f"{target} exists already; choose another name") from None
     except OSError as error:
@@ -135,9 +137,10 @@ def script(
     backend: Annotated[str | None, typer.Option(help="Backend that fails it. Default: the finding's own.")] = None,
     device: DeviceOption = None,
     store: StoreOption = DEFAULT_STORE,
+    root: RootOption = None,
 ) -> None:
     """Print a failing kernel case as one Python file that needs nothing of this project, to paste into a report."""
-    saved = find_regression_case(case, store)
+    saved = find_regression_case(case, store).from_anywhere(root)
     where = _place(device, saved)
     own = saved.failing.get(where.partition(":")[0], ())
     name = backend or (own[0] if own else None)

@@ -34,6 +34,9 @@ class Finding:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     sequence: Mapping[str, Any] | None = None
     """Calls in a row (``reduction.call_sequence.CallSequence.to_dict``) where the case fails among them only."""
+    root: str = ""
+    """Of a user's kernel: the folder that it was named in, from that of the finding's file; empty where that is no
+    matter."""
 
     @property
     def id(self) -> str:
@@ -66,7 +69,7 @@ class Finding:
             CaseError: when one of its cases is impossible.
         """
         if not isinstance(data, Mapping):
-            raise FindingError(f"a finding is a JSON object, not {type(data).__name__}")
+            raise FindingError(f"this is no finding: it is a {type(data).__name__}, and no JSON object")
         _require_known(data)
         try:
             return cls(
@@ -81,6 +84,7 @@ class Finding:
                 seconds_to_find=float(data["seconds_to_find"]),
                 environment=dict(data.get("environment", {})),
                 sequence=_calls(data),
+                root=str(data.get("root", "")),
             )
         except CaseError:
             raise

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from attn_fuzz.backends.registry import found_from, users
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.store import Store, is_file
 from attn_fuzz.reduction.call_sequence import CallSequence, call_sequence_of
@@ -34,6 +36,8 @@ class RegressionCase:
     """Where that was."""
     sequence: CallSequence | None = None
     """Calls in a row, where the case fails among them only."""
+    root: Path | None = None
+    """Of a user's kernel: the folder that it was named in, absolute; None where that is not known, or no matter."""
 
     @property
     def failing(self) -> dict[str, tuple[str, ...]]:
@@ -44,14 +48,33 @@ class RegressionCase:
             found[kind] = tuple(dict.fromkeys((self.backend, *found.get(kind, ()))))
         return found
 
-    def to_json(self) -> str:
-        """The content of its file: one line per entry."""
+    def from_anywhere(self, root: Path | None = None) -> RegressionCase:
+        """The same with backends by names that are found in whatever folder this process is in.
+
+        Args:
+            root: the folder that they were named in; None for that which the case says, else this one.
+        """
+        folder = (root or self.root or Path.cwd()).resolve()
+        named = {
+            kind: tuple(found_from(name, folder) for name in names) for kind, names in self.expected_failures.items()
+        }
+        backend = found_from(self.backend, folder) if self.backend else ""
+        return dataclasses.replace(self, backend=backend, expected_failures=named)
+
+    def to_json(self, folder: Path | None = None) -> str:
+        """The content of its file: one line per entry.
+
+        Args:
+            folder: the one that the file is to lie in.
+        """
         entries: dict[str, Any] = {"format": FORMAT, "about": self.about, "case": self.case.to_dict()}
         if self.sequence is not None:
             entries["sequence"] = self.sequence.to_dict()
         if self.expected_failures:
             entries["expected_failures"] = {device: list(names) for device, names in self.expected_failures.items()}
         entries |= {key: value for key in ("backend", "device", "symptom") if (value := getattr(self, key))}
+        if folder is not None and users(self.backend) is not None:
+            entries["root"] = os.path.relpath(self.root or Path.cwd(), folder)
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items())
         return f"{{\n{lines}\n}}\n"
 
@@ -76,8 +99,9 @@ def read_regression_case(path: Path) -> RegressionCase:
             words = {key: str(data.get(key, "")) for key in ("about", "symptom", "backend", "device")}
             # Version 0.1 called it company.
             case, sequence = Case.from_dict(data["case"]), call_sequence_of({"sequence": data.get("company"), **data})
+            root = (path.parent / str(data["root"])).resolve() if data.get("root") else None
             return RegressionCase(
-                path.stem, case, expected_failures=_expected_failures(data), sequence=sequence, **words
+                path.stem, case, expected_failures=_expected_failures(data), sequence=sequence, root=root, **words
             )
         return RegressionCase(path.stem, Case.from_dict(data))
     except CaseError as error:
@@ -134,4 +158,5 @@ def find_regression_case(name: str, store: Path) -> RegressionCase:
         backend=finding.backend,
         device=finding.device,
         sequence=call_sequence_of({"sequence": finding.sequence}),
+        root=Store(store).root(finding),
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import tempfile
 from pathlib import Path
 
+from attn_fuzz.backends.registry import users
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.reference.case import NewerVersion
 
@@ -49,6 +51,16 @@ class Store:
             raise StoreError(
                 f"the store {self.folder} cannot be written to ({error.strerror}); choose another with --store"
             ) from None
+
+    def placed(self, finding: Finding) -> Finding:
+        """A finding that says in which folder its backend was named: the working directory, from the store."""
+        if users(finding.backend) is None:
+            return finding
+        return dataclasses.replace(finding, root=os.path.relpath(Path.cwd(), self.folder))
+
+    def root(self, finding: Finding) -> Path | None:
+        """The folder that the backend of a finding of this store was named in, where it says so."""
+        return (self.folder / finding.root).resolve() if finding.root else None
 
     def _path(self, identifier: str) -> Path:
         return self.folder / f"{identifier}.json"
