@@ -101,7 +101,9 @@ class Verdict:
         """Raises FoundError for findings, and where nothing was tested."""
         if found := self.findings:
             lines = [f"{finding.messages[0]}\n    {finding.case.to_json()}" for finding in found]
-            raise FoundError(f"{len(found)} findings in {self.cases} cases:\n" + "\n".join(lines), self)
+            from attn_fuzz.findings.same import count_bugs
+
+            raise FoundError(f"{count_bugs(found)} findings in {self.cases} cases:\n" + "\n".join(lines), self)
         if not self:
             raise FoundError("; ".join(self.troubles) or "no case was tried, so nothing was tested", self)
 

@@ -175,14 +175,13 @@ class Pool:
                 raise CampaignError(reason)
 
     def _end_others(self, worker: _Worker) -> None:
-        """Ends what else hunts a backend of which one finding is enough, but for who is shrinking another."""
+        """Ends what else tests a backend of which one finding is enough."""
         name = worker.assignment.backend
         self._waiting = deque(each for each in self._waiting if each[0].backend != name)
         for other in [each for each in self._running if each is not worker and each.assignment.backend == name]:
-            if other.candidate is None:
-                other.process.kill()
-                self._running.remove(other)
-                self._done.append(other)
+            other.process.kill()
+            self._running.remove(other)
+            self._done.append(other)
 
     def _bury(self, worker: _Worker, symptom: str, how: str) -> None:
         """Turns a dead worker's last case into a finding and starts another in its place."""
@@ -222,7 +221,9 @@ class Pool:
         except KeyboardInterrupt:
             self._keep(finding)
             raise
-        if worker.restarts < RESTARTS:
+        if job.stop_at_first and (job.backend, symptom) in self._findings:
+            self._end_others(worker)
+        elif worker.restarts < RESTARTS:
             spent = time.monotonic() - worker.started
             seconds = None if job.seconds is None else max(job.seconds - spent, 0.0)
             cases = None if job.cases is None else max(job.cases - worker.tally.cases, 0)

@@ -109,6 +109,43 @@ def _that_take_batches(names: tuple[str, ...], options: CampaignOptions, *, name
     return kept
 
 
+class Keeper:
+    """Writes the findings of a campaign to a store, linked to those that are the same bug.
+
+    Args:
+        store: where.
+
+    Raises:
+        StoreError: when it cannot be written to.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        store.prepare()
+        self.kept: dict[tuple[str, str], Finding] = {}
+        """By backend and symptom, of which a campaign reports one."""
+
+    def as_kept(self, finding: Finding) -> Finding:
+        """A finding as it is kept: with the folder of its kernel, and the earlier one that is the same bug."""
+        kept = self.kept.get((finding.backend, finding.symptom))
+        return kept if kept is not None and kept.id == finding.id else self.store.placed(finding)
+
+    def keep(self, finding: Finding) -> None:
+        """Writes a finding; one of this campaign in whose place it comes is linked to it.
+
+        Raises:
+            StoreError: when it cannot be written.
+        """
+        key = finding.backend, finding.symptom
+        placed, before = self.store.placed(finding), self.kept.get(key)
+        # A smaller case of the same: what was the same as an earlier campaign's is so still.
+        now = self.store.linked(placed) if before is None else dataclasses.replace(placed, same_as=before.same_as)
+        self.kept[key] = now
+        self.store.save(now)
+        if before is not None and before.id != now.id:
+            self.store.save(dataclasses.replace(before, same_as=now.same_as or now.id))
+
+
 def fuzz(names: tuple[str, ...], options: CampaignOptions, told: Told, *, named: bool = True) -> None:
     """A campaign from options to exit status.
 
@@ -120,8 +157,7 @@ def fuzz(names: tuple[str, ...], options: CampaignOptions, told: Told, *, named:
     """
     _require_sense(names, options)
     names = _that_take_batches(names, options, named=named)
-    kept = Store(told.store)
-    kept.prepare()
+    keeper = Keeper(Store(told.store))
     if options.cases is None and options.seconds is None:
         options = dataclasses.replace(options, seconds=DEFAULT_SECONDS)
     found_out = LimitsFound() if told.strict is None else _found_out(names[0], options)
@@ -133,7 +169,7 @@ def fuzz(names: tuple[str, ...], options: CampaignOptions, told: Told, *, named:
         def keep(finding: Finding) -> None:
             screen.found(finding)
             try:
-                kept.save(kept.placed(finding))
+                keeper.keep(finding)
             except StoreError as error:
                 # The campaign goes on; the finding is printed at the end in any case.
                 unstored.append(error)
@@ -147,7 +183,7 @@ def fuzz(names: tuple[str, ...], options: CampaignOptions, told: Told, *, named:
             if assignments
             else Outcome({names[0]: Tally(cases=1)}, [])
         )
-    outcome.findings[:] = [kept.placed(finding) for finding in (*forbidden, *outcome.findings)]
+    outcome.findings[:] = [keeper.as_kept(finding) for finding in (*forbidden, *outcome.findings)]
     _tell(outcome, options, told, found_out)
     untested = _untested(outcome, told.min_cases)
     for trouble in (*unstored, *outcome.troubles, *untested):

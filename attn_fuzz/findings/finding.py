@@ -38,6 +38,9 @@ class Finding:
     """Of a user's kernel: the folder that it was named in, from that of the finding's file; empty where that is no
     matter."""
 
+    same_as: str = ""
+    """The id of an earlier finding that is taken for the same bug (``findings.same``); empty where there is none."""
+
     @property
     def id(self) -> str:
         """Ten hexadecimal digits of backend, symptom and shrunk case."""
@@ -85,6 +88,7 @@ class Finding:
                 environment=dict(data.get("environment", {})),
                 sequence=_calls(data),
                 root=str(data.get("root", "")),
+                same_as=str(data.get("same_as", "")),
             )
         except CaseError:
             raise

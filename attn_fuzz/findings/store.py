@@ -7,10 +7,12 @@ import dataclasses
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from attn_fuzz.backends.registry import users
 from attn_fuzz.findings.finding import Finding
+from attn_fuzz.findings.same import first_of
 from attn_fuzz.reference.case import NewerVersion
 
 
@@ -57,6 +59,16 @@ class Store:
         if users(finding.backend) is None:
             return finding
         return dataclasses.replace(finding, root=os.path.relpath(Path.cwd(), self.folder))
+
+    def linked(self, finding: Finding) -> Finding:
+        """A finding that says which earlier one of the store is the same bug, if one is."""
+        return dataclasses.replace(finding, same_as=first_of(finding, self._readable()))
+
+    def _readable(self) -> Iterator[Finding]:
+        """Findings that can be read, the one that was written first first."""
+        for identifier in reversed(self.newest_first()):
+            with contextlib.suppress(StoreError):
+                yield self.load(identifier)
 
     def root(self, finding: Finding) -> Path | None:
         """The folder that the backend of a finding of this store was named in, where it says so."""
