@@ -27,6 +27,9 @@ _CHECKING: Final = "ATTN_FUZZ_CHECKING"
 """Set in the processes of a check: the module under test is imported there, and must not check again as it is."""
 
 
+_KINDS: Final = {"kernel": "function", "layer": "class"}
+
+
 class CheckError(RuntimeError):
     """A check that could not be made; the message is one sentence."""
 
@@ -98,7 +101,9 @@ class Verdict:
         """Raises FoundError for findings, and where nothing was tested."""
         if found := self.findings:
             lines = [f"{finding.messages[0]}\n    {finding.case.to_json()}" for finding in found]
-            raise FoundError(f"{len(found)} findings in {self.cases} cases:\n" + "\n".join(lines), self)
+            from attn_fuzz.findings.same import count_bugs
+
+            raise FoundError(f"{count_bugs(found)} findings in {self.cases} cases:\n" + "\n".join(lines), self)
         if not self:
             raise FoundError("; ".join(self.troubles) or "no case was tried, so nothing was tested", self)
 
@@ -111,6 +116,8 @@ def _importable(thing: object, what: str) -> str:
     """
     if isinstance(thing, str):
         return thing
+    if not callable(thing):
+        raise CheckError(f"{what} should be a {_KINDS[what]} or the name of one, not {thing!r}")
     name, module = getattr(thing, "__qualname__", ""), getattr(thing, "__module__", None)
     if not name.isidentifier() or module is None:
         raise CheckError(f"{what} {name or thing!r} cannot be imported by another process: define it at a module's top")
@@ -148,7 +155,9 @@ def _run(command: str, name: str, options: Mapping[str, Any]) -> Verdict:
         return Verdict(json.loads(done.stdout))
     except json.JSONDecodeError:
         said = [line for line in done.stderr.splitlines() if line.startswith("attn-fuzz: ")]
-        raise CheckError(said[-1].removeprefix("attn-fuzz: ") if said else done.stderr[-2000:]) from None
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        unsaid = f"the check ended with exit status {done.returncode} and without a verdict: {last}"
+        raise CheckError(said[-1].removeprefix("attn-fuzz: ") if said else unsaid) from None
 
 
 def check(kernel: Callable[..., Any] | str, **options: Any) -> Verdict:
@@ -184,7 +193,7 @@ def replay(case: str, backend: str | None = None, **options: Any) -> Mapping[str
     Args:
         case: a ``CASE.json`` file, a finding's id, a regression case's name, or a case as JSON text.
         backend: what runs it; None for a finding's own, or all that there are.
-        options: those of ``attn-fuzz replay``: ``device``, ``store``.
+        options: those of ``attn-fuzz replay``: ``device``, ``store``, ``root``.
 
     Returns:
         ``case``, ``device``, and ``backends``: each with ``name`` and ``checks`` that failed, or why it ``refused``.

@@ -147,7 +147,9 @@ class SavedCase(pytest.Item):
         if saved.device != "cpu" and device == "cpu":
             pytest.skip(f"it was found on {saved.device}, and torch sees no CUDA device here")
         set_up_process(device)
-        verdict = verdict_on(saved, _from_root(saved.backend, self.config.rootpath), device)
+        # Of a version that did not say in which folder it was.
+        saved = saved.from_anywhere(saved.root or self.config.rootpath)
+        verdict = verdict_on(saved, saved.backend, device)
         if isinstance(verdict, str):
             pytest.skip(verdict)
         if verdict.symptoms:
@@ -155,8 +157,13 @@ class SavedCase(pytest.Item):
             raise StillFails("\n".join([f"{saved.backend} still fails {saved.case.to_json()}", *lines]))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """The message alone where the case fails: its traceback is this plugin's."""
-        return str(excinfo.value) if isinstance(excinfo.value, StillFails) else super().repr_failure(excinfo, style)
+        """The message alone where the case fails or cannot be run: its traceback is this plugin's."""
+        from attn_fuzz.backends.kernel import BackendUnavailable
+        from attn_fuzz.backends.registry import UnknownBackend
+        from attn_fuzz.reference.case import CaseError
+
+        said = (StillFails, CaseError, BackendUnavailable, UnknownBackend)
+        return str(excinfo.value) if isinstance(excinfo.value, said) else super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, None, str]:
         """Where it is from."""
@@ -174,15 +181,6 @@ class SavedCases(pytest.File):
             raise self.CollectError(f"{self.path} is no saved case: {error}") from None
         if isinstance(data, dict) and data.get("backend"):
             yield SavedCase.from_parent(self, name=self.path.stem)
-
-
-def _from_root(backend: str, root: Path) -> str:
-    """A backend's name, with the file that it names, if any, found from the repository's root."""
-    place, colon, name = backend.rpartition(":")
-    prefix, _, path = place.rpartition(":")
-    if not path.endswith(".py") or Path(path).is_absolute():
-        return backend
-    return f"{prefix + ':' if prefix else ''}{root / path}{colon}{name}"
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> SavedCases | None:

@@ -274,3 +274,28 @@ def test_a_seed_draws_again_what_it_drew(run: Run) -> None:
     assert len(first) == 20
     assert first == again
     assert first != other
+
+
+# Saved cases.
+
+
+SAVED = '{"case": {"level": "kernel", "lengths": [2], "head_dim": 2}, "device": "cpu", '
+
+
+def test_saved_cases_are_tests_from_any_folder(pytester: pytest.Pytester, tmp_path: Path) -> None:
+    """pytest's root is another folder, that of its command, and the kernel is found all the same."""
+    kernel = (HERE.parent / "examples" / "my_kernel.py").read_text()
+    wrong = "\n\ndef wrong(*arguments, **options):\n    return 1.5 * kernel(*arguments, **options)\n"
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "my.py").write_text(kernel + wrong)
+    folder = tmp_path / "tests" / "regressions"
+    folder.mkdir(parents=True)
+    (folder / "red.json").write_text(SAVED + '"backend": "kernels/my.py:wrong", "root": "../.."}')
+    (folder / "green.json").write_text(SAVED + '"backend": "kernels/my.py:kernel", "root": "../.."}')
+    (folder / "newer.json").write_text(SAVED + '"backend": "kernels/my.py:kernel", "format": 99}')
+    here = ("--rootdir", str(pytester.path), "-p", "attn_fuzz.pytest_plugin", "-p", "no:xdist")
+    result = pytester.runpytest_inprocess(str(folder), *here)
+    result.assert_outcomes(failed=2, passed=1)
+    output = result.stdout.str()
+    assert "newer.json: it was written by a newer version (format 99); upgrade attn-fuzz" in output
+    assert "pytest_plugin.py" not in output

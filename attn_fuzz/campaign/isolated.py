@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import signal
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -101,19 +102,35 @@ def _serve(subject: Subject, connection: Connection) -> None:
         raise SystemExit(NO_DEVICE)
     loaded = registry.narrowed(registry.load(subject.backend), subject.without)
     loaded = dataclasses.replace(loaded, isolated=True)
-    while True:
-        try:
+    try:
+        while True:
             text, operators = connection.recv()
-        except EOFError:
-            return
-        connection.send(report_of(Case.from_json(text), subject, loaded, operators=operators))
+            connection.send(report_of(Case.from_json(text), subject, loaded, operators=operators))
+    except EOFError:
+        return
+    except KeyboardInterrupt:
+        # The parent says it in a sentence, or has been interrupted itself: a traceback says nothing more.
+        raise SystemExit(INTERRUPTED) from None
 
 
 _AWAY_FROM_OTHERS: Final = {"CUDA_MPS_PIPE_DIRECTORY": os.devnull}
 """Where processes share a GPU through a server (CUDA MPS), a fault in one ends all; not so for a child without it."""
 
 
-_DIED: Final = Report("Crashed", "the process died while it ran this case", survived=False)
+INTERRUPTED: Final = 130
+"""Exit status of a process in which KeyboardInterrupt was raised: by the code under test, or for Ctrl-C."""
+
+
+def cause_of_death(exit_code: int | None) -> str:
+    """What a process did that is no more, in words, by its exit status."""
+    if exit_code is None or exit_code == DEAD_CONTEXT:
+        return "died"
+    if exit_code == INTERRUPTED:
+        return "ended with KeyboardInterrupt"
+    if exit_code < 0:
+        name = signal.Signals(-exit_code).name if -exit_code in iter(signal.Signals) else f"signal {-exit_code}"
+        return f"was ended by {name}"
+    return f"died with exit code {exit_code}"
 
 
 FATAL: Final = ("Crashed", "Hung")
@@ -188,11 +205,12 @@ class Isolated:
         except (EOFError, OSError):
             # OSError: it died before it had read the case, or in the middle of its answer.
             self._process.join()
-            without = self._process.exitcode == NO_DEVICE
+            exit_code = self._process.exitcode
             self.close()
-            if without:
+            if exit_code == NO_DEVICE:
                 raise NoDevice(f"a new process cannot use {self._subject.device}, whatever it runs there") from None
-            return _DIED
+            how = cause_of_death(exit_code)
+            return Report("Crashed", f"the process {how} while it ran this case", survived=False)
         if found.disagreement is not None:
             raise ReferencesDisagree(found.disagreement)
         return found

@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from typing import Final
 
 from attn_fuzz.campaign.crash_triage import NOT_AGAIN, crash_triage_of
-from attn_fuzz.campaign.isolated import NoDevice
+from attn_fuzz.campaign.isolated import NoDevice, cause_of_death
 from attn_fuzz.campaign.messages import (
     Assignment,
     CampaignError,
@@ -173,14 +173,13 @@ class Pool:
                 raise CampaignError(reason)
 
     def _end_others(self, worker: _Worker) -> None:
-        """Ends what else hunts a backend of which one finding is enough, but for who is shrinking another."""
+        """Ends what else tests a backend of which one finding is enough."""
         name = worker.assignment.backend
         self._waiting = deque(each for each in self._waiting if each[0].backend != name)
         for other in [each for each in self._running if each is not worker and each.assignment.backend == name]:
-            if other.candidate is None:
-                other.process.kill()
-                self._running.remove(other)
-                self._done.append(other)
+            other.process.kill()
+            self._running.remove(other)
+            self._done.append(other)
 
     def _bury(self, worker: _Worker, symptom: str, how: str) -> None:
         """Turns a dead worker's last case into a finding and starts another in its place."""
@@ -220,7 +219,9 @@ class Pool:
         except KeyboardInterrupt:
             self._keep(finding)
             raise
-        if worker.restarts < RESTARTS:
+        if job.stop_at_first and (job.backend, symptom) in self._findings:
+            self._end_others(worker)
+        elif worker.restarts < RESTARTS:
             spent = time.monotonic() - worker.started
             seconds = None if job.seconds is None else max(job.seconds - spent, 0.0)
             cases = None if job.cases is None else max(job.cases - worker.tally.cases, 0)
@@ -248,7 +249,7 @@ class Pool:
                         self._running.remove(worker)
                         self._done.append(worker)
                     else:
-                        self._bury(worker, "Crashed", f"died with exit code {worker.process.exitcode}")
+                        self._bury(worker, "Crashed", cause_of_death(worker.process.exitcode))
             elif time.monotonic() - worker.heard > HANG_SECONDS:
                 self._bury(worker, "Hung", f"was silent for {HANG_SECONDS:.0f} seconds")
 

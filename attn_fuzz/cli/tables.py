@@ -15,6 +15,7 @@ from attn_fuzz.campaign.pool import Outcome
 from attn_fuzz.evaluation.capability_probe import RIGHT, Answer
 from attn_fuzz.evaluation.published_tolerances import RULES
 from attn_fuzz.findings.finding import Finding
+from attn_fuzz.findings.same import count_bugs
 from attn_fuzz.oracle.examine import Verdict
 from attn_fuzz.reduction.call_sequence import CallSequence
 from attn_fuzz.reference.case import Case
@@ -39,17 +40,19 @@ def campaign_table(outcome: Outcome) -> Table:
         found = [finding for finding in outcome.findings if finding.backend == name]
         counts = (str(n) for n in (tally.cases, tally.documents, tally.straddling, tally.refused))
         known = "".join(f", known {issue}: {count} cases" for issue, count in sorted(tally.known.items()))
-        table.add_row(name, *counts, worst(tally), (str(len(found)) if found else "none") + known)
+        table.add_row(name, *counts, worst(tally), (str(count_bugs(found)) if found else "none") + known)
     return table
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
-    """One row per finding."""
-    table = Table(title=f"{len(findings)} findings")
-    for column in ("id", "symptom", "backend", "device", "case"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("id", "symptom"))
+    """One row per finding; what is the same bug as another one is counted once."""
+    linked = any(finding.same_as for finding in findings)
+    table = Table(title=f"{count_bugs(findings)} findings")
+    for column in ("id", *(("same as",) if linked else ()), "symptom", "backend", "device", "case"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("id", "same as", "symptom"))
     for finding in findings:
-        table.add_row(finding.id, finding.symptom, finding.backend, finding.device, describe(finding.case))
+        first = (finding.id, finding.same_as) if linked else (finding.id,)
+        table.add_row(*first, finding.symptom, finding.backend, finding.device, describe(finding.case))
     return table
 
 
@@ -64,6 +67,8 @@ def print_findings(console: Console, findings: Iterable[Finding], stored: str | 
         console.print(
             f"\n[bold red]{finding.symptom}[/] on [bold]{finding.backend}[/] ({finding.device}), id {finding.id}"
         )
+        if finding.same_as:
+            console.print(f"  same as {finding.same_as}, which was found before", markup=False)
         for message in finding.messages[:3]:
             console.print(f"  {message}", markup=False, soft_wrap=True)
         console.print(f"  case: {describe(finding.case)}", markup=False, soft_wrap=True)
