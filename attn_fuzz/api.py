@@ -103,6 +103,30 @@ class Verdict:
             raise FoundError("; ".join(self.troubles) or "no case was tried, so nothing was tested", self)
 
 
+def _bound_to(thing: object) -> tuple[str, str | None]:
+    """The name and module that something is to be imported by: its own, or of a variable that holds it.
+
+    What an adapter gives, a partial function or a lambda has another name than the variable that it was put into.
+    """
+    name, module = getattr(thing, "__qualname__", ""), getattr(thing, "__module__", None)
+    home = sys.modules.get(module or "")
+    if name.isidentifier() and (home is None or getattr(home, name, None) is thing):
+        return name, module
+    for other, held in [*sys.modules.items()]:
+        for variable, value in [*getattr(held, "__dict__", {}).items()]:
+            if value is thing:
+                return variable, other
+    return name, module
+
+
+def _file_of(thing: object) -> str:
+    """The file that something was defined in, or nothing."""
+    try:
+        return inspect.getfile(thing)  # type: ignore[arg-type]
+    except (OSError, TypeError):
+        return ""
+
+
 def _importable(thing: object, what: str) -> str:
     """The name that another process imports a function or class by: ``MODULE:NAME`` or ``PATH.py:NAME``.
 
@@ -111,15 +135,12 @@ def _importable(thing: object, what: str) -> str:
     """
     if isinstance(thing, str):
         return thing
-    name, module = getattr(thing, "__qualname__", ""), getattr(thing, "__module__", None)
+    name, module = _bound_to(thing)
     if not name.isidentifier() or module is None:
         raise CheckError(f"{what} {name or thing!r} cannot be imported by another process: define it at a module's top")
     if module != "__main__" and importlib.util.find_spec(module) is not None:
         return f"{module}:{name}"
-    try:
-        path = inspect.getfile(thing)  # type: ignore[arg-type]
-    except (OSError, TypeError):
-        path = ""
+    path = getattr(sys.modules.get(module), "__file__", None) or _file_of(thing)
     if not Path(path).is_file():
         raise CheckError(f"{what} {name} is in no file that another process could import")
     return f"{Path(path).resolve()}:{name}"
