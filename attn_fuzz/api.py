@@ -238,7 +238,8 @@ def assert_attention(
     """Asserts that results are those of packed attention over these very inputs, element by element.
 
     The bound of each element is derived from the inputs and the dtype (docs/oracle.md), so there is no tolerance to
-    choose. All tensors are of one dtype (float32, bfloat16, float16) and device, but for ``lse``.
+    choose; in half precision, where an element may be off by a percent, neither may a document's head be off by a
+    factor as a whole. All tensors are of one dtype (float32, bfloat16, float16) and device, but for ``lse``.
 
     Args:
         out: ``[tokens_q, heads, head_dim]``.
@@ -259,7 +260,9 @@ def assert_attention(
         arithmetic: facts about the kernel's arithmetic (docs/arithmetic.md), such as ``{"products": "tf32"}``.
 
     Raises:
-        AttentionMismatch: an AssertionError that says which document, row, head and channel, got, expected, z.
+        AttentionMismatch: an AssertionError that says which document, row, head and channel, got, expected, z; after a
+            second reference, which takes one document at a time, has come to the same.
+        ReferencesDisagree: where it has not: the mistake is this project's, and says nothing about the results.
         ValueError: when shapes, dtypes, devices or prefix sums do not belong together.
     """
     from attn_fuzz.oracle.own_inputs import AttentionMismatch, Masking, wrong_elements
@@ -273,5 +276,5 @@ def assert_attention(
     inputs = Inputs(*(x.detach() for x in (q, k, v, given)))
     left, right = window
     masking = Masking(causal=causal, window=(left, right), softmax_scale=softmax_scale, softcap=softcap)
-    if wrong := tuple(wrong_elements(results, inputs, cu_seqlens_q, cu_seqlens_k, masking, arithmetic)):
+    if wrong := wrong_elements(results, inputs, (cu_seqlens_q, cu_seqlens_k), masking, arithmetic):
         raise AttentionMismatch(wrong)
