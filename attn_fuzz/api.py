@@ -108,6 +108,30 @@ class Verdict:
             raise FoundError("; ".join(self.troubles) or "no case was tried, so nothing was tested", self)
 
 
+def _bound_to(thing: object) -> tuple[str, str | None]:
+    """The name and module that something is to be imported by: its own, or of a variable that holds it.
+
+    What an adapter gives, a partial function or a lambda has another name than the variable that it was put into.
+    """
+    name, module = getattr(thing, "__qualname__", ""), getattr(thing, "__module__", None)
+    home = sys.modules.get(module or "")
+    if name.isidentifier() and (home is None or getattr(home, name, None) is thing):
+        return name, module
+    for other, held in [*sys.modules.items()]:
+        for variable, value in [*getattr(held, "__dict__", {}).items()]:
+            if value is thing:
+                return variable, other
+    return name, module
+
+
+def _file_of(thing: object) -> str:
+    """The file that something was defined in, or nothing."""
+    try:
+        return inspect.getfile(thing)  # type: ignore[arg-type]
+    except (OSError, TypeError):
+        return ""
+
+
 def _importable(thing: object, what: str) -> str:
     """The name that another process imports a function or class by: ``MODULE:NAME`` or ``PATH.py:NAME``.
 
@@ -118,15 +142,12 @@ def _importable(thing: object, what: str) -> str:
         return thing
     if not callable(thing):
         raise CheckError(f"{what} should be a {_KINDS[what]} or the name of one, not {thing!r}")
-    name, module = getattr(thing, "__qualname__", ""), getattr(thing, "__module__", None)
+    name, module = _bound_to(thing)
     if not name.isidentifier() or module is None:
         raise CheckError(f"{what} {name or thing!r} cannot be imported by another process: define it at a module's top")
     if module != "__main__" and importlib.util.find_spec(module) is not None:
         return f"{module}:{name}"
-    try:
-        path = inspect.getfile(thing)  # type: ignore[arg-type]
-    except (OSError, TypeError):
-        path = ""
+    path = getattr(sys.modules.get(module), "__file__", None) or _file_of(thing)
     if not Path(path).is_file():
         raise CheckError(f"{what} {name} is in no file that another process could import")
     return f"{Path(path).resolve()}:{name}"
@@ -226,7 +247,8 @@ def assert_attention(
     """Asserts that results are those of packed attention over these very inputs, element by element.
 
     The bound of each element is derived from the inputs and the dtype (docs/oracle.md), so there is no tolerance to
-    choose. All tensors are of one dtype (float32, bfloat16, float16) and device, but for ``lse``.
+    choose; in half precision, where an element may be off by a percent, neither may a document's head be off by a
+    factor as a whole. All tensors are of one dtype (float32, bfloat16, float16) and device, but for ``lse``.
 
     Args:
         out: ``[tokens_q, heads, head_dim]``.
@@ -247,7 +269,9 @@ def assert_attention(
         arithmetic: facts about the kernel's arithmetic (docs/arithmetic.md), such as ``{"products": "tf32"}``.
 
     Raises:
-        AttentionMismatch: an AssertionError that says which document, row, head and channel, got, expected, z.
+        AttentionMismatch: an AssertionError that says which document, row, head and channel, got, expected, z; after a
+            second reference, which takes one document at a time, has come to the same.
+        ReferencesDisagree: where it has not: the mistake is this project's, and says nothing about the results.
         ValueError: when shapes, dtypes, devices or prefix sums do not belong together.
     """
     from attn_fuzz.oracle.own_inputs import AttentionMismatch, Masking, wrong_elements
@@ -261,5 +285,5 @@ def assert_attention(
     inputs = Inputs(*(x.detach() for x in (q, k, v, given)))
     left, right = window
     masking = Masking(causal=causal, window=(left, right), softmax_scale=softmax_scale, softcap=softcap)
-    if wrong := tuple(wrong_elements(results, inputs, cu_seqlens_q, cu_seqlens_k, masking, arithmetic)):
+    if wrong := wrong_elements(results, inputs, (cu_seqlens_q, cu_seqlens_k), masking, arithmetic):
         raise AttentionMismatch(wrong)
