@@ -31,8 +31,8 @@ from attn_fuzz.campaign.pool import Pool
 from attn_fuzz.execution.runner import run_kernel
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.generation.calls import LONGEST, CallBatch, draw_batch
+from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import Sweep
-from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.oracle.deviations import LIMIT, deviations
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.symptoms import DeadRowsNotZero, NotExact, WrongKeys, WrongKeysBackward

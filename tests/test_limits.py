@@ -16,7 +16,7 @@ from attn_fuzz.backends.known import KnownIssue, built_on
 from attn_fuzz.campaign import limits
 from attn_fuzz.campaign.isolated import Report, Subject, report_of
 from attn_fuzz.campaign.limits import Limit, LimitsFound, infer_limits, taken, without_of
-from attn_fuzz.generation.strategies import Domain
+from attn_fuzz.generation.domain import Domain
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.symptoms import WrongOutput
 from attn_fuzz.reference.case import MEMORIES, Case

@@ -32,8 +32,8 @@ from attn_fuzz.cases.subsets import subset
 from attn_fuzz.execution.runner import run_kernel
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.generation.calls import CallBatch
+from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import LONGEST, Sweep, draw_case
-from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.oracle.deviations import LIMIT, row_spreads
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.symptoms import Crashed, InputsChanged, PoisonLeaked, WrongSpread

@@ -20,8 +20,8 @@ from attn_fuzz.batch.probes import PROBES
 from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.batch.verdicts import COLUMNS
 from attn_fuzz.campaign.plan import available_backends, takes_batches
+from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import Sweep, draw_case
-from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.oracle.known_answer.census import Census
 from attn_fuzz.oracle.symptoms import WrongKeys, WrongKeysBackward
 from attn_fuzz.reference.answer import KERNEL_TENSORS, Inputs

@@ -26,7 +26,8 @@ from attn_fuzz.cases.repair import fitted
 from attn_fuzz.cases.smaller import fewer_ranks
 from attn_fuzz.evaluation.seeded_faults import find_fault, is_minimal
 from attn_fuzz.execution.process import share_of_processors
-from attn_fuzz.generation.strategies import Domain, cases
+from attn_fuzz.generation.domain import Domain
+from attn_fuzz.generation.strategies import cases
 from attn_fuzz.oracle.checks.ranks import attended
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.trial import Trial

@@ -18,7 +18,7 @@ from attn_fuzz.cases.subsets import subset
 from attn_fuzz.execution.inferred import inferred
 from attn_fuzz.execution.runner import Asked
 from attn_fuzz.generation.calls import CallBatch
-from attn_fuzz.generation.strategies import usual_scales
+from attn_fuzz.generation.options import usual_scales
 from attn_fuzz.oracle.checks.asked import INFERENCE, SOME_GRADIENTS, TWICE
 from attn_fuzz.oracle.checks.dead_rows import unfilled
 from attn_fuzz.oracle.checks.isolation import first_kept, garbage_of, moved_bits
