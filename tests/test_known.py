@@ -210,7 +210,7 @@ def test_a_campaign_runs_a_few_crash_class_cases_apart(monkeypatch: pytest.Monke
     monkeypatch.setattr(known, "KNOWN", (crashing(covers=lambda case, calls: case.capacity > 0),))
     monkeypatch.setattr(worker, "Isolated", _Dying)
     messages: list[Message] = []
-    job = Assignment(backend="loop", device="cpu", seed=3, levels=("kernel",), cases=60)
+    job = Assignment(backend="loop", device="cpu", seed=3, levels=("kernel",), cases=24)
     worker.work(job, messages.append)
     last = messages[-1]
     assert isinstance(last, Finished)
