@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from commandline import Done
 
 import attn_fuzz
 from attn_fuzz import AttentionMismatch, CheckError, FoundError, Verdict, assert_attention
@@ -243,8 +244,8 @@ def test_a_wrong_kernel_is_false_and_raises(tmp_path: Path) -> None:
         EXAMPLE.read_text().replace("softmax_scale", "softmax_scale", 1) + "\nright = kernel\n"
         "def kernel(q, k, v, *rest, **options):\n    return right(q, k, v * 1.01, *rest, **options)\n"
     )
-    options = {"cases": 20, "level": "kernel", "mode": "case", "workers": 1, "device": "cpu", "first": True}
-    verdict = attn_fuzz.check(f"{path}:kernel", store=tmp_path / "store", **options)
+    options = {"cases": 20, "level": "kernel", "mode": "case", "workers": 1, "device": "cpu", "dtype": "fp32"}
+    verdict = attn_fuzz.check(f"{path}:kernel", store=tmp_path / "store", first=True, **options)
     assert not verdict
     assert verdict.findings[0].backend.endswith("mine.py:kernel")
     with pytest.raises(FoundError, match=r"1 findings in \d+ cases") as raised:
@@ -260,7 +261,19 @@ def inside() -> Callable[..., None]:
     return kernel
 
 
-@pytest.mark.slow
+@pytest.fixture
+def commands_here(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """The command that a check runs is run in this process."""
+
+    def run(words: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert words[:3] == [sys.executable, "-m", "attn_fuzz"]
+        done: Done = request.getfixturevalue("attn_fuzz")(*words[3:])
+        return subprocess.CompletedProcess(words, done.status, done.out, done.err)
+
+    monkeypatch.setattr("attn_fuzz.api.subprocess.run", run)
+
+
+@pytest.mark.usefixtures("commands_here")
 @pytest.mark.parametrize(
     ("kernel", "options", "said"),
     [

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,12 +15,7 @@ from results.render import tables as results
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 QUICK = ("--device", "cpu", "--dtype", "fp32", "--workers", "1")
-"""One dtype and one process: to find out what a kernel takes is most of the time of such a run."""
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "attn_fuzz", *arguments]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+"""One dtype: to find out what a kernel takes is most of the time of such a run."""
 
 
 def test_tables_are_those_of_the_committed_results() -> None:
@@ -41,11 +33,11 @@ def test_every_command_of_the_readme_exists(attn_fuzz: Run) -> None:
 
 
 @pytest.mark.slow
-def test_example_kernel_is_clean(tmp_path: Path) -> None:
-    kernel = "examples/my_kernel.py:kernel"
-    done = command("check", kernel, *QUICK, "--cases", "10", "--json", "--store", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+@pytest.mark.usefixtures("in_this_process")
+def test_example_kernel_is_clean(attn_fuzz: Run) -> None:
+    done = attn_fuzz("check", f"{ROOT / 'examples' / 'my_kernel.py'}:kernel", *QUICK, "--cases", "10", "--json")
+    assert done.status == 0, done.err
+    told = done.json
     (mine,) = told["backends"].values()
     # So many of each mode that it is fuzzed by.
     assert sum(count for kind, count in mine["by_kind"].items() if kind.startswith("batch")) == 10

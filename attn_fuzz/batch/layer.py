@@ -17,8 +17,8 @@ from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.poison import poisoned
 from attn_fuzz.execution.process import in_words, raise_lack_of_memory
 from attn_fuzz.execution.runner import LayerRun
+from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import USUAL_HEADS, draw_options, edge_lengths
-from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.oracle.deviations import LIMIT, deviations, limit
 from attn_fuzz.reference.answer import Expected, Inputs
 from attn_fuzz.reference.batched import kernel_answer

@@ -18,7 +18,7 @@ from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.execution.calls import Asked, How
 from attn_fuzz.execution.inferred import inferred
-from attn_fuzz.generation.strategies import usual_scales
+from attn_fuzz.generation.options import usual_scales
 from attn_fuzz.oracle.checks.dead_rows import unfilled
 from attn_fuzz.oracle.garbage import kernel_garbage
 from attn_fuzz.oracle.relations import autograd

@@ -128,7 +128,7 @@ def cause_of_death(exit_code: int | None) -> str:
     if exit_code == INTERRUPTED:
         return "ended with KeyboardInterrupt"
     if exit_code < 0:
-        name = signal.Signals(-exit_code).name if -exit_code in iter(signal.Signals) else f"signal {-exit_code}"
+        name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else f"signal {-exit_code}"
         return f"was ended by {name}"
     return f"died with exit code {exit_code}"
 

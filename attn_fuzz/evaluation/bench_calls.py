@@ -20,8 +20,8 @@ from attn_fuzz.execution.batch_tensors import BatchTensors
 from attn_fuzz.execution.calls import run_batch
 from attn_fuzz.execution.timing import median
 from attn_fuzz.generation.calls import DOCUMENTS, LONGEST, draw_batch
+from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import Sweep
-from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.reference.answer import kernel_inputs
 from attn_fuzz.reference.case import Case
 

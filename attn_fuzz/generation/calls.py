@@ -9,8 +9,8 @@ from attn_fuzz.backends.kernel import Capabilities
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
+from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import Sweep, draw_case
-from attn_fuzz.generation.strategies import Domain
 
 LONGEST: Final = {"cuda": ((64, 128), (256, 400), (16, 32)), "cpu": ((16, 32), (64, 128), (16, 32))}
 """(queries, keys) of the longest documents of batches, in turn."""
