@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "run": ("fuzz", "Fuzz backends with the full buffered-K/V layer and at kernel level."),
     "check": ("fuzz", "Fuzz your own kernel, by itself and inside the buffered layer."),
     "check-layer": ("fuzz", "Fuzz your own attention layer (docs/your_layer.md)."),
+    "init": ("init", "Write tests, a workflow and an ignore entry for your kernel into your repository."),
     "replay": ("saved", "Run one saved case and show every check's verdict."),
     "script": ("saved", "Print a failing kernel case as one Python file that needs nothing of this project."),
     "save": ("saved", "Keep a failing case as a regression case, which the test suite collects."),
