@@ -227,7 +227,12 @@ def test_a_clean_verdict_is_true() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"), [({"cases": 0}, "nothing was tested"), ({"troubles": ["the disk is full"]}, "the disk is full")]
+    ("data", "said"),
+    [
+        ({"cases": 0}, "nothing was tested"),
+        ({"troubles": ["the disk is full"]}, "the disk is full"),
+        ({"untested": ["interrupted after 5 cases"]}, "interrupted after 5 cases"),
+    ],
 )
 def test_nothing_tested_is_no_pass(data: dict[str, Any], said: str) -> None:
     verdict = told(**data)
