@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from commandline import Run, sentence
+from commandline import Run, require_exists, sentence, shown_commands
 
-from attn_fuzz.cli.app import app
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.store import Store
 from attn_fuzz.findings.summary import markdown
@@ -168,14 +166,11 @@ def test_its_commands_exist(action: dict[str, Any]) -> None:
     script = step(action, "Check")["run"].replace("\\\n", " ")
     # What is given only where it is not empty, given; and what a user may add.
     script = script.replace('${LEVEL:+--level "$LEVEL"}', "--level layer").replace('"${more[@]}"', "--seed 7")
-    commands = re.findall(r"python3 -m attn_fuzz ([^>\n]*)", script)
-    assert {command.split()[0] for command in commands} == {"check", "summary"}
-    group = typer.main.get_command(app)
-    for command in commands:
-        values = {"DEVICE": "cpu", "LENGTH": "60"}
-        words = [values.get(word.lstrip("$"), word) for word in shlex.split(command)]
-        _, found, rest = group.resolve_command(typer.Context(group), words)  # type: ignore[attr-defined]
-        found.make_context(found.name, rest).close()
+    values = {"DEVICE": "cpu", "LENGTH": "60"}
+    commands = [
+        [values.get(word.lstrip("$"), word) for word in shlex.split(command)] for command in shown_commands(script)
+    ]
+    assert [require_exists(command) for command in commands] == ["check", "summary"]
 
 
 VERDICT = json.dumps({"findings": []})

@@ -80,7 +80,7 @@ def test_what_is_in_it(installed: Path) -> None:
     top = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
     assert top == {"attn_fuzz"}
     inside = {path.name for path in (installed / "attn_fuzz").iterdir()}
-    assert {"py.typed", "reference", "backends", "api.py", "pytest_plugin.py"} <= inside
+    assert {"py.typed", "verdict.schema.json", "reference", "backends", "api.py", "pytest_plugin.py"} <= inside
 
 
 @pytest.mark.slow

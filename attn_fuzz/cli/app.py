@@ -26,6 +26,7 @@ COMMANDS: Final = {
     "list": ("store", "List what was found, newest first."),
     "show": ("store", "Show one finding: what failed, the shrunk case, and on which versions."),
     "summary": ("summary", "Print a verdict, or a store, as Markdown for a comment."),
+    "schema": ("summary", "Print the JSON schema of a verdict."),
     "backends": ("catalogue", "What is available here, what each backend supports, and why the rest is not."),
     "faults": ("faults", "Hunt every seeded fault on the CPU, without hints."),
     "bench": ("bench", "Documents and cases per second of all modes, beside the bare kernels."),

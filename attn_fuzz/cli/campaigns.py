@@ -32,7 +32,7 @@ from attn_fuzz.ranks.client import MAX_RANKS
 
 
 def campaign_dict(outcome: Outcome, device: str, seed: int, poisons: tuple[str, ...]) -> dict[str, Any]:
-    """The JSON object of a campaign, but for its verdict (docs/verdict.schema.json)."""
+    """The JSON object of a campaign, but for its verdict (attn_fuzz/verdict.schema.json)."""
     return {
         "cases": sum(tally.cases for tally in outcome.tallies.values()),
         "documents": sum(tally.documents for tally in outcome.tallies.values()),

@@ -1,7 +1,8 @@
-"""``summary``: a verdict for a comment or the summary of a CI job."""
+"""``summary`` and ``schema``: a verdict for a comment or the summary of a CI job, and what one looks like as JSON."""
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,3 +40,8 @@ def summary(
 ) -> None:
     """Print a verdict as Markdown: one line, the findings, the smallest case and its replay, versions."""
     typer.echo(markdown(_read(verdict)), nl=False)
+
+
+def schema() -> None:
+    """Print the JSON schema of what ``run``, ``check`` and ``check-layer`` print with ``--json``."""
+    typer.echo(importlib.resources.files("attn_fuzz").joinpath("verdict.schema.json").read_text(), nl=False)
