@@ -9,13 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from commandline import CASE, SWAPPED, Done, Run, require_exists, shown_commands
+from commandline import CASE, FOUND, Done, Run, require_exists, shown_commands, stored_finding
 
 from attn_fuzz.campaign.limits import Limit, LimitsFound
 from attn_fuzz.campaign.messages import Tally
 from attn_fuzz.campaign.pool import Outcome
 from attn_fuzz.findings.finding import Finding
-from attn_fuzz.findings.store import Store
 from attn_fuzz.reference.case import Case
 
 jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema, of the extra dev")
@@ -23,18 +22,6 @@ jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema, of the 
 ROOT = Path(__file__).resolve().parent.parent
 AGENTS = (ROOT / "docs" / "agents.md").read_text()
 SMALL = Case.from_json(CASE)
-FINDING = Finding(
-    backend=SWAPPED,
-    device="cpu",
-    symptom="WrongGradK",
-    checks=("budget",),
-    messages=("WrongGradK [budget] dk: wrong",),
-    case=SMALL,
-    original_case=Case(lengths=(3, 4), cuts=(2,)),
-    cases_to_find=3,
-    seconds_to_find=0.5,
-    environment={"torch": "2.13.0"},
-)
 TALLY = Tally(
     cases=7,
     documents=12,
@@ -73,9 +60,9 @@ LIMIT = LimitsFound((Limit("head_dim 5", "refused", "too odd", SMALL),))
 VERDICTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "clean": (0, "clean", {}),
     "clean, with a limit": (0, "clean", {"limits": LIMIT}),
-    "found": (1, "findings", {"findings": [FINDING]}),
-    "found among calls": (1, "findings", {"findings": [dataclasses.replace(FINDING, sequence={"calls": []})]}),
-    "trouble": (2, "trouble", {"troubles": ("a worker was killed",), "findings": [FINDING]}),
+    "found": (1, "findings", {"findings": [FOUND]}),
+    "found among calls": (1, "findings", {"findings": [dataclasses.replace(FOUND, sequence={"calls": []})]}),
+    "trouble": (2, "trouble", {"troubles": ("a worker was killed",), "findings": [FOUND]}),
     "nothing tested": (3, "untested", {"tallies": {"k.py:kernel": Tally(refused=9)}}),
     "interrupted": (3, "untested", {"interrupted": True}),
 }
@@ -128,12 +115,10 @@ def test_commands_for_agents_exist() -> None:
 
 
 def test_commands_for_agents_work(attn_fuzz: Run) -> None:
-    store = Store(Path(".attn-fuzz/findings"))
-    store.prepare()
-    store.save(FINDING)
-    Path("verdict.json").write_text(json.dumps({"findings": [FINDING.to_dict()]}))
+    stored_finding()
+    Path("verdict.json").write_text(json.dumps({"findings": [FOUND.to_dict()]}))
     for command in shown_commands(AGENTS)[1:]:
-        name, *words = command.replace("ID", FINDING.id).replace("NAME", "kept").split()
+        name, *words = command.replace("ID", FOUND.id).replace("NAME", "kept").split()
         assert attn_fuzz(name, *words).status == (1 if name == "replay" else 0), command
 
 
