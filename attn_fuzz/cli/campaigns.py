@@ -139,7 +139,7 @@ def fuzz(names: tuple[str, ...], options: CampaignOptions, told: Told, *, named:
         forbidden = [finding_of(limit, names[0], options.device) for limit in found_out.limits] if told.strict else []
         for finding in forbidden:
             keep(finding)
-        outcome = Pool(assignments, options.workers, screen.update, keep, options.seconds).run()
+        outcome = Pool(assignments, options.workers, screen.update, keep, options.seconds, screen.ended).run()
     outcome.findings[:0] = forbidden
     outcome.troubles = (*(str(error) for error in unstored), *outcome.troubles)
     untested = _untested(outcome, told.min_cases)
@@ -165,7 +165,7 @@ VERDICTS: Final = {0: "clean", 1: "findings", 2: "trouble", UNTESTED: "untested"
 def _print(outcome: Outcome, options: CampaignOptions, told: Told, found_out: LimitsFound) -> None:
     """What came of a campaign, for people."""
     console = results_console()
-    console.print(tables.campaign_table(outcome))
+    tables.print_campaign(console, outcome)
     tables.print_limits(console, found_out.limits)
     tables.print_findings(console, outcome.findings, str(told.store))
     console.print(f"seed {options.seed}" + (", interrupted" if outcome.interrupted else ""))

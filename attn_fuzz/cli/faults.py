@@ -40,7 +40,7 @@ def faults(
         if fault not in known:
             raise UsageError(f"unknown fault {fault!r}; there are {', '.join(known)}")
     if mode not in ("case", "batch"):
-        raise UsageError(f"unknown mode {mode!r}; faults are hunted by narrow or batch")
+        raise UsageError(f"unknown mode {mode!r}; faults are hunted by case or batch")
     names = list(dict.fromkeys(only or (name for name in known if mode == "case" or seeded_faults.called(name))))
     if uncalled := [name for name in names if mode == "batch" and not seeded_faults.called(name)]:
         raise UsageError(f"{uncalled[0]} is no fault of a kernel, and batches are of kernel calls")
@@ -81,5 +81,5 @@ def faults(
     if as_json:
         typer.echo(json.dumps({"faults": rows, "seeds": seeds, "mode": mode, "environment": environment("cpu")}))
     else:
-        results_console().print(tables.faults_table(rows))
+        tables.print_faults(results_console(), rows)
     raise typer.Exit(0 if all(row["caught"] for row in rows) else 1)
