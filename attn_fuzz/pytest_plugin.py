@@ -127,7 +127,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 LENGTHS = {"seconds", "cases"}
-"""The two options that say how long a check is: whoever gives one of them overrides both."""
+"""The two options that say how long a check is: one of them overrides both."""
 
 
 def _joined(*layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -116,6 +116,20 @@ def test_a_skipped_gpu_test_is_skipped_otherwise(run: Run, monkeypatch: pytest.M
     assert result.ret == 0
 
 
+def test_saved_cases_of_gpus_are_gpu_tests(
+    run: Run, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that one that is skipped for want of a GPU fails where one is required."""
+    gpus(monkeypatch, 0)
+    folder = pytester.mkdir("regressions")
+    for device in ("cpu", "cuda"):
+        saved = RegressionCase(name=device, case=Case(level="kernel", lengths=(2,)), backend="loop", device=device)
+        (folder / f"{device}.json").write_text(saved.to_json())
+    result = run("", "-m", "cuda", "regressions")
+    result.assert_outcomes(skipped=1, deselected=1)
+    result.stdout.fnmatch_lines(["*found on cuda, and torch sees no CUDA device here*"])
+
+
 # Devices.
 
 

@@ -1,4 +1,4 @@
-"""The command line. Exit status: 0 nothing found, 1 findings, 2 bad usage or an environment that cannot do it.
+"""The command line. Exit status: 0 nothing found, 1 findings, 2 bad usage or trouble, 3 nothing or too little tested.
 
 A command is imported when it is called, since torch takes seconds: help and usage errors of the whole answer at once.
 """
