@@ -50,7 +50,7 @@ class Verdict:
     """What the command printed with ``--json``."""
 
     def __bool__(self) -> bool:
-        return not self.findings and not self.troubles and self.cases > 0
+        return not self.findings and not self.troubles and not self.untested and self.cases > 0
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -93,6 +93,11 @@ class Verdict:
         """What went wrong with the check itself."""
         return tuple(self.data.get("troubles", ()))
 
+    @property
+    def untested(self) -> tuple[str, ...]:
+        """Why nothing, or too little, was tested."""
+        return tuple(self.data.get("untested", ()))
+
     def to_json(self) -> str:
         """The JSON object of the command."""
         return json.dumps(self.data)
@@ -105,7 +110,9 @@ class Verdict:
 
             raise FoundError(f"{count_bugs(found)} findings in {self.cases} cases:\n" + "\n".join(lines), self)
         if not self:
-            raise FoundError("; ".join(self.troubles) or "no case was tried, so nothing was tested", self)
+            raise FoundError(
+                "; ".join((*self.troubles, *self.untested)) or "no case was tried, so nothing was tested", self
+            )
 
 
 def _bound_to(thing: object) -> tuple[str, str | None]:

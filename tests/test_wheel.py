@@ -28,24 +28,10 @@ def test_their_own():
     assert (ours, ANSWER) == (1, 42)
 """
 
-CHECKS = """
-import runpy
-
-import pytest
-
-
-def test_the_script_of_the_finding():
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path("script.py", run_name="__main__")
-    assert not ended.value.code
-
-
-def test_their_kernel(attn_fuzz):
-    options = {"level": "kernel", "mode": "case", "workers": 1, "device": "cpu", "dtype": "fp32"}
-    verdict = attn_fuzz("kernel.py:kernel", **options)
-    assert verdict and verdict.cases == 8 and not verdict.findings
-    assert set(verdict.coverage) == {"kernel fp32"}
+NARROW = """
+kernel.capabilities |= {"dtypes": ("fp32", "bf16"), "head_dims": (8,), "gqa": False, "memories": ("contiguous",)}
 """
+"""Finding out what a kernel takes is most of the time of a short check."""
 
 
 KEEP = """
@@ -95,7 +81,7 @@ def theirs(tmp_path: Path) -> Path:
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_theirs.py").write_text(THEIR_TESTS)
     (tmp_path / "conftest.py").write_text('"""Theirs."""\n')
-    (tmp_path / "kernel.py").write_text(EXAMPLE.replace(RIGHT, WRONG))
+    (tmp_path / "kernel.py").write_text(EXAMPLE.replace(RIGHT, WRONG) + NARROW)
     return tmp_path
 
 
@@ -118,7 +104,7 @@ def test_what_is_in_it(installed: Path) -> None:
     top = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
     assert top == {"attn_fuzz"}
     inside = {path.name for path in (installed / "attn_fuzz").iterdir()}
-    assert {"py.typed", "reference", "backends", "api.py", "pytest_plugin.py"} <= inside
+    assert {"py.typed", "verdict.schema.json", "reference", "backends", "api.py", "pytest_plugin.py"} <= inside
 
 
 @pytest.mark.slow
@@ -135,14 +121,26 @@ def test_from_a_finding_to_a_test_that_passes_once_it_is_mended(run: Run, theirs
     assert "elements wrong; at row" in kept.stdout
 
     # As the entry point does where it is installed.
-    suite = ("pytest", "-q", "-p", "attn_fuzz.pytest_plugin", "-p", "no:cacheprovider", "--attn-cases", "8", "tests")
+    suite = (
+        "pytest",
+        "-q",
+        "-p",
+        "attn_fuzz.pytest_plugin",
+        "-p",
+        "no:cacheprovider",
+        "--strict-markers",
+        "--attn-cases",
+        "4",
+        "tests",
+    )
     red = run(*suite)
     assert red.returncode == 1, red.stdout
     assert "kernel.py:kernel still fails" in red.stdout
     assert "1 failed, 1 passed" in red.stdout
 
-    (theirs / "kernel.py").write_text(EXAMPLE)
-    (theirs / "tests" / "test_checks.py").write_text(CHECKS)
+    (theirs / "kernel.py").write_text(EXAMPLE + NARROW)
+    assert run("attn_fuzz", "init", "kernel.py:kernel").returncode == 0
     green = run(*suite)
     assert green.returncode == 0, green.stdout
-    assert "4 passed" in green.stdout
+    assert "3 passed" in green.stdout
+    assert run("script").returncode == 0

@@ -90,6 +90,7 @@ class Pool:
         on_progress: called with all tallies by backend whenever something changed.
         on_finding: called with each finding as it arrives, so that an interruption loses none.
         seconds: wall-clock time of them all; those that have to wait for a place share what earlier ones have left.
+        on_end: called with each backend once all of its assignments have ended.
     """
 
     def __init__(
@@ -99,16 +100,18 @@ class Pool:
         on_progress: Callable[[dict[str, Tally]], None],
         on_finding: Callable[[Finding], None],
         seconds: float | None = None,
+        on_end: Callable[[str], None] = lambda name: None,
     ) -> None:
         self._waiting = deque((assignment, 0) for assignment in assignments)
         self._limit = workers
-        self._on_progress, self._on_finding = on_progress, on_finding
+        self._on_progress, self._on_finding, self._on_end = on_progress, on_finding, on_end
         self._seconds, self._started = seconds, time.monotonic()
         self._running: list[_Worker] = []
         self._done: list[_Worker] = []
         self._findings: dict[tuple[str, str], Finding] = {}
         self._troubles: list[str] = []
         self._names = tuple(dict.fromkeys(assignment.backend for assignment in assignments))
+        self._at_work = set(self._names)
 
     def _in_time(self, assignment: Assignment) -> Assignment:
         """The assignment with its share of what is left, so that starting processes does not make a campaign longer."""
@@ -253,6 +256,14 @@ class Pool:
             elif time.monotonic() - worker.heard > HANG_SECONDS:
                 self._bury(worker, "Hung", f"was silent for {HANG_SECONDS:.0f} seconds")
 
+    def _tell_ended(self) -> None:
+        """Tells of backends with nothing running or waiting any more."""
+        left = {assignment.backend for assignment, _ in self._waiting}
+        left |= {worker.assignment.backend for worker in self._running}
+        for name in self._at_work - left:
+            self._on_end(name)
+        self._at_work = left
+
     def _drain(self, worker: _Worker) -> None:
         """Takes what a worker had said before it was ended."""
         try:
@@ -275,6 +286,7 @@ class Pool:
             try:
                 while self._waiting or self._running:
                     self._step()
+                    self._tell_ended()
             except KeyboardInterrupt:
                 interrupted = True
             finally:

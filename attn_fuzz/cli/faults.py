@@ -99,5 +99,5 @@ def faults(
     if as_json:
         typer.echo(json.dumps({"faults": rows, "seeds": seeds, "mode": mode, "environment": environment("cpu")}))
     else:
-        results_console().print(tables.faults_table(rows))
+        tables.print_faults(results_console(), rows)
     raise typer.Exit(0 if all(row["caught"] for row in rows) else 1)
