@@ -255,15 +255,17 @@ def test_a_wrong_kernel_is_false_and_raises(tmp_path: Path, monkeypatch: pytest.
         EXAMPLE.read_text().replace("softmax_scale", "softmax_scale", 1) + "\nright = kernel\n"
         "def kernel(q, k, v, *rest, **options):\n    return right(q, k, v * 1.01, *rest, **options)\n"
     )
-    options = {"cases": 20, "level": "kernel", "mode": "case", "workers": 1, "device": "cpu", "first": True}
-    options |= {"dtype": "fp32"}
+    options = {"cases": 20, "level": "kernel", "mode": "case", "workers": 1, "device": "cpu", "dtype": "fp32"}
     verdicts: list[Verdict] = []
-    monkeypatch.setattr(
-        attn_fuzz, "check", lambda *a, **o: verdicts.append(attn_fuzz.api.check(*a, **o)) or verdicts[0]
-    )
+
+    def check(kernel: str, **options: Any) -> Verdict:
+        verdicts.append(attn_fuzz.api.check(kernel, **options))
+        return verdicts[-1]
+
+    monkeypatch.setattr(attn_fuzz, "check", check)
     loop: dict[str, Any] = {"__name__": "loop"}
     exec(textwrap.dedent(LOOP), loop)
-    said = loop["answer"](f"{path}:kernel", store=tmp_path / "store", **options)
+    said = loop["answer"](f"{path}:kernel", store=tmp_path / "store", first=True, **options)
     (verdict,) = verdicts
     assert not verdict
     least = min(verdict.findings, key=lambda finding: finding.case.tokens)

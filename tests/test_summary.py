@@ -114,6 +114,13 @@ def test_what_fails_among_other_calls_is_replayed_from_its_store() -> None:
     assert f"replay {among.id} --store FOLDER" in markdown(told(among))
 
 
+def test_one_bug_that_was_found_twice_is_counted_once() -> None:
+    again = dataclasses.replace(LARGER, same_as=FINDING.id)
+    text = markdown(told(FINDING, again))
+    assert text.startswith("**attn-fuzz: 1 finding in 1,200 cases")
+    assert f"| {again.id} | WrongGradK, same as {FINDING.id} |" in text
+
+
 def test_tables_stay_tables_and_comments_short() -> None:
     wide = dataclasses.replace(FINDING, backend="a|b.py:kernel", messages=("x" * 10_000,))
     text = markdown(told(*[wide] * 300))

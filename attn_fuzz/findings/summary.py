@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from attn_fuzz.execution.environment import versions_of
 from attn_fuzz.findings.finding import Finding
+from attn_fuzz.findings.same import count_bugs
 
 MOST_ROWS: Final = 20
 """Findings that are listed: a comment on GitHub may have 65,536 characters."""
@@ -29,10 +30,10 @@ def _headline(data: Mapping[str, Any], found: Sequence[Finding]) -> str:
     names = ", ".join(f"`{name}`" for name in data.get("backends", {}))
     of = f" of {names}" if names else ""
     if "cases" not in data:
-        return f"**attn-fuzz: {_counted(len(found), 'finding')} in the store.**"
+        return f"**attn-fuzz: {_counted(count_bugs(found), 'finding')} in the store.**"
     tried = f"{_counted(data['cases'], 'case')}{of} in {data['seconds']:.0f} s"
     if found:
-        return f"**attn-fuzz: {_counted(len(found), 'finding')} in {tried}.**"
+        return f"**attn-fuzz: {_counted(count_bugs(found), 'finding')} in {tried}.**"
     if data.get("troubles"):
         return f"**attn-fuzz: no verdict, something went wrong; {tried}.**"
     if data.get("untested") or data.get("interrupted") or not data["cases"]:
@@ -47,7 +48,8 @@ def _table(found: Sequence[Finding]) -> Iterator[str]:
     for finding in found[:MOST_ROWS]:
         case = finding.case
         after = f"{_counted(finding.cases_to_find, 'case')}, {finding.seconds_to_find:.1f} s"
-        words = (finding.id, finding.symptom, finding.backend, ", ".join(finding.checks), case.level, case.dtype)
+        same = f", same as {finding.same_as}" if finding.same_as else ""
+        words = (finding.id, finding.symptom + same, finding.backend, ", ".join(finding.checks), case.level, case.dtype)
         yield "| " + " | ".join(_cell(word) for word in (*words, case.tokens, after)) + " |"
     if len(found) > MOST_ROWS:
         yield f"\n{len(found) - MOST_ROWS} more are in the JSON."
