@@ -28,8 +28,20 @@ def test_their_own():
     assert (ours, ANSWER) == (1, 42)
 """
 
+CHECKS = """
+import runpy
+
+import pytest
+
+
+def test_the_script_of_the_finding():
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path("script.py", run_name="__main__")
+    assert not ended.value.code
+"""
+
 NARROW = """
-kernel.capabilities |= {"dtypes": ("fp32", "bf16"), "head_dims": (8,), "gqa": False, "memories": ("contiguous",)}
+kernel.capabilities |= {"dtypes": ("fp32",), "head_dims": (8,), "gqa": False, "memories": ("contiguous",)}
 """
 """Finding out what a kernel takes is most of the time of a short check."""
 
@@ -110,7 +122,7 @@ def test_what_is_in_it(installed: Path) -> None:
 @pytest.mark.slow
 def test_from_a_finding_to_a_test_that_passes_once_it_is_mended(run: Run, theirs: Path) -> None:
     options = ("--device", "cpu", "--cases", "60", "--level", "kernel", "--mode", "case", "--workers", "1", "--first")
-    checked = run("attn_fuzz", "check", "kernel.py:kernel", *options, "--dtype", "fp32", "--json")
+    checked = run("attn_fuzz", "check", "kernel.py:kernel", *options, "--json")
     assert checked.returncode == 1, checked.stderr
     finding = json.loads(checked.stdout)["findings"][0]
     assert len(finding["case"]["lengths"]) <= 3
@@ -121,26 +133,16 @@ def test_from_a_finding_to_a_test_that_passes_once_it_is_mended(run: Run, theirs
     assert "elements wrong; at row" in kept.stdout
 
     # As the entry point does where it is installed.
-    suite = (
-        "pytest",
-        "-q",
-        "-p",
-        "attn_fuzz.pytest_plugin",
-        "-p",
-        "no:cacheprovider",
-        "--strict-markers",
-        "--attn-cases",
-        "4",
-        "tests",
-    )
+    loaded = ("-p", "attn_fuzz.pytest_plugin", "-p", "no:cacheprovider")
+    suite = ("pytest", "-q", *loaded, "--strict-markers", "--attn-cases", "4", "tests")
     red = run(*suite)
     assert red.returncode == 1, red.stdout
     assert "kernel.py:kernel still fails" in red.stdout
     assert "1 failed, 1 passed" in red.stdout
 
     (theirs / "kernel.py").write_text(EXAMPLE + NARROW)
+    (theirs / "tests" / "test_checks.py").write_text(CHECKS)
     assert run("attn_fuzz", "init", "kernel.py:kernel").returncode == 0
     green = run(*suite)
     assert green.returncode == 0, green.stdout
-    assert "3 passed" in green.stdout
-    assert run("script").returncode == 0
+    assert "4 passed" in green.stdout
