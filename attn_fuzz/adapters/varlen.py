@@ -112,7 +112,7 @@ def varlen(
 
 def _order_of(function: Function, offered: Sequence[str]) -> Sequence[str]:
     """The names of a function's positional parameters, as far as they are offered, if all that it must have are."""
-    leading = []
+    leading: list[str] = []
     for name, parameter in (parameters_of(function) or {}).items():
         if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             break
