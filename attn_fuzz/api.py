@@ -265,9 +265,9 @@ def assert_attention(
         cu_seqlens_q: integers ``[documents + 1]``, rising from 0 to ``tokens_q``.
         cu_seqlens_k: the same of keys.
         dout: as ``out``, what the backward was given; needed with ``dq``, ``dk`` or ``dv``.
-        dq: as ``q``, and so ``dk`` and ``dv`` as ``k`` and ``v``.
-        dk: see ``dq``.
-        dv: see ``dq``.
+        dq: as ``q``.
+        dk: as ``k``, and so is ``dv``.
+        dv: see ``dk``.
         lse: ``[tokens_q, heads]`` in natural logarithms; -inf for rows without a key.
         causal: bottom-right: query i of a document with q queries and k keys sees keys up to i + k - q.
         window: keys to the left and right of a row's own place that it sees; -1 for no limit.
@@ -276,9 +276,8 @@ def assert_attention(
         arithmetic: facts about the kernel's arithmetic (docs/arithmetic.md), such as ``{"products": "tf32"}``.
 
     Raises:
-        AttentionMismatch: an AssertionError that says which document, row, head and channel, got, expected, z; after a
-            second reference, which takes one document at a time, has come to the same.
-        ReferencesDisagree: where it has not: the mistake is this project's, and says nothing about the results.
+        AttentionMismatch: an AssertionError that says which document, row, head and channel, got, expected, z.
+        ReferencesDisagree: where a second reference, one document at a time, confirms no mismatch.
         ValueError: when shapes, dtypes, devices or prefix sums do not belong together.
     """
     from attn_fuzz.oracle.own_inputs import AttentionMismatch, Masking, wrong_elements

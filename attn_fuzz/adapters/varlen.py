@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import torch
 
-from attn_fuzz.adapters.call import ARGUMENTS, OPTIONS, AdaptedKernel, Call, Function, Names, taken
+from attn_fuzz.adapters.call import ARGUMENTS, OPTIONS, AdaptedKernel, Call, Function, Names, parameters_of, taken
 from attn_fuzz.adapters.layouts import arranged, checked, restored
 from attn_fuzz.adapters.lse import Lse, require_shape, split
 
@@ -52,7 +52,7 @@ def _value(call: Call, name: str, layout: str) -> Any:
 def varlen(
     function: Function,
     *,
-    arguments: Sequence[str] = ARGUMENTS,
+    arguments: Sequence[str] | None = None,
     names: Names | None = None,
     layout: str = "thd",
     lse: Lse | None = None,
@@ -72,7 +72,8 @@ def varlen(
         arguments: what it is given by position, in order: ``q``, ``k``, ``v``, ``qkv`` ``[t, 3, h, d]``, ``kv``
             ``[t, 2, h, d]``, ``cu_seqlens_q`` and ``_k`` (int32 ``[documents + 1]``), ``max_seqlen_q`` and ``_k``,
             ``lengths_q`` and ``_k`` (int32 ``[documents]``), ``cu_seqlens`` and ``max_seqlen`` where one serves
-            queries and keys, and options; those that are in ``names`` go by keyword instead.
+            queries and keys, and options; those that are in ``names`` go by keyword instead. None: as its parameters
+            are called, where these are such names, and otherwise the seven that every varlen kernel is given.
         names: what it calls the same by keyword; options that are parameters of it under this project's name need none.
         layout: order of the axes of ``q``, ``k``, ``v`` and the output: ``thd``, ``htd``, ``bthd`` or ``bhtd``, whose
             ``b`` is 1.
@@ -85,6 +86,7 @@ def varlen(
         ValueError: for a name, layout or argument that there is not; one sentence.
     """
     offered = (*ARGUMENTS, *_MADE, *OPTIONS)
+    arguments = _order_of(function, offered) if arguments is None else arguments
     if unknown := [name for name in arguments if name not in offered]:
         raise ValueError(f"arguments has {unknown[0]!r}, which is not offered; offered: {', '.join(offered)}")
     order, names = checked(layout), names or {}
@@ -106,6 +108,18 @@ def varlen(
 
     defaults = _defaults(given, lse)
     return AdaptedKernel(function, run, [name for name in OPTIONS if name in given], defaults, capabilities)
+
+
+def _order_of(function: Function, offered: Sequence[str]) -> Sequence[str]:
+    """The names of a function's positional parameters, as far as they are offered, if all that it must have are."""
+    leading: list[str] = []
+    for name, parameter in (parameters_of(function) or {}).items():
+        if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            break
+        if name not in offered:
+            return leading if leading and parameter.default is not parameter.empty else ARGUMENTS
+        leading.append(name)
+    return leading or ARGUMENTS
 
 
 def _defaults(given: set[str], lse: Lse | None) -> dict[str, Any]:
