@@ -124,7 +124,7 @@ def _importable(thing: object, what: str) -> str:
     if module != "__main__" and importlib.util.find_spec(module) is not None:
         return f"{module}:{name}"
     try:
-        path = inspect.getfile(thing)  # type: ignore[arg-type]
+        path = inspect.getfile(thing)
     except (OSError, TypeError):
         path = ""
     if not Path(path).is_file():

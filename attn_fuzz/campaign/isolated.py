@@ -130,8 +130,8 @@ def cause_of_death(exit_code: int | None) -> str:
     if exit_code == INTERRUPTED:
         return "ended with KeyboardInterrupt"
     if exit_code < 0:
-        name = signal.Signals(-exit_code).name if -exit_code in iter(signal.Signals) else f"signal {-exit_code}"
-        return f"was ended by {name}"
+        names = {int(each): each.name for each in signal.Signals}
+        return f"was ended by {names.get(-exit_code, f'signal {-exit_code}')}"
     return f"died with exit code {exit_code}"
 
 
