@@ -104,6 +104,8 @@ def _serve(subject: Subject, connection: Connection) -> None:
         raise SystemExit(NO_DEVICE)
     loaded = registry.narrowed(registry.load(subject.backend), subject.without)
     loaded = dataclasses.replace(loaded, isolated=True)
+    # What a case takes begins here: on a busy machine torch is half a minute in coming.
+    connection.send(None)
     try:
         while True:
             text, operators = connection.recv()
@@ -134,6 +136,9 @@ def cause_of_death(exit_code: int | None) -> str:
         return f"was ended by {names.get(-exit_code, f'signal {-exit_code}')}"
     return f"died with exit code {exit_code}"
 
+
+_START_SECONDS: Final = 120.0
+"""For a process to begin, beside the time of its first case."""
 
 FATAL: Final = ("Crashed", "Hung")
 """Symptoms of cases that are not safe to run in a process with anything else to do."""
@@ -194,7 +199,8 @@ class Isolated:
             NoDevice: as ``symptom`` does.
             ReferencesDisagree: as ``examine`` does.
         """
-        if self._process is None:
+        starts = self._process is None
+        if starts:
             self._connection, theirs = self._context.Pipe()
             self._process = self._context.Process(target=_serve, args=(self._subject, theirs), daemon=True)
             added = {**_AWAY_FROM_OTHERS, **fill_in_children(os.environ)}
@@ -203,10 +209,13 @@ class Isolated:
             theirs.close()
         assert self._connection is not None
         try:
+            if starts:
+                if not self._connection.poll(_START_SECONDS):
+                    return self._hung(_START_SECONDS)
+                self._connection.recv()
             self._connection.send((case.to_json(), operators))
             if not self._connection.poll(self._timeout):
-                self.close()
-                return Report("Hung", f"the process was silent for {self._timeout:.0f} seconds", survived=False)
+                return self._hung(self._timeout)
             found: Report = self._connection.recv()
         except (EOFError, OSError):
             # OSError: it died before it had read the case, or in the middle of its answer.
@@ -220,6 +229,11 @@ class Isolated:
         if found.disagreement is not None:
             raise ReferencesDisagree(found.disagreement)
         return found
+
+    def _hung(self, seconds: float) -> Report:
+        """Ends a child that has said nothing for so long."""
+        self.close()
+        return Report("Hung", f"the process was silent for {seconds:.0f} seconds", survived=False)
 
     def close(self) -> None:
         """Ends the child."""

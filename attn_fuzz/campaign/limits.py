@@ -28,7 +28,7 @@ from attn_fuzz.reference.case import Case, CaseError
 LENGTHS: Final = (5, 33, 16)
 
 ANSWER_SECONDS: Final = {"cpu": 45.0, "cuda": 150.0}
-"""After which a call counts as hung, its process's start included: compilers for GPUs take minutes for one."""
+"""After which a call counts as hung, beside its process's start: compilers for GPUs take minutes for one."""
 
 ASKING_SECONDS: Final = 45.0
 """Beyond the plain cases; what has not been asked by then is taken to be as declared."""
