@@ -102,6 +102,8 @@ def _serve(subject: Subject, connection: Connection) -> None:
         raise SystemExit(NO_DEVICE)
     loaded = registry.narrowed(registry.load(subject.backend), subject.without)
     loaded = dataclasses.replace(loaded, isolated=True)
+    # What a case takes begins here: on a busy machine torch is half a minute in coming.
+    connection.send(None)
     try:
         while True:
             text, operators = connection.recv()
@@ -128,10 +130,13 @@ def cause_of_death(exit_code: int | None) -> str:
     if exit_code == INTERRUPTED:
         return "ended with KeyboardInterrupt"
     if exit_code < 0:
-        name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else f"signal {-exit_code}"
-        return f"was ended by {name}"
+        names = {int(each): each.name for each in signal.Signals}
+        return f"was ended by {names.get(-exit_code, f'signal {-exit_code}')}"
     return f"died with exit code {exit_code}"
 
+
+_START_SECONDS: Final = 120.0
+"""For a process to begin, beside the time of its first case."""
 
 FATAL: Final = ("Crashed", "Hung")
 """Symptoms of cases that are not safe to run in a process with anything else to do."""
@@ -191,16 +196,20 @@ class Isolated:
             NoDevice: as ``symptom`` does.
             ReferencesDisagree: as ``examine`` does.
         """
+        starts = self._process is None
         if self._process is None:
             self._connection, theirs = new_process.context().Pipe()
             self._process = new_process.start(_serve, (self._subject, theirs), _AWAY_FROM_OTHERS, daemon=True)
             theirs.close()
         assert self._connection is not None
         try:
+            if starts:
+                if not self._connection.poll(_START_SECONDS):
+                    return self._hung(_START_SECONDS)
+                self._connection.recv()
             self._connection.send((case.to_json(), operators))
             if not self._connection.poll(self._timeout):
-                self.close()
-                return Report("Hung", f"the process was silent for {self._timeout:.0f} seconds", survived=False)
+                return self._hung(self._timeout)
             found: Report = self._connection.recv()
         except (EOFError, OSError):
             # OSError: it died before it had read the case, or in the middle of its answer.
@@ -214,6 +223,11 @@ class Isolated:
         if found.disagreement is not None:
             raise ReferencesDisagree(found.disagreement)
         return found
+
+    def _hung(self, seconds: float) -> Report:
+        """Ends a child that has said nothing for so long."""
+        self.close()
+        return Report("Hung", f"the process was silent for {seconds:.0f} seconds", survived=False)
 
     def close(self) -> None:
         """Ends the child."""

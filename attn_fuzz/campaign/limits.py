@@ -8,7 +8,6 @@ the campaign goes on without it. What comes back wrong is none: that is for the 
 from __future__ import annotations
 
 import dataclasses
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +19,8 @@ from attn_fuzz.backends.kernel import BackendUnavailable
 from attn_fuzz.backends.known import KnownIssue, built_on, issues_below
 from attn_fuzz.backends.registry import Backend, calls_of
 from attn_fuzz.campaign.isolated import Isolated, Report, Subject
+from attn_fuzz.campaign.preflight import why_unusable
 from attn_fuzz.execution.environment import environment
-from attn_fuzz.execution.process import NOT_DIFFERENTIABLE
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.reference.case import Case, CaseError
@@ -29,23 +28,13 @@ from attn_fuzz.reference.case import Case, CaseError
 LENGTHS: Final = (5, 33, 16)
 
 ANSWER_SECONDS: Final = {"cpu": 45.0, "cuda": 150.0}
-"""After which a call counts as hung, its process's start included: compilers for GPUs take minutes for one."""
+"""After which a call counts as hung, beside its process's start: compilers for GPUs take minutes for one."""
 
 ASKING_SECONDS: Final = 45.0
 """Beyond the plain cases; what has not been asked by then is taken to be as declared."""
 
 CHILDREN: Final = 6
 """Processes that ask side by side, at most."""
-
-NO_KERNEL: Final = (
-    "ImportError",
-    "ModuleNotFoundError",
-    "NameError",
-    "UnboundLocalError",
-    "AttributeError",
-    "KeyError",
-)
-"""Exceptions that say that something is missing in or around a kernel, rather than that it computes wrongly."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,8 +174,12 @@ class _Children:
         return child
 
     def plain(self, cases: Sequence[Case]) -> list[Report]:
-        """What came of plain cases, with the operators that ran."""
-        return self._side_by_side(lambda case: self._child().report(case, operators=True), cases)
+        """What came of plain cases, with the operators that ran; all at once, since each may have to be waited for."""
+        try:
+            return self._side_by_side(lambda case: self._child().report(case, operators=True), cases, len(cases))
+        finally:
+            # Other threads ask the questions, each with a process of its own.
+            self.close()
 
     def answers(self, base: Case, questions: Sequence[_Question], deadline: float) -> list[Report | None]:
         """What came of each question; None for those of an axis that has failed, and for which there was no time.
@@ -205,10 +198,10 @@ class _Children:
                 failed.add(question.axis)
             return report
 
-        return self._side_by_side(ask, questions)
+        return self._side_by_side(ask, questions, self._children)
 
-    def _side_by_side(self, work: Callable[[_Asked], _Found], items: Sequence[_Asked]) -> list[_Found]:
-        with ThreadPoolExecutor(self._children) as pool:
+    def _side_by_side(self, work: Callable[[_Asked], _Found], items: Sequence[_Asked], at_once: int) -> list[_Found]:
+        with ThreadPoolExecutor(at_once) as pool:
             try:
                 return list(pool.map(work, items))
             except BaseException:
@@ -253,29 +246,6 @@ def _cited(below: KnownIssue | None) -> str | None:
     return None if below is None else f"{below.id}: {below.about} ({below.reference})"
 
 
-_LABEL: Final = re.compile(r"^\w+ \[\w+\] [\w ]+: ")
-"""The check and place before what a symptom says."""
-
-
-def _said(report: Report) -> str:
-    """What is wrong with what a kernel did, in words of its own."""
-    said = _LABEL.sub("", report.message)
-    if report.error == NOT_DIFFERENTIABLE:
-        return "its output has no gradient; make it differentiable by autograd, from q, k and v"
-    if report.error == "KeyError" and "<frozen os>" in said:
-        name = said.removeprefix("KeyError: ").partition(" (")[0]
-        return f"it reads the environment variable {name}, which is not set; set it, or give it a default"
-    return said
-
-
-def _unusable(name: str, reports: Sequence[Report]) -> str | None:
-    """Why a kernel is none that can be tested, in one sentence, where every plain case says so."""
-    unusable = (*NO_KERNEL, NOT_DIFFERENTIABLE)
-    if not all(report.error in unusable or report.symptom == "MissingResult" for report in reports):
-        return None
-    return f"{name.removeprefix(registry.USER_LAYER)} cannot be tested: {_said(reports[0])}"
-
-
 def _fatal(plain: Sequence[Case], reports: Sequence[Report], asking: _Children) -> Limit | None:
     """What ends its process or never comes back in every plain case, on the smallest case that does."""
     if any(report.survived for report in reports):
@@ -311,7 +281,7 @@ def infer_limits(
     try:
         plain = [_plain(backend, domain, dtype) for dtype in domain.dtypes]
         reports: list[Report | None] = [*(answers := asking.plain(plain))]
-        if (sentence := _unusable(name, answers)) is not None:
+        if (sentence := why_unusable(name, answers)) is not None:
             raise BackendUnavailable(sentence)
         working = [case for case, report in zip(plain, answers, strict=True) if _how(report) is None]
         if not working and (fatal := _fatal(plain, answers, asking)) is not None:
