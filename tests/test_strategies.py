@@ -155,6 +155,7 @@ def test_the_space_is_covered(level: str) -> None:
 # What large models have is drawn seldom.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_many_heads_are_a_few_of_a_hundred_cases(level: str) -> None:
     count = sum((case.heads, case.kv_heads) in MANY_HEADS for case in sample(level))
