@@ -183,7 +183,7 @@ _UNPROMISED = {
     "repeatable": None,
     "repeatable_backward": None,
 }
-"""What nobody has stated about a user's kernel."""
+"""What is taken to hold of a user's kernel that states nothing."""
 
 
 class UserKernel(Kernel):
@@ -258,7 +258,7 @@ def _output(returned: object) -> Any:
 
 
 class InsideLayer(Kernel):
-    """Stands for the kernel of a user's layer, which nobody calls but the layer itself."""
+    """Stands for the kernel of a user's layer, which only the layer calls."""
 
     profile = _CAUTIOUS_LAYER
 

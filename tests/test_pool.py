@@ -67,7 +67,7 @@ def kernel(tmp_path: Path) -> Callable[..., str]:
 
 
 def nothing(*_: object) -> None:
-    """For callbacks that nobody waits for."""
+    """For callbacks whose calls are not looked at."""
 
 
 def campaign(

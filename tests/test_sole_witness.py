@@ -53,7 +53,7 @@ WITNESSES = {
 
 
 def failing(fault: str, case: Case) -> set[str]:
-    """Names of all checks that fail, probes asked whatever the others say."""
+    """Names of all checks that fail, probes asked even where others have failed."""
     trial = Trial(case, registry.load(f"fault:{fault}"), torch.device("cpu"))
     return {symptom.check for check in (*CHECKS, *PROBES) for symptom in check(trial)}
 
