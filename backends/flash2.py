@@ -16,7 +16,7 @@ ALIGNED_MEMORIES: Final = ("contiguous", "fused", "head_major", "sliced", "mixed
 """Base pointers off 16-byte alignment end in a misaligned-address fault that takes the CUDA context with it."""
 
 ALIKE_MEMORIES: Final = tuple(memory for memory in ALIGNED_MEMORIES if memory != "mixed")
-"""Those in which all tensors of a call lie alike, for whatever plans or compiles for every pattern of strides."""
+"""Those in which all tensors of a call lie alike, for backends that plan or compile for every pattern of strides."""
 
 
 def flash2_limit(case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str | None:

@@ -53,7 +53,7 @@ class Configuration(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What a kernel takes. Whatever is not declared here is refused before the kernel sees it."""
+    """What a kernel takes. What is not declared here is refused before the kernel sees it."""
 
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = FLOAT_DTYPES
@@ -91,7 +91,7 @@ class Capabilities:
     memories: tuple[str, ...] = MEMORIES
     """Memory layouts (reference/memory.py) that the kernel takes."""
     capacity: bool | None = True
-    """Tensors with rows beyond the last document, which belong to nobody; None: found out by trying."""
+    """Tensors with rows beyond the last document, which are part of none; None: found out by trying."""
     isolates_nonfinite: bool | None = True
     """NaN in one document stays out of all others (False for a product with an explicit mask); None: by trying."""
     lse_of_blind_rows: float = -math.inf

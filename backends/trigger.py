@@ -67,7 +67,7 @@ class TriggerKernel(Kernel):
             return self.inner.attend(q, k, v[source], metadata, options)
         attended = self.inner.attend(q, k, v, metadata, options)
         owned = hit[metadata.document_index_q.long() - 1]
-        # Rows behind the last document are nobody's.
+        # Rows behind the last document are part of none.
         rows = torch.nn.functional.pad(owned, (0, len(attended.out) - len(owned)))[:, None, None]
         return attended._replace(out=torch.where(rows, attended.out * (1 + SCALES[self.how]), attended.out))
 

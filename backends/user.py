@@ -197,7 +197,7 @@ _UNPROMISED = {
     "repeatable": None,
     "repeatable_backward": None,
 }
-"""What nobody has stated about a user's kernel."""
+"""What is taken to hold of a user's kernel that states nothing."""
 
 
 class UserKernel(Kernel):
@@ -288,7 +288,7 @@ def _lse(returned: object, q: torch.Tensor) -> torch.Tensor:
 
 
 class InsideLayer(Kernel):
-    """Stands for the kernel of a user's layer, which nobody calls but the layer itself."""
+    """Stands for the kernel of a user's layer, which only the layer calls."""
 
     profile = _CAUTIOUS_LAYER
 

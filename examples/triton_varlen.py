@@ -194,7 +194,7 @@ def _backward_kv(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, scale, causal):
-        # Rows behind the last document belong to nobody, and are zero.
+        # Rows behind the last document are part of none, and are zero.
         out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.full((q.shape[1], len(q)), -torch.inf, device=q.device)
         ctx.shape = (len(cu_q) - 1, max_q, max_k)

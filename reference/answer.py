@@ -28,7 +28,7 @@ class Expected:
     variance: torch.Tensor
     """float64, same shape; 0 demands equality."""
     degrees: torch.Tensor | None = None
-    """Independent errors of each row, ``value.shape[:-1]`` (budget.py); None where nobody has counted them."""
+    """Independent errors of each row, ``value.shape[:-1]`` (budget.py); None where they were not counted."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 Documents are put into buckets of nearly the same size, padded with zeros to the bucket's size and computed together by
 the very formulas of attention.py and budget.py, whose leading dimension is then the document. Padding changes nothing
-but the order of sums: padded keys are seen by nobody, padded queries see nothing, and both add exact zeros.
+but the order of sums: padded keys are seen by no query, padded queries see no key, and both add exact zeros.
 
-One chunk of a bucket is computed at a time, and chunks are as large as the free memory allows. Whoever judges a
-thousand documents need not hold all their answers at once: it takes them chunk by chunk.
+One chunk of a bucket is computed at a time, and chunks are as large as the free memory allows. Answers
+of a thousand documents come chunk by chunk, so that not all of them need to be held at once.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _memory(device: torch.device) -> int:
     if device.type != "cuda":
         return min(_CPU_BYTES, int(free_bytes() * _CPU_SHARE))
     free, whole = torch.cuda.mem_get_info(device)
-    # What the caching allocator holds and nobody uses is free too.
+    # What the caching allocator holds unused is free too.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(int(free * _CUDA_SHARE), whole // _CUDA_PART)
 

@@ -28,7 +28,7 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def live_bits(x: torch.Tensor) -> torch.Tensor:
-    """``bits`` as a view, whatever the strides: it follows what is written later."""
+    """``bits`` as a view, for all strides: it follows what is written later."""
     return x.detach().view(_INTEGERS[x.element_size()])
 
 

@@ -182,7 +182,7 @@ class Narrow:
         return found + operand_variance(dp, self.scores) if self.scores else found
 
     def stored_weights(self, p: torch.Tensor) -> torch.Tensor | None:
-        """Of P as it is kept, for whatever use; None where it is not."""
+        """Of P as it is kept, for all uses of it; None where it is not."""
         return operand_variance(p, self.probabilities) if self.probabilities else None
 
     def stored_too(self, p: torch.Tensor, stored: torch.Tensor | None) -> torch.Tensor | None:

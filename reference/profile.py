@@ -56,7 +56,7 @@ class Profile:
     stores_products: bool = False
     """P * dP is stored in the dtype before P * D is taken from it, as torch's softmax does on CUDA."""
     may_store_products: bool = False
-    """Nobody has said that it does not: what that can do to rows of subnormal products is allowed for, and no more."""
+    """It is not stated that it does not: what that can do to rows of subnormal products is allowed for, and no more."""
     expands_kv: bool = False
     """K/V are repeated over their group: every query head's dK and dV are rounded before they are summed."""
     normalises_by_lse: bool = False
@@ -72,7 +72,7 @@ class Profile:
     stores_partial_sums: bool = False
     """dK and dV are stored, and added to, every 32, 64 or 256 query rows, as torch's flash attention on CPUs does.
 
-    So is dQ, every ``PARTIAL_SUM_KEYS`` keys of the call, whosever they are.
+    So is dQ, every ``PARTIAL_SUM_KEYS`` keys of the call, across its documents.
     """
     stored_sums: frozenset[str] = frozenset()
     """Layers only: results (``dk``, ``d_query``, ...) whose sums over micro-sequences are kept in the dtype."""
@@ -86,9 +86,9 @@ class Profile:
     projections: str = ""
     """Layers only: the same of the projections before and after attention, forward and backward."""
     scores_dtype: str = ""
-    """``bf16`` or ``fp16``, whatever the dtype: what S is stored in before the softmax, dP and dS in the backward."""
+    """``bf16`` or ``fp16`` in all dtypes: what S is stored in before the softmax, dP and dS in the backward."""
     probabilities_dtype: str = ""
-    """``bf16`` or ``fp16``, whatever the dtype: what P is stored in, for all that the backward makes of it too."""
+    """``bf16`` or ``fp16`` in all dtypes: what P is stored in, for all that the backward makes of it too."""
     atomic_sums: frozenset[str] = frozenset()
     """Those of ``dq``, ``dk`` and ``dv`` to which tiles of ``ATOMIC_TILE`` keys or query rows, or more, add in it.
 

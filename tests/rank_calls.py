@@ -21,7 +21,7 @@ def gathers(times: Sequence[int]) -> int:
 
 
 def unwaited(times: int) -> None:
-    """So many collectives on rank 1 alone, which nobody waits for."""
+    """So many collectives on rank 1 alone, which no other rank waits for."""
     if here().collectives.rank == 1:
         _kept.extend(here().collectives.gather(torch.ones(1), torch.empty(2)) for _ in range(times))
 

@@ -18,14 +18,12 @@ from attn_fuzz.evaluation.bench_processes import BenchError, processes_of
 from attn_fuzz.execution.timing import median
 
 CPU = torch.device("cpu")
-SMALL = bench.dataclasses.replace(
-    bench.PLANS["cpu"], documents=64, narrow_seconds=0.5, rare=(3, 7), rare_longest=(5, 9)
-)
+SMALL = bench.dataclasses.replace(bench.PLANS["cpu"], documents=64, case_seconds=0.5, rare=(3, 7), rare_longest=(5, 9))
 
 
 @pytest.mark.slow
 def test_the_command_prints_one_object_of_the_promised_form(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {"documents": 32, "layer_documents": 32, "batch_documents": 12, "narrow_hunt": 4, "narrow_cases": 5}
+    few = {"documents": 32, "layer_documents": 32, "batch_documents": 12, "case_hunt": 4, "drawn_cases": 5}
     plan = bench.dataclasses.replace(SMALL, **few, processes=(), batch_processes=(), plain_cases=3)
     monkeypatch.setitem(bench.PLANS, "cpu", plan)
     done = attn_fuzz("bench", "--device", "cpu", "--json", "--backend", "loop")
@@ -35,7 +33,7 @@ def test_the_command_prints_one_object_of_the_promised_form(attn_fuzz: Run, monk
     for key in ("bare_kernel_s", "wide_documents_per_s", "narrow_cases_per_s", "narrow_documents_per_s"):
         assert row[key] > 0, key
     assert row["name"] == "loop"
-    assert row["wide"]["seconds"] >= row["wide"]["parts"]["reference"]
+    assert row["packed"]["seconds"] >= row["packed"]["parts"]["reference"]
     assert told["rare"]["shrunk"] == {"level": "kernel", "lengths": [3], "key_lengths": [7], "head_dim": 1}
     assert told["plain"]["cases_per_s"] > 0
 

@@ -307,6 +307,7 @@ def test_what_may_be_stored_costs_nothing_where_products_are_normal() -> None:
     assert torch.equal((after.dq > before.dq).any(-1), subnormal.any(-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stores_p", [True, False])
 def test_a_row_of_nearly_equal_weights_rounds_alike(stores_p: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many keys as make weights of about 2^-13: times a stored dP, those of just that much are on dS's grid."""

@@ -255,7 +255,7 @@ def test_some_calls_may_be_asked_more_than_others(turn: Question, monkeypatch: p
 
     def deed(count: int, metadata: VarlenMetadata, attended: Attended) -> Attended:
         counts.append(len(metadata.lengths_q))
-        # Every run but the first is wrong, which nobody can see of calls that have no other.
+        # Every run but the first is wrong, which cannot be seen of calls that have no other.
         return attended if count <= 4 else attended._replace(out=attended.out * 2)
 
     failing = judge(BATCH, altered(deed), CPU, turn).failing()

@@ -1,4 +1,4 @@
-"""The case: whatever is possible survives JSON, whatever is not is told in one sentence."""
+"""The case: what is possible survives JSON, what is not is told in one sentence."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ JUNK = st.one_of(
 @settings(max_examples=150, deadline=None)
 @given(case=DRAWN, name=st.sampled_from([field.name for field in dataclasses.fields(Case)]), junk=JUNK)
 def test_junk_in_a_field_is_refused_or_makes_a_case(case: Case, name: str, junk: object) -> None:
-    """Whatever a file holds, nothing but a CaseError comes of it; what is taken survives JSON."""
+    """Of any content of a file nothing but a CaseError comes; what is taken survives JSON."""
     try:
         taken = Case.from_dict({**case.to_dict(), name: junk})
     except CaseError:

@@ -5,16 +5,16 @@ Doubles are the ``loop`` stand-in or the buffered layer with one step changed.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable
 
 import pytest
 import torch
+from doubles import Double
 
-from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel, UnsupportedCase
+from attn_fuzz.backends.kernel import Attended, AttentionOptions, UnsupportedCase
 from attn_fuzz.backends.layer import BufferedLayer
-from attn_fuzz.backends.loop import Call, Gradients, Loop, attend
+from attn_fuzz.backends.loop import Call, Gradients, Loop
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend, LayerFactory, load
 from attn_fuzz.oracle.checks import CHECKS, Check
@@ -53,28 +53,13 @@ LAYER = Case(lengths=(4, 1, 10), cuts=(7,), capacity=2)
 """Rows 0 to 4 are dead to the second micro-sequence, rows 15 and 16 to both."""
 
 
-class Double(Kernel):
-    """The stand-in around another loop."""
-
-    name = "double"
-    capabilities = load("loop").kernel.capabilities
-
-    def __init__(self, loop: Loop) -> None:
-        self.loop = loop
-
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
-    ) -> Attended:
-        out, lse = attend(self.loop, q, k, v, metadata, options)
-        return Attended(out, lse, "double")
-
-
-class NotRepeatable(Double):
-    capabilities = dataclasses.replace(Double.capabilities, repeatable_backward=False)
+def around(loop: Loop, kind: type[Double] = Double, **capabilities: object) -> Backend:
+    """A double of the loop backend, which leaves dead rows as they are."""
+    return Backend("double", kind(loop, covers_all_rows=False, **capabilities))
 
 
 def kernel_verdict(loop: Loop, case: Case = KERNEL) -> Verdict:
-    return examine(case, Backend("double", Double(loop)), CPU)
+    return examine(case, around(loop), CPU)
 
 
 def layer_verdict(layer: LayerFactory, case: Case = LAYER) -> Verdict:
@@ -139,11 +124,8 @@ def test_the_double_itself_is_clean() -> None:
 
 
 def test_what_is_refused_is_not_judged() -> None:
-    class OnlyHalf(Double):
-        capabilities = Capabilities(dtypes=("bf16",))
-
     with pytest.raises(UnsupportedCase, match="double does not take dtype fp32"):
-        examine(KERNEL, Backend("double", OnlyHalf(Loop())), CPU)
+        examine(KERNEL, around(Loop(), dtypes=("bf16",)), CPU)
 
 
 # Unwritten memory.
@@ -184,7 +166,7 @@ def test_reading_unwritten_memory_changes_bits() -> None:
 
 
 def test_bits_may_change_where_a_backend_does_not_repeat_itself() -> None:
-    backend = Backend("double", NotRepeatable(ChangesGradients(read_laundered_memory)))
+    backend = around(ChangesGradients(read_laundered_memory), repeatable_backward=False)
     assert list(unwritten_unread(Trial(KERNEL, backend, CPU))) == []
 
 
@@ -417,7 +399,7 @@ class ShiftedLse(Double):
 
 
 def test_a_wrong_lse_is_seen() -> None:
-    (symptom,) = examine(KERNEL, Backend("double", ShiftedLse(Loop())), CPU).symptoms
+    (symptom,) = examine(KERNEL, around(Loop(), ShiftedLse), CPU).symptoms
     assert (type(symptom), symptom.tensor) == (WrongLse, "lse")
 
 
@@ -583,7 +565,7 @@ class ShowsNoBuffer(BufferedLayer):
 
 
 def test_a_result_of_the_wrong_shape_is_missing() -> None:
-    (symptom,) = examine(KERNEL, Backend("double", WrongLseShape(Loop())), CPU).symptoms
+    (symptom,) = examine(KERNEL, around(Loop(), WrongLseShape), CPU).symptoms
     assert (type(symptom), symptom.check, symptom.tensor) == (MissingResult, "complete", "lse")
     assert "[2, 7]" in symptom.message
     assert "[7, 2]" in symptom.message
@@ -591,11 +573,11 @@ def test_a_result_of_the_wrong_shape_is_missing() -> None:
 
 def test_an_output_of_the_wrong_shape_convicts() -> None:
     """No backward can run from it, so that the call itself fails."""
-    assert kinds(examine(KERNEL, Backend("double", WrongOutShape(Loop())), CPU)) <= {Crashed, MissingResult}
+    assert kinds(examine(KERNEL, around(Loop(), WrongOutShape), CPU)) <= {Crashed, MissingResult}
 
 
 def test_a_kernel_may_keep_its_lse() -> None:
-    assert examine(KERNEL, Backend("double", NoLse(Loop())), CPU).symptoms == ()
+    assert examine(KERNEL, around(Loop(), NoLse), CPU).symptoms == ()
 
 
 @pytest.mark.parametrize(("layer", "tensor"), [(WrongInputGradientShape, "dx"), (LosesParameterGradient, "d_dense")])
@@ -648,7 +630,7 @@ class InferenceWrites(Double):
 
 
 def test_inputs_that_only_inference_writes_to_are_seen() -> None:
-    verdict = examine(KERNEL, Backend("double", InferenceWrites(Loop())), CPU)
+    verdict = examine(KERNEL, around(Loop(), InferenceWrites), CPU)
     assert [(type(symptom), symptom.check, symptom.tensor) for symptom in verdict.symptoms] == [
         (InputsChanged, "inputs_intact", "values of q")
     ]

@@ -1,4 +1,4 @@
-"""The command line: help, and one sentence for whatever cannot be done."""
+"""The command line: help, and one sentence for what cannot be done."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_a_campaign_without_findings_ends_with_0(attn_fuzz: Run) -> None:
 
 @pytest.mark.slow
 def test_a_finding_ends_with_1_and_is_stored(attn_fuzz: Run) -> None:
-    """The kernel prints, too: nothing of that may come between the command and whoever reads its JSON."""
+    """The kernel prints, too: nothing of that may come between the command and a reader of its JSON."""
     write("noisy.py", NOISY)
     options = ("--device", "cpu", "--cases", "10", "--level", "kernel", "--workers", "1", "--first", "--json")
     done = attn_fuzz("check", "noisy.py:kernel", *options)
@@ -133,7 +133,7 @@ def test_a_finding_that_ends_its_process_is_replayed_in_another(attn_fuzz: Run) 
     (verdict,) = done.json["backends"]
     assert verdict["checks"] == ["runs"]
     assert "the process died" in verdict["messages"][0]
-    # Kept, it is known to do that, and so it is to whoever asks for a script.
+    # Kept, it is known to do that, and a script of it is refused.
     assert attn_fuzz("save", died.id, "dead", "--store", "store").status == 0
     assert json.loads(Path("tests/regressions/dead.json").read_text())["symptom"] == "Crashed"
     kept = attn_fuzz("replay", "dead", "--device", "cpu", "--json")

@@ -100,7 +100,7 @@ def test_single_fields_change_and_the_rest_stays() -> None:
         default, mine = (of(x).profile_on(device) for x in ({}, {"products": "tf32", "rounds_dp": False}))
         assert mine == dataclasses.replace(default, products="tf32", rounds_dp=False)
     assert of({}).profile_on("cpu").stores_partial_sums
-    # Said is said, on whatever device.
+    # What is declared holds on all devices.
     assert not of({"stores_partial_sums": False}).profile_on("cpu").stores_partial_sums
 
 

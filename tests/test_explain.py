@@ -183,7 +183,7 @@ def test_a_stricter_profile_convicts_what_the_default_lets_pass(how: How) -> Non
 
 
 def test_either_alone_hides_behind_the_other() -> None:
-    """Scores that are rounded are as far off as scores of rounded queries: whoever does neither has to say both."""
+    """Scores that are rounded are as far off as scores of rounded queries: what does neither has to say both."""
     case, how = STEEP[0], How(scaled_query=_stores_in_dtype)
     assert not examine(case, of_function(kernel(how, {"scales_inputs": False})), CPU, probes=()).symptoms
     both = {"scales_inputs": False, "rounds_scores": False}

@@ -99,7 +99,7 @@ def test_an_impossible_case_is_told_as_such(name: str) -> None:
 
 
 def test_a_verdict_is_summarised_by_its_first_symptoms() -> None:
-    """Each check once, in order of rank; sentences until nobody reads on."""
+    """Each check once, in order of rank; and not too many sentences."""
     symptoms: list[Symptom] = [PoisonLeaked("unwritten", "dk", "NaN")]
     symptoms += [WrongGradK("budget", "dk", f"row {row}") for row in range(20)]
     symptoms += [WrongGradV("budget", "dv", "row 0")]

@@ -1,4 +1,4 @@
-"""What nobody has stated about a backend is found out by one call each; what is stated is believed."""
+"""What is not stated about a backend is found out by one call each; what is stated is believed."""
 
 from __future__ import annotations
 

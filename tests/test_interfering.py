@@ -150,6 +150,7 @@ def test_so_do_sequences_of_an_interfering_call_each_of_them_whole(seed: int, or
     assert who == [step for step in order for _ in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_half_of_the_drawn_cases_are_crossed(level: str) -> None:
     cases_of_level = [case for case in drawn(LOOP, 0, 80) if case.level == level]

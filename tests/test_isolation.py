@@ -113,7 +113,7 @@ class MixesNaN(Loop):
 
 
 def test_garbage_is_not_finite_only_where_a_backend_keeps_that_apart() -> None:
-    """The declaration decides: without it nobody is accused, with it the same kernel is."""
+    """The declaration decides: without it no kernel is accused, with it the same one is."""
     for seed in range(6):
         case = CASE.replace(seed=seed)
         assert list(documents_apart(Trial(case, double(MixesNaN(), isolates_nonfinite=False), CPU))) == []

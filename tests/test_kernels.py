@@ -26,6 +26,9 @@ def runs_on_cpu(name: str) -> bool:
 
 
 CPU_KERNELS = [name for name in kernel_names() if runs_on_cpu(name)]
+FORCED = ("sdpa_dense_", "sdpa_nested_")
+"""Adapters that are another one's with one of torch's kernels forced."""
+EACH_KERNEL = [pytest.param(name, marks=pytest.mark.slow) if name.startswith(FORCED) else name for name in CPU_KERNELS]
 
 # The registry.
 
@@ -323,13 +326,13 @@ def assert_rejected_or_correct(name: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", HARD_KERNEL_CASES.values(), ids=HARD_KERNEL_CASES)
-@pytest.mark.parametrize("name", CPU_KERNELS)
+@pytest.mark.parametrize("name", EACH_KERNEL)
 def test_kernel_cases_are_rejected_or_correct(name: str, case: Case) -> None:
     assert_rejected_or_correct(name, case)
 
 
 @pytest.mark.parametrize("case", HARD_LAYER_CASES.values(), ids=HARD_LAYER_CASES)
-@pytest.mark.parametrize("name", CPU_KERNELS)
+@pytest.mark.parametrize("name", EACH_KERNEL)
 def test_layer_cases_are_rejected_or_correct(name: str, case: Case) -> None:
     assert_rejected_or_correct(name, case)
 

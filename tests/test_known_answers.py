@@ -88,7 +88,10 @@ def accused(case: Case, known: KnownAnswer, results: plain.Results) -> plain.Wro
     return found
 
 
-@pytest.mark.parametrize("seed", range(24))
+SEEDS = [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 24))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_census_and_support_are_what_a_loop_makes_of_them(seed: int) -> None:
     case, random = drawn(seed), Random(seed)
     census = Census.of(case, CPU, PROFILE)
@@ -99,7 +102,7 @@ def test_census_and_support_are_what_a_loop_makes_of_them(seed: int) -> None:
         assert (results is clean) <= (not wrong)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_needles_are_what_a_loop_makes_of_them(seed: int) -> None:
     case, random = drawn(seed), Random(seed)
     needle, expected = Needle.of(case, CPU, PROFILE), plain.needle_inputs(case)
@@ -117,7 +120,7 @@ def test_needles_are_what_a_loop_makes_of_them(seed: int) -> None:
         assert (results is clean) <= (not wrong)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_gradients_in_every_row_are_what_a_loop_makes_of_them(seed: int) -> None:
     case, random = drawn(seed), Random(seed)
     known = EveryRow.of(case, CPU, PROFILE)
@@ -128,7 +131,7 @@ def test_gradients_in_every_row_are_what_a_loop_makes_of_them(seed: int) -> None
         assert (results is clean) <= (not wrong)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_swamped_sums_are_what_a_loop_makes_of_them(seed: int) -> None:
     case, random = long_documents(seed), Random(seed)
     known = Swamping.of(case, CPU, PROFILE)

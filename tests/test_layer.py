@@ -219,7 +219,7 @@ def test_forward_makes_no_host_sync(kernel: str) -> None:
 @pytest.mark.parametrize("poison", ["none", "nan"])
 @every_layer
 def test_legacy_forward_is_right_to_the_bit(name: str, poison: str) -> None:
-    """What made the bug invisible: no output shows it, whatever unwritten memory holds."""
+    """What made the bug invisible: no output shows it under any content of unwritten memory."""
     case = LAYERS[name]
     legacy, canonical = (results(load(backend), case, poison) for backend in ("legacy:loop", "loop"))
     assert same_bits(legacy["out"], canonical["out"])

@@ -1,4 +1,4 @@
-"""What a user's kernel takes is found out before it is fuzzed: limits are named, and nobody ends at them."""
+"""What a user's kernel takes is found out before it is fuzzed: limits are named, and end no campaign."""
 
 from __future__ import annotations
 

@@ -181,6 +181,7 @@ def test_every_size_comes_to_be_asked_everything() -> None:
         assert math.gcd(len(PACKED_SCHEDULE), len(longest)) == 1
 
 
+@pytest.mark.slow
 def test_what_is_cut_out_is_what_the_backend_takes() -> None:
     """A fault in calls that a backend declares not to take is none of its own."""
     backend = Backend("crowded", Crowded(), levels=("kernel",))
@@ -211,6 +212,7 @@ def test_a_call_that_lacks_memory_is_made_smaller() -> None:
     assert last.tally.cases == 3
 
 
+@pytest.mark.slow
 def test_what_needs_company_is_found_by_bisection() -> None:
     backend = Backend("crowded", Crowded(), levels=("kernel",))
     case = Case(level="kernel", lengths=(3, 0, 5, 1) * 20, key_lengths=(4, 2, 5, 3) * 20, head_dim=4)
@@ -354,6 +356,7 @@ def clean(batch: CallBatch, question: Question) -> Judged:
     return Judged(batch, torch.zeros(len(batch.case.lengths), len(NAMES), dtype=torch.float64), question)
 
 
+@pytest.mark.slow
 def test_calls_of_more_documents_than_time_allows_come_early() -> None:
     messages: list[Message] = []
     job = Assignment(backend="crowd", device="cpu", seed=0, levels=("kernel",), cases=5, stop_at_first=True)

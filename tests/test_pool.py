@@ -67,7 +67,7 @@ def kernel(tmp_path: Path) -> Callable[..., str]:
 
 
 def nothing(*_: object) -> None:
-    """For callbacks that nobody waits for."""
+    """For callbacks whose calls are not looked at."""
 
 
 def campaign(
@@ -164,6 +164,7 @@ def test_the_case_that_kills_is_shrunk(kernel: Callable[..., str], monkeypatch: 
     assert clocks == [time.monotonic]
 
 
+@pytest.mark.slow
 def test_a_death_before_the_first_case_is_one_sentence(kernel: Callable[..., str]) -> None:
     at_import = "if __import__('multiprocessing').parent_process() is not None: os._exit(3)"
     with pytest.raises(CampaignError, match="died with exit code 3 before its first case"):
@@ -213,6 +214,7 @@ def test_what_a_worker_was_shrinking_when_it_hung_is_kept(
 # Interruptions.
 
 
+@pytest.mark.slow
 def test_the_signal_of_a_scheduler_keeps_what_was_found() -> None:
     def other(*_: object) -> None:
         raise AssertionError("a campaign gives the signal back")
@@ -254,6 +256,7 @@ class StopsAtCandidate(Pool):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_an_interruption_while_a_worker_shrinks_keeps_the_case_as_it_was_drawn() -> None:
     assignment = Assignment(backend="fault:M51-swapped", device="cpu", seed=1, cases=100)
     outcome = StopsAtCandidate([assignment], 1, nothing, nothing).run()

@@ -372,7 +372,7 @@ def test_a_rank_that_waits_for_one_that_came_back_is_given_up_at_once() -> None:
 
 
 def test_ranks_that_come_back_out_of_step_are_replaced() -> None:
-    """A collective that nobody waited for would be met by the next case."""
+    """A collective that no rank waited for would be met by the next case."""
     before = rank_groups().call(2, CPU, os.getpid, ())
     with pytest.raises(RanksHung, match="0 came back without taking part in the last 2 collective calls of 1"):
         rank_groups().call(2, CPU, unwaited, (2,))

@@ -74,6 +74,7 @@ def test_a_case_saved_for_any_check_is_asked(fault: str, case: str, symptom: str
     assert symptom in found if symptom else found
 
 
+@pytest.mark.slow
 def test_a_case_that_ends_its_process_ends_another(tmp_path: Path) -> None:
     (tmp_path / "dies.py").write_text(DIES)
     saved = RegressionCase("saved", Case(level="kernel", lengths=(2,)), symptom="Crashed")

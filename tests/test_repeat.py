@@ -107,7 +107,7 @@ def test_the_call_in_between_is_judged_some_other_time() -> None:
     assert list(repeats_itself(trial(FallsOverFourRows(), CASE))) == []
 
 
-# Promises that nobody has made.
+# Promises that were not made.
 
 
 class MovesInSmall(Loop):

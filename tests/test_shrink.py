@@ -310,7 +310,7 @@ def test_the_smallest_is_reached(failure: str, tokens: int, documents: int, data
 
 
 def test_a_document_keeps_its_values_while_others_go() -> None:
-    """The failure hangs on one document's values; whatever is shrunk away in front of it, they stay."""
+    """The failure hangs on one document's values; they stay while documents in front of it are shrunk away."""
     case = Case(level="kernel", lengths=(5, 2, 0, 4, 3), head_dim=4)
     needle = draw(case, "q", 1, 4, "cpu")[7:10]
 

@@ -1,4 +1,4 @@
-"""The store: whole findings or none, whatever the disk does, and nothing lost that was there."""
+"""The store: whole findings or none, also on a disk that is full, and nothing lost that was there."""
 
 from __future__ import annotations
 

@@ -155,12 +155,14 @@ def test_the_space_is_covered(level: str) -> None:
 # What large models have is drawn seldom.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_many_heads_are_a_few_of_a_hundred_cases(level: str) -> None:
     count = sum((case.heads, case.kv_heads) in MANY_HEADS for case in sample(level))
     assert 0.01 <= count / len(sample(level)) <= 0.08
 
 
+@pytest.mark.slow
 def test_long_rows_are_a_few_of_a_hundred_kernel_cases() -> None:
     count = sum(max(case.lengths) in LONG_ROWS for case in sample("kernel"))
     assert 0.01 <= count / len(sample("kernel")) <= 0.05

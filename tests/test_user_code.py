@@ -52,7 +52,7 @@ LAYER_CASES = {
     "fp32": Case(level="layer", lengths=(4, 5), cuts=(3, 6), head_dim=4, hidden=8),
     "bf16": Case(level="layer", lengths=(3,), heads=4, kv_heads=2, head_dim=8, hidden=16, dtype="bf16"),
 }
-in_every_dtype = pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+in_every_dtype = pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 
 
 @on_every_device

@@ -42,7 +42,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize(("values", "dtype"), [(values, dtype) for values in VALUES for dtype in DTYPES])
 def test_bits_are_those_of_the_first_version(values: str, dtype: str) -> None:
-    """A stored case must stay the case that it was: whoever changes a value breaks every finding there is."""
+    """A stored case must stay the case that it was: a changed value breaks every finding there is."""
     case = CASE.replace(values=values, dtype=dtype)
     drawn = {name: draw(case, name, 2, 4, "cpu", keys=name in "kv") for name in ("q", "k", "v", "dout")}
     assert " ".join(map(checksum, drawn.values())) == GOLDEN[values, dtype]

@@ -259,7 +259,7 @@ def forgets_a_row(
     softmax_scale: float,
     causal: bool = False,
 ) -> torch.Tensor:
-    """The same with one row that nobody writes."""
+    """The same with one row that is not written."""
     whole = kernel(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=softmax_scale, causal=causal
     )

@@ -164,7 +164,7 @@ class Isolated:
         return self.report(case).symptom
 
     def fatal(self, case: Case) -> Symptom | None:
-        """The symptom of a case that ended its process or hung; None for one that came back, whatever it brought."""
+        """The symptom of a case that ended its process or hung; None for one that came back, right or wrong."""
         report = self.report(case)
         if report.survived:
             return None

@@ -10,22 +10,21 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import BackendUnavailable
 from attn_fuzz.backends.known import KnownIssue, built_on, issues_below
-from attn_fuzz.backends.registry import Backend, calls_of
+from attn_fuzz.backends.registry import calls_of
 from attn_fuzz.campaign.isolated import Isolated, Report, Subject
+from attn_fuzz.campaign.limit_questions import Question, plain_case, questions_of
 from attn_fuzz.campaign.preflight import why_unusable
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.generation.domain import Domain
-from attn_fuzz.reference.case import Case, CaseError
-
-LENGTHS: Final = (5, 33, 16)
+from attn_fuzz.reference.case import Case
 
 ANSWER_SECONDS: Final = {"cpu": 45.0, "cuda": 150.0}
 """After which a call counts as hung, beside its process's start: compilers for GPUs take minutes for one."""
@@ -84,76 +83,6 @@ class LimitsFound:
     """What no process survives, or comes back from, whatever dtype it is called with: the finding, and no campaign."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Question:
-    axis: str
-    case: Case
-
-
-def _plain(backend: Backend, domain: Domain, dtype: str) -> Case:
-    """A case as plain as the backend's declaration allows."""
-    stated = domain.capabilities
-    options: dict[str, Any] = {"dtype": dtype, "causal": stated.causal, "heads": 2, "kv_heads": 2}
-    if stated.configurations:
-        chosen = next((c for c in stated.configurations if c.dtype == dtype), stated.configurations[0])
-        options |= {**chosen._asdict(), "window": (-1, -1)}
-    else:
-        options["head_dim"] = 64 if 64 in domain.head_dims else max(domain.head_dims)
-    if "kernel" in backend.levels:
-        return Case(level="kernel", lengths=LENGTHS, **options)
-    return Case(lengths=LENGTHS, hidden=16, cuts=(3, 20) if stated.causal else (5, 38), **options)
-
-
-_FLOOR: Final = (1, 8, 16)
-_OTHER_DIMS: Final = (5, 24, 36, 80, 256, 320, 192, 128)
-"""One of each kind: odd, multiples of 4 and of 8, powers of two; and the largest."""
-
-
-def _questions(base: Case, domain: Domain, dtypes: Sequence[str]) -> Iterator[_Question]:
-    """What is most often not taken first."""
-    stated = domain.capabilities
-    if stated.configurations:
-        return
-    few = stated.head_dims[:_MOST_DIMS]
-    yield from (_Question(f"head_dim {dim}", base.replace(head_dim=dim)) for dim in few or _FLOOR)
-    if base.level == "kernel" and "misaligned" in stated.memories:
-        # Addresses that are off by an element are something else for elements of another size.
-        for dtype in (base.dtype, *(dtype for dtype in dtypes if dtype != base.dtype)):
-            yield _Question("memory misaligned", base.replace(memory="misaligned", dtype=dtype))
-        # Seen to give NaN, and no error, where others end in one.
-        many = {"lengths": (1, 6, 1, 4, 1), "memory": "misaligned", "values": "ties", "seed": 4}
-        yield _Question("memory misaligned", base.replace(**many))
-    if stated.gqa:
-        yield _Question("grouped heads", base.replace(heads=4, kv_heads=2))
-    if stated.window and stated.causal:
-        yield _Question("window, causal", base.replace(causal=True, window=(7, -1)))
-    if stated.window and stated.noncausal and not stated.window_needs_causal:
-        cuts = {} if base.level == "kernel" else {"cuts": (5, 38)}
-        yield _Question("window, non-causal", base.replace(causal=False, window=(7, 3), **cuts))
-    if base.level == "kernel":
-        others = (memory for memory in stated.memories if memory not in ("misaligned", "contiguous"))
-        yield from (_Question(f"memory {memory}", base.replace(memory=memory)) for memory in others)
-    yield from (_Question(f"head_dim {dim}", base.replace(head_dim=dim)) for dim in _OTHER_DIMS if not few)
-
-
-_MOST_DIMS: Final = 8
-"""Of those that a kernel names so many are asked about."""
-
-
-def _asked(base: Case, backend: Backend, domain: Domain, dtypes: Sequence[str]) -> list[_Question]:
-    """The questions that the declaration allows."""
-    found = []
-    for question in _questions(base, domain, dtypes):
-        try:
-            case = question.case
-            drawn = case.head_dim in domain.head_dims and case != base
-            if drawn and backend.refusal(case, domain.device) is None:
-                found.append(question)
-        except CaseError:
-            continue
-    return found
-
-
 _Asked = TypeVar("_Asked")
 _Found = TypeVar("_Found")
 
@@ -181,14 +110,14 @@ class _Children:
             # Other threads ask the questions, each with a process of its own.
             self.close()
 
-    def answers(self, base: Case, questions: Sequence[_Question], deadline: float) -> list[Report | None]:
+    def answers(self, base: Case, questions: Sequence[Question], deadline: float) -> list[Report | None]:
         """What came of each question; None for those of an axis that has failed, and for which there was no time.
 
         Before a memory layout the plain one runs: a kernel may keep what was compiled for addresses such as those.
         """
         failed: set[str] = set()
 
-        def ask(question: _Question) -> Report | None:
+        def ask(question: Question) -> Report | None:
             if question.axis in failed or time.monotonic() > deadline:
                 return None
             if question.axis.startswith("memory"):
@@ -228,7 +157,7 @@ def _how(report: Report) -> str | None:
     return None
 
 
-def _limit(question: _Question, report: Report | None, device: str, operators: Sequence[str]) -> Limit | None:
+def _limit(question: Question, report: Report | None, device: str, operators: Sequence[str]) -> Limit | None:
     if report is None:
         return None
     how = _how(report)
@@ -279,7 +208,7 @@ def infer_limits(
     domain = Domain.of(backend.kernel.capabilities_on(kind), kind, dtypes)
     asking = _Children(Subject(name, device, judged=False), min(children, CHILDREN))
     try:
-        plain = [_plain(backend, domain, dtype) for dtype in domain.dtypes]
+        plain = [plain_case(backend, domain, dtype) for dtype in domain.dtypes]
         reports: list[Report | None] = [*(answers := asking.plain(plain))]
         if (sentence := why_unusable(name, answers)) is not None:
             raise BackendUnavailable(sentence)
@@ -290,9 +219,9 @@ def infer_limits(
             # It fails wherever it is called: that is a finding, and the campaign's.
             return LimitsFound()
         operators = sorted({operator for report in answers for operator in report.operators})
-        questions = [_Question(f"dtype {case.dtype}", case) for case in plain]
+        questions = [Question(f"dtype {case.dtype}", case) for case in plain]
         base = next((case for case in working if case.dtype == "bf16"), working[-1])
-        more = _asked(base, backend, domain, [case.dtype for case in working])
+        more = questions_of(base, backend, domain, [case.dtype for case in working])
         reports += asking.answers(base, more, time.monotonic() + ASKING_SECONDS)
     finally:
         asking.close()

@@ -30,7 +30,7 @@ _GROWN: Final = 7
 levels, sizes and questions in turn, it comes to all of them."""
 
 CROWD: Final = 1100
-"""Documents of a call now and then, whatever it takes: more than 2^10, with 2^13 to 2^15 queries in them."""
+"""Documents of a call now and then, beyond the time for one: more than 2^10, with 2^13 to 2^15 queries in them."""
 
 # With sizes and questions in turn, crowds of all sizes come to be asked all of them.
 _CROWDED, _FIRST_CROWDED = 7, 3

@@ -20,7 +20,7 @@ MAX_CUDA_WORKERS = 16
 """Processes that share one GPU: beyond this they only wait for one another."""
 
 LEAST_SHARE: Final = 0.5
-"""Of the time that an assignment was planned for, whatever others took."""
+"""Of the time that an assignment was planned for: it gets so much even where others took longer."""
 
 STARTING: Final = 3.0
 """Seconds that a process takes until its first case, as long as none has shown it here."""
@@ -63,7 +63,7 @@ def require_available(names: Sequence[str], device: str, dtypes: Sequence[str] =
 
 
 def takes_batches(name: str, levels: Sequence[str], device: str) -> bool:
-    """Whether a campaign of these levels calls a backend's kernel by itself, and may call it with whatever is drawn."""
+    """Whether a campaign of these levels calls a backend's kernel by itself, and may do so with any drawn case."""
     backend = registry.load(name)
     compiles = compiles_for_calls(backend.kernel.capabilities_on(_kind(device)))
     return "kernel" in levels and "kernel" in backend.levels and not compiles
@@ -163,7 +163,7 @@ def share_of_time(planned: float, left: float, waiting: int, workers: int, start
     """Seconds for an assignment that is about to start, so that starting processes does not make a campaign longer.
 
     Args:
-        planned: seconds that it was given when nobody knew what others would take.
+        planned: seconds that it was given before others had taken theirs.
         left: of the campaign's time.
         waiting: assignments that will have to follow.
         workers: at a time.
@@ -171,6 +171,6 @@ def share_of_time(planned: float, left: float, waiting: int, workers: int, start
     """
     rounds = math.ceil((1 + waiting) / workers)
     if starting is None:
-        # Of a single round nobody is told to hurry before it is known why.
+        # A single round is not shortened before a process has been seen to start slowly.
         starting = STARTING if waiting else 0.0
     return max(left / rounds - starting, planned * LEAST_SHARE)

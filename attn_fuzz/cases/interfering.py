@@ -1,8 +1,8 @@
 """An interfering call: another case whose tensors have the same shapes, run around the case under test.
 
 What a backend keeps between calls (plans, compiled variants, metadata, rotary tables, buffers) is often keyed on shapes
-alone. An interfering call runs before the case's forward, and another between its forward and backward, so whatever
-they leave behind is met by the case, whose results are checked. In half of the cases there is one only, whose forward
+alone. An interfering call runs before the case's forward, and another between its forward and backward, so what they
+leave behind is met by the case, whose results are checked. In half of the cases there is one only, whose forward
 comes before the case's and whose backward comes before the case's too, as pipelines have it (``crossing``): what
 keeps the contexts of all calls on one stack takes back the wrong one.
 """

@@ -90,7 +90,7 @@ _TINY: Final = ((1,), (2,), (1, 1), (3,), (2, 1), (4,), (2, 2), (5,), (6,), (3, 
 
 
 def tiny_layouts(case: Case) -> Iterator[Case | None]:
-    """With one of the smallest layouts there are, whatever its own is: many need not be cut down to it step by step.
+    """With one of the smallest layouts there are in place of its own: many need not be cut down to it step by step.
 
     Nothing becomes more: no documents, queries, keys or cuts. Layers are cut nowhere or behind every token.
     """

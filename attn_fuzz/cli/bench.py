@@ -80,14 +80,14 @@ def show(console: Console, result: dict[str, Any]) -> None:
     )
     rows = []
     for row in result["backends"]:
-        wide = row["wide"]
+        packed = row["packed"]
         rows.append(
             (
                 row["name"],
-                f"{wide['documents']:,}",
+                f"{packed['documents']:,}",
                 f"{1e3 * row['bare_kernel_s']:.2f}",
-                f"{1e3 * wide['seconds']:.2f}",
-                f"{row['wide_over_bare']:.1f}",
+                f"{1e3 * packed['seconds']:.2f}",
+                f"{row['packed_over_bare']:.1f}",
                 f"{row['wide_documents_per_s']:,.0f}",
                 f"{row['narrow_cases_per_s']:,.1f}",
                 f"{row['narrow_documents_per_s']:,.0f}",
@@ -95,9 +95,9 @@ def show(console: Console, result: dict[str, Any]) -> None:
         )
     print_fitted(console, [_column(head) for head in columns], rows, _title(result))
     for row in result["backends"]:
-        parts = ", ".join(f"{name.replace('_', ' ')} {1e3 * s:.2f}" for name, s in row["wide"]["parts"].items())
+        parts = ", ".join(f"{name.replace('_', ' ')} {1e3 * s:.2f}" for name, s in row["packed"]["parts"].items())
         console.print(f"{row['name']}: milliseconds by part: {parts}")
-        if (layer := row["wide_layer"]) is not None:
+        if (layer := row["packed_layer"]) is not None:
             ratio, own = layer["seconds"] / layer["bare_layer_s"], 1e3 * layer["bare_layer_s"]
             console.print(
                 f"{row['name']}: {layer['documents_per_s']:,.0f} documents/s at layer level, "
@@ -109,7 +109,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
             f"{rare['seconds']:.3f} s, shrunk to {json.dumps(rare['shrunk'])}"
         )
     for count, rate in result.get("processes", {}).get("cases_per_s", {}).items():
-        console.print(f"{count} processes on {result['processes']['backend']}: {rate:,.0f} cases/s case by case")
+        console.print(f"{count} processes on {result['processes']['backend']}: {rate:,.0f} cases/s one by one")
     for name, rates in result.get("batch_processes", {}).items():
         for count, rate in rates.items():
             told = "not measured: too little came back in time" if rate is None else f"{rate:,.0f} cases/s in batches"

@@ -25,9 +25,9 @@ class Plan:
     dtype: str = "bf16"
     fewest: int
     """Documents of the first call that is tried."""
-    narrow_hunt: int
+    case_hunt: int
     """Cases that one process hunts, counted rather than timed: a busy machine would get no further than its warm-up."""
-    narrow_seconds: float
+    case_seconds: float
     """How long several processes hunt."""
     processes: tuple[int, ...]
     """How many processes share the device, by the case mode."""
@@ -35,7 +35,7 @@ class Plan:
     """How many of them by batches, the usual number first: of the first backend all are tried."""
     batch_seconds: float
     """How long each of those hunts."""
-    narrow_cases: int = 60
+    drawn_cases: int = 60
     """Cases drawn to time their generation and their bare kernels."""
     plain_cases: int
     rare: tuple[int, int]
@@ -55,8 +55,8 @@ PLANS: Final = {
         kv_heads=2,
         head_dim=64,
         fewest=64,
-        narrow_hunt=100,
-        narrow_seconds=15.0,
+        case_hunt=100,
+        case_seconds=15.0,
         processes=(16,),
         batch_processes=(12, 8),
         batch_seconds=10.0,
@@ -74,8 +74,8 @@ PLANS: Final = {
         kv_heads=1,
         head_dim=16,
         fewest=32,
-        narrow_hunt=120,
-        narrow_seconds=15.0,
+        case_hunt=120,
+        case_seconds=15.0,
         processes=(2,),
         batch_processes=(2,),
         batch_seconds=10.0,

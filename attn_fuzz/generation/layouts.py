@@ -41,7 +41,7 @@ MANY: tuple[int, ...] = (33, 65, 129, 260)
 """Documents of a call, beyond what fits into a warp or a block of threads."""
 
 _MAX_DRAWN_TOKENS = 700
-# Kernels with an explicit mask compute all pairs of the call, whatever its documents: heads * queries * keys.
+# Kernels with an explicit mask compute all pairs of the call, across its documents too: heads * queries * keys.
 MAX_PAIRS = 1 << 19
 # What is done once per micro-sequence is most of the time that a case with many of them takes.
 _MAX_MICRO_SEQUENCES = 24

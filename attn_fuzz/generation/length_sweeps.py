@@ -182,7 +182,7 @@ def draw_case(
         options = draw_options(random, domain, every=every)
         fewer = max(1, min(documents, documents * USUAL_HEADS // int(options["heads"])))  # type: ignore[call-overload]
         lengths, keys = draw_lengths(random, dataclasses.replace(sweep), fewer)
-        # Some limits concern certain pairs of lengths whatever the options: later draws are plainer.
+        # Some limits concern certain pairs of lengths under all options: later draws are plainer.
         if attempt > 10:
             options["window"] = (-1, -1)
         keys = _tamed(lengths, keys, domain, causal=bool(options["causal"]), equal=attempt > 30)

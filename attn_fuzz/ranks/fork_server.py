@@ -95,7 +95,7 @@ def _serve(control: socket.socket) -> None:
 
 
 def _prepare() -> None:
-    """Whatever takes long the first time, before anybody is forked."""
+    """What takes long the first time, before a process is forked."""
     set_up_process("cpu")
     for poison in POISONS:
         with poisoned(poison, torch.device("cpu")):

@@ -48,7 +48,7 @@ class Progress:
             os.close(descriptor)
 
     def begin(self, rank: int, *, reduces: bool) -> None:
-        """Notes that a rank, which nobody else writes for, begins another collective: a gather, or a reduction."""
+        """Notes that a rank begins another collective, a gather or a reduction; its place is its own."""
         place = rank * _WORD.size
         (word,) = _WORD.unpack_from(self._words, place)
         count, kinds = (word >> KEPT) + 1, ((word << 1) | reduces) & _KINDS

@@ -26,7 +26,7 @@ PATIENCE: Final = 120.0
 """Seconds after which silent ranks count as hung: below a campaign's own patience, above what a JIT compiler takes."""
 
 QUICK_PATIENCE: Final = 30.0
-"""The same where nobody compiles: a thousand times what a case takes on the CPU."""
+"""The same where nothing is compiled: a thousand times what a case takes on the CPU."""
 
 GRACE: Final = 0.5
 """Seconds that the others have to fail too, once one rank has: what one died of explains what the others raised."""

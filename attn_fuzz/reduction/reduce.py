@@ -1,4 +1,4 @@
-"""The reducer: from something that fails to something simpler that fails as well, whatever it is.
+"""The reducer: from what fails to what is simpler and fails as well, a case, a packed call, a sequence of calls.
 
 A pass is a function from what fails to candidates, boldest first; None stands for one that cannot be. The order, and
 not the pass, says what is simpler: a candidate whose ``sort_key`` is no smaller is not even tried. So a reduction ends,

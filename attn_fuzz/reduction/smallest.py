@@ -101,8 +101,8 @@ def _same(trial: Trial, first: Symptom, probes: Sequence[Check]) -> _Same:
         # On memory as it comes a small case fails or passes by luck; poison shows what it would do on a bad day.
         return _Same(MEMORY_SYMPTOMS, probes, POISONS)
     if trial.case.all_ranks > 1 and symptom in (Crashed, Hung):
-        # Ranks out of step wait for ever, or fall over what was meant for another: which of the two is chance. Whoever
-        # waits for those that hang takes no processor time.
+        # Ranks out of step wait for ever, or fall over what was meant for another: which of the two is chance. To wait
+        # for those that hang takes no processor time.
         return _Same((Crashed, Hung), probes, trial.poisons, time.monotonic, renamed=True)
     return _Same((symptom,), probes, trial.poisons)
 
@@ -117,7 +117,7 @@ class _Again:
     attempts: int
     """How often a smaller case is tried."""
     always: bool
-    """Whether it failed again whatever ran before it."""
+    """Whether it failed again after another call than before."""
 
 
 def _alone(verdict: Verdict) -> Sequence[Check]:

@@ -29,7 +29,7 @@ def dense_attention(
 
 
 class SdpaDense(Kernel):
-    """Whatever kernel torch's dispatcher picks for an explicit mask."""
+    """The kernel that torch's dispatcher picks for an explicit mask."""
 
     name = "sdpa_dense"
     paths = frozenset({"dense"})

@@ -19,7 +19,7 @@ def _jagged(x: torch.Tensor, cu_seqlens: torch.Tensor, shortest: int, longest: i
     # Jagged tensors take int64 offsets only, and their fused kernels contiguous values only.
     x = x.contiguous()
     if x.untyped_storage().nbytes() != x.nbytes:
-        # On CPU jagged values are read from the start of their storage, whatever their offset (seen in torch 2.13).
+        # On CPU jagged values are read from the start of their storage, without their offset (seen in torch 2.13).
         x = x.clone()
     jagged = torch.nested.nested_tensor_from_jagged(x, cu_seqlens.long(), min_seqlen=shortest, max_seqlen=longest)
     return jagged.transpose(1, 2)

@@ -11,6 +11,25 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parent.parent / "bench"
 
+_OLD_KEYS = {
+    "wide": "packed",
+    "wide_over_bare": "packed_over_bare",
+    "wide_layer": "packed_layer",
+    "narrow": "case",
+    "wide_over_narrow": "packed_over_case",
+}
+"""What committed results of before 0.2.0 call what ``bench`` measures."""
+
+
+def load(folder: Path = FOLDER) -> list[dict[str, Any]]:
+    """All committed results of a folder, by file name."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    for result in results:
+        rows = result.get("backends", [])
+        result["backends"] = [{_OLD_KEYS.get(key, key): value for key, value in row.items()} for row in rows]
+    return results
+
+
 PARTS = ("values", "kernels", "reference", "checks_and_rest")
 
 
@@ -36,10 +55,10 @@ def draw(results: list[dict[str, Any]], target: Path) -> None:
         names = [row["name"] for row in rows]
         bottom = [0.0] * len(rows)
         for part in PARTS:
-            heights = [1e6 * row["wide"]["parts"][part] / row["wide"]["documents"] for row in rows]
+            heights = [1e6 * row["packed"]["parts"][part] / row["packed"]["documents"] for row in rows]
             left.bar(names, heights, bottom=bottom, label=part.replace("_", " "))
             bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
-        bare = [1e6 * row["bare_kernel_s"] / row["wide"]["documents"] for row in rows]
+        bare = [1e6 * row["bare_kernel_s"] / row["packed"]["documents"] for row in rows]
         left.plot(names, bare, "k_", markersize=24, label="bare kernel")
         left.set_ylabel("microseconds per document")
         # Room for the legend.
@@ -61,8 +80,7 @@ def draw(results: list[dict[str, Any]], target: Path) -> None:
 
 def main() -> None:
     """Draws all committed results."""
-    paths = sorted(FOLDER.glob("*.json"))
-    draw([json.loads(path.read_text()) for path in paths], FOLDER.parent / "bench.png")
+    draw(load(), FOLDER.parent / "bench.png")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any, Final
 
-from results.render.bench_plot import FOLDER, title
+from results.render.bench_plot import FOLDER, load, title
 from results.render.tables import PAGE, with_section
 
 SHARED: Final = FOLDER / "processes"
@@ -31,19 +29,19 @@ _HEADS: Final = (
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
-    wide, batch, layer = row["wide"], row["batch"], row["wide_layer"]
+    packed, batch, layer = row["packed"], row["batch"], row["packed_layer"]
     return (
         row["name"],
-        f"{wide['documents']:,}",
+        f"{packed['documents']:,}",
         f"{1e3 * row['bare_kernel_s']:.1f}",
-        f"{1e3 * wide['seconds']:.1f}",
-        f"{row['wide_over_bare']:.1f}",
+        f"{1e3 * packed['seconds']:.1f}",
+        f"{row['packed_over_bare']:.1f}",
         f"{row['wide_documents_per_s']:,.0f}",
         "-" if layer is None else f"{layer['documents_per_s']:,.0f}",
         f"{batch['cases_per_s']:,.0f}",
         f"{batch['over_bare']:.1f}",
         f"{row['narrow_cases_per_s']:,.0f}",
-        f"{row['wide_over_narrow']:,.0f}",
+        f"{row['packed_over_case']:,.0f}",
     )
 
 
@@ -104,11 +102,6 @@ def with_speed(text: str, results: list[dict[str, Any]], shared: list[dict[str, 
         ValueError: when the text has no place for them.
     """
     return with_section(text, _BEGIN, [*speed_tables(results), *process_tables(shared), ""], _END)
-
-
-def load(folder: Path = FOLDER) -> list[dict[str, Any]]:
-    """All committed results of a folder, by file name."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
 def main() -> None:

@@ -1,0 +1,88 @@
+"""What a user's kernel is asked before it is fuzzed: plain cases, and small ones that differ from them in one axis."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.generation.domain import Domain
+from attn_fuzz.reference.case import Case, CaseError
+
+LENGTHS: Final = (5, 33, 16)
+"""Of the documents of every case, unless it is about lengths."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """Something that a kernel may not take."""
+
+    axis: str
+    """Such as ``memory misaligned``."""
+    case: Case
+    """Small, and the plain case in all else."""
+
+
+def plain_case(backend: Backend, domain: Domain, dtype: str) -> Case:
+    """A case as plain as the backend's declaration allows."""
+    stated = domain.capabilities
+    options: dict[str, Any] = {"dtype": dtype, "causal": stated.causal, "heads": 2, "kv_heads": 2}
+    if stated.configurations:
+        chosen = next((c for c in stated.configurations if c.dtype == dtype), stated.configurations[0])
+        options |= {**chosen._asdict(), "window": (-1, -1)}
+    else:
+        options["head_dim"] = 64 if 64 in domain.head_dims else max(domain.head_dims)
+    if "kernel" in backend.levels:
+        return Case(level="kernel", lengths=LENGTHS, **options)
+    return Case(lengths=LENGTHS, hidden=16, cuts=(3, 20) if stated.causal else (5, 38), **options)
+
+
+_FLOOR: Final = (1, 8, 16)
+_OTHER_DIMS: Final = (5, 24, 36, 80, 256, 320, 192, 128)
+"""One of each kind: odd, multiples of 4 and of 8, powers of two; and the largest."""
+
+
+def _questions(base: Case, domain: Domain, dtypes: Sequence[str]) -> Iterator[Question]:
+    """What is most often not taken first."""
+    stated = domain.capabilities
+    if stated.configurations:
+        return
+    few = stated.head_dims[:_MOST_DIMS]
+    yield from (Question(f"head_dim {dim}", base.replace(head_dim=dim)) for dim in few or _FLOOR)
+    if base.level == "kernel" and "misaligned" in stated.memories:
+        # Addresses that are off by an element are something else for elements of another size.
+        for dtype in (base.dtype, *(dtype for dtype in dtypes if dtype != base.dtype)):
+            yield Question("memory misaligned", base.replace(memory="misaligned", dtype=dtype))
+        # Seen to give NaN, and no error, where others end in one.
+        many = {"lengths": (1, 6, 1, 4, 1), "memory": "misaligned", "values": "ties", "seed": 4}
+        yield Question("memory misaligned", base.replace(**many))
+    if stated.gqa:
+        yield Question("grouped heads", base.replace(heads=4, kv_heads=2))
+    if stated.window and stated.causal:
+        yield Question("window, causal", base.replace(causal=True, window=(7, -1)))
+    if stated.window and stated.noncausal and not stated.window_needs_causal:
+        cuts = {} if base.level == "kernel" else {"cuts": (5, 38)}
+        yield Question("window, non-causal", base.replace(causal=False, window=(7, 3), **cuts))
+    if base.level == "kernel":
+        others = (memory for memory in stated.memories if memory not in ("misaligned", "contiguous"))
+        yield from (Question(f"memory {memory}", base.replace(memory=memory)) for memory in others)
+    yield from (Question(f"head_dim {dim}", base.replace(head_dim=dim)) for dim in _OTHER_DIMS if not few)
+
+
+_MOST_DIMS: Final = 8
+"""Of those that a kernel names so many are asked about."""
+
+
+def questions_of(base: Case, backend: Backend, domain: Domain, dtypes: Sequence[str]) -> list[Question]:
+    """The questions that the declaration allows."""
+    found = []
+    for question in _questions(base, domain, dtypes):
+        try:
+            case = question.case
+            drawn = case.head_dim in domain.head_dims and case != base
+            if drawn and backend.refusal(case, domain.device) is None:
+                found.append(question)
+        except CaseError:
+            continue
+    return found
