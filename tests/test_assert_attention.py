@@ -21,7 +21,7 @@ from attn_fuzz.oracle import own_inputs
 from attn_fuzz.oracle.off_by_factor import factors
 from attn_fuzz.oracle.own_inputs import WrongElement
 from attn_fuzz.oracle.second_opinion import ReferencesDisagree
-from attn_fuzz.reference.answer import Expected, kernel_inputs
+from attn_fuzz.reference.answer import Expected, Inputs, kernel_inputs
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layout import Span
 from attn_fuzz.reference.profile import UNIT_ROUNDOFF, Profile
@@ -78,9 +78,9 @@ def case_for(backend: Backend, device: str, dtype: str) -> Case | None:
     return None
 
 
-def call(case: Case, backend: Backend, device: str) -> dict[str, Any]:
-    """A backend's forward and backward over a case's tensors, as arguments of ``assert_attention``."""
-    inputs, where = kernel_inputs(case, device), torch.device(device)
+def call(case: Case, backend: Backend, device: str, inputs: Inputs | None = None) -> dict[str, Any]:
+    """A backend's forward and backward over a case's tensors or others, as arguments of ``assert_attention``."""
+    inputs, where = inputs or kernel_inputs(case, device), torch.device(device)
     metadata = VarlenMetadata(lengths_q=case.packed_lengths, lengths_k=case.packed_key_lengths, device=where)
     leaves = [x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     attended = backend.kernel.attend(*leaves, metadata, AttentionOptions.of(case))
@@ -219,6 +219,25 @@ def test_a_factor_is_told_as_one() -> None:
         AttentionMismatch, match=r"off by a factor of 1\.0\d+ as a whole, in documents 1, rows 0-179, heads 2"
     ):
         assert_attention(**given)
+
+
+@pytest.mark.parametrize("name", ["out", "dq", "dk", "dv"])
+def test_one_percent_in_half_precision_is_told_of_every_result(name: str) -> None:
+    given = dict(right("bf16"))
+    given[name] = (given[name].float() * 1.01).bfloat16()
+    with pytest.raises(AttentionMismatch) as raised:
+        assert_attention(**given)
+    (wrong,) = raised.value.wrong
+    assert wrong.tensor == name
+    assert wrong.factor == pytest.approx(1.01, abs=1e-3)
+
+
+def test_small_differences_of_large_terms_may_be_rounded_off() -> None:
+    """Far from zero, dQ is what is left of terms hundreds of times as large, whose roundings are percents of it."""
+    case, backend = BASE.replace(dtype="bf16"), registry.load("backup")
+    drawn = kernel_inputs(case, "cpu")
+    shifted = Inputs(drawn.q + 2, drawn.k + 2, drawn.v + 3, drawn.dout + 1)
+    assert_attention(**call(case, backend, "cpu", shifted))
 
 
 # Factors: what roundings may do together.
