@@ -199,14 +199,9 @@ class Isolated:
             NoDevice: as ``symptom`` does.
             ReferencesDisagree: as ``examine`` does.
         """
-        starts = self._process is None
-        if starts:
-            self._connection, theirs = self._context.Pipe()
-            self._process = self._context.Process(target=_serve, args=(self._subject, theirs), daemon=True)
-            added = {**_AWAY_FROM_OTHERS, **fill_in_children(os.environ)}
-            with environment_of_children(added):
-                self._process.start()
-            theirs.close()
+        if starts := self._process is None:
+            self._start()
+        assert self._process is not None
         assert self._connection is not None
         try:
             if starts:
@@ -229,6 +224,14 @@ class Isolated:
         if found.disagreement is not None:
             raise ReferencesDisagree(found.disagreement)
         return found
+
+    def _start(self) -> None:
+        self._connection, theirs = self._context.Pipe()
+        self._process = self._context.Process(target=_serve, args=(self._subject, theirs), daemon=True)
+        added = {**_AWAY_FROM_OTHERS, **fill_in_children(os.environ)}
+        with environment_of_children(added):
+            self._process.start()
+        theirs.close()
 
     def _hung(self, seconds: float) -> Report:
         """Ends a child that has said nothing for so long."""
