@@ -50,7 +50,7 @@ class Verdict:
     """What the command printed with ``--json``."""
 
     def __bool__(self) -> bool:
-        return not self.findings and not self.troubles and self.cases > 0
+        return not self.findings and not self.troubles and not self.untested and self.cases > 0
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -93,6 +93,11 @@ class Verdict:
         """What went wrong with the check itself."""
         return tuple(self.data.get("troubles", ()))
 
+    @property
+    def untested(self) -> tuple[str, ...]:
+        """Why nothing, or too little, was tested."""
+        return tuple(self.data.get("untested", ()))
+
     def to_json(self) -> str:
         """The JSON object of the command."""
         return json.dumps(self.data)
@@ -105,7 +110,33 @@ class Verdict:
 
             raise FoundError(f"{count_bugs(found)} findings in {self.cases} cases:\n" + "\n".join(lines), self)
         if not self:
-            raise FoundError("; ".join(self.troubles) or "no case was tried, so nothing was tested", self)
+            raise FoundError(
+                "; ".join((*self.troubles, *self.untested)) or "no case was tried, so nothing was tested", self
+            )
+
+
+def _bound_to(thing: object) -> tuple[str, str | None]:
+    """The name and module that something is to be imported by: its own, or of a variable that holds it.
+
+    What an adapter gives, a partial function or a lambda has another name than the variable that it was put into.
+    """
+    name, module = getattr(thing, "__qualname__", ""), getattr(thing, "__module__", None)
+    home = sys.modules.get(module or "")
+    if name.isidentifier() and (home is None or getattr(home, name, None) is thing):
+        return name, module
+    for other, held in [*sys.modules.items()]:
+        for variable, value in [*getattr(held, "__dict__", {}).items()]:
+            if value is thing:
+                return variable, other
+    return name, module
+
+
+def _file_of(thing: object) -> str:
+    """The file that something was defined in, or nothing."""
+    try:
+        return inspect.getfile(thing)  # type: ignore[arg-type]
+    except (OSError, TypeError):
+        return ""
 
 
 def _importable(thing: object, what: str) -> str:
@@ -118,15 +149,12 @@ def _importable(thing: object, what: str) -> str:
         return thing
     if not callable(thing):
         raise CheckError(f"{what} should be a {_KINDS[what]} or the name of one, not {thing!r}")
-    name, module = getattr(thing, "__qualname__", ""), getattr(thing, "__module__", None)
+    name, module = _bound_to(thing)
     if not name.isidentifier() or module is None:
         raise CheckError(f"{what} {name or thing!r} cannot be imported by another process: define it at a module's top")
     if module != "__main__" and importlib.util.find_spec(module) is not None:
         return f"{module}:{name}"
-    try:
-        path = inspect.getfile(thing)
-    except (OSError, TypeError):
-        path = ""
+    path = getattr(sys.modules.get(module), "__file__", None) or _file_of(thing)
     if not Path(path).is_file():
         raise CheckError(f"{what} {name} is in no file that another process could import")
     return f"{Path(path).resolve()}:{name}"
@@ -226,7 +254,8 @@ def assert_attention(
     """Asserts that results are those of packed attention over these very inputs, element by element.
 
     The bound of each element is derived from the inputs and the dtype (docs/oracle.md), so there is no tolerance to
-    choose. All tensors are of one dtype (float32, bfloat16, float16) and device, but for ``lse``.
+    choose; in half precision, where an element may be off by a percent, neither may a document's head be off by a
+    factor as a whole. All tensors are of one dtype (float32, bfloat16, float16) and device, but for ``lse``.
 
     Args:
         out: ``[tokens_q, heads, head_dim]``.
@@ -236,9 +265,9 @@ def assert_attention(
         cu_seqlens_q: integers ``[documents + 1]``, rising from 0 to ``tokens_q``.
         cu_seqlens_k: the same of keys.
         dout: as ``out``, what the backward was given; needed with ``dq``, ``dk`` or ``dv``.
-        dq: as ``q``, and so ``dk`` and ``dv`` as ``k`` and ``v``.
-        dk: see ``dq``.
-        dv: see ``dq``.
+        dq: as ``q``.
+        dk: as ``k``, and so is ``dv``.
+        dv: see ``dk``.
         lse: ``[tokens_q, heads]`` in natural logarithms; -inf for rows without a key.
         causal: bottom-right: query i of a document with q queries and k keys sees keys up to i + k - q.
         window: keys to the left and right of a row's own place that it sees; -1 for no limit.
@@ -248,6 +277,7 @@ def assert_attention(
 
     Raises:
         AttentionMismatch: an AssertionError that says which document, row, head and channel, got, expected, z.
+        ReferencesDisagree: where a second reference, one document at a time, confirms no mismatch.
         ValueError: when shapes, dtypes, devices or prefix sums do not belong together.
     """
     from attn_fuzz.oracle.own_inputs import AttentionMismatch, Masking, wrong_elements
@@ -261,5 +291,5 @@ def assert_attention(
     inputs = Inputs(*(x.detach() for x in (q, k, v, given)))
     left, right = window
     masking = Masking(causal=causal, window=(left, right), softmax_scale=softmax_scale, softcap=softcap)
-    if wrong := tuple(wrong_elements(results, inputs, cu_seqlens_q, cu_seqlens_k, masking, arithmetic)):
+    if wrong := wrong_elements(results, inputs, (cu_seqlens_q, cu_seqlens_k), masking, arithmetic):
         raise AttentionMismatch(wrong)

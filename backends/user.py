@@ -241,7 +241,7 @@ class UserKernel(Kernel):
             "softcap": options.softcap,
         }
         m = metadata
-        out = self._function(
+        returned = self._function(
             q,
             k,
             v,
@@ -251,9 +251,9 @@ class UserKernel(Kernel):
             m.max_seqlen_k,
             **{key: value for key, value in given.items() if key in self._takes},
         )
-        out = _output(out)
+        out = _output(returned)
         require_like(out, q)
-        return Attended(out, None, self.name)
+        return Attended(out, _lse(returned, q) if self.capabilities.lse else None, self.name)
 
 
 def _output(returned: object) -> Any:
@@ -269,6 +269,22 @@ def _output(returned: object) -> Any:
     if not isinstance(lse, torch.Tensor) or not lse.is_floating_point():
         raise MisshapenResult(f"the kernel should return out, or (out, lse, ...) with tensors, but returned ({kinds})")
     return returned[0]
+
+
+def _lse(returned: object, q: torch.Tensor) -> torch.Tensor:
+    """The LSE of a kernel that declares that it returns one.
+
+    Raises:
+        MisshapenResult: where it is not the second of a tuple, or not ``[heads, rows]`` in floating point.
+    """
+    lse = returned[1] if isinstance(returned, tuple) else None
+    wanted = (q.shape[1], q.shape[0])
+    if not isinstance(lse, torch.Tensor) or tuple(lse.shape) != wanted or lse.device != q.device:
+        what = f"a tensor {list(lse.shape)} on {lse.device}" if isinstance(lse, torch.Tensor) else type(lse).__name__
+        raise MisshapenResult(
+            f"the kernel declares an LSE, which should be a tensor {list(wanted)} on {q.device}, but is {what}"
+        )
+    return lse
 
 
 class InsideLayer(Kernel):

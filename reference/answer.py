@@ -8,10 +8,14 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.reference import attention, budget
+from attn_fuzz.reference import attention
+from attn_fuzz.reference.budget import attention_variances
 from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.computation import Computation
 from attn_fuzz.reference.layout import Segment, call_segments
 from attn_fuzz.reference.profile import Profile
+from attn_fuzz.reference.sums import sums_of
+from attn_fuzz.reference.terms import Document
 from attn_fuzz.reference.values import draw
 
 
@@ -90,7 +94,8 @@ def kernel_answer(case: Case, inputs: Inputs, profile: Profile, pairs: int = _PA
         pairs: (query, key) pairs computed side by side; 0 for one document at a time.
     """
     group = case.heads // case.kv_heads
-    sums = budget.sums_of(max(case.packed_lengths), max(case.packed_key_lengths), profile, group)
+    sums = sums_of(max(case.packed_lengths), max(case.packed_key_lengths), profile, group)
+    how = Computation.of(case, profile)
     q, k, v, dout = (x.double() for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
     values = {"out": torch.zeros_like(q), "lse": q.new_full(q.shape[:2], -torch.inf), "dq": torch.zeros_like(q)}
     values |= {"dk": torch.zeros_like(k), "dv": torch.zeros_like(v)}
@@ -108,19 +113,7 @@ def kernel_answer(case: Case, inputs: Inputs, profile: Profile, pairs: int = _PA
         mask = attention.allowed_keys(queries, seen, case.effective_window, q.device)
         result = attention.forward(qd, kd, vd, mask, case.softmax_scale, case.softcap)
         grads = attention.backward(qd, kd, vd, doutd, case.softmax_scale, result)
-        spread = budget.attention_variances(
-            qd,
-            kd,
-            vd,
-            doutd,
-            result,
-            scale=case.softmax_scale,
-            softcap=case.softcap,
-            group=group,
-            dtype=case.dtype,
-            profile=profile,
-            sums=sums,
-        )
+        spread = attention_variances(Document(qd, kd, vd, doutd), result, how, group=group, sums=sums)
         found = {
             "out": result.out,
             "lse": result.lse,

@@ -21,9 +21,11 @@ import torch
 
 from attn_fuzz.reference import vectorised
 from attn_fuzz.reference.answer import KERNEL_TENSORS, Expected, Inputs
-from attn_fuzz.reference.budget import sums_of
 from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.computation import Computation
 from attn_fuzz.reference.profile import Profile
+from attn_fuzz.reference.sums import sums_of
+from attn_fuzz.reference.vectorised_terms import Documents
 
 SIZES: Final = (2, 8, 16, 24, 32, 48, 64, 96, 128)
 """Padded lengths: few buckets, because each costs as many small operations as a large one. Beyond the last: its
@@ -250,13 +252,10 @@ def answers(
         q, dout = (rows.gather(x, torch.float64) for x in (inputs.q, inputs.dout))
         k, v = (key_rows.gather(x, torch.float64) for x in (inputs.k, inputs.v))
         expected = vectorised.answer(
-            vectorised.Documents(q, k, v, dout, _mask(rows, key_rows, case.effective_window)),
-            scale=case.softmax_scale,
-            softcap=case.softcap,
-            dtype=case.dtype,
-            profile=profile,
+            Documents(q, k, v, dout, _mask(rows, key_rows, case.effective_window)),
+            Computation.of(case, profile),
+            sums,
             degrees=degrees,
-            sums=sums,
         )
         yield Chunk(chosen, rows, key_rows, expected)
 

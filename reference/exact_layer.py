@@ -7,19 +7,21 @@ whose budget is a formula (budget.py), and gradients of keys and values add up o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
 from attn_fuzz.reference import batched
 from attn_fuzz.reference.answer import Expected, Inputs
-from attn_fuzz.reference.budget import rounding_variance
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import LayerInputs
-from attn_fuzz.reference.layout import active_extent, active_lengths, micro_sequences
+from attn_fuzz.reference.layout import Span, active_extent, active_lengths, micro_sequences
 from attn_fuzz.reference.narrow import Narrow, operand_variance
 from attn_fuzz.reference.profile import ACCUMULATION, ALIKE, Profile
+from attn_fuzz.reference.rounding import rounding_variance
 
+_Tensors = dict[str, torch.Tensor]
 KernelAnswer = Callable[[Case, Inputs, Profile], dict[str, Expected]]
 
 EXACT_TENSORS = ("out", "dx", "dk", "dv")
@@ -40,6 +42,89 @@ def _quick(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Expected]:
     return batched.kernel_answer(case, inputs, profile, degrees=False)
 
 
+class _Inner(NamedTuple):
+    """What the layer gives to attention, stored: ``[tokens, heads, d]``, and ``[tokens, kv_heads, d]``."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    dout: torch.Tensor
+
+
+def _inner(case: Case, inputs: LayerInputs, weights: Mapping[str, torch.Tensor]) -> _Inner:
+    dtype, shape = inputs.x.dtype, (case.tokens, case.heads, case.head_dim)
+    x = inputs.x.double()
+    q = (x @ weights["query"].T).to(dtype).view(shape)
+    k, v = (x @ weights["key_value"].T).to(dtype).view(case.tokens, -1, case.head_dim).chunk(2, 1)
+    dout = (inputs.dout.double() @ weights["dense"]).to(dtype).view(shape)
+    return _Inner(q, k, v, dout)
+
+
+def _call(case: Case, part: Span) -> Case:
+    """The kernel case of a micro-sequence."""
+    queries, keys = active_lengths(case.packed_lengths, part)
+    return Case(
+        level="kernel",
+        lengths=queries,
+        key_lengths=keys,
+        heads=case.heads,
+        kv_heads=case.kv_heads,
+        head_dim=case.head_dim,
+        causal=case.causal,
+        window=case.window,
+        scale=case.scale,
+        softcap=case.softcap,
+        dtype=case.dtype,
+        values=case.values,
+    )
+
+
+def _attended(case: Case, inner: _Inner, profile: Profile, answer: KernelAnswer) -> tuple[_Tensors, _Tensors]:
+    """(values, variances) of attention's results, those of keys and values added up over the micro-sequences."""
+    names = {"out": inner.q, "dq": inner.q, "dk": inner.k, "dv": inner.v}
+    values = {name: torch.zeros_like(like, dtype=torch.float64) for name, like in names.items()}
+    variances = {name: torch.zeros_like(value) for name, value in values.items()}
+    for part in micro_sequences(case):
+        rows, extent = slice(*part), slice(*active_extent(case.packed_lengths, part))
+        inputs = Inputs(inner.q[rows], inner.k[extent], inner.v[extent], inner.dout[rows])
+        for name, found in answer(_call(case, part), inputs, profile).items():
+            if name in values:
+                place = extent if name in ("dk", "dv") else rows
+                values[name][place] += found.value
+                variances[name][place] += found.variance
+    for name in ("dk", "dv"):
+        # Running sums in float32, where there was anything to add.
+        variances[name] += torch.where(variances[name] > 0, ACCUMULATION**2 * values[name].square(), 0.0)
+    return values, variances
+
+
+class _Projections(NamedTuple):
+    """Of the layer, which permute channels, and round what they are given where the profile says so."""
+
+    weights: Mapping[str, torch.Tensor]
+    dtype: str
+    narrow: Narrow | None
+
+    def as_operand(self, value: torch.Tensor) -> torch.Tensor:
+        """Error variance of a value that is rounded as an operand."""
+        if not self.narrow:
+            return torch.zeros_like(value)
+        return operand_variance(value, self.narrow.products) + ALIKE * (self.narrow.cut * value).square()
+
+    def out(self, value: torch.Tensor, variance: torch.Tensor) -> Expected:
+        """The layer's output: the kernel's, permuted, which rounds it no more."""
+        dense = self.weights["dense"].T
+        variance = variance + self.as_operand(value)
+        return Expected(value.flatten(1) @ dense, variance.flatten(1) @ dense.square())
+
+    def back(self, name: str, gradient: torch.Tensor, variance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A projection's share of the input gradient, stored."""
+        weight = self.weights[name]
+        share = gradient.flatten(1) @ weight
+        variance = (variance + self.as_operand(gradient)).flatten(1) @ weight.square()
+        return share, variance + rounding_variance(share, self.dtype)
+
+
 def exact_layer_answer(
     case: Case, inputs: LayerInputs, profile: Profile, answer: KernelAnswer = _quick
 ) -> dict[str, Expected]:
@@ -52,66 +137,16 @@ def exact_layer_answer(
         answer: to the kernel case of one micro-sequence.
     """
     weights = {name: weight.double() for name, weight in inputs.weights.items()}
-    narrow = Narrow.projecting(case.dtype, profile)
-    dtype, tokens = inputs.x.dtype, case.tokens
-    shape = (tokens, case.heads, case.head_dim)
-    x = inputs.x.double()
-    q = (x @ weights["query"].T).to(dtype).view(shape)
-    k, v = (x @ weights["key_value"].T).to(dtype).view(tokens, -1, case.head_dim).chunk(2, 1)
-    dout = (inputs.dout.double() @ weights["dense"]).to(dtype).view(shape)
-    names = {"out": q, "dq": q, "dk": k, "dv": v}
-    values = {name: torch.zeros(like.shape, dtype=torch.float64, device=x.device) for name, like in names.items()}
-    variances = {name: torch.zeros_like(value) for name, value in values.items()}
-    for part in micro_sequences(case):
-        queries, keys = active_lengths(case.packed_lengths, part)
-        rows, extent = slice(*part), slice(*active_extent(case.packed_lengths, part))
-        call = Case(
-            level="kernel",
-            lengths=queries,
-            key_lengths=keys,
-            heads=case.heads,
-            kv_heads=case.kv_heads,
-            head_dim=case.head_dim,
-            causal=case.causal,
-            window=case.window,
-            scale=case.scale,
-            softcap=case.softcap,
-            dtype=case.dtype,
-            values=case.values,
-        )
-        for name, found in answer(call, Inputs(q[rows], k[extent], v[extent], dout[rows]), profile).items():
-            if name in values:
-                place = extent if name in ("dk", "dv") else rows
-                values[name][place] += found.value
-                variances[name][place] += found.variance
-
-    def stored(value: torch.Tensor) -> torch.Tensor:
-        return rounding_variance(value, case.dtype)
-
-    def as_operand(value: torch.Tensor) -> torch.Tensor:
-        """What a projection that rounds its operands makes of a value beside permuting it."""
-        if not narrow:
-            return torch.zeros_like(value)
-        return operand_variance(value, narrow.products) + ALIKE * (narrow.cut * value).square()
-
-    def through(name: str, gradient: torch.Tensor, variance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A projection's share of the input gradient, stored."""
-        share = gradient.flatten(1) @ weights[name]
-        return share, (variance + as_operand(gradient)).flatten(1) @ weights[name].square() + stored(share)
-
-    for name in ("dk", "dv"):
-        # Running sums in float32, where there was anything to add.
-        variances[name] += torch.where(variances[name] > 0, ACCUMULATION**2 * values[name].square(), 0.0)
+    layer = _Projections(weights, case.dtype, Narrow.projecting(case.dtype, profile))
+    values, variances = _attended(case, _inner(case, inputs, weights), profile, answer)
     key_value = torch.cat([values["dk"], values["dv"]], 1)
-    key_value_variance = torch.cat([variances["dk"], variances["dv"]], 1) + stored(key_value)
-    of_queries, query_variance = through("query", values["dq"], variances["dq"])
-    of_keys, key_variance = through("key_value", key_value, key_value_variance)
+    key_value_variance = torch.cat([variances["dk"], variances["dv"]], 1) + rounding_variance(key_value, case.dtype)
+    of_queries, query_variance = layer.back("query", values["dq"], variances["dq"])
+    of_keys, key_variance = layer.back("key_value", key_value, key_value_variance)
     dx = of_queries + of_keys
-    dense = weights["dense"].T
-    of_out = variances["out"] + as_operand(values["out"])
     return {
-        "out": Expected(values["out"].flatten(1) @ dense, of_out.flatten(1) @ dense.square()),
-        "dx": Expected(dx, query_variance + key_variance + stored(dx)),
+        "out": layer.out(values["out"], variances["out"]),
+        "dx": Expected(dx, query_variance + key_variance + rounding_variance(dx, case.dtype)),
         "dk": Expected(values["dk"], variances["dk"]),
         "dv": Expected(values["dv"], variances["dv"]),
     }

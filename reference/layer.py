@@ -14,13 +14,13 @@ from collections.abc import Sequence
 import torch
 
 from attn_fuzz.reference.answer import Expected
-from attn_fuzz.reference.budget import ROUNDING_SECOND_MOMENT, rounding_variance
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.grouping import Packed, groups_of, sum_of
 from attn_fuzz.reference.layout import Span, document_spans, owned_slices, rank_slices
 from attn_fuzz.reference.monte_carlo import SAMPLES, Arithmetic
 from attn_fuzz.reference.narrow import Narrow
-from attn_fuzz.reference.profile import ACCUMULATION, ALIKE, UNIT_ROUNDOFF, Profile
+from attn_fuzz.reference.profile import ACCUMULATION, ALIKE, ROUNDING_SECOND_MOMENT, UNIT_ROUNDOFF, Profile
+from attn_fuzz.reference.rounding import rounding_variance
 from attn_fuzz.reference.simulated import SimulatedAttention
 from attn_fuzz.reference.values import draw
 from attn_fuzz.reference.weights import NORM_EPSILON, layer_weights
@@ -232,7 +232,7 @@ class _Layer:
         k = self.rotary(self.norm("key_norm", k0))
         v = self.norm("value_norm", v0)
         groups = [
-            SimulatedAttention(case, self.profile, arithmetic, spans, self.parts, q, k, v)
+            SimulatedAttention(case, self.profile, arithmetic, spans, self.parts, (q, k, v))
             for spans in groups_of(self.spans)
         ]
         by_token = Packed(groups, x.device)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import torch
 
-from attn_fuzz.reference.budget import rounding_variance
 from attn_fuzz.reference.profile import ACCUMULATION, ALIKE
+from attn_fuzz.reference.rounding import rounding_variance
 
 SAMPLES = 8
 """Enough to pass a clean case; its own noise can mimic a 10 sigma error about once in 1e5 independent elements."""

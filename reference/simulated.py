@@ -7,21 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from attn_fuzz.reference import attention
-from attn_fuzz.reference.budget import (
-    atomic_variance,
-    ds_factor,
-    flush_variance,
-    rounded_alike,
-    rounding_variance,
-    stored_ds_variance,
-    sums_of,
-    walk_variance,
-)
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layout import Span
 from attn_fuzz.reference.monte_carlo import Arithmetic
 from attn_fuzz.reference.narrow import Narrow, operand_variance
 from attn_fuzz.reference.profile import ACCUMULATION, ALIKE, ROUNDING_SECOND_MOMENT, UNIT_ROUNDOFF, Profile
+from attn_fuzz.reference.rounding import ds_factor, flush_variance, rounded_alike, rounding_variance, stored_ds_variance
+from attn_fuzz.reference.sums import atomic_variance, sums_of, walk_variance
 from attn_fuzz.reference.values import DTYPES
 
 
@@ -38,9 +30,7 @@ class SimulatedAttention:
         arithmetic: the rounding points.
         spans: where the documents lie in the packed sequence; none is empty.
         parts: micro-sequences; each rounds its own share of dk and dv.
-        q: ``[samples, tokens, heads, d]``, the whole packed sequence.
-        k: ``[samples, tokens, kv_heads, d]``.
-        v: as ``k``.
+        qkv: q ``[samples, tokens, heads, d]`` of the whole packed sequence, k and v ``[samples, tokens, kv_heads, d]``.
     """
 
     def __init__(
@@ -50,10 +40,9 @@ class SimulatedAttention:
         arithmetic: Arithmetic,
         spans: Sequence[Span],
         parts: Sequence[Span],
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     ) -> None:
+        q, k, v = qkv
         self.case, self.profile, self.arithmetic = case, profile, arithmetic
         self.spans, self.rows = spans, max(span.length for span in spans)
         self.group = case.heads // case.kv_heads

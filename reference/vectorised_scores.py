@@ -7,11 +7,10 @@ from typing import Final, NamedTuple
 
 import torch
 
-from attn_fuzz.reference.budget import ROUNDING_SECOND_MOMENT, rounding_variance
-from attn_fuzz.reference.narrow import Narrow
-from attn_fuzz.reference.profile import ACCUMULATION, UNIT_ROUNDOFF, Profile
-
-A2: Final = ACCUMULATION**2
+from attn_fuzz.reference.computation import Computation
+from attn_fuzz.reference.profile import ROUNDING_SECOND_MOMENT, UNIT_ROUNDOFF
+from attn_fuzz.reference.rounding import rounding_variance
+from attn_fuzz.reference.sums import A2
 
 _NORMAL_RANGE: Final = 86.0
 """Scores of a row of n keys that lie no further apart than this less log n make probabilities above 2^-125, e^-86.6."""
@@ -66,13 +65,21 @@ def forward(
     k: torch.Tensor,
     mask: torch.Tensor,
     shape: tuple[int, ...],
+    how: Computation,
     *,
-    scale: float,
-    softcap: float,
-    dtype: str,
-    profile: Profile,
     plain: bool,
 ) -> Scores:
+    """Scores and probabilities, with what the budget has of them.
+
+    Args:
+        q: ``[n, rows, d]`` float64, rows of a group stacked.
+        k: ``[n, k, d]``.
+        mask: bool ``[documents, 1, q, k]``.
+        shape: of all scores, ``(documents, heads, q, k)``.
+        how: the call computes.
+        plain: nothing that is stored can be subnormal, so that roundings are a factor.
+    """
+    scale, softcap, dtype, profile = how.scale, how.softcap, how.dtype, how.profile
     c = ROUNDING_SECOND_MOMENT * UNIT_ROUNDOFF[dtype] ** 2
     keys, keys2 = k.mT, k.square().mT
     scores = (scale * q) @ keys
@@ -82,7 +89,7 @@ def forward(
     if profile.rounds_scores and not plain:
         raw += rounding_variance(scores, dtype)
     raw += A2 + profile.exp_error**2
-    narrow = Narrow.of(dtype, profile)
+    narrow = how.narrow
     uncapped = None
     if narrow:
         raw += narrow.of_scores(q, k, scale, scores)

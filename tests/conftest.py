@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 from commandline import Done, Run
+from in_turn import InThisProcess, InTurn
 
+from attn_fuzz.campaign import limits
+from attn_fuzz.cli import campaigns
 from attn_fuzz.cli.app import main
 
 
@@ -23,3 +26,10 @@ def attn_fuzz(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
         return Done(int(ended.value.code or 0), *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What commands do, they do here: they ask a user's kernel what it takes, and hunt, without a process for it."""
+    monkeypatch.setattr(limits, "Isolated", InThisProcess)
+    monkeypatch.setattr(campaigns, "Pool", InTurn)

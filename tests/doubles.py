@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 
-from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.loop import Loop, attend
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.campaign.isolated import Report, Subject, report_of
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.case import Case
 
@@ -41,16 +39,3 @@ def double(loop: Loop, path: str = "loop", **capabilities: Any) -> Backend:
 def trial(loop: Loop, case: Case, **options: Any) -> Trial:
     """A trial of a loop on the CPU."""
     return Trial(case, double(loop, **options), torch.device("cpu"))
-
-
-class InThisProcess:
-    """Stands for ``Isolated`` where nothing dies."""
-
-    def __init__(self, subject: Subject, timeout: float) -> None:
-        self.subject, self.backend = subject, registry.load(subject.backend)
-
-    def report(self, case: Case, *, operators: bool = False) -> Report:
-        return report_of(case, self.subject, self.backend, operators=operators)
-
-    def close(self) -> None:
-        pass

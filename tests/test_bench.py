@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
+from commandline import Run
 from rich.console import Console
 
 from attn_fuzz.backends import registry
+from attn_fuzz.campaign.messages import Assignment, Tally
 from attn_fuzz.cli.bench import show_processes
-from attn_fuzz.evaluation import bench
+from attn_fuzz.evaluation import bench, bench_calls
 from attn_fuzz.evaluation.bench_calls import batches_shared_of, settled_rate
 from attn_fuzz.evaluation.bench_processes import BenchError, processes_of
 from attn_fuzz.execution.timing import median
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = bench.dataclasses.replace(
     bench.PLANS["cpu"], documents=64, narrow_seconds=0.5, rare=(3, 7), rare_longest=(5, 9)
 )
 
 
 @pytest.mark.slow
-def test_the_command_prints_one_object_of_the_promised_form(tmp_path: Path) -> None:
-    # The same command with a small plan.
-    program = (
-        "import dataclasses; from attn_fuzz.evaluation import bench as b; "
-        "b.PLANS['cpu'] = dataclasses.replace(b.PLANS['cpu'], documents=32, "
-        "narrow_hunt=12, processes=(), batch_processes=(), plain_cases=3, narrow_cases=5, rare=(3, 7), "
-        "rare_longest=(5, 9)); "
-        "from attn_fuzz.cli.app import main; main()"
-    )
-    command = [sys.executable, "-c", program, "bench", "--device", "cpu", "--json", "--backend", "loop"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+def test_the_command_prints_one_object_of_the_promised_form(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"documents": 32, "layer_documents": 32, "batch_documents": 12, "narrow_hunt": 4, "narrow_cases": 5}
+    plan = bench.dataclasses.replace(SMALL, **few, processes=(), batch_processes=(), plain_cases=3)
+    monkeypatch.setitem(bench.PLANS, "cpu", plan)
+    done = attn_fuzz("bench", "--device", "cpu", "--json", "--backend", "loop")
+    assert done.status == 0, done.err
+    told = done.json
     (row,) = told["backends"]
     for key in ("bare_kernel_s", "wide_documents_per_s", "narrow_cases_per_s", "narrow_documents_per_s"):
         assert row[key] > 0, key
@@ -49,21 +41,22 @@ def test_the_command_prints_one_object_of_the_promised_form(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_command_measures_processes_too() -> None:
-    program = (
-        "import dataclasses, attn_fuzz.evaluation.bench as b; b.PLANS['cpu'] = dataclasses.replace(b.PLANS['cpu'], "
-        "batch_documents=12, batch_seconds=0.4); from attn_fuzz.cli.app import main; main()"
-    )
-    command = [sys.executable, "-c", program, "bench", "--processes", "--device", "cpu", "--json", "-b", "loop"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["processes"]["loop"]["2"]["cases_per_s"] > 0
-    assert told["environment"]["device"]
-    assert "loop, 2 processes" in done.stderr
+def test_the_command_measures_processes_that_share_a_device(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = bench.dataclasses.replace(bench.PLANS["cpu"], batch_documents=12, batch_seconds=0.4, batch_processes=(1, 2))
+    monkeypatch.setitem(bench.PLANS, "cpu", plan)
+    done = attn_fuzz("bench", "--processes", "--device", "cpu", "--json", "-b", "loop", "-b", "backup")
+    assert done.status == 0, done.err
+    found = done.json["processes"]
+    assert list(found) == ["loop", "backup"]
+    assert all(list(rates) == ["1", "2"] for rates in found.values())
+    for rates in found.values():
+        assert all(each["bare_calls_per_s"] > each["cases_per_s"] > 0 for each in rates.values())
+    assert done.json["environment"]["device"]
+    assert done.err.count("processes: ") == 4
+    assert "loop, 2 processes" in done.err
     console = Console(record=True, width=100)
-    show_processes(console, told)
-    assert f"{told['processes']['loop']['2']['cases_per_s']:,.0f}" in console.export_text()
+    show_processes(console, done.json)
+    assert f"{found['loop']['2']['cases_per_s']:,.0f}" in console.export_text()
 
 
 @pytest.mark.slow
@@ -110,18 +103,6 @@ def test_medians_do_not_count_the_first_run() -> None:
     assert len(runs) == 4
 
 
-@pytest.mark.slow
-def test_processes_share_a_device() -> None:
-    plan = bench.dataclasses.replace(SMALL, batch_documents=12)
-    said: list[str] = []
-    found = processes_of(("loop", "backup"), (1, 2), 0.3, "cpu", plan, said.append)
-    assert list(found) == ["loop", "backup"]
-    assert all(list(rates) == ["1", "2"] for rates in found.values())
-    for rates in found.values():
-        assert all(each["bare_calls_per_s"] > each["cases_per_s"] > 0 for each in rates.values())
-    assert len(said) == 4
-
-
 @pytest.mark.parametrize(
     ("seen", "rate"),
     [
@@ -135,10 +116,43 @@ def test_a_rate_is_of_settled_processes_or_none(seen: list[tuple[float, int]], r
     assert settled_rate(seen, 2) == rate
 
 
-@pytest.mark.slow
-def test_processes_as_a_campaign_has_them_are_measured() -> None:
-    rate = batches_shared_of("loop", "cpu", 2, 2.0)
-    assert rate is None or rate > 0
+def test_one_process_compiles_before_any_is_measured_and_there_is_more_time_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, float]] = []
+    settled = [(float(at), 100 * at) for at in range(11)]
+
+    def messages(name: str, device: str, processes: int, seconds: float) -> list[tuple[float, int]]:
+        asked.append((processes, seconds))
+        return settled if len(asked) > 2 else []
+
+    monkeypatch.setattr(bench_calls, "_messages", messages)
+    assert batches_shared_of("loop", "cpu", 2, 2.0) == 100.0
+    assert [processes for processes, _ in asked] == [1, 2, 2]
+    assert asked[0][1] < asked[1][1] == 2.0 < asked[2][1]
+    monkeypatch.setattr(bench_calls, "_messages", lambda *_: [])
+    assert batches_shared_of("loop", "cpu", 2, 2.0) is None
+
+
+def test_a_campaign_is_heard_while_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Assignment] = []
+
+    class Told:
+        def __init__(self, assignments: list[Assignment], workers: int, note: Callable[..., None], _: object) -> None:
+            jobs.extend(assignments)
+            self.note = note
+
+        def run(self) -> None:
+            for cases in (3, 7):
+                self.note({"loop": Tally(cases=cases)})
+
+    monkeypatch.setattr(bench_calls, "Pool", Told)
+    (first, three), (second, seven) = bench_calls._messages("loop", "cpu", 2, 0.5)
+    assert (three, seven) == (3, 7)
+    assert first <= second
+    assert {job.mode for job in jobs} == {"batch"}
+    assert len({job.seed for job in jobs}) == 2
+    assert {job.seconds for job in jobs} == {0.5}
 
 
 @pytest.mark.slow

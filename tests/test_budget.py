@@ -10,17 +10,12 @@ import torch
 
 from attn_fuzz.backends.registry import load
 from attn_fuzz.oracle.examine import examine
-from attn_fuzz.reference import attention
-from attn_fuzz.reference.budget import (
-    Variances,
-    attention_variances,
-    degrees_of_freedom,
-    flush_variance,
-    rounding_variance,
-    stored_ds_variance,
-)
+from attn_fuzz.reference import attention, terms
+from attn_fuzz.reference.budget import Variances, attention_variances, degrees_of_freedom
 from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.computation import Computation
 from attn_fuzz.reference.profile import ACCUMULATION, SMALLEST_NORMAL, SUBNORMAL_SPACING, UNIT_ROUNDOFF, Profile
+from attn_fuzz.reference.rounding import flush_variance, rounding_variance, stored_ds_variance
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -52,18 +47,8 @@ def budget(
     d: Document, dtype: str, *, scale: float = SCALE, softcap: float = 0.0, group: int = 1, **profile: float
 ) -> Variances:
     result = attention.forward(d.q, d.k, d.v, d.mask, scale, softcap)
-    return attention_variances(
-        d.q,
-        d.k,
-        d.v,
-        d.dout,
-        result,
-        scale=scale,
-        softcap=softcap,
-        group=group,
-        dtype=dtype,
-        profile=Profile(**profile),  # type: ignore[arg-type]
-    )
+    how = Computation(scale=scale, softcap=softcap, dtype=dtype, profile=Profile(**profile))  # type: ignore[arg-type]
+    return attention_variances(terms.Document(d.q, d.k, d.v, d.dout), result, how, group=group)
 
 
 # One rounding.
@@ -335,7 +320,7 @@ def test_a_row_of_nearly_equal_weights_rounds_alike(stores_p: bool, monkeypatch:
             d = d._replace(q=(d.q / 512).half().double(), v=(2 + d.v / 4).half().double())
         close.append(d)
     assert max(worst(d, by_product=False, stores_p=stores_p) for d in close) < 7
-    monkeypatch.setattr("attn_fuzz.reference.budget._CLOSE", -1)
+    monkeypatch.setattr("attn_fuzz.reference.rounding._CLOSE", -1)
     assert max(worst(d, by_product=False, stores_p=stores_p) for d in close) > 10
 
 
@@ -345,7 +330,7 @@ def test_what_is_stored_of_dq_on_the_way_is_allowed_for(monkeypatch: pytest.Monk
     case = Case(level="kernel", lengths=(2, 3), key_lengths=(8195, 3), heads=4, kv_heads=4, head_dim=8, dtype="bf16")
     cases = [case.replace(causal=False, seed=seed) for seed in (3, 8)]
     assert all(examine(case, backend, "cpu", probes=()).worst_z["dq"] < 5 for case in cases)
-    monkeypatch.setattr("attn_fuzz.reference.budget.PARTIAL_SUM_KEYS", 1 << 20)
+    monkeypatch.setattr("attn_fuzz.reference.sums.PARTIAL_SUM_KEYS", 1 << 20)
     assert all(examine(case, backend, "cpu", probes=()).worst_z["dq"] > 5 for case in cases)
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attn_fuzz.backends.kernel import Capabilities
-from attn_fuzz.generation.strategies import Domain, cases
+from attn_fuzz.generation.domain import Domain
+from attn_fuzz.generation.strategies import cases
 from attn_fuzz.reference.case import LEVELS, MAX_HEAD_DIM, MAX_HEADS, MAX_TOKENS, Case, CaseError
 
 DRAWN = st.one_of(*(cases(level, Domain.of(Capabilities(), "cpu")) for level in LEVELS))

@@ -50,6 +50,7 @@ kernel.capabilities = {"gqa": False, "dtypes": ["fp32"]}
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_a_campaign_without_findings_ends_with_0(attn_fuzz: Run) -> None:
     options = ("--device", "cpu", "--cases", "4", "--level", "kernel", "--dtype", "fp32", "--workers", "1", "--json")
     done = attn_fuzz("run", "--backend", "loop", *options)
@@ -192,6 +193,7 @@ def test_a_file_in_the_place_of_the_store_is_one_sentence(attn_fuzz: Run) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_a_full_store_loses_nothing(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store fills up while the campaign runs: what it held stays, and what was found is printed."""
     store = Store(Path("store"))
@@ -271,6 +273,7 @@ QUICK = ("--device", "cpu", "--workers", "1", "--level", "kernel")
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_too_few_cases_are_no_pass(attn_fuzz: Run) -> None:
     done = attn_fuzz("run", "-b", "loop", "--cases", "2", "--min-cases", "3", *QUICK, "--json")
     assert done.status == 3

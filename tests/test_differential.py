@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import UnsupportedCase
-from attn_fuzz.generation.strategies import Domain, cases
+from attn_fuzz.generation.domain import Domain
+from attn_fuzz.generation.strategies import cases
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.reference.case import LEVELS
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commandline import Run
 
+from attn_fuzz.backends import registry
 from attn_fuzz.backends.user import import_object
 
 _PACKAGE = """
@@ -33,45 +33,50 @@ broken = their_package:nothing
 """
 
 
-@pytest.fixture
-def installed(tmp_path: Path) -> dict[str, str]:
-    """The environment of a process that has a package with backends installed."""
+@pytest.fixture(autouse=True)
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process has a package with backends installed, and so has every one that it starts."""
     (tmp_path / "their_package.py").write_text(_PACKAGE)
     information = tmp_path / "their_package-1.0.dist-info"
     information.mkdir()
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
     (information / "entry_points.txt").write_text(_ENTRY_POINTS)
-    return {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    monkeypatch.syspath_prepend(tmp_path)
+    registry.third_party.cache_clear()
+    yield
+    sys.modules.pop("their_package", None)
+    registry.third_party.cache_clear()
 
 
-def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "attn_fuzz", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
-
-@pytest.mark.slow
-def test_they_are_listed_beside_ours(installed: dict[str, str]) -> None:
-    done = run(installed, "backends", "--device", "cpu", "--json", "-b", "theirs", "-b", "their-function", "-b", "loop")
-    listed = {entry["name"]: entry for entry in json.loads(done.stdout)["backends"]}
+def test_they_are_listed_beside_ours(attn_fuzz: Run) -> None:
+    done = attn_fuzz("backends", "--device", "cpu", "--json", "-b", "theirs", "-b", "their-function", "-b", "loop")
+    listed = {entry["name"]: entry for entry in done.json["backends"]}
     assert set(listed) == {"theirs", "their-function", "loop"}
     assert all(entry["available"] for entry in listed.values())
 
 
-@pytest.mark.slow
-def test_they_are_put_under_test(installed: dict[str, str], tmp_path: Path) -> None:
-    common = ["--device", "cpu", "--workers", "1", "--json", "--store", str(tmp_path / "store")]
-    right = run(installed, "run", "-b", "theirs", "--cases", "20", *common)
-    assert (right.returncode, json.loads(right.stdout)["findings"]) == (0, [])
-    wrong = run(installed, "run", "-b", "their-function", "--cases", "20", "--first", *common)
-    assert wrong.returncode == 1
-    assert json.loads(wrong.stdout)["findings"][0]["backend"] == "their-function"
+COMMON = ("--device", "cpu", "--workers", "1", "--json", "--cases", "8")
 
 
 @pytest.mark.slow
-def test_what_cannot_be_imported_says_so(installed: dict[str, str]) -> None:
-    done = run(installed, "run", "-b", "broken", "--cases", "5", "--device", "cpu")
-    assert done.returncode == 2
-    assert "their_package has no 'nothing'" in done.stderr
+def test_they_are_put_under_test(attn_fuzz: Run) -> None:
+    """In a worker of the campaign's, which looks for them by itself."""
+    right = attn_fuzz("run", "-b", "theirs", *COMMON)
+    assert (right.status, right.json["findings"]) == (0, [])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
+def test_what_is_wrong_with_them_is_found(attn_fuzz: Run) -> None:
+    wrong = attn_fuzz("run", "-b", "their-function", "--first", *COMMON)
+    assert wrong.status == 1
+    assert wrong.json["findings"][0]["backend"] == "their-function"
+
+
+def test_what_cannot_be_imported_says_so(attn_fuzz: Run) -> None:
+    done = attn_fuzz("run", "-b", "broken", "--cases", "5", "--device", "cpu")
+    assert done.status == 2
+    assert "their_package has no 'nothing'" in done.err
 
 
 def test_files_of_one_name_are_two_modules(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ FLOORS = ("reference", "backends")
 ROOMS = (
     "reference",
     "backends",
+    "adapters",
     "cases",
     "generation",
     "execution",

@@ -19,7 +19,8 @@ from attn_fuzz.backends.loop import Call, Document, Loop
 from attn_fuzz.cases.interfering import crossing, interfering_call
 from attn_fuzz.cases.simpler import simpler_options
 from attn_fuzz.evaluation.seeded_faults import drawn
-from attn_fuzz.generation.strategies import Domain, cases
+from attn_fuzz.generation.domain import Domain
+from attn_fuzz.generation.strategies import cases
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.trial import SECOND_SEED, Trial
 from attn_fuzz.reference.answer import Inputs

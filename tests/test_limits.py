@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from commandline import Run
-from doubles import InThisProcess
+from in_turn import InThisProcess
 
 from attn_fuzz.backends import known, registry
 from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities
@@ -17,7 +17,7 @@ from attn_fuzz.backends.known import KnownIssue, built_on
 from attn_fuzz.campaign import limits
 from attn_fuzz.campaign.isolated import Isolated, Report, Subject, cause_of_death
 from attn_fuzz.campaign.limits import Limit, LimitsFound, infer_limits, taken, without_of
-from attn_fuzz.generation.strategies import Domain
+from attn_fuzz.generation.domain import Domain
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.symptoms import WrongOutput
 from attn_fuzz.reference.case import MEMORIES, Case
@@ -52,16 +52,11 @@ def written(folder: Path, first: str = "pass", last: str = "return out", **capab
     return f"{path}:kernel"
 
 
-@pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "Isolated", InThisProcess)
-
-
 def found(name: str, dtypes: tuple[str, ...] = ()) -> LimitsFound:
     return infer_limits(name, "cpu", dtypes, 1, lambda limit: None)
 
 
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("in_this_process")
 def test_a_kernel_that_takes_what_it_declares_has_no_limits(tmp_path: Path) -> None:
     assert found(written(tmp_path, head_dims=(16, 8))) == LimitsFound()
 
@@ -77,7 +72,7 @@ LIMITS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("axis", LIMITS)
 def test_what_raises_is_a_limit_with_its_case_and_the_campaign_goes_on_without(axis: str, tmp_path: Path) -> None:
     first, without = LIMITS[axis]
@@ -92,7 +87,7 @@ def test_what_raises_is_a_limit_with_its_case_and_the_campaign_goes_on_without(a
     assert registry.narrowed(backend, result.without).refusal(limit.case, "cpu") is not None
 
 
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("in_this_process")
 def test_what_a_kernel_keeps_of_the_plain_layout_shows(tmp_path: Path) -> None:
     """A launcher that keeps what was compiled for aligned addresses, and gives it others: right if those come first."""
     first = (
@@ -102,7 +97,7 @@ def test_what_a_kernel_keeps_of_the_plain_layout_shows(tmp_path: Path) -> None:
     assert [limit.axis for limit in result.limits] == ["memory misaligned"]
 
 
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("in_this_process")
 def test_floors_of_head_dim_are_found(tmp_path: Path) -> None:
     """As of Triton's products: at least 16, and a power of two."""
     name = written(tmp_path, "assert q.shape[-1] >= 16 and q.shape[-1] & (q.shape[-1] - 1) == 0")
@@ -111,7 +106,7 @@ def test_floors_of_head_dim_are_found(tmp_path: Path) -> None:
     assert {"head_dim 1", "head_dim 8", "head_dim 24"} <= {limit.axis for limit in result.limits}
 
 
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("in_this_process")
 def test_windows_are_asked_about_where_the_signature_has_them(tmp_path: Path) -> None:
     name = written(tmp_path, "assert window_size == (-1, -1)", head_dims=(16,), dtypes=("fp32",))
     path = Path(name.rpartition(":")[0])
@@ -121,7 +116,7 @@ def test_windows_are_asked_about_where_the_signature_has_them(tmp_path: Path) ->
     assert result.without["window"] is False
 
 
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("in_this_process")
 def test_what_fails_wherever_it_is_called_is_left_to_the_campaign(tmp_path: Path) -> None:
     assert found(written(tmp_path, "raise RuntimeError('never')")) == LimitsFound()
 
@@ -146,7 +141,7 @@ UNUSABLE = {
 }
 
 
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("what", UNUSABLE)
 def test_what_is_no_kernel_is_told_in_one_sentence(what: str, tmp_path: Path) -> None:
     first, last, words = UNUSABLE[what]
@@ -278,10 +273,14 @@ def test_a_layer_that_is_built_otherwise_is_refused(tmp_path: Path) -> None:
         registry.load(f"layer:{path}:Layer")
 
 
+FEW = {"dtypes": ("bf16",), "head_dims": (16,), "memories": ("contiguous", "misaligned"), "gqa": False}
+"""Little to be asked for."""
+
+
 @pytest.mark.slow
 def test_a_crash_costs_an_answer_and_no_campaign(tmp_path: Path, attn_fuzz: Run) -> None:
     """The command, with real processes: one layout kills them, and the campaign is clean without it."""
-    name = written(tmp_path, "q.storage_offset() % 2 and os.kill(os.getpid(), 11)", dtypes=("bf16",), head_dims=(16,))
+    name = written(tmp_path, "q.storage_offset() % 2 and os.kill(os.getpid(), 11)", **FEW)
     options = ("--device", "cpu", "--workers", "1", "--cases", "12", "--mode", "case", "--level", "kernel", "--json")
     done = attn_fuzz("check", name, *options)
     assert done.status == 0, done.err
@@ -294,6 +293,7 @@ def test_a_crash_costs_an_answer_and_no_campaign(tmp_path: Path, attn_fuzz: Run)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_strict_makes_limits_findings(tmp_path: Path, attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(level="kernel", lengths=(1,), memory="misaligned", head_dim=16)
     limit = Limit("memory misaligned", "crashed", "it died", case, "known: so and so")
@@ -354,7 +354,7 @@ def torch_is_at_fault(monkeypatch: pytest.MonkeyPatch) -> KnownIssue:
     return issue
 
 
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("in_this_process")
 def test_a_limit_names_the_known_fault_below_it(tmp_path: Path, torch_is_at_fault: KnownIssue) -> None:
     result = found(written(tmp_path, "assert q.storage_offset() % 2 == 0", head_dims=(16,), dtypes=("bf16",)))
     (limit,) = result.limits

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+from commandline import Run, sentence
 
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Attended, AttentionOptions
@@ -28,12 +26,12 @@ from attn_fuzz.batch.verdicts import ROWS
 from attn_fuzz.campaign.batch_worker import Sizing
 from attn_fuzz.campaign.messages import Assignment, Failed, Finished, Found, Message, Trying
 from attn_fuzz.campaign.packed_worker import CROWD, PackedWorker, work_on_packed
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.execution.runner import run_kernel
 from attn_fuzz.findings.finding import Finding
-from attn_fuzz.generation.calls import CallBatch
+from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import LONGEST, Sweep, draw_case
-from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.oracle.deviations import LIMIT, row_spreads
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.symptoms import Crashed, InputsChanged, PoisonLeaked, WrongSpread
@@ -107,8 +105,10 @@ def test_correct_backends_are_not_accused(name: str) -> None:
     backend = registry.load(name)
     if backend.kernel.why_unavailable("cpu") is not None:
         pytest.skip("not on this machine")
+    # One of them takes ten times as long as any other.
+    documents = 20 if name == "sdpa_nested_math" else 60
     for seed in range(3):
-        assert packed_failure(drawn(name, seed, 60), backend, CPU, AGAIN) is None
+        assert packed_failure(drawn(name, seed, documents), backend, CPU, AGAIN) is None
 
 
 @pytest.mark.slow
@@ -368,24 +368,20 @@ def test_calls_of_more_documents_than_time_allows_come_early() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_finds_and_stores(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "attn_fuzz", "run", "--mode", "packed", "--device", "cpu", "--json", "--first"]
-    options = ["--backend", "fault:M18", "--cases", "5", "--workers", "1", "--store", str(tmp_path)]
-    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1, done.stderr
-    told = json.loads(done.stdout)
-    assert told["documents"] >= 64
-    (finding,) = told["findings"]
+@pytest.mark.usefixtures("in_this_process")
+def test_the_command_finds_and_stores(attn_fuzz: Run, tmp_path: Path) -> None:
+    command = ("run", "--mode", "packed", "--device", "cpu", "--json", "--first")
+    options = ("--backend", "fault:M18", "--cases", "5", "--workers", "1", "--store", str(tmp_path))
+    done = attn_fuzz(*command, *options)
+    assert done.status == 1, done.err
+    assert done.json["documents"] >= 64
+    (finding,) = done.json["findings"]
     assert (tmp_path / f"{finding['id']}.json").is_file()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--mode", "broad"], ["--backend", "trigger:3:loop"]])
-def test_what_cannot_be_is_one_sentence(arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "attn_fuzz", "run", "--device", "cpu", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+def test_what_cannot_be_is_one_sentence(arguments: list[str], attn_fuzz: Run) -> None:
+    assert sentence(attn_fuzz("run", "--device", "cpu", *arguments))
 
 
 @pytest.mark.parametrize("how", ["scale", "key", "row"])

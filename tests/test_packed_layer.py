@@ -15,7 +15,8 @@ from attn_fuzz.batch.layer import draw_layer_case, judge_layer
 from attn_fuzz.batch.packed import packed_failure
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message
 from attn_fuzz.campaign.packed_worker import work_on_packed
-from attn_fuzz.generation.strategies import Domain, straddling
+from attn_fuzz.generation.domain import Domain
+from attn_fuzz.generation.strategies import straddling
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.exact_layer import exact_layer_answer, is_exact
 from attn_fuzz.reference.layer import layer_answer, layer_inputs

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hunts import finding_of
 
+from attn_fuzz.backends import registry
 from attn_fuzz.campaign import crash_triage, pool
 from attn_fuzz.campaign.isolated import Isolated, NoDevice, Subject
-from attn_fuzz.campaign.messages import Assignment, Candidate, Message, Tally
+from attn_fuzz.campaign.messages import Assignment, Candidate, Finished, Found, Message, Tally, Trying
 from attn_fuzz.campaign.plan import CampaignOptions, plan, share_of_time
 from attn_fuzz.campaign.pool import CampaignError, Outcome, Pool
 from attn_fuzz.findings.finding import Finding
+from attn_fuzz.oracle.examine import examine
 from attn_fuzz.reduction.minimise import minimise
 from attn_fuzz.reference.case import Case
 
@@ -82,15 +87,14 @@ def campaign(
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_is_a_finding_and_the_campaign_goes_on(
-    kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(crash_triage, "SHRINK_CRASH_SECONDS", -1.0)
+def test_a_worker_that_dies_is_a_finding_and_the_campaign_goes_on(kernel: Callable[..., str]) -> None:
+    # It leaves a mark, and does not die where there is one.
     backend = kernel(DIES_SPEAKING)
     outcome = campaign(backend, cases=2)
     (finding,) = outcome.findings
     assert (finding.backend, finding.symptom, finding.checks) == (backend, "Crashed", ("runs",))
     assert "died with exit code 9" in finding.messages[0]
+    assert finding.messages[-1] == crash_triage.NOT_AGAIN
     assert finding.case == finding.original_case
     assert finding.case.level == "kernel"
     assert outcome.tallies[backend].cases == 2
@@ -110,19 +114,12 @@ class InThisProcess:
 
 
 @pytest.mark.slow
-def test_a_death_that_does_not_come_again_says_so(kernel: Callable[..., str]) -> None:
-    # It leaves a mark, and does not die where there is one.
-    (finding,) = campaign(kernel(DIES_SPEAKING), cases=2).findings
-    assert finding.messages[-1] == crash_triage.NOT_AGAIN
-    assert finding.case == finding.original_case
-
-
-@pytest.mark.slow
 def test_what_the_system_kills_for_its_memory_accuses_nobody(
     kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deed = "    if len(q) >= 3:\n        os.kill(os.getpid(), 9)\n"
     monkeypatch.setattr("attn_fuzz.execution.process._OF_MEMORY", 0.0)
+    monkeypatch.setattr(pool, "RESTARTS", 0)
     outcome = campaign(kernel(deed), cases=200)
     assert outcome.findings == []
     (trouble,) = outcome.troubles
@@ -281,19 +278,31 @@ def test_an_interruption_while_a_crash_is_shrunk_keeps_it(
     assert (finding.symptom, finding.case) == ("Crashed", finding.original_case)
 
 
+def one_mode_finds(assignment: Assignment, connection: Connection, processors: object) -> None:
+    """Stands for a worker: the packed mode has a finding at once, the case mode looks for it for ever."""
+    if assignment.mode == "case":
+        threading.Event().wait()
+    connection.send(Trying(SMALL.to_json()))
+    verdict = examine(SMALL, registry.load(assignment.backend), "cpu", probes=())
+    connection.send(Found(finding_of(assignment.backend, SMALL, verdict)))
+    connection.send(Finished(Tally(cases=1)))
+
+
 @pytest.mark.slow
-def test_one_finding_of_a_backend_is_enough_for_all_its_hunts() -> None:
-    """The case mode would look for that size for hours."""
+def test_one_finding_of_a_backend_is_enough_for_all_its_hunts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "serve", one_mode_finds)
     jobs = [
-        Assignment(
-            backend="trigger:11,23:loop", device="cpu", seed=1, levels=("kernel",), stop_at_first=True, mode=mode
-        )
+        Assignment(backend="fault:M51-swapped", device="cpu", seed=1, stop_at_first=True, mode=mode)
         for mode in ("case", "packed", "case")
     ]
-    outcome = Pool(jobs, 2, nothing, nothing).run()
+    ended: list[str] = []
+    outcome = Pool(jobs, 2, nothing, nothing, on_end=ended.append).run()
     (finding,) = outcome.findings
-    assert finding.case.lengths == (11,)
+    assert finding.case == SMALL
+    assert outcome.tallies["fault:M51-swapped"].cases == 1
     assert not outcome.interrupted
+    # Once, after the last of its hunts.
+    assert ended == ["trigger:11,23:loop"]
 
 
 # One case in a process of its own.

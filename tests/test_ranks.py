@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commandline import Run, sentence
 from hunts import finding_of, first_failure, job_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +25,8 @@ from attn_fuzz.cases.repair import fitted
 from attn_fuzz.cases.smaller import fewer_ranks
 from attn_fuzz.evaluation.seeded_faults import find_fault, is_minimal
 from attn_fuzz.execution.process import share_of_processors
-from attn_fuzz.generation.strategies import Domain, cases
+from attn_fuzz.generation.domain import Domain
+from attn_fuzz.generation.strategies import cases
 from attn_fuzz.oracle.checks.ranks import attended
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.trial import Trial
@@ -583,17 +583,16 @@ def test_every_rank_fault_is_expected() -> None:
 
 
 @pytest.mark.slow
-def test_a_campaign_over_ranks_runs_layers_only(tmp_path: Path) -> None:
-    options = ["--ranks", "2", "--tensor-ranks", "1", "--cases", "5", "-b", "sdpa_dense", "--device", "cpu", "--json"]
-    command = [sys.executable, "-m", "attn_fuzz", "run", *options, "--store", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)["backends"]["sdpa_dense"]
+@pytest.mark.usefixtures("in_this_process")
+def test_a_campaign_over_ranks_runs_layers_only(attn_fuzz: Run) -> None:
+    options = ("--ranks", "2", "--tensor-ranks", "1", "--cases", "5", "-b", "sdpa_dense", "--device", "cpu", "--json")
+    done = attn_fuzz("run", *options, "--workers", "1")
+    assert done.status == 0, done.err
+    told = done.json["backends"]["sdpa_dense"]
     assert told["cases"] == 5
     assert all(kind.startswith("layer ") for kind in told["by_kind"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -602,14 +601,9 @@ def test_a_campaign_over_ranks_runs_layers_only(tmp_path: Path) -> None:
         (["--ranks", "2", "--level", "kernel"], "a kernel call has no ranks"),
     ],
 )
-def test_ranks_that_cannot_be_are_bad_usage(options: list[str], reason: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "attn_fuzz", "run", "-b", "loop", "--device", "cpu", "--cases", "1"]
-    done = subprocess.run(
-        [*command, "--store", str(tmp_path), *options], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 2
-    assert reason in done.stderr
-    assert "Traceback" not in done.stderr
+def test_ranks_that_cannot_be_are_bad_usage(options: list[str], reason: str, attn_fuzz: Run) -> None:
+    done = attn_fuzz("run", "-b", "loop", "--device", "cpu", "--cases", "1", *options)
+    assert reason in sentence(done)
 
 
 @pytest.mark.parametrize(("device", "ranks", "workers"), [("cpu", 1, 8), ("cpu", 2, 6), ("cpu", 8, 2), ("cuda", 8, 2)])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commandline import Run, sentence
 from hunts import finding_of
 
 from attn_fuzz.backends import registry
@@ -76,21 +74,15 @@ def test_one_wrong_key_in_a_long_row_is_seen(dtype: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_prints_one_object() -> None:
-    command = [sys.executable, "-m", "attn_fuzz", "faults", "--only", "M51-swapped", "--no-rules", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    (row,) = json.loads(done.stdout)["faults"]
+def test_the_command_prints_one_object(attn_fuzz: Run) -> None:
+    done = attn_fuzz("faults", "--only", "M51-swapped", "--no-rules", "--workers", "1", "--json")
+    assert done.status == 0, done.err
+    (row,) = done.json["faults"]
     assert (row["id"], row["caught"], row["rules"]) == ("M51-swapped", True, None)
 
 
-@pytest.mark.slow
-def test_an_unknown_fault_is_one_sentence() -> None:
-    command = [sys.executable, "-m", "attn_fuzz", "faults", "--only", "nothing"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    assert "nothing" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_an_unknown_fault_is_one_sentence(attn_fuzz: Run) -> None:
+    assert "unknown fault 'nothing'" in sentence(attn_fuzz("faults", "--only", "nothing"))
 
 
 def test_the_committed_table_covers_every_fault() -> None:

@@ -19,7 +19,8 @@ from attn_fuzz.cases.smaller import (
     simpler_cuts,
     tiny_layouts,
 )
-from attn_fuzz.generation.strategies import Domain, cases, straddling
+from attn_fuzz.generation.domain import Domain
+from attn_fuzz.generation.strategies import cases, straddling
 from attn_fuzz.reduction.minimise import PASSES, minimise
 from attn_fuzz.reference.case import LEVELS, Case
 from attn_fuzz.reference.values import draw

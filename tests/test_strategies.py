@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from attn_fuzz.backends.kernel import Capabilities, Configuration
 from attn_fuzz.backends.registry import calls_of
-from attn_fuzz.generation import strategies
+from attn_fuzz.generation import options, strategies
+from attn_fuzz.generation.domain import HEAD_DIMS, HEAD_GROUPS, MANY_HEADS, Domain
 from attn_fuzz.generation.drawing import FEW, few_cases
 from attn_fuzz.generation.layouts import FEW_KEYS, LONG_ROWS, LONG_SQUARES, MAX_PAIRS
-from attn_fuzz.generation.strategies import HEAD_DIMS, HEAD_GROUPS, MANY_HEADS, Domain, cases, straddling
+from attn_fuzz.generation.strategies import cases, straddling
 from attn_fuzz.reference.case import DTYPES, LEVELS, MEMORIES, ROTARIES, VALUES, Case
 from attn_fuzz.reference.layout import active_extent, micro_sequences, segments
 
@@ -169,7 +170,7 @@ def test_long_rows_are_a_few_of_a_hundred_kernel_cases() -> None:
 @pytest.fixture
 def many_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """All cases have many heads, where their documents are short enough."""
-    monkeypatch.setattr(strategies, "_MANY_HEADS_ONCE_IN", 1)
+    monkeypatch.setattr(options, "_MANY_HEADS_ONCE_IN", 1)
 
 
 @pytest.fixture

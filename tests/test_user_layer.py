@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from doubles import InThisProcess
+from commandline import Run, sentence
 from hunts import first_failure, first_finding
+from in_turn import InThisProcess
 
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import BackendUnavailable
@@ -65,12 +63,7 @@ SMALLEST = {
 }
 
 
-def check_layer(path: Path, tmp_path: Path, *arguments: str) -> tuple[int, dict, str]:
-    """Exit status, the JSON object and standard error of a run."""
-    command = [sys.executable, "-m", "attn_fuzz", "check-layer", f"{path}:Layer", "--device", "cpu", "--json"]
-    command += ["--store", str(tmp_path / "store"), "--workers", "1", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.returncode, json.loads(done.stdout or "{}"), done.stderr
+OPTIONS = ("--device", "cpu", "--json", "--workers", "1")
 
 
 def written(folder: Path, before: str, after: str) -> Path:
@@ -89,11 +82,12 @@ def job(path: Path) -> Assignment:
 
 
 @pytest.mark.slow
-def test_the_example_is_clean(tmp_path: Path) -> None:
-    status, result, _ = check_layer(EXAMPLE, tmp_path, "--cases", "12")
-    assert status == 0
-    assert result["cases"] == 12
-    assert result["findings"] == []
+@pytest.mark.usefixtures("in_this_process")
+def test_the_example_is_clean(attn_fuzz: Run) -> None:
+    done = attn_fuzz("check-layer", f"{EXAMPLE}:Layer", *OPTIONS, "--cases", "12")
+    assert done.status == 0, done.err
+    assert done.json["cases"] == 12
+    assert done.json["findings"] == []
 
 
 @pytest.mark.slow
@@ -128,23 +122,21 @@ def test_a_broken_line_is_shrunk(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_convicts_and_shrinks(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("in_this_process")
+def test_the_command_convicts_and_shrinks(attn_fuzz: Run, tmp_path: Path) -> None:
     broken = written(tmp_path, *BREAKS["top_left_causal"])
-    status, result, _ = check_layer(broken, tmp_path, "--cases", "200", "--first")
-    assert status == 1
-    case = result["findings"][0]["case"]
+    done = attn_fuzz("check-layer", f"{broken}:Layer", *OPTIONS, "--cases", "200", "--first")
+    assert done.status == 1, done.err
+    case = done.json["findings"][0]["case"]
     assert len(case["lengths"]) <= 3
     assert sum(case["lengths"]) <= 40
 
 
-@pytest.mark.slow
-def test_a_class_without_the_methods_is_refused_in_one_sentence(tmp_path: Path) -> None:
+def test_a_class_without_the_methods_is_refused_in_one_sentence(attn_fuzz: Run, tmp_path: Path) -> None:
     path = tmp_path / "empty.py"
     path.write_text("class Layer:\n    pass\n")
-    status, result, error = check_layer(path, tmp_path, "--cases", "1")
-    assert status == 2
-    assert result == {}
-    assert error.strip().splitlines()[-1].endswith("is no layer: it has no method forward")
+    done = attn_fuzz("check-layer", f"{path}:Layer", *OPTIONS, "--cases", "1")
+    assert sentence(done).endswith("is no layer: it has no method forward")
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 
 import pytest
 import torch
-from doubles import InThisProcess
+from in_turn import InThisProcess
 
 import attn_fuzz
 from attn_fuzz.campaign import limits

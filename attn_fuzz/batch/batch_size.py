@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_flatten
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.execution.runner import KernelCall
+from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.layouts import takes_few_keys
-from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.reference.answer import kernel_inputs
 from attn_fuzz.reference.batched import free_bytes
 from attn_fuzz.reference.case import Case

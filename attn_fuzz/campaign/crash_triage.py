@@ -8,7 +8,7 @@ from typing import Final
 
 from attn_fuzz.campaign.isolated import Isolated, Subject
 from attn_fuzz.campaign.messages import Assignment, Trying
-from attn_fuzz.generation.calls import CallBatch
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.reduction.minimise import minimise
 from attn_fuzz.reference.case import Case
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import multiprocessing
 import os
 import signal
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any, Final
 
 import torch
@@ -17,13 +16,12 @@ import torch
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import BackendUnavailable, UnsupportedCase
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.execution.heap import fill_in_children
+from attn_fuzz.execution import new_process
 from attn_fuzz.execution.operators import operators_of
 from attn_fuzz.execution.process import (
     DEAD_CONTEXT,
     NO_DEVICE,
     context_alive,
-    environment_of_children,
     set_apart,
     set_up_process,
 )
@@ -132,8 +130,8 @@ def cause_of_death(exit_code: int | None) -> str:
     if exit_code == INTERRUPTED:
         return "ended with KeyboardInterrupt"
     if exit_code < 0:
-        names = {int(each): each.name for each in signal.Signals}
-        return f"was ended by {names.get(-exit_code, f'signal {-exit_code}')}"
+        name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else f"signal {-exit_code}"
+        return f"was ended by {name}"
     return f"died with exit code {exit_code}"
 
 
@@ -154,8 +152,7 @@ class Isolated:
 
     def __init__(self, subject: Subject, timeout: float) -> None:
         self._subject, self._timeout = subject, timeout
-        self._context = multiprocessing.get_context("spawn")
-        self._process: SpawnProcess | None = None
+        self._process: BaseProcess | None = None
         self._connection: Connection | None = None
 
     def symptom(self, case: Case) -> str | None:
@@ -226,11 +223,8 @@ class Isolated:
         return found
 
     def _start(self) -> None:
-        self._connection, theirs = self._context.Pipe()
-        self._process = self._context.Process(target=_serve, args=(self._subject, theirs), daemon=True)
-        added = {**_AWAY_FROM_OTHERS, **fill_in_children(os.environ)}
-        with environment_of_children(added):
-            self._process.start()
+        self._connection, theirs = new_process.context().Pipe()
+        self._process = new_process.start(_serve, (self._subject, theirs), _AWAY_FROM_OTHERS, daemon=True)
         theirs.close()
 
     def _hung(self, seconds: float) -> Report:

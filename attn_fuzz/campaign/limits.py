@@ -22,7 +22,7 @@ from attn_fuzz.campaign.isolated import Isolated, Report, Subject
 from attn_fuzz.campaign.preflight import why_unusable
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.findings.finding import Finding
-from attn_fuzz.generation.strategies import Domain
+from attn_fuzz.generation.domain import Domain
 from attn_fuzz.reference.case import Case, CaseError
 
 LENGTHS: Final = (5, 33, 16)

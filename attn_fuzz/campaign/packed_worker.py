@@ -13,8 +13,8 @@ from attn_fuzz.campaign.batch_worker import BatchWorker, Sizing
 from attn_fuzz.campaign.call_times import CallTimes
 from attn_fuzz.campaign.messages import Assignment, Trying
 from attn_fuzz.campaign.worker import Send, work
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
-from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.generation.length_sweeps import LONGEST, draw_case
 from attn_fuzz.oracle.examine import USUAL_MEMORIES
 from attn_fuzz.reduction.packed import bisected, candidates, plainer

@@ -33,8 +33,9 @@ from attn_fuzz.campaign.messages import (
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.execution.process import DEAD_CONTEXT, context_alive, set_up_process
 from attn_fuzz.findings.finding import Finding, summarise
+from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.drawing import few_cases
-from attn_fuzz.generation.strategies import Domain, straddling
+from attn_fuzz.generation.strategies import straddling
 from attn_fuzz.oracle.checks import PROBES, Check
 from attn_fuzz.oracle.examine import Verdict, examine, some_probes
 from attn_fuzz.oracle.explain import suggestion

@@ -33,7 +33,7 @@ from attn_fuzz.ranks.client import MAX_RANKS
 
 
 def campaign_dict(outcome: Outcome, device: str, seed: int, poisons: tuple[str, ...]) -> dict[str, Any]:
-    """The JSON object of a campaign."""
+    """The JSON object of a campaign, but for its verdict (attn_fuzz/verdict.schema.json)."""
     return {
         "cases": sum(tally.cases for tally in outcome.tallies.values()),
         "documents": sum(tally.documents for tally in outcome.tallies.values()),
@@ -179,30 +179,36 @@ def fuzz(names: tuple[str, ...], options: CampaignOptions, told: Told, *, named:
         for finding in forbidden:
             keep(finding)
         outcome = (
-            Pool(assignments, options.workers, screen.update, keep, options.seconds).run()
+            Pool(assignments, options.workers, screen.update, keep, options.seconds, screen.ended).run()
             if assignments
             else Outcome({names[0]: Tally(cases=1)}, [])
         )
     outcome.findings[:] = [keeper.as_kept(finding) for finding in (*forbidden, *outcome.findings)]
-    _tell(outcome, options, told, found_out)
+    outcome.troubles = (*(str(error) for error in unstored), *outcome.troubles)
     untested = _untested(outcome, told.min_cases)
-    for trouble in (*unstored, *outcome.troubles, *untested):
+    status = 2 if outcome.troubles else 1 if outcome.findings else UNTESTED if untested else 0
+    if told.as_json:
+        data = campaign_dict(outcome, options.device, options.seed, options.poisons)
+        limits = [limit.to_dict() for limit in found_out.limits]
+        typer.echo(json.dumps({"verdict": VERDICTS[status], **data, "untested": untested, "limits": limits}))
+    else:
+        _print(outcome, options, told, found_out)
+    for trouble in (*outcome.troubles, *untested):
         typer.echo(f"attn-fuzz: {trouble}", err=True)
-    raise typer.Exit(2 if unstored or outcome.troubles else 1 if outcome.findings else UNTESTED if untested else 0)
+    raise typer.Exit(status)
 
 
 UNTESTED: Final = 3
 """Exit status where nothing was found, because nothing, or too little, was tested."""
 
+VERDICTS: Final = {0: "clean", 1: "findings", 2: "trouble", UNTESTED: "untested"}
+"""By exit status, as the JSON object says it."""
 
-def _tell(outcome: Outcome, options: CampaignOptions, told: Told, found_out: LimitsFound) -> None:
-    """Prints what came of a campaign."""
-    if told.as_json:
-        data = campaign_dict(outcome, options.device, options.seed, options.poisons)
-        typer.echo(json.dumps(data | {"limits": [limit.to_dict() for limit in found_out.limits]}))
-        return
+
+def _print(outcome: Outcome, options: CampaignOptions, told: Told, found_out: LimitsFound) -> None:
+    """What came of a campaign, for people."""
     console = results_console()
-    console.print(tables.campaign_table(outcome))
+    tables.print_campaign(console, outcome)
     tables.print_limits(console, found_out.limits)
     tables.print_findings(console, outcome.findings, str(told.store))
     console.print(f"seed {options.seed}" + (", interrupted" if outcome.interrupted else ""))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Annotated, Any
 
@@ -17,8 +17,49 @@ from attn_fuzz.cli import tables
 from attn_fuzz.cli.arguments import JsonOption, UsageError, WorkersOption
 from attn_fuzz.cli.terminal import progress_console, results_console
 from attn_fuzz.evaluation import seeded_faults
+from attn_fuzz.execution import new_process
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.execution.heap import fill_in_children
+
+Result = seeded_faults.MutantResult | tuple[str, set[str]]
+"""Of a hunt, or of the published rules on one fault."""
+
+
+def _done(work: Sequence[tuple[str, int | None]], workers: int, cases: int, mode: str) -> Iterator[Result]:
+    """What comes of (fault, seed), each in one of so many processes, until all is done or interrupted.
+
+    Args:
+        work: hunts, and with None for a seed the published rules.
+        workers: processes.
+        cases: after which a fault counts as missed.
+        mode: what hunts.
+    """
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.completed} of {task.total}"))
+    progress = Progress(*columns, TimeElapsedColumn(), console=progress_console)
+    # Read by glibc when a process starts, and the pool starts its processes when it likes.
+    os.environ.update(fill_in_children(os.environ))
+    with new_process.ready({}):
+        # The process that all of them are forked from is there.
+        pass
+    hunters = ProcessPoolExecutor(
+        workers,
+        mp_context=new_process.context(),
+        initializer=new_process.take_environment,
+        initargs=(dict(os.environ),),
+    )
+    with progress, hunters as pool:
+        task = progress.add_task("hunts", total=len(work))
+        futures = [pool.submit(seeded_faults.take, name, seed, cases, mode) for name, seed in work]
+        try:
+            for future in as_completed(futures):
+                result = future.result()
+                if isinstance(result, seeded_faults.MutantResult) and result.finding is None:
+                    progress.console.print(f"{result.fault} missed from seed {result.seed}")
+                progress.advance(task)
+                yield result
+        except KeyboardInterrupt:
+            # What has been hunted is shown.
+            pool.shutdown(cancel_futures=True)
 
 
 def faults(
@@ -28,9 +69,7 @@ def faults(
         int, typer.Option(min=1, help="Cases after which a fault counts as missed.")
     ] = seeded_faults.MAX_CASES,
     rules: Annotated[bool, typer.Option(help="Try published tolerance rules on the same faults.")] = True,
-    mode: Annotated[
-        str, typer.Option(help="What hunts: narrow, or batch, which hunts those of kernels only.")
-    ] = "case",
+    mode: Annotated[str, typer.Option(help="What hunts: case, or batch, which hunts those of kernels only.")] = "case",
     workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -40,39 +79,18 @@ def faults(
         if fault not in known:
             raise UsageError(f"unknown fault {fault!r}; there are {', '.join(known)}")
     if mode not in ("case", "batch"):
-        raise UsageError(f"unknown mode {mode!r}; faults are hunted by narrow or batch")
+        raise UsageError(f"unknown mode {mode!r}; faults are hunted by case or batch")
     names = list(dict.fromkeys(only or (name for name in known if mode == "case" or seeded_faults.called(name))))
     if uncalled := [name for name in names if mode == "batch" and not seeded_faults.called(name)]:
         raise UsageError(f"{uncalled[0]} is no fault of a kernel, and batches are of kernel calls")
     marks: dict[str, list[seeded_faults.MutantResult]] = {name: [] for name in names}
     caught_by: dict[str, set[str] | None] = dict.fromkeys(names)
     work = [(name, seed) for seed in [*range(seeds), *([None] if rules else [])] for name in names]
-    progress = Progress(
-        TextColumn("{task.description:<16}"),
-        BarColumn(),
-        TextColumn("{task.completed} of {task.total}"),
-        TimeElapsedColumn(),
-        console=progress_console,
-    )
-    context = multiprocessing.get_context("spawn")
-    # Read by glibc when a process starts, and the pool starts its processes when it likes.
-    os.environ.update(fill_in_children(os.environ))
-    with progress, ProcessPoolExecutor(workers or default_workers("cpu"), mp_context=context) as pool:
-        task = progress.add_task("hunts", total=len(work))
-        futures = [pool.submit(seeded_faults.take, name, seed, cases, mode) for name, seed in work]
-        try:
-            for future in as_completed(futures):
-                result = future.result()
-                if isinstance(result, seeded_faults.MutantResult):
-                    marks[result.fault].append(result)
-                    if result.finding is None:
-                        progress.console.print(f"{result.fault} missed from seed {result.seed}")
-                else:
-                    caught_by[result[0]] = result[1]
-                progress.advance(task)
-        except KeyboardInterrupt:
-            # What has been hunted is shown.
-            pool.shutdown(cancel_futures=True)
+    for result in _done(work, workers or default_workers("cpu"), cases, mode):
+        if isinstance(result, seeded_faults.MutantResult):
+            marks[result.fault].append(result)
+        else:
+            caught_by[result[0]] = result[1]
     rows: list[dict[str, Any]] = [
         seeded_faults.row(name, sorted(marks[name], key=lambda mark: mark.seed), caught_by[name])
         for name in names
@@ -81,5 +99,5 @@ def faults(
     if as_json:
         typer.echo(json.dumps({"faults": rows, "seeds": seeds, "mode": mode, "environment": environment("cpu")}))
     else:
-        results_console().print(tables.faults_table(rows))
+        tables.print_faults(results_console(), rows)
     raise typer.Exit(0 if all(row["caught"] for row in rows) else 1)

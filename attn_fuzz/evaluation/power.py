@@ -25,7 +25,9 @@ from attn_fuzz.reference.answer import Expected
 from attn_fuzz.reference.attention import Forward
 from attn_fuzz.reference.budget import attention_variances
 from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.computation import Computation
 from attn_fuzz.reference.profile import Profile
+from attn_fuzz.reference.terms import Document as Tensors
 from attn_fuzz.reference.values import DTYPES
 
 LENGTHS: Final = (128, 512, 2048, 8192, 16384, 32768, 65536)
@@ -108,18 +110,9 @@ def _expected(document: Document, p: torch.Tensor, lse: torch.Tensor, touched: t
     zero = torch.zeros_like(document.dout)[None]
     some = document.values[touched][None]
     result = Forward(out=zero, lse=lse[None], probabilities=p[None], slope=torch.ones_like(p)[None])
-    spread = attention_variances(
-        zero,
-        torch.zeros_like(some),
-        some,
-        document.dout[None],
-        result,
-        scale=HEAD_DIM**-0.5,
-        softcap=0.0,
-        group=1,
-        dtype=document.dtype,
-        profile=Profile(),
-    )
+    tensors = Tensors(zero, torch.zeros_like(some), some, document.dout[None])
+    how = Computation(scale=HEAD_DIM**-0.5, dtype=document.dtype, profile=Profile())
+    spread = attention_variances(tensors, result, how)
     value = (p.T @ document.dout)[:, None]
     return Expected(value, spread.dv.transpose(0, 1), spread.degrees["dv"].transpose(0, 1))
 
@@ -141,7 +134,9 @@ def power(length: int, dtype: str, placements: int = PLACEMENTS, seed: int = 0) 
 
 
 def main() -> None:
-    """Prints the table as JSON."""
+    """Prints the table as JSON, which takes a quarter of an hour."""
+    if sys.argv[1:]:
+        raise SystemExit("python -m attn_fuzz.evaluation.power takes no arguments; it prints its table as JSON")
     torch.set_num_threads(1)
     rows = []
     for length in LENGTHS:

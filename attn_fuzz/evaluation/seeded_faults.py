@@ -19,8 +19,8 @@ from attn_fuzz.cases.smaller import fewer_documents, one_shorter
 from attn_fuzz.evaluation.published_tolerances import failing
 from attn_fuzz.execution.process import set_up_process
 from attn_fuzz.findings.finding import Finding
+from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.drawing import FEW, few_cases
-from attn_fuzz.generation.strategies import Domain
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.case import Case

@@ -12,7 +12,8 @@ from typing import Final
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as hypothesis_seed
 
-from attn_fuzz.generation.strategies import Domain, cases
+from attn_fuzz.generation.domain import Domain
+from attn_fuzz.generation.strategies import cases
 from attn_fuzz.reference.case import Case
 
 FEW: Final = 4

@@ -10,8 +10,9 @@ from typing import Final
 import torch
 
 from attn_fuzz.backends.registry import Backend
+from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.layouts import FEW_KEYS, LONG_ROWS, TILE_EDGES, takes_few_keys
-from attn_fuzz.generation.strategies import Domain, usual_scales
+from attn_fuzz.generation.options import usual_scales
 from attn_fuzz.reference.case import Case
 
 LONGEST: Final = {"cuda": ((64, 128), (16, 32), (256, 400)), "cpu": ((16, 32), (16, 32), (64, 128))}

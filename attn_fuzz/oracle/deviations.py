@@ -7,8 +7,8 @@ from typing import Final
 import torch
 
 from attn_fuzz.reference.answer import Expected
-from attn_fuzz.reference.budget import ROUNDING_SECOND_MOMENT
 from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.profile import ROUNDING_SECOND_MOMENT
 
 LIMIT: Final = 10.0
 """Standard deviations. The largest error of correct tensor-core kernels over 4e9 elements was 8.6 (docs/oracle.md)."""

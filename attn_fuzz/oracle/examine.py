@@ -23,6 +23,7 @@ from attn_fuzz.execution.poison import POISONS
 from attn_fuzz.execution.process import device_failed, first_line, in_words, kind_of, raise_lack_of_memory
 from attn_fuzz.execution.runner import WroteBeforeRefusing, require_support
 from attn_fuzz.oracle.checks import CHECKS, PROBES, Check, histograms, worst_errors, worst_spreads
+from attn_fuzz.oracle.known_issues import explains
 from attn_fuzz.oracle.second_opinion import confirm
 from attn_fuzz.oracle.symptoms import Crashed, Hung, InputsChanged, MissingResult, Symptom, wrong_tensor
 from attn_fuzz.oracle.trial import Trial
@@ -191,8 +192,7 @@ def _without_known(found: Sequence[Symptom], trial: Trial) -> tuple[list[Symptom
     issues = (*issues_of(trial.backend.name, trial.device.type, trial.case, calls_of(trial.case)), *_below(trial))
     unknown, known = [], dict[str, None]()
     for symptom in found:
-        name = type(symptom).__name__
-        explained = [issue.id for issue in issues if issue.explains(name, symptom.tensor, nan=symptom.nan)]
+        explained = [issue.id for issue in issues if explains(issue, symptom)]
         known |= dict.fromkeys(explained[:1])
         if not explained:
             unknown.append(symptom)

@@ -1,0 +1,132 @@
+"""Options that kernel and layer cases share: heads, masks, dtypes, values and memory, as large as lengths allow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from hypothesis import strategies as st
+
+from attn_fuzz.backends.kernel import Capabilities
+from attn_fuzz.generation.domain import Domain
+from attn_fuzz.generation.layouts import MAX_PAIRS, among, seldom
+from attn_fuzz.reference.case import VALUES
+
+_MANY_HEADS_ONCE_IN = 16
+
+# A float64 reference keeps several [samples, heads, q, k] tensors: this bounds heads * longest^2 where it can.
+_MAX_SCORES = {"kernel": 1 << 17, "layer": 1 << 14}
+# Pairs of a call (layouts.py) times head_dim.
+_MAX_PRODUCTS = 1 << 24
+# And this what projections cost: tokens * heads * head_dim.
+_MAX_CHANNELS = {"kernel": 1 << 17, "layer": 1 << 15}
+# Of a layer, heads * head_dim: probes with whole numbers take as many hidden channels, and weights the square of them.
+_MAX_WIDTH = 2048
+# Pairs of a call that only one head is given.
+_MAX_SHARED_PAIRS = 1 << 21
+# What a kernel case has of each of these; a large one takes as long as ten others, and seldom finds what they do not.
+_SHARES = (4, 4, 4, 1)
+
+
+def window_sides(capabilities: Capabilities, longest: int) -> st.SearchStrategy[int]:
+    """Sizes of one side of a window, about documents of up to ``longest`` tokens."""
+    usual = {0, 1, 2, 7, 15, 16, 31, 63, 64, max(longest - 1, 0), longest, longest + 5}
+    return among(sorted(capabilities.window_sizes or usual))
+
+
+def windows(draw: st.DrawFn, domain: Domain, *, causal: bool, longest: int) -> tuple[int, int]:
+    """None most often; otherwise from the row alone to wider than any document."""
+    capabilities = domain.capabilities
+    if not capabilities.window or (capabilities.window_needs_causal and not causal) or not draw(st.booleans()):
+        return (-1, -1)
+    side = window_sides(capabilities, longest)
+    left = draw(side)
+    if causal:
+        # No bound on the right, and none beyond the row itself, mean the same.
+        return (left, draw(among([-1, -1, 0])))
+    return draw(among([(left, left), (left, -1), (-1, left), (left, 0), (left, draw(side))]))
+
+
+def usual_scales(capabilities: Capabilities, head_dim: int) -> tuple[float | None, ...]:
+    """The usual scale, or powers of two around it.
+
+    Far from it scores grow so large that their rounding in the storage dtype, where a backend does that, moves
+    probabilities by more than any first-order budget describes.
+    """
+    half = 2.0 ** math.floor(math.log2(head_dim**-0.5))
+    return (None, None, half, 2 * half) if capabilities.scale else (None,)
+
+
+def scales(capabilities: Capabilities, head_dim: int) -> st.SearchStrategy[float | None]:
+    """One of those."""
+    return among(usual_scales(capabilities, head_dim)) if capabilities.scale else st.none()
+
+
+def compiled(draw: st.DrawFn, domain: Domain, longest: int) -> dict[str, object]:
+    """Options that a compiling backend has compiled."""
+    chosen = draw(among([c for c in domain.capabilities.configurations if c.dtype in domain.dtypes]))
+    sides = window_sides(domain.capabilities, longest)
+    left = draw(sides) if chosen.window in ("left", "both") else -1
+    right = draw(sides) if chosen.window in ("right", "both") else -1
+    scale = draw(scales(domain.capabilities, chosen.head_dim))
+    return {**chosen._asdict(), "window": (left, right), "scale": scale}
+
+
+def free_options(draw: st.DrawFn, capabilities: Capabilities, level: str) -> dict[str, object]:
+    """What no backend compiles for: values and memory."""
+    memories = [memory for memory in capabilities.memories if level == "kernel" or memory != "broadcast"]
+    return {
+        "values": draw(among(VALUES)),
+        "seed": draw(st.integers(0, 7)),
+        "memory": draw(among(memories)),
+    }
+
+
+def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int], past: int = 0) -> dict[str, object]:
+    """Everything that kernel and layer cases share.
+
+    Args:
+        draw: Hypothesis's. Functions that take it cost less than composites, which are made anew at each use.
+        domain: what to draw from.
+        level: ``kernel`` or ``layer``.
+        lengths: of all documents, padding included.
+        past: keys that stand before those, where there is a long past; less than 0 where long rows have fewer keys.
+    """
+    capabilities, longest, tokens = domain.capabilities, max(lengths), sum(lengths)
+    pairs = tokens * (tokens + past)
+    scores = longest * (longest + min(past, 0))
+    if capabilities.configurations:
+        return {**compiled(draw, domain, longest), **free_options(draw, capabilities, level)}
+    # Of layers more are causal: what is not cannot be cut inside a document.
+    choices = (True, False, True) if level == "layer" else (True, False)
+    causal_choices = [choice for choice in choices if (capabilities.causal if choice else capabilities.noncausal)]
+    causal = draw(among(causal_choices))
+    many = draw(seldom(_MANY_HEADS_ONCE_IN))
+    share = draw(among(_SHARES)) if level == "kernel" and not many and past >= 0 else 1
+
+    def fitting(groups: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        limit = min(_MAX_SCORES[level] / scores, MAX_PAIRS / pairs) / share
+        return [group for group in groups if group[0] <= limit]
+
+    groups = (fitting(domain.many_heads) if many else []) or fitting(domain.head_groups)
+    least = domain.head_groups[: 2 if pairs <= _MAX_SHARED_PAIRS else 1]
+    heads, kv_heads = draw(among(groups or least))
+    dims = [
+        dim
+        for dim in domain.head_dims
+        if (tokens + past // 2) * heads * dim * share <= _MAX_CHANNELS[level]
+        and pairs * heads * dim * share <= _MAX_PRODUCTS
+        and (level == "kernel" or heads * dim <= _MAX_WIDTH)
+    ]
+    head_dim = draw(among(dims or list(domain.head_dims[:1])))
+    return {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "causal": causal,
+        "window": windows(draw, domain, causal=causal, longest=longest),
+        "scale": draw(scales(capabilities, head_dim)),
+        "softcap": draw(among([0.0, 0.0, 20.0, 2.5])) if capabilities.softcap else 0.0,
+        "dtype": draw(among(domain.dtypes)),
+        **free_options(draw, capabilities, level),
+    }
