@@ -196,11 +196,9 @@ class Isolated:
             NoDevice: as ``symptom`` does.
             ReferencesDisagree: as ``examine`` does.
         """
-        starts = self._process is None
-        if self._process is None:
-            self._connection, theirs = new_process.context().Pipe()
-            self._process = new_process.start(_serve, (self._subject, theirs), _AWAY_FROM_OTHERS, daemon=True)
-            theirs.close()
+        if starts := self._process is None:
+            self._start()
+        assert self._process is not None
         assert self._connection is not None
         try:
             if starts:
@@ -223,6 +221,11 @@ class Isolated:
         if found.disagreement is not None:
             raise ReferencesDisagree(found.disagreement)
         return found
+
+    def _start(self) -> None:
+        self._connection, theirs = new_process.context().Pipe()
+        self._process = new_process.start(_serve, (self._subject, theirs), _AWAY_FROM_OTHERS, daemon=True)
+        theirs.close()
 
     def _hung(self, seconds: float) -> Report:
         """Ends a child that has said nothing for so long."""
