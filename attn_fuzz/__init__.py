@@ -4,10 +4,12 @@ In the source tree ``reference`` and ``backends`` lie beside this package; wheel
 it (pyproject.toml). In a bare checkout ``__path__`` has ``attn_fuzz.reference`` and ``attn_fuzz.backends`` found there.
 """
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attn_fuzz import adapters
     from attn_fuzz.api import (
         CheckError,
         FoundError,
@@ -26,6 +28,7 @@ __all__ = [
     "CheckError",
     "FoundError",
     "Verdict",
+    "adapters",
     "assert_attention",
     "check",
     "check_layer",
@@ -39,6 +42,8 @@ if not (_HERE / "reference").exists() and (_HERE.parent / "reference" / "attenti
 
 def __getattr__(name: str) -> Any:
     """A public name, imported when it is asked for: torch takes seconds."""
+    if name == "adapters":
+        return importlib.import_module("attn_fuzz.adapters")
     if name == "AttentionMismatch":
         from attn_fuzz.oracle import own_inputs as module
     elif name in __all__:

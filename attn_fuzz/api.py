@@ -27,6 +27,9 @@ _CHECKING: Final = "ATTN_FUZZ_CHECKING"
 """Set in the processes of a check: the module under test is imported there, and must not check again as it is."""
 
 
+_KINDS: Final = {"kernel": "function", "layer": "class"}
+
+
 class CheckError(RuntimeError):
     """A check that could not be made; the message is one sentence."""
 
@@ -47,7 +50,7 @@ class Verdict:
     """What the command printed with ``--json``."""
 
     def __bool__(self) -> bool:
-        return not self.findings and not self.troubles and self.cases > 0
+        return not self.findings and not self.troubles and not self.untested and self.cases > 0
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -90,6 +93,11 @@ class Verdict:
         """What went wrong with the check itself."""
         return tuple(self.data.get("troubles", ()))
 
+    @property
+    def untested(self) -> tuple[str, ...]:
+        """Why nothing, or too little, was tested."""
+        return tuple(self.data.get("untested", ()))
+
     def to_json(self) -> str:
         """The JSON object of the command."""
         return json.dumps(self.data)
@@ -98,9 +106,37 @@ class Verdict:
         """Raises FoundError for findings, and where nothing was tested."""
         if found := self.findings:
             lines = [f"{finding.messages[0]}\n    {finding.case.to_json()}" for finding in found]
-            raise FoundError(f"{len(found)} findings in {self.cases} cases:\n" + "\n".join(lines), self)
+            from attn_fuzz.findings.same import count_bugs
+
+            raise FoundError(f"{count_bugs(found)} findings in {self.cases} cases:\n" + "\n".join(lines), self)
         if not self:
-            raise FoundError("; ".join(self.troubles) or "no case was tried, so nothing was tested", self)
+            raise FoundError(
+                "; ".join((*self.troubles, *self.untested)) or "no case was tried, so nothing was tested", self
+            )
+
+
+def _bound_to(thing: object) -> tuple[str, str | None]:
+    """The name and module that something is to be imported by: its own, or of a variable that holds it.
+
+    What an adapter gives, a partial function or a lambda has another name than the variable that it was put into.
+    """
+    name, module = getattr(thing, "__qualname__", ""), getattr(thing, "__module__", None)
+    home = sys.modules.get(module or "")
+    if name.isidentifier() and (home is None or getattr(home, name, None) is thing):
+        return name, module
+    for other, held in [*sys.modules.items()]:
+        for variable, value in [*getattr(held, "__dict__", {}).items()]:
+            if value is thing:
+                return variable, other
+    return name, module
+
+
+def _file_of(thing: object) -> str:
+    """The file that something was defined in, or nothing."""
+    try:
+        return inspect.getfile(thing)  # type: ignore[arg-type]
+    except (OSError, TypeError):
+        return ""
 
 
 def _importable(thing: object, what: str) -> str:
@@ -111,15 +147,14 @@ def _importable(thing: object, what: str) -> str:
     """
     if isinstance(thing, str):
         return thing
-    name, module = getattr(thing, "__qualname__", ""), getattr(thing, "__module__", None)
+    if not callable(thing):
+        raise CheckError(f"{what} should be a {_KINDS[what]} or the name of one, not {thing!r}")
+    name, module = _bound_to(thing)
     if not name.isidentifier() or module is None:
         raise CheckError(f"{what} {name or thing!r} cannot be imported by another process: define it at a module's top")
     if module != "__main__" and importlib.util.find_spec(module) is not None:
         return f"{module}:{name}"
-    try:
-        path = inspect.getfile(thing)  # type: ignore[arg-type]
-    except (OSError, TypeError):
-        path = ""
+    path = getattr(sys.modules.get(module), "__file__", None) or _file_of(thing)
     if not Path(path).is_file():
         raise CheckError(f"{what} {name} is in no file that another process could import")
     return f"{Path(path).resolve()}:{name}"
@@ -148,7 +183,9 @@ def _run(command: str, name: str, options: Mapping[str, Any]) -> Verdict:
         return Verdict(json.loads(done.stdout))
     except json.JSONDecodeError:
         said = [line for line in done.stderr.splitlines() if line.startswith("attn-fuzz: ")]
-        raise CheckError(said[-1].removeprefix("attn-fuzz: ") if said else done.stderr[-2000:]) from None
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        unsaid = f"the check ended with exit status {done.returncode} and without a verdict: {last}"
+        raise CheckError(said[-1].removeprefix("attn-fuzz: ") if said else unsaid) from None
 
 
 def check(kernel: Callable[..., Any] | str, **options: Any) -> Verdict:
@@ -184,7 +221,7 @@ def replay(case: str, backend: str | None = None, **options: Any) -> Mapping[str
     Args:
         case: a ``CASE.json`` file, a finding's id, a regression case's name, or a case as JSON text.
         backend: what runs it; None for a finding's own, or all that there are.
-        options: those of ``attn-fuzz replay``: ``device``, ``store``.
+        options: those of ``attn-fuzz replay``: ``device``, ``store``, ``root``.
 
     Returns:
         ``case``, ``device``, and ``backends``: each with ``name`` and ``checks`` that failed, or why it ``refused``.
@@ -217,7 +254,8 @@ def assert_attention(
     """Asserts that results are those of packed attention over these very inputs, element by element.
 
     The bound of each element is derived from the inputs and the dtype (docs/oracle.md), so there is no tolerance to
-    choose. All tensors are of one dtype (float32, bfloat16, float16) and device, but for ``lse``.
+    choose; in half precision, where an element may be off by a percent, neither may a document's head be off by a
+    factor as a whole. All tensors are of one dtype (float32, bfloat16, float16) and device, but for ``lse``.
 
     Args:
         out: ``[tokens_q, heads, head_dim]``.
@@ -227,9 +265,9 @@ def assert_attention(
         cu_seqlens_q: integers ``[documents + 1]``, rising from 0 to ``tokens_q``.
         cu_seqlens_k: the same of keys.
         dout: as ``out``, what the backward was given; needed with ``dq``, ``dk`` or ``dv``.
-        dq: as ``q``, and so ``dk`` and ``dv`` as ``k`` and ``v``.
-        dk: see ``dq``.
-        dv: see ``dq``.
+        dq: as ``q``.
+        dk: as ``k``, and so is ``dv``.
+        dv: see ``dk``.
         lse: ``[tokens_q, heads]`` in natural logarithms; -inf for rows without a key.
         causal: bottom-right: query i of a document with q queries and k keys sees keys up to i + k - q.
         window: keys to the left and right of a row's own place that it sees; -1 for no limit.
@@ -239,6 +277,7 @@ def assert_attention(
 
     Raises:
         AttentionMismatch: an AssertionError that says which document, row, head and channel, got, expected, z.
+        ReferencesDisagree: where a second reference, one document at a time, confirms no mismatch.
         ValueError: when shapes, dtypes, devices or prefix sums do not belong together.
     """
     from attn_fuzz.oracle.own_inputs import AttentionMismatch, Masking, wrong_elements
@@ -252,5 +291,5 @@ def assert_attention(
     inputs = Inputs(*(x.detach() for x in (q, k, v, given)))
     left, right = window
     masking = Masking(causal=causal, window=(left, right), softmax_scale=softmax_scale, softcap=softcap)
-    if wrong := tuple(wrong_elements(results, inputs, cu_seqlens_q, cu_seqlens_k, masking, arithmetic)):
+    if wrong := wrong_elements(results, inputs, (cu_seqlens_q, cu_seqlens_k), masking, arithmetic):
         raise AttentionMismatch(wrong)

@@ -51,14 +51,32 @@ def _functions(options: Options) -> tuple[Any, Any]:
     return jax.jit(attention), jax.jit(gradients)
 
 
-def _to_jax(x: torch.Tensor) -> Any:
+def to_jax(x: torch.Tensor) -> Any:
+    """A JAX array of the same memory, which is a copy where a tensor's is not in order."""
+    # JAX would take three quarters of the GPU for itself.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
     return jax.dlpack.from_dlpack(x.detach().contiguous())
 
 
-def _call(function: Any, *tensors: torch.Tensor) -> Any:
+def call(function: Any, *tensors: torch.Tensor) -> Any:
     """Runs a JAX function on torch tensors; the two have streams of their own, so each waits for the other."""
+    if tensors[0].is_cuda:
+        return _call_on_gpu(function, *tensors)
+    # Arrays of a CPU begin where vectors may, and are never written.
+    arrays = [to_jax(x.detach().clone(memory_format=torch.contiguous_format)) for x in tensors]
+    return _to_torch(function(*arrays))
+
+
+def _to_torch(result: Any) -> Any:
+    """Copies of a function's results."""
+    import jax
+
+    return jax.tree.map(lambda x: torch.from_dlpack(x).clone(), jax.block_until_ready(result))
+
+
+def _call_on_gpu(function: Any, *tensors: torch.Tensor) -> Any:
     import jax
 
     device = tensors[0].device
@@ -67,9 +85,9 @@ def _call(function: Any, *tensors: torch.Tensor) -> Any:
     jax.local_devices()
     torch.cuda.set_device(device)
     torch.cuda.synchronize()
-    result = jax.block_until_ready(function(*map(_to_jax, tensors)))
+    result = jax.block_until_ready(function(*map(to_jax, tensors)))
     torch.cuda.set_device(device)
-    return jax.tree.map(lambda x: torch.from_dlpack(x).clone(), result)
+    return _to_torch(result)
 
 
 class PaddedAttention(torch.autograd.Function):
@@ -80,11 +98,11 @@ class PaddedAttention(torch.autograd.Function):
         lengths_q, lengths_k, options = rest
         ctx.save_for_backward(q, k, v, lengths_q, lengths_k)
         ctx.options = options
-        out = _call(_functions(options)[0], q, k, v, lengths_q, lengths_k)
+        out = call(_functions(options)[0], q, k, v, lengths_q, lengths_k)
         assert isinstance(out, torch.Tensor)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dq, dk, dv = _call(_functions(ctx.options)[1], *ctx.saved_tensors, gradients[0])
+        dq, dk, dv = call(_functions(ctx.options)[1], *ctx.saved_tensors, gradients[0])
         return dq, dk, dv, None, None, None

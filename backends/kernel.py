@@ -96,6 +96,8 @@ class Capabilities:
     """NaN in one document stays out of all others (False for a product with an explicit mask); None: by trying."""
     lse_of_blind_rows: float = -math.inf
     """The LSE of rows that see no key: -inf by definition, +inf by some kernels' convention."""
+    lse: bool = False
+    """User kernels only: they return ``(out, lse)``, with the LSE as in ``Attended``, and it is judged."""
     repeatable: bool | None = True
     """The same call twice gives the same bits; None: found out by trying."""
     repeatable_backward: bool | None = True
@@ -309,6 +311,7 @@ _CONVENTIONS: Final = {
     "devices",
     "window_convention",
     "isolates_nonfinite",
+    "lse",
     "lse_of_blind_rows",
     "repeatable",
     "repeatable_backward",

@@ -15,8 +15,10 @@ import dataclasses
 import functools
 import importlib
 import pkgutil
+import sys
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from attn_fuzz.backends import kernels
@@ -39,6 +41,53 @@ ENTRY_POINTS = "attn_fuzz.backends"
 """The entry point group under which packages register backends."""
 USER_LAYER = "layer:"
 ANY = "unrestricted:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Users:
+    """A name of a user's own kernel or layer, taken apart."""
+
+    prefix: str
+    """Such as ``layer:``."""
+    place: str
+    """``MODULE`` or ``PATH.py``."""
+    attribute: str
+
+    def from_folder(self, folder: Path) -> str:
+        """The name, its path from a folder instead of this one."""
+        if not self.place.endswith(".py") or Path.cwd() == folder:
+            return f"{self.prefix}{self.place}:{self.attribute}"
+        return f"{self.prefix}{folder / self.place}:{self.attribute}"
+
+
+def users(name: str) -> Users | None:
+    """What names a user's own kernel or layer, taken apart; None for a name that means the same in every folder."""
+    prefix, rest = "", name
+    while rest.startswith((ANY, USER_LAYER, RARE)):
+        parts = 2 if rest.startswith(RARE) else 1
+        first = ":".join(rest.split(":")[:parts]) + ":"
+        prefix, rest = prefix + first, rest[len(first) :]
+    if ":" not in rest or rest.startswith((LEGACY, FAULT)):
+        return None
+    place, _, attribute = rest.rpartition(":")
+    return Users(prefix, place, attribute)
+
+
+def found_from(name: str, folder: Path) -> str:
+    """The name by which a backend that was named in a folder is found in this process, whatever folder it is in.
+
+    Modules are imported from that folder from now on, too.
+
+    Args:
+        name: of a backend.
+        folder: absolute; the working directory where it was named.
+    """
+    parts = users(name)
+    if parts is None:
+        return name
+    if not parts.place.endswith(".py") and str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    return parts.from_folder(folder)
 
 
 class UnknownBackend(LookupError):

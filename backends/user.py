@@ -38,6 +38,7 @@ from attn_fuzz.backends.kernel import (
 from attn_fuzz.backends.layer import Layer, LayerFactory
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.sdpa import as_flash_does
+from attn_fuzz.backends.user_layer import UserLayer, require_layer
 from attn_fuzz.reference.case import MEMORIES, ROTARIES, Case
 from attn_fuzz.reference.profile import Profile
 
@@ -155,8 +156,10 @@ def _taken_options(function: Callable[..., Any], name: str) -> set[str]:
     Raises:
         BackendUnavailable: when it does not take the others, which every call gives it.
     """
+    # What calling a module calls.
+    called = function.forward if isinstance(function, torch.nn.Module) else function
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(called)
     except ValueError:
         raise BackendUnavailable(f"{name} does not tell its signature; wrap it in a Python function") from None
     parameters = signature.parameters
@@ -169,6 +172,17 @@ def _taken_options(function: Callable[..., Any], name: str) -> set[str]:
             f"{name}{signature} is no varlen kernel, which is called with ({', '.join(_ARGUMENTS)}): {error}"
         ) from None
     return taken
+
+
+def _no_function(thing: object) -> str | None:
+    """What something is that cannot be called as a kernel, in words; None for a function, a method or a module."""
+    if isinstance(thing, type):
+        return "a class, not a function"
+    if inspect.iscoroutinefunction(thing) or inspect.isasyncgenfunction(thing):
+        return "a coroutine function, which returns before it has computed anything"
+    if inspect.isgeneratorfunction(thing):
+        return "a generator function, which returns before it has computed anything"
+    return None if callable(thing) else f"no function but of type {type(thing).__name__}"
 
 
 _ARGUMENTS = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
@@ -205,8 +219,8 @@ class UserKernel(Kernel):
     def __init__(self, name: str) -> None:
         self.name = name  # type: ignore[misc]
         self._function = import_object(name)
-        if not callable(self._function):
-            raise BackendUnavailable(f"{name} is not a function")
+        if (reason := _no_function(self._function)) is not None:
+            raise BackendUnavailable(f"{name} is {reason}; name a function that returns out")
         self._takes = _taken_options(self._function, name)
         from_signature = {
             "scale": "softmax_scale" in self._takes,
@@ -227,7 +241,7 @@ class UserKernel(Kernel):
             "softcap": options.softcap,
         }
         m = metadata
-        out = self._function(
+        returned = self._function(
             q,
             k,
             v,
@@ -237,9 +251,9 @@ class UserKernel(Kernel):
             m.max_seqlen_k,
             **{key: value for key, value in given.items() if key in self._takes},
         )
-        out = _output(out)
+        out = _output(returned)
         require_like(out, q)
-        return Attended(out, None, self.name)
+        return Attended(out, _lse(returned, q) if self.capabilities.lse else None, self.name)
 
 
 def _output(returned: object) -> Any:
@@ -255,6 +269,22 @@ def _output(returned: object) -> Any:
     if not isinstance(lse, torch.Tensor) or not lse.is_floating_point():
         raise MisshapenResult(f"the kernel should return out, or (out, lse, ...) with tensors, but returned ({kinds})")
     return returned[0]
+
+
+def _lse(returned: object, q: torch.Tensor) -> torch.Tensor:
+    """The LSE of a kernel that declares that it returns one.
+
+    Raises:
+        MisshapenResult: where it is not the second of a tuple, or not ``[heads, rows]`` in floating point.
+    """
+    lse = returned[1] if isinstance(returned, tuple) else None
+    wanted = (q.shape[1], q.shape[0])
+    if not isinstance(lse, torch.Tensor) or tuple(lse.shape) != wanted or lse.device != q.device:
+        what = f"a tensor {list(lse.shape)} on {lse.device}" if isinstance(lse, torch.Tensor) else type(lse).__name__
+        raise MisshapenResult(
+            f"the kernel declares an LSE, which should be a tensor {list(wanted)} on {q.device}, but is {what}"
+        )
+    return lse
 
 
 class InsideLayer(Kernel):
@@ -285,17 +315,9 @@ def user_layer(name: str) -> tuple[InsideLayer, LayerFactory]:
         BackendUnavailable: when there is no such class, or it lacks a method.
     """
     made = import_object(name)
-    if missing := [method for method in _LAYER_METHODS if not callable(getattr(made, method, None))]:
-        raise BackendUnavailable(f"{name} is no layer: it has no method {missing[0]}")
-    try:
-        inspect.signature(made).bind("weights", "case")
-    except (TypeError, ValueError) as error:
-        raise BackendUnavailable(f"{name} is no layer: it should be built as CLASS(weights, case): {error}") from None
+    require_layer(made, name)
 
     def build(weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> Layer:
-        return made(weights, case)
+        return UserLayer(made, weights, case)
 
     return InsideLayer(name, _capabilities(made, name, _UNPROMISED), declared_facts(made, name)), build
-
-
-_LAYER_METHODS = ("forward", "backward", "parameter_gradients", "key_value", "key_value_gradients")

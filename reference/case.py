@@ -18,6 +18,8 @@ ROTARIES: Final = ("none", "default", "proportional")
 VALUES: Final = ("gaussian", "large", "offset", "tiny", "ties")
 WEIGHTS: Final = ("gaussian", "selection")
 MEMORIES: Final = ("contiguous", "fused", "head_major", "sliced", "mixed", "misaligned", "strided", "broadcast")
+FORMAT: Final = 2
+"""Of cases, findings and regression cases, as files say it; those of 1, which is version 0.1's, say nothing."""
 MAX_HEAD_DIM: Final = 320
 # Keeps row and channel counters inside the fields of the value generator (values.py).
 MAX_TOKENS: Final = 1 << 24
@@ -26,6 +28,28 @@ MAX_HEADS: Final = 1 << 10
 
 class CaseError(ValueError):
     """A case that cannot exist; the message is one sentence for the person who wrote it."""
+
+
+class NewerVersion(CaseError):
+    """What was written by a newer version, which this one cannot read; the message is one sentence."""
+
+
+def require_format(data: Mapping[str, Any], what: str) -> None:
+    """Sees that saved data is in a format that this version reads.
+
+    Args:
+        data: as it was saved; where it has no ``format``, that is 1.
+        what: it is, for the message.
+
+    Raises:
+        NewerVersion: when the format is a newer one.
+        CaseError: when it is no number.
+    """
+    version = data.get("format", 1)
+    if not _is_integer(version):
+        raise CaseError(f"format must be a whole number, not {version!r}")
+    if version > FORMAT:
+        raise NewerVersion(f"{what} was written by a newer version (format {version}); upgrade attn-fuzz")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,17 +187,22 @@ class Case:
 
     @classmethod
     def from_dict(cls, data: Any) -> Case:
-        """The inverse of ``to_dict``.
+        """The inverse of ``to_dict``; it may also have a ``format``.
 
         Raises:
-            CaseError: for anything that is not a possible case.
+            NewerVersion: for a key or format that only newer versions have.
+            CaseError: for anything else that is not a possible case.
         """
         if not isinstance(data, Mapping):
             raise CaseError(f"a case is a JSON object, not {type(data).__name__}")
+        require_format(data, "the case")
         known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(str(key) for key in data if key not in known):
-            raise CaseError(f"unknown key {unknown[0]!r} in case; known keys are {', '.join(sorted(known))}")
-        return cls(**data)
+        if unknown := sorted(str(key) for key in data if key not in known and key != "format"):
+            raise NewerVersion(
+                f"unknown key {unknown[0]!r} in case: it is misspelt, or was written by a newer version (then upgrade "
+                f"attn-fuzz); known keys are {', '.join(sorted(known))}"
+            )
+        return cls(**{key: value for key, value in data.items() if key != "format"})
 
     @classmethod
     def from_json(cls, text: str) -> Case:

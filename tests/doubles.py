@@ -1,4 +1,4 @@
-"""Backends for tests of the oracle: the loop with one step changed."""
+"""Backends for tests of the oracle, the loop with one step changed; and processes that are none."""
 
 from __future__ import annotations
 

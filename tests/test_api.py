@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from commandline import Done
 
 import attn_fuzz
+import attn_fuzz.api
 from attn_fuzz import AttentionMismatch, CheckError, FoundError, Verdict, assert_attention
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import AttentionOptions
@@ -228,7 +230,12 @@ def test_a_clean_verdict_is_true() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"), [({"cases": 0}, "nothing was tested"), ({"troubles": ["the disk is full"]}, "the disk is full")]
+    ("data", "said"),
+    [
+        ({"cases": 0}, "nothing was tested"),
+        ({"troubles": ["the disk is full"]}, "the disk is full"),
+        ({"untested": ["interrupted after 5 cases"]}, "interrupted after 5 cases"),
+    ],
 )
 def test_nothing_tested_is_no_pass(data: dict[str, Any], said: str) -> None:
     verdict = told(**data)
@@ -237,16 +244,35 @@ def test_nothing_tested_is_no_pass(data: dict[str, Any], said: str) -> None:
         verdict.raise_if_found()
 
 
+LOOP = (ROOT / "docs" / "agents.md").read_text().partition("    # loop.py\n")[2].partition("\n\nWhat it prints")[0]
+
+
 @pytest.mark.slow
-def test_a_wrong_kernel_is_false_and_raises(tmp_path: Path) -> None:
+def test_a_wrong_kernel_is_false_and_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checked by the loop that is shown to agents."""
     path = tmp_path / "mine.py"
     path.write_text(
         EXAMPLE.read_text().replace("softmax_scale", "softmax_scale", 1) + "\nright = kernel\n"
         "def kernel(q, k, v, *rest, **options):\n    return right(q, k, v * 1.01, *rest, **options)\n"
     )
     options = {"cases": 20, "level": "kernel", "mode": "case", "workers": 1, "device": "cpu", "dtype": "fp32"}
-    verdict = attn_fuzz.check(f"{path}:kernel", store=tmp_path / "store", first=True, **options)
+    verdicts: list[Verdict] = []
+
+    def check(kernel: str, **options: Any) -> Verdict:
+        verdicts.append(attn_fuzz.api.check(kernel, **options))
+        return verdicts[-1]
+
+    monkeypatch.setattr(attn_fuzz, "check", check)
+    loop: dict[str, Any] = {"__name__": "loop"}
+    exec(textwrap.dedent(LOOP), loop)
+    said = loop["answer"](f"{path}:kernel", store=tmp_path / "store", first=True, **options)
+    (verdict,) = verdicts
     assert not verdict
+    least = min(verdict.findings, key=lambda finding: finding.case.tokens)
+    assert (said["verdict"], said["id"], said["case"]) == ("findings", least.id, least.case.to_dict())
+    refused = loop["answer"](inside())
+    assert refused["verdict"] == "trouble"
+    assert "define it at a module's top" in refused["said"][0]
     assert verdict.findings[0].backend.endswith("mine.py:kernel")
     with pytest.raises(FoundError, match=r"1 findings in \d+ cases") as raised:
         verdict.raise_if_found()

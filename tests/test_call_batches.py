@@ -22,15 +22,16 @@ from attn_fuzz.batch.batch_run import NAMES
 from attn_fuzz.batch.judge import SCHEDULE, SHARE, judge
 from attn_fuzz.batch.judged import Question
 from attn_fuzz.batch.questions import QUESTIONS
-from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.campaign import crash_triage, pool
 from attn_fuzz.campaign.calls_worker import CallsWorker, work_on_batches
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message, Tally
 from attn_fuzz.campaign.plan import CampaignOptions, available_backends, plan, takes_batches
 from attn_fuzz.campaign.pool import Pool
+from attn_fuzz.cases.call_batch import CallBatch
+from attn_fuzz.execution.batch_tensors import BatchTensors
 from attn_fuzz.execution.runner import run_kernel
 from attn_fuzz.findings.finding import Finding
-from attn_fuzz.generation.calls import LONGEST, CallBatch, draw_batch
+from attn_fuzz.generation.calls import LONGEST, draw_batch
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import Sweep
 from attn_fuzz.oracle.deviations import LIMIT, deviations
@@ -130,7 +131,7 @@ def test_calls_lie_aligned_between_rows_of_nan(memory: str) -> None:
         theirs = torch.zeros(side.rows, dtype=torch.bool)
         for begin, count in zip(side.begins, side.counts, strict=True):
             theirs[begin : begin + count] = True
-            assert not theirs[begin + count]
+            assert begin + count == side.rows or not theirs[begin + count]
             first = item.tensor[begin:].data_ptr() - item.tensor.data_ptr()
             assert first % 128 == 0
         assert item.tensor[~theirs].isnan().all()

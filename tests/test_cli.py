@@ -55,7 +55,7 @@ BAD_USAGE = {
     "module": (("check", "no_such_module:kernel"), "no_such_module"),
     "file": (("check", "nothing.py:kernel"), "there is no file nothing.py"),
     "function in the file": (("check", "kernel.py:colonel"), "'colonel'"),
-    "no function": (("check", "kernel.py:number"), "is not a function"),
+    "no function": (("check", "kernel.py:number"), "is no function but of type int; name a function that returns out"),
     "file that is no Python": (("check", "broken.py:kernel"), "SyntaxError"),
     "file that ends the process": (("check", "exits.py:kernel"), "SystemExit"),
     "function without a signature": (("check", "torch:addmm"), "signature"),

@@ -17,7 +17,7 @@ from attn_fuzz.campaign.messages import Tally
 from attn_fuzz.campaign.pool import Outcome
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.store import Store
-from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.case import FORMAT, Case
 
 FINDING = Finding(
     backend=SWAPPED,
@@ -155,6 +155,7 @@ def test_a_finding_becomes_a_seed_that_convicts(attn_fuzz: Run) -> None:
     store.save(FINDING)
     assert attn_fuzz("save", FINDING.id, "swapped", "--about", "why", "--store", "store").status == 0
     assert json.loads(Path("tests/regressions/swapped.json").read_text()) == {
+        "format": FORMAT,
         "about": "why",
         "case": FINDING.case.to_dict(),
         "backend": SWAPPED,
@@ -263,7 +264,7 @@ def test_a_finding_of_a_newer_version_is_not_called_damaged(attn_fuzz: Run) -> N
     stored(FINDING)
     write(f"store/{FINDING.id}.json", json.dumps(FINDING.to_dict() | {"colour": "red"}))
     said = sentence(attn_fuzz("show", FINDING.id, "--store", "store"))
-    assert "was written by a newer version of attn-fuzz: it has 'colour'" in said
+    assert "the finding was written by a newer version (it has 'colour'); upgrade attn-fuzz" in said
 
 
 # Nothing tested is no pass.

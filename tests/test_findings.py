@@ -62,7 +62,7 @@ def test_an_id_says_what_was_found_and_not_how(changes: dict[str, Any], same: bo
 def test_a_finding_with_something_missing_is_none(name: str) -> None:
     data = FINDING.to_dict()
     del data[name]
-    with pytest.raises(FindingError, match=f"this is no finding: KeyError '{name}'"):
+    with pytest.raises(FindingError, match=f"this is no finding: it has no '{name}'"):
         Finding.from_dict(data)
 
 

@@ -10,7 +10,8 @@ from doubles import double, trial
 
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.loop import Call, Document, Loop
-from attn_fuzz.oracle.checks.isolation import documents_apart, future_apart, kept_documents
+from attn_fuzz.oracle.checks.isolation import documents_apart, future_apart
+from attn_fuzz.oracle.relations.isolation import kept_documents
 from attn_fuzz.oracle.symptoms import NotIsolated
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.case import Case

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from attn_fuzz.backends import registry
-from attn_fuzz.batch.calls import run_batch
 from attn_fuzz.batch.packed import packed_batch
-from attn_fuzz.batch.tensors import BatchTensors
+from attn_fuzz.execution.batch_tensors import BatchTensors
+from attn_fuzz.execution.calls import run_batch
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import Sweep, draw_case
 from attn_fuzz.oracle.deviations import LIMIT

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 from commandline import Run
+from in_turn import InThisProcess
 
 from attn_fuzz.backends import known, registry
 from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities
 from attn_fuzz.backends.known import KnownIssue, built_on
+from attn_fuzz.campaign import limits
+from attn_fuzz.campaign.isolated import Isolated, Report, Subject, cause_of_death
 from attn_fuzz.campaign.limits import Limit, LimitsFound, infer_limits, taken, without_of
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.oracle.examine import examine
@@ -120,13 +123,21 @@ def test_what_fails_wherever_it_is_called_is_left_to_the_campaign(tmp_path: Path
 
 UNUSABLE = {
     "an import that fails": ("import no_such_package", "return out", "No module named 'no_such_package'"),
-    "a variable that is not set": ("os.environ['NO_SUCH_VARIABLE']", "return out", "NO_SUCH_VARIABLE"),
+    "a variable that is not set": (
+        "os.environ['NO_SUCH_VARIABLE']",
+        "return out",
+        "it reads the environment variable 'NO_SUCH_VARIABLE', which is not set; set it, or give it a default",
+    ),
+    "a number": ("pass", "return 3", "the output should be a tensor, but is int"),
+    "a list": ("pass", "return [out]", "the output should be a tensor, but is list"),
+    "another dtype": ("pass", "return out.double()", "dtype is torch.float64, but should be torch.float32"),
+    "another device": ("pass", "return out.to('meta')", "device is meta, but should be cpu"),
     "a name that is not there": ("undefined_name", "return out", "undefined_name"),
     "a function that torch lacks": ("torch.no_such_function", "return out", "no_such_function"),
     "nothing returned": ("pass", "return None", "NoneType"),
     "weights beside the output": ("pass", "return out, None", "(Tensor, NoneType)"),
     "another shape": ("pass", "return out[None]", "shape"),
-    "no gradient": ("pass", "return out.detach()", "differentiable"),
+    "no gradient": ("pass", "return out.detach()", "its output has no gradient; make it differentiable"),
 }
 
 
@@ -137,8 +148,11 @@ def test_what_is_no_kernel_is_told_in_one_sentence(what: str, tmp_path: Path) ->
     name = written(tmp_path, first, last, dtypes=("fp32",))
     with pytest.raises(BackendUnavailable) as told:
         found(name)
+    assert str(told.value).startswith(f"{name} cannot be tested: ")
     assert words in str(told.value)
     assert "\n" not in str(told.value)
+    # What checks call it is no part of the sentence.
+    assert "[" not in str(told.value).partition("cannot be tested")[2] or what == "another shape"
 
 
 @pytest.mark.parametrize("signature", ["(q, k, v)", "(q, k, v, cu_seqlens)", "(*, q)"])
@@ -147,6 +161,108 @@ def test_another_signature_is_refused_before_anything_runs(signature: str, tmp_p
     path.write_text(f"def kernel{signature}:\n    return q\n")
     with pytest.raises(BackendUnavailable, match="is no varlen kernel, which is called with"):
         registry.load(f"{path}:kernel")
+
+
+NO_FUNCTION = {
+    "class kernel: pass": "is a class, not a function",
+    "async def kernel(*x): return x": "is a coroutine function",
+    "def kernel(*x): yield x": "is a generator function",
+    "kernel = 'flash'": "is no function but of type str",
+    "import torch.nn as kernel": "is no function but of type module",
+}
+
+
+@pytest.mark.parametrize("text", NO_FUNCTION)
+def test_what_is_no_function_is_refused_before_anything_runs(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.py"
+    path.write_text(text)
+    with pytest.raises(BackendUnavailable, match=NO_FUNCTION[text]):
+        registry.load(f"{path}:kernel")
+
+
+def test_a_module_has_the_signature_of_its_forward(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "import torch\nclass Own(torch.nn.Module):\n    def forward(self, q, k, v): return q\nkernel = Own()\n"
+    )
+    with pytest.raises(BackendUnavailable, match=r"kernel\(q, k, v\) is no varlen kernel"):
+        registry.load(f"{path}:kernel")
+
+
+# Kernels that no process survives, and some that none comes back from.
+
+
+def falling(reports: dict[tuple[int, ...], Report]) -> type[InThisProcess]:
+    """Stands for ``Isolated`` with a kernel that brings this, by the lengths of a case."""
+
+    class Falling(InThisProcess):
+        def report(self, case: Case, *, operators: bool = False) -> Report:
+            return reports[case.lengths]
+
+    return Falling
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_a_kernel_that_no_process_survives_is_a_finding_at_once(
+    small: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died = Report("Crashed", "the process was ended by SIGSEGV while it ran this case", survived=False)
+    monkeypatch.setattr(limits, "Isolated", falling({limits.LENGTHS: died, (1,): died if small else Report()}))
+    fatal = found(written(tmp_path, dtypes=("fp32", "bf16"))).fatal
+    assert fatal is not None
+    assert fatal.case.lengths == ((1,) if small else limits.LENGTHS)
+    assert (fatal.how, fatal.message) == ("crashed", died.message)
+    finding = limits.finding_of(fatal, "mine", "cpu")
+    assert (finding.symptom, finding.messages) == ("Crashed", (f"Crashed [limits] every call: {died.message}",))
+
+
+def test_a_kernel_that_never_returns_is_a_finding_and_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hung = Report("Hung", "the process was silent for 45 seconds", survived=False)
+    monkeypatch.setattr(limits, "Isolated", falling({limits.LENGTHS: hung}))
+    fatal = found(written(tmp_path, dtypes=("fp32", "bf16"))).fatal
+    assert fatal is not None
+    assert limits.finding_of(fatal, "mine", "cpu").symptom == "Hung"
+    assert limits.ANSWER_SECONDS["cpu"] < 60
+
+
+def test_such_a_kernel_has_no_campaign(tmp_path: Path, attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    fatal = Limit("every call", "hung", "the process was silent", Case(level="kernel", lengths=(1,)))
+    monkeypatch.setattr("attn_fuzz.cli.campaigns.infer_limits", lambda *_: LimitsFound(fatal=fatal))
+    monkeypatch.delattr("attn_fuzz.cli.campaigns.Pool")
+    done = attn_fuzz("check", written(tmp_path), "--device", "cpu", "--json")
+    assert done.status == 1
+    assert "Traceback" not in done.err
+    (finding,) = done.json["findings"]
+    assert finding["symptom"] == "Hung"
+    assert (tmp_path / ".attn-fuzz" / "findings" / f"{finding['id']}.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "words"),
+    [(4, "died with exit code 4"), (-11, "was ended by SIGSEGV"), (130, "ended with KeyboardInterrupt"), (77, "died")],
+)
+def test_how_a_process_ended_is_said_in_words(exit_code: int, words: str) -> None:
+    assert cause_of_death(exit_code) == words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("deed", "words"),
+    [("raise KeyboardInterrupt", "ended with KeyboardInterrupt"), ("raise SystemExit(4)", "died with exit code 4")],
+)
+def test_what_ends_its_process_says_no_more_than_that(
+    deed: str, words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    child = Isolated(Subject(written(tmp_path, deed), "cpu", judged=False), 120.0)
+    try:
+        report = child.report(Case(level="kernel", lengths=(1,)))
+    finally:
+        child.close()
+    assert report.message == f"the process {words} while it ran this case"
+    assert not report.survived
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_layer_that_is_built_otherwise_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from attn_fuzz.backends import registry
 from attn_fuzz.batch.packed import packed_batch
-from attn_fuzz.batch.tensors import BatchTensors
+from attn_fuzz.execution.batch_tensors import BatchTensors
 from attn_fuzz.execution.runner import KernelCall
 from attn_fuzz.reference.answer import kernel_inputs
 from attn_fuzz.reference.case import MEMORIES, Case

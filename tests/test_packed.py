@@ -26,10 +26,10 @@ from attn_fuzz.batch.verdicts import ROWS
 from attn_fuzz.campaign.batch_worker import Sizing
 from attn_fuzz.campaign.messages import Assignment, Failed, Finished, Found, Message, Trying
 from attn_fuzz.campaign.packed_worker import CROWD, PackedWorker, work_on_packed
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.execution.runner import run_kernel
 from attn_fuzz.findings.finding import Finding
-from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import LONGEST, Sweep, draw_case
 from attn_fuzz.oracle.deviations import LIMIT, row_spreads

@@ -13,13 +13,13 @@ from attn_fuzz.backends.kernels.loop import LoopKernel
 from attn_fuzz.backends.known import issues_of
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend, calls_of
-from attn_fuzz.batch.calls import run_batch
 from attn_fuzz.batch.judged import Question
 from attn_fuzz.batch.packed import confirmed, judge_packed, packed_batch, packed_failure
 from attn_fuzz.batch.probes import PROBES
-from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.batch.verdicts import COLUMNS
 from attn_fuzz.campaign.plan import available_backends, takes_batches
+from attn_fuzz.execution.batch_tensors import BatchTensors
+from attn_fuzz.execution.calls import run_batch
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import Sweep, draw_case
 from attn_fuzz.oracle.known_answer.census import Census

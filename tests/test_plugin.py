@@ -13,7 +13,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+import attn_fuzz.api
 from attn_fuzz.backends import registry
+from attn_fuzz.campaign.replay import verdict_on
+from attn_fuzz.findings.finding import Finding
+from attn_fuzz.findings.regression_cases import RegressionCase
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.pytest_plugin import test_device as device_here
 from attn_fuzz.reference.case import Case
@@ -31,6 +35,7 @@ def imported() -> None:
     for name in registry.backend_names():
         registry.load(name).kernel.why_unavailable(device_here().partition(":")[0])
     examine(Case(level="kernel", lengths=(1,)), registry.load(SWAPPED), "cpu")
+    verdict_on(RegressionCase(name="", case=Case(level="kernel", lengths=(1,))), "loop", "cpu")
 
 
 @pytest.fixture
@@ -111,6 +116,20 @@ def test_a_skipped_gpu_test_is_skipped_otherwise(run: Run, monkeypatch: pytest.M
     assert result.ret == 0
 
 
+def test_saved_cases_of_gpus_are_gpu_tests(
+    run: Run, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that one that is skipped for want of a GPU fails where one is required."""
+    gpus(monkeypatch, 0)
+    folder = pytester.mkdir("regressions")
+    for device in ("cpu", "cuda"):
+        saved = RegressionCase(name=device, case=Case(level="kernel", lengths=(2,)), backend="loop", device=device)
+        (folder / f"{device}.json").write_text(saved.to_json())
+    result = run("", "-m", "cuda", "regressions")
+    result.assert_outcomes(skipped=1, deselected=1)
+    result.stdout.fnmatch_lines(["*found on cuda, and torch sees no CUDA device here*"])
+
+
 # Devices.
 
 
@@ -133,6 +152,142 @@ def test_a_worker_works_on_its_gpu(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     result = run("def test_device(attn_device):\n    assert attn_device == 'cuda:1'\n")
     result.assert_outcomes(passed=1)
     assert set(chosen) == {"1"}
+
+
+def test_workers_take_a_gpu_for_all_tests_when_that_is_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = gpus(monkeypatch, 2)
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw3")
+    run("def test_theirs(): pass\n").assert_outcomes(passed=1)
+    assert chosen == []
+    run("def test_theirs(): pass\n", "--attn-gpu-per-worker").assert_outcomes(passed=1)
+    assert chosen == ["cuda:1"]
+
+
+# Kernels of one's own, by mark and by fixture.
+
+MARKED = """
+import pytest
+
+LOOP = "my_package.kernels:varlen"
+
+
+@pytest.mark.attn_fuzz(kernel=LOOP)
+def test_empty():
+    pass
+
+
+@pytest.mark.attn_fuzz(kernel=LOOP, seconds=7, level="kernel")
+class TestSeveral:
+    def test_as_the_class(self):
+        pass
+
+    @pytest.mark.attn_fuzz(cases=3, dtype=["bf16"])
+    def test_otherwise(self):
+        pass
+
+    @pytest.mark.attn_fuzz(cases=3)
+    def test_says_more(self, attn_fuzz):
+        assert attn_fuzz(seconds=1, device="cuda:0").cases == 5
+
+
+def test_unmarked():
+    pass
+"""
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, dict[str, object]]]:
+    """What is checked and how, where nothing is fuzzed: a kernel called ``wrong`` has a finding, the others none."""
+    asked: list[tuple[object, dict[str, object]]] = []
+
+    def check(kernel: object, **options: object) -> attn_fuzz.api.Verdict:
+        asked.append((kernel, options))
+        finding = Finding(
+            backend=str(kernel),
+            device="cpu",
+            symptom="WrongGradK",
+            checks=("budget",),
+            messages=("dk is wrong",),
+            case=Case(lengths=(2,)),
+            original_case=Case(lengths=(2,)),
+            cases_to_find=1,
+            seconds_to_find=0.1,
+        )
+        found = [finding.to_dict()] if str(kernel).endswith("wrong") else []
+        return attn_fuzz.api.Verdict({"cases": 5, "findings": found})
+
+    monkeypatch.setattr(attn_fuzz.api, "check", check)
+    return asked
+
+
+def test_marks_name_kernels_and_say_how_long(
+    run: Run, checks: list[tuple[object, dict[str, object]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, 2)
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw3")
+    run(MARKED, "--attn-seconds", "60").assert_outcomes(passed=5)
+    assert {kernel for kernel, _ in checks} == {"my_package.kernels:varlen"}
+    assert [options for _, options in checks] == [
+        {"device": "cuda:1", "seconds": 60.0},
+        {"device": "cuda:1", "seconds": 7, "level": "kernel"},
+        {"device": "cuda:1", "cases": 3, "level": "kernel", "dtype": ["bf16"]},
+        {"device": "cuda:0", "seconds": 1, "level": "kernel"},
+    ]
+
+
+def test_how_long_is_otherwise_for_the_command_line(
+    run: Run, checks: list[tuple[object, dict[str, object]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, 0)
+    empty = 'import pytest\n\n\n@pytest.mark.attn_fuzz(kernel="k.py:right")\ndef test_kernel(): pass\n'
+    for options in ((), ("--attn-cases", "9")):
+        run(empty, *options).assert_outcomes(passed=1)
+    assert [options for _, options in checks] == [{"device": "cpu", "seconds": 20.0}, {"device": "cpu", "cases": 9}]
+
+
+def marked(options: str, lines: str = "pass", fixtures: str = "") -> str:
+    """A test file with one marked test."""
+    return f"import pytest\n\n\n@pytest.mark.attn_fuzz({options})\ndef test_kernel({fixtures}):\n    {lines}\n"
+
+
+@pytest.mark.usefixtures("checks")
+def test_findings_fail_marked_tests(run: Run) -> None:
+    for source in (marked('kernel="k.py:wrong"'), marked("", 'attn_fuzz("k.py:wrong")', "attn_fuzz")):
+        result = run(source)
+        result.assert_outcomes(failed=1)
+        result.stdout.fnmatch_lines(["*1 findings in 5 cases:", "*dk is wrong"])
+        # Lines of this project's own tell a user nothing.
+        assert "pytest_plugin.py" not in result.stdout.str()
+
+
+def test_a_test_that_fails_by_itself_is_not_checked(run: Run, checks: list[tuple[object, dict[str, object]]]) -> None:
+    run(marked('kernel="k.py:right"', "assert False")).assert_outcomes(failed=1)
+    run(marked('kernel="k.py:right"', "pytest.importorskip('none_such')")).assert_outcomes(skipped=1)
+    assert checks == []
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (marked("seconds=5"), "names no kernel"),
+        (marked("seconds=5", "attn_fuzz()", "attn_fuzz"), "names no kernel"),
+        (marked("'k.py:right'"), "takes options by name only"),
+    ],
+)
+def test_a_mark_without_a_kernel_is_told(source: str, said: str, run: Run) -> None:
+    result = run(source)
+    result.assert_outcomes(failed=1)
+    assert said in result.stdout.str()
+
+
+def test_a_check_on_a_gpu_is_skipped_where_there_is_none(
+    run: Run, checks: list[tuple[object, dict[str, object]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, 0)
+    run(marked('kernel="k.py:right", device="cuda"')).assert_outcomes(skipped=1)
+    gpus(monkeypatch, 1)
+    run(marked('kernel="k.py:right", device="cuda"')).assert_outcomes(passed=1)
+    assert [options["device"] for _, options in checks] == ["cuda:0"]
 
 
 # Backends.
@@ -220,6 +375,22 @@ def test_loading_it_changes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -
     assert printed(run(before + STATE, "-s")) == [f"(True, True) {settings.default.max_examples} []", "3"]
 
 
+@pytest.mark.usefixtures("others_state", "checks")
+def test_marked_tests_and_saved_cases_change_nothing_for_others(
+    run: Run, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "ONEDNN_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    torch.set_num_threads(3)
+    saved = RegressionCase(name="kept", case=Case(level="kernel", lengths=(2,)), backend="loop", device="cpu")
+    pytester.mkdir("regressions").joinpath("kept.json").write_text(saved.to_json())
+    source = marked('kernel="k.py:right"') + f"\n\nBEFORE = {set(os.environ) | {'PYTEST_CURRENT_TEST'}!r}\n" + STATE
+    source = source.replace("torch.set_num_threads(3)", "")
+    result = run(source, "-s", "regressions", ".")
+    result.assert_outcomes(passed=4)
+    assert printed(result) == [f"(True, True) {settings.default.max_examples} []", "3"]
+
+
 def test_loading_it_imports_nothing_heavy() -> None:
     program = "import sys, attn_fuzz.pytest_plugin; print('torch' in sys.modules, 'hypothesis' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=HERE.parent, capture_output=True, text=True, check=True)
@@ -274,3 +445,28 @@ def test_a_seed_draws_again_what_it_drew(run: Run) -> None:
     assert len(first) == 20
     assert first == again
     assert first != other
+
+
+# Saved cases.
+
+
+SAVED = '{"case": {"level": "kernel", "lengths": [2], "head_dim": 2}, "device": "cpu", '
+
+
+def test_saved_cases_are_tests_from_any_folder(pytester: pytest.Pytester, tmp_path: Path) -> None:
+    """pytest's root is another folder, that of its command, and the kernel is found all the same."""
+    kernel = (HERE.parent / "examples" / "my_kernel.py").read_text()
+    wrong = "\n\ndef wrong(*arguments, **options):\n    return 1.5 * kernel(*arguments, **options)\n"
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "my.py").write_text(kernel + wrong)
+    folder = tmp_path / "tests" / "regressions"
+    folder.mkdir(parents=True)
+    (folder / "red.json").write_text(SAVED + '"backend": "kernels/my.py:wrong", "root": "../.."}')
+    (folder / "green.json").write_text(SAVED + '"backend": "kernels/my.py:kernel", "root": "../.."}')
+    (folder / "newer.json").write_text(SAVED + '"backend": "kernels/my.py:kernel", "format": 99}')
+    here = ("--rootdir", str(pytester.path), "-p", "attn_fuzz.pytest_plugin", "-p", "no:xdist")
+    result = pytester.runpytest_inprocess(str(folder), *here)
+    result.assert_outcomes(failed=2, passed=1)
+    output = result.stdout.str()
+    assert "newer.json: it was written by a newer version (format 99); upgrade attn-fuzz" in output
+    assert "pytest_plugin.py" not in output

@@ -298,11 +298,14 @@ def test_one_finding_of_a_backend_is_enough_for_all_its_hunts(monkeypatch: pytes
         Assignment(backend="fault:M51-swapped", device="cpu", seed=1, stop_at_first=True, mode=mode)
         for mode in ("case", "packed", "case")
     ]
-    outcome = Pool(jobs, 2, nothing, nothing).run()
+    ended: list[str] = []
+    outcome = Pool(jobs, 2, nothing, nothing, on_end=ended.append).run()
     (finding,) = outcome.findings
     assert finding.case == SMALL
     assert outcome.tallies["fault:M51-swapped"].cases == 1
     assert not outcome.interrupted
+    # Once, after the last of its hunts.
+    assert ended == ["trigger:11,23:loop"]
 
 
 # One case in a process of its own.

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+from multiprocessing.connection import Connection
 
 import pytest
 import torch
 
 from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.campaign.pool import Pool
+from attn_fuzz.execution import new_process
 from attn_fuzz.execution.process import (
     beyond_its_call,
     device_failed,
-    environment_of_children,
     in_words,
     lacks_memory,
 )
@@ -72,14 +74,34 @@ def test_what_is_a_lack_of_memory(error: Exception, lacking: bool) -> None:
         assert beyond_its_call(error)
 
 
-def test_what_children_find_is_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A caller's own environment is theirs, also where it had the variable."""
+def tell(connection: Connection) -> None:
+    """What a new process finds."""
+    connection.send(({name: os.environ.get(name) for name in ("HAD", "HAD_NOT", "LATER")}, sys.path, os.getppid()))
+
+
+@pytest.mark.slow
+def test_a_new_process_finds_its_parents_environment_and_what_was_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller's own environment is theirs, also where it had the variable, and is as it is now for each process."""
     monkeypatch.setenv("HAD", "mine")
     monkeypatch.delenv("HAD_NOT", raising=False)
-    with environment_of_children({"HAD": "ours", "HAD_NOT": "ours"}):
-        assert (os.environ["HAD"], os.environ["HAD_NOT"]) == ("ours", "ours")
+    found = []
+    for later in ("first", "second"):
+        monkeypatch.setenv("LATER", later)
+        ours, theirs = new_process.context().Pipe(duplex=False)
+        process = new_process.start(tell, (theirs,), {"HAD": "ours", "HAD_NOT": "ours"})
+        assert ours.poll(60)
+        found.append(ours.recv())
+        process.join()
+        assert process.exitcode == 0
+    environments, paths, parents = zip(*found, strict=True)
+    assert environments == tuple({"HAD": "ours", "HAD_NOT": "ours", "LATER": later} for later in ("first", "second"))
     assert os.environ["HAD"] == "mine"
     assert "HAD_NOT" not in os.environ
+    assert set(map(tuple, paths)) == {tuple(sys.path)}
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        # One process has imported everything, and both come of it.
+        assert len(set(parents)) == 1
+        assert os.getpid() not in parents
 
 
 @pytest.mark.slow

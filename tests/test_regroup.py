@@ -10,7 +10,7 @@ from attn_fuzz.backends import registry
 from attn_fuzz.backends.layer import BufferedLayer
 from attn_fuzz.backends.loop import Call, Document, Loop
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.oracle.checks.regroup import recut, regrouped, regrouped_case, turned
+from attn_fuzz.oracle.checks.regroup import recut, regrouped, regrouped_case
 from attn_fuzz.oracle.symptoms import NotRegrouped
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.case import Case
@@ -23,10 +23,10 @@ CASE = Case(level="kernel", lengths=(3, 0, 4), key_lengths=(3, 2, 6), document_i
 
 
 def test_the_first_document_goes_last_with_its_keys_and_its_name() -> None:
-    other = turned(CASE)
+    other = regrouped_case(CASE)
     assert other is not None
     assert (other.lengths, other.key_lengths, other.document_ids) == ((0, 4, 3), (2, 6, 3), (1, 3, 5))
-    assert turned(CASE.replace(key_lengths=None, document_ids=None)).document_ids == (1, 2, 0)  # type: ignore[union-attr]
+    assert regrouped_case(CASE.replace(key_lengths=None, document_ids=None)).document_ids == (1, 2, 0)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("cuts", "other"), [((2, 5), ()), ((), (4,))])

@@ -9,7 +9,7 @@ from doubles import double, trial
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.loop import Call, Gradients, Loop
 from attn_fuzz.batch.judge import moving
-from attn_fuzz.generation.calls import CallBatch
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.oracle.checks import Check
 from attn_fuzz.oracle.checks.isolation import documents_apart
 from attn_fuzz.oracle.checks.memory import unwritten_unread

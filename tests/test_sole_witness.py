@@ -8,6 +8,7 @@ import torch
 from attn_fuzz.backends import registry
 from attn_fuzz.oracle.checks import CHECKS, PROBES
 from attn_fuzz.oracle.examine import examine
+from attn_fuzz.oracle.symptoms import Symptom
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.case import Case
 
@@ -52,16 +53,26 @@ WITNESSES = {
 }
 
 
-def failing(fault: str, case: Case) -> set[str]:
-    """Names of all checks that fail, probes asked even where others have failed."""
+WITHOUT_ELEMENT = {"complete", "inputs_intact", "buffer_intact", "results_kept", "path"}
+"""Checks of results that are missing, of memory that is no result, and of names."""
+
+
+def failing(fault: str, case: Case) -> list[Symptom]:
+    """What all checks see, probes asked even where others have failed."""
     trial = Trial(case, registry.load(f"fault:{fault}"), torch.device("cpu"))
-    return {symptom.check for check in (*CHECKS, *PROBES) for symptom in check(trial)}
+    return [symptom for check in (*CHECKS, *PROBES) for symptom in check(trial)]
 
 
 @pytest.mark.parametrize(("check", "fault", "text"), [(check, *rest) for check, rest in WITNESSES.items()])
 def test_a_check_has_a_fault_that_it_alone_sees(check: str, fault: str, text: str) -> None:
     case = Case.from_json(text)
-    assert failing(fault, case) == {check}
+    symptoms = failing(fault, case)
+    assert {symptom.check for symptom in symptoms} == {check}
+    for symptom in symptoms:
+        # Where it is, what came and what should have, as data: a sentence is for people.
+        assert (symptom.element is None) == (check in WITHOUT_ELEMENT)
+        if symptom.element is not None:
+            assert symptom.element.got != symptom.element.expected or check == "spread"
     assert examine(case, registry.load("loop"), "cpu").symptoms == ()
 
 

@@ -15,10 +15,10 @@ from attn_fuzz.batch.batch_size import _forms_a_mask
 from attn_fuzz.batch.judge import SCHEDULE, judge
 from attn_fuzz.batch.judged import Question
 from attn_fuzz.batch.packed import judge_packed
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.observation import Observation
 from attn_fuzz.execution.poison import POISONS
 from attn_fuzz.execution.runner import KernelCall, run_kernel, run_layer
-from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.symptoms import PoisonLeaked
 from attn_fuzz.reference.answer import kernel_inputs

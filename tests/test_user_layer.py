@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 from commandline import Run, sentence
 from hunts import first_failure, first_finding
+from in_turn import InThisProcess
 
 from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import BackendUnavailable
+from attn_fuzz.campaign import limits
 from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.evaluation.seeded_faults import drawn
 from attn_fuzz.oracle.examine import examine, some_probes
+from attn_fuzz.oracle.symptoms import MissingResult
 from attn_fuzz.reference.case import Case
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,3 +148,66 @@ def test_a_layer_that_raises_is_told_where(tmp_path: Path) -> None:
     finding = first_finding(job(broken))
     assert finding.case == Case(level="layer", lengths=(2,), cuts=(1,), head_dim=1, hidden=1)
     assert f"no past yet (written.py, line {place})" in finding.messages[0]
+
+
+# What is no layer, told before a campaign.
+
+NO_LAYER = {
+    "forward(self, x): return x": "forward should be called as forward(x, begin, end): too many positional arguments",
+    "backward(self): return 0": "backward should be called as backward(dout): too many positional arguments",
+    "__init__(self): pass": "it should be built as CLASS(weights, case): too many positional arguments",
+}
+USELESS = {
+    "forward(self, *x): return None": "forward should give a tensor, but gave NoneType",
+    "forward(self, *x): return super().forward(*x), 1": "forward should give a tensor, but gave tuple",
+    "forward(self, *x): return super().forward(*x)[:, None]": "the shape of what forward gives is",
+    "forward(self, *x): return super().forward(*x).double()": "the dtype of what forward gives is torch.float64",
+    "forward(self, *x): import no_such_package": "ModuleNotFoundError: No module named 'no_such_package'",
+    "backward(self, d): super().backward(d)": "backward should give a tensor, but gave NoneType",
+    "parameter_gradients(self): return []": "parameter_gradients should give a dict of gradients by weight name",
+    "parameter_gradients(self): return {}": "parameter_gradients should give gradients by weight name, but gave none",
+    "key_value(self): return 3": "key_value should give two tensors, of keys and of values, or None",
+    "key_value(self): return (torch.zeros(99, 2, 1, 64),) * 2": "key_value should give tensors [rows, 2, 64]",
+}
+
+
+def overridden(folder: Path, method: str) -> str:
+    """The example with one method replaced."""
+    path = folder / "overridden.py"
+    path.write_text(f"{EXAMPLE.read_text()}\n\nclass Bad(Layer):\n    def {method}\n")
+    return f"layer:{path}:Bad"
+
+
+@pytest.mark.parametrize("method", NO_LAYER)
+def test_a_class_that_cannot_be_called_as_a_layer_is_refused_before_anything_runs(method: str, tmp_path: Path) -> None:
+    with pytest.raises(BackendUnavailable) as told:
+        registry.load(overridden(tmp_path, method))
+    assert NO_LAYER[method] in str(told.value)
+
+
+def test_a_function_or_a_coroutine_is_no_layer(tmp_path: Path) -> None:
+    with pytest.raises(BackendUnavailable, match="forward returns before it has computed anything"):
+        registry.load(overridden(tmp_path, "key(self): pass\n    async def forward(self, x, begin, end): return x"))
+    path = tmp_path / "function.py"
+    path.write_text("def Layer(weights, case): pass\n")
+    with pytest.raises(BackendUnavailable, match="it is a function, and should be a class"):
+        registry.load(f"layer:{path}:Layer")
+
+
+@pytest.mark.parametrize("method", USELESS)
+def test_a_layer_that_returns_something_else_is_told_in_one_sentence(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "Isolated", InThisProcess)
+    name = overridden(tmp_path, method)
+    with pytest.raises(BackendUnavailable) as told:
+        limits.infer_limits(name, "cpu", ("fp32",), 1, lambda limit: None)
+    assert str(told.value).startswith(f"{name.removeprefix('layer:')} cannot be tested: {USELESS[method]}")
+
+
+def test_a_wrong_shape_now_and_then_is_a_finding(tmp_path: Path) -> None:
+    name = overridden(tmp_path, "forward(self, *x): y = super().forward(*x); return y[:, None] if len(y) > 3 else y")
+    few, many = (Case(lengths=(count,), head_dim=4, hidden=8) for count in (3, 4))
+    backend = registry.load(name)
+    assert examine(few, backend, "cpu").symptoms == ()
+    assert type(examine(many, backend, "cpu").first) is MissingResult

@@ -9,12 +9,12 @@ from typing import Final
 import torch
 
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.batch.calls import PLAIN, BatchResult, How, run_batch
-from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.batch.verdicts import COLUMNS
+from attn_fuzz.cases.call_batch import CallBatch
+from attn_fuzz.execution.batch_tensors import BatchTensors
+from attn_fuzz.execution.calls import PLAIN, BatchResult, How, run_batch
 from attn_fuzz.execution.inferred import inferred
 from attn_fuzz.execution.observation import in_our_convention
-from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.oracle.symptoms import Symptom
 from attn_fuzz.reference.answer import KERNEL_TENSORS, Inputs, kernel_inputs
 

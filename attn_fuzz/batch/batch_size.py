@@ -1,7 +1,12 @@
-"""How many documents a call should have: few for a kernel that forms masks over the whole pack, however fast it is."""
+"""How many documents a call should have: few for a kernel that forms masks over the whole pack, however fast it is.
+
+And how long the longest of them: a kernel that pads every document to the longest takes minutes where one has thousands
+of queries.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -15,6 +20,7 @@ from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.execution.runner import KernelCall
 from attn_fuzz.generation.domain import Domain
+from attn_fuzz.generation.layouts import takes_few_keys
 from attn_fuzz.reference.answer import kernel_inputs
 from attn_fuzz.reference.batched import free_bytes
 from attn_fuzz.reference.case import Case
@@ -27,6 +33,19 @@ _REPEATS: Final = 5
 _SQUARE: Final = 3.0
 """How much a document's time may grow by from few to many: not at all where documents are apart, eightfold where a mask
 over all of them is all that counts, and more where that no longer fits into caches."""
+
+_LONG: Final = 1024
+"""Queries of the longest document of a call that is to show padding."""
+
+_HEADS: Final = 16
+"""Of that call: with one, what a call costs whatever its size hides the padding."""
+
+_REPEATS_PADDED: Final = 2
+"""Of that call, which takes a second where there is padding."""
+
+_PADDED: Final = 3.0
+"""How much longer a call with one long document may take than the long one and the others by themselves; where each of
+``_FEW`` others is padded to it, some thirty times."""
 
 _TOKENS: Final = 700
 """Queries and keys of a call beyond which masks over the whole pack take longer than the reference does."""
@@ -61,18 +80,31 @@ def _run(call: KernelCall) -> None:
     call.backward()
 
 
-def _forms_a_mask(call: KernelCall) -> bool:
-    """Whether a tensor is made that has an element for every query and key of the pack, whichever document's."""
-    pairs = sum(call.case.packed_lengths) * sum(call.case.packed_key_lengths)
+def _largest_made(call: KernelCall) -> int:
+    """Elements of the largest tensor that a call makes; 0 for what cannot be watched, as some kernels cannot."""
     if call.backend.kernel.compiled:
-        return False
+        return 0
     try:
         with _Largest() as largest:
             _run(call)
     except Exception:
-        # What some kernels do cannot be watched.
-        return False
-    return largest.elements >= pairs
+        return 0
+    return largest.elements
+
+
+def _forms_a_mask(call: KernelCall) -> bool:
+    """Whether a tensor is made that has an element for every query and key of the pack, whichever document's."""
+    return _largest_made(call) >= sum(call.case.packed_lengths) * sum(call.case.packed_key_lengths)
+
+
+def _forms_padding(call: KernelCall) -> bool:
+    """Whether a tensor is made in which every document has as many rows as the longest."""
+    lengths = call.case.packed_lengths
+    return _largest_made(call) >= len(lengths) * max(lengths) * call.case.heads * call.case.head_dim
+
+
+_UNTRIED: Final = (UnsupportedCase, NotImplementedError, MemoryError, RuntimeError)
+"""What calls raise that are not taken; what else may be wrong with them is for the campaign to say."""
 
 
 def masks_whole_pack(backend: Backend, domain: Domain, announce: Callable[[Case], object] = id) -> bool:
@@ -83,32 +115,88 @@ def masks_whole_pack(backend: Backend, domain: Domain, announce: Callable[[Case]
         domain: the options that it takes.
         announce: told each case before it runs.
     """
-    taken = []
-    for count in (_FEW, _MANY):
-        case = Case(
-            level="kernel",
-            lengths=(8,) * count,
-            key_lengths=(8 if domain.capabilities.causal_needs_equal_lengths else 16,) * count,
-            head_dim=domain.head_dims[0],
-            causal=domain.capabilities.causal,
-            dtype=domain.dtypes[0],
+    case = Case(
+        level="kernel",
+        lengths=(8,) * _FEW,
+        key_lengths=(8 if domain.capabilities.causal_needs_equal_lengths else 16,) * _FEW,
+        head_dim=domain.head_dims[0],
+        causal=domain.capabilities.causal,
+        dtype=domain.dtypes[0],
+    )
+    asked = _Asking(backend, torch.device(domain.device), announce)
+    if not asked.takes(case):
+        return False
+    times = _MANY // _FEW
+    many = case.replace(lengths=case.lengths * times, key_lengths=case.packed_key_lengths * times)
+    try:
+        return _forms_a_mask(asked.call(case)) or asked.is_slower(many, _SQUARE * times * asked.seconds(case))
+    except _UNTRIED:
+        return False
+
+
+def pads_to_longest(backend: Backend, domain: Domain, announce: Callable[[Case], object] = id) -> bool:
+    """Whether a kernel gives every document the rows of the longest, or its time grows as if.
+
+    False where it takes no document of many queries and few keys, and where nothing can be tried.
+
+    Args:
+        backend: with or without a kernel level.
+        domain: the options that it takes.
+        announce: told each case before it runs.
+    """
+    causal = not domain.capabilities.noncausal
+    many = Case(
+        level="kernel",
+        lengths=(8,) * _FEW,
+        heads=_HEADS,
+        kv_heads=_HEADS,
+        head_dim=domain.head_dims[0],
+        causal=causal,
+        dtype=domain.dtypes[0],
+    )
+    long = many.replace(lengths=(_LONG,), key_lengths=(8,))
+    case = many.replace(lengths=many.lengths + long.lengths, key_lengths=(8,) * (_FEW + 1))
+    asked = _Asking(backend, torch.device(domain.device), announce)
+    if not takes_few_keys(domain.capabilities, causal=causal) or not asked.takes(case):
+        return False
+    try:
+        return _forms_padding(asked.call(case)) or asked.is_slower(
+            case, _PADDED * (asked.seconds(many) + asked.seconds(long)), _REPEATS_PADDED
         )
-        if "kernel" not in backend.levels or backend.refusal(case, domain.device) is not None:
-            return False
-        announce(case)
-        device = torch.device(domain.device)
-        call = KernelCall(backend, case, kernel_inputs(case, device), "nan", device)
-        if _forms_a_mask(call):
-            return True
-        try:
-            taken.append(min(_seconds(call) for _ in range(_REPEATS)) / count)
-        except (UnsupportedCase, NotImplementedError, MemoryError, RuntimeError):
-            # What is wrong with it is for the campaign to say.
-            return False
-    return taken[1] > _SQUARE * taken[0]
+    except _UNTRIED:
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asking:
+    """Calls of a backend that tell how its time grows."""
+
+    backend: Backend
+    device: torch.device
+    announce: Callable[[Case], object]
+
+    def takes(self, case: Case) -> bool:
+        """Whether it takes such a case."""
+        return "kernel" in self.backend.levels and self.backend.refusal(case, self.device.type) is None
+
+    def call(self, case: Case) -> KernelCall:
+        """A call of it, announced."""
+        self.announce(case)
+        return KernelCall(self.backend, case, kernel_inputs(case, self.device), "nan", self.device)
+
+    def seconds(self, case: Case) -> float:
+        """What a call takes, the least of several."""
+        call = self.call(case)
+        return min(_seconds(call) for _ in range(_REPEATS))
+
+    def is_slower(self, case: Case, seconds: float, repeats: int = _REPEATS) -> bool:
+        """Whether the least of several calls takes longer: the first that does not is an answer."""
+        call = self.call(case)
+        return all(_seconds(call) > seconds for _ in range(repeats))
 
 
 def _seconds(call: KernelCall) -> float:
+    """Of processor time."""
     started = time.process_time()
     _run(call)
     return time.process_time() - started

@@ -13,8 +13,8 @@ from attn_fuzz.batch.batch_run import NAMES, BatchRun
 from attn_fuzz.batch.judged import Judged, Question
 from attn_fuzz.batch.questions import QUESTIONS
 from attn_fuzz.batch.verdicts import COLUMNS, largest_z, other_bits
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.inferred import TIMES, promises
-from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.oracle.deviations import LIMIT, limit
 
 SCHEDULE: Final = (

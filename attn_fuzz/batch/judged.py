@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 import torch
 
 from attn_fuzz.batch.batch_run import APART, NAMES, PROBED, TAILS
-from attn_fuzz.generation.calls import CallBatch
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.oracle.deviations import LIMIT
 from attn_fuzz.oracle.symptoms import DeadRowsNotZero, NotIsolated, PoisonLeaked, Symptom, WrongSpread, wrong_tensor
 from attn_fuzz.reference.case import Case

@@ -13,9 +13,10 @@ import torch
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.judged import Judged, Question
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.poison import poisoned
 from attn_fuzz.execution.process import in_words, raise_lack_of_memory
-from attn_fuzz.generation.calls import CallBatch
+from attn_fuzz.execution.runner import LayerRun
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import USUAL_HEADS, draw_options, edge_lengths
 from attn_fuzz.oracle.deviations import LIMIT, deviations, limit
@@ -24,7 +25,7 @@ from attn_fuzz.reference.batched import kernel_answer
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.exact_layer import EXACT_TENSORS, exact_layer_answer
 from attn_fuzz.reference.layer import LayerInputs, layer_inputs
-from attn_fuzz.reference.layout import document_spans, micro_sequences
+from attn_fuzz.reference.layout import document_spans
 from attn_fuzz.reference.packed import packed
 from attn_fuzz.reference.profile import Profile
 
@@ -74,18 +75,14 @@ def draw_layer_case(random: Random, backend: Backend, domain: Domain, documents:
     return None
 
 
-def run(case: Case, inputs: LayerInputs, backend: Backend) -> dict[str, torch.Tensor]:
-    """All micro-sequences forward, then backward in reverse: ``EXACT_TENSORS`` that the layer gives, on the device."""
+def run_through(case: Case, inputs: LayerInputs, backend: Backend) -> LayerRun:
+    """All micro-sequences forward, then backward in reverse, from memory of NaN; buffers are not compared by step."""
     device = inputs.x.device
-    parts = micro_sequences(case)
+    run = LayerRun(backend, case, inputs, "nan", device, watched=False)
     with poisoned("nan", device, compiled=backend.kernel.compiled):
-        layer = backend.layer(inputs.weights, case, backend.kernel)
-        outputs = [layer.forward(inputs.x[slice(*part)], *part) for part in parts]
-        gradients = [layer.backward(inputs.dout[slice(*part)]) for part in reversed(parts)]
-    results = {"out": torch.cat(outputs).detach(), "dx": torch.cat(gradients[::-1]).detach()}
-    if (buffers := layer.key_value_gradients()) is not None:
-        results |= {name: buffer[: case.tokens] for name, buffer in zip(("dk", "dv"), buffers, strict=True)}
-    return results
+        run.forward()
+        run.backward()
+    return run
 
 
 def _answer(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Expected]:
@@ -104,7 +101,8 @@ def judge_layer(case: Case, backend: Backend, device: torch.device) -> Judged:
     z = torch.zeros(count, len(EXACT_TENSORS), dtype=torch.float64, device=device)
     judged = Judged(CallBatch(case, (count,)), z.cpu(), Question("nan"), names=EXACT_TENSORS)
     try:
-        results = run(case, inputs, backend)
+        run = run_through(case, inputs, backend)
+        results = run.results()
     except (UnsupportedCase, NotImplementedError) as refusal:
         return dataclasses.replace(judged, refused={0: str(refusal)})
     except Exception as error:
@@ -119,4 +117,4 @@ def judge_layer(case: Case, backend: Backend, device: torch.device) -> Judged:
             return dataclasses.replace(judged, broken={0: f"{name} is of another shape"})
         worst = deviations(case, results[name], expected[name]).flatten(1).amax(1)
         z[:, column].scatter_reduce_(0, owner, worst, "amax")
-    return dataclasses.replace(judged, z=z.cpu() * (LIMIT / limit(case)))
+    return dataclasses.replace(judged, z=z.cpu() * (LIMIT / limit(case)), touched=bool(run.changed()))

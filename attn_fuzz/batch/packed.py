@@ -13,7 +13,7 @@ from attn_fuzz.batch.batch_run import PROBED
 from attn_fuzz.batch.judge import judge, moving
 from attn_fuzz.batch.judged import BY_BITS, Judged, Question
 from attn_fuzz.batch.layer import judge_layer
-from attn_fuzz.generation.calls import CallBatch
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.oracle.symptoms import Crashed, InputsChanged, PoisonLeaked, Symptom, WrongSpread
 from attn_fuzz.oracle.trial import SECOND_SEED
 from attn_fuzz.reference.case import Case
@@ -44,7 +44,7 @@ class PackedFailure:
 
 def packed_batch(case: Case) -> CallBatch:
     """A packed case as a batch of one call."""
-    return CallBatch(case, (len(case.packed_lengths),))
+    return CallBatch.of_one(case)
 
 
 def judge_packed(

@@ -1,30 +1,30 @@
 """What is asked of a batch beside the budgets of its drawn values: adding a question is one function, listed here.
 
-Each stands for a check or probe of the case mode (attn_fuzz/oracle/checks), to which a call that fails is handed over.
+Known answers (oracle/known_answer) and relations (oracle/relations) make the tensors and compare the results, here as
+in the checks of single cases (oracle/checks), to which a call that fails is handed over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 import torch
 
 from attn_fuzz.batch.batch_run import APART, PROBED, TAILS, BatchRun
-from attn_fuzz.batch.calls import How
 from attn_fuzz.batch.probes import PROBES
-from attn_fuzz.batch.verdicts import largest_z, of_documents, other_bits
+from attn_fuzz.batch.verdicts import largest_z, other_bits
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
+from attn_fuzz.execution.calls import Asked, How
 from attn_fuzz.execution.inferred import inferred
-from attn_fuzz.execution.runner import Asked
-from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.generation.options import usual_scales
-from attn_fuzz.oracle.checks.asked import INFERENCE, SOME_GRADIENTS, TWICE
 from attn_fuzz.oracle.checks.dead_rows import unfilled
-from attn_fuzz.oracle.checks.isolation import first_kept, garbage_of, moved_bits
 from attn_fuzz.oracle.garbage import kernel_garbage
-from attn_fuzz.oracle.known_answer.row_index import RowIndex
-from attn_fuzz.reference.answer import KERNEL_TENSORS, Inputs, kernel_inputs
+from attn_fuzz.oracle.relations import autograd
+from attn_fuzz.oracle.relations.isolation import Spoiled, garbage_of, moved_bits
+from attn_fuzz.oracle.relations.reordered import Reordered
+from attn_fuzz.reference.answer import kernel_inputs
 
 
 def probe_of(name: str) -> Callable[[BatchRun], None]:
@@ -44,18 +44,18 @@ def probe_of(name: str) -> Callable[[BatchRun], None]:
 
 def inference(batch_run: BatchRun) -> None:
     """The forward without autograd."""
-    _asked(batch_run, INFERENCE)
+    _asked(batch_run, autograd.INFERENCE)
 
 
 def some_gradients(batch_run: BatchRun) -> None:
     """Gradients of some inputs only."""
-    some = list(SOME_GRADIENTS.values())
-    _asked(batch_run, some[batch_run.case.seed % len(some)])
+    _, asked = autograd.some_gradients(batch_run.case)
+    _asked(batch_run, asked)
 
 
 def second_backward(batch_run: BatchRun) -> None:
     """A second backward over the same graph, for kernels that allow it."""
-    _asked(batch_run, TWICE)
+    _asked(batch_run, autograd.TWICE)
 
 
 def _asked(batch_run: BatchRun, asked: Asked) -> None:
@@ -75,52 +75,30 @@ def again(batch_run: BatchRun) -> None:
 
 def documents_apart(batch_run: BatchRun) -> None:
     """Every other document full of garbage: the others' results are the same."""
-    garbage = garbage_of(
-        batch_run.case, inferred(batch_run.backend, str(batch_run.device)), kernel_garbage(batch_run.case)
-    )
-    places, turn = RowIndex(batch_run.case, batch_run.device), first_kept(batch_run.case)
-    _spoiled(batch_run, places.owner % 2 == turn, places.key_owner % 2 == turn, garbage, KERNEL_TENSORS)
+    case, device = batch_run.case, batch_run.device
+    garbage = garbage_of(case, inferred(batch_run.backend, str(device)), kernel_garbage(case))
+    _judge(batch_run, Spoiled.documents(case, device, garbage))
 
 
 def future_apart(batch_run: BatchRun) -> None:
     """Keys that earlier rows do not see, and later rows, full of garbage: those rows' results are the same."""
-    if max(batch_run.case.effective_window) < 0:
-        return
-    places = RowIndex(batch_run.case, batch_run.device)
-    rest = places.lengths // 2
-    every = torch.arange(len(rest), device=batch_run.device)
-    # What rows in a row see is a run of keys, too.
-    begin, end = places.seen_by(torch.zeros_like(rest), every)[0], places.seen_by(rest - 1, every)[1]
-    end, owner = torch.where(rest > 0, end, begin), places.key_owner
-    seen = (places.key_position >= begin[owner]) & (places.key_position < end[owner])
-    # Finite: kernels multiply whole tiles, so that masked NaN in a row's own tile may stay NaN.
-    _spoiled(
-        batch_run, places.position < rest[places.owner], seen, kernel_garbage(batch_run.case), ("out", "lse", "dq")
-    )
+    spoiled = Spoiled.future(batch_run.case, batch_run.device, kernel_garbage(batch_run.case))
+    if spoiled is not None:
+        _judge(batch_run, spoiled)
 
 
-def _spoiled(
-    batch_run: BatchRun,
-    rows: torch.Tensor,
-    key_rows: torch.Tensor,
-    garbage: float,
-    results: Sequence[str],
-) -> None:
-    """Garbage everywhere but in some rows, some of whose results keep their bits where that is promised."""
-    names = [name for name in results if name in batch_run.promised and len(batch_run.first.get(name, ()))]
+def _judge(batch_run: BatchRun, spoiled: Spoiled) -> None:
+    """Rows that had to stay keep their bits, in results that have the same bits every time."""
+    names = [name for name in spoiled.results if name in batch_run.promised and len(batch_run.first.get(name, ()))]
     if not names:
         return
-    kept = {"q": rows, "k": key_rows, "v": key_rows, "dout": rows}
-    drawn = batch_run.inputs()
-    tensors = {name: getattr(drawn, name) for name in kept}
-    spoilt = {name: torch.where(kept[name][:, None, None], x, x.new_tensor(garbage)) for name, x in tensors.items()}
-    after = batch_run.run(batch_run.load(batch_run.batch, Inputs(**spoilt)), batch_run.poison)
-    found = torch.zeros(len(batch_run.case.packed_lengths), dtype=torch.bool, device=batch_run.device)
+    after = batch_run.run(batch_run.load(batch_run.batch, spoiled.inputs(batch_run.inputs())), batch_run.poison)
+    count = len(batch_run.case.packed_lengths)
+    found = torch.zeros(count, dtype=torch.bool, device=batch_run.device)
     for name in names:
-        if name in after:
-            differs = moved_bits(batch_run.first[name], after[name]).flatten(1).any(1)
-            mine = key_rows if name in ("dk", "dv") else rows
-            found |= of_documents(batch_run.case, name, differs & mine)
+        if spoiled.fits(name, batch_run.first, after):
+            pair = batch_run.first[name], after[name]
+            found |= spoiled.compared(name, *pair, moved_bits(*pair)).of_documents(count)
     batch_run.accuse(APART, found)
 
 
@@ -132,20 +110,11 @@ def turned(batch_run: BatchRun) -> None:
         small = subset(batch.case, span)
         fits = small is not None and batch_run.backend.refusal(small, batch_run.device.type) is None
         order += span if fits else range(*batch.spans[index])
-    case = subset(batch.case, order)
-    assert case is not None
-    other = CallBatch(case, batch.ends)
-    results = batch_run.run(batch_run.load(other, kernel_inputs(case, batch_run.device)), batch_run.other_poison)
-    before, after = RowIndex(batch.case, batch_run.device), RowIndex(case, batch_run.device)
-    places = torch.tensor(order).to(batch_run.device)
-    rows = before.begins[places][after.owner] + after.position
-    key_rows = before.key_begins[places][after.key_owner] + after.key_position
-    batch_run.hold(
-        {
-            name: torch.empty_like(x).index_copy_(0, key_rows if name in ("dk", "dv") else rows, x)
-            for name, x in results.items()
-        }
-    )
+    reordered = Reordered.of(batch.case, order)
+    assert reordered is not None
+    other = CallBatch(reordered.after, batch.ends)
+    tensors = batch_run.load(other, kernel_inputs(other.case, batch_run.device))
+    batch_run.hold(reordered.back(batch_run.run(tensors, batch_run.other_poison)))
 
 
 def other_scale(batch_run: BatchRun) -> None:

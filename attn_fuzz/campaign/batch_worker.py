@@ -15,9 +15,9 @@ from attn_fuzz.batch.judged import Judged, Question
 from attn_fuzz.campaign.messages import Assignment, Died, Finished, Progress, Trying
 from attn_fuzz.campaign.triage import Triage
 from attn_fuzz.campaign.worker import Send
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.process import DEAD_CONTEXT, context_alive, lacks_memory, leave_memory
 from attn_fuzz.execution.timing import now
-from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import Sweep
 from attn_fuzz.reference.case import LEVELS, Case

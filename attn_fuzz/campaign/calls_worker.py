@@ -9,8 +9,9 @@ from attn_fuzz.batch.judged import BY_BITS, Judged, Question
 from attn_fuzz.campaign.batch_worker import BatchWorker, Sizing
 from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.campaign.worker import Send, work
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.inferred import promises
-from attn_fuzz.generation.calls import LONGEST, CallBatch, compiles_for_calls, draw_batch
+from attn_fuzz.generation.calls import LONGEST, compiles_for_calls, draw_batch
 from attn_fuzz.oracle.deviations import beyond_doubt
 from attn_fuzz.oracle.symptoms import Crashed, InputsChanged
 from attn_fuzz.oracle.trial import SECOND_SEED

@@ -8,11 +8,11 @@ from typing import Final
 
 from attn_fuzz.campaign.isolated import Isolated, Subject
 from attn_fuzz.campaign.messages import Assignment, Trying
-from attn_fuzz.generation.calls import CallBatch
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.reduction.minimise import minimise
 from attn_fuzz.reference.case import Case
 
-SHRINK_CRASH_SECONDS: Final = 90.0
+SHRINK_CRASH_SECONDS: Final = 45.0
 """For cases that kill their process: each failing candidate costs a new one, several seconds on a GPU."""
 
 NOT_AGAIN: Final = "It did not happen again in a process of its own."

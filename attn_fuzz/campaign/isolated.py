@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import multiprocessing
 import os
+import signal
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any, Final
 
 import torch
@@ -16,13 +16,12 @@ import torch
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import BackendUnavailable, UnsupportedCase
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.execution.heap import fill_in_children
+from attn_fuzz.execution import new_process
 from attn_fuzz.execution.operators import operators_of
 from attn_fuzz.execution.process import (
     DEAD_CONTEXT,
     NO_DEVICE,
     context_alive,
-    environment_of_children,
     set_apart,
     set_up_process,
 )
@@ -103,19 +102,35 @@ def _serve(subject: Subject, connection: Connection) -> None:
         raise SystemExit(NO_DEVICE)
     loaded = registry.narrowed(registry.load(subject.backend), subject.without)
     loaded = dataclasses.replace(loaded, isolated=True)
-    while True:
-        try:
+    try:
+        while True:
             text, operators = connection.recv()
-        except EOFError:
-            return
-        connection.send(report_of(Case.from_json(text), subject, loaded, operators=operators))
+            connection.send(report_of(Case.from_json(text), subject, loaded, operators=operators))
+    except EOFError:
+        return
+    except KeyboardInterrupt:
+        # The parent says it in a sentence, or has been interrupted itself: a traceback says nothing more.
+        raise SystemExit(INTERRUPTED) from None
 
 
 _AWAY_FROM_OTHERS: Final = {"CUDA_MPS_PIPE_DIRECTORY": os.devnull}
 """Where processes share a GPU through a server (CUDA MPS), a fault in one ends all; not so for a child without it."""
 
 
-_DIED: Final = Report("Crashed", "the process died while it ran this case", survived=False)
+INTERRUPTED: Final = 130
+"""Exit status of a process in which KeyboardInterrupt was raised: by the code under test, or for Ctrl-C."""
+
+
+def cause_of_death(exit_code: int | None) -> str:
+    """What a process did that is no more, in words, by its exit status."""
+    if exit_code is None or exit_code == DEAD_CONTEXT:
+        return "died"
+    if exit_code == INTERRUPTED:
+        return "ended with KeyboardInterrupt"
+    if exit_code < 0:
+        name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else f"signal {-exit_code}"
+        return f"was ended by {name}"
+    return f"died with exit code {exit_code}"
 
 
 FATAL: Final = ("Crashed", "Hung")
@@ -132,8 +147,7 @@ class Isolated:
 
     def __init__(self, subject: Subject, timeout: float) -> None:
         self._subject, self._timeout = subject, timeout
-        self._context = multiprocessing.get_context("spawn")
-        self._process: SpawnProcess | None = None
+        self._process: BaseProcess | None = None
         self._connection: Connection | None = None
 
     def symptom(self, case: Case) -> str | None:
@@ -178,11 +192,8 @@ class Isolated:
             ReferencesDisagree: as ``examine`` does.
         """
         if self._process is None:
-            self._connection, theirs = self._context.Pipe()
-            self._process = self._context.Process(target=_serve, args=(self._subject, theirs), daemon=True)
-            added = {**_AWAY_FROM_OTHERS, **fill_in_children(os.environ)}
-            with environment_of_children(added):
-                self._process.start()
+            self._connection, theirs = new_process.context().Pipe()
+            self._process = new_process.start(_serve, (self._subject, theirs), _AWAY_FROM_OTHERS, daemon=True)
             theirs.close()
         assert self._connection is not None
         try:
@@ -194,11 +205,12 @@ class Isolated:
         except (EOFError, OSError):
             # OSError: it died before it had read the case, or in the middle of its answer.
             self._process.join()
-            without = self._process.exitcode == NO_DEVICE
+            exit_code = self._process.exitcode
             self.close()
-            if without:
+            if exit_code == NO_DEVICE:
                 raise NoDevice(f"a new process cannot use {self._subject.device}, whatever it runs there") from None
-            return _DIED
+            how = cause_of_death(exit_code)
+            return Report("Crashed", f"the process {how} while it ran this case", survived=False)
         if found.disagreement is not None:
             raise ReferencesDisagree(found.disagreement)
         return found

@@ -8,6 +8,7 @@ the campaign goes on without it. What comes back wrong is none: that is for the 
 from __future__ import annotations
 
 import dataclasses
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +27,8 @@ from attn_fuzz.findings.finding import Finding
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.reference.case import Case
 
-ANSWER_SECONDS: Final = 150.0
-"""After which a call counts as hung: compilers take up to half a minute for one."""
+ANSWER_SECONDS: Final = {"cpu": 45.0, "cuda": 150.0}
+"""After which a call counts as hung, its process's start included: compilers for GPUs take minutes for one."""
 
 ASKING_SECONDS: Final = 45.0
 """Beyond the plain cases; what has not been asked by then is taken to be as declared."""
@@ -89,6 +90,8 @@ class LimitsFound:
     limits: tuple[Limit, ...] = ()
     without: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Capabilities that the campaign goes on with, where they are not those declared."""
+    fatal: Limit | None = None
+    """What no process survives, or comes back from, whatever dtype it is called with: the finding, and no campaign."""
 
 
 _Asked = TypeVar("_Asked")
@@ -105,7 +108,7 @@ class _Children:
 
     def _child(self) -> Isolated:
         if not hasattr(self._own, "child"):
-            self._own.child = Isolated(self._subject, ANSWER_SECONDS)
+            self._own.child = Isolated(self._subject, ANSWER_SECONDS[self._subject.device.partition(":")[0]])
             self._made.append(self._own.child)
         child: Isolated = self._own.child
         return child
@@ -179,14 +182,41 @@ def _cited(below: KnownIssue | None) -> str | None:
     return None if below is None else f"{below.id}: {below.about} ({below.reference})"
 
 
+_LABEL: Final = re.compile(r"^\w+ \[\w+\] [\w ]+: ")
+"""The check and place before what a symptom says."""
+
+
+def _said(report: Report) -> str:
+    """What is wrong with what a kernel did, in words of its own."""
+    said = _LABEL.sub("", report.message)
+    if report.error == NOT_DIFFERENTIABLE:
+        return "its output has no gradient; make it differentiable by autograd, from q, k and v"
+    if report.error == "KeyError" and "<frozen os>" in said:
+        name = said.removeprefix("KeyError: ").partition(" (")[0]
+        return f"it reads the environment variable {name}, which is not set; set it, or give it a default"
+    return said
+
+
 def _unusable(name: str, reports: Sequence[Report]) -> str | None:
     """Why a kernel is none that can be tested, in one sentence, where every plain case says so."""
     unusable = (*NO_KERNEL, NOT_DIFFERENTIABLE)
     if not all(report.error in unusable or report.symptom == "MissingResult" for report in reports):
         return None
-    first, *_ = reports
-    hint = "; declare what it takes, or make its output differentiable" if first.error == NOT_DIFFERENTIABLE else ""
-    return f"{name} cannot be tested: {first.message}{hint}"
+    return f"{name.removeprefix(registry.USER_LAYER)} cannot be tested: {_said(reports[0])}"
+
+
+def _fatal(plain: Sequence[Case], reports: Sequence[Report], asking: _Children) -> Limit | None:
+    """What ends its process or never comes back in every plain case, on the smallest case that does."""
+    if any(report.survived for report in reports):
+        return None
+    case, report = plain[0], reports[0]
+    if _how(report) == "crashed":
+        # Of one token, where that dies as well: each process takes seconds, and a hang takes more.
+        small = case.replace(lengths=(1,), cuts=(), heads=1, kv_heads=1)
+        (again,) = asking.plain([small])
+        if _how(again) == "crashed" and not again.survived:
+            case, report = small, again
+    return Limit("every call", _how(report) or "crashed", report.message, case)
 
 
 def infer_limits(
@@ -213,6 +243,8 @@ def infer_limits(
         if (sentence := _unusable(name, answers)) is not None:
             raise BackendUnavailable(sentence)
         working = [case for case, report in zip(plain, answers, strict=True) if _how(report) is None]
+        if not working and (fatal := _fatal(plain, answers, asking)) is not None:
+            return LimitsFound(fatal=fatal)
         if not working:
             # It fails wherever it is called: that is a finding, and the campaign's.
             return LimitsFound()

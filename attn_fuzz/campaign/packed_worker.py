@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from attn_fuzz.batch.batch_size import affordable, bearable, masks_whole_pack
+from attn_fuzz.batch.batch_size import affordable, bearable, masks_whole_pack, pads_to_longest
 from attn_fuzz.batch.judged import Judged, Question
 from attn_fuzz.batch.layer import draw_layer_case
 from attn_fuzz.batch.packed import PACKED_SCHEDULE, PackedFailure, confirmed, judge_packed, packed_batch
 from attn_fuzz.campaign.batch_worker import BatchWorker, Sizing
+from attn_fuzz.campaign.call_times import CallTimes
 from attn_fuzz.campaign.messages import Assignment, Trying
 from attn_fuzz.campaign.worker import Send, work
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
-from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.generation.length_sweeps import LONGEST, draw_case
 from attn_fuzz.oracle.examine import USUAL_MEMORIES
 from attn_fuzz.reduction.packed import bisected, candidates, plainer
@@ -44,9 +45,11 @@ class PackedWorker(BatchWorker):
     def __init__(self, assignment: Assignment, send: Send) -> None:
         super().__init__(assignment, send, LONGEST[assignment.device.partition(":")[0]], SIZING, PACKED_SCHEDULE)
         self.bisections, self.kernel_calls, self.masked = 0, 0, 0
-        self.masks_all = self.device.type == "cpu" and masks_whole_pack(
-            self.backend, self.domain, lambda case: self.send(Trying(case.to_json()))
-        )
+        self.times, self.kind_of_call, self.crowd_due = CallTimes(), ("", 0), False
+        asked = (self.backend, self.domain, lambda case: self.send(Trying(case.to_json())))
+        on_cpu = self.device.type == "cpu"
+        self.masks_all = on_cpu and masks_whole_pack(*asked)
+        self.pads = on_cpu and not self.masks_all and pads_to_longest(*asked)
 
     def levels(self) -> list[str]:
         """Those that the backend has."""
@@ -61,31 +64,57 @@ class PackedWorker(BatchWorker):
         return None if case is None else packed_batch(case)
 
     def draw_case(self, level: str, place: int) -> Case | None:
+        """A packed case as large as its time allows."""
+        self.kind_of_call = level, place
         documents = self.sizes[level, place]
         if self.masks_all:
             most = bearable if self.masked % _GROWN == _GROWN - 1 else affordable
             documents = min(documents, most(self.sweeps[place].longest))
             self.masked += 1
-        elif self.crowded(level):
-            documents = max(documents, CROWD)
+        elif self.is_turn_of_crowd(level):
+            crowd = self.drawn(level, place, max(documents, CROWD))
+            if crowd is not None and self.has_time_for(crowd):
+                self.crowd_due = False
+                return crowd
+        case = self.drawn(level, place, documents)
+        if case is None or self.left is None:
+            return case
+        most_documents = self.times.most_documents(self.kind_of_call, case, self.left)
+        return case if most_documents >= len(case.packed_lengths) else self.drawn(level, place, most_documents)
+
+    def drawn(self, level: str, place: int, documents: int) -> Case | None:
+        """A case of so many documents, where one is taken."""
         if level == "layer":
             longest = self.sweeps[place].longest[0]
             return draw_layer_case(self.random, self.backend, self.domain, documents, longest)
-        # Over the whole pack a mask with thousands of rows would take minutes.
-        long = not self.masks_all
+        # Where thousands of rows are masked over the whole pack, or every document is given them, it takes minutes.
+        long = not self.masks_all and not self.pads
         return draw_case(self.random, self.sweeps[place], self.backend, self.domain, documents, long=long)
 
-    def crowded(self, level: str) -> bool:
-        """Whether it is the turn of a call of more documents than its time allows, and there is time for it."""
-        if level != "kernel" or self.masks_all or self.device.type != "cpu":
+    @property
+    def left(self) -> float | None:
+        """Seconds of the assignment; None where it has no time."""
+        seconds = self.assignment.seconds
+        return None if seconds is None else seconds - (time.monotonic() - self.started)
+
+    def has_time_for(self, crowd: Case) -> bool:
+        """Whether a crowd is known to take no more than half of the time that is left."""
+        return self.left is None or self.times.fits(self.kind_of_call, crowd, self.left / 2)
+
+    def is_turn_of_crowd(self, level: str) -> bool:
+        """Whether a call of more documents than its size allows is due, which waits until one is known to be quick."""
+        if level != "kernel" or self.device.type != "cpu":
             return False
         self.kernel_calls += 1
-        left = self.assignment.seconds is None or time.monotonic() - self.started < 0.7 * self.assignment.seconds
-        return left and self.kernel_calls % _CROWDED == _FIRST_CROWDED
+        self.crowd_due |= self.kernel_calls % _CROWDED == _FIRST_CROWDED
+        return self.crowd_due
 
     def judge(self, batch: CallBatch, question: Question) -> Judged:
         """A packed case's verdict."""
-        return judge_packed(batch.case, self.backend, self.device, question, self.beat)
+        started = time.monotonic()
+        judged = judge_packed(batch.case, self.backend, self.device, question, self.beat)
+        self.times.note(self.kind_of_call, batch.case, time.monotonic() - started)
+        return judged
 
     def kind(self, case: Case) -> str:
         """What a case is counted as."""

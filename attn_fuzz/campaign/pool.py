@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Final
 
 from attn_fuzz.campaign.crash_triage import NOT_AGAIN, crash_triage_of
-from attn_fuzz.campaign.isolated import NoDevice
+from attn_fuzz.campaign.isolated import NoDevice, cause_of_death
 from attn_fuzz.campaign.messages import (
     Assignment,
     CampaignError,
@@ -30,9 +29,9 @@ from attn_fuzz.campaign.messages import (
 )
 from attn_fuzz.campaign.plan import share_of_time
 from attn_fuzz.campaign.serve import serve
+from attn_fuzz.execution import new_process
 from attn_fuzz.execution.environment import environment
-from attn_fuzz.execution.heap import fill_in_children
-from attn_fuzz.execution.process import environment_of_children, killed_for_memory, share_of_processors
+from attn_fuzz.execution.process import killed_for_memory, largest_memory, share_of_processors
 from attn_fuzz.execution.signals import interrupt_once
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.reference.case import Case
@@ -59,7 +58,7 @@ class Outcome:
 @dataclasses.dataclass
 class _Worker:
     assignment: Assignment
-    process: SpawnProcess
+    process: BaseProcess
     connection: Connection
     restarts: int
     place: int
@@ -74,6 +73,8 @@ class _Worker:
     """What it is shrinking."""
     tally: Tally = dataclasses.field(default_factory=Tally)
     finished: bool = False
+    memory: int = 0
+    """The most that it was seen to have, in bytes."""
 
 
 _KEEPS_BLOCKS: Final = {name: str(1 << 30) for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")}
@@ -89,6 +90,7 @@ class Pool:
         on_progress: called with all tallies by backend whenever something changed.
         on_finding: called with each finding as it arrives, so that an interruption loses none.
         seconds: wall-clock time of them all; those that have to wait for a place share what earlier ones have left.
+        on_end: called with each backend once all of its assignments have ended.
     """
 
     def __init__(
@@ -98,17 +100,18 @@ class Pool:
         on_progress: Callable[[dict[str, Tally]], None],
         on_finding: Callable[[Finding], None],
         seconds: float | None = None,
+        on_end: Callable[[str], None] = lambda name: None,
     ) -> None:
         self._waiting = deque((assignment, 0) for assignment in assignments)
         self._limit = workers
-        self._on_progress, self._on_finding = on_progress, on_finding
+        self._on_progress, self._on_finding, self._on_end = on_progress, on_finding, on_end
         self._seconds, self._started = seconds, time.monotonic()
-        self._context = multiprocessing.get_context("spawn")
         self._running: list[_Worker] = []
         self._done: list[_Worker] = []
         self._findings: dict[tuple[str, str], Finding] = {}
         self._troubles: list[str] = []
         self._names = tuple(dict.fromkeys(assignment.backend for assignment in assignments))
+        self._at_work = set(self._names)
 
     def _in_time(self, assignment: Assignment) -> Assignment:
         """The assignment with its share of what is left, so that starting processes does not make a campaign longer."""
@@ -121,16 +124,14 @@ class Pool:
 
     def _start(self, assignment: Assignment, restarts: int) -> None:
         assignment = self._in_time(assignment)
-        ours, theirs = self._context.Pipe(duplex=False)
+        ours, theirs = new_process.context().Pipe(duplex=False)
         place = min(set(range(self._limit)) - {worker.place for worker in self._running}, default=0)
         on_processors = assignment.device == "cpu" and max(assignment.ranks) > 1
         processors = share_of_processors(place, self._limit) if on_processors else None
         # No daemon, for those may not have the children that crash-class cases run in; run() kills what is left.
-        process = self._context.Process(target=serve, args=(assignment, theirs, processors))
-        # What the caller has set of the former stays.
+        # What the caller has set of these stays.
         added = {name: value for name, value in _KEEPS_BLOCKS.items() if name not in os.environ}
-        with environment_of_children({**added, **fill_in_children(os.environ)}):
-            process.start()
+        process = new_process.start(serve, (assignment, theirs, processors), added)
         theirs.close()
         self._running.append(_Worker(assignment, process, ours, restarts, place))
 
@@ -175,14 +176,13 @@ class Pool:
                 raise CampaignError(reason)
 
     def _end_others(self, worker: _Worker) -> None:
-        """Ends what else hunts a backend of which one finding is enough, but for who is shrinking another."""
+        """Ends what else tests a backend of which one finding is enough."""
         name = worker.assignment.backend
         self._waiting = deque(each for each in self._waiting if each[0].backend != name)
         for other in [each for each in self._running if each is not worker and each.assignment.backend == name]:
-            if other.candidate is None:
-                other.process.kill()
-                self._running.remove(other)
-                self._done.append(other)
+            other.process.kill()
+            self._running.remove(other)
+            self._done.append(other)
 
     def _bury(self, worker: _Worker, symptom: str, how: str) -> None:
         """Turns a dead worker's last case into a finding and starts another in its place."""
@@ -194,7 +194,7 @@ class Pool:
         if trying is None:
             raise CampaignError(f"the worker for {job.backend} {how} before its first case")
         self._keep_candidate(worker)
-        if killed_for_memory(worker.process.exitcode if symptom == "Crashed" else None):
+        if killed_for_memory(worker.process.exitcode if symptom == "Crashed" else None, worker.memory):
             self._troubles.append(f"the worker for {job.backend} was killed, and had filled the memory: no finding")
             return
         original = Case.from_json(trying.case)
@@ -222,7 +222,9 @@ class Pool:
         except KeyboardInterrupt:
             self._keep(finding)
             raise
-        if worker.restarts < RESTARTS:
+        if job.stop_at_first and (job.backend, symptom) in self._findings:
+            self._end_others(worker)
+        elif worker.restarts < RESTARTS:
             spent = time.monotonic() - worker.started
             seconds = None if job.seconds is None else max(job.seconds - spent, 0.0)
             cases = None if job.cases is None else max(job.cases - worker.tally.cases, 0)
@@ -238,6 +240,7 @@ class Pool:
             if worker not in self._running:
                 # Another one's finding was enough.
                 continue
+            worker.memory = max(worker.memory, largest_memory(worker.process.pid))
             if worker.connection in ready:
                 worker.heard = time.monotonic()
                 try:
@@ -249,9 +252,17 @@ class Pool:
                         self._running.remove(worker)
                         self._done.append(worker)
                     else:
-                        self._bury(worker, "Crashed", f"died with exit code {worker.process.exitcode}")
+                        self._bury(worker, "Crashed", cause_of_death(worker.process.exitcode))
             elif time.monotonic() - worker.heard > HANG_SECONDS:
                 self._bury(worker, "Hung", f"was silent for {HANG_SECONDS:.0f} seconds")
+
+    def _tell_ended(self) -> None:
+        """Tells of backends with nothing running or waiting any more."""
+        left = {assignment.backend for assignment, _ in self._waiting}
+        left |= {worker.assignment.backend for worker in self._running}
+        for name in self._at_work - left:
+            self._on_end(name)
+        self._at_work = left
 
     def _drain(self, worker: _Worker) -> None:
         """Takes what a worker had said before it was ended."""
@@ -275,6 +286,7 @@ class Pool:
             try:
                 while self._waiting or self._running:
                     self._step()
+                    self._tell_ended()
             except KeyboardInterrupt:
                 interrupted = True
             finally:

@@ -6,6 +6,7 @@ from multiprocessing.connection import Connection
 from typing import Final
 
 from attn_fuzz.campaign.calls_worker import work_on_batches
+from attn_fuzz.campaign.isolated import INTERRUPTED
 from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.campaign.packed_worker import work_on_packed
 from attn_fuzz.campaign.worker import work
@@ -29,7 +30,8 @@ def serve(assignment: Assignment, connection: Connection, processors: frozenset[
     try:
         WORK[assignment.mode](assignment, connection.send)
     except KeyboardInterrupt:
-        pass
+        # Of Ctrl-C the parent hears, too; of a kernel that raises it, by this alone.
+        raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
         # The parent is gone; so is anybody who could read this.
         pass

@@ -1,4 +1,4 @@
-"""The command line. Exit status: 0 nothing found, 1 findings, 2 bad usage or an environment that cannot do it.
+"""The command line. Exit status: 0 nothing found, 1 findings, 2 bad usage or trouble, 3 nothing or too little tested.
 
 A command is imported when it is called, since torch takes seconds: help and usage errors of the whole answer at once.
 """
@@ -19,11 +19,14 @@ COMMANDS: Final = {
     "run": ("fuzz", "Fuzz backends with the full buffered-K/V layer and at kernel level."),
     "check": ("fuzz", "Fuzz your own kernel, by itself and inside the buffered layer."),
     "check-layer": ("fuzz", "Fuzz your own attention layer (docs/your_layer.md)."),
+    "init": ("init", "Write tests, a workflow and an ignore entry for your kernel into your repository."),
     "replay": ("saved", "Run one saved case and show every check's verdict."),
     "script": ("saved", "Print a failing kernel case as one Python file that needs nothing of this project."),
     "save": ("saved", "Keep a failing case as a regression case, which the test suite collects."),
     "list": ("store", "List what was found, newest first."),
     "show": ("store", "Show one finding: what failed, the shrunk case, and on which versions."),
+    "summary": ("summary", "Print a verdict, or a store, as Markdown for a comment."),
+    "schema": ("summary", "Print the JSON schema of a verdict."),
     "backends": ("catalogue", "What is available here, what each backend supports, and why the rest is not."),
     "faults": ("faults", "Hunt every seeded fault on the CPU, without hints."),
     "bench": ("bench", "Documents and cases per second of all modes, beside the bare kernels."),

@@ -59,6 +59,10 @@ WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes at a t
 StrictOption = Annotated[
     bool, typer.Option("--strict", help="What it declares and does not take is a finding, and no limit.")
 ]
+RootOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder that the case's own kernel was named in. Default: as the case says, else this one."),
+]
 StoreOption = Annotated[Path, typer.Option(help="Folder of findings.")]
 
 

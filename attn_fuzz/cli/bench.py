@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from attn_fuzz.campaign.plan import available_backends, require_available
 from attn_fuzz.cli.arguments import BackendOption, DeviceOption, JsonOption, device_of
+from attn_fuzz.cli.columns import Column, print_fitted
 from attn_fuzz.cli.terminal import progress_console, results_console
 from attn_fuzz.evaluation.bench import bench as measure
 from attn_fuzz.evaluation.bench_plan import PLANS
@@ -49,18 +49,25 @@ def bench(
 
 def show_processes(console: Console, result: dict[str, Any]) -> None:
     """Calls per second of several processes, as people read them."""
-    table = Table(title=f"{result['environment']['device']}, torch {result['environment']['torch']}")
-    for column in ("backend", "processes", "batch cases/s", "bare calls/s"):
-        table.add_column(column, justify="left" if column == "backend" else "right")
-    for name, by_count in result["processes"].items():
-        for count, rates in by_count.items():
-            table.add_row(name, count, f"{rates['cases_per_s']:,.0f}", f"{rates['bare_calls_per_s']:,.0f}")
-    console.print(table)
+    columns = [_column(head) for head in ("backend", "processes", "batch cases/s", "bare calls/s")]
+    rows = [
+        (name, str(count), f"{rates['cases_per_s']:,.0f}", f"{rates['bare_calls_per_s']:,.0f}")
+        for name, by_count in result["processes"].items()
+        for count, rates in by_count.items()
+    ]
+    print_fitted(console, columns, rows, _title(result))
+
+
+def _title(result: dict[str, Any]) -> str:
+    return f"{result['environment']['device']}, torch {result['environment']['torch']}"
+
+
+def _column(head: str) -> Column:
+    return Column(head, right=head != "backend", name=head == "backend", spare=head in ("documents", "documents/s"))
 
 
 def show(console: Console, result: dict[str, Any]) -> None:
     """The figures as people read them."""
-    table = Table(title=f"{result['environment']['device']}, torch {result['environment']['torch']}")
     columns = (
         "backend",
         "documents",
@@ -71,21 +78,22 @@ def show(console: Console, result: dict[str, Any]) -> None:
         "cases/s",
         "documents/s",
     )
-    for column in columns:
-        table.add_column(column, justify="left" if column == "backend" else "right")
+    rows = []
     for row in result["backends"]:
         packed = row["packed"]
-        table.add_row(
-            row["name"],
-            f"{packed['documents']:,}",
-            f"{1e3 * row['bare_kernel_s']:.2f}",
-            f"{1e3 * packed['seconds']:.2f}",
-            f"{row['packed_over_bare']:.1f}",
-            f"{row['wide_documents_per_s']:,.0f}",
-            f"{row['narrow_cases_per_s']:,.1f}",
-            f"{row['narrow_documents_per_s']:,.0f}",
+        rows.append(
+            (
+                row["name"],
+                f"{packed['documents']:,}",
+                f"{1e3 * row['bare_kernel_s']:.2f}",
+                f"{1e3 * packed['seconds']:.2f}",
+                f"{row['packed_over_bare']:.1f}",
+                f"{row['wide_documents_per_s']:,.0f}",
+                f"{row['narrow_cases_per_s']:,.1f}",
+                f"{row['narrow_documents_per_s']:,.0f}",
+            )
         )
-    console.print(table)
+    print_fitted(console, [_column(head) for head in columns], rows, _title(result))
     for row in result["backends"]:
         parts = ", ".join(f"{name.replace('_', ' ')} {1e3 * s:.2f}" for name, s in row["packed"]["parts"].items())
         console.print(f"{row['name']}: milliseconds by part: {parts}")
@@ -101,7 +109,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
             f"{rare['seconds']:.3f} s, shrunk to {json.dumps(rare['shrunk'])}"
         )
     for count, rate in result.get("processes", {}).get("cases_per_s", {}).items():
-        console.print(f"{count} processes on {result['processes']['backend']}: {rate:,.0f} cases/s one by one")
+        console.print(f"{count} processes on {result['processes']['backend']}: {rate:,.0f} cases/s case by case")
     for name, rates in result.get("batch_processes", {}).items():
         for count, rate in rates.items():
             told = "not measured: too little came back in time" if rate is None else f"{rate:,.0f} cases/s in batches"

@@ -12,6 +12,7 @@ import typer
 
 from attn_fuzz.backends import registry
 from attn_fuzz.campaign.limits import Limit, LimitsFound, finding_of, infer_limits
+from attn_fuzz.campaign.messages import Tally
 from attn_fuzz.campaign.plan import (
     CampaignOptions,
     plan,
@@ -32,7 +33,7 @@ from attn_fuzz.ranks.client import MAX_RANKS
 
 
 def campaign_dict(outcome: Outcome, device: str, seed: int, poisons: tuple[str, ...]) -> dict[str, Any]:
-    """The JSON object of a campaign."""
+    """The JSON object of a campaign, but for its verdict (attn_fuzz/verdict.schema.json)."""
     return {
         "cases": sum(tally.cases for tally in outcome.tallies.values()),
         "documents": sum(tally.documents for tally in outcome.tallies.values()),
@@ -78,7 +79,7 @@ class Told:
 def _require_sense(names: tuple[str, ...], options: CampaignOptions) -> None:
     """Raises UsageError for what no campaign can do."""
     if options.seconds is not None and options.cases is not None:
-        raise UsageError("--seconds and --cases exclude each other")
+        raise UsageError("--seconds and --cases exclude each other; give one of them")
     if options.seconds is not None and math.isnan(options.seconds):
         raise UsageError("--seconds must be a number")
     require_available(names, options.device, options.dtypes)
@@ -108,6 +109,43 @@ def _that_take_batches(names: tuple[str, ...], options: CampaignOptions, *, name
     return kept
 
 
+class Keeper:
+    """Writes the findings of a campaign to a store, linked to those that are the same bug.
+
+    Args:
+        store: where.
+
+    Raises:
+        StoreError: when it cannot be written to.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        store.prepare()
+        self.kept: dict[tuple[str, str], Finding] = {}
+        """By backend and symptom, of which a campaign reports one."""
+
+    def as_kept(self, finding: Finding) -> Finding:
+        """A finding as it is kept: with the folder of its kernel, and the earlier one that is the same bug."""
+        kept = self.kept.get((finding.backend, finding.symptom))
+        return kept if kept is not None and kept.id == finding.id else self.store.placed(finding)
+
+    def keep(self, finding: Finding) -> None:
+        """Writes a finding; one of this campaign in whose place it comes is linked to it.
+
+        Raises:
+            StoreError: when it cannot be written.
+        """
+        key = finding.backend, finding.symptom
+        placed, before = self.store.placed(finding), self.kept.get(key)
+        # A smaller case of the same: what was the same as an earlier campaign's is so still.
+        now = self.store.linked(placed) if before is None else dataclasses.replace(placed, same_as=before.same_as)
+        self.kept[key] = now
+        self.store.save(now)
+        if before is not None and before.id != now.id:
+            self.store.save(dataclasses.replace(before, same_as=now.same_as or now.id))
+
+
 def fuzz(names: tuple[str, ...], options: CampaignOptions, told: Told, *, named: bool = True) -> None:
     """A campaign from options to exit status.
 
@@ -119,47 +157,58 @@ def fuzz(names: tuple[str, ...], options: CampaignOptions, told: Told, *, named:
     """
     _require_sense(names, options)
     names = _that_take_batches(names, options, named=named)
-    kept = Store(told.store)
-    kept.prepare()
+    keeper = Keeper(Store(told.store))
     if options.cases is None and options.seconds is None:
         options = dataclasses.replace(options, seconds=DEFAULT_SECONDS)
     found_out = LimitsFound() if told.strict is None else _found_out(names[0], options)
-    assignments = plan(names, options, found_out.without)
+    # Of a kernel that no process survives there is nothing more to say.
+    assignments = plan(names, options, found_out.without) if found_out.fatal is None else []
     unstored: list[StoreError] = []
-    with Screen(names, assignments[0].seconds, options.cases) as screen:
+    with Screen(names, assignments[0].seconds if assignments else None, options.cases) as screen:
 
         def keep(finding: Finding) -> None:
             screen.found(finding)
             try:
-                kept.save(finding)
+                keeper.keep(finding)
             except StoreError as error:
                 # The campaign goes on; the finding is printed at the end in any case.
                 unstored.append(error)
 
-        forbidden = [finding_of(limit, names[0], options.device) for limit in found_out.limits] if told.strict else []
+        known = (*((found_out.fatal,) if found_out.fatal else ()), *(found_out.limits if told.strict else ()))
+        forbidden = [finding_of(limit, names[0], options.device) for limit in known]
         for finding in forbidden:
             keep(finding)
-        outcome = Pool(assignments, options.workers, screen.update, keep, options.seconds).run()
-    outcome.findings[:0] = forbidden
-    _tell(outcome, options, told, found_out)
+        outcome = (
+            Pool(assignments, options.workers, screen.update, keep, options.seconds, screen.ended).run()
+            if assignments
+            else Outcome({names[0]: Tally(cases=1)}, [])
+        )
+    outcome.findings[:] = [keeper.as_kept(finding) for finding in (*forbidden, *outcome.findings)]
+    outcome.troubles = (*(str(error) for error in unstored), *outcome.troubles)
     untested = _untested(outcome, told.min_cases)
-    for trouble in (*unstored, *outcome.troubles, *untested):
+    status = 2 if outcome.troubles else 1 if outcome.findings else UNTESTED if untested else 0
+    if told.as_json:
+        data = campaign_dict(outcome, options.device, options.seed, options.poisons)
+        limits = [limit.to_dict() for limit in found_out.limits]
+        typer.echo(json.dumps({"verdict": VERDICTS[status], **data, "untested": untested, "limits": limits}))
+    else:
+        _print(outcome, options, told, found_out)
+    for trouble in (*outcome.troubles, *untested):
         typer.echo(f"attn-fuzz: {trouble}", err=True)
-    raise typer.Exit(2 if unstored or outcome.troubles else 1 if outcome.findings else UNTESTED if untested else 0)
+    raise typer.Exit(status)
 
 
 UNTESTED: Final = 3
 """Exit status where nothing was found, because nothing, or too little, was tested."""
 
+VERDICTS: Final = {0: "clean", 1: "findings", 2: "trouble", UNTESTED: "untested"}
+"""By exit status, as the JSON object says it."""
 
-def _tell(outcome: Outcome, options: CampaignOptions, told: Told, found_out: LimitsFound) -> None:
-    """Prints what came of a campaign."""
-    if told.as_json:
-        data = campaign_dict(outcome, options.device, options.seed, options.poisons)
-        typer.echo(json.dumps(data | {"limits": [limit.to_dict() for limit in found_out.limits]}))
-        return
+
+def _print(outcome: Outcome, options: CampaignOptions, told: Told, found_out: LimitsFound) -> None:
+    """What came of a campaign, for people."""
     console = results_console()
-    console.print(tables.campaign_table(outcome))
+    tables.print_campaign(console, outcome)
     tables.print_limits(console, found_out.limits)
     tables.print_findings(console, outcome.findings, str(told.store))
     console.print(f"seed {options.seed}" + (", interrupted" if outcome.interrupted else ""))

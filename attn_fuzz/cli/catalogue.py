@@ -76,13 +76,13 @@ def backends(
         if as_json:
             typer.echo(json.dumps({"backends": _listed(rows)}))
         else:
-            console.print(tables.backends_table(rows))
+            tables.print_backends(console, rows)
         return
     place = device_of(device)
     usable = [name for name, where, reason in rows if where == place and reason is None]
     answers = _probe(usable, place, workers or os.cpu_count() or 1)
     if not as_json:
-        console.print(tables.probes_table(answers))
+        tables.print_probes(console, answers)
         return
     listed = _listed([row for row in rows if row[1] == place])
     for entry in listed:

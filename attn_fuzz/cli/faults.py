@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,6 +17,7 @@ from attn_fuzz.cli import tables
 from attn_fuzz.cli.arguments import JsonOption, UsageError, WorkersOption
 from attn_fuzz.cli.terminal import progress_console, results_console
 from attn_fuzz.evaluation import seeded_faults
+from attn_fuzz.execution import new_process
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.execution.heap import fill_in_children
 
@@ -36,10 +36,18 @@ def _done(work: Sequence[tuple[str, int | None]], workers: int, cases: int, mode
     """
     columns = (TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.completed} of {task.total}"))
     progress = Progress(*columns, TimeElapsedColumn(), console=progress_console)
-    context = multiprocessing.get_context("spawn")
     # Read by glibc when a process starts, and the pool starts its processes when it likes.
     os.environ.update(fill_in_children(os.environ))
-    with progress, ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with new_process.ready({}):
+        # The process that all of them are forked from is there.
+        pass
+    hunters = ProcessPoolExecutor(
+        workers,
+        mp_context=new_process.context(),
+        initializer=new_process.take_environment,
+        initargs=(dict(os.environ),),
+    )
+    with progress, hunters as pool:
         task = progress.add_task("hunts", total=len(work))
         futures = [pool.submit(seeded_faults.take, name, seed, cases, mode) for name, seed in work]
         try:
@@ -91,5 +99,5 @@ def faults(
     if as_json:
         typer.echo(json.dumps({"faults": rows, "seeds": seeds, "mode": mode, "environment": environment("cpu")}))
     else:
-        results_console().print(tables.faults_table(rows))
+        tables.print_faults(results_console(), rows)
     raise typer.Exit(0 if all(row["caught"] for row in rows) else 1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -19,6 +20,7 @@ from attn_fuzz.cli.arguments import (
     BackendOption,
     DeviceOption,
     JsonOption,
+    RootOption,
     StoreOption,
     UsageError,
     device_of,
@@ -28,6 +30,9 @@ from attn_fuzz.execution.process import set_up_process
 from attn_fuzz.findings.regression_cases import REGRESSIONS, RegressionCase, find_regression_case
 from attn_fuzz.findings.script import ScriptError, standalone
 from attn_fuzz.oracle.examine import Verdict
+
+NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+"""Names that regression cases may have: each is a file's name and a test's."""
 
 
 def _place(device: str | None, saved: RegressionCase) -> str:
@@ -42,6 +47,7 @@ def replay(
     backend: BackendOption = None,
     device: DeviceOption = None,
     store: StoreOption = DEFAULT_STORE,
+    root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run one saved case and show every check's verdict.
@@ -49,7 +55,7 @@ def replay(
     Default backends: a finding's own, else all available. Default device: the CPU for what was found on CPUs only, else
     cuda where there is one.
     """
-    saved = find_regression_case(case, store)
+    saved = find_regression_case(case, store).from_anywhere(root)
     where = _place(device, saved)
     own = saved.failing.get(where.partition(":")[0], ())
     names = tuple(dict.fromkeys(backend or own or available_backends(where)))
@@ -103,6 +109,8 @@ def save(
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Keep a failing case as a regression case, a test that passes once its backend is mended."""
+    if not NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is no name of a regression case; use letters, digits, '-', '_' and '.'")
     found = find_regression_case(case, store)
     for backend in expect_failure or ():
         registry.load(backend)
@@ -112,12 +120,15 @@ def save(
     target = folder / f"{name}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be made ({error.strerror}); choose another with --folder") from None
+    try:
         with target.open("x") as file:
-            file.write(saved.to_json())
+            file.write(saved.to_json(folder))
     except FileExistsError:
         raise UsageError(f"{target} exists already; choose another name") from None
     except OSError as error:
-        raise UsageError(f"{target} cannot be written: {error.strerror}") from None
+        raise UsageError(f"{target} cannot be written ({error.strerror}); choose another --folder") from None
     typer.echo(f"{target}: replay with python -m attn_fuzz replay {name}")
 
 
@@ -126,9 +137,10 @@ def script(
     backend: Annotated[str | None, typer.Option(help="Backend that fails it. Default: the finding's own.")] = None,
     device: DeviceOption = None,
     store: StoreOption = DEFAULT_STORE,
+    root: RootOption = None,
 ) -> None:
     """Print a failing kernel case as one Python file that needs nothing of this project, to paste into a report."""
-    saved = find_regression_case(case, store)
+    saved = find_regression_case(case, store).from_anywhere(root)
     where = _place(device, saved)
     own = saved.failing.get(where.partition(":")[0], ())
     name = backend or (own[0] if own else None)

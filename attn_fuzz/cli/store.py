@@ -33,7 +33,7 @@ def list_(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> No
     if as_json:
         typer.echo(json.dumps({"findings": [finding.to_dict() for finding in found]}))
     else:
-        results_console().print(tables.findings_table(found))
+        tables.print_findings_table(results_console(), found)
     for error in wrong:
         typer.echo(f"attn-fuzz: {error}", err=True)
     raise typer.Exit(2 if wrong else 0)

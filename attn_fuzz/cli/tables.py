@@ -6,15 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from attn_fuzz.backends import registry
 from attn_fuzz.campaign.limits import Limit
 from attn_fuzz.campaign.messages import Tally
 from attn_fuzz.campaign.pool import Outcome
+from attn_fuzz.cli.columns import NAME_SHARE, Column, broken_behind, print_fitted
 from attn_fuzz.evaluation.capability_probe import RIGHT, Answer
 from attn_fuzz.evaluation.published_tolerances import RULES
 from attn_fuzz.findings.finding import Finding
+from attn_fuzz.findings.same import count_bugs
 from attn_fuzz.oracle.examine import Verdict
 from attn_fuzz.reduction.call_sequence import CallSequence
 from attn_fuzz.reference.case import Case
@@ -28,29 +30,38 @@ def worst(tally: Tally) -> str:
     return f"{z:.1f} ({key})"
 
 
-def campaign_table(outcome: Outcome) -> Table:
-    """One row per backend."""
-    table = Table(title=f"{sum(t.cases for t in outcome.tallies.values())} cases in {outcome.seconds:.0f} s")
-    for column in ("backend", "cases", "documents", "straddling", "refused", "largest z of clean cases", "findings"):
-        justify = "left" if column in ("backend", "largest z of clean cases") else "right"
-        # Backends differ in the ends of their names.
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+def print_campaign(console: Console, outcome: Outcome) -> None:
+    """One row per backend, and the known issues that their cases met."""
+    columns = (
+        Column("backend", name=True),
+        Column("cases", right=True),
+        Column("documents", right=True),
+        Column("straddling", right=True, spare=True),
+        Column("refused", right=True, spare=True),
+        Column("largest z of clean cases"),
+        Column("findings", right=True),
+    )
+    rows = []
     for name, tally in outcome.tallies.items():
         found = [finding for finding in outcome.findings if finding.backend == name]
         counts = (str(n) for n in (tally.cases, tally.documents, tally.straddling, tally.refused))
-        known = "".join(f", known {issue}: {count} cases" for issue, count in sorted(tally.known.items()))
-        table.add_row(name, *counts, worst(tally), (str(len(found)) if found else "none") + known)
-    return table
+        rows.append((name, *counts, worst(tally), str(count_bugs(found) or "none")))
+    title = f"{sum(tally.cases for tally in outcome.tallies.values())} cases in {outcome.seconds:.0f} s"
+    print_fitted(console, columns, rows, title)
+    for name, tally in outcome.tallies.items():
+        for issue, count in sorted(tally.known.items()):
+            console.print(f"{name}: {count} cases are explained by the known issue {issue}", markup=False)
 
 
-def findings_table(findings: Sequence[Finding]) -> Table:
-    """One row per finding."""
-    table = Table(title=f"{len(findings)} findings")
-    for column in ("id", "symptom", "backend", "device", "case"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("id", "symptom"))
+def print_findings_table(console: Console, findings: Sequence[Finding]) -> None:
+    """One row per finding; what is the same bug as another one is counted once."""
+    columns = (Column("id"), Column("finding"), Column("case"))
+    rows = []
     for finding in findings:
-        table.add_row(finding.id, finding.symptom, finding.backend, finding.device, describe(finding.case))
-    return table
+        backend = broken_behind(finding.backend, console.width // NAME_SHARE)
+        same = f"\nsame as {finding.same_as}" if finding.same_as else ""
+        rows.append((finding.id, f"{finding.symptom}\n{backend}\non {finding.device}{same}", describe(finding.case)))
+    print_fitted(console, columns, rows, f"{count_bugs(findings)} findings")
 
 
 def describe(case: Case) -> str:
@@ -61,9 +72,10 @@ def describe(case: Case) -> str:
 def print_findings(console: Console, findings: Iterable[Finding], stored: str | None) -> None:
     """Each finding with its shrunk case and how to replay it."""
     for finding in findings:
-        console.print(
-            f"\n[bold red]{finding.symptom}[/] on [bold]{finding.backend}[/] ({finding.device}), id {finding.id}"
-        )
+        on = f"[bold]{escape(finding.backend)}[/] ({finding.device})"
+        console.print(f"\n[bold red]{finding.symptom}[/] on {on}, id {finding.id}", soft_wrap=True)
+        if finding.same_as:
+            console.print(f"  same as {finding.same_as}, which was found before", markup=False)
         for message in finding.messages[:3]:
             console.print(f"  {message}", markup=False, soft_wrap=True)
         console.print(f"  case: {describe(finding.case)}", markup=False, soft_wrap=True)
@@ -94,14 +106,14 @@ def verdict_lines(console: Console, case: Case, results: Sequence[tuple[str, Ver
     console.print(f"case: {describe(case)}", markup=False, soft_wrap=True)
     for name, verdict in results:
         if isinstance(verdict, str):
-            console.print(f"[yellow]refused[/] {name}: {verdict}")
+            console.print(f"[yellow]refused[/] {escape(f'{name}: {verdict}')}", soft_wrap=True)
         elif verdict.symptoms:
-            console.print(f"[bold red]FAILS[/]   {name}")
+            console.print(f"[bold red]FAILS[/]   {escape(name)}")
             for symptom in verdict.symptoms:
                 console.print(f"          {symptom}", markup=False, soft_wrap=True)
         else:
             errors = ", ".join(f"{tensor} {z:.2f}" for tensor, z in verdict.worst_z.items())
-            console.print(f"[green]clean[/]   {name}: largest z {errors}", soft_wrap=True)
+            console.print(f"[green]clean[/]   {escape(name)}: largest z {errors}", soft_wrap=True)
 
 
 def call_sequence_lines(console: Console, sequence: CallSequence) -> None:
@@ -113,12 +125,18 @@ def call_sequence_lines(console: Console, sequence: CallSequence) -> None:
         console.print(f"  {mark}: {describe(sequence.batch.call(index))}", markup=False, soft_wrap=True)
 
 
-def backends_table(rows: Sequence[tuple[str, str, str | None]]) -> Table:
-    """One row per backend and device: availability, and what it supports."""
-    table = Table()
-    for column in ("backend", "device", "available", "dtypes", "head_dim", "does not take"):
-        table.add_column(column)
-    for name, device, reason in rows:
+def print_backends(console: Console, rows: Sequence[tuple[str, str, str | None]]) -> None:
+    """One row per backend: where it is available, and what it supports."""
+    columns = (
+        Column("backend", name=True),
+        Column("available"),
+        Column("dtypes", spare=True),
+        Column("head_dim", spare=True),
+        Column("does not take"),
+    )
+    told = []
+    for name in dict.fromkeys(name for name, _, _ in rows):
+        places = [f"{where}: {reason or 'yes'}" for other, where, reason in rows if other == name]
         capabilities = registry.load(name).kernel.capabilities
         lacks = [
             word
@@ -133,22 +151,20 @@ def backends_table(rows: Sequence[tuple[str, str, str | None]]) -> Table:
             )
             if not has
         ]
-        table.add_row(
-            name,
-            device,
-            "yes" if reason is None else f"no: {reason}",
-            " ".join(capabilities.dtypes),
-            f"<= {capabilities.max_head_dim}",
-            ", ".join(lacks) or "-",
-        )
-    return table
+        dtypes, dim = " ".join(capabilities.dtypes), f"up to {capabilities.max_head_dim}"
+        told.append((name, "\n".join(places), dtypes, dim, ", ".join(lacks) or "-"))
+    print_fitted(console, columns, told)
 
 
-def probes_table(answers: Mapping[str, Sequence[Answer]]) -> Table:
+def print_probes(console: Console, answers: Mapping[str, Sequence[Answer]]) -> None:
     """One row per backend: what it takes, and every answer that its declaration does not give."""
-    table = Table(title="capabilities, measured")
-    for column in ("backend", "right", "not taken", "where statement and measurement differ"):
-        table.add_column(column)
+    columns = (
+        Column("backend", name=True),
+        Column("right", right=True),
+        Column("not taken", right=True),
+        Column("where statement and measurement differ"),
+    )
+    rows = []
     for name, found in answers.items():
         right = sum(answer.measured == RIGHT for answer in found)
         differing = [
@@ -156,25 +172,32 @@ def probes_table(answers: Mapping[str, Sequence[Answer]]) -> Table:
             for answer in found
             if answer.differs
         ]
-        table.add_row(name, str(right), str(len(found) - right), "\n".join(differing) or "-")
-    return table
+        rows.append((name, str(right), str(len(found) - right), "\n".join(differing) or "-"))
+    print_fitted(console, columns, rows, "capabilities, measured")
 
 
-def faults_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """One row per planted fault."""
-    caught = sum(row["caught"] for row in rows)
-    table = Table(title=f"{caught} of {len(rows)} faults caught")
-    for column in ("fault", "caught by", "cases", "seconds", "documents", "tokens", "minimal", *RULES):
-        table.add_column(column, justify="left" if column in ("fault", "caught by") else "right")
+def print_faults(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    """One row per seeded fault."""
+    numbers = ("cases", "seconds", "documents", "tokens")
+    columns = (
+        Column("fault", name=True),
+        Column("caught by"),
+        *(Column(head, right=True, spare=head in ("documents", "tokens")) for head in numbers),
+        Column("minimal", right=True, spare=True),
+        *(Column(rule, right=True, spare=True) for rule in RULES),
+    )
+    told = []
     for row in rows:
         rules = row["rules"]
-        table.add_row(
-            row["id"],
-            ", ".join(row["checks"]) if row["caught"] else "MISSED",
-            str(row["cases"]),
-            f"{row['seconds']:.1f}",
-            *("-" if row[key] is None else str(row[key]) for key in ("documents", "tokens")),
-            "-" if row["minimal"] is None else "yes" if row["minimal"] else "NO",
-            *("-" if rules is None else "caught" if rule in rules else "missed" for rule in RULES),
+        told.append(
+            (
+                row["id"],
+                ", ".join(row["checks"]) if row["caught"] else "MISSED",
+                str(row["cases"]),
+                f"{row['seconds']:.1f}",
+                *("-" if row[key] is None else str(row[key]) for key in ("documents", "tokens")),
+                "-" if row["minimal"] is None else "yes" if row["minimal"] else "NO",
+                *("-" if rules is None else "caught" if rule in rules else "missed" for rule in RULES),
+            )
         )
-    return table
+    print_fitted(console, columns, told, f"{sum(row['caught'] for row in rows)} of {len(rows)} faults caught")

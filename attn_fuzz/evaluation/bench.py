@@ -13,16 +13,15 @@ from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.backends.trigger import PREFIX as RARE
-from attn_fuzz.batch.calls import run_batch
-from attn_fuzz.batch.layer import judge_layer
-from attn_fuzz.batch.layer import run as run_layer
+from attn_fuzz.batch.layer import judge_layer, run_through
 from attn_fuzz.batch.packed import judge_packed, packed_batch, packed_failure
-from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.campaign.plan import available_backends
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.evaluation.bench_calls import batch_of, batches_shared_of
 from attn_fuzz.evaluation.bench_cases import bare, cases_of, plain_of, shared_of
 from attn_fuzz.evaluation.bench_plan import PLANS, Plan, layout
+from attn_fuzz.execution.batch_tensors import BatchTensors
+from attn_fuzz.execution.calls import run_batch
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.execution.process import lacks_memory, set_up_process
 from attn_fuzz.execution.timing import median, now, once
@@ -115,7 +114,7 @@ def layer_of(plan: Plan, backend: Backend, device: torch.device, documents: int)
         return None
     inputs = layer_inputs(case, device)
     whole = median(lambda: judge_layer(case, backend, device), device)
-    alone = median(lambda: run_layer(case, inputs, backend), device)
+    alone = median(lambda: run_through(case, inputs, backend), device)
     return {"documents": documents, "seconds": whole, "documents_per_s": documents / whole, "bare_layer_s": alone}
 
 

@@ -11,14 +11,15 @@ from typing import Final
 import torch
 
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.batch.calls import run_batch
 from attn_fuzz.batch.judge import SCHEDULE, judge
-from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.batch.verdicts import largest_z
 from attn_fuzz.campaign.messages import Assignment, Tally
 from attn_fuzz.campaign.pool import Pool
+from attn_fuzz.cases.call_batch import CallBatch
+from attn_fuzz.execution.batch_tensors import BatchTensors
+from attn_fuzz.execution.calls import run_batch
 from attn_fuzz.execution.timing import median
-from attn_fuzz.generation.calls import DOCUMENTS, LONGEST, CallBatch, draw_batch
+from attn_fuzz.generation.calls import DOCUMENTS, LONGEST, draw_batch
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import Sweep
 from attn_fuzz.reference.answer import kernel_inputs

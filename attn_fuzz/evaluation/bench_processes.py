@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import multiprocessing
-import os
 import queue
 import time
 from collections.abc import Callable, Sequence
@@ -19,14 +17,14 @@ from typing import Any, Final
 import torch
 
 from attn_fuzz.backends import registry
-from attn_fuzz.batch.calls import run_batch
 from attn_fuzz.batch.judge import SCHEDULE, judge
-from attn_fuzz.batch.tensors import BatchTensors
 from attn_fuzz.evaluation.bench_calls import cut_up
 from attn_fuzz.evaluation.bench_plan import PLANS, Plan, layout
+from attn_fuzz.execution import new_process
+from attn_fuzz.execution.batch_tensors import BatchTensors
+from attn_fuzz.execution.calls import run_batch
 from attn_fuzz.execution.environment import environment
-from attn_fuzz.execution.heap import fill_in_children
-from attn_fuzz.execution.process import environment_of_children, set_apart, set_up_process
+from attn_fuzz.execution.process import set_apart, set_up_process
 from attn_fuzz.execution.timing import idle
 from attn_fuzz.reference.answer import kernel_inputs
 
@@ -105,13 +103,10 @@ def processes_of(
     Raises:
         BenchError: when a process is lost.
     """
-    context = multiprocessing.get_context("spawn")
+    context = new_process.context()
     job = _Job(tuple(names), tuple(counts), seconds, device, plan)
     barrier, results = context.Barrier(max(counts)), context.Queue()
-    workers = [context.Process(target=_measure, args=(index, job, barrier, results)) for index in range(max(counts))]
-    with environment_of_children(fill_in_children(os.environ)):
-        for worker in workers:
-            worker.start()
+    workers = [new_process.start(_measure, (index, job, barrier, results), {}) for index in range(max(counts))]
     found: dict[str, dict[str, dict[str, float]]] = {}
     try:
         for name, count in itertools.product(names, counts):

@@ -41,6 +41,8 @@ class Observation:
     paths: frozenset[str] = frozenset()
     tails: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     """Rows of results behind the last document, where the case has capacity for more."""
+    spent: bool = False
+    """The graph could not be taken back twice, so that gradients are absent."""
     by_rank: tuple[dict[str, torch.Tensor], ...] = ()
     """Where there are several ranks, each one's whole buffers ``k``, ``v``, ``dk``, ``dv``, as far as it shows them."""
 

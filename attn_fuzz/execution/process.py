@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
+import re
 import signal
-import threading
-from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -88,13 +87,26 @@ def kind_of(error: BaseException) -> str:
     return NOT_DIFFERENTIABLE if _NO_GRADIENT in str(error) else type(error).__name__
 
 
-def killed_for_memory(exit_code: int | None) -> bool:
-    """Whether a child that has been waited for was killed, and children have taken so much that the system did it."""
+def largest_memory(pid: int | None) -> int:
+    """The most memory that a running process has had so far, in bytes; 0 where the system does not say."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def killed_for_memory(exit_code: int | None, memory: int) -> bool:
+    """Whether a process was killed, and had taken so much memory that the system did it.
+
+    Args:
+        exit_code: minus the signal that ended it.
+        memory: the most that it was seen to have, in bytes.
+    """
     if exit_code != -signal.SIGKILL:
         return False
-    # In kilobytes, of the largest child so far.
-    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return largest > _OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return memory > _OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def leave_memory(device: torch.device) -> None:
@@ -103,26 +115,6 @@ def leave_memory(device: torch.device) -> None:
         free, total = torch.cuda.mem_get_info(device)
         if free * _SCARCE < total:
             torch.cuda.empty_cache()
-
-
-_STARTING: Final = threading.Lock()
-"""The environment is the whole process's: children are started one after another, of whatever thread."""
-
-
-@contextlib.contextmanager
-def environment_of_children(added: Mapping[str, str]) -> Iterator[None]:
-    """What processes that are started here find in their environment; this process's own is as before afterwards."""
-    with _STARTING:
-        before = {name: os.environ.get(name) for name in added}
-        os.environ.update(added)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
 
 
 def set_apart() -> None:

@@ -6,23 +6,24 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
 
 import torch
 
-from attn_fuzz.backends.kernel import Attended, AttentionOptions, UnsupportedCase
+from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.layer import Layer
-from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.interfering import crossing
+from attn_fuzz.execution.batch_tensors import BatchTensors
+from attn_fuzz.execution.calls import EVERYTHING, Asked, Call
 from attn_fuzz.execution.observation import HandedBack, Observation, Watch, in_our_convention
 from attn_fuzz.execution.poison import filler, poisoned
 from attn_fuzz.execution.process import beyond_its_call
-from attn_fuzz.reference.answer import SHARED_DIMENSIONS, Inputs, kernel_inputs
+from attn_fuzz.reference.answer import Inputs, kernel_inputs
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import LayerInputs, layer_inputs
 from attn_fuzz.reference.layout import Span, active_extent, micro_sequences
-from attn_fuzz.reference.memory import Placed, all_intact, layout_of, place
+from attn_fuzz.reference.memory import Placed, all_intact, place
 
 
 def require_support(backend: Backend, case: Case, device: torch.device) -> None:
@@ -89,21 +90,17 @@ def around(
     attempt(kept, whole=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """What is asked of autograd in a kernel call."""
+class KernelCall(Call):
+    """A case by itself: a batch of one call, in its place.
 
-    gradients: tuple[str, ...] = ("q", "k", "v")
-    """The inputs that require a gradient; none: the forward runs without autograd, as inference does."""
-    twice: bool = False
-    """The backward runs twice over the same graph, and its second results count."""
-
-
-EVERYTHING: Final = Asked()
-
-
-class KernelCall:
-    """One varlen call: tensors in place, then forward, then backward."""
+    Args:
+        backend: what runs it.
+        case: what to run; ``capacity`` says how many rows there are behind its last document.
+        inputs: its tensors.
+        poison: what margins and rows behind the last document hold.
+        device: where.
+        asked: of autograd.
+    """
 
     def __init__(
         self,
@@ -114,65 +111,31 @@ class KernelCall:
         device: torch.device,
         asked: Asked = EVERYTHING,
     ) -> None:
-        self.asked = asked
-        self.backend, self.case, self.device, self.poison = backend, case, device, poison
-        self.placed = {name: self._place(name, getattr(inputs, name)) for name in ("q", "k", "v", "dout")}
-        self.metadata = VarlenMetadata(lengths_q=case.packed_lengths, lengths_k=case.packed_key_lengths, device=device)
-        sums = {"cu_seqlens_q": self.metadata.cu_seqlens_q, "cu_seqlens_k": self.metadata.cu_seqlens_k}
-        self.sums = {name: (tensor, tensor.clone()) for name, tensor in sums.items()}
-        self.leaves = {
-            name: self.placed[name].tensor.detach().requires_grad_(name in asked.gradients) for name in ("q", "k", "v")
-        }
-        self.attended: Attended | None = None
-        self.gradients: dict[str, torch.Tensor] = {}
+        self.case, self.poison = case, poison
+        tensors = BatchTensors(CallBatch.of_one(case), inputs, device, (case.capacity,), poison)
+        super().__init__(tensors, 0, backend, asked)
 
-    def _place(self, name: str, x: torch.Tensor) -> Placed:
-        fill = filler(self.poison)
-        x = x.to(self.device)
-        shared = SHARED_DIMENSIONS.get(name)
-        if self.case.capacity and not (self.case.memory == "broadcast" and shared == 0):
-            # Rows behind the last document: nobody may read them.
-            x = torch.cat([x, x.new_full((self.case.capacity, *x.shape[1:]), fill)])
-        elif self.case.capacity:
-            x = x[:1].expand(len(x) + self.case.capacity, *x.shape[1:])
-        return place(x, layout_of(name, self.case.memory), fill, shared)
-
-    def forward(self) -> None:
-        q, k, v = self.leaves.values()
-        with torch.set_grad_enabled(bool(self.asked.gradients)):
-            self.attended = self.backend.kernel.attend(q, k, v, self.metadata, AttentionOptions.of(self.case))
-
-    def backward(self) -> None:
-        assert self.attended is not None
-        if not self.asked.gradients:
-            return
-        out, dout = self.attended.out, self.placed["dout"].tensor
-        leaves = [self.leaves[name] for name in self.asked.gradients]
-        if self.asked.twice:
-            torch.autograd.grad(out, leaves, dout, retain_graph=True)
-        gradients = torch.autograd.grad(out, leaves, dout)
-        self.gradients = {f"d{name}": x for name, x in zip(self.asked.gradients, gradients, strict=True)}
+    @property
+    def placed(self) -> dict[str, Placed]:
+        """q, k, v and dout in their allocations."""
+        return self.tensors.placed
 
     def changed(self) -> list[str]:
         """Inputs, metadata or guard margins whose bits changed, in words."""
-        if all_intact([*self.placed.values()], [*self.sums.values()]):
-            return []
-        found = [f"{what} of {name}" for name, item in self.placed.items() if (what := item.changed())]
-        return found + [name for name, (now, before) in self.sums.items() if not torch.equal(now, before)]
+        return self.tensors.changes()
 
     def observe(self) -> Observation:
         """What the call gave back, on the CPU."""
         assert self.attended is not None
-        results = {"out": self.attended.out.detach(), **self.gradients}
-        if self.attended.lse is not None:
-            results["lse"] = in_our_convention(self.attended.lse.detach().T, self.backend, self.device)
-        tails: dict[str, torch.Tensor] = {}
-        if self.case.capacity:
-            for name, result in list(results.items()):
-                rows = sum(self.case.packed_key_lengths if name in ("dk", "dv") else self.case.packed_lengths)
-                if len(result) == rows + self.case.capacity:
-                    results[name], tails[name] = result[:rows], result[rows:]
-        observation = Observation(self.poison, results, paths=frozenset({self.attended.path}), tails=tails)
+        results, tails, capacity = self.results(), dict[str, torch.Tensor](), self.case.capacity
+        if "lse" in results:
+            results["lse"] = in_our_convention(results["lse"], self.backend, self.tensors.device)
+        for name, result in list(results.items()) if capacity else ():
+            rows = sum(self.case.packed_key_lengths if name in ("dk", "dv") else self.case.packed_lengths)
+            if len(result) == rows + capacity:
+                results[name], tails[name] = result[:rows], result[rows:]
+        paths = frozenset({self.attended.path})
+        observation = Observation(self.poison, results, paths=paths, tails=tails, spent=self.spent)
         observation.changed = self.changed()
         return observation.on_cpu()
 
@@ -276,26 +239,28 @@ class LayerRun:
                 self.observation.strays += self.buffer_gradient.compare(step, *extent)
                 self.observation.strays += self.buffer.compare(step, 0, 0)
 
-    def observe(self) -> Observation:
-        """What the layer gave back, on the CPU."""
-        observation, layer = self.observation, self.layer
-        observation.results |= {
-            "out": torch.cat(self.outputs.values()),
-            "dx": torch.cat(self.input_gradients.values()[::-1]),
-        }
-        observation.strays += self.buffer.settle() + self.buffer_gradient.settle()
-        observation.strays += self.outputs.changed() + self.input_gradients.changed()
+    def results(self) -> dict[str, torch.Tensor]:
+        """What the layer gave back, on the device; buffers as far as it shows them."""
+        layer = self.layer
+        found = {"out": torch.cat(self.outputs.values()), "dx": torch.cat(self.input_gradients.values()[::-1])}
         for names, tensors in ((("k", "v"), layer.key_value()), (("dk", "dv"), layer.key_value_gradients())):
             if tensors is not None:
-                observation.results |= {
+                found |= {
                     name: tensor.detach()[: self.case.tokens].clone()
                     for name, tensor in zip(names, tensors, strict=True)
                 }
         # A parameter that nothing ever reached may have None: that result is missing.
         gradients = layer.parameter_gradients().items()
-        observation.results |= {f"d_{name}": got.detach() for name, got in gradients if isinstance(got, torch.Tensor)}
+        return found | {f"d_{name}": got.detach() for name, got in gradients if isinstance(got, torch.Tensor)}
+
+    def observe(self) -> Observation:
+        """What the layer gave back, on the CPU."""
+        observation = self.observation
+        observation.results |= self.results()
+        observation.strays += self.buffer.settle() + self.buffer_gradient.settle()
+        observation.strays += self.outputs.changed() + self.input_gradients.changed()
         # A user's own layer need not say which implementation ran.
-        observation.paths = getattr(layer, "paths", frozenset)()
+        observation.paths = getattr(self.layer, "paths", frozenset)()
         observation.changed = self.changed()
         return observation.on_cpu()
 

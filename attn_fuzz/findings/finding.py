@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from attn_fuzz.oracle.examine import Verdict
-from attn_fuzz.reference.case import Case, CaseError
+from attn_fuzz.reference.case import FORMAT, Case, CaseError, NewerVersion, require_format
 
 
 class FindingError(ValueError):
@@ -34,6 +34,12 @@ class Finding:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     sequence: Mapping[str, Any] | None = None
     """Calls in a row (``reduction.call_sequence.CallSequence.to_dict``) where the case fails among them only."""
+    root: str = ""
+    """Of a user's kernel: the folder that it was named in, from that of the finding's file; empty where that is no
+    matter."""
+
+    same_as: str = ""
+    """The id of an earlier finding that is taken for the same bug (``findings.same``); empty where there is none."""
 
     @property
     def id(self) -> str:
@@ -45,6 +51,7 @@ class Finding:
         """Ready for JSON."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {
+            "format": FORMAT,
             "id": self.id,
             **fields,
             "checks": list(self.checks),
@@ -61,8 +68,12 @@ class Finding:
 
         Raises:
             FindingError: for anything else.
+            NewerVersion: when it was written by a newer version.
             CaseError: when one of its cases is impossible.
         """
+        if not isinstance(data, Mapping):
+            raise FindingError(f"this is no finding: it is a {type(data).__name__}, and no JSON object")
+        _require_known(data)
         try:
             return cls(
                 backend=str(data["backend"]),
@@ -76,11 +87,29 @@ class Finding:
                 seconds_to_find=float(data["seconds_to_find"]),
                 environment=dict(data.get("environment", {})),
                 sequence=_calls(data),
+                root=str(data.get("root", "")),
+                same_as=str(data.get("same_as", "")),
             )
         except CaseError:
             raise
+        except KeyError as missing:
+            raise FindingError(f"this is no finding: it has no {missing}") from None
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FindingError(f"this is no finding: {type(error).__name__} {error}") from None
+
+
+_OLDER: Final = ("id", "format", "company")
+"""Keys of files that are no fields; the last is version 0.1's name of ``sequence``."""
+
+
+def _require_known(data: Mapping[str, Any]) -> None:
+    """Raises NewerVersion where a key or the format of a finding is one that only newer versions have."""
+    require_format(data, "the finding")
+    known = {*_OLDER, *(field.name for field in dataclasses.fields(Finding))}
+    unknown = sorted(str(key) for key in data if key not in known)
+    # Of what is no finding at all another sentence says so.
+    if unknown and {"backend", "case", "symptom"} <= set(data):
+        raise NewerVersion(f"the finding was written by a newer version (it has {unknown[0]!r}); upgrade attn-fuzz")
 
 
 def _calls(data: Mapping[str, Any]) -> dict[str, Any] | None:

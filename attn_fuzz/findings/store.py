@@ -7,9 +7,13 @@ import dataclasses
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from attn_fuzz.backends.registry import users
 from attn_fuzz.findings.finding import Finding
+from attn_fuzz.findings.same import first_of
+from attn_fuzz.reference.case import NewerVersion
 
 
 def is_file(path: Path) -> bool:
@@ -18,16 +22,6 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:
         return False
-
-
-def _of_a_newer_version(data: object) -> str:
-    """An entry that findings of this version do not have, where everything else is there; else nothing."""
-    known = {"id", *(field.name for field in dataclasses.fields(Finding))}
-    # Of version 0.1 (finding.py).
-    known |= {"company"}
-    if not isinstance(data, dict) or not {"backend", "case", "symptom"} <= set(data):
-        return ""
-    return next(iter(sorted(set(data) - known)), "")
 
 
 class StoreError(OSError):
@@ -60,6 +54,26 @@ class Store:
                 f"the store {self.folder} cannot be written to ({error.strerror}); choose another with --store"
             ) from None
 
+    def placed(self, finding: Finding) -> Finding:
+        """A finding that says in which folder its backend was named: the working directory, from the store."""
+        if users(finding.backend) is None:
+            return finding
+        return dataclasses.replace(finding, root=os.path.relpath(Path.cwd(), self.folder))
+
+    def linked(self, finding: Finding) -> Finding:
+        """A finding that says which earlier one of the store is the same bug, if one is."""
+        return dataclasses.replace(finding, same_as=first_of(finding, self._readable()))
+
+    def _readable(self) -> Iterator[Finding]:
+        """Findings that can be read, the one that was written first first."""
+        for identifier in reversed(self.newest_first()):
+            with contextlib.suppress(StoreError):
+                yield self.load(identifier)
+
+    def root(self, finding: Finding) -> Path | None:
+        """The folder that the backend of a finding of this store was named in, where it says so."""
+        return (self.folder / finding.root).resolve() if finding.root else None
+
     def _path(self, identifier: str) -> Path:
         return self.folder / f"{identifier}.json"
 
@@ -89,15 +103,12 @@ class Store:
         """
         path = self._path(self._completed(identifier))
         try:
-            data = json.loads(path.read_text())
-            newer = _of_a_newer_version(data)
-            finding = None if newer else Finding.from_dict(data)
+            return Finding.from_dict(json.loads(path.read_text()))
+        except NewerVersion as error:
+            raise StoreError(f"{path}: {error}") from None
         except (ValueError, OSError, RecursionError) as error:
             # FindingError and CaseError are ValueErrors too.
             raise StoreError(f"{path} is damaged ({error}); delete it or restore it from a copy") from None
-        if finding is None:
-            raise StoreError(f"{path} was written by a newer version of attn-fuzz: it has {newer!r}; update to read it")
-        return finding
 
     def _completed(self, identifier: str) -> str:
         """The id that begins with what was given of it."""

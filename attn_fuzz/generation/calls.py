@@ -1,18 +1,16 @@
-"""What a batch is made of: a packed case, and where it is cut into calls."""
+"""Draws batches: a packed case, and where it is cut into calls."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from random import Random
 from typing import Final
 
 from attn_fuzz.backends.kernel import Capabilities
 from attn_fuzz.backends.registry import Backend
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import Sweep, draw_case
-from attn_fuzz.reference.case import Case
 
 LONGEST: Final = {"cuda": ((64, 128), (256, 400), (16, 32)), "cpu": ((16, 32), (64, 128), (16, 32))}
 """(queries, keys) of the longest documents of batches, in turn."""
@@ -30,43 +28,6 @@ _ANY_OPTIONS: Final = 0.4
 _MOST_WORK: Final = {"cuda": 1e9, "cpu": 4e7}
 """Products of a query's and a key's channels in a batch, an eighth of a second of the reference's on a GPU and half a
 one on a CPU: longer documents and wider heads make fewer calls, and would keep other processes from the device."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CallBatch:
-    """Small calls that share everything but their documents."""
-
-    case: Case
-    """A kernel case of all documents, each under its own name."""
-    ends: tuple[int, ...]
-    """One past the last document of each call."""
-
-    def __post_init__(self) -> None:
-        count = len(self.case.packed_lengths)
-        if not self.ends or self.ends[-1] != count or any(a >= b for a, b in zip((0, *self.ends), self.ends)):
-            raise ValueError(f"calls must end at rising places up to {count}, not {self.ends}")
-
-    @functools.cached_property
-    def spans(self) -> tuple[tuple[int, int], ...]:
-        """First document of each call, and one past its last."""
-        return tuple(zip((0, *self.ends[:-1]), self.ends, strict=True))
-
-    def call(self, index: int) -> Case:
-        """One of the calls, as a case of its own with the same values."""
-        small = subset(self.case, range(*self.spans[index]))
-        assert small is not None
-        return small
-
-    def other(self, seed: int) -> CallBatch:
-        """The same calls with other values."""
-        return CallBatch(self.case.replace(seed=seed), self.ends)
-
-    def first(self, calls: int) -> CallBatch:
-        """So many of its calls."""
-        ends = self.ends[:calls]
-        small = subset(self.case, range(ends[-1]))
-        assert small is not None
-        return CallBatch(small, ends)
 
 
 def compiles_for_calls(capabilities: Capabilities) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -13,10 +13,12 @@ from attn_fuzz.backends.arithmetic import declared_facts
 from attn_fuzz.backends.sdpa import as_flash_does
 from attn_fuzz.backends.user import UserKernel
 from attn_fuzz.oracle.deviations import deviations, limit
+from attn_fuzz.oracle.off_by_factor import factors
+from attn_fuzz.oracle.second_opinion import confirm_results
 from attn_fuzz.reference.answer import KERNEL_TENSORS, Expected, Inputs
 from attn_fuzz.reference.batched import kernel_answer
 from attn_fuzz.reference.case import Case
-from attn_fuzz.reference.layout import document_spans
+from attn_fuzz.reference.layout import Span, document_spans
 from attn_fuzz.reference.profile import Profile
 from attn_fuzz.reference.values import DTYPES
 
@@ -46,16 +48,36 @@ class WrongElement:
     elements: int
     documents: tuple[int, ...]
     """That have one."""
+    rows: tuple[int, ...] = ()
+    """Within that document, where there is only one."""
+    heads: tuple[int, ...] = ()
+    channels: tuple[int, ...] = ()
+    factor: float | None = None
+    """Where every element is within its budget and a head of a document is off by a factor as a whole: which one."""
 
     def __str__(self) -> str:
         channel = "" if self.channel is None else f", channel {self.channel}"
         row = "key" if self.tensor in ("dk", "dv") else "row"
-        documents = ", ".join(map(str, self.documents[:8])) + (", ..." if len(self.documents) > 8 else "")
+        where = {"documents": self.documents, f"{row}s": self.rows, "heads": self.heads, "channels": self.channels}
+        places = ", ".join(f"{what} {_runs(numbers)}" for what, numbers in where.items() if numbers)
+        factor = "" if self.factor is None else f"off by a factor of {self.factor:.4f} as a whole, "
         return (
             f"{self.tensor}: document {self.document}, {row} {self.row}, head {self.head}{channel}: "
             f"got {self.got:.6g}, expected {self.expected:.6g}, z = {self.z:.3g}; "
-            f"{self.wrong} of {self.elements} elements wrong, in documents {documents}"
+            f"{self.wrong} of {self.elements} elements wrong, {factor}in {places}"
         )
+
+
+def _runs(numbers: Sequence[int], most: int = 8) -> str:
+    """Rising numbers in words: ``0-3, 7``; the first ``most`` runs of them."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    words = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    return ", ".join([*words[:most], *(["..."] if len(words) > most else [])])
 
 
 class AttentionMismatch(AssertionError):
@@ -150,59 +172,84 @@ def profile_of(device: str, arithmetic: Mapping[str, Any] | None) -> Profile:
 
 
 def _worst(case: Case, name: str, got: torch.Tensor, expected: Expected) -> WrongElement | None:
+    """The worst element of a result that is beyond its budget, or of a head that is off by a factor."""
+    spans = document_spans(case.packed_key_lengths if name in ("dk", "dv") else case.packed_lengths)
     z = deviations(case, got, expected)
     wrong = z > limit(case)
-    if not wrong.any():
+    if wrong.any():
+        return _place(name, got, expected, z, wrong, spans)
+    if expected.degrees is None:
         return None
-    lengths = case.packed_key_lengths if name in ("dk", "dv") else case.packed_lengths
-    spans = document_spans(lengths)
+    off = factors(case.dtype, got, expected, spans)
+    if not off.wrong.any():
+        return None
+    lengths = torch.tensor([span.length for span in spans], device=z.device)
+    of_rows = off.wrong.repeat_interleave(lengths, 0)[..., None].expand_as(z)
+    found = _place(name, got, expected, z.masked_fill(~of_rows, 0.0), of_rows, spans)
+    return dataclasses.replace(found, factor=off.value[found.document, found.head].item())
+
+
+def _place(
+    name: str, got: torch.Tensor, expected: Expected, z: torch.Tensor, wrong: torch.Tensor, spans: Sequence[Span]
+) -> WrongElement:
+    """The element with the largest z, and where else there are wrong ones."""
     row, head, *channel = (int(i) for i in torch.unravel_index(z.argmax().cpu(), z.shape))
     place = next(i for i, span in enumerate(spans) if span.begin <= row < span.end)
     rows = wrong.flatten(1).any(1)
+    documents = tuple(i for i, span in enumerate(spans) if span.length and rows[slice(*span)].any())
     return WrongElement(
-        name,
-        place,
-        row - spans[place].begin,
-        head,
-        channel[0] if channel else None,
-        got.flatten()[z.argmax()].item(),
-        expected.value.flatten()[z.argmax()].item(),
-        z.max().item(),
-        int(wrong.sum()),
-        z.numel(),
-        tuple(i for i, span in enumerate(spans) if span.length and rows[slice(*span)].any()),
+        tensor=name,
+        document=place,
+        row=row - spans[place].begin,
+        head=head,
+        channel=channel[0] if channel else None,
+        got=got.flatten()[z.argmax()].item(),
+        expected=expected.value.flatten()[z.argmax()].item(),
+        z=z.max().item(),
+        wrong=int(wrong.sum()),
+        elements=z.numel(),
+        documents=documents,
+        rows=_numbers(rows[slice(*spans[place])]) if len(documents) == 1 else (),
+        heads=_numbers(wrong.transpose(0, 1).flatten(1).any(1)),
+        channels=_numbers(wrong.flatten(0, 1).any(0)) if channel else (),
     )
+
+
+def _numbers(flags: torch.Tensor) -> tuple[int, ...]:
+    return tuple(flags.nonzero()[:, 0].tolist())
 
 
 def wrong_elements(
     results: Mapping[str, torch.Tensor],
     inputs: Inputs,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
+    sums: tuple[torch.Tensor, torch.Tensor],
     masking: Masking,
     arithmetic: Mapping[str, Any] | None = None,
-) -> Iterator[WrongElement]:
+) -> tuple[WrongElement, ...]:
     """The worst element of each result that is beyond its budget.
 
     Args:
         results: by names of ``KERNEL_TENSORS``; the LSE ``[tokens_q, heads]`` in natural logarithms.
         inputs: what the call was given.
-        cu_seqlens_q: integers ``[documents + 1]``, first query of each document, and one past the last of all.
-        cu_seqlens_k: the same of keys.
+        sums: of queries and of keys, integers ``[documents + 1]``: each document's first row, and one past the last.
         masking: what else it was asked for.
         arithmetic: facts about the kernel's arithmetic, as in ``capabilities["arithmetic"]``.
 
     Raises:
         ValueError: when tensors or prefix sums do not belong together.
         CaseError: for a call that no case describes.
+        ReferencesDisagree: when a second opinion has it that the mistake is the harness's.
     """
     _require(results, inputs)
-    lengths = _lengths(cu_seqlens_q, "cu_seqlens_q", len(inputs.q))
-    key_lengths = _lengths(cu_seqlens_k, "cu_seqlens_k", len(inputs.k))
+    lengths = _lengths(sums[0], "cu_seqlens_q", len(inputs.q))
+    key_lengths = _lengths(sums[1], "cu_seqlens_k", len(inputs.k))
     if len(lengths) != len(key_lengths):
         raise ValueError(f"cu_seqlens_q has {len(lengths)} documents, but cu_seqlens_k has {len(key_lengths)}")
     case = _case(inputs, lengths, key_lengths, masking)
-    answer = kernel_answer(case, inputs, profile_of(inputs.q.device.type, arithmetic))
-    for name in KERNEL_TENSORS:
-        if name in results and (found := _worst(case, name, results[name], answer[name])) is not None:
-            yield found
+    profile = profile_of(inputs.q.device.type, arithmetic)
+    answer = kernel_answer(case, inputs, profile)
+    found = [_worst(case, name, results[name], answer[name]) for name in KERNEL_TENSORS if name in results]
+    wrong = tuple(each for each in found if each is not None)
+    if wrong:
+        confirm_results(case, inputs, {each.tensor: results[each.tensor] for each in wrong}, answer, profile)
+    return wrong

@@ -61,7 +61,7 @@ def confirm(trial: Trial, symptoms: Sequence[Symptom]) -> None:
         pure = one_by_one(case, trial.inputs, profile)
         _require_agreement(case, trial.answer, pure)
         for name in dict.fromkeys(symptom.tensor for symptom in symptoms if symptom.check == "budget"):
-            _require_excess(trial, name, pure[name])
+            _require_excess(case, name, _results(trial, name, pure[name]), (trial.answer[name], pure[name]))
     if "every_row" in checks:
         _compare(case, EveryRow.of(case, torch.device("cpu"), profile).inputs, profile)
 
@@ -82,11 +82,40 @@ def confirm_call(case: Case, symptom: type[Symptom], profile: Profile, device: t
         _compare(case, kernel_inputs(case, device), profile)
 
 
+def confirm_results(
+    case: Case,
+    inputs: Inputs,
+    results: Mapping[str, torch.Tensor],
+    quick: Mapping[str, Expected],
+    profile: Profile,
+) -> None:
+    """The same for results of a call of somebody's own, wherever they are.
+
+    Args:
+        case: what the call was.
+        inputs: what it was given.
+        results: what is about to be accused, by name.
+        quick: the vectorised answer.
+        profile: how the call may compute.
+
+    Raises:
+        ReferencesDisagree: when the references do not agree, or the pure one finds the accused elements right.
+    """
+    pure = one_by_one(case, _on_cpu(inputs), profile)
+    _require_agreement(case, quick, pure)
+    for name, got in results.items():
+        here = Expected(quick[name].value.cpu(), quick[name].variance.cpu())
+        _require_excess(case, name, [got.cpu()], (here, pure[name]))
+
+
+def _on_cpu(inputs: Inputs) -> Inputs:
+    return Inputs(**{field.name: getattr(inputs, field.name).cpu() for field in dataclasses.fields(Inputs)})
+
+
 def _compare(case: Case, inputs: Inputs, profile: Profile) -> None:
     """Both references on a kernel case, the vectorised one where the inputs are."""
     quick = batched.kernel_answer(case, inputs, profile, degrees=False)
-    here = Inputs(**{field.name: getattr(inputs, field.name).cpu() for field in dataclasses.fields(Inputs)})
-    _require_agreement(case, quick, one_by_one(case, here, profile))
+    _require_agreement(case, quick, one_by_one(case, _on_cpu(inputs), profile))
 
 
 def one_by_one(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Expected]:
@@ -103,14 +132,14 @@ def _require_agreement(case: Case, quick: Mapping[str, Expected], pure: Mapping[
         _require_none(case, name, differs, (got, expected.value))
 
 
-def _require_excess(trial: Trial, name: str, pure: Expected) -> None:
-    """Whether the elements of a result that are outside their limits are so by the pure answer, too."""
-    most = limit(trial.case)
-    for got in _results(trial, name, pure):
-        accused = deviations(trial.case, got, trial.answer[name]) > most
-        excused = deviations(trial.case, got, pure) <= most * (1 - _BORDER)
-        budgets = (trial.answer[name].variance.sqrt(), pure.variance.sqrt())
-        _require_none(trial.case, f"the budget of {name}", accused & excused, budgets)
+def _require_excess(case: Case, name: str, results: Iterable[torch.Tensor], answers: tuple[Expected, Expected]) -> None:
+    """Whether elements of results that are outside the quick answer's limits are outside the pure one's, too."""
+    most, (quick, pure) = limit(case), answers
+    for got in results:
+        accused = deviations(case, got, quick) > most
+        excused = deviations(case, got, pure) <= most * (1 - _BORDER)
+        budgets = (quick.variance.sqrt(), pure.variance.sqrt())
+        _require_none(case, f"the budget of {name}", accused & excused, budgets)
 
 
 def _results(trial: Trial, name: str, pure: Expected) -> Iterable[torch.Tensor]:

@@ -10,10 +10,11 @@ import torch
 
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.cases.interfering import interfering_call
+from attn_fuzz.execution.calls import EVERYTHING, Asked
 from attn_fuzz.execution.inferred import TIMES, InferredCapabilities, inferred, promises
 from attn_fuzz.execution.observation import Observation, differing
 from attn_fuzz.execution.poison import POISONS
-from attn_fuzz.execution.runner import EVERYTHING, Asked, run_kernel, run_layer
+from attn_fuzz.execution.runner import run_kernel, run_layer
 from attn_fuzz.ranks.gather import run_ranks
 from attn_fuzz.reference.answer import Expected, Inputs, kernel_inputs
 from attn_fuzz.reference.batched import kernel_answer

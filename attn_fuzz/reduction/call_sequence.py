@@ -13,13 +13,13 @@ from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.judge import judge
 from attn_fuzz.batch.judged import Judged, Question
 from attn_fuzz.batch.questions import QUESTIONS
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.order import simplicity
 from attn_fuzz.cases.simpler import narrower, simpler_options
 from attn_fuzz.cases.smaller import clipped
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.execution.poison import POISONS
 from attn_fuzz.execution.process import lacks_memory
-from attn_fuzz.generation.calls import CallBatch
 from attn_fuzz.oracle.deviations import LIMIT
 from attn_fuzz.oracle.examine import Verdict
 from attn_fuzz.oracle.symptoms import Crashed, Symptom

@@ -1,11 +1,11 @@
-"""The README's tables of speed, from committed bench results: ``python -m results.render.bench_table``."""
+"""Tables of speed in docs/results.md, from committed bench results: ``python -m results.render.bench_table``."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
 from results.render.bench_plot import FOLDER, load, title
-from results.render.tables import README, with_section
+from results.render.tables import PAGE, with_section
 
 SHARED: Final = FOLDER / "processes"
 """Results of ``bench --processes --json``."""
@@ -91,10 +91,10 @@ def process_tables(results: list[dict[str, Any]]) -> list[str]:
 
 
 def with_speed(text: str, results: list[dict[str, Any]], shared: list[dict[str, Any]]) -> str:
-    """The README's text with its tables of speed made anew.
+    """The page's text with its tables of speed made anew.
 
     Args:
-        text: the README's.
+        text: the page's.
         results: of ``bench``.
         shared: of ``bench --processes``.
 
@@ -105,8 +105,8 @@ def with_speed(text: str, results: list[dict[str, Any]], shared: list[dict[str, 
 
 
 def main() -> None:
-    """Rewrites the README's tables of speed."""
-    README.write_text(with_speed(README.read_text(), load(), load(SHARED)))
+    """Rewrites the tables of speed."""
+    PAGE.write_text(with_speed(PAGE.read_text(), load(), load(SHARED)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Committed results, and the README's tables made from them: ``python -m results.render.tables``.
+"""Committed results, and the tables of docs/results.md made from them: ``python -m results.render.tables``.
 
 ``results/*.json`` are what the commands printed, unchanged: campaigns (``attn_fuzz run --json``), examinations of the
 planted faults (``attn_fuzz faults --json``) and the power table (``attn_fuzz.evaluation.power``). With matplotlib
@@ -19,7 +19,7 @@ from attn_fuzz.oracle.deviations import LIMIT
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 FOLDER: Final = ROOT / "results"
-README: Final = ROOT / "README.md"
+PAGE: Final = ROOT / "docs" / "results.md"
 LARGEST_Z: Final = FOLDER / "largest_z.md"
 
 BEGIN: Final = "<!-- {}: python -m results.render.tables -->"
@@ -198,7 +198,7 @@ def z_tables(results: list[Result]) -> str:
 
 
 def sections(results: list[Result]) -> dict[str, str]:
-    """The README's generated sections, by name."""
+    """The page's generated sections, by name."""
     bodies = {
         "results": [*clean_table(results), *legacy_table(results)],
         "power": power_table(results),
@@ -208,7 +208,7 @@ def sections(results: list[Result]) -> dict[str, str]:
 
 
 def with_results(text: str, results: list[Result]) -> str:
-    """A README text with its generated sections made anew.
+    """A page's text with its generated sections made anew.
 
     Raises:
         ValueError: when the text lacks one of them.
@@ -266,9 +266,9 @@ def plot(results: list[Result], path: Path) -> None:
 
 
 def main() -> None:
-    """Rewrites the README's generated sections, the page of largest z, and with ``--plot`` the picture."""
+    """Rewrites the generated sections of docs/results.md, the page of largest z, and with ``--plot`` the picture."""
     results = load()
-    README.write_text(with_results(README.read_text(), results))
+    PAGE.write_text(with_results(PAGE.read_text(), results))
     LARGEST_Z.write_text(z_tables(results))
     if "--plot" in sys.argv[1:]:
         plot(results, FOLDER / "z.png")

@@ -18,7 +18,7 @@ import torch
 from attn_fuzz.execution.inferred import promises
 from attn_fuzz.generation.strategies import straddling
 from attn_fuzz.oracle.checks.budget import place_of
-from attn_fuzz.oracle.symptoms import NotExact, Symptom
+from attn_fuzz.oracle.symptoms import Element, NotExact, Symptom
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.layer import LayerInputs
 from attn_fuzz.reference.layout import micro_sequences
@@ -56,11 +56,13 @@ def sums_add_up(trial: Trial) -> Iterator[Symptom]:
         if off.any() and (promises(trial.backend, str(trial.device), name) or not trial.moves_by_itself(name)):
             first = int(off.flatten().nonzero()[0])
             place = place_of(trial, name, first, whole[name].shape)
-            values = "{:.9g}, but {:.9g} and {:.9g}".format(*(x.flatten()[first].item() for x in (got, *parts)))
+            together, *apart = (x.flatten()[first].item() for x in (got, *parts))
+            values = "{:.9g}, but {:.9g} and {:.9g}".format(together, *apart)
             yield NotExact(
                 "additivity",
                 name,
                 f"{place}: {values} of two halves of the micro-sequences; {int(off.sum())} elements do not add up",
+                element=Element(place, together, sum(apart)),
             )
 
 

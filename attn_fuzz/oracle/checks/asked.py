@@ -1,30 +1,17 @@
-"""Asked otherwise: what autograd is asked for decides what is computed, and never what comes out of it.
-
-Inference runs without autograd, a frozen projection needs no gradient, and a graph that is kept may be taken back
-twice. Kernels have paths of their own for each of these, which a suite that always asks for everything does not enter.
-"""
+"""Other ways to ask autograd (oracle/relations/autograd.py): the same budget holds, told in a sentence."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
 
 import torch
 
-from attn_fuzz.execution.process import beyond_its_call
-from attn_fuzz.execution.runner import Asked
+from attn_fuzz.execution.calls import Asked
+from attn_fuzz.oracle.checks.budget import place_of
 from attn_fuzz.oracle.deviations import deviations, limit
-from attn_fuzz.oracle.symptoms import Symptom, WrongWhenAsked
+from attn_fuzz.oracle.relations.autograd import INFERENCE, TWICE, some_gradients
+from attn_fuzz.oracle.symptoms import Element, Symptom, WrongWhenAsked
 from attn_fuzz.oracle.trial import Trial
-
-INFERENCE: Final = Asked(())
-SOME_GRADIENTS: Final = {
-    "when q alone needs a gradient": Asked(("q",)),
-    "when k alone needs a gradient": Asked(("k",)),
-    "when v alone needs a gradient": Asked(("v",)),
-    "when q needs no gradient": Asked(("k", "v")),
-}
-TWICE: Final = Asked(twice=True)
 
 
 def asked_otherwise(trial: Trial) -> Iterator[Symptom]:
@@ -35,47 +22,45 @@ def asked_otherwise(trial: Trial) -> Iterator[Symptom]:
         return
     # Inference always, which is what a kernel is for; of the others one per case.
     yield from _judged(trial, "without autograd", INFERENCE)
-    names = list(SOME_GRADIENTS)
-    name = names[case.seed % len(names)]
-    yield from _judged(trial, name, SOME_GRADIENTS[name])
-    try:
-        yield from _judged(trial, "by a second backward over the same graph", TWICE)
-    except RuntimeError as error:
-        if beyond_its_call(error):
-            raise
-        # A backward that gives back what it saved, and says so, is nobody's mistake.
+    yield from _judged(trial, *some_gradients(case))
+    yield from _judged(trial, "by a second backward over the same graph", TWICE)
 
 
 def _judged(trial: Trial, how: str, asked: Asked) -> Iterator[Symptom]:
     """Results beyond their budget, on two value seeds of the same layout."""
-    wrong = _beyond(trial, asked)
+    wrong = _beyond(trial, how, asked)
     if not wrong:
         return
-    again = _beyond(trial.second, asked)
-    for name, message in wrong.items():
+    again = _beyond(trial.second, how, asked)
+    for name, symptom in wrong.items():
         if name in again:
-            yield WrongWhenAsked("asked", name, f"{how}, {message}")
+            yield symptom
 
 
-def _beyond(trial: Trial, asked: Asked) -> dict[str, str]:
-    """Results beyond their budget, in words, by name; not those that are beyond it when everything is asked for."""
+def _beyond(trial: Trial, how: str, asked: Asked) -> dict[str, WrongWhenAsked]:
+    """What is wrong with results, by name; not those that are so when everything is asked for."""
     observed = trial.observe_with(trial.inputs, trial.poisons[0], asked=asked)
-    found: dict[str, str] = {}
+    found: dict[str, WrongWhenAsked] = {}
+    if observed.spent:
+        return found
     for name in ("out", "lse", *(f"d{name}" for name in asked.gradients)):
         usual, got = trial.observations[0].results.get(name), observed.results.get(name)
-        if (message := _off(trial, name, got)) is not None and _off(trial, name, usual) is None:
-            found[name] = message
+        if (symptom := _off(trial, how, name, got)) is not None and _off(trial, how, name, usual) is None:
+            found[name] = symptom
     return found
 
 
-def _off(trial: Trial, name: str, got: torch.Tensor | None) -> str | None:
-    """How a result is off, in words, or None."""
+def _off(trial: Trial, how: str, name: str, got: torch.Tensor | None) -> WrongWhenAsked | None:
+    """What is wrong with a result, or None."""
     expected = trial.answer[name]
     if got is None or got.shape != expected.value.shape:
-        return None if name == "lse" else "it is missing, or has another shape"
+        missing = f"{how}, it is missing, or has another shape"
+        return None if name == "lse" else WrongWhenAsked("asked", name, missing)
     z = deviations(trial.case, got, expected)
     if not z.numel() or not z.max() > limit(trial.case):
         return None
     worst = int(z.argmax())
-    values = (x.flatten()[worst].item() for x in (got, expected.value))
-    return "got {:.6g}, expected {:.6g}, z = {:.3g}".format(*values, z.max().item())
+    came, should = (x.flatten()[worst].item() for x in (got, expected.value))
+    element = Element(place_of(trial, name, worst, z.shape), came, should)
+    message = f"{how}, {element.place}: got {came:.6g}, expected {should:.6g}, z = {z.max().item():.3g}"
+    return WrongWhenAsked("asked", name, message, z=z.max().item(), element=element)

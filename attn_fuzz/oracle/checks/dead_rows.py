@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from attn_fuzz.execution.observation import Observation
-from attn_fuzz.oracle.symptoms import DeadRowsNotZero, Symptom
+from attn_fuzz.oracle.symptoms import DeadRowsNotZero, Element, Place, Symptom
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.answer import Expected
 
@@ -24,11 +24,13 @@ def dead_rows_zero(trial: Trial) -> Iterator[Symptom]:
             if rows := alive.nonzero()[:, 0].tolist():
                 document, row = trial.document_of(name, rows[0])
                 value = got[rows[0]].flatten()
+                held = value[value != 0][0].item()
                 yield DeadRowsNotZero(
                     "dead_rows",
                     name,
                     f"document {document}, row {row} has no partner, but its gradient holds "
-                    f"{value[value != 0][0].item():.6g} ({len(rows)} such rows)",
+                    f"{held:.6g} ({len(rows)} such rows)",
+                    element=Element(Place(document, row), held, 0.0),
                 )
         if trial.backend.kernel.capabilities_on(trial.device.type).covers_all_rows:
             yield from _tails_zero(observation)
@@ -39,6 +41,7 @@ def dead_rows_zero(trial: Trial) -> Iterator[Symptom]:
                     stray.tensor,
                     f"the {stray.step} changed rows {_ranges(stray.rows)} outside its active extent, "
                     f"to {stray.value:.6g}",
+                    element=Element(Place(None, stray.rows[0]), stray.value, 0.0),
                 )
 
 
@@ -52,19 +55,26 @@ def _dead(expected: Expected | None) -> torch.Tensor | None:
     return dead & ~expected.value.flatten(1).any(1)
 
 
+def empty(name: str) -> float:
+    """What a backend that fills a result's rows behind the last document fills them with."""
+    return -torch.inf if name == "lse" else 0.0
+
+
 def unfilled(name: str, tail: torch.Tensor) -> torch.Tensor:
-    """Elements of a result's rows behind the last document that are not what a backend fills them with."""
-    return tail != (-torch.inf if name == "lse" else 0.0)
+    """Elements of such rows that are something else."""
+    return tail != empty(name)
 
 
 def _tails_zero(observation: Observation) -> Iterator[Symptom]:
     """Rows behind the last document, where the backend promises to fill them."""
     for name, tail in observation.tails.items():
         if (wrong := unfilled(name, tail)).any():
+            row = len(observation.results[name]) + int(wrong.flatten(1).any(1).nonzero()[0])
             yield DeadRowsNotZero(
                 "dead_rows",
                 name,
                 f"rows behind the last document hold {tail[wrong][0].item():.6g} ({len(tail)} such rows)",
+                element=Element(Place(None, row), tail[wrong][0].item(), empty(name)),
             )
 
 

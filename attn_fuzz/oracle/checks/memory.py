@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 
 from attn_fuzz.execution.inferred import promises
-from attn_fuzz.execution.observation import differing
-from attn_fuzz.oracle.symptoms import InputsChanged, MissingResult, NotRepeatable, PoisonLeaked, Symptom, WroteOutside
+from attn_fuzz.execution.observation import Observation, differing
+from attn_fuzz.oracle.checks.budget import place_of
+from attn_fuzz.oracle.symptoms import (
+    Element,
+    InputsChanged,
+    MissingResult,
+    NotRepeatable,
+    Place,
+    PoisonLeaked,
+    Symptom,
+    WroteOutside,
+)
 from attn_fuzz.oracle.trial import Trial
-from attn_fuzz.reference.memory import same_bits
+from attn_fuzz.reference.memory import bits, same_bits
 from attn_fuzz.reference.values import DTYPES
 
 _IN_CASE_DTYPE = ("out", "dq", "dx")
@@ -46,6 +57,7 @@ def unwritten_unread(trial: Trial) -> Iterator[Symptom]:
             if not leaked.any():
                 continue
             rows = leaked.reshape(len(leaked), -1).any(1).nonzero()[:, 0].tolist()
+            expects = expected.value[leaked][0].item()
             document, row = trial.document_of(name, rows[0])
             where = f"row {row}" if document is None else f"document {document}, row {row}"
             yield PoisonLeaked(
@@ -53,7 +65,7 @@ def unwritten_unread(trial: Trial) -> Iterator[Symptom]:
                 name,
                 f"{where} is NaN where unwritten memory is, and a number where that holds numbers: {int(leaked.sum())} "
                 f"elements in {len(rows)} rows",
-                nan=True,
+                element=Element(Place(document, row), math.nan, expects),
             )
     if len(trial.observations) == 2:
         second = trial.observations[1].poison
@@ -62,12 +74,28 @@ def unwritten_unread(trial: Trial) -> Iterator[Symptom]:
                 continue
             if _by_poison(trial, name) and trial.moves_for(name, lambda: trial.observe(second)):
                 yield PoisonLeaked(
-                    "unwritten", name, "its bits change with the contents of memory that nobody has written"
+                    "unwritten",
+                    name,
+                    "its bits change with the contents of memory that nothing has written",
+                    element=first_difference(trial, name, *trial.observations),
                 )
             elif promises(trial.backend, str(trial.device), name):
                 yield NotRepeatable(
-                    "repeatable", name, "two runs of the same call gave other bits, and not for what memory held"
+                    "repeatable",
+                    name,
+                    "two runs of the same call gave other bits, and not for what memory held",
+                    element=first_difference(trial, name, *trial.observations),
                 )
+
+
+def first_difference(trial: Trial, name: str, first: Observation, second: Observation) -> Element | None:
+    """The first element that has other bits in a second run: what came out there, and what in the first one."""
+    before, after = (run.results[name] for run in (first, second))
+    if before.shape != after.shape or before.dtype != after.dtype:
+        return None
+    at = int((bits(before) != bits(after)).flatten().nonzero()[0])
+    place = place_of(trial, name, at, before.shape)
+    return Element(place, after.flatten()[at].item(), before.flatten()[at].item())
 
 
 def _leaked(trial: Trial, name: str, found: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from attn_fuzz.oracle.symptoms import DeadRowsNotZero, RanksDiffer, Symptom
+from attn_fuzz.oracle.symptoms import DeadRowsNotZero, Element, Place, RanksDiffer, Symptom
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layout import micro_sequences, rank_slice, segments
@@ -22,11 +22,14 @@ def replicas_equal(trial: Trial) -> Iterator[Symptom]:
                 differs = (bits(other) != bits(buffers[0])).flatten(1).any(1)
                 if rows := differs.nonzero()[:, 0].tolist():
                     document, row = trial.document_of(name, rows[0])
+                    where = tuple(int(i) for i in (bits(other) != bits(buffers[0]))[rows[0]].nonzero()[0])
+                    here, there = (x[rows[0]][where].item() for x in (buffers[0], other))
                     yield RanksDiffer(
                         "replicas",
                         name,
                         f"document {document}, row {row} of the buffer is another on rank {rank} than on rank 0 "
                         f"({len(rows)} such rows)",
+                        element=Element(Place(document, row), there, here),
                     )
 
 
@@ -63,9 +66,11 @@ def dead_rows_zero_by_rank(trial: Trial) -> Iterator[Symptom]:
                 if rows := alive.nonzero()[:, 0].tolist():
                     document, row = trial.document_of(name, rows[0])
                     value = got[rows[0]].flatten()
+                    held = value[value != 0][0].item()
                     yield DeadRowsNotZero(
                         "dead_rows_by_rank",
                         name,
                         f"document {document}, row {row} is attended to by no query of rank {rank}, whose gradient "
-                        f"buffer holds {value[value != 0][0].item():.6g} there ({len(rows)} such rows)",
+                        f"buffer holds {held:.6g} there ({len(rows)} such rows)",
+                        element=Element(Place(document, row), held, 0.0),
                     )

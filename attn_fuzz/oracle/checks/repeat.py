@@ -11,6 +11,7 @@ from attn_fuzz.cases.smaller import fewer_documents, one_shorter
 from attn_fuzz.execution.observation import Observation, differing
 from attn_fuzz.execution.process import beyond_its_call
 from attn_fuzz.execution.runner import require_support
+from attn_fuzz.oracle.checks.memory import first_difference
 from attn_fuzz.oracle.symptoms import NotRepeatable, Symptom, WrongPath
 from attn_fuzz.oracle.trial import Trial
 
@@ -23,10 +24,14 @@ def repeats_itself(trial: Trial) -> Iterator[Symptom]:
         _run_smaller(trial)
         return trial.observe(first.poison)
 
-    for name in differing(first, again()):
+    second = again()
+    for name in differing(first, second):
         if trial.moves_for(name, again):
             yield NotRepeatable(
-                "repeatable", name, "the same call gave other bits than the first time, after others in between"
+                "repeatable",
+                name,
+                "the same call gave other bits than the first time, after others in between",
+                element=first_difference(trial, name, first, second),
             )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from attn_fuzz.oracle.checks.budget import first_deviations
 from attn_fuzz.oracle.deviations import CONTINUOUS, LIMIT, deviations, limit, spread_of
-from attn_fuzz.oracle.symptoms import Symptom, WrongSpread
+from attn_fuzz.oracle.symptoms import Element, Place, Symptom, WrongSpread
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.answer import Expected
 from attn_fuzz.reference.case import Case
@@ -57,11 +57,16 @@ def rows_within_budget(trial: Trial) -> Iterator[Symptom]:
             continue
         row, head = (int(i) for i in torch.unravel_index(rows.argmax(), rows.shape))
         document, within = trial.document_of(name, row)
-        z2 = first_deviations(trial, name)[row, head].square().mean()
+        z = first_deviations(trial, name)[row, head]
+        channel = int(z.argmax())
+        both = trial.observations[0].results[name], trial.answer[name].value
+        element = Element(Place(document, within, head, channel), *(x[row, head, channel].item() for x in both))
+        mean = z.square().mean().item()
         yield WrongSpread(
             "spread",
             name,
-            f"document {document}, row {within}, head {head}: mean z^2 over its channels is {z2.item():.3g}, "
+            f"document {document}, row {within}, head {head}: mean z^2 over its channels is {mean:.3g}, "
             f"{rows[row, head].item() ** 2:.3g} times what independent roundings make; {int((rows > 1).sum())} rows",
             z=LIMIT * rows[row, head].item(),
+            element=element,
         )

@@ -1,4 +1,7 @@
-"""The tensors of a batch's calls in their places: arenas between guard margins, rows of NaN between calls."""
+"""The tensors of a batch's calls in their places: arenas between guard margins, rows of NaN between calls.
+
+A case by itself is a batch of one call, whose tensors have an arena each, and no gap.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ import torch
 
 from attn_fuzz.backends.kernel import AttentionOptions
 from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.poison import filler
-from attn_fuzz.generation.calls import CallBatch
-from attn_fuzz.reference.answer import Inputs
-from attn_fuzz.reference.memory import Placed, bits, layout_of, place
+from attn_fuzz.reference.answer import SHARED_DIMENSIONS, Inputs
+from attn_fuzz.reference.memory import Placed, all_intact, bits, layout_of, place
 
 _STEP: Final = 64
 """Calls begin at multiples of so many rows, of whatever size: aligned as tensors of their own are."""
@@ -36,8 +39,8 @@ class _Side:
     """Rows of each call."""
     rows: int
     """Of the arena, gaps included."""
-    places: torch.Tensor
-    """int64 ``[tokens]``: row in the arena of each row of the packed case."""
+    places: torch.Tensor | None
+    """int64 ``[tokens]``: row in the arena of each row of the packed case; None where they are the same."""
 
 
 def _side(batch: CallBatch, lengths: tuple[int, ...], spares: Sequence[int], device: torch.device) -> _Side:
@@ -45,13 +48,15 @@ def _side(batch: CallBatch, lengths: tuple[int, ...], spares: Sequence[int], dev
     begins, row = [], 0
     for count, spare in zip(counts, spares, strict=True):
         begins.append(row)
-        # A row at least between calls belongs to none.
-        row += ((count + spare) // _STEP + 1) * _STEP
+        # A row at least between calls belongs to none; behind the last one there is a guard margin.
+        end, row = row + count + spare, row + ((count + spare) // _STEP + 1) * _STEP
+    if len(counts) == 1:
+        return _Side(tuple(begins), tuple(counts), end, None)
     gaps = [begin - packed for begin, packed in zip(begins, itertools.accumulate(counts, initial=0))]
     numbers = torch.tensor([counts, gaps], dtype=torch.int64).to(device, non_blocking=True)
     tokens = sum(counts)
     shifts = torch.repeat_interleave(numbers[1], numbers[0], output_size=tokens)
-    return _Side(tuple(begins), tuple(counts), row, shifts + torch.arange(tokens, device=device))
+    return _Side(tuple(begins), tuple(counts), end, shifts + torch.arange(tokens, device=device))
 
 
 def _sums(batch: CallBatch, device: torch.device) -> tuple[torch.Tensor, list[VarlenMetadata]]:
@@ -79,29 +84,49 @@ class BatchTensors:
 
     Args:
         batch: what will run.
-        inputs: tensors of its packed case, on the device.
+        inputs: tensors of its packed case; those of another device are copied.
         device: where.
         spares: how many rows behind its last document each call is handed; none where empty.
+        poison: what gaps, guard margins and rows behind the last document hold (execution/poison.py).
     """
 
-    def __init__(self, batch: CallBatch, inputs: Inputs, device: torch.device, spares: Sequence[int] = ()) -> None:
-        self.batch, self.device = batch, device
+    def __init__(
+        self,
+        batch: CallBatch,
+        inputs: Inputs,
+        device: torch.device,
+        spares: Sequence[int] = (),
+        poison: str = "nan",
+    ) -> None:
+        self.batch, self.device, self._fill = batch, device, filler(poison)
         self.spares = tuple(spares) or (0,) * len(batch.ends)
         case = batch.case
         self.sides = {
             "q": _side(batch, case.packed_lengths, self.spares, device),
             "k": _side(batch, case.packed_key_lengths, self.spares, device),
         }
-        self.placed = {name: self._place(name, getattr(inputs, name)) for name in _SIDES}
+        self.placed = {name: self._place(name, getattr(inputs, name).to(device)) for name in _SIDES}
         self.sums, self.metadata = _sums(batch, device)
         self._sums_before = self.sums.clone()
         self.options = AttentionOptions.of(case)
 
     def _place(self, name: str, x: torch.Tensor) -> Placed:
-        side, fill = self.sides[_SIDES[name]], filler("nan")
-        arena = x.new_full((side.rows, *x.shape[1:]), fill)
-        arena[side.places] = x
-        return place(arena, layout_of(name, self.batch.case.memory), fill)
+        memory = layout_of(name, self.batch.case.memory)
+        shared = SHARED_DIMENSIONS.get(name) if memory == "broadcast" else None
+        return place(self._arena(self.sides[_SIDES[name]], x, shared), memory, self._fill, shared)
+
+    def _arena(self, side: _Side, x: torch.Tensor, shared: int | None) -> torch.Tensor:
+        """All rows of the calls, and those that belong to none."""
+        if len(x) == side.rows:
+            return x
+        if shared == 0 and len(x):
+            return x[:1].expand(side.rows, *x.shape[1:])
+        arena = x.new_full((side.rows, *x.shape[1:]), self._fill)
+        if side.places is None:
+            arena[: len(x)] = x
+        else:
+            arena[side.places] = x
+        return arena
 
     @functools.cached_property
     def of_calls(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -117,3 +142,16 @@ class BatchTensors:
         """Whether any input, gap, guard margin or prefix sum has lost its bits: bool scalar on the device."""
         moved = [(bits(item.storage) != item.before).any() for item in self.placed.values()]
         return torch.stack([*moved, (self.sums != self._sums_before).any()]).any()
+
+    def changes(self) -> list[str]:
+        """The same in words: which tensors, and whether their values or the margins around them."""
+        if all_intact([*self.placed.values()], [(self.sums, self._sums_before)]):
+            return []
+        found = [f"{what} of {name}" for name, item in self.placed.items() if (what := item.changed())]
+        begin = self.sums.storage_offset()
+        for metadata in self.metadata:
+            for name, now in (("cu_seqlens_q", metadata.cu_seqlens_q), ("cu_seqlens_k", metadata.cu_seqlens_k)):
+                place = now.storage_offset() - begin
+                if not torch.equal(now, self._sums_before[place : place + len(now)]):
+                    found.append(name)
+        return found or ["memory behind cu_seqlens"]

@@ -1,4 +1,4 @@
-"""The calls of a batch: one run after another, nothing of which waits for the device."""
+"""The calls of a batch: forward and backward of one, or of one after another, nothing of which waits for the device."""
 
 from __future__ import annotations
 
@@ -12,10 +12,22 @@ import torch
 
 from attn_fuzz.backends.kernel import Attended, UnsupportedCase
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.batch.tensors import BatchTensors
+from attn_fuzz.execution.batch_tensors import BatchTensors
 from attn_fuzz.execution.poison import filler, poisoned
 from attn_fuzz.execution.process import beyond_its_call, in_words, raise_lack_of_memory
-from attn_fuzz.execution.runner import EVERYTHING, Asked
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is asked of autograd in a kernel call."""
+
+    gradients: tuple[str, ...] = ("q", "k", "v")
+    """The inputs that require a gradient; none: the forward runs without autograd, as inference does."""
+    twice: bool = False
+    """The backward runs twice over the same graph, and its second results count."""
+
+
+EVERYTHING: Final = Asked()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +86,6 @@ def _memory(tensors_of_calls: BatchTensors, poison: str, *, compiled: bool) -> I
         yield
 
 
-@dataclasses.dataclass(frozen=True)
-class CallResult:
-    """What one call gave back."""
-
-    attended: Attended
-    gradients: dict[str, torch.Tensor]
-    spent: bool = False
-
-
 def _copies(gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Gradients in memory of their own: a backward may hand out the same again to the next call.
 
@@ -92,28 +95,70 @@ def _copies(gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [copy.view(x.shape) for copy, x in zip(together, gradients, strict=True)]
 
 
-def _one(tensors_of_calls: BatchTensors, index: int, backend: Backend, poison: str, how: How) -> CallResult:
-    asked = how.asked
-    *tensors, dout = tensors_of_calls.of_calls[index]
-    named = zip(("q", "k", "v"), tensors, strict=True)
-    q, k, v = leaves = [x.detach().requires_grad_(name in asked.gradients) for name, x in named]
-    if tensors_of_calls.device.type == "cuda" and poison != "none":
+class Call:
+    """One of a batch's calls: forward, then backward.
+
+    Args:
+        tensors: the batch in its places.
+        index: which of its calls.
+        backend: what runs it.
+        asked: what is asked of autograd.
+    """
+
+    def __init__(self, tensors: BatchTensors, index: int, backend: Backend, asked: Asked = EVERYTHING) -> None:
+        self.tensors, self.backend, self.asked = tensors, backend, asked
+        *leaves, self.dout = tensors.of_calls[index]
+        named = zip(("q", "k", "v"), leaves, strict=True)
+        self.leaves = {name: x.detach().requires_grad_(name in asked.gradients) for name, x in named}
+        self.metadata = tensors.metadata[index]
+        self.attended: Attended | None = None
+        self.gradients: dict[str, torch.Tensor] = {}
+        self.spent = False
+        """The graph could not be taken back twice, which a backward may say."""
+
+    def forward(self) -> None:
+        """Raises what the backend does."""
+        q, k, v = self.leaves.values()
+        with torch.set_grad_enabled(bool(self.asked.gradients)):
+            self.attended = self.backend.kernel.attend(q, k, v, self.metadata, self.tensors.options)
+
+    def backward(self) -> None:
+        """Of what was asked for. Raises what the backend does."""
+        assert self.attended is not None
+        if not self.asked.gradients:
+            return
+        out, leaves = self.attended.out, [self.leaves[name] for name in self.asked.gradients]
+        gradients = torch.autograd.grad(out, leaves, self.dout, retain_graph=self.asked.twice)
+        if self.asked.twice:
+            try:
+                gradients = torch.autograd.grad(out, leaves, self.dout)
+            except RuntimeError as error:
+                if beyond_its_call(error):
+                    raise
+                # A backward that gives back what it saved, and says so, makes no mistake.
+                self.spent = True
+                return
+        self.gradients = {f"d{name}": x for name, x in zip(self.asked.gradients, _copies(gradients), strict=True)}
+
+    def results(self) -> dict[str, torch.Tensor]:
+        """What it gave, detached, rows behind the last document included; the LSE ``[tokens, heads]``."""
+        assert self.attended is not None
+        found = {"out": self.attended.out.detach(), **self.gradients}
+        if self.attended.lse is not None:
+            found["lse"] = self.attended.lse.detach().T
+        return found
+
+
+def _whole(call: Call, poison: str, *, forward_only: bool) -> str:
+    """Runs a call of a batch, and says by which implementation it ran."""
+    q, k = call.leaves["q"], call.leaves["k"]
+    if q.is_cuda and poison != "none":
         _primed(q, k, filler(poison))
-    with torch.set_grad_enabled(bool(asked.gradients)):
-        attended = backend.kernel.attend(q, k, v, tensors_of_calls.metadata[index], tensors_of_calls.options)
-    if not asked.gradients or how.forward_only:
-        return CallResult(attended, {})
-    wanted = [x for x in leaves if x.requires_grad]
-    gradients = torch.autograd.grad(attended.out, wanted, dout, retain_graph=asked.twice)
-    if asked.twice:
-        try:
-            gradients = torch.autograd.grad(attended.out, wanted, dout)
-        except RuntimeError as error:
-            if beyond_its_call(error):
-                raise
-            # A backward that gives back what it saved, and says so, makes no mistake.
-            return CallResult(attended, {}, spent=True)
-    return CallResult(attended, {f"d{name}": x for name, x in zip(asked.gradients, _copies(gradients), strict=True)})
+    call.forward()
+    if not forward_only:
+        call.backward()
+    assert call.attended is not None
+    return call.attended.path
 
 
 class _Collector:
@@ -191,16 +236,14 @@ def run_batch(
             beat()
             got: dict[str, torch.Tensor] = {}
             try:
-                call_result = _one(tensors_of_calls, index, backend, poison, how)
-                attended = call_result.attended
-                got = {"out": attended.out.detach(), **call_result.gradients}
-                if attended.lse is not None:
-                    got["lse"] = attended.lse.detach().T
-                if call_result.spent:
+                call = Call(tensors_of_calls, index, backend, how.asked)
+                path = _whole(call, poison, forward_only=how.forward_only)
+                got = call.results()
+                if call.spent:
                     batch_result.spent.add(index)
-                batch_result.paths.add(attended.path)
-                if meant and attended.path not in meant:
-                    batch_result.broken[index] = f"{attended.path!r} ran, but should be {' or '.join(sorted(meant))}"
+                batch_result.paths.add(path)
+                if meant and path not in meant:
+                    batch_result.broken[index] = f"{path!r} ran, but should be {' or '.join(sorted(meant))}"
             except (UnsupportedCase, NotImplementedError) as refusal:
                 batch_result.refused[index] = str(refusal)
             except Exception as error:

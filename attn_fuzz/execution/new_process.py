@@ -1,0 +1,112 @@
+"""New processes: forked from one that has imported everything once, where the system can.
+
+Importing torch and this package takes seconds, and a campaign starts a process per worker, per limit that it tries and
+per crash that it looks into. The process that they are forked from runs a single thread, no operation and no code under
+test, and never touches a GPU, which is what makes forking safe. It ends with its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Final
+
+from attn_fuzz.execution.heap import fill_in_children
+
+_IMPORTED: Final = ("torch", "torch.nested", "attn_fuzz.campaign.serve", "attn_fuzz.campaign.isolated")
+"""By the process that others are forked from; what these import comes with them."""
+
+_STARTING: Final = threading.Lock()
+"""The environment is the whole process's: children are started one after another, of whatever thread."""
+
+
+@functools.cache
+def context() -> ForkServerContext | SpawnContext:
+    """How processes are started: forked from a process of their own, or anew where the system has no such thing."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(list(_IMPORTED))
+    return found
+
+
+@contextlib.contextmanager
+def _environment(added: Mapping[str, str]) -> Iterator[None]:
+    """What processes that are started here find in their environment; this process's own is as before afterwards."""
+    before = {name: os.environ.get(name) for name in added}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _same_packages() -> dict[str, str]:
+    """Has a new interpreter import what this one does, whatever lies in the working directory."""
+    path = [str(Path(entry or os.curdir).absolute()) for entry in sys.path]
+    return {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
+
+
+@contextlib.contextmanager
+def ready(added: Mapping[str, str]) -> Iterator[None]:
+    """A context in which processes of ``context()`` are started, by a pool of processes for instance.
+
+    Args:
+        added: to the environment that the C library reads when a process begins; the first call's counts where
+            processes are forked.
+    """
+    with _STARTING:
+        if isinstance(context(), ForkServerContext):
+            with _environment({**added, **fill_in_children(os.environ), **_same_packages()}):
+                multiprocessing.forkserver.ensure_running()
+            yield
+        else:
+            with _environment({**added, **fill_in_children(os.environ)}):
+                yield
+
+
+def start(
+    target: Callable[..., object],
+    args: tuple[Any, ...],
+    added: Mapping[str, str],
+    *,
+    daemon: bool = False,
+) -> BaseProcess:
+    """A new process, with this one's environment as it is now.
+
+    Args:
+        target: its main function, of a module.
+        args: what it is called with.
+        added: to its environment.
+        daemon: it is ended with this process, and has no children.
+    """
+    environment = {**os.environ, **fill_in_children(os.environ), **added}
+    with ready(added):
+        process = context().Process(target=_enter, args=(environment, target, args), daemon=daemon)
+        process.start()
+    return process
+
+
+def take_environment(environment: Mapping[str, str]) -> None:
+    """Gives a new process its parent's environment, instead of that of the one it was forked from."""
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def _enter(environment: Mapping[str, str], target: Callable[..., object], args: tuple[Any, ...]) -> None:
+    """The main function of a new process."""
+    take_environment(environment)
+    target(*args)
