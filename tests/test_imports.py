@@ -148,7 +148,7 @@ def test_circles_are_seen() -> None:
 def test_every_module_is_small_and_says_what_it_is() -> None:
     for _, path in modules():
         text = path.read_text()
-        assert len(text.splitlines()) <= 330, path
+        assert len(text.splitlines()) <= 360, path
         assert ast.get_docstring(ast.parse(text)), path
         assert "utils" not in path.stem, path
 

@@ -58,7 +58,7 @@ WITHOUT_ELEMENT = {"complete", "inputs_intact", "buffer_intact", "results_kept",
 
 
 def failing(fault: str, case: Case) -> list[Symptom]:
-    """What all checks see, probes asked whatever the others say."""
+    """What all checks see, probes asked even where others have failed."""
     trial = Trial(case, registry.load(f"fault:{fault}"), torch.device("cpu"))
     return [symptom for check in (*CHECKS, *PROBES) for symptom in check(trial)]
 

@@ -20,6 +20,7 @@ from attn_fuzz.cli import bench, tables
 from attn_fuzz.cli.columns import Column, broken_behind, fitted
 from attn_fuzz.cli.terminal import Screen
 from attn_fuzz.reference.case import Case
+from results.render.bench_plot import load
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = (80, 140)
@@ -86,8 +87,8 @@ def test_faults_and_rates_stay_whole(width: int) -> None:
     faults = json.loads((ROOT / "results" / "faults.json").read_text())["faults"]
     tables.print_faults(to := console(width), faults)
     assert {row["id"] for row in faults} <= cells(printed(to))
-    measured = json.loads((ROOT / "results" / "bench" / "h100.json").read_text())
-    measured["backends"] = [row | {"wide": {**row["wide"], "parts": {}}} for row in measured["backends"]]
+    (measured,) = (result for result in load() if "H100" in result["environment"]["device"])
+    measured["backends"] = [row | {"packed": {**row["packed"], "parts": {}}} for row in measured["backends"]]
     bench.show(to := console(width), measured | {"interrupted": False})
     assert {row["name"] for row in measured["backends"]} <= cells(printed(to))
 

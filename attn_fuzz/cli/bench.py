@@ -109,7 +109,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
             f"{rare['seconds']:.3f} s, shrunk to {json.dumps(rare['shrunk'])}"
         )
     for count, rate in result.get("processes", {}).get("cases_per_s", {}).items():
-        console.print(f"{count} processes on {result['processes']['backend']}: {rate:,.0f} cases/s one by one")
+        console.print(f"{count} processes on {result['processes']['backend']}: {rate:,.0f} cases/s case by case")
     for name, rates in result.get("batch_processes", {}).items():
         for count, rate in rates.items():
             told = "not measured: too little came back in time" if rate is None else f"{rate:,.0f} cases/s in batches"
