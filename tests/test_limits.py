@@ -16,6 +16,7 @@ from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities
 from attn_fuzz.backends.known import KnownIssue, built_on
 from attn_fuzz.campaign import limits
 from attn_fuzz.campaign.isolated import Isolated, Report, Subject, cause_of_death
+from attn_fuzz.campaign.limit_questions import LENGTHS
 from attn_fuzz.campaign.limits import Limit, LimitsFound, infer_limits, taken, without_of
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.oracle.examine import examine
@@ -207,10 +208,10 @@ def test_a_kernel_that_no_process_survives_is_a_finding_at_once(
     small: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     died = Report("Crashed", "the process was ended by SIGSEGV while it ran this case", survived=False)
-    monkeypatch.setattr(limits, "Isolated", falling({limits.LENGTHS: died, (1,): died if small else Report()}))
+    monkeypatch.setattr(limits, "Isolated", falling({LENGTHS: died, (1,): died if small else Report()}))
     fatal = found(written(tmp_path, dtypes=("fp32", "bf16"))).fatal
     assert fatal is not None
-    assert fatal.case.lengths == ((1,) if small else limits.LENGTHS)
+    assert fatal.case.lengths == ((1,) if small else LENGTHS)
     assert (fatal.how, fatal.message) == ("crashed", died.message)
     finding = limits.finding_of(fatal, "mine", "cpu")
     assert (finding.symptom, finding.messages) == ("Crashed", (f"Crashed [limits] every call: {died.message}",))
@@ -220,7 +221,7 @@ def test_a_kernel_that_never_returns_is_a_finding_and_is_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hung = Report("Hung", "the process was silent for 45 seconds", survived=False)
-    monkeypatch.setattr(limits, "Isolated", falling({limits.LENGTHS: hung}))
+    monkeypatch.setattr(limits, "Isolated", falling({LENGTHS: hung}))
     fatal = found(written(tmp_path, dtypes=("fp32", "bf16"))).fatal
     assert fatal is not None
     assert limits.finding_of(fatal, "mine", "cpu").symptom == "Hung"

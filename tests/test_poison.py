@@ -267,6 +267,16 @@ def test_flags_are_restored(poison: str, deterministic: bool) -> None:
     assert flags() == before
 
 
+@needs_glibc
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("poison", POISONS)
+def test_deterministic_algorithms_fill_nothing_themselves(poison: str) -> None:
+    """Code under test may switch them on, and every poison would be NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with poisoned(poison, CPU):
+        assert nearly_all([has(torch.empty(3000), BYTES[poison]) for _ in range(TRIES)])
+
+
 @every_poison
 def test_flags_are_restored_after_an_exception(poison: str) -> None:
     before = flags()

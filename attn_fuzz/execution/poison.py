@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -62,7 +62,21 @@ def poisoned(poison: str, device: torch.device, *, compiled: bool = False) -> co
     if poison not in _BYTES:
         raise ValueError(f"unknown poison {poison!r}; there are {', '.join(_BYTES)}, none")
     byte = _BYTES[poison]
-    return _filled_device(byte, device, compiled=compiled) if device.type == "cuda" else filled_heap(byte)
+    filled = _filled_device(byte, device, compiled=compiled) if device.type == "cuda" else filled_heap(byte)
+    return _not_by_torch(filled) if torch.are_deterministic_algorithms_enabled() else filled
+
+
+@contextlib.contextmanager
+def _not_by_torch(filled: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+    """Memory holds the poison also where torch's deterministic algorithms are on, which fill it with NaN themselves."""
+    flags: Any = torch.utils.deterministic
+    before = flags.fill_uninitialized_memory
+    flags.fill_uninitialized_memory = False
+    try:
+        with filled:
+            yield
+    finally:
+        flags.fill_uninitialized_memory = before
 
 
 def filler(poison: str) -> float:
