@@ -44,20 +44,20 @@ MOST = 3
 """Cases that are tried of each, of those that it takes."""
 
 
-def verdicts(name: str) -> list[Verdict]:
+def verdicts(name: str, device: str) -> list[Verdict]:
     """What comes of the cases that a kernel takes, which are some."""
     backend, found = registry.load(name), list[Verdict]()
     for case in CASES:
-        if len(found) < MOST and backend.refusal(case, "cpu") is None:
+        if len(found) < MOST and backend.refusal(case, device) is None:
             # The rest is refused when it is called: keys as many as queries, where one tensor holds both.
             with contextlib.suppress(UnsupportedCase):
-                found.append(examine(case, backend, "cpu", probes=()))
+                found.append(examine(case, backend, device, probes=()))
     assert found
     return found
 
 
-def require_clean(name: str) -> None:
-    assert [verdict.symptoms for verdict in verdicts(name) if verdict.symptoms] == []
+def require_clean(name: str, device: str = "cpu") -> None:
+    assert [verdict.symptoms for verdict in verdicts(name, device) if verdict.symptoms] == []
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"{i}: {heading}" for i, heading in enumerate(HEADINGS)])
@@ -103,9 +103,13 @@ def test_those_of_packages_that_are_here_are_clean(path: Path) -> None:
         backend = registry.load(f"{path}:kernel")
     except BackendUnavailable as error:
         pytest.skip(str(error))
-    if reason := backend.kernel.why_unavailable("cpu"):
-        pytest.skip(reason)
-    require_clean(f"{path}:kernel")
+    # Some compile for GPUs only, where there is one.
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    reasons = {device: backend.kernel.why_unavailable(device) for device in devices}
+    for device in (each for each, reason in reasons.items() if not reason):
+        require_clean(f"{path}:kernel", device)
+    if all(reasons.values()):
+        pytest.skip("; ".join(filter(None, reasons.values())))
 
 
 # The same, where the packages are not: functions of their shapes, in plain torch.

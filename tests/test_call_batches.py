@@ -629,6 +629,7 @@ def test_a_finding_that_takes_other_calls_is_replayed(attn_fuzz: Run, tmp_path: 
     command = ("check", f"{path}:kernel", "--mode", "batch", "--device", "cpu", "--cases", "400", "--first")
     done = attn_fuzz(*command, "--store", str(store), "--workers", "1", "--json")
     assert done.status == 1, done.err
+    assert done.out, done.err
     finding = next(each for each in json.loads(done.out)["findings"] if each["checks"] == ["batch"])
     assert len(finding["sequence"]["ends"]) == 2
     done = attn_fuzz("replay", finding["id"], "--store", str(store), "--device", "cpu")

@@ -305,7 +305,7 @@ def test_one_finding_of_a_backend_is_enough_for_all_its_hunts(monkeypatch: pytes
     assert outcome.tallies["fault:M51-swapped"].cases == 1
     assert not outcome.interrupted
     # Once, after the last of its hunts.
-    assert ended == ["trigger:11,23:loop"]
+    assert ended == ["fault:M51-swapped"]
 
 
 # One case in a process of its own.

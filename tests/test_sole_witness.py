@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from attn_fuzz.backends import registry
+from attn_fuzz.execution import poison
+from attn_fuzz.execution.heap import fills_all
 from attn_fuzz.oracle.checks import CHECKS, PROBES
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.symptoms import Symptom
@@ -65,6 +67,8 @@ def failing(fault: str, case: Case) -> list[Symptom]:
 
 @pytest.mark.parametrize(("check", "fault", "text"), [(check, *rest) for check, rest in WITNESSES.items()])
 def test_a_check_has_a_fault_that_it_alone_sees(check: str, fault: str, text: str) -> None:
+    if check == "unwritten" and not fills_all(poison.FINITE_BYTE):
+        pytest.skip("needs a C library that fills what it hands out, as campaigns have it do")
     case = Case.from_json(text)
     symptoms = failing(fault, case)
     assert {symptom.check for symptom in symptoms} == {check}

@@ -225,7 +225,6 @@ COMMANDS: Final = (
     noted("without a GPU", wrong("run --device cuda")),
     noted("without a GPU", wrong("check kernel.py:kernel --device cuda:7")),
     wrong("run --seconds -1"),
-    wrong("run --backend loop --seconds nan"),
     wrong("run --seconds soon"),
     wrong("run --cases 0"),
     wrong("run --seconds 5 --cases 5"),

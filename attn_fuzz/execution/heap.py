@@ -127,11 +127,16 @@ def _allocator_fills(kind: str) -> bool:
     return True
 
 
+def fills_all(byte: int) -> bool:
+    """Whether the C library fills blocks of every size with a byte; small ones it may not, but in child processes."""
+    return _library_fills(byte, _SMALL + _LARGE)
+
+
 def _way(byte: int) -> Callable[[], contextlib.AbstractContextManager[None]]:
     """The best way to fill that works here."""
     if not byte and _allocator_fills("zero"):
         return lambda: _allocator_filling("zero")
-    if _library_fills(byte, _SMALL + _LARGE):
+    if fills_all(byte):
         return lambda: _perturbed(byte)
     # NaN that is sure to be there, even if every other element of it only, rather than a poison that may be missing.
     if byte == NAN_BYTE and _allocator_fills("junk"):
@@ -147,7 +152,7 @@ def filled_heap(byte: int) -> contextlib.AbstractContextManager[None]:
     Kernels written in C++ get such memory as Python code does, and so do compiled ones. Where nothing can fill, memory
     holds what it happens to hold.
     """
-    # Tried out of sight of whoever watches what the case does (wide/pace.py).
+    # Tried out of sight of what watches the case (batch/batch_size.py).
     with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
         way = _way(byte)
     return way()
