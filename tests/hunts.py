@@ -56,13 +56,11 @@ def _first(job: Assignment, kind: type[Candidate] | type[Found]) -> Finding:
 
 def finding_of(backend: str, case: Case, verdict: Verdict) -> Finding:
     """The finding of a case that fails, had it been drawn."""
-    checks, messages = summarise(verdict)
     return Finding(
         backend=backend,
         device="cpu",
         symptom=type(verdict.first).__name__,
-        checks=checks,
-        messages=messages,
+        **summarise(verdict),
         case=case,
         original_case=case,
         cases_to_find=1,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import pytest
 
 from attn_fuzz.findings.finding import Finding, FindingError, summarise
 from attn_fuzz.oracle.examine import Verdict
-from attn_fuzz.oracle.symptoms import PoisonLeaked, Symptom, WrongGradK, WrongGradV
+from attn_fuzz.oracle.symptoms import Element, Place, PoisonLeaked, Symptom, WrongGradK, WrongGradV
 from attn_fuzz.reference.case import Case, CaseError
 
 FINDING = Finding(
@@ -103,7 +104,18 @@ def test_a_verdict_is_summarised_by_its_first_symptoms() -> None:
     symptoms: list[Symptom] = [PoisonLeaked("unwritten", "dk", "NaN")]
     symptoms += [WrongGradK("budget", "dk", f"row {row}") for row in range(20)]
     symptoms += [WrongGradV("budget", "dv", "row 0")]
-    checks, messages = summarise(Verdict(tuple(symptoms), {}, frozenset()))
-    assert checks == ("unwritten", "budget")
-    assert messages[:2] == ("PoisonLeaked [unwritten] dk: NaN", "WrongGradK [budget] dk: row 0")
-    assert len(messages) == 12
+    said = summarise(Verdict(tuple(symptoms), {}, frozenset()))
+    assert said["checks"] == ("unwritten", "budget")
+    assert said["messages"][:2] == ("PoisonLeaked [unwritten] dk: NaN", "WrongGradK [budget] dk: row 0")
+    assert len(said["messages"]) == len(said["symptoms"]) == 12
+
+
+def test_a_symptom_is_data_that_every_json_reader_takes() -> None:
+    element = Element(Place(1, 7, 0), math.nan, -0.5)
+    data = WrongGradK("budget", "dk", "a sentence", z=math.inf, element=element).to_dict()
+    where = {"document": 1, "row": 7, "head": 0}
+    values = {"got": "nan", "expected": -0.5, "z": "inf"}
+    assert data == {"symptom": "WrongGradK", "check": "budget", "tensor": "dk", **where, **values}
+    json.dumps(data, allow_nan=False)
+    kept = dataclasses.replace(FINDING, symptoms=(data,))
+    assert Finding.from_dict(json.loads(json.dumps(kept.to_dict()))) == kept

@@ -11,7 +11,7 @@ import torch
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.batch_run import PROBED
 from attn_fuzz.batch.judge import judge, moving
-from attn_fuzz.batch.judged import BY_BITS, Judged, Question
+from attn_fuzz.batch.judged import BY_BITS, Judged, Question, tensor_of
 from attn_fuzz.batch.layer import judge_layer
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.oracle.symptoms import Crashed, InputsChanged, PoisonLeaked, Symptom, WrongSpread
@@ -40,6 +40,8 @@ class PackedFailure:
     """Places in the case, worst first."""
     symptom: type[Symptom]
     message: str
+    tensor: str
+    """The result that is wrong; empty where it is none, or any."""
 
 
 def packed_batch(case: Case) -> CallBatch:
@@ -116,11 +118,11 @@ def _whole(judged: Judged) -> str | None:
     return "an input or its guard margin changed" if judged.touched else None
 
 
-def _named(judged: Judged, failing: torch.Tensor, documents: Sequence[int]) -> tuple[type[Symptom], str]:
-    """The symptom of a failing case, and one sentence on it."""
+def _named(judged: Judged, failing: torch.Tensor, documents: Sequence[int]) -> tuple[type[Symptom], str, str]:
+    """The symptom of a failing case, one sentence on it, and the result that it is about."""
     case, count = judged.batch.case, len(judged.batch.case.packed_lengths)
     if (whole := _whole(judged)) is not None:
-        return Crashed if judged.broken else InputsChanged, f"a call of {count} documents: {whole}"
+        return Crashed if judged.broken else InputsChanged, f"a call of {count} documents: {whole}", ""
     first = documents[0]
     # What a probe says is exact, and an element outside its budget says more than its row does.
     column = min(
@@ -134,12 +136,13 @@ def _named(judged: Judged, failing: torch.Tensor, documents: Sequence[int]) -> t
     name, z = judged.names[column], judged.z[first, column].item()
     place = f"document {first} ({case.packed_lengths[first]} queries, {case.packed_key_lengths[first]} keys)"
     rest = f"{len(documents)} of {count} documents wrong"
-    symptom = judged.symptom(name)
+    symptom, tensor = judged.symptom(name), tensor_of(name)
     if name in PROBED:
-        result, probe = name.split()[0], judged.question.asked
-        return symptom, f"{result} of {place} is not what the probe {probe!r} makes of it; {rest}"
-    if symptom is PoisonLeaked:
-        return symptom, f"results of {place} change with the contents of memory that nothing has written; {rest}"
-    if symptom is WrongSpread:
-        return symptom, f"{name.removesuffix('-rows')} of {place}: a row as a whole is off ({z:.3g}); {rest}"
-    return symptom, f"{name} of {place}: z = {z:.3g}; {rest}"
+        said = f"{tensor} of {place} is not what the probe {judged.question.asked!r} makes of it; {rest}"
+    elif symptom is PoisonLeaked:
+        said = f"results of {place} change with the contents of memory that nothing has written; {rest}"
+    elif symptom is WrongSpread:
+        said = f"{tensor} of {place}: a row as a whole is off ({z:.3g}); {rest}"
+    else:
+        said = f"{name} of {place}: z = {z:.3g}; {rest}"
+    return symptom, said, tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from attn_fuzz.batch.judge import SCHEDULE, judge, moving
-from attn_fuzz.batch.judged import BY_BITS, Judged, Question
+from attn_fuzz.batch.judged import BY_BITS, Judged, Question, tensor_of
 from attn_fuzz.campaign.batch_worker import BatchWorker, Sizing
 from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.campaign.worker import Send, work
@@ -127,7 +127,8 @@ class CallsWorker(BatchWorker):
             "batch",
             f"{words}; seen {seen}, and not where the call runs by itself",
             sequence.batch.call(sequence.index),
-            sequence.to_dict(),
+            tensor=tensor_of(name),
+            sequence=sequence.to_dict(),
         )
 
     def moves(self, judged: Judged, index: int) -> bool:

@@ -64,6 +64,7 @@ def finding_of(limit: Limit, backend: str, device: str) -> Finding:
         symptom=symptom,
         checks=("limits",),
         messages=(f"{symptom} [limits] {limit.axis}: {limit.message}", *note),
+        symptoms=({"symptom": symptom, "check": "limits", "tensor": "call"},),
         case=limit.case,
         original_case=limit.case,
         cases_to_find=0,

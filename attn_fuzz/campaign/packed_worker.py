@@ -185,7 +185,7 @@ class PackedWorker(BatchWorker):
             self.hand_over(small, verdict)
         else:
             # The smallest packed call that fails, which no small case shows.
-            self.report_as_seen(found.symptom, "packed", found.message, small)
+            self.report_as_seen(found.symptom, "packed", found.message, small, tensor=found.tensor)
 
 
 def work_on_packed(assignment: Assignment, send: Send) -> None:

@@ -204,6 +204,7 @@ class Pool:
             symptom=symptom,
             checks=("runs",),
             messages=(worker.last_words or f"{symptom} [runs] process: the process {how} while it ran this case",),
+            symptoms=({"symptom": symptom, "check": "runs", "tensor": "process"},),
             case=original,
             original_case=original,
             cases_to_find=worker.tally.cases,

@@ -49,9 +49,20 @@ class Triage(Worker):
         check: str,
         message: str,
         case: Case,
+        *,
+        tensor: str = "",
         sequence: Mapping[str, Any] | None = None,
     ) -> None:
-        """A finding that the case mode does not show, once per symptom; ``sequence``: in which calls it did."""
+        """A finding that the case mode does not show, once per symptom.
+
+        Args:
+            symptom: of what.
+            check: which mode saw it.
+            message: a sentence.
+            case: which it saw it in.
+            tensor: the result that is wrong, where it is one.
+            sequence: the calls that it takes.
+        """
         name = symptom.__name__
         if name in self.found:
             self.tally.repeated += 1
@@ -65,6 +76,7 @@ class Triage(Worker):
             symptom=name,
             checks=(check,),
             messages=(f"{name} [{check}] {message}",),
+            symptoms=({"symptom": name, "check": check, "tensor": tensor},),
             case=case,
             original_case=self.original,
             cases_to_find=self.tally.cases,

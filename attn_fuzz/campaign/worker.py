@@ -248,14 +248,12 @@ class Worker:
 
     def finding(self, case: Case, verdict: Verdict) -> Finding:
         """The finding of a case that failed."""
-        checks, messages = summarise(verdict)
         assert self.original is not None
         return Finding(
             backend=self.backend.name,
             device=str(self.device),
             symptom=type(verdict.first).__name__,
-            checks=checks,
-            messages=messages,
+            **summarise(verdict),
             case=case,
             original_case=self.original,
             cases_to_find=self.tally.cases,

@@ -38,6 +38,9 @@ class Finding:
     """Of a user's kernel: the folder that it was named in, from that of the finding's file; empty where that is no
     matter."""
 
+    symptoms: tuple[Mapping[str, Any], ...] = ()
+    """What the first sentences are about, as data (``oracle.symptoms.Symptom.to_dict``): check, tensor, document, row,
+    head, channel, what came and what should have, z; of those, what is known."""
     same_as: str = ""
     """The id of an earlier finding that is taken for the same bug (``findings.same``); empty where there is none."""
 
@@ -56,6 +59,7 @@ class Finding:
             **fields,
             "checks": list(self.checks),
             "messages": list(self.messages),
+            "symptoms": [dict(symptom) for symptom in self.symptoms],
             "case": self.case.to_dict(),
             "original_case": self.original_case.to_dict(),
             "environment": dict(self.environment),
@@ -88,6 +92,7 @@ class Finding:
                 environment=dict(data.get("environment", {})),
                 sequence=_calls(data),
                 root=str(data.get("root", "")),
+                symptoms=tuple(dict(symptom) for symptom in data.get("symptoms", ())),
                 same_as=str(data.get("same_as", "")),
             )
         except CaseError:
@@ -124,6 +129,11 @@ def _words(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def summarise(verdict: Verdict) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(checks, messages) of a verdict that has symptoms."""
-    return verdict.checks, tuple(str(symptom) for symptom in verdict.symptoms[:12])
+def summarise(verdict: Verdict) -> dict[str, Any]:
+    """Checks, messages and symptoms of a finding, from a verdict that has some."""
+    some = verdict.symptoms[:12]
+    return {
+        "checks": verdict.checks,
+        "messages": tuple(str(symptom) for symptom in some),
+        "symptoms": tuple(symptom.to_dict() for symptom in some),
+    }

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.reference.case import Case
-
-_TENSOR: Final = re.compile(r"^\w+ \[[^\]]+\] (\w+)")
-"""What is wrong, in the first sentence of a finding: the word behind the check's name."""
 
 _OF_MANY: Final = ("batch", "packed")
 """Checks of modes whose cases stay as large as the calls that they were seen in."""
@@ -18,8 +14,7 @@ _OF_MANY: Final = ("batch", "packed")
 
 def tensor_of(finding: Finding) -> str:
     """What is wrong; empty where the finding does not say."""
-    found = _TENSOR.match(finding.messages[0]) if finding.messages else None
-    return found[1] if found else ""
+    return str(finding.symptoms[0].get("tensor", "")) if finding.symptoms else ""
 
 
 def needs(case: Case) -> dict[str, Any]:

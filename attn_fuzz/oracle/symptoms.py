@@ -42,6 +42,11 @@ class Element:
         return math.isnan(self.got)
 
 
+def number(x: float) -> float | str:
+    """A number as JSON has it, which knows no NaN and no infinities: those as ``nan``, ``inf`` and ``-inf``."""
+    return x if math.isfinite(x) else str(x)
+
+
 class Symptom(AssertionError):
     """Something that a correct backend does not do.
 
@@ -72,6 +77,17 @@ class Symptom(AssertionError):
         self.nan = nan or (element is not None and element.nan)
         self.probe: Callable[..., Any] | None = None
         """The check with runs of its own that saw it, if it was one."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it says but for the sentence, ready for JSON: what was not measured, or is no element, is left out."""
+        found: dict[str, Any] = {"symptom": type(self).__name__, "check": self.check, "tensor": self.tensor}
+        if self.z is not None:
+            found["z"] = number(self.z)
+        if self.element is not None:
+            place = dataclasses.asdict(self.element.place)
+            found |= {name: value for name, value in place.items() if value is not None}
+            found |= {"got": number(self.element.got), "expected": number(self.element.expected)}
+        return found
 
 
 class Crashed(Symptom):
