@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from attn_fuzz.backends import registry
-from attn_fuzz.batch.packed import packed_batch
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.batch_tensors import BatchTensors
 from attn_fuzz.execution.calls import run_batch
 from attn_fuzz.generation.domain import Domain
@@ -65,7 +65,7 @@ def same(one: Inputs, other: Inputs) -> bool:
 
 def right(case: Case, known: KnownAnswer) -> plain.Results:
     """Results of a correct kernel."""
-    return run_batch(BatchTensors(packed_batch(case), known.inputs, CPU), LOOP, "nan").results
+    return run_batch(BatchTensors(CallBatch.of_one(case), known.inputs, CPU), LOOP, "nan").results
 
 
 def spoilt(results: plain.Results, random: Random) -> plain.Results:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attn_fuzz.backends import registry
-from attn_fuzz.batch.packed import packed_batch
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.batch_tensors import BatchTensors
 from attn_fuzz.execution.runner import KernelCall
 from attn_fuzz.reference.answer import kernel_inputs
@@ -97,7 +97,7 @@ def strides(case: Case) -> list[dict[str, tuple[int, ...]]]:
     """The strides of q, k, v and dout of a kernel case by itself and in a batch."""
     inputs = kernel_inputs(case, "cpu")
     call = KernelCall(registry.load("loop"), case, inputs, "nan", CPU)
-    (tensors,) = BatchTensors(packed_batch(case.replace(capacity=0)), inputs, CPU).of_calls
+    (tensors,) = BatchTensors(CallBatch.of_one(case.replace(capacity=0)), inputs, CPU).of_calls
     return [
         {name: call.placed[name].tensor.stride() for name in NAMES},
         {name: tensor.stride() for name, tensor in zip(NAMES, tensors, strict=True)},

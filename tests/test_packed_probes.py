@@ -14,10 +14,11 @@ from attn_fuzz.backends.known import issues_of
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend, calls_of
 from attn_fuzz.batch.judged import Question
-from attn_fuzz.batch.packed import confirmed, judge_packed, packed_batch, packed_failure
+from attn_fuzz.batch.packed import confirmed, judge_packed, packed_failure
 from attn_fuzz.batch.probes import PROBES
 from attn_fuzz.batch.verdicts import COLUMNS
 from attn_fuzz.campaign.plan import available_backends, takes_batches
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.batch_tensors import BatchTensors
 from attn_fuzz.execution.calls import run_batch
 from attn_fuzz.generation.domain import Domain
@@ -39,7 +40,7 @@ def drawn(backend: Backend, seed: int, documents: int = 40) -> Case:
 
 
 def results_of(case: Case, inputs: Inputs, backend: Backend) -> dict[str, torch.Tensor]:
-    return run_batch(BatchTensors(packed_batch(case), inputs, CPU), backend, "nan").results
+    return run_batch(BatchTensors(CallBatch.of_one(case), inputs, CPU), backend, "nan").results
 
 
 def long_documents(seed: int) -> Case:

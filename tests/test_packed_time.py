@@ -14,11 +14,11 @@ from attn_fuzz.batch import batch_size
 from attn_fuzz.batch.batch_run import NAMES
 from attn_fuzz.batch.batch_size import masks_whole_pack, pads_to_longest
 from attn_fuzz.batch.judged import Judged, Question
-from attn_fuzz.batch.packed import packed_batch
 from attn_fuzz.campaign import packed_worker
 from attn_fuzz.campaign.call_times import CallTimes
 from attn_fuzz.campaign.messages import Assignment, Finished, Message, Trying
 from attn_fuzz.campaign.packed_worker import CROWD, work_on_packed
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.runner import KernelCall
 from attn_fuzz.generation.length_sweeps import LONGEST
 from attn_fuzz.generation.strategies import Domain
@@ -64,7 +64,7 @@ def tried(cost: Callable[[Case], float], seconds: float, patch: pytest.MonkeyPat
     ) -> Judged:
         clock.seconds += cost(case)
         nothing = torch.zeros(len(case.packed_lengths), len(NAMES), dtype=torch.float64)
-        return Judged(packed_batch(case), nothing, question)
+        return Judged(CallBatch.of_one(case), nothing, question)
 
     patch.setattr(registry, "load", lambda name: Backend(name, LoopKernel()))
     patch.setattr(packed_worker, "judge_packed", judge)

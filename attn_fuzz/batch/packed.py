@@ -44,11 +44,6 @@ class PackedFailure:
     """The result that is wrong; empty where it is none, or any."""
 
 
-def packed_batch(case: Case) -> CallBatch:
-    """A packed case as a batch of one call."""
-    return CallBatch.of_one(case)
-
-
 def judge_packed(
     case: Case,
     backend: Backend,
@@ -70,7 +65,7 @@ def judge_packed(
     """
     if case.level == "layer":
         return judge_layer(case, backend, device)
-    judged = judge(packed_batch(case), backend, device, question, beat)
+    judged = judge(CallBatch.of_one(case), backend, device, question, beat)
     columns = [judged.names.index(name) for name in BY_BITS]
     if judged.z[:, columns].any():
         # Not bits that change from one run to the next whatever memory holds, where nothing is promised.

@@ -8,7 +8,7 @@ from typing import Final
 from attn_fuzz.batch.batch_size import affordable, bearable, masks_whole_pack, pads_to_longest
 from attn_fuzz.batch.judged import Judged, Question
 from attn_fuzz.batch.layer import draw_layer_case
-from attn_fuzz.batch.packed import PACKED_SCHEDULE, PackedFailure, confirmed, judge_packed, packed_batch
+from attn_fuzz.batch.packed import PACKED_SCHEDULE, PackedFailure, confirmed, judge_packed
 from attn_fuzz.campaign.batch_worker import BatchWorker, Sizing
 from attn_fuzz.campaign.call_times import CallTimes
 from attn_fuzz.campaign.messages import Assignment, Trying
@@ -61,7 +61,7 @@ class PackedWorker(BatchWorker):
     def draw(self, level: str, place: int) -> CallBatch | None:
         """The next case of a level and a place in ``LONGEST``."""
         case = self.draw_case(level, place)
-        return None if case is None else packed_batch(case)
+        return None if case is None else CallBatch.of_one(case)
 
     def draw_case(self, level: str, place: int) -> Case | None:
         """A packed case as large as its time allows."""
@@ -141,20 +141,20 @@ class PackedWorker(BatchWorker):
 
     def failure_of(self, judged: Judged) -> PackedFailure | None:
         """What is wrong with a case under two value seeds, if anything."""
-        return confirmed(judged, lambda case: self.judged(packed_batch(case), judged.question))
+        return confirmed(judged, lambda case: self.judged(CallBatch.of_one(case), judged.question))
 
     def fails(self, case: Case, question: Question) -> bool:
         """Whether a packed case is taken and fails."""
         if self.backend.refusal(case, self.device.type) is not None:
             return False
-        return self.failure_of(self.judged(packed_batch(case), question)) is not None
+        return self.failure_of(self.judged(CallBatch.of_one(case), question)) is not None
 
     def refuses_layout(self, judged: Judged) -> bool:
         """Whether a call fell over an unusual memory layout and does not without: a clean refusal, as elsewhere."""
         case = judged.batch.case
         if not judged.broken or case.level != "kernel" or case.memory in USUAL_MEMORIES:
             return False
-        return not self.judged(packed_batch(case.replace(memory="contiguous")), judged.question).broken
+        return not self.judged(CallBatch.of_one(case.replace(memory="contiguous")), judged.question).broken
 
     def triage(self, found: PackedFailure, question: Question) -> None:
         """Cuts a failing document out of its call and hands it to the case mode."""

@@ -14,8 +14,9 @@ from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.backends.trigger import PREFIX as RARE
 from attn_fuzz.batch.layer import judge_layer, run_through
-from attn_fuzz.batch.packed import judge_packed, packed_batch, packed_failure
+from attn_fuzz.batch.packed import judge_packed, packed_failure
 from attn_fuzz.campaign.plan import available_backends
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.evaluation.bench_calls import batch_of, batches_shared_of
 from attn_fuzz.evaluation.bench_cases import bare, cases_of, plain_of, shared_of
@@ -71,7 +72,7 @@ def fitting(plan: Plan, backend: Backend, device: torch.device) -> tuple[Case, f
 def packed_of(case: Case, backend: Backend, device: torch.device) -> dict[str, Any]:
     """The whole verification of a backend on a packed case, and where its time goes, in seconds."""
     whole = median(lambda: judge_packed(case, backend, device), device)
-    batch, inputs = packed_batch(case), kernel_inputs(case, device)
+    batch, inputs = CallBatch.of_one(case), kernel_inputs(case, device)
     tensors = BatchTensors(batch, inputs, device)
     values = median(lambda: BatchTensors(batch, kernel_inputs(case, device), device), device)
     kernels = median(lambda: run_batch(tensors, backend, "nan"), device)
