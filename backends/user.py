@@ -15,11 +15,12 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeGuard
+from typing import Any, Final, TypeGuard
 
 import torch
 
@@ -64,6 +65,9 @@ _CAUTIOUS_LAYER = dataclasses.replace(
 )
 
 
+_IMPORTING: Final = threading.RLock()
+
+
 def import_object(name: str) -> Any:
     """``MODULE:NAME`` or ``PATH.py:NAME``.
 
@@ -72,8 +76,8 @@ def import_object(name: str) -> Any:
     """
     place, _, attribute = name.rpartition(":")
     try:
-        # Standard output belongs to the commands that import this.
-        with contextlib.redirect_stdout(sys.stderr):
+        # Standard output belongs to the commands that import this, and to all threads together.
+        with _IMPORTING, contextlib.redirect_stdout(sys.stderr):
             module = _module_from_file(Path(place)) if place.endswith(".py") else _module_by_name(place)
     except (Exception, SystemExit) as error:
         # A script that ends its process when it is imported would end this one, with its own exit status.

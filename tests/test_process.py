@@ -76,11 +76,15 @@ def test_what_is_a_lack_of_memory(error: Exception, lacking: bool) -> None:
 
 def tell(connection: Connection) -> None:
     """What a new process finds."""
+    os.write(1, b"out")
+    os.write(2, f"error, {os.environ['LATER']}".encode())
     connection.send(({name: os.environ.get(name) for name in ("HAD", "HAD_NOT", "LATER")}, sys.path, os.getppid()))
 
 
 @pytest.mark.slow
-def test_a_new_process_finds_its_parents_environment_and_what_was_added(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_process_finds_its_parents_environment_and_what_was_added(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A caller's own environment is theirs, also where it had the variable, and is as it is now for each process."""
     monkeypatch.setenv("HAD", "mine")
     monkeypatch.delenv("HAD_NOT", raising=False)
@@ -93,6 +97,8 @@ def test_a_new_process_finds_its_parents_environment_and_what_was_added(monkeypa
         found.append(ours.recv())
         process.join()
         assert process.exitcode == 0
+        # As they are now, too, and not as they were when the first one was started.
+        assert capfd.readouterr() == ("out", f"error, {later}")
     environments, paths, parents = zip(*found, strict=True)
     assert environments == tuple({"HAD": "ours", "HAD_NOT": "ours", "LATER": later} for later in ("first", "second"))
     assert os.environ["HAD"] == "mine"

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any, Final
 
@@ -95,7 +96,7 @@ def start(
     """
     environment = {**os.environ, **fill_in_children(os.environ), **added}
     with ready(added):
-        process = context().Process(target=_enter, args=(environment, target, args), daemon=daemon)
+        process = context().Process(target=_enter, args=(environment, _Streams(), target, args), daemon=daemon)
         process.start()
     return process
 
@@ -106,7 +107,29 @@ def take_environment(environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
 
 
-def _enter(environment: Mapping[str, str], target: Callable[..., object], args: tuple[Any, ...]) -> None:
+class _Streams:
+    """Standard output and standard error of this process as they are now, handed over to one that is being started.
+
+    The process that others are forked from keeps those that it was started with.
+    """
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[Any, ...]]:
+        if isinstance(context(), ForkServerContext):
+            return _take_streams, tuple((number, DupFd(number)) for number in (1, 2))
+        return _take_streams, ()
+
+
+def _take_streams(*streams: tuple[int, Any]) -> None:
+    for number, theirs in streams:
+        descriptor = theirs.detach()
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+
+
+def _enter(
+    environment: Mapping[str, str], streams: object, target: Callable[..., object], args: tuple[Any, ...]
+) -> None:
     """The main function of a new process."""
+    del streams
     take_environment(environment)
     target(*args)
