@@ -10,5 +10,5 @@ from attn_fuzz import adapters
 SIZES = BlockSizes(block_q=64, block_k=64, block_q_dkv=32, block_kv_dkv=32, block_q_dq=32, block_kv_dq=32)
 attend = functools.partial(mha, block_sizes=SIZES, interpret=(on := default_backend()) == "cpu")
 NAMES = {"ids": "segment_ids", "softmax_scale": "sm_scale"}
-LIMITS = {"devices": (on.replace("gpu", "cuda"),), "gqa": False, "head_dims": (64,), "arithmetic": {"products": "tf32"}}
-kernel = adapters.block_diagonal(adapters.from_jax(attend), names=NAMES, multiple=64, capabilities=LIMITS)
+CAN = {"devices": (on.replace("gpu", "cuda"),), "gqa": False, "head_dims": (16, 64), "arithmetic": {"products": "tf32"}}
+kernel = adapters.block_diagonal(adapters.from_jax(attend), names=NAMES, multiple=64, capabilities=CAN)
