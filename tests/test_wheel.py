@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = (ROOT / "examples" / "my_kernel.py").read_text()
@@ -32,6 +33,7 @@ CHECKS = """
 import runpy
 
 import pytest
+import torch
 
 
 def test_the_script_of_the_finding():
@@ -97,12 +99,16 @@ def theirs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def run(installed: Path, theirs: Path) -> Run:
-    """Runs a Python module there, as if the wheel were installed."""
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a minute more; asked on machines with a GPU")
+
+
+@pytest.fixture(params=["wheel", pytest.param("checkout", marks=NO_GPU)])
+def run(request: pytest.FixtureRequest, theirs: Path) -> Run:
+    """Runs a Python module there, as if the wheel were installed, or with a bare checkout on the path."""
+    place = ROOT if request.param == "checkout" else request.getfixturevalue("installed")
 
     def inner(*arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1"}
         environment.pop("PYTEST_XDIST_WORKER", None)
         return subprocess.run(
             [sys.executable, "-m", *arguments], cwd=theirs, env=environment, capture_output=True, text=True, check=False
