@@ -120,6 +120,20 @@ def test_garbage_is_not_finite_only_where_a_backend_keeps_that_apart() -> None:
     assert "out" in found(MixesNaN(), CASE)["documents"]
 
 
+class FirstChannelNaN(Loop):
+    """Gives NaN in the first channel, whatever the values are."""
+
+    def forward(
+        self, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = super().forward(call, q, k, v)
+        return out.index_fill(-1, torch.tensor([0]), torch.nan), lse
+
+
+def test_what_is_nan_with_any_garbage_does_not_depend_on_it() -> None:
+    assert found(FirstChannelNaN(), CASE) == {"documents": [], "future": []}
+
+
 def test_a_promise_of_bits_is_needed_for_a_bit_to_accuse() -> None:
     for seed in range(6):
         probe = Trial(CASE.replace(seed=seed), double(SharedMaximum(), repeatable=False), CPU)

@@ -66,11 +66,11 @@ def _judged(trial: Trial, spoiled: Spoiled, what: str) -> Iterator[Symptom]:
         if not spoiled.fits(name, before, after):
             continue
         pair = before[name], after[name]
-        compared = spoiled.compared(name, *pair, _far(trial, name, *pair))
-        if trial.repeats(name) and trial.case.level == "kernel":
-            # Layers hold matrix products over all tokens, whose rounding is torch's affair.
-            exact = spoiled.compared(name, *pair, moved_bits(*pair))
-            compared = exact if exact.wrong.any() and trial.moves_for(name, run) else compared
+        # Layers hold matrix products over all tokens, whose rounding is torch's affair.
+        exact = trial.repeats(name) and trial.case.level == "kernel"
+        compared = spoiled.compared(name, *pair, moved_bits(*pair) if exact else _far(trial, name, *pair))
+        if exact and compared.wrong.any() and not trial.moves_for(name, run):
+            compared = spoiled.compared(name, *pair, _far(trial, name, *pair))
         yield from _told(trial, compared, what)
 
 
