@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from devices import DEVICES, needs_cuda
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,17 +17,7 @@ from attn_fuzz.execution import allocations
 from attn_fuzz.execution.allocations import can_be_filled, filled_allocations
 from attn_fuzz.execution.poison import FINITE_BYTE, NAN_BYTE, POISONS, poisoned
 
-# They work on CPUs as they do on GPUs, where alone they are needed.
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.cuda,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ],
-    ),
-]
+# They work on CPUs (DEVICES) as they do on GPUs, where alone they are needed.
 ALLOCATIONS: dict[str, Callable[[torch.device, torch.dtype], torch.Tensor]] = {
     "empty": lambda device, dtype: torch.empty(3, 5, dtype=dtype, device=device),
     "empty_like": lambda device, dtype: torch.empty_like(torch.zeros(3, 5, dtype=dtype, device=device)),
@@ -211,7 +202,7 @@ def test_where_user_code_would_notice_nothing_is_done(device: torch.device, monk
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_fills_device_memory(poison: str, compiled: bool) -> None:
@@ -224,7 +215,7 @@ def test_fills_device_memory(poison: str, compiled: bool) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 def test_fills_on_the_stream_that_allocates_and_in_graphs() -> None:
     device = torch.device("cuda")
     with filled_allocations(FINITE_BYTE, device):

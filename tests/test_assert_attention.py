@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import needs_cuda
 
 from attn_fuzz import AttentionMismatch, assert_attention
 from attn_fuzz.backends import registry
@@ -50,18 +51,7 @@ SIMPLER: tuple[dict[str, Any], ...] = (
 """What a backend does not take is left out, the first of these that helps."""
 
 # No mark ``cuda``: that a backend is not installed, or takes no float32, is no failure of a machine with a GPU.
-on_every_device = pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-            ],
-        ),
-    ],
-)
+on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 
 
 def case_for(backend: Backend, device: str, dtype: str) -> Case | None:

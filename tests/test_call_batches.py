@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from commandline import Run
+from devices import needs_cuda
 
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, UnsupportedCase
@@ -221,7 +222,7 @@ def test_correct_backends_are_not_accused(name: str) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("name", available_backends("cuda"))
 def test_nor_are_they_on_a_gpu(name: str) -> None:
     # With --require-cuda a skipped test would be a failure.

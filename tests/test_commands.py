@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from commandline import CASE, SWAPPED, Run, sentence, write
+from commandline import CASE, FOUND, SWAPPED, Run, sentence, write
 
 from attn_fuzz.campaign.messages import Tally
 from attn_fuzz.campaign.pool import Outcome
@@ -19,17 +19,7 @@ from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.store import Store
 from attn_fuzz.reference.case import FORMAT, Case
 
-FINDING = Finding(
-    backend=SWAPPED,
-    device="cpu",
-    symptom="WrongGradK",
-    checks=("budget",),
-    messages=("WrongGradK [budget] dk: wrong",),
-    case=Case.from_json(CASE),
-    original_case=Case(level="kernel", lengths=(3, 4)),
-    cases_to_find=3,
-    seconds_to_find=0.5,
-)
+FINDING = dataclasses.replace(FOUND, original_case=Case(level="kernel", lengths=(3, 4)), environment={})
 
 
 # Results.

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
+from devices import needs_cuda
 
 from attn_fuzz.backends.user import user_layer
 
@@ -103,8 +103,7 @@ def on_gpu(name: str, *packages: str) -> Any:
     """A layer with its marks. A machine that must run all that is marked ``cuda`` need not have Fast-LLM."""
     if absent := [package for package in packages if importlib.util.find_spec(package) is None]:
         return pytest.param(name, marks=pytest.mark.skip(reason=f"needs the package {absent[0]}"))
-    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-    return pytest.param(name, marks=[pytest.mark.cuda, no_gpu])
+    return pytest.param(name, marks=[pytest.mark.cuda, needs_cuda])
 
 
 @pytest.mark.parametrize(

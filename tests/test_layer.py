@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from devices import needs_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -197,7 +198,7 @@ def test_paths_name_what_ran() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("kernel", ["sdpa_dense", "backup"])
 def test_forward_makes_no_host_sync(kernel: str) -> None:
     case = STRADDLING.replace(query_norm="rms", rotary="default")

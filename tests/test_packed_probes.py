@@ -6,6 +6,7 @@ from random import Random
 
 import pytest
 import torch
+from devices import needs_cuda
 
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Attended, AttentionOptions
@@ -100,7 +101,7 @@ def test_correct_backends_pass(name: str) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("name", [n for n in available_backends("cuda") if takes_batches(n, ("kernel",), "cuda")])
 def test_they_pass_on_a_gpu(name: str) -> None:
     backend, device = registry.load(name), torch.device("cuda")
@@ -113,7 +114,7 @@ def test_they_pass_on_a_gpu(name: str) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("name", PROBES)
 def test_a_gpu_makes_the_same_inputs(name: str) -> None:
     case = probed_everywhere()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from commandline import Run, sentence
+from devices import needs_cuda
 from hunts import finding_of, first_failure, job_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -652,7 +653,7 @@ def test_processor_time_is_that_of_all_processes_below(tmp_path: Path) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_ranks_on_gpus_are_clean(dtype: str, ranks: int) -> None:

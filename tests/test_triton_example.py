@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from devices import needs_cuda
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "triton_varlen.py"
 
@@ -53,7 +53,7 @@ def test_what_is_broken_is_there(old: str) -> None:
 @pytest.mark.cuda
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 def test_the_example_is_clean(tmp_path: Path) -> None:
     status, result = check(EXAMPLE, tmp_path)
     assert result["findings"] == []
@@ -64,7 +64,7 @@ def test_the_example_is_clean(tmp_path: Path) -> None:
 @pytest.mark.cuda
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("name", BREAKAGES)
 def test_one_broken_line_is_convicted(name: str, tmp_path: Path) -> None:
     broken = tmp_path / "broken.py"

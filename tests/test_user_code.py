@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import on_every_device
 from doubles import double
 
 from attn_fuzz.backends import registry
@@ -28,19 +29,6 @@ from attn_fuzz.reference.memory import same_bits
 
 USER_CODE = Path(__file__).with_name("user_code.py")
 
-on_every_device = pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.cuda,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-            ],
-        ),
-    ],
-)
 # Each poison by itself too: what one of them hides, the other must not be needed to show.
 under_every_poison = pytest.mark.parametrize("poisons", [POISONS, *((poison,) for poison in POISONS)], ids=" ".join)
 

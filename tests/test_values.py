@@ -6,6 +6,7 @@ import zlib
 
 import pytest
 import torch
+from devices import needs_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -81,7 +82,7 @@ def test_parameters_are_those_of_the_first_version(weights: str, dtype: str) -> 
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("values", VALUES)
 def test_devices_draw_the_same_bits(values: str) -> None:
     case = CASE.replace(values=values, dtype="bf16")
