@@ -12,9 +12,9 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
+from attn_fuzz.campaign import new_process
 from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.campaign.pool import Pool
-from attn_fuzz.execution import new_process
 from attn_fuzz.execution.process import (
     beyond_its_call,
     device_failed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import signal
 import time
@@ -12,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Final
 
+from attn_fuzz.campaign import new_process
 from attn_fuzz.campaign.crash_triage import NOT_AGAIN, crash_triage_of
 from attn_fuzz.campaign.isolated import NoDevice, cause_of_death
 from attn_fuzz.campaign.messages import (
@@ -29,7 +31,6 @@ from attn_fuzz.campaign.messages import (
 )
 from attn_fuzz.campaign.plan import share_of_time
 from attn_fuzz.campaign.serve import serve
-from attn_fuzz.execution import new_process
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.execution.process import killed_for_memory, largest_memory, share_of_processors
 from attn_fuzz.execution.signals import interrupt_once
@@ -38,6 +39,9 @@ from attn_fuzz.reference.case import Case
 
 HANG_SECONDS: Final = 180.0
 """Silence after which a worker counts as hung: compilers of JIT backends take up to half a minute for one case."""
+
+_LOOK_SECONDS: Final = 1.0
+"""Between looks at silent workers, and at how much memory all of them have."""
 
 RESTARTS: Final = 3
 """How often a worker that died is started again; every death is a finding of its own."""
@@ -112,6 +116,7 @@ class Pool:
         self._troubles: list[str] = []
         self._names = tuple(dict.fromkeys(assignment.backend for assignment in assignments))
         self._at_work = set(self._names)
+        self._looked = -math.inf
 
     def _in_time(self, assignment: Assignment) -> Assignment:
         """The assignment with its share of what is left, so that starting processes does not make a campaign longer."""
@@ -236,12 +241,12 @@ class Pool:
     def _step(self) -> None:
         while self._waiting and len(self._running) < self._limit:
             self._start(*self._waiting.popleft())
-        ready = wait([worker.connection for worker in self._running], timeout=1.0)
+        ready = wait([worker.connection for worker in self._running], timeout=_LOOK_SECONDS)
+        self._look_at_memory()
         for worker in list(self._running):
             if worker not in self._running:
                 # Another one's finding was enough.
                 continue
-            worker.memory = max(worker.memory, largest_memory(worker.process.pid))
             if worker.connection in ready:
                 worker.heard = time.monotonic()
                 try:
@@ -264,6 +269,14 @@ class Pool:
         for name in self._at_work - left:
             self._on_end(name)
         self._at_work = left
+
+    def _look_at_memory(self) -> None:
+        """Notes what workers have taken, now and then: a campaign hears from them thousands of times a second."""
+        if time.monotonic() - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        for worker in self._running:
+            worker.memory = max(worker.memory, largest_memory(worker.process.pid))
 
     def _drain(self, worker: _Worker) -> None:
         """Takes what a worker had said before it was ended."""

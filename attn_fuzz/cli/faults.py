@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from attn_fuzz.backends.faults.fault import faults as all_faults
+from attn_fuzz.campaign import new_process
 from attn_fuzz.campaign.plan import default_workers
 from attn_fuzz.cli import tables
 from attn_fuzz.cli.arguments import JsonOption, UsageError, WorkersOption
 from attn_fuzz.cli.terminal import progress_console, results_console
 from attn_fuzz.evaluation import seeded_faults
-from attn_fuzz.execution import new_process
 from attn_fuzz.execution.environment import environment
-from attn_fuzz.execution.heap import fill_in_children
 
 Result = seeded_faults.MutantResult | tuple[str, set[str]]
 """Of a hunt, or of the published rules on one fault."""
@@ -36,18 +34,7 @@ def _done(work: Sequence[tuple[str, int | None]], workers: int, cases: int, mode
     """
     columns = (TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.completed} of {task.total}"))
     progress = Progress(*columns, TimeElapsedColumn(), console=progress_console)
-    # Read by glibc when a process starts, and the pool starts its processes when it likes.
-    os.environ.update(fill_in_children(os.environ))
-    with new_process.ready({}):
-        # The process that all of them are forked from is there.
-        pass
-    hunters = ProcessPoolExecutor(
-        workers,
-        mp_context=new_process.context(),
-        initializer=new_process.take_environment,
-        initargs=(dict(os.environ),),
-    )
-    with progress, hunters as pool:
+    with progress, new_process.pool(workers) as pool:
         task = progress.add_task("hunts", total=len(work))
         futures = [pool.submit(seeded_faults.take, name, seed, cases, mode) for name, seed in work]
         try:

@@ -18,9 +18,9 @@ import torch
 
 from attn_fuzz.backends import registry
 from attn_fuzz.batch.judge import SCHEDULE, judge
+from attn_fuzz.campaign import new_process
 from attn_fuzz.evaluation.bench_calls import cut_up
 from attn_fuzz.evaluation.bench_plan import PLANS, Plan, layout
-from attn_fuzz.execution import new_process
 from attn_fuzz.execution.batch_tensors import BatchTensors
 from attn_fuzz.execution.calls import run_batch
 from attn_fuzz.execution.environment import environment

@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
@@ -23,7 +24,7 @@ from typing import Any, Final
 
 from attn_fuzz.execution.heap import fill_in_children
 
-_IMPORTED: Final = ("torch", "torch.nested", "attn_fuzz.campaign.serve", "attn_fuzz.campaign.isolated")
+_IMPORTED: Final = ("attn_fuzz.campaign.serve", "attn_fuzz.campaign.isolated")
 """By the process that others are forked from; what these import comes with them."""
 
 _STARTING: Final = threading.Lock()
@@ -61,22 +62,11 @@ def _same_packages() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
 
 
-@contextlib.contextmanager
-def ready(added: Mapping[str, str]) -> Iterator[None]:
-    """A context in which processes of ``context()`` are started, by a pool of processes for instance.
-
-    Args:
-        added: to the environment that the C library reads when a process begins; the first call's counts where
-            processes are forked.
-    """
-    with _STARTING:
-        if isinstance(context(), ForkServerContext):
-            with _environment({**added, **fill_in_children(os.environ), **_same_packages()}):
-                multiprocessing.forkserver.ensure_running()
-            yield
-        else:
-            with _environment({**added, **fill_in_children(os.environ)}):
-                yield
+def _ensure_running(added: Mapping[str, str]) -> None:
+    """Starts the process that others are forked from, unless it runs: the C library reads its environment once."""
+    if isinstance(context(), ForkServerContext):
+        with _environment({**added, **_same_packages()}):
+            multiprocessing.forkserver.ensure_running()
 
 
 def start(
@@ -94,14 +84,29 @@ def start(
         added: to its environment.
         daemon: it is ended with this process, and has no children.
     """
-    environment = {**os.environ, **fill_in_children(os.environ), **added}
-    with ready(added):
-        process = context().Process(target=_enter, args=(environment, _Streams(), target, args), daemon=daemon)
-        process.start()
+    added = {**fill_in_children(os.environ), **added}
+    environment = {**os.environ, **added}
+    process = context().Process(target=_enter, args=(environment, _Streams(), target, args), daemon=daemon)
+    with _STARTING:
+        _ensure_running(added)
+        # Read at once by a process that is started anew.
+        with _environment(added):
+            process.start()
     return process
 
 
-def take_environment(environment: Mapping[str, str]) -> None:
+def pool(workers: int) -> ProcessPoolExecutor:
+    """So many new processes for work that comes bit by bit; they start when there is some."""
+    # For all processes that this one starts from now on: the executor does so when it likes.
+    os.environ.update(fill_in_children(os.environ))
+    with _STARTING:
+        _ensure_running({})
+    return ProcessPoolExecutor(
+        workers, mp_context=context(), initializer=_take_environment, initargs=(dict(os.environ),)
+    )
+
+
+def _take_environment(environment: Mapping[str, str]) -> None:
     """Gives a new process its parent's environment, instead of that of the one it was forked from."""
     os.environ.clear()
     os.environ.update(environment)
@@ -131,5 +136,5 @@ def _enter(
 ) -> None:
     """The main function of a new process."""
     del streams
-    take_environment(environment)
+    _take_environment(environment)
     target(*args)
