@@ -186,11 +186,18 @@ def require_like(out: object, q: torch.Tensor) -> None:
     """Raises MisshapenResult unless an output has the shape, dtype and device of the queries."""
     if not isinstance(out, torch.Tensor):
         raise MisshapenResult(f"the output should be a tensor, but is {type(out).__name__}")
+    if differs := first_mismatch(out, q):
+        what, got, wanted = differs
+        raise MisshapenResult(f"the output's {what} is {got}, but should be {wanted}, that of q")
+
+
+def first_mismatch(got: torch.Tensor, wanted: torch.Tensor) -> tuple[str, object, object] | None:
+    """Of shape, dtype and device the first in which a tensor is not as wanted, with what it is and should be."""
     for what in ("shape", "dtype", "device"):
-        got, wanted = getattr(out, what), getattr(q, what)
-        if got != wanted:
-            shown = (list(got), list(wanted)) if what == "shape" else (got, wanted)
-            raise MisshapenResult(f"the output's {what} is {shown[0]}, but should be {shown[1]}, that of q")
+        mine, other = getattr(got, what), getattr(wanted, what)
+        if mine != other:
+            return (what, list(mine), list(other)) if what == "shape" else (what, mine, other)
+    return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

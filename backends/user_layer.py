@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from attn_fuzz.backends.kernel import BackendUnavailable, MisshapenResult
+from attn_fuzz.backends.kernel import BackendUnavailable, MisshapenResult, first_mismatch
 from attn_fuzz.backends.layer import Layer
 from attn_fuzz.reference.case import Case
 
@@ -116,9 +116,7 @@ def _like(method: str, got: Any, wanted: torch.Tensor) -> torch.Tensor:
     """A result of the shape, dtype and device of what it belongs to."""
     if not isinstance(got, torch.Tensor):
         raise MisshapenResult(f"{method} should give a tensor, but gave {type(got).__name__}")
-    for what in ("shape", "dtype", "device"):
-        mine, other = getattr(got, what), getattr(wanted, what)
-        if mine != other:
-            shown = (list(mine), list(other)) if what == "shape" else (mine, other)
-            raise MisshapenResult(f"the {what} of what {method} gives is {shown[0]}, but should be {shown[1]}")
+    if differs := first_mismatch(got, wanted):
+        what, mine, other = differs
+        raise MisshapenResult(f"the {what} of what {method} gives is {mine}, but should be {other}")
     return got

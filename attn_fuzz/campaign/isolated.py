@@ -16,7 +16,7 @@ import torch
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import BackendUnavailable, UnsupportedCase
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.execution import new_process
+from attn_fuzz.campaign import new_process
 from attn_fuzz.execution.operators import operators_of
 from attn_fuzz.execution.process import (
     DEAD_CONTEXT,
@@ -57,6 +57,8 @@ class Report:
     symptom: str | None = None
     """Name of the first symptom: ``Crashed`` when the process died, ``Hung`` when it went silent; None for none."""
     message: str = ""
+    said: str = ""
+    """The same without the symptom's name, its check and what is wrong; empty where the case did not come back."""
     error: str = ""
     """What kind of exception the symptom is, where it is one (``execution.process.kind_of``)."""
     refusal: str | None = None
@@ -84,7 +86,7 @@ def report_of(case: Case, subject: Subject, backend: Backend, *, operators: bool
         raise SystemExit(DEAD_CONTEXT)
     if first is not None:
         error_type = first.error if isinstance(first, Crashed) else ""
-        return Report(type(first).__name__, str(first), error_type, operators=ran)
+        return Report(type(first).__name__, str(first), first.message, error_type, operators=ran)
     if verdict.known:
         return Report(KNOWN_ISSUE, f"known issue: {', '.join(verdict.known)}", operators=ran)
     return Report(operators=ran)

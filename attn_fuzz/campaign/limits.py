@@ -214,11 +214,9 @@ def infer_limits(
         if (sentence := why_unusable(name, answers)) is not None:
             raise BackendUnavailable(sentence)
         working = [case for case, report in zip(plain, answers, strict=True) if _how(report) is None]
-        if not working and (fatal := _fatal(plain, answers, asking)) is not None:
-            return LimitsFound(fatal=fatal)
         if not working:
-            # It fails wherever it is called: that is a finding, and the campaign's.
-            return LimitsFound()
+            # It fails wherever it is called: that is a finding, the campaign's where processes survive it.
+            return LimitsFound(fatal=_fatal(plain, answers, asking))
         operators = sorted({operator for report in answers for operator in report.operators})
         questions = [Question(f"dtype {case.dtype}", case) for case in plain]
         base = next((case for case in working if case.dtype == "bf16"), working[-1])

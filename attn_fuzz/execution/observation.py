@@ -154,26 +154,34 @@ def _settled(every: Sequence[_Watched]) -> list[Stray]:
 
 
 class HandedBack:
-    """What was handed back, and what it was then: nothing that comes later may change it."""
+    """What was handed back, and what it was then: nothing that comes later may change it.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._given: list[tuple[str, torch.Tensor, torch.Tensor, _Watched]] = []
+    Args:
+        name: of the result.
+        watched: whether ``changed`` will be asked, which takes a copy more of each.
+    """
+
+    def __init__(self, name: str, *, watched: bool = True) -> None:
+        self.name, self._watch = name, watched
+        self._values: list[torch.Tensor] = []
+        self._given: list[tuple[str, torch.Tensor, _Watched]] = []
 
     def add(self, step: str, tensor: torch.Tensor) -> None:
         """Remembers a result as it is."""
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"the {step} should give a tensor, but gave {type(tensor).__name__}")
         given = tensor.detach()
-        self._given.append((step, given, given.clone(), _Watched(self.name, given)))
+        self._values.append(given.clone())
+        if self._watch:
+            self._given.append((step, given, _Watched(self.name, given)))
 
     def values(self) -> list[torch.Tensor]:
         """The results as they were when they were handed back, in that order."""
-        return [then for _, _, then, _ in self._given]
+        return list(self._values)
 
     def changed(self) -> list[Stray]:
         """Rows of results that are no longer what they were."""
-        found = [stray for step, now, _, watched in self._given for stray in watched.compare(now, step, 0, 0)]
+        found = [stray for step, now, watched in self._given for stray in watched.compare(now, step, 0, 0)]
         return found + _settled([watched for *_, watched in self._given])
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import traceback
 from pathlib import Path
 from typing import Final
 
@@ -82,9 +83,21 @@ NOT_DIFFERENTIABLE: Final = "NotDifferentiable"
 _NO_GRADIENT: Final = "does not require grad"
 
 
+MISSING_VARIABLE: Final = "MissingVariable"
+"""What an error is called that says that an environment variable is not set: ``os`` raises a KeyError for it."""
+
+
 def kind_of(error: BaseException) -> str:
-    """The name of an error's type, or ``NOT_DIFFERENTIABLE``."""
-    return NOT_DIFFERENTIABLE if _NO_GRADIENT in str(error) else type(error).__name__
+    """The name of an error's type, or ``NOT_DIFFERENTIABLE`` or ``MISSING_VARIABLE``."""
+    if _NO_GRADIENT in str(error):
+        return NOT_DIFFERENTIABLE
+    return MISSING_VARIABLE if isinstance(error, KeyError) and _raised_in(error) == "os" else type(error).__name__
+
+
+def _raised_in(error: BaseException) -> str | None:
+    """The name of the module in which an error was raised."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__") if frames else None
 
 
 def largest_memory(pid: int | None) -> int:

@@ -176,7 +176,7 @@ class LayerRun:
         inputs: its tensors.
         poison: contents of unwritten memory.
         device: where.
-        watched: whether the K/V buffer is compared step by step, which nobody asks of an interfering call.
+        watched: whether the K/V buffer is compared step by step, and what is handed back when all is over.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class LayerRun:
         self.weight_names = tuple(inputs.weights)
         self.observation = Observation(poison, {})
         self.parts = micro_sequences(case)
-        self.outputs, self.input_gradients = HandedBack("out"), HandedBack("dx")
+        self.outputs, self.input_gradients = (HandedBack(name, watched=watched) for name in ("out", "dx"))
 
     def _place(self, name: str, x: torch.Tensor) -> Placed:
         fill = filler(self.poison)

@@ -34,13 +34,15 @@ class Reordered:
         return cls.of(case, [*range(1, count), 0]) if count > 1 and case.memory != "broadcast" else None
 
     def back(self, results: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Results of ``after`` with their rows in the order of ``before``."""
+        """Results of ``after`` with their rows in the order of ``before``; without those that have other rows."""
         device = next(iter(results.values())).device
         first, second = RowIndex(self.before, device), RowIndex(self.after, device)
         places = torch.tensor(self.order).to(device)
         rows = first.begins[places][second.owner] + second.position
         key_rows = first.key_begins[places][second.key_owner] + second.key_position
+        places_of = {name: key_rows if name in ("dk", "dv") else rows for name in results}
         return {
-            name: torch.empty_like(x).index_copy_(0, key_rows if name in ("dk", "dv") else rows, x)
+            name: torch.empty_like(x).index_copy_(0, places_of[name], x)
             for name, x in results.items()
+            if len(x) == len(places_of[name])
         }
