@@ -743,7 +743,7 @@ def test_what_compiles_for_every_layout_is_left_to_the_case_mode() -> None:
 
 @pytest.mark.slow
 def test_a_call_that_ends_its_process_is_told_from_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As it was drawn it has seven tokens; each attempt at a smaller one would be a process.
+    # As it was drawn it ends a process; each attempt at a smaller one would be another.
     monkeypatch.setattr(crash_triage, "minimise", lambda case, *_: case)
     monkeypatch.setattr(pool, "RESTARTS", 0)
     deed = "    if len(q) == 7:\n        import os\n\n        os._exit(9)\n"
@@ -754,8 +754,10 @@ def test_a_call_that_ends_its_process_is_told_from_the_others(tmp_path: Path, mo
     )
     outcome = Pool([job], 1, lambda tallies: None, lambda finding: None).run()
     (finding,) = [finding for finding in outcome.findings if finding.symptom == "Crashed"]
-    assert sum(finding.case.packed_lengths) == 7
-    assert len(finding.original_case.lengths) <= 12
+    # Of the call, or of one of its documents: checks run one by itself.
+    lengths = finding.original_case.packed_lengths
+    assert 7 in (sum(lengths), *lengths)
+    assert len(lengths) <= 12
 
 
 @pytest.mark.slow
