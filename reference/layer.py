@@ -16,7 +16,7 @@ import torch
 from attn_fuzz.reference.answer import Expected
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.grouping import Packed, groups_of, sum_of
-from attn_fuzz.reference.layout import Span, document_spans, owned_slices, rank_slices
+from attn_fuzz.reference.layout import Span, document_spans, owned_slices, parts_of, rank_slices
 from attn_fuzz.reference.monte_carlo import SAMPLES, Arithmetic
 from attn_fuzz.reference.narrow import Narrow
 from attn_fuzz.reference.profile import ACCUMULATION, ALIKE, ROUNDING_SECOND_MOMENT, UNIT_ROUNDOFF, Profile
@@ -68,8 +68,11 @@ def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 class _Layer:
     """One evaluation; every method is one stage and its gradient."""
 
-    def __init__(self, case: Case, inputs: LayerInputs, profile: Profile, samples: int) -> None:
+    def __init__(
+        self, case: Case, inputs: LayerInputs, profile: Profile, samples: int, calls: Sequence[Span] | None
+    ) -> None:
         self.case, self.profile = case, profile
+        self.by_call, self.calls = calls is not None, calls or (Span(0, case.tokens),)
         device = inputs.x.device
         self.arithmetic = Arithmetic(case.dtype, device, case.seed, samples)
         self.narrow = Narrow.projecting(case.dtype, profile)
@@ -84,8 +87,7 @@ class _Layer:
         positions = torch.cat([torch.arange(span.length, device=device) for span in self.spans])
         if case.rotary != "none":
             self.cos, self.sin = self.rotary_tables(positions)
-        self.gradients: dict[str, torch.Tensor] = {}
-        self.own_variance: dict[str, torch.Tensor] = {}
+        self.gradients: dict[str, list[Expected]] = {}
 
     # Projections.
 
@@ -138,23 +140,26 @@ class _Layer:
             terms: each micro-sequence's share of it, without.
             squares: what the squares of everything that is added up come to.
         """
-        self.gradients[name] = whole
         stacked = torch.stack(terms)
-        roundings = rounding_variance(stacked, self.case.dtype).sum(0)
-        self.own_variance[name] = roundings + ACCUMULATION**2 * squares
+        variance = self.arithmetic.variance(whole, stored=False)
+        variance += rounding_variance(stacked, self.case.dtype).sum(0) + ACCUMULATION**2 * squares
         if f"d_{name}" in self.profile.stored_sums:
             # Of the last micro-sequence, of the last two, ...: each running sum is rounded.
             running = stacked.flip(0).cumsum(0)[1:]
-            self.own_variance[name] += rounding_variance(running, self.case.dtype).sum(0)
+            variance += rounding_variance(running, self.case.dtype).sum(0)
+        self.gradients.setdefault(name, []).append(Expected(whole[0], variance))
 
     def weight_gradient(self, name: str, dy: torch.Tensor, x: torch.Tensor, parts: Sequence[Span]) -> None:
-        """``dy.T @ x`` of each part of the tokens, and of all."""
+        """``dy.T @ x`` of each part of the tokens, and of all of each call's."""
         dy = dy.transpose(-1, -2)
-        terms = [dy[0, :, slice(*part)] @ x[0, slice(*part)] for part in parts]
-        self.sum_over_parts(name, dy @ x, terms, dy[0].square() @ x[0].square())
-        if self.narrow:
-            self.own_variance[name] += self.narrow.product_variance(dy[0], x[0].T)
-            self.own_variance[name] += ALIKE * (2 * self.narrow.cut * self.gradients[name][0]).square()
+        for call, own in zip(self.calls, parts_of(self.calls, parts), strict=True):
+            left, right = dy[:, :, slice(*call)], x[:, slice(*call)]
+            terms = [dy[0, :, slice(*part)] @ x[0, slice(*part)] for part in own]
+            self.sum_over_parts(name, left @ right, terms, left[0].square() @ right[0].square())
+            if self.narrow:
+                variance = self.narrow.product_variance(left[0], right[0].T)
+                expected = self.gradients[name][-1]
+                expected.variance.add_(variance + ALIKE * (2 * self.narrow.cut * expected.value).square())
 
     # Norms over head channels, [..., tokens, heads, d].
 
@@ -175,12 +180,11 @@ class _Layer:
         if self.profile.norms_in_dtype:
             product = self.arithmetic.store(dy * self.arithmetic.store(normed))
         on_queries = name == "query_norm"
-        terms = [
-            share.sum((0, 1))
-            for part in (self.parts if on_queries else self.own_parts)
-            for share in product[0, slice(*part)].chunk(self.shares if on_queries else 1, 1)
-        ]
-        self.sum_over_parts(name, product.sum((1, 2)), terms, product[0].square().sum((0, 1)))
+        parts, shares = (self.parts, self.shares) if on_queries else (self.own_parts, 1)
+        for call, own in zip(self.calls, parts_of(self.calls, parts), strict=True):
+            terms = [part.sum((0, 1)) for rows in own for part in product[0, slice(*rows)].chunk(shares, 1)]
+            summed = product[:, slice(*call)]
+            self.sum_over_parts(name, summed.sum((1, 2)), terms, summed[0].square().sum((0, 1)))
         g = dy * self.weights[name]
         if self.profile.norms_in_dtype:
             g = self.arithmetic.store(g)
@@ -258,13 +262,19 @@ class _Layer:
             name: Expected(result[0], arithmetic.variance(result, stored=stored))
             for name, (result, stored) in results.items()
         }
-        for name, gradient in self.gradients.items():
-            variance = arithmetic.variance(gradient, stored=False) + self.own_variance[name]
-            expected[f"d_{name}"] = Expected(gradient[0], variance)
+        for name, of_calls in self.gradients.items():
+            both = ([each.value for each in of_calls], [each.variance for each in of_calls])
+            expected[f"d_{name}"] = Expected(*map(torch.stack, both)) if self.by_call else of_calls[0]
         return expected
 
 
-def layer_answer(case: Case, inputs: LayerInputs, profile: Profile, samples: int = SAMPLES) -> dict[str, Expected]:
+def layer_answer(
+    case: Case,
+    inputs: LayerInputs,
+    profile: Profile,
+    samples: int = SAMPLES,
+    calls: Sequence[Span] | None = None,
+) -> dict[str, Expected]:
     """What a layer case should give, with budgets.
 
     Args:
@@ -272,9 +282,11 @@ def layer_answer(case: Case, inputs: LayerInputs, profile: Profile, samples: int
         inputs: its tensors.
         profile: the roundings of the backend under test.
         samples: noisy evaluations behind the budgets.
+        calls: the tokens of each of several sequences that the case consists of, none of which is empty; None for one.
 
     Returns:
         ``out`` and ``dx [tokens, hidden]``; the K/V buffer's ``k, v [tokens, kv_heads, head_dim]`` (keys rotated) and
-        its gradients ``dk, dv``, summed over micro-sequences; ``d_<weight>`` for every parameter.
+        its gradients ``dk, dv``, summed over micro-sequences; ``d_<weight>`` for every parameter, and of several
+        sequences one for each, ``[calls, ...]``.
     """
-    return _Layer(case, inputs, profile, samples).evaluate(inputs)
+    return _Layer(case, inputs, profile, samples, calls).evaluate(inputs)

@@ -89,6 +89,21 @@ def owned_slices(case: Arranged) -> tuple[Span, ...]:
     )
 
 
+def meeting(span: Span, parts: Sequence[Span]) -> Sequence[Span]:
+    """Those of some spans, one beginning where another ends, that have rows in common with another one, not empty."""
+    first = bisect.bisect_right(parts, span.begin, key=lambda part: part.end)
+    return parts[first : bisect.bisect_left(parts, span.end, key=lambda part: part.begin)]
+
+
+def parts_of(wholes: Sequence[Span], parts: Sequence[Span]) -> list[list[Span]]:
+    """Those of some rising spans that lie in each of others, between which they do not reach across a border."""
+    ends = [whole.end for whole in wholes]
+    found: list[list[Span]] = [[] for _ in wholes]
+    for part in parts:
+        found[bisect.bisect_left(ends, part.end)].append(part)
+    return found
+
+
 def segments(lengths: Sequence[int], micro_sequence: Span) -> tuple[Segment, ...]:
     """The documents that are active in a micro-sequence, with their queries and keys in packed rows.
 

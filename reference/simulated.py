@@ -8,7 +8,7 @@ import torch
 
 from attn_fuzz.reference import attention
 from attn_fuzz.reference.case import Case
-from attn_fuzz.reference.layout import Span
+from attn_fuzz.reference.layout import Span, meeting
 from attn_fuzz.reference.monte_carlo import Arithmetic
 from attn_fuzz.reference.narrow import Narrow, operand_variance
 from attn_fuzz.reference.profile import ACCUMULATION, ALIKE, ROUNDING_SECOND_MOMENT, UNIT_ROUNDOFF, Profile
@@ -53,8 +53,7 @@ class SimulatedAttention:
         self.shares = [
             (document, Span(max(part.begin, span.begin) - span.begin, min(part.end, span.end) - span.begin))
             for document, span in enumerate(spans)
-            for part in parts
-            if max(part.begin, span.begin) < min(part.end, span.end)
+            for part in meeting(span, parts)
         ]
         self.narrow = Narrow.of(case.dtype, profile)
         self.q = self._taken(q)

@@ -14,6 +14,7 @@ from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.judged import Judged, Question
 from attn_fuzz.cases.call_batch import CallBatch
+from attn_fuzz.execution.layer_tensors import LayerTensors
 from attn_fuzz.execution.poison import poisoned
 from attn_fuzz.execution.process import in_words, raise_lack_of_memory
 from attn_fuzz.execution.runner import LayerRun
@@ -78,7 +79,7 @@ def draw_layer_case(random: Random, backend: Backend, domain: Domain, documents:
 def run_through(case: Case, inputs: LayerInputs, backend: Backend) -> LayerRun:
     """All micro-sequences forward, then backward in reverse, from memory of NaN; buffers are not compared by step."""
     device = inputs.x.device
-    run = LayerRun(backend, case, inputs, "nan", device, watched=False)
+    run = LayerRun(backend, case, LayerTensors.of_one(case, inputs, device, "nan"), watched=False)
     with poisoned("nan", device, compiled=backend.kernel.compiled):
         run.forward()
         run.backward()

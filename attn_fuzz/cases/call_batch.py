@@ -1,12 +1,17 @@
-"""A batch: a packed case, and where it is cut into calls. A case by itself is a batch of one call."""
+"""A batch: a packed case, and where it is cut into calls. A case by itself is a batch of one call.
+
+A call of a layer case is a packed sequence of its own, with micro-sequences of its own.
+"""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.layout import Span, document_spans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +19,7 @@ class CallBatch:
     """Small calls that share everything but their documents."""
 
     case: Case
-    """A kernel case of all documents, each under its own name."""
+    """A case of all documents, each under its own name; of a layer, one of whose cuts is where each call ends."""
     ends: tuple[int, ...]
     """One past the last document of each call."""
 
@@ -22,22 +27,45 @@ class CallBatch:
         count = len(self.case.packed_lengths)
         if not self.ends or self.ends[-1] != count or any(a >= b for a, b in zip((0, *self.ends), self.ends)):
             raise ValueError(f"calls must end at rising places up to {count}, not {self.ends}")
+        if self.case.level == "layer" and (inside := {span.end for span in self.tokens[:-1]} - set(self.case.cuts)):
+            raise ValueError(f"calls of a layer must end where it is cut, but {min(inside)} is no cut")
 
     @functools.cached_property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """First document of each call, and one past its last."""
         return tuple(zip((0, *self.ends[:-1]), self.ends, strict=True))
 
+    @functools.cached_property
+    def tokens(self) -> tuple[Span, ...]:
+        """The query rows of each call."""
+        spans = document_spans(self.case.packed_lengths)
+        return tuple(Span(spans[begin].begin, spans[end - 1].end) for begin, end in self.spans)
+
     @classmethod
     def of_one(cls, case: Case) -> CallBatch:
-        """A kernel case as a batch of one call."""
+        """A case as a batch of one call."""
         return cls(case, (len(case.packed_lengths),))
 
     def call(self, index: int) -> Case:
         """One of the calls, as a case of its own with the same values."""
+        if self.case.level == "layer":
+            return self._sequence(index)
         small = subset(self.case, range(*self.spans[index]))
         assert small is not None
         return small
+
+    def _sequence(self, index: int) -> Case:
+        """One of a layer's calls: cuts are counted from where it begins."""
+        case, documents, (begin, end) = self.case, slice(*self.spans[index]), self.tokens[index]
+        if len(self.ends) == 1:
+            return case
+        first, last = bisect.bisect_right(case.cuts, begin), bisect.bisect_left(case.cuts, end)
+        return case.replace(
+            lengths=case.packed_lengths[documents],
+            document_ids=case.packed_ids[documents],
+            padding=0,
+            cuts=tuple(cut - begin for cut in case.cuts[first:last]),
+        )
 
     def other(self, seed: int) -> CallBatch:
         """The same calls with other values."""
@@ -46,6 +74,9 @@ class CallBatch:
     def first(self, calls: int) -> CallBatch:
         """So many of its calls."""
         ends = self.ends[:calls]
+        if self.case.level == "layer" and calls < len(self.ends):
+            merged = dataclasses.replace(self, ends=(ends[-1], *self.ends[calls:]))
+            return CallBatch(merged.call(0), ends)
         small = subset(self.case, range(ends[-1]))
         assert small is not None
         return CallBatch(small, ends)

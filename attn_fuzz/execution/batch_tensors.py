@@ -30,7 +30,7 @@ _SIDES: Final = {"q": "q", "dout": "q", "k": "k", "v": "k"}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Side:
+class Side:
     """Where the rows of one side of the calls lie."""
 
     begins: tuple[int, ...]
@@ -42,8 +42,20 @@ class _Side:
     places: torch.Tensor | None
     """int64 ``[tokens]``: row in the arena of each row of the packed case; None where they are the same."""
 
+    def arena(self, x: torch.Tensor, fill: float) -> torch.Tensor:
+        """All rows of the calls from those of the packed case, and those that belong to none, which hold ``fill``."""
+        if len(x) == self.rows:
+            return x
+        arena = x.new_full((self.rows, *x.shape[1:]), fill)
+        if self.places is None:
+            arena[: len(x)] = x
+        else:
+            arena[self.places] = x
+        return arena
 
-def _side(batch: CallBatch, lengths: tuple[int, ...], spares: Sequence[int], device: torch.device) -> _Side:
+
+def side_of(batch: CallBatch, lengths: tuple[int, ...], spares: Sequence[int], device: torch.device) -> Side:
+    """Where the rows of calls lie whose documents have so many; each has so many spare ones behind its last."""
     counts = [sum(lengths[slice(*span)]) for span in batch.spans]
     begins, row = [], 0
     for count, spare in zip(counts, spares, strict=True):
@@ -51,12 +63,12 @@ def _side(batch: CallBatch, lengths: tuple[int, ...], spares: Sequence[int], dev
         # A row at least between calls belongs to none; behind the last one there is a guard margin.
         end, row = row + count + spare, row + ((count + spare) // _STEP + 1) * _STEP
     if len(counts) == 1:
-        return _Side(tuple(begins), tuple(counts), end, None)
+        return Side(tuple(begins), tuple(counts), end, None)
     gaps = [begin - packed for begin, packed in zip(begins, itertools.accumulate(counts, initial=0))]
     numbers = torch.tensor([counts, gaps], dtype=torch.int64).to(device, non_blocking=True)
     tokens = sum(counts)
     shifts = torch.repeat_interleave(numbers[1], numbers[0], output_size=tokens)
-    return _Side(tuple(begins), tuple(counts), end, shifts + torch.arange(tokens, device=device))
+    return Side(tuple(begins), tuple(counts), end, shifts + torch.arange(tokens, device=device))
 
 
 def _sums(batch: CallBatch, device: torch.device) -> tuple[torch.Tensor, list[VarlenMetadata]]:
@@ -102,8 +114,8 @@ class BatchTensors:
         self.spares = tuple(spares) or (0,) * len(batch.ends)
         case = batch.case
         self.sides = {
-            "q": _side(batch, case.packed_lengths, self.spares, device),
-            "k": _side(batch, case.packed_key_lengths, self.spares, device),
+            "q": side_of(batch, case.packed_lengths, self.spares, device),
+            "k": side_of(batch, case.packed_key_lengths, self.spares, device),
         }
         self.placed = {name: self._place(name, getattr(inputs, name).to(device)) for name in _SIDES}
         self.sums, self.metadata = _sums(batch, device)
@@ -115,18 +127,11 @@ class BatchTensors:
         shared = SHARED_DIMENSIONS.get(name) if memory == "broadcast" else None
         return place(self._arena(self.sides[_SIDES[name]], x, shared), memory, self._fill, shared)
 
-    def _arena(self, side: _Side, x: torch.Tensor, shared: int | None) -> torch.Tensor:
+    def _arena(self, side: Side, x: torch.Tensor, shared: int | None) -> torch.Tensor:
         """All rows of the calls, and those that belong to none."""
-        if len(x) == side.rows:
-            return x
         if shared == 0 and len(x):
             return x[:1].expand(side.rows, *x.shape[1:])
-        arena = x.new_full((side.rows, *x.shape[1:]), self._fill)
-        if side.places is None:
-            arena[: len(x)] = x
-        else:
-            arena[side.places] = x
-        return arena
+        return side.arena(x, self._fill)
 
     @functools.cached_property
     def of_calls(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -16,14 +15,15 @@ from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.interfering import crossing
 from attn_fuzz.execution.batch_tensors import BatchTensors
 from attn_fuzz.execution.calls import EVERYTHING, Asked, Call
+from attn_fuzz.execution.layer_tensors import LayerTensors
 from attn_fuzz.execution.observation import HandedBack, Observation, Watch, in_our_convention
-from attn_fuzz.execution.poison import filler, poisoned
+from attn_fuzz.execution.poison import poisoned
 from attn_fuzz.execution.process import beyond_its_call
 from attn_fuzz.reference.answer import Inputs, kernel_inputs
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import LayerInputs, layer_inputs
 from attn_fuzz.reference.layout import Span, active_extent, micro_sequences
-from attn_fuzz.reference.memory import Placed, all_intact, place
+from attn_fuzz.reference.memory import Placed
 
 
 def require_support(backend: Backend, case: Case, device: torch.device) -> None:
@@ -173,9 +173,8 @@ class LayerRun:
     Args:
         backend: whose layer.
         case: what to run.
-        inputs: its tensors.
-        poison: contents of unwritten memory.
-        device: where.
+        tensors: its own in their places, or those of a batch.
+        index: which call of the batch it is.
         watched: whether the K/V buffer is compared step by step, and what is handed back when all is over.
     """
 
@@ -183,27 +182,16 @@ class LayerRun:
         self,
         backend: Backend,
         case: Case,
-        inputs: LayerInputs,
-        poison: str,
-        device: torch.device,
+        tensors: LayerTensors,
+        index: int = 0,
         *,
         watched: bool = True,
     ) -> None:
-        self.backend, self.case, self.poison, self.watched = backend, case, poison, watched
-        named = {"x": inputs.x, "dout": inputs.dout, **{f"weight {name}": w for name, w in inputs.weights.items()}}
-        self.placed = {name: self._place(name, tensor.to(device)) for name, tensor in named.items()}
-        self.weight_names = tuple(inputs.weights)
-        self.observation = Observation(poison, {})
+        self.backend, self.case, self.tensors, self.watched = backend, case, tensors, watched
+        self.x, self.dout = (tensors.of_call(name, index) for name in ("x", "dout"))
+        self.observation = Observation(tensors.poison, {})
         self.parts = micro_sequences(case)
         self.outputs, self.input_gradients = (HandedBack(name, watched=watched) for name in ("out", "dx"))
-
-    def _place(self, name: str, x: torch.Tensor) -> Placed:
-        fill = filler(self.poison)
-        if name != "dout" or self.case.memory == "contiguous":
-            return place(x, "contiguous", fill)
-        # The gradient that comes back to a layer is as often a slice as not.
-        placed = place(x[:, None], "sliced", fill)
-        return dataclasses.replace(placed, tensor=placed.tensor[:, 0])
 
     def make_layer(self, weights: dict[str, torch.Tensor]) -> Layer:
         """The layer under test."""
@@ -218,22 +206,20 @@ class LayerRun:
         return part
 
     def forward(self) -> None:
-        self.layer = self.make_layer({name: self.placed[f"weight {name}"].tensor for name in self.weight_names})
+        self.layer = self.make_layer(dict(self.tensors.weights))
         self.buffer = Watch(("k", "v"), self.layer.key_value)
         self.buffer_gradient = Watch(("dk", "dv"), self.layer.key_value_gradients)
-        x = self.placed["x"].tensor
         for part in self.parts:
             step = f"forward of {list(part)}"
-            self.outputs.add(step, self.layer.forward(x[slice(*self.own(part))], *part))
+            self.outputs.add(step, self.layer.forward(self.x[slice(*self.own(part))], *part))
             if self.watched:
                 self.observation.strays += self.buffer.compare(step, *part)
                 self.observation.strays += self.buffer_gradient.compare(step, 0, 0)
 
     def backward(self) -> None:
-        dout = self.placed["dout"].tensor
         for part in reversed(self.parts):
             step = f"backward of {list(part)}"
-            self.input_gradients.add(step, self.layer.backward(dout[slice(*self.own(part))]))
+            self.input_gradients.add(step, self.layer.backward(self.dout[slice(*self.own(part))]))
             if self.watched:
                 extent = active_extent(self.case.packed_lengths, self.slice_of_queries(part))
                 self.observation.strays += self.buffer_gradient.compare(step, *extent)
@@ -266,9 +252,7 @@ class LayerRun:
 
     def changed(self) -> list[str]:
         """Inputs, weights or guard margins whose bits changed, in words."""
-        if all_intact([*self.placed.values()]):
-            return []
-        return [f"{what} of {name}" for name, item in self.placed.items() if (what := item.changed())]
+        return self.tensors.changes()
 
 
 def run_layer(
@@ -280,13 +264,13 @@ def run_layer(
     interfering: Case | None = None,
 ) -> Observation:
     """A packed sequence through the backend's layer on ``device``, around an interfering call's where one is given."""
-    run = LayerRun(backend, case, inputs, poison, device)
+    run = LayerRun(backend, case, LayerTensors.of_one(case, inputs, device, poison))
     # Drawn once, and with nobody filling the memory that it takes.
     others = layer_inputs(interfering, "cpu") if interfering is not None else inputs
     with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly([run]):
         for _ in around(
             interfering,
-            lambda other: LayerRun(backend, other, others, poison, device, watched=False),
+            lambda other: LayerRun(backend, other, LayerTensors.of_one(other, others, device, poison), watched=False),
             crossed=crossing(case),
         ):
             run.forward()

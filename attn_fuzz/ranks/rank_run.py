@@ -10,6 +10,7 @@ import torch
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.layer import Layer
 from attn_fuzz.cases.interfering import crossing
+from attn_fuzz.execution.layer_tensors import LayerTensors
 from attn_fuzz.execution.observation import Observation
 from attn_fuzz.execution.poison import poisoned
 from attn_fuzz.execution.runner import LayerRun, around, refusing_cleanly
@@ -52,11 +53,12 @@ def run_slice(
     device, loaded = here().device, _loaded(backend)
     observations: list[Observation] = []
     for poison in poisons:
-        run = RankRun(loaded, case, inputs, poison, device)
+        run = RankRun(loaded, case, LayerTensors.of_one(case, inputs, device, poison))
 
         def made(other: Case, poison: str = poison) -> RankRun:
             assert interfering_calls is not None
-            return RankRun(loaded, other, interfering_calls, poison, device, watched=False)
+            tensors = LayerTensors.of_one(other, interfering_calls, device, poison)
+            return RankRun(loaded, other, tensors, watched=False)
 
         with poisoned(poison, device, compiled=loaded.kernel.compiled), refusing_cleanly([run]):
             for _ in around(None if observations else interfering, made, crossed=crossing(case), lockstep=True):
