@@ -9,7 +9,7 @@ import torch
 from attn_fuzz.reference.layout import Span
 from attn_fuzz.reference.simulated import SimulatedAttention
 
-_TOGETHER = 32
+_TOGETHER = 64
 """Up to this length, documents are padded to the longest of their group; padding longer ones would cost too much."""
 
 

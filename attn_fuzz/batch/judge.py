@@ -11,6 +11,7 @@ import torch
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.batch_run import NAMES, BatchRun
 from attn_fuzz.batch.judged import Judged, Question
+from attn_fuzz.batch.layer_judge import judge_layer_calls, moving_layers
 from attn_fuzz.batch.questions import QUESTIONS
 from attn_fuzz.batch.verdicts import COLUMNS, largest_z, other_bits
 from attn_fuzz.cases.call_batch import CallBatch
@@ -67,6 +68,8 @@ def judge(
     Raises:
         torch.OutOfMemoryError: as it comes.
     """
+    if batch.case.level == "layer":
+        return judge_layer_calls(batch, backend, device, question, beat)
     if asked is None:
         asked = math.ceil(len(batch.ends) * SHARE[device.type])
     batch_run = BatchRun(batch, backend, device, question.poison, asked, beat)
@@ -122,6 +125,8 @@ def moving(batch: CallBatch, backend: Backend, device: torch.device, poison: str
     Returns:
         bool ``[documents]`` on the CPU.
     """
+    if batch.case.level == "layer":
+        return moving_layers(batch, backend, device, poison)
     batch_run = BatchRun(batch, backend, device, poison, len(batch.ends), lambda: None)
     names = [name for name in batch_run.promised if not promises(backend, str(device), name)]
     found = torch.zeros(len(batch.case.packed_lengths), dtype=torch.bool, device=device)

@@ -9,24 +9,40 @@ from typing import Final, NamedTuple
 import torch
 
 from attn_fuzz.batch.batch_run import APART, NAMES, PROBED, TAILS
+from attn_fuzz.batch.layer_columns import HALVES, LAYER_TENSORS, STEPS, WHOLE
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.oracle.deviations import LIMIT
-from attn_fuzz.oracle.symptoms import DeadRowsNotZero, NotIsolated, PoisonLeaked, Symptom, WrongSpread, wrong_tensor
+from attn_fuzz.oracle.symptoms import (
+    DeadRowsNotZero,
+    NotExact,
+    NotIsolated,
+    PoisonLeaked,
+    Symptom,
+    WrongSpread,
+    WroteOutside,
+    wrong_tensor,
+)
 from attn_fuzz.reference.answer import KERNEL_TENSORS
 from attn_fuzz.reference.case import Case
-from attn_fuzz.reference.exact_layer import EXACT_TENSORS
 
 BY_BITS: Final = ("bits", APART)
-"""Columns of ``NAMES`` that are about bits which must not move."""
+"""Columns that are about bits which must not move."""
 
-_EXACT: Final[dict[str, type[Symptom]]] = {"bits": PoisonLeaked, APART: NotIsolated, TAILS: DeadRowsNotZero}
+_EXACT: Final[dict[str, type[Symptom]]] = {
+    "bits": PoisonLeaked,
+    APART: NotIsolated,
+    TAILS: DeadRowsNotZero,
+    STEPS: WroteOutside,
+    WHOLE: NotExact,
+    HALVES: NotExact,
+}
 """Columns that are 0 or inf, and what a document is accused of in them."""
 
 
 def tensor_of(name: str) -> str:
-    """The result that a column of ``NAMES`` is about; empty for those that are about any."""
+    """The result that a column is about; empty for those that are about any."""
     tensor = name.split()[0].removesuffix("-rows") if name else ""
-    return tensor if tensor in EXACT_TENSORS or tensor in KERNEL_TENSORS else ""
+    return tensor if tensor in KERNEL_TENSORS or tensor in LAYER_TENSORS else ""
 
 
 class Question(NamedTuple):
@@ -35,7 +51,7 @@ class Question(NamedTuple):
     poison: str
     """Contents of unwritten memory when the drawn values run."""
     asked: str = ""
-    """One of ``QUESTIONS``."""
+    """One of ``QUESTIONS``, or of a layer of ``LAYER_QUESTIONS``."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,6 +96,10 @@ class BatchWorker(Triage, abc.ABC):
     def shown(self, judged: Judged, document: int) -> Case | None:
         """The case that shows a deviation of a document."""
 
+    def schedule_of(self, level: str) -> Sequence[Question]:
+        """What is asked of batches of a level, in turn."""
+        return self.schedule
+
     def refused_all(self) -> None:
         """Says that nothing was taken, where the tally is not enough."""
 
@@ -181,7 +185,8 @@ class BatchWorker(Triage, abc.ABC):
         levels = self.levels()
         while not self.turn or not self.over():
             level, number = levels[self.turn % len(levels)], self.turn // len(levels)
-            self.batch(level, number % len(self.sweeps), self.schedule[number % len(self.schedule)])
+            schedule = self.schedule_of(level)
+            self.batch(level, number % len(self.sweeps), schedule[number % len(schedule)])
             self.turn += 1
             if not self.tally.cases and self.tally.refused > REFUSED_BATCHES:
                 self.refused_all()

@@ -1,17 +1,23 @@
-"""One worker of the batch mode: batches of small calls; a call that fails goes to the case mode."""
+"""One worker of the batch mode: batches of small kernel or layer calls; a call that fails goes to the case mode."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from attn_fuzz.batch.judge import SCHEDULE, judge, moving
 from attn_fuzz.batch.judged import BY_BITS, Judged, Question, tensor_of
+from attn_fuzz.batch.layer_judge import LAYER_SCHEDULE
 from attn_fuzz.campaign.batch_worker import BatchWorker, Sizing
 from attn_fuzz.campaign.messages import Assignment
+from attn_fuzz.campaign.plan import batched_levels
 from attn_fuzz.campaign.worker import Send, work
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.inferred import promises
 from attn_fuzz.generation.calls import LONGEST, compiles_for_calls, draw_batch
+from attn_fuzz.generation.layer_calls import LONGEST as LAYER_LONGEST
+from attn_fuzz.generation.layer_calls import draw_layer_batch
+from attn_fuzz.generation.strategies import straddling
 from attn_fuzz.oracle.deviations import beyond_doubt
 from attn_fuzz.oracle.symptoms import Crashed, InputsChanged
 from attn_fuzz.oracle.trial import SECOND_SEED
@@ -43,10 +49,17 @@ class CallsWorker(BatchWorker):
         super().__init__(assignment, send, LONGEST[kind], SIZING[kind], SCHEDULE)
 
     def levels(self) -> list[str]:
-        """That of kernels."""
-        if "kernel" not in self.assignment.levels or "kernel" not in self.backend.levels:
-            raise ValueError(f"{self.backend.name} has no kernel level here, and batches are of kernel calls")
-        return ["kernel"]
+        """Those that the backend has; of layers on one rank."""
+        levels = batched_levels(
+            self.backend, self.assignment.levels, self.assignment.ranks, self.assignment.tensor_ranks
+        )
+        if not levels:
+            raise ValueError(f"{self.backend.name} has no {' or '.join(self.assignment.levels)} level here for batches")
+        return levels
+
+    def schedule_of(self, level: str) -> Sequence[Question]:
+        """Of layers one of their own."""
+        return LAYER_SCHEDULE if level == "layer" else self.schedule
 
     def draw(self, level: str, place: int) -> CallBatch | None:
         """The next batch; no more calls than are still asked for.
@@ -58,6 +71,9 @@ class CallsWorker(BatchWorker):
         wanted = self.sizes[level, place]
         if self.assignment.cases is not None:
             wanted = min(wanted, self.assignment.cases - self.tally.cases)
+        if level == "layer":
+            longest = LAYER_LONGEST[self.device.type][place]
+            return draw_layer_batch(self.random, self.backend, self.domain, wanted, longest)
         batch = draw_batch(self.random, self.sweeps[place], self.backend, self.domain, wanted)
         return batch.first(wanted) if batch is not None else None
 
@@ -67,7 +83,7 @@ class CallsWorker(BatchWorker):
 
     def kind(self, case: Case) -> str:
         """What its calls are counted as."""
-        return f"batch {case.dtype}"
+        return f"batch {case.dtype}" if case.level == "kernel" else f"batch-layer {case.dtype}"
 
     def shown(self, judged: Judged, document: int) -> Case | None:
         """The call that a document is in."""
@@ -75,6 +91,9 @@ class CallsWorker(BatchWorker):
 
     def take(self, judged: Judged) -> None:
         """Adds a batch to the tally, and has what failed of it triaged."""
+        if judged.batch.case.level == "layer":
+            calls = (judged.call(index) for index in range(len(judged.batch.ends)) if index not in judged.refused)
+            self.tally.straddling += sum(map(straddling, calls))
         self.tally_batch(judged)
         if judged.touched:
             self.triage_touched(judged)
@@ -117,6 +136,9 @@ class CallsWorker(BatchWorker):
             return
         seen = "under two value seeds" if both else "once: other values did not show it"
         sequence = CallSequence(batch, index, judged.question, judged.asked)
+        if batch.case.level == "layer" and sequence.words(sequence.judged(self.backend, self.device)) is None:
+            # Of few samples a budget may be too narrow under two seeds.
+            return
         self.note_candidate(judged.call(index))
         small = smallest(sequence, self.backend, self.device, SHRINK_SECONDS)
         words = sequence.words(judged)

@@ -12,6 +12,7 @@ import torch
 
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import BackendUnavailable
+from attn_fuzz.backends.registry import Backend
 from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.execution.poison import POISONS
 from attn_fuzz.generation.calls import compiles_for_calls
@@ -62,11 +63,21 @@ def require_available(names: Sequence[str], device: str, dtypes: Sequence[str] =
             raise BackendUnavailable(f"backend {name} takes {', '.join(taken)}, but none of {', '.join(dtypes)}")
 
 
-def takes_batches(name: str, levels: Sequence[str], device: str) -> bool:
-    """Whether a campaign of these levels calls a backend's kernel by itself, and may do so with any drawn case."""
+def batched_levels(
+    backend: Backend, levels: Sequence[str], ranks: Sequence[int] = (1,), tensor_ranks: Sequence[int] = (1,)
+) -> list[str]:
+    """The levels of a campaign at which a backend's calls come in batches: what is spread over ranks does not."""
+    alone = max(ranks) * max(tensor_ranks) == 1
+    return [level for level in levels if level in backend.levels and (alone or level == "kernel")]
+
+
+def takes_batches(
+    name: str, levels: Sequence[str], device: str, ranks: Sequence[int] = (1,), tensor_ranks: Sequence[int] = (1,)
+) -> bool:
+    """Whether a campaign calls a backend's kernel or layer on one rank, and may do so with any drawn case."""
     backend = registry.load(name)
     compiles = compiles_for_calls(backend.kernel.capabilities_on(_kind(device)))
-    return "kernel" in levels and "kernel" in backend.levels and not compiles
+    return bool(batched_levels(backend, levels, ranks, tensor_ranks)) and not compiles
 
 
 def default_workers(device: str, ranks: int = 1) -> int:
@@ -109,8 +120,8 @@ class CampaignOptions:
     poisons: tuple[str, ...] = POISONS
     """Memory contents to run every case under."""
     modes: tuple[str, ...] = ("case",)
-    """``case``, ``batch``, ``packed``; each backend has workers of its own for each, batches only where kernels are
-    called."""
+    """``case``, ``batch``, ``packed``; each backend has workers of its own for each, batches only where it takes any
+    drawn call."""
     stop_at_first: bool = False
     """End each assignment with its first finding."""
     ranks: tuple[int, ...] = (1,)
@@ -129,7 +140,10 @@ def plan(names: Sequence[str], options: CampaignOptions, without: Mapping[str, A
     """
     o = options
     jobs = [
-        (name, mode) for mode in o.modes for name in names if mode != "batch" or takes_batches(name, o.levels, o.device)
+        (name, mode)
+        for mode in o.modes
+        for name in names
+        if mode != "batch" or takes_batches(name, o.levels, o.device, o.ranks, o.tensor_ranks)
     ]
     shards = max(1, o.workers // len(jobs))
     if o.cases is not None:

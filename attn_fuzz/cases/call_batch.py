@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+import itertools
 
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.reference.case import Case
@@ -30,6 +31,22 @@ class CallBatch:
         if self.case.level == "layer" and (inside := {span.end for span in self.tokens[:-1]} - set(self.case.cuts)):
             raise ValueError(f"calls of a layer must end where it is cut, but {min(inside)} is no cut")
 
+    @classmethod
+    def of(cls, case: Case | None, ends: tuple[int, ...]) -> CallBatch | None:
+        """Calls of a case, cut where they end if it is a layer's; None where there is none, or a call has no token."""
+        if case is None or not ends or ends[-1] != len(case.packed_lengths):
+            return None
+        if case.level == "layer" and len(ends) > 1:
+            bounds = document_spans(case.packed_lengths)
+            borders = [bounds[end - 1].end for end in ends]
+            if any(begin == end for begin, end in itertools.pairwise((0, *borders))):
+                return None
+            case = case.replace(cuts=tuple(sorted({*case.cuts, *borders[:-1]})))
+        try:
+            return cls(case, ends)
+        except ValueError:
+            return None
+
     @functools.cached_property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """First document of each call, and one past its last."""
@@ -48,11 +65,15 @@ class CallBatch:
 
     def call(self, index: int) -> Case:
         """One of the calls, as a case of its own with the same values."""
-        if self.case.level == "layer":
-            return self._sequence(index)
-        small = subset(self.case, range(*self.spans[index]))
+        small = self.attempted(index)
         assert small is not None
         return small
+
+    def attempted(self, index: int) -> Case | None:
+        """The same, or None where it is no case: of documents without keys, say."""
+        if self.case.level == "layer":
+            return self._sequence(index)
+        return subset(self.case, range(*self.spans[index]))
 
     def _sequence(self, index: int) -> Case:
         """One of a layer's calls: cuts are counted from where it begins."""

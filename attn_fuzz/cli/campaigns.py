@@ -99,12 +99,13 @@ def _that_take_batches(names: tuple[str, ...], options: CampaignOptions, *, name
     """
     if options.modes != ("batch",):
         return names
-    taking = tuple(name for name in names if takes_batches(name, options.levels, options.device))
-    kept = taking if "kernel" in options.levels and not named else names
+    ranks = options.ranks, options.tensor_ranks
+    taking = tuple(name for name in names if takes_batches(name, options.levels, options.device, *ranks))
+    kept = names if named else taking
     if not kept or taking != kept:
         raise UsageError(
-            "batches are of kernel calls: they need --level kernel, and backends with a kernel level that compile "
-            "neither for every layout nor for every option"
+            "batches are of kernel calls, and of layer calls on one rank: they need a backend that has such a level "
+            "and compiles neither for every layout nor for every option"
         )
     return kept
 

@@ -16,7 +16,7 @@ from attn_fuzz.cases.interfering import crossing
 from attn_fuzz.execution.batch_tensors import BatchTensors
 from attn_fuzz.execution.calls import EVERYTHING, Asked, Call
 from attn_fuzz.execution.layer_tensors import LayerTensors
-from attn_fuzz.execution.observation import HandedBack, Observation, Watch, in_our_convention
+from attn_fuzz.execution.observation import HandedBack, Observation, Stray, Watch, in_our_convention
 from attn_fuzz.execution.poison import poisoned
 from attn_fuzz.execution.process import beyond_its_call
 from attn_fuzz.reference.answer import Inputs, kernel_inputs
@@ -206,7 +206,8 @@ class LayerRun:
         return part
 
     def forward(self) -> None:
-        self.layer = self.make_layer(dict(self.tensors.weights))
+        # Tensors of its own, in memory that is shared: gradients that autograd leaves on them are this layer's.
+        self.layer = self.make_layer({name: weight.detach() for name, weight in self.tensors.weights.items()})
         self.buffer = Watch(("k", "v"), self.layer.key_value)
         self.buffer_gradient = Watch(("dk", "dv"), self.layer.key_value_gradients)
         for part in self.parts:
@@ -243,12 +244,18 @@ class LayerRun:
         """What the layer gave back, on the CPU."""
         observation = self.observation
         observation.results |= self.results()
-        observation.strays += self.buffer.settle() + self.buffer_gradient.settle()
-        observation.strays += self.outputs.changed() + self.input_gradients.changed()
+        self.strays()
         # A user's own layer need not say which implementation ran.
         observation.paths = getattr(self.layer, "paths", frozenset)()
         observation.changed = self.changed()
         return observation.on_cpu()
+
+    def strays(self) -> list[Stray]:
+        """Rows that changed where nothing may be written, in the order of the steps; asked once, when all is over."""
+        found = self.observation.strays
+        found += self.buffer.settle() + self.buffer_gradient.settle()
+        found += self.outputs.changed() + self.input_gradients.changed()
+        return found
 
     def changed(self) -> list[str]:
         """Inputs, weights or guard margins whose bits changed, in words."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -27,6 +27,15 @@ from attn_fuzz.reference.profile import Profile
 
 # Second value seed of a layout: an error that is a property of the layout shows under both.
 SECOND_SEED = 0x9E3779B9
+
+
+def as_shown(profile: Profile, results: Mapping[str, torch.Tensor]) -> Profile:
+    """The profile with the sums that a layer shows: in float32 they are held to it, in its dtype they are not."""
+    stored = set(profile.stored_sums)
+    for name, got in results.items():
+        if name in ("dk", "dv") or name.startswith("d_"):
+            (stored.discard if got.dtype == torch.float32 else stored.add)(name)
+    return dataclasses.replace(profile, stored_sums=frozenset(stored))
 
 
 @dataclasses.dataclass
@@ -164,12 +173,8 @@ class Trial:
         return layer_answer(self.case, self.inputs, self._as_shown(profile), samples)
 
     def _as_shown(self, profile: Profile) -> Profile:
-        """The profile with the sums that the layer shows: in float32 they are held to it, in its dtype they are not."""
-        stored = set(profile.stored_sums)
-        for name, got in self.observations[0].results.items():
-            if name in ("dk", "dv") or name.startswith("d_"):
-                (stored.discard if got.dtype == torch.float32 else stored.add)(name)
-        return dataclasses.replace(profile, stored_sums=frozenset(stored))
+        """The profile with the sums that the layer shows."""
+        return as_shown(profile, self.observations[0].results)
 
     @functools.cached_property
     def answer(self) -> dict[str, Expected]:

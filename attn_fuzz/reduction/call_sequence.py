@@ -12,6 +12,8 @@ import torch
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.judge import judge
 from attn_fuzz.batch.judged import Judged, Question
+from attn_fuzz.batch.layer_judge import judge_layer_calls
+from attn_fuzz.batch.layer_questions import LAYER_QUESTIONS
 from attn_fuzz.batch.questions import QUESTIONS
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.order import simplicity
@@ -26,6 +28,7 @@ from attn_fuzz.oracle.symptoms import Crashed, Symptom
 from attn_fuzz.reduction.packed import CLIPS
 from attn_fuzz.reduction.reduce import Deadline, Pass, reduce
 from attn_fuzz.reference.case import Case, CaseError
+from attn_fuzz.reference.monte_carlo import CONFIRMING_SAMPLES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +67,16 @@ class CallSequence:
         except (LookupError, TypeError, ValueError) as error:
             raise CaseError(f"these are no calls in a row: {type(error).__name__} {error}") from None
         count = len(batch.ends)
-        known = found.question.poison in POISONS and found.question.asked in QUESTIONS
+        questions = LAYER_QUESTIONS if batch.case.level == "layer" else QUESTIONS
+        known = found.question.poison in POISONS and found.question.asked in questions
         if not known or not 0 <= found.index < count or not 0 < found.asked <= count:
             raise CaseError("these are no calls in a row: no such call, poison or question")
         return found
 
     def judged(self, backend: Backend, device: torch.device) -> Judged:
-        """What the backend makes of all of them."""
+        """What the backend makes of all of them; of layers by careful budgets."""
+        if self.batch.case.level == "layer":
+            return judge_layer_calls(self.batch, backend, device, self.question, samples=CONFIRMING_SAMPLES)
         return judge(self.batch, backend, device, self.question, asked=self.asked)
 
     def words(self, judged: Judged) -> str | None:
@@ -90,10 +96,9 @@ class CallSequence:
     def of(self, documents: Sequence[Sequence[int]], index: int) -> CallSequence | None:
         """Some documents of some calls, the failing one among them; all of them are asked."""
         case = subset(self.batch.case, [document for call in documents for document in call])
-        if case is None:
-            return None
         ends = tuple(itertools.accumulate(len(call) for call in documents))
-        return CallSequence(CallBatch(case, ends), index, self.question, len(ends))
+        batch = CallBatch.of(case, ends)
+        return None if batch is None else CallSequence(batch, index, self.question, len(ends))
 
 
 def _fewer_calls(sequence: CallSequence) -> Iterator[CallSequence | None]:
@@ -127,7 +132,7 @@ def _shorter(sequence: CallSequence) -> Iterator[CallSequence | None]:
     case = sequence.batch.case
     for most in CLIPS:
         small = clipped(case, most, most)
-        batch = None if small is None else CallBatch(small, sequence.batch.ends)
+        batch = CallBatch.of(small, sequence.batch.ends)
         yield None if batch is None else dataclasses.replace(sequence, batch=batch)
 
 
@@ -135,7 +140,7 @@ def _simpler(sequence: CallSequence) -> Iterator[CallSequence | None]:
     case = sequence.batch.case
     for small in (*narrower(case), *simpler_options(case)):
         same = small is not None and len(small.packed_lengths) == len(case.packed_lengths)
-        batch = CallBatch(small, sequence.batch.ends) if small is not None and same else None
+        batch = CallBatch.of(small, sequence.batch.ends) if same else None
         yield None if batch is None else dataclasses.replace(sequence, batch=batch)
 
 
@@ -168,8 +173,8 @@ def smallest(sequence: CallSequence, backend: Backend, device: torch.device, sec
     """
 
     def fails(small: CallSequence) -> bool:
-        calls = (subset(small.batch.case, range(*span)) for span in small.batch.spans)
         # A call of documents without keys, or without queries, is no case.
+        calls = (small.batch.attempted(index) for index in range(len(small.batch.ends)))
         if any(call is None or not _taken(call, backend, device) for call in calls):
             return False
         try:

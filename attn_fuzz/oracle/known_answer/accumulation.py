@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -22,7 +23,8 @@ class AccumulationProbe:
     case: Case
     inputs: LayerInputs
     exact: dict[str, torch.Tensor]
-    """float64: ``dv [tokens, kv_heads, head_dim]``, and ``d_dense [hidden, heads * head_dim]`` where it is whole."""
+    """float64: ``dv [tokens, kv_heads, head_dim]``, and ``d_dense [hidden, heads * head_dim]`` where it is whole; of
+    several calls ``[calls, hidden, heads * head_dim]``, NaN where it is not."""
 
 
 _WHOLE: Final = {"bf16": 129, "fp16": 1025}
@@ -114,7 +116,7 @@ def _weights(probe: Case) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     return {**drawn, "query": query, "key_value": key_value, "dense": dense}, values
 
 
-def accumulation_probe(case: Case) -> AccumulationProbe | None:
+def accumulation_probe(case: Case, calls: Sequence[Case] = ()) -> AccumulationProbe | None:
     """The exact accumulation probe of a layer case, or None where no two micro-sequences or ranks add to the same.
 
     Query weights are 0, so every key weighs 1/n, and the output projection is the identity. In every rank's
@@ -125,8 +127,15 @@ def accumulation_probe(case: Case) -> AccumulationProbe | None:
     All values are +-1, the same in all tokens, and so is the context of those rows. Documents take turns in the channel
     that their gradient is in: a micro-sequence adds +-w n to a row of the output projection's gradient, or w times the
     sum of several n where there are more documents than channels.
+
+    Args:
+        case: of layer level.
+        calls: the sequences that it consists of, where it is a batch of several.
     """
-    if case.dtype not in _WHOLE or len(rank_slices(case)) < 2 or not (gradients := _Gradients(case)).telling:
+    if case.dtype not in _WHOLE or len(rank_slices(case)) < 2:
+        return None
+    every = [_Gradients(call) for call in calls or (case,)]
+    if not any(gradients.telling for gradients in every):
         return None
     width = case.heads * case.head_dim
     probe = case.replace(
@@ -135,7 +144,14 @@ def accumulation_probe(case: Case) -> AccumulationProbe | None:
     x = draw(probe, "x", 1, width, "cpu")[:, 0]
     x[:, 0] = 1.0
     weights, values = _weights(probe)
-    exact = {"dv": gradients.dv}
-    if gradients.dense_exact:
-        exact["d_dense"] = gradients.of_dense(values)
-    return AccumulationProbe(probe, LayerInputs(x, gradients.dout.flatten(1).to(x.dtype), weights), exact)
+    exact = {"dv": torch.cat([gradients.dv for gradients in every])}
+    dense = [
+        gradients.of_dense(values).masked_fill(torch.tensor(not gradients.dense_exact), torch.nan)
+        for gradients in every
+    ]
+    if calls:
+        exact["d_dense"] = torch.stack(dense)
+    elif every[0].dense_exact:
+        exact["d_dense"] = dense[0]
+    dout = torch.cat([gradients.dout for gradients in every]).flatten(1)
+    return AccumulationProbe(probe, LayerInputs(x, dout.to(x.dtype), weights), exact)

@@ -1,0 +1,136 @@
+"""A batch of layer calls while it is judged: its runs so far, what they are held to, and who is accused of what.
+
+Documents are independent in a layer too, and all that is not attention is per token: one packed layer case, drawn and
+answered at once, is many calls. Only the layer under test runs call by call, as itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import torch
+
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.batch.layer_columns import LAYER_NAMES, STEPS
+from attn_fuzz.cases.call_batch import CallBatch
+from attn_fuzz.execution.inferred import inferred
+from attn_fuzz.execution.layer_calls import OF_TOKENS, LayerHow, LayerResults, run_layer_calls
+from attn_fuzz.execution.layer_tensors import LayerTensors
+from attn_fuzz.oracle.deviations import LIMIT, deviations, limit
+from attn_fuzz.oracle.trial import as_shown
+from attn_fuzz.reference.answer import Expected
+from attn_fuzz.reference.layer import LayerInputs, layer_answer, layer_inputs
+from attn_fuzz.reference.packed import packed
+
+SAMPLES: Final = 16
+"""Simulated roundings behind a batch's budgets: Student's t with 16 degrees of freedom exceeds 10 once in 4e7 elements,
+as many as some thousand calls have; what does is looked at again by the case mode, with more samples."""
+
+Results = Mapping[str, torch.Tensor]
+
+_OTHER: Final = {"nan": "finite", "finite": "nan"}
+
+
+class LayerBatchRun:
+    """A batch of layer calls while it is judged.
+
+    Args:
+        batch: the calls.
+        backend: whose layer.
+        device: where.
+        poison: contents of unwritten memory when the drawn values run.
+        how: in which way they run.
+        beat: called before every call of every run.
+    """
+
+    def __init__(
+        self,
+        batch: CallBatch,
+        backend: Backend,
+        device: torch.device,
+        poison: str,
+        how: LayerHow,
+        beat: Callable[[], None],
+    ) -> None:
+        self.batch, self.backend, self.device = batch, backend, device
+        self.poison, self.other_poison, self.beat = poison, _OTHER[poison], beat
+        self.case, self.samples = batch.case, SAMPLES
+        self.calls = [batch.call(index) for index in range(len(batch.ends))]
+        self.drawn = layer_inputs(self.case, device)
+        self.runs: list[LayerResults] = []
+        self.placed: list[LayerTensors] = []
+        self.tensors = self.load(batch, self.drawn)
+        self.z = torch.zeros(len(self.case.packed_lengths), len(LAYER_NAMES), dtype=torch.float64, device=device)
+        self.first = self.run(self.tensors, poison, how)
+
+    @functools.cached_property
+    def owner(self) -> torch.Tensor:
+        """int64 ``[tokens]``: the document of each."""
+        return packed(self.case.packed_lengths, self.device).owner
+
+    @functools.cached_property
+    def beginnings(self) -> torch.Tensor:
+        """int64 ``[calls]``: the first document of each."""
+        return torch.tensor([begin for begin, _ in self.batch.spans], device=self.device)
+
+    @functools.cached_property
+    def call_of_token(self) -> torch.Tensor:
+        """int64 ``[tokens]``: the call of each."""
+        counts = torch.tensor([span.length for span in self.batch.tokens], device=self.device)
+        return torch.repeat_interleave(counts, output_size=self.case.tokens)
+
+    @functools.cached_property
+    def expected(self) -> dict[str, Expected]:
+        """What the drawn values should give."""
+        profile = as_shown(self.backend.kernel.profile_on(self.device.type), self.first)
+        return layer_answer(self.case, self.drawn, profile, self.samples, self.batch.tokens)
+
+    def repeats(self, name: str) -> bool:
+        """Whether a result has the same bits every time, as the backend promises or a few runs have told."""
+        return inferred(self.backend, str(self.device)).repeats(name)
+
+    def load(self, batch: CallBatch, inputs: LayerInputs) -> LayerTensors:
+        """Tensors in their places, which are looked at again in the end."""
+        self.placed.append(LayerTensors(batch, inputs, self.device, self.poison))
+        return self.placed[-1]
+
+    def run(self, tensors: LayerTensors, poison: str, how: LayerHow | None = None) -> dict[str, torch.Tensor]:
+        """The results of a run of all calls; who strayed in it is accused."""
+        cases = (
+            self.calls
+            if tensors.batch is self.batch
+            else [tensors.batch.call(index) for index in range(len(tensors.batch.ends))]
+        )
+        found = run_layer_calls(tensors, self.backend, cases, poison, how or LayerHow(watched=False), self.beat)
+        self.runs.append(found)
+        for index in found.strayed:
+            self.z[self.batch.spans[index][0], LAYER_NAMES.index(STEPS)] = torch.inf
+        return found.results
+
+    def hold(self, results: Results) -> None:
+        """Holds results to the budgets of the drawn values."""
+        unit = LIMIT / limit(self.case)
+        for name, got in results.items():
+            if (expected := self.expected.get(name)) is not None:
+                self.note(name, name, deviations(self.case, got, expected) * unit)
+
+    def note(self, column: str, name: str, beyond: torch.Tensor) -> None:
+        """Notes what is wrong with a result's elements, float64 in units in which the verdict is at LIMIT, or bool."""
+        if beyond.dtype == torch.bool:
+            beyond = torch.where(beyond, torch.inf, 0.0).double()
+        if not beyond.numel():
+            return
+        places = self.owner if name in OF_TOKENS else self.beginnings
+        worst = beyond.flatten(1).amax(1)
+        self.z[:, LAYER_NAMES.index(column)].scatter_reduce_(0, places, worst, "amax")
+
+    def by_call(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """The largest magnitude of a result in each call, float64, in a shape that broadcasts to the result's."""
+        rows = x.double().abs().flatten(1).amax(1)
+        shape = (-1, *(1,) * (x.dim() - 1))
+        if name not in OF_TOKENS:
+            return rows.view(shape)
+        largest = rows.new_zeros(len(self.calls)).scatter_reduce(0, self.call_of_token, rows, "amax")
+        return largest[self.call_of_token].view(shape)

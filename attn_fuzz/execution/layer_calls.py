@@ -1,0 +1,161 @@
+"""The layer calls of a batch, one after another, each as itself: forward of all its micro-sequences, then backward."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import torch
+
+from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.cases.interfering import crossing, interfering_call
+from attn_fuzz.execution.layer_tensors import LayerTensors
+from attn_fuzz.execution.poison import poisoned
+from attn_fuzz.execution.process import in_words, raise_lack_of_memory
+from attn_fuzz.execution.runner import LayerRun, around
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.layer import layer_inputs
+from attn_fuzz.reference.values import DTYPES
+
+OF_TOKENS: Final = ("out", "dx", "k", "v", "dk", "dv")
+"""Results that have a row for each token; all others are gradients of parameters, one for each call."""
+
+_OPTIONAL: Final = ("k", "v", "dk", "dv")
+"""Buffers, which a layer need not show."""
+
+_IN_CASE_DTYPE: Final = ("out", "dx")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerHow:
+    """In which way layer calls are run."""
+
+    watched: bool = True
+    """Whether buffers, and what was handed back, are compared step by step."""
+    backwards: bool = False
+    """The last call first."""
+    interfered: bool = False
+    """Each around an interfering call of its own (cases/interfering.py)."""
+
+
+@dataclasses.dataclass
+class LayerResults:
+    """What came out of a run of all calls."""
+
+    results: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    """On the device: ``[tokens, ...]`` of ``OF_TOKENS``, ``[calls, ...]`` of parameters' gradients; 0 where a call
+    brought nothing."""
+    broken: dict[int, str] = dataclasses.field(default_factory=dict)
+    """Calls that raised, or gave something else than was asked for, in words."""
+    refused: dict[int, str] = dataclasses.field(default_factory=dict)
+    """Calls that the backend refused, in words."""
+    strayed: dict[int, str] = dataclasses.field(default_factory=dict)
+    """Calls that wrote where nothing may be written, in words."""
+    paths: set[str] = dataclasses.field(default_factory=set)
+    """Implementations that ran."""
+
+
+def run_layer_calls(
+    tensors: LayerTensors,
+    backend: Backend,
+    cases: Sequence[Case],
+    poison: str,
+    how: LayerHow,
+    beat: Callable[[], None] = lambda: None,
+) -> LayerResults:
+    """Forward and backward of every call, one after another.
+
+    Args:
+        tensors: the calls in their places.
+        backend: whose layer.
+        cases: each of the calls, as a case of its own.
+        poison: contents of unwritten memory.
+        how: in which way.
+        beat: called before every call, so that a slow layer is not taken for one that hangs.
+
+    Raises:
+        torch.OutOfMemoryError: as it comes.
+    """
+    found = LayerResults()
+    meant = backend.kernel.paths_on(tensors.device.type)
+    got: list[dict[str, torch.Tensor]] = [{} for _ in cases]
+    with poisoned(poison, tensors.device, compiled=backend.kernel.compiled):
+        for index in reversed(range(len(cases))) if how.backwards else range(len(cases)):
+            beat()
+            run = LayerRun(backend, cases[index], tensors, index, watched=how.watched)
+            try:
+                _through(run, poison, interfered=how.interfered)
+                # A module that persists hands its gradients out live, and the next call writes to them.
+                got[index] = {name: x.clone() if name.startswith("d_") else x for name, x in run.results().items()}
+                if strays := run.strays() if how.watched else []:
+                    stray = strays[0]
+                    found.strayed[index] = f"the {stray.step} changed rows {list(stray.rows)[:8]} of {stray.tensor}"
+                paths = getattr(run.layer, "paths", frozenset)()
+                found.paths |= paths
+                if wrong := sorted(paths - meant) if meant else []:
+                    found.broken[index] = f"{wrong[0]!r} ran, but should be {' or '.join(sorted(meant))}"
+            except (UnsupportedCase, NotImplementedError) as refusal:
+                found.refused[index] = str(refusal)
+            except Exception as error:
+                raise_lack_of_memory(error)
+                found.broken[index] = in_words(error)
+    _collect(found, got, cases, tensors)
+    return found
+
+
+def _through(run: LayerRun, poison: str, *, interfered: bool) -> None:
+    """All micro-sequences forward, then backward in reverse, around another call where one is wanted."""
+    case, device = run.case, run.tensors.device
+    other = interfering_call(case, run.backend, device.type) if interfered else None
+    inputs = layer_inputs(other, device) if other is not None else None
+
+    def made(each: Case) -> LayerRun:
+        assert inputs is not None
+        return LayerRun(run.backend, each, LayerTensors.of_one(each, inputs, device, poison), watched=False)
+
+    for _ in around(other, made, crossed=crossing(case)):
+        run.forward()
+    run.backward()
+
+
+def _collect(
+    found: LayerResults, got: Sequence[dict[str, torch.Tensor]], cases: Sequence[Case], tensors: LayerTensors
+) -> None:
+    """Puts the calls' results one behind another, zeros for what a call did not give."""
+    case, weights = tensors.batch.case, tensors.weights
+    there = [index for index in range(len(cases)) if index not in found.broken and index not in found.refused]
+    shown = {name for name in _OPTIONAL if any(name in got[index] for index in there)}
+    heads = (case.kv_heads, case.head_dim)
+    rows: Mapping[str, tuple[int, ...]] = {
+        name: (case.hidden,) if name in _IN_CASE_DTYPE else heads
+        for name in OF_TOKENS
+        if name not in _OPTIONAL or name in shown
+    }
+    wanted = {index: {name: (cases[index].tokens, *row) for name, row in rows.items()} for index in range(len(cases))}
+    for shapes in wanted.values():
+        shapes |= {f"d_{name}": tuple(weight.shape) for name, weight in weights.items()}
+    for index in there:
+        wrong = [name for name, shape in wanted[index].items() if not _fits(case, name, got[index].get(name), shape)]
+        if wrong:
+            found.broken[index] = f"{', '.join(wrong)}: missing, or of another shape or dtype"
+    right = [index for index in there if index not in found.broken]
+    if not right:
+        return
+    for name in wanted[right[0]]:
+        dtype = got[right[0]][name].dtype
+        of_calls = [
+            got[index][name].to(dtype)
+            if index in right
+            else torch.zeros(wanted[index][name], dtype=dtype, device=tensors.device)
+            for index in range(len(cases))
+        ]
+        found.results[name] = torch.cat(of_calls) if name in rows else torch.stack(of_calls)
+
+
+def _fits(case: Case, name: str, got: torch.Tensor | None, shape: tuple[int, ...]) -> bool:
+    """Whether a result is there, as it should be: buffers and parameters' gradients may be float32."""
+    if got is None or tuple(got.shape) != shape:
+        return False
+    return got.dtype == DTYPES[case.dtype] or (name not in _IN_CASE_DTYPE and got.dtype == torch.float32)

@@ -1,0 +1,130 @@
+"""Draws batches of layer calls: packed sequences of a few documents each, with cuts of their own."""
+
+from __future__ import annotations
+
+import itertools
+from random import Random
+from typing import Final
+
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.cases.call_batch import CallBatch
+from attn_fuzz.generation.calls import VALUES
+from attn_fuzz.generation.domain import Domain
+from attn_fuzz.generation.length_sweeps import draw_options, edge_lengths
+from attn_fuzz.reference.case import Case
+
+LONGEST: Final = {"cuda": (32, 128, 16), "cpu": (9, 33, 9)}
+"""Tokens of the longest documents of batches, in turn: what a layer's step costs hardly depends on them on a GPU, and
+the budgets, whose roundings are simulated, do."""
+
+_DOCUMENTS: Final = (1, 1, 1, 2, 2, 3, 4, 7)
+"""How many documents a call may have."""
+
+_CUTS: Final = (0, 0, 1, 1, 1, 1, 2, 2, 3, 6)
+"""How often a call may be cut: each step is a forward and a backward more."""
+
+_ANY_OPTIONS: Final = 0.3
+"""Share of batches whose head dimension, head group and scale are any that are taken."""
+
+_MOST_WORK: Final = {"cuda": 4e7, "cpu": 4e6}
+"""Of the reference in a batch, in products of channels: of a query and a key, and of a token and weights."""
+
+_MOST_WIDTH: Final = {"cuda": 1024, "cpu": 256}
+"""Channels of all heads together: weights and their gradients have the square of them."""
+
+_PLACES: Final = 64
+
+_ROTARY_THETAS: Final = (10000.0, 10000.0, 500.0, 1e6)
+_ROTARY_FRACTIONS: Final = (0.25, 0.5, 0.75, 1.0)
+_ATTEMPTS: Final = 20
+
+
+def _layer_options(random: Random, domain: Domain, width: int, head_dim: int) -> dict[str, object]:
+    """What layer cases alone have: norms, rotary, projections, rows of the buffer behind the last token."""
+    capabilities, pairs = domain.capabilities, head_dim // 2
+    norms = ("none", "rms") if capabilities.norms else ("none",)
+    rotary = random.choice(capabilities.rotaries) if head_dim % 2 == 0 else "none"
+    weights = random.choice(("gaussian", "selection")) if width <= _MOST_WIDTH[domain.device] // 2 else "gaussian"
+    fractions = [fraction for fraction in _ROTARY_FRACTIONS if (fraction * pairs).is_integer()]
+    return {
+        "hidden": width if weights == "selection" else random.choice((16, 8, max(4, min(width, 64)))),
+        "weights": weights,
+        **{f"{name}_norm": random.choice(norms) for name in ("query", "key", "value")},
+        "shared_key_value": capabilities.shared_key_value and random.random() < 0.5,
+        "rotary": rotary,
+        "rotary_theta": random.choice(_ROTARY_THETAS) if rotary != "none" else 10000.0,
+        "rotary_fraction": random.choice(fractions) if rotary == "proportional" else 0.5,
+        "capacity": random.choice((0, 0, 1, 17)),
+    }
+
+
+def _cuts(random: Random, lengths: tuple[int, ...], *, causal: bool) -> list[int]:
+    """Where a call is cut: on its documents' borders and beside them as often as anywhere else; a non-causal one's on
+    borders only, and sometimes wherever there is one."""
+    total = sum(lengths)
+    borders = {end for end in itertools.accumulate(lengths) if 0 < end < total}
+    if not causal:
+        places = sorted(borders)
+        return places if random.random() < 0.2 else sorted(random.sample(places, min(len(places), 2)))
+    beside = {place + step for place in (0, *borders, total) for step in (-1, 0, 1)}
+    near = sorted(place for place in beside if 0 < place < total)
+    if not near:
+        return []
+    chosen = {random.choice(near) if random.random() < 0.5 else random.randint(1, total - 1) for _ in range(9)}
+    return sorted(random.sample(sorted(chosen), min(random.choice(_CUTS), len(chosen))))
+
+
+def draw_layer_batch(random: Random, backend: Backend, domain: Domain, calls: int, longest: int) -> CallBatch | None:
+    """Layer calls that a backend takes, up to so many, or None where none of those drawn is one.
+
+    Args:
+        random: decides everything.
+        backend: what will run them.
+        domain: the options that it takes.
+        calls: how many are drawn.
+        longest: tokens of the longest document.
+    """
+    for _ in range(_ATTEMPTS):
+        every = random.random() < _ANY_OPTIONS
+        options = draw_options(random, domain, every=every)
+        heads, head_dim = int(options["heads"]), int(options["head_dim"])  # type: ignore[call-overload]
+        if options["memory"] == "broadcast" or heads * head_dim > _MOST_WIDTH[domain.device]:
+            continue
+        options |= {"values": random.choice(VALUES), **_layer_options(random, domain, heads * head_dim, head_dim)}
+        batch = _drawn(random, backend, domain, calls, longest, options)
+        if batch is not None:
+            return batch
+    return None
+
+
+def _drawn(
+    random: Random, backend: Backend, domain: Domain, calls: int, longest: int, options: dict[str, object]
+) -> CallBatch | None:
+    """Those of one configuration."""
+    lengths, cuts, ends = list[int](), list[int](), list[int]()
+    heads, width = int(options["heads"]), int(options["heads"]) * int(options["head_dim"])  # type: ignore[call-overload]
+    work, tokens = 0.0, 0
+    for _ in range(calls):
+        edges = edge_lengths(random, random.choice(_DOCUMENTS), longest).tolist()
+        # A third of the documents has any length.
+        own = tuple(random.randint(0, longest) if random.random() < 1 / 3 else length for length in edges)
+        if not domain.capabilities.empty_documents:
+            own = tuple(length for length in own if length)
+        if not sum(own):
+            continue
+        at = _cuts(random, own, causal=bool(options["causal"]))
+        small = Case(lengths=own, cuts=tuple(at), **options)  # type: ignore[arg-type]
+        if backend.refusal(small, domain.device) is not None:
+            continue
+        # Of a score as of so many channels more: the reference rounds it in some sixty places.
+        work += sum(length**2 for length in own) * (width + _PLACES * heads)
+        work += sum(own) * width * (int(options["hidden"]) + _PLACES)  # type: ignore[call-overload]
+        if ends and work > _MOST_WORK[domain.device]:
+            break
+        cuts += [tokens, *(tokens + place for place in at)] if tokens else at
+        lengths += own
+        ends.append(len(lengths))
+        tokens += sum(own)
+    if not ends:
+        return None
+    return CallBatch(Case(lengths=tuple(lengths), cuts=tuple(cuts), **options), tuple(ends))  # type: ignore[arg-type]
