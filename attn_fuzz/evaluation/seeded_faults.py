@@ -57,9 +57,9 @@ def _spread(fault: str) -> Spread:
     return planted.ranks, planted.tensor_ranks
 
 
-def called(fault: str) -> bool:
-    """Whether it is one of a kernel, which can be called by itself."""
-    return "kernel" in registry.load(PREFIX + fault).levels
+def alone(fault: str) -> bool:
+    """Whether it is one of a kernel or a layer on one rank, whose calls come in batches."""
+    return _spread(fault) == ALONE
 
 
 def find_fault(fault: str, seed: int, max_cases: int = MAX_CASES, mode: str = "case") -> MutantResult:

@@ -92,7 +92,7 @@ def run_layer_calls(
                 if strays := run.strays() if how.watched else []:
                     stray = strays[0]
                     found.strayed[index] = f"the {stray.step} changed rows {list(stray.rows)[:8]} of {stray.tensor}"
-                paths = getattr(run.layer, "paths", frozenset)()
+                paths: frozenset[str] = getattr(run.layer, "paths", frozenset)()
                 found.paths |= paths
                 if wrong := sorted(paths - meant) if meant else []:
                     found.broken[index] = f"{wrong[0]!r} ran, but should be {' or '.join(sorted(meant))}"

@@ -37,7 +37,7 @@ def sums_add_up(trial: Trial) -> Iterator[Symptom]:
         if len(parts) < len(halves) or any(part.shape != got.shape for part in parts):
             continue
         largest = torch.stack([x.abs().max() for x in (got, *parts)]).max() if got.numel() else got.new_zeros(())
-        off = apart(got, *parts, largest)
+        off = apart(got, parts[0], parts[1], largest)
         if off.any() and (promises(trial.backend, str(trial.device), name) or not trial.moves_by_itself(name)):
             first = int(off.flatten().nonzero()[0])
             place = place_of(trial, name, first, whole[name].shape)
