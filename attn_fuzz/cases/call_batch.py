@@ -9,10 +9,15 @@ import bisect
 import dataclasses
 import functools
 import itertools
+from typing import Final
 
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layout import Span, document_spans
+
+PADDING: Final = 1 << 23
+"""Documents of a layer's batch with names from here on are padding of the calls that they end. By itself such a call
+has the padding that any case has, of other values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +86,13 @@ class CallBatch:
         if len(self.ends) == 1:
             return case
         first, last = bisect.bisect_right(case.cuts, begin), bisect.bisect_left(case.cuts, end)
+        lengths, ids = case.packed_lengths[documents], case.packed_ids[documents]
+        *rest, behind = lengths
+        padded = ids[-1] >= PADDING and any(rest)
         return case.replace(
-            lengths=case.packed_lengths[documents],
-            document_ids=case.packed_ids[documents],
-            padding=0,
+            lengths=tuple(rest) if padded else lengths,
+            document_ids=ids[:-1] if padded else ids,
+            padding=behind if padded else 0,
             cuts=tuple(cut - begin for cut in case.cuts[first:last]),
         )
 

@@ -7,7 +7,7 @@ from random import Random
 from typing import Final
 
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.cases.call_batch import CallBatch
+from attn_fuzz.cases.call_batch import PADDING, CallBatch
 from attn_fuzz.generation.calls import VALUES
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import draw_options, edge_lengths
@@ -19,6 +19,9 @@ the budgets, whose roundings are simulated, do."""
 
 _DOCUMENTS: Final = (1, 1, 1, 2, 2, 3, 4, 7)
 """How many documents a call may have."""
+
+_PADDINGS: Final = (0, 0, 0, 1, 5)
+"""Tokens of padding behind a call's last document."""
 
 _CUTS: Final = (0, 0, 1, 1, 1, 1, 2, 2, 3, 6)
 """How often a call may be cut: each step is a forward and a backward more."""
@@ -101,7 +104,7 @@ def _drawn(
     random: Random, backend: Backend, domain: Domain, calls: int, longest: int, options: dict[str, object]
 ) -> CallBatch | None:
     """Those of one configuration."""
-    lengths, cuts, ends = list[int](), list[int](), list[int]()
+    lengths, ids, cuts, ends = list[int](), list[int](), list[int](), list[int]()
     heads, width = int(options["heads"]), int(options["heads"]) * int(options["head_dim"])  # type: ignore[call-overload]
     work, tokens = 0.0, 0
     for _ in range(calls):
@@ -112,19 +115,29 @@ def _drawn(
             own = tuple(length for length in own if length)
         if not sum(own):
             continue
-        at = _cuts(random, own, causal=bool(options["causal"]))
-        small = Case(lengths=own, cuts=tuple(at), **options)  # type: ignore[arg-type]
+        padding = random.choice(_PADDINGS)
+        packed = (*own, padding) if padding else own
+        at = _cuts(random, packed, causal=bool(options["causal"]))
+        small = Case(lengths=own, padding=padding, cuts=tuple(at), **options)  # type: ignore[arg-type]
         if backend.refusal(small, domain.device) is not None:
             continue
         # Of a score as of so many channels more: the reference rounds it in some sixty places.
-        work += sum(length**2 for length in own) * (width + _PLACES * heads)
-        work += sum(own) * width * (int(options["hidden"]) + _PLACES)  # type: ignore[call-overload]
+        work += sum(length**2 for length in packed) * (width + _PLACES * heads)
+        work += sum(packed) * width * (int(options["hidden"]) + _PLACES)  # type: ignore[call-overload]
         if ends and work > _MOST_WORK[domain.device]:
             break
         cuts += [tokens, *(tokens + place for place in at)] if tokens else at
-        lengths += own
+        ids += range(len(lengths), len(lengths) + len(own))
+        ids += [PADDING + len(ends)] if padding else []
+        lengths += packed
         ends.append(len(lengths))
-        tokens += sum(own)
+        tokens += small.tokens
     if not ends:
         return None
-    return CallBatch(Case(lengths=tuple(lengths), cuts=tuple(cuts), **options), tuple(ends))  # type: ignore[arg-type]
+    whole = Case(
+        lengths=tuple(lengths),
+        document_ids=tuple(ids),
+        cuts=tuple(cuts),
+        **options,  # type: ignore[arg-type]
+    )
+    return CallBatch(whole, tuple(ends))
