@@ -10,7 +10,7 @@ import torch
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.judged import Judged, Question
 from attn_fuzz.batch.layer_columns import LAYER_NAMES
-from attn_fuzz.batch.layer_questions import LAYER_QUESTIONS
+from attn_fuzz.batch.layer_questions import LAYER_QUESTIONS, how
 from attn_fuzz.batch.layer_run import SAMPLES, LayerBatchRun
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.inferred import TIMES, promises
@@ -55,8 +55,7 @@ def judge_layer_calls(
     Raises:
         torch.OutOfMemoryError: as it comes.
     """
-    watched = device.type == "cpu" or question.asked == "steps"
-    run = LayerBatchRun(batch, backend, device, question.poison, LayerHow(watched=watched), beat)
+    run = LayerBatchRun(batch, backend, device, question.poison, how(question.asked, device), beat)
     run.samples = samples
     if run.first:
         # Of calls none of which came back there is nothing to ask.

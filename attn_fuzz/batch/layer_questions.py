@@ -63,11 +63,6 @@ def cut_elsewhere(run: LayerBatchRun) -> None:
     run.hold(run.run(run.load(batch, run.drawn), run.other_poison))
 
 
-def interfered(run: LayerBatchRun) -> None:
-    """Every call around an interfering one of the same shapes: what a layer keeps by shape is then another's."""
-    run.hold(run.run(run.tensors, run.other_poison, LayerHow(watched=False, interfered=True)))
-
-
 def whole_numbers(run: LayerBatchRun) -> None:
     """Gradients that are sums of whole numbers over micro-sequences: exact, where the layer keeps them in float32."""
     if not holds_whole_numbers(run.case, run.backend.kernel.profile_on(run.device.type)):
@@ -106,12 +101,18 @@ def halves(run: LayerBatchRun) -> None:
 LAYER_QUESTIONS: Final[dict[str, Callable[[LayerBatchRun], None]]] = {
     "": lambda run: None,
     "steps": lambda run: None,
+    "interfered": lambda run: None,
     "again": again,
     "documents apart": documents_apart,
     "cut elsewhere": cut_elsewhere,
-    "interfered": interfered,
     "whole numbers": whole_numbers,
     "halves": halves,
 }
-"""``steps``: buffers and what was handed back are compared step by step; on CPUs they always are, for it costs nothing
-there."""
+"""Two of them are said by the first run of the drawn values (``how``): ``interfered``, each call around one of the same
+shapes, so that what a layer keeps by shape is another's; and ``steps``, buffers and what was handed back compared step by
+step, which they always are on CPUs, for it costs nothing there."""
+
+
+def how(question: str, device: torch.device) -> LayerHow:
+    """In which way the drawn values run first."""
+    return LayerHow(watched=device.type == "cpu" or question == "steps", interfered=question == "interfered")

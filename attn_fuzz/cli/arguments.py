@@ -50,10 +50,11 @@ DtypeOption = Annotated[
 ModeOption = Annotated[
     str,
     typer.Option(
-        help="case: one drawn case after another; batch: hundreds of small kernel calls, one by one, judged "
+        help="case: one drawn case after another; batch: hundreds of small kernel or layer calls, one by one, judged "
         "together; packed: calls of thousands of documents; several with + between them; both: case+packed; all."
     ),
 ]
+DEFAULT_MODE = "case+batch"
 FirstOption = Annotated[bool, typer.Option("--first", help="Stop each backend at its first finding.")]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes at a time.")]
 StrictOption = Annotated[

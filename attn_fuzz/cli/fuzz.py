@@ -13,6 +13,7 @@ from attn_fuzz.campaign.plan import (
     default_workers,
 )
 from attn_fuzz.cli.arguments import (
+    DEFAULT_MODE,
     DEFAULT_STORE,
     BackendOption,
     CasesOption,
@@ -71,7 +72,7 @@ def run(
     poison: Annotated[
         list[str] | None, typer.Option(help="nan, finite, or none for memory as it comes. Default: nan and finite.")
     ] = None,
-    mode: ModeOption = "case",
+    mode: ModeOption = DEFAULT_MODE,
     first: FirstOption = False,
     workers: WorkersOption = None,
     min_cases: MinCasesOption = 1,
@@ -113,7 +114,7 @@ def check(
     dtype: DtypeOption = None,
     ranks: RanksOption = None,
     tensor_ranks: TensorRanksOption = None,
-    mode: ModeOption = "case+batch",
+    mode: ModeOption = DEFAULT_MODE,
     first: FirstOption = False,
     workers: WorkersOption = None,
     min_cases: MinCasesOption = 1,
@@ -148,6 +149,7 @@ def check_layer(
     seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    mode: ModeOption = DEFAULT_MODE,
     first: FirstOption = False,
     workers: WorkersOption = None,
     min_cases: MinCasesOption = 1,
@@ -165,6 +167,7 @@ def check_layer(
         cases=cases,
         levels=("layer",),
         dtypes=choices(dtype, DTYPES, "dtype"),
+        modes=modes_of(mode),
         stop_at_first=first,
     )
     fuzz((registry.USER_LAYER + _user_object(layer, "CLASS"),), options, Told(store, as_json, min_cases, strict))
