@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from attn_fuzz.campaign.messages import Assignment, Tally
 from attn_fuzz.cli.bench import show_processes
 from attn_fuzz.evaluation import bench, bench_calls
 from attn_fuzz.evaluation.bench_calls import batches_shared_of, settled_rate
-from attn_fuzz.evaluation.bench_processes import BenchError, processes_of
+from attn_fuzz.evaluation.bench_processes import BenchError, Job, processes_of
 from attn_fuzz.execution.timing import median
 
 CPU = torch.device("cpu")
@@ -49,12 +50,26 @@ def test_the_command_measures_processes_that_share_a_device(attn_fuzz: Run, monk
     assert all(list(rates) == ["1", "2"] for rates in found.values())
     for rates in found.values():
         assert all(each["bare_calls_per_s"] > each["cases_per_s"] > 0 for each in rates.values())
+        assert all(each["bare_layers_per_s"] > each["layer_cases_per_s"] > 0 for each in rates.values())
     assert done.json["environment"]["device"]
-    assert done.err.count("processes: ") == 4
+    assert done.err.count("processes: ") == 8
     assert "loop, 2 processes" in done.err
     console = Console(record=True, width=100)
     show_processes(console, done.json)
-    assert f"{found['loop']['2']['cases_per_s']:,.0f}" in console.export_text()
+    text = console.export_text()
+    assert f"{found['loop']['2']['cases_per_s']:,.0f}" in text
+    assert f"{found['loop']['2']['bare_layers_per_s']:,.0f}" in text
+
+
+@pytest.mark.slow
+def test_a_users_layer_is_measured_by_itself(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = bench.dataclasses.replace(bench.PLANS["cpu"], batch_seconds=0.4, batch_processes=(1,))
+    monkeypatch.setitem(bench.PLANS, "cpu", plan)
+    example = Path(__file__).resolve().parent.parent / "examples" / "my_layer.py"
+    done = attn_fuzz("bench", "--processes", "--device", "cpu", "--json", "-b", f"layer:{example}:Layer")
+    assert done.status == 0, done.err
+    ((_, by_count),) = done.json["processes"].items()
+    assert set(by_count["1"]) == {"layer_cases_per_s", "bare_layers_per_s"}
 
 
 @pytest.mark.slow
@@ -156,4 +171,4 @@ def test_a_campaign_is_heard_while_it_is_measured(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_a_lost_process_is_told() -> None:
     with pytest.raises(BenchError, match="died"):
-        processes_of(("nobody",), (1,), 0.1, "cpu", SMALL, lambda line: None)
+        processes_of(Job(("loop",), (1,), 0.1, "nowhere", SMALL, ("kernel",)), lambda line: None)

@@ -108,9 +108,9 @@ LAYER_QUESTIONS: Final[dict[str, Callable[[LayerBatchRun], None]]] = {
     "whole numbers": whole_numbers,
     "halves": halves,
 }
-"""Two of them are said by the first run of the drawn values (``how``): ``interfered``, each call around one of the same
-shapes, so that what a layer keeps by shape is another's; and ``steps``, buffers and what was handed back compared step by
-step, which they always are on CPUs, for it costs nothing there."""
+"""Two of them are said by the first run of the drawn values (``how``): ``interfered``, each call around another one of
+the same shapes, so that what a layer keeps by shape is the other's; and ``steps``, buffers and what was handed back
+compared step by step, which they always are on CPUs, for it costs nothing there."""
 
 
 def how(question: str, device: torch.device) -> LayerHow:

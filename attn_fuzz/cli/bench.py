@@ -9,20 +9,22 @@ import typer
 from rich.console import Console
 
 from attn_fuzz.campaign.plan import available_backends, require_available
-from attn_fuzz.cli.arguments import BackendOption, DeviceOption, JsonOption, device_of
+from attn_fuzz.cli.arguments import BackendOption, DeviceOption, JsonOption, LevelOption, choices, device_of
 from attn_fuzz.cli.columns import Column, print_fitted
 from attn_fuzz.cli.terminal import progress_console, results_console
 from attn_fuzz.evaluation.bench import bench as measure
 from attn_fuzz.evaluation.bench_plan import PLANS
-from attn_fuzz.evaluation.bench_processes import bench_processes
+from attn_fuzz.evaluation.bench_processes import RATES, bench_processes
+from attn_fuzz.reference.case import LEVELS
 
 
 def bench(
     backend: BackendOption = None,
     device: DeviceOption = None,
     processes: Annotated[
-        bool, typer.Option("--processes", help="Batches of several processes on the device instead, on one layout.")
+        bool, typer.Option("--processes", help="Batches of several processes on the device instead.")
     ] = False,
+    level: LevelOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Documents and cases per second of all modes, beside the bare kernels on the same layouts."""
@@ -34,7 +36,8 @@ def bench(
         progress_console.print(line, markup=False)
 
     if processes:
-        shared = bench_processes(where, names or available_backends(where, (PLANS[where].dtype,)), say)
+        measured = names or available_backends(where, (PLANS[where].dtype,))
+        shared = bench_processes(where, measured, say, choices(level, LEVELS, "level") or LEVELS)
         if as_json:
             typer.echo(json.dumps(shared))
         else:
@@ -49,11 +52,13 @@ def bench(
 
 def show_processes(console: Console, result: dict[str, Any]) -> None:
     """Calls per second of several processes, as people read them."""
-    columns = [_column(head) for head in ("backend", "processes", "batch cases/s", "bare calls/s")]
+    columns = [_column(head) for head in ("backend", "processes", "level", "batch cases/s", "bare calls/s", "ratio")]
     rows = [
-        (name, str(count), f"{rates['cases_per_s']:,.0f}", f"{rates['bare_calls_per_s']:,.0f}")
+        (name, str(count), level, f"{rates[judged]:,.0f}", f"{rates[bare]:,.0f}", f"{rates[bare] / rates[judged]:.1f}")
         for name, by_count in result["processes"].items()
         for count, rates in by_count.items()
+        for level, (judged, bare) in RATES.items()
+        if rates.get(judged)
     ]
     print_fitted(console, columns, rows, _title(result))
 

@@ -1,6 +1,6 @@
-"""Batches of several processes that share a device, beside the bare kernel of as many on the same calls.
+"""Batches of several processes that share a device, beside the bare kernel or layer of as many on the same calls.
 
-All of them judge calls of one layout and ask what campaigns ask, each beginning at another question. A campaign draws
+Of kernels all of them judge calls of one layout and ask what campaigns ask, each beginning at another question. A campaign draws
 its layouts and options, longer documents and wider heads among them: ``bench`` measures that, too.
 """
 
@@ -20,6 +20,7 @@ from attn_fuzz.backends import registry
 from attn_fuzz.batch.judge import SCHEDULE, judge
 from attn_fuzz.campaign import new_process
 from attn_fuzz.evaluation.bench_calls import cut_up
+from attn_fuzz.evaluation.bench_layers import LayerBench
 from attn_fuzz.evaluation.bench_plan import PLANS, Plan, layout
 from attn_fuzz.execution.batch_tensors import BatchTensors
 from attn_fuzz.execution.calls import run_batch
@@ -27,6 +28,7 @@ from attn_fuzz.execution.environment import environment
 from attn_fuzz.execution.process import set_apart, set_up_process
 from attn_fuzz.execution.timing import idle
 from attn_fuzz.reference.answer import kernel_inputs
+from attn_fuzz.reference.case import Case
 
 STARTED_S: Final = 180.0
 """How long all processes may take to get ready for a backend."""
@@ -37,7 +39,7 @@ class BenchError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job:
+class Job:
     """What every process measures, in this order."""
 
     names: tuple[str, ...]
@@ -45,6 +47,41 @@ class _Job:
     seconds: float
     device: str
     plan: Plan
+    levels: tuple[str, ...]
+
+
+RATES: Final = {
+    "kernel": ("cases_per_s", "bare_calls_per_s"),
+    "layer": ("layer_cases_per_s", "bare_layers_per_s"),
+}
+"""By level: calls that are judged, and bare ones."""
+
+Work = Callable[[int], int]
+"""From a turn to how many calls were done in it."""
+
+
+def _levels(name: str, levels: Sequence[str]) -> list[str]:
+    return [level for level in levels if level in registry.load(name).levels]
+
+
+def _works(name: str, level: str, job: Job, index: int) -> tuple[Work, Work]:
+    """What is measured of a backend's level, as in ``RATES``."""
+    backend, device = registry.load(name), torch.device(job.device)
+    if level == "layer":
+        layers = LayerBench(backend, device, index)
+        return layers.judged, layers.bare
+    batch = cut_up(layout(job.plan, job.plan.batch_documents, seed=index), seed=index)
+    tensors_of_calls = BatchTensors(batch, kernel_inputs(batch.case, device), device)
+
+    def judged(turn: int) -> int:
+        judge(batch, backend, device, SCHEDULE[turn % len(SCHEDULE)])
+        return len(batch.ends)
+
+    def bare(turn: int) -> int:
+        run_batch(tensors_of_calls, backend, "none")
+        return len(batch.ends)
+
+    return judged, bare
 
 
 def _rate(work: Callable[[int], int], first: int, seconds: float, device: torch.device) -> float:
@@ -61,64 +98,48 @@ def _rate(work: Callable[[int], int], first: int, seconds: float, device: torch.
     raise AssertionError
 
 
-def _measure(index: int, job: _Job, barrier: Barrier, results: Any) -> None:
+def _measure(index: int, job: Job, barrier: Barrier, results: Any) -> None:
     set_apart()
     set_up_process(job.device)
     device = torch.device(job.device)
     for name in job.names:
-        backend = registry.load(name)
-        batch = cut_up(layout(job.plan, job.plan.batch_documents, seed=index), seed=index)
-        tensors_of_calls = BatchTensors(batch, kernel_inputs(batch.case, device), device)
-
-        def whole(turn: int) -> int:
-            judge(batch, backend, device, SCHEDULE[turn % len(SCHEDULE)])  # noqa: B023
-            return len(batch.ends)  # noqa: B023
-
-        def bare(turn: int) -> int:
-            run_batch(tensors_of_calls, backend, "none")  # noqa: B023
-            return len(batch.ends)  # noqa: B023
-
-        for work in (whole, bare):
-            work(0)
-        for count in job.counts:
-            for kind, work in (("cases_per_s", whole), ("bare_calls_per_s", bare)):
-                barrier.wait(STARTED_S)
-                if index < count:
-                    results.put((name, count, kind, _rate(work, 5 * index, job.seconds, device)))
+        for level in _levels(name, job.levels):
+            works = _works(name, level, job, index)
+            for work in works:
+                work(0)
+            for count in job.counts:
+                for kind, work in zip(RATES[level], works, strict=True):
+                    barrier.wait(STARTED_S)
+                    if index < count:
+                        results.put((name, count, kind, _rate(work, 5 * index, job.seconds, device)))
 
 
-def processes_of(
-    names: Sequence[str], counts: Sequence[int], seconds: float, device: str, plan: Plan, say: Callable[[str], None]
-) -> dict[str, dict[str, dict[str, float]]]:
+def processes_of(job: Job, say: Callable[[str], None]) -> dict[str, dict[str, dict[str, float]]]:
     """Calls per second of all processes together, by backend and number of processes.
 
     Args:
-        names: backends, each of which takes the plan's layout.
-        counts: how many processes, tried in turn.
-        seconds: how long each is measured.
-        device: ``cpu`` or ``cuda``.
-        plan: the layout.
+        job: what is measured, of backends that take the plan's layout.
         say: told what was measured.
 
     Raises:
         BenchError: when a process is lost.
     """
-    context = new_process.context()
-    job = _Job(tuple(names), tuple(counts), seconds, device, plan)
-    barrier, results = context.Barrier(max(counts)), context.Queue()
-    workers = [new_process.start(_measure, (index, job, barrier, results), {}) for index in range(max(counts))]
+    context, most = new_process.context(), max(job.counts)
+    barrier, results = context.Barrier(most), context.Queue()
+    workers = [new_process.start(_measure, (index, job, barrier, results), {}) for index in range(most)]
     found: dict[str, dict[str, dict[str, float]]] = {}
     try:
-        for name, count in itertools.product(names, counts):
-            rates = {"cases_per_s": 0.0, "bare_calls_per_s": 0.0}
-            for _ in range(2 * count):
-                told, number, kind, rate = _next(results, workers)
-                if (told, number) != (name, count):
-                    raise BenchError(f"figures of {told} came while {name} was measured")
-                rates[kind] += rate
-            found.setdefault(name, {})[str(count)] = rates
-            say(f"{name}, {count} processes: {rates['cases_per_s']:,.0f} cases/s in batches, "
-                f"{rates['bare_calls_per_s']:,.0f} bare")  # fmt: skip
+        for name in job.names:
+            for level, count in itertools.product(_levels(name, job.levels), job.counts):
+                rates = dict.fromkeys(RATES[level], 0.0)
+                for _ in range(len(rates) * count):
+                    told, number, kind, rate = _next(results, workers)
+                    if (told, number) != (name, count):
+                        raise BenchError(f"figures of {told} came while {name} was measured")
+                    rates[kind] += rate
+                found.setdefault(name, {}).setdefault(str(count), {}).update(rates)
+                together, alone = rates.values()
+                say(f"{name}, {count} processes: {together:,.0f} {level} cases/s in batches, {alone:,.0f} bare")
     finally:
         for worker in workers:
             worker.kill()
@@ -136,16 +157,24 @@ def _next(results: Any, workers: Sequence[Any]) -> tuple[str, int, str, float]:
                 raise BenchError("a process of the measurement died: see its own words above") from None
 
 
-def bench_processes(device: str, names: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
+def bench_processes(
+    device: str, names: Sequence[str], say: Callable[[str], None], levels: Sequence[str] = ("kernel", "layer")
+) -> dict[str, Any]:
     """The JSON object of ``bench --processes --json``."""
     plan = PLANS[device]
-    # Of calls that are there already: a campaign begins with few and draws them.
-    counts, seconds = plan.batch_processes, plan.batch_seconds / 2
     case = layout(plan, plan.batch_documents)
-    names = [name for name in names if registry.load(name).refusal(case, device) is None]
+    taking = [name for name in names if not _without_layout(name, case, device)]
+    # Of calls that are there already: a campaign begins with few and draws them.
+    job = Job(tuple(taking), plan.batch_processes, plan.batch_seconds / 2, device, plan, tuple(levels))
     return {
         "device": device,
         "environment": environment(device),
         "plan": dataclasses.asdict(plan),
-        "processes": processes_of(names, counts, seconds, device, plan, say),
+        "processes": processes_of(job, say),
     }
+
+
+def _without_layout(name: str, case: Case, device: str) -> bool:
+    """Whether a backend's kernel does not take the layout."""
+    backend = registry.load(name)
+    return "kernel" in backend.levels and backend.refusal(case, device) is not None
