@@ -16,9 +16,10 @@ import torch
 from attn_fuzz.reference.answer import Expected
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.grouping import Packed, groups_of, sum_of
-from attn_fuzz.reference.layout import Span, document_spans, owned_slices, parts_of, rank_slices
+from attn_fuzz.reference.layout import Span, document_spans, owned_slices, rank_slices
 from attn_fuzz.reference.monte_carlo import SAMPLES, Arithmetic
 from attn_fuzz.reference.narrow import Narrow
+from attn_fuzz.reference.part_sums import Parts, Sums
 from attn_fuzz.reference.profile import ACCUMULATION, ALIKE, ROUNDING_SECOND_MOMENT, UNIT_ROUNDOFF, Profile
 from attn_fuzz.reference.rounding import rounding_variance
 from attn_fuzz.reference.simulated import SimulatedAttention
@@ -87,7 +88,7 @@ class _Layer:
         positions = torch.cat([torch.arange(span.length, device=device) for span in self.spans])
         if case.rotary != "none":
             self.cos, self.sin = self.rotary_tables(positions)
-        self.gradients: dict[str, list[Expected]] = {}
+        self.gradients: dict[str, Expected] = {}
 
     # Projections.
 
@@ -129,37 +130,29 @@ class _Layer:
         dx = self.multiplied(dy @ weight, dy, weight.transpose(-1, -2))
         return self.arithmetic.accumulate(dx, dy[0].square() @ weight[0].square())
 
-    def sum_over_parts(self, name: str, whole: torch.Tensor, terms: list[torch.Tensor], squares: torch.Tensor) -> None:
+    def sum_over_parts(self, name: str, sums: Sums) -> None:
         """A parameter gradient: each micro-sequence's is stored, their sum is float32 unless the profile knows better.
 
         Nothing is computed from it, so that its own roundings need no samples: their variances are known.
-
-        Args:
-            name: of the parameter.
-            whole: the sum, with samples.
-            terms: each micro-sequence's share of it, without.
-            squares: what the squares of everything that is added up come to.
         """
-        stacked = torch.stack(terms)
-        variance = self.arithmetic.variance(whole, stored=False)
-        variance += rounding_variance(stacked, self.case.dtype).sum(0) + ACCUMULATION**2 * squares
-        if f"d_{name}" in self.profile.stored_sums:
+        # Each row by itself, whichever sequence's it is.
+        variance = self.arithmetic.variance(sums.whole.flatten(1, -2), stored=False).view(sums.squares.shape)
+        roundings = rounding_variance(sums.terms, self.case.dtype)
+        variance.index_add_(0, sums.owner, roundings).add_(ACCUMULATION**2 * sums.squares)
+        for call in range(len(self.calls)) if f"d_{name}" in self.profile.stored_sums else ():
             # Of the last micro-sequence, of the last two, ...: each running sum is rounded.
-            running = stacked.flip(0).cumsum(0)[1:]
-            variance += rounding_variance(running, self.case.dtype).sum(0)
-        self.gradients.setdefault(name, []).append(Expected(whole[0], variance))
+            running = sums.terms[sums.owner == call].flip(0).cumsum(0)[1:]
+            variance[call] += rounding_variance(running, self.case.dtype).sum(0)
+        self.gradients[name] = Expected(sums.whole[0], variance)
 
     def weight_gradient(self, name: str, dy: torch.Tensor, x: torch.Tensor, parts: Sequence[Span]) -> None:
-        """``dy.T @ x`` of each part of the tokens, and of all of each call's."""
-        dy = dy.transpose(-1, -2)
-        for call, own in zip(self.calls, parts_of(self.calls, parts), strict=True):
-            left, right = dy[:, :, slice(*call)], x[:, slice(*call)]
-            terms = [dy[0, :, slice(*part)] @ x[0, slice(*part)] for part in own]
-            self.sum_over_parts(name, left @ right, terms, left[0].square() @ right[0].square())
-            if self.narrow:
-                variance = self.narrow.product_variance(left[0], right[0].T)
-                expected = self.gradients[name][-1]
-                expected.variance.add_(variance + ALIKE * (2 * self.narrow.cut * expected.value).square())
+        """``dy.T @ x`` of each part of the tokens, and of all of each sequence's."""
+        self.sum_over_parts(name, Parts(self.calls, parts, x.device).of_products(dy, x))
+        for call, rows in enumerate(self.calls) if self.narrow else ():
+            assert self.narrow is not None
+            expected, own = self.gradients[name], slice(*rows)
+            variance = self.narrow.product_variance(dy[0, own].T, x[0, own].T)
+            expected.variance[call] += variance + ALIKE * (2 * self.narrow.cut * expected.value[call]).square()
 
     # Norms over head channels, [..., tokens, heads, d].
 
@@ -181,10 +174,7 @@ class _Layer:
             product = self.arithmetic.store(dy * self.arithmetic.store(normed))
         on_queries = name == "query_norm"
         parts, shares = (self.parts, self.shares) if on_queries else (self.own_parts, 1)
-        for call, own in zip(self.calls, parts_of(self.calls, parts), strict=True):
-            terms = [part.sum((0, 1)) for rows in own for part in product[0, slice(*rows)].chunk(shares, 1)]
-            summed = product[:, slice(*call)]
-            self.sum_over_parts(name, summed.sum((1, 2)), terms, summed[0].square().sum((0, 1)))
+        self.sum_over_parts(name, Parts(self.calls, parts, x.device).of_heads(product, shares))
         g = dy * self.weights[name]
         if self.profile.norms_in_dtype:
             g = self.arithmetic.store(g)
@@ -263,8 +253,8 @@ class _Layer:
             for name, (result, stored) in results.items()
         }
         for name, of_calls in self.gradients.items():
-            both = ([each.value for each in of_calls], [each.variance for each in of_calls])
-            expected[f"d_{name}"] = Expected(*map(torch.stack, both)) if self.by_call else of_calls[0]
+            only = Expected(of_calls.value[0], of_calls.variance[0])
+            expected[f"d_{name}"] = of_calls if self.by_call else only
         return expected
 
 

@@ -1,7 +1,7 @@
 """Batches of several processes that share a device, beside the bare kernel or layer of as many on the same calls.
 
-Of kernels all of them judge calls of one layout and ask what campaigns ask, each beginning at another question. A campaign draws
-its layouts and options, longer documents and wider heads among them: ``bench`` measures that, too.
+Of kernels all of them judge calls of one layout and ask what campaigns ask, each beginning at another question. A
+campaign draws its layouts and options, longer documents and wider heads among them: ``bench`` measures that, too.
 """
 
 from __future__ import annotations
