@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -37,6 +38,7 @@ from attn_fuzz.backends.kernel import (
     require_like,
 )
 from attn_fuzz.backends.layer import Layer, LayerFactory
+from attn_fuzz.backends.layer_arguments import taken_apart
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.sdpa import as_flash_does
 from attn_fuzz.backends.user_layer import UserLayer, require_layer
@@ -313,15 +315,17 @@ def user_layer(name: str) -> tuple[InsideLayer, LayerFactory]:
     """A layer class from outside, built as ``CLASS(weights, case)``; docs/your_layer.md says what it must have.
 
     Args:
-        name: ``MODULE:CLASS`` or ``PATH.py:CLASS``.
+        name: ``MODULE:CLASS`` or ``PATH.py:CLASS``, perhaps with arguments (layer_arguments.py).
 
     Raises:
-        BackendUnavailable: when there is no such class, or it lacks a method.
+        BackendUnavailable: when there is no such class, or it lacks a method, or takes no such arguments.
     """
-    made = import_object(name)
-    require_layer(made, name)
+    bare, arguments = taken_apart(name)
+    made = import_object(bare)
+    require_layer(made, bare, arguments)
+    built = functools.partial(made, **arguments)
 
     def build(weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> Layer:
-        return UserLayer(made, weights, case)
+        return UserLayer(built, weights, case)
 
-    return InsideLayer(name, _capabilities(made, name, _UNPROMISED), declared_facts(made, name)), build
+    return InsideLayer(name, _capabilities(made, bare, _UNPROMISED), declared_facts(made, bare)), build

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
 
 from attn_fuzz.backends.kernel import BackendUnavailable, MisshapenResult, first_mismatch
 from attn_fuzz.backends.layer import Layer
+from attn_fuzz.backends.layer_arguments import require_arguments
 from attn_fuzz.reference.case import Case
 
 METHODS: Final = {
@@ -22,8 +23,13 @@ METHODS: Final = {
 """What a layer must have, with its arguments (docs/your_layer.md)."""
 
 
-def require_layer(made: Any, name: str) -> None:
+def require_layer(made: Any, name: str, arguments: Mapping[str, Any]) -> None:
     """Sees that a class can be built and called as a layer is.
+
+    Args:
+        made: the class.
+        name: what to call it.
+        arguments: that it is built with, beside weights and case.
 
     Raises:
         BackendUnavailable: where it cannot, with the reason in one sentence.
@@ -33,8 +39,9 @@ def require_layer(made: Any, name: str) -> None:
         raise BackendUnavailable(f"{name} is no layer: it is {kind}, and should be a class")
     if missing := [method for method in METHODS if not callable(getattr(made, method, None))]:
         raise BackendUnavailable(f"{name} is no layer: it has no method {missing[0]}")
+    require_arguments(made, name, arguments)
     try:
-        inspect.signature(made).bind("weights", "case")
+        inspect.signature(made).bind("weights", "case", **arguments)
     except (TypeError, ValueError) as error:
         raise BackendUnavailable(f"{name} is no layer: it should be built as CLASS(weights, case): {error}") from None
     for method, arguments in METHODS.items():
@@ -59,7 +66,7 @@ class UserLayer(Layer):
     """A user's layer; what its methods return is what a layer's do, or is said to be something else.
 
     Args:
-        made: the user's class.
+        made: the user's class, or what builds it with its arguments.
         weights: by name.
         case: the configuration.
 
@@ -67,7 +74,7 @@ class UserLayer(Layer):
         MisshapenResult: by each method, where it returns anything else; the message says what, in one sentence.
     """
 
-    def __init__(self, made: type, weights: dict[str, torch.Tensor], case: Case) -> None:
+    def __init__(self, made: Callable[..., Any], weights: dict[str, torch.Tensor], case: Case) -> None:
         self._layer: Any = made(weights, case)
         self._heads = (case.kv_heads, case.head_dim)
 
