@@ -3,9 +3,9 @@
 ``KERNEL`` is the buffered layer around that kernel, and the kernel by itself; ``legacy:KERNEL`` is the known-bad layer
 around it; ``unrestricted:KERNEL`` is the kernel with its declared limits set aside, to see what happens beyond them;
 ``fault:ID`` is a planted fault (backends/faults), ``trigger:Q,K:KERNEL`` one that only documents of one size show;
-``MODULE:FUNCTION`` or ``PATH.py:FUNCTION`` is a user's own kernel,
-and ``layer:MODULE:CLASS`` a user's own layer (backends/user.py), perhaps with arguments, as ``layer:MODULE:CLASS(a=1)``. Installed packages add theirs under the entry point
-group ``attn_fuzz.backends``.
+``MODULE:FUNCTION`` or ``PATH.py:FUNCTION`` is a user's own kernel, and ``layer:MODULE:CLASS`` a user's own layer
+(backends/user.py), perhaps with arguments, as in ``layer:MODULE:CLASS(depth=2)``. Installed packages add theirs under
+the entry point group ``attn_fuzz.backends``.
 """
 
 from __future__ import annotations

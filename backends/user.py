@@ -43,6 +43,7 @@ from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.sdpa import as_flash_does
 from attn_fuzz.backends.user_layer import UserLayer, require_layer
 from attn_fuzz.reference.case import MEMORIES, ROTARIES, Case
+from attn_fuzz.reference.conventions import GRADIENT_ROWS, PADDING, ROTARY_POSITIONS
 from attn_fuzz.reference.profile import Profile
 
 # What an unknown kernel may reasonably round: more than FlashAttention does, so that a plain one is not accused.
@@ -129,6 +130,7 @@ def _capabilities(owner: object, name: str, defaults: Mapping[str, Any]) -> Capa
 
 
 _CHOICES = {"devices": ("cpu", "cuda"), "dtypes": FLOAT_DTYPES, "rotaries": ROTARIES, "memories": MEMORIES}
+_WORDS = {"rotary_positions": ROTARY_POSITIONS, "gradient_rows": GRADIENT_ROWS, "padding": PADDING}
 
 
 def _misfit(key: str, value: object) -> str | None:
@@ -136,6 +138,8 @@ def _misfit(key: str, value: object) -> str | None:
     if choices := _CHOICES.get(key):
         fits = isinstance(value, tuple) and value and all(item in choices for item in value)
         return None if fits else f"a list of {', '.join(choices)}"
+    if words := _WORDS.get(key):
+        return None if isinstance(value, str) and value in words else " or ".join(map(repr, words))
     default = Capabilities.__dataclass_fields__[key].default
     if isinstance(default, bool):
         measurable = value is None and _UNPROMISED.get(key, True) is None
@@ -322,10 +326,11 @@ def user_layer(name: str) -> tuple[InsideLayer, LayerFactory]:
     """
     bare, arguments = taken_apart(name)
     made = import_object(bare)
-    require_layer(made, bare, arguments)
+    capabilities = _capabilities(made, bare, _UNPROMISED)
+    require_layer(made, bare, arguments, capabilities)
     built = functools.partial(made, **arguments)
 
     def build(weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> Layer:
         return UserLayer(built, weights, case)
 
-    return InsideLayer(name, _capabilities(made, bare, _UNPROMISED), declared_facts(made, bare)), build
+    return InsideLayer(name, capabilities, declared_facts(made, bare)), build

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from attn_fuzz.backends.kernel import BackendUnavailable, MisshapenResult, first_mismatch
+from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities, MisshapenResult, first_mismatch
 from attn_fuzz.backends.layer import Layer
 from attn_fuzz.backends.layer_arguments import require_arguments
 from attn_fuzz.reference.case import Case
@@ -22,14 +22,23 @@ METHODS: Final = {
 }
 """What a layer must have, with its arguments (docs/your_layer.md)."""
 
+_OF_BACKWARD: Final = ("backward", "parameter_gradients", "key_value_gradients")
 
-def require_layer(made: Any, name: str, arguments: Mapping[str, Any]) -> None:
+
+def methods_of(capabilities: Capabilities) -> dict[str, tuple[str, ...]]:
+    """What a layer must have that declares these."""
+    found = {name: taken for name, taken in METHODS.items() if capabilities.backward or name not in _OF_BACKWARD}
+    return found | ({"restart": ("case",)} if capabilities.reusable else {})
+
+
+def require_layer(made: Any, name: str, arguments: Mapping[str, Any], capabilities: Capabilities) -> None:
     """Sees that a class can be built and called as a layer is.
 
     Args:
         made: the class.
         name: what to call it.
         arguments: that it is built with, beside weights and case.
+        capabilities: that it declares.
 
     Raises:
         BackendUnavailable: where it cannot, with the reason in one sentence.
@@ -37,15 +46,16 @@ def require_layer(made: Any, name: str, arguments: Mapping[str, Any]) -> None:
     if not isinstance(made, type):
         kind = "a function" if inspect.isroutine(made) else f"of type {type(made).__name__}"
         raise BackendUnavailable(f"{name} is no layer: it is {kind}, and should be a class")
-    if missing := [method for method in METHODS if not callable(getattr(made, method, None))]:
+    methods = methods_of(capabilities)
+    if missing := [method for method in methods if not callable(getattr(made, method, None))]:
         raise BackendUnavailable(f"{name} is no layer: it has no method {missing[0]}")
     require_arguments(made, name, arguments)
     try:
         inspect.signature(made).bind("weights", "case", **arguments)
     except (TypeError, ValueError) as error:
         raise BackendUnavailable(f"{name} is no layer: it should be built as CLASS(weights, case): {error}") from None
-    for method, arguments in METHODS.items():
-        _require_signature(made, method, arguments, name)
+    for method, taken in methods.items():
+        _require_signature(made, method, taken, name)
 
 
 def _require_signature(made: type, method: str, arguments: tuple[str, ...], name: str) -> None:
@@ -99,6 +109,10 @@ class UserLayer(Layer):
 
     def key_value_gradients(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         return self._buffer("key_value_gradients", self._layer.key_value_gradients())
+
+    def restart(self, case: Case) -> None:
+        """Tells a reusable layer of the sequence that comes next."""
+        self._layer.restart(case)
 
     def _buffer(self, method: str, found: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
         if found is None:
