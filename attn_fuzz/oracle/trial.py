@@ -177,7 +177,8 @@ class Trial:
         """What the reference would say of a backend that computes in this way."""
         if isinstance(self.inputs, Inputs):
             return kernel_answer(self.case, self.inputs, profile)
-        answer = layer_answer(self.case, self.inputs, self._as_shown(profile), samples, conventions=self.stated.conventions)
+        shown, conventions = self._as_shown(profile), self.stated.conventions
+        answer = layer_answer(self.case, self.inputs, shown, samples, conventions=conventions)
         return answer if self.stated.backward else {name: answer[name] for name in EVALUATED}
 
     def _as_shown(self, profile: Profile) -> Profile:
