@@ -256,6 +256,39 @@ class ForwardOnly:
         return self.inner.key_value()
 
 
+class Inference:
+    """No autograd anywhere: what is made under ``torch.inference_mode`` stays what that makes."""
+
+    capabilities: ClassVar[dict[str, Any]] = {
+        **dict.fromkeys(("backward", "norms", "shared_key_value", "window", "softcap", "noncausal"), False),
+        "rotaries": ["none"],
+    }
+
+    def __init__(self, weights: dict[str, torch.Tensor], case: Case) -> None:
+        self.weights, self.case = weights, case
+        lengths = torch.tensor(case.packed_lengths)
+        self.document = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(weights["query"].device)
+        self.past: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        case, weights = self.case, self.weights
+        q = (x @ weights["query"].T).unflatten(1, (case.heads, -1))
+        self.past.append((x @ weights["key_value"].T).unflatten(1, (2 * case.kv_heads, -1)))
+        k, v = torch.cat(self.past).chunk(2, dim=1)
+        row, key = torch.arange(begin, end, device=x.device), torch.arange(end, device=x.device)
+        mask = (self.document[begin:end, None] == self.document[:end]) & (key <= row[:, None])
+        heads = (y.transpose(0, 1) for y in (q, k, v))
+        attend = torch.nn.functional.scaled_dot_product_attention
+        context = attend(*heads, mask, scale=case.softmax_scale, enable_gqa=True)
+        return context.transpose(0, 1).flatten(1) @ weights["dense"].T
+
+    def key_value(self) -> Pair | None:
+        if not self.past:
+            return None
+        k, v = torch.cat(self.past).chunk(2, dim=1)
+        return k, v
+
+
 class ForwardOnlyWrongly(ForwardOnly):
     def forward(self, x: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         return super().forward(x, begin, end) * (1.0 if begin == 0 else 1.25)

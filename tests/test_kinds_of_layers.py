@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from attn_fuzz.backends import registry
-from attn_fuzz.backends.kernel import BackendUnavailable, UnsupportedCase
+from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities, UnsupportedCase
 from attn_fuzz.backends.user import InsideLayer
 from attn_fuzz.campaign.limit_questions import plain_case
 from attn_fuzz.cases.earlier import earlier_sequence
@@ -45,6 +46,7 @@ RIGHT = {
     "LiveGradients": (CUT, CUT.replace(seed=5, query_norm="rms")),
     "Evaluating": (CUT, CUT.replace(seed=4), NONCAUSAL),
     "ForwardOnly": (CUT, CUT.replace(dtype="bf16", seed=4), NONCAUSAL, PADDED),
+    "Inference": (CUT, CUT.replace(dtype="bf16", seed=4), PADDED.replace(seed=4)),
     "ZeroPadding": (PADDED, PADDED.replace(dtype="bf16", key_norm="rms", seed=1), SMALL),
     "SkippedPadding": (PADDED, PADDED.replace(dtype="fp16", cuts=(2, 5, 7), seed=2), SMALL),
     "UncutNonCausal": (NONCAUSAL, CUT),
@@ -168,6 +170,17 @@ def test_layers_that_declare_nothing_are_drawn_the_same_cases() -> None:
 
 
 # Declarations.
+
+
+def test_the_docs_list_every_kind_with_its_default_first() -> None:
+    text = (KINDS.parent.parent / "docs" / "your_layer.md").read_text()
+    rows = [line.split(" | ") for line in text.partition("| capability |")[2].splitlines() if line.startswith("| `")]
+    told = {row[0].strip("|` "): [eval(value) for value in re.findall("`(.*?)`", row[1])] for row in rows}
+    kinds = ("rotary_positions", "gradient_rows", "padding", "noncausal_cuts", "reusable", "evaluation", "backward")
+    assert sorted(told) == sorted(kinds)
+    for name, values in told.items():
+        assert values[0] == getattr(Capabilities(), name)
+    assert Conventions() == Capabilities().conventions
 
 
 @pytest.mark.parametrize(
