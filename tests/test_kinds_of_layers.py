@@ -13,6 +13,9 @@ from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities, UnsupportedCase
 from attn_fuzz.backends.user import InsideLayer
 from attn_fuzz.campaign.limit_questions import plain_case
+from attn_fuzz.campaign.messages import Assignment, Candidate, Failed, Finished, Found, Message
+from attn_fuzz.campaign.plan import takes_batches
+from attn_fuzz.campaign.serve import WORK
 from attn_fuzz.cases.earlier import earlier_sequence
 from attn_fuzz.evaluation.seeded_faults import drawn
 from attn_fuzz.generation.domain import Domain
@@ -217,6 +220,22 @@ def test_a_reusable_layer_has_a_method_that_says_what_comes_next(tmp_path: Path)
         with pytest.raises(BackendUnavailable) as told:
             registry.load(f"layer:{path}:Own")
         assert str(told.value) == f"{path}:Own is no layer: {said}"
+
+
+def test_what_batches_do_not_know_comes_case_by_case() -> None:
+    taken = {name for name in RIGHT if takes_batches(f"layer:{KINDS}:{name}", ("layer",), "cpu")}
+    assert taken == {"Packed", "Reusable", "LiveGradients", "Evaluating", "UncutNonCausal"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Packed", "UncutNonCausal", "LiveGradients"])
+def test_batches_find_nothing_in_a_right_layer(name: str) -> None:
+    sent: list[Message] = []
+    job = Assignment(backend=f"layer:{KINDS}:{name}", device="cpu", seed=0, levels=("layer",), cases=150, mode="batch")
+    WORK["batch"](job, sent.append)
+    (done,) = (message for message in sent if isinstance(message, Finished))
+    assert done.tally.cases >= 150
+    assert not [message for message in sent if isinstance(message, (Candidate, Found, Failed))]
 
 
 def test_what_is_declared_of_one_process_is_not_spread_over_several() -> None:

@@ -68,10 +68,11 @@ def batched_levels(
 ) -> list[str]:
     """The levels of a campaign at which a backend's calls come in batches: what is spread over ranks does not.
 
-    Nor do layers without a backward, or whose gradient rows say nothing of other cuts.
+    Nor do layers without a backward, or whose gradient rows say nothing of other cuts, or which leave out the padding
+    that calls of a batch end in.
     """
     alone, stated = max(ranks) * max(tensor_ranks) == 1, backend.kernel.capabilities
-    layers = alone and stated.backward and stated.gradient_rows == "kept"
+    layers = alone and stated.backward and stated.gradient_rows == "kept" and stated.padding == "computed"
     return [level for level in levels if level in backend.levels and (layers or level == "kernel")]
 
 
