@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -51,6 +52,36 @@ class PackedUndeclared(Plain):
 
 class Packed(PackedUndeclared):
     capabilities: ClassVar[dict[str, Any]] = {"rotary_positions": "packed"}
+
+
+class PackedInFloat32(Packed):
+    """Frequencies and angles are float32, as models compute them; so is the turning."""
+
+    def __init__(self, weights: dict[str, torch.Tensor], case: Case) -> None:
+        super().__init__(weights, case)
+        if self.rotary.active:
+            channel = torch.arange(0, case.head_dim, 2, dtype=torch.float32, device=self.device)
+            frequency = 1.0 / case.rotary_theta ** (channel / case.head_dim)
+            if case.rotary == "proportional":
+                frequency[math.ceil(case.rotary_fraction * len(frequency)) :] = 0
+            angles = torch.arange(case.tokens, dtype=torch.float32, device=self.device)[:, None] * frequency
+            self.rotary.cos, self.rotary.sin = angles.cos(), angles.sin()
+
+
+class PackedInDtype(PackedInFloat32):
+    """Cos and sin are stored in the dtype, and so are products with them."""
+
+    def __init__(self, weights: dict[str, torch.Tensor], case: Case) -> None:
+        super().__init__(weights, case)
+        self.tables = self.rotary
+        self.rotary = self.turned  # type: ignore[assignment]
+
+    def turned(self, x: torch.Tensor, position_index: torch.Tensor) -> torch.Tensor:
+        if not self.tables.active:
+            return x
+        cos, sin = (table.to(x.dtype)[position_index.long(), None] for table in (self.tables.cos, self.tables.sin))
+        first, second = x.chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 class PackedFromEveryCut(Packed):

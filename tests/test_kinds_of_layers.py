@@ -43,6 +43,8 @@ def verdict(name: str, case: Case) -> Verdict:
 
 RIGHT = {
     "Packed": (ROTARY, ROTARY.replace(dtype="fp32", lengths=(3, 40)), CUT, PADDED.replace(rotary="proportional")),
+    "PackedInFloat32": (ROTARY, ROTARY.replace(dtype="fp32", lengths=(30, 40), cuts=(33,))),
+    "PackedInDtype": (ROTARY, ROTARY.replace(dtype="fp16", lengths=(30, 40), cuts=(33,))),
     "Consuming": (CUT, CUT.replace(dtype="bf16"), SMALL.replace(cuts=()), NONCAUSAL.replace(cuts=(3,)), PADDED),
     "WritingOver": (CUT, CUT.replace(dtype="fp16", seed=3), PADDED),
     "Reusable": (CUT, CUT.replace(seed=4), NONCAUSAL, SMALL.replace(lengths=(1,), cuts=(), seed=4), PADDED),
@@ -224,11 +226,12 @@ def test_a_reusable_layer_has_a_method_that_says_what_comes_next(tmp_path: Path)
 
 def test_what_batches_do_not_know_comes_case_by_case() -> None:
     taken = {name for name in RIGHT if takes_batches(f"layer:{KINDS}:{name}", ("layer",), "cpu")}
-    assert taken == {"Packed", "Reusable", "LiveGradients", "Evaluating", "UncutNonCausal"}
+    packed = {"Packed", "PackedInFloat32", "PackedInDtype"}
+    assert taken == packed | {"Reusable", "LiveGradients", "Evaluating", "UncutNonCausal"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Packed", "UncutNonCausal", "LiveGradients"])
+@pytest.mark.parametrize("name", ["PackedInDtype", "UncutNonCausal", "LiveGradients"])
 def test_batches_find_nothing_in_a_right_layer(name: str) -> None:
     sent: list[Message] = []
     job = Assignment(backend=f"layer:{KINDS}:{name}", device="cpu", seed=0, levels=("layer",), cases=150, mode="batch")
