@@ -217,7 +217,7 @@ def check_layer(layer: type | str, *, arguments: Mapping[str, Any] | None = None
         given = [f"{name}={json.dumps(value, allow_nan=False)}" for name, value in (arguments or {}).items()]
     except (TypeError, ValueError) as error:
         raise CheckError(f"arguments of a layer are told to another process as JSON: {error}") from None
-    return _run("check-layer", _importable(layer, "layer"), {"set": given, **options})
+    return _run("check-layer", _importable(layer, "layer"), {**options, "set": [*given, *options.get("set", ())]})
 
 
 def replay(case: str, backend: str | None = None, **options: Any) -> Mapping[str, Any]:
