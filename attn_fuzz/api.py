@@ -202,17 +202,22 @@ def check(kernel: Callable[..., Any] | str, **options: Any) -> Verdict:
     return _run("check", _importable(kernel, "kernel"), options)
 
 
-def check_layer(layer: type | str, **options: Any) -> Verdict:
+def check_layer(layer: type | str, *, arguments: Mapping[str, Any] | None = None, **options: Any) -> Verdict:
     """Fuzzes a buffered attention layer (docs/your_layer.md).
 
     Args:
         layer: a class, or ``MODULE:CLASS`` or ``PATH.py:CLASS``.
+        arguments: of the class, by name, beside weights and case: numbers, booleans, strings, None, lists and dicts.
         options: those of ``attn-fuzz check-layer``, as of ``check``.
 
     Raises:
-        CheckError: as ``check`` does.
+        CheckError: as ``check`` does, and for arguments that JSON has no words for.
     """
-    return _run("check-layer", _importable(layer, "layer"), options)
+    try:
+        given = [f"{name}={json.dumps(value, allow_nan=False)}" for name, value in (arguments or {}).items()]
+    except (TypeError, ValueError) as error:
+        raise CheckError(f"arguments of a layer are told to another process as JSON: {error}") from None
+    return _run("check-layer", _importable(layer, "layer"), {**options, "set": [*given, *options.get("set", ())]})
 
 
 def replay(case: str, backend: str | None = None, **options: Any) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ import torch
 
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.reference.case import MAX_HEAD_DIM, MEMORIES, ROTARIES, Case
+from attn_fuzz.reference.conventions import Conventions
 from attn_fuzz.reference.profile import Profile
 
 FLOAT_DTYPES: Final = ("fp32", "bf16", "fp16")
@@ -110,8 +111,27 @@ class Capabilities:
     """A compiling backend's, where sizes are part of what it compiles: the only sizes that are drawn."""
     layouts: int = 0
     """A compiling backend's, where shapes are part of what it compiles: from how many layouts is drawn; 0: any."""
+    noncausal_cuts: bool = True
+    """Layers only: non-causal attention over several micro-sequences, cut between documents."""
+    backward: bool = True
+    """User layers only: there is one; without it they are run without autograd, and judged by what they put out."""
+    evaluation: bool = False
+    """User layers only: forwards run without autograd, too, and are asked to."""
+    reusable: bool = False
+    """User layers only: an object takes one sequence after another, told of each by ``restart(case)``."""
+    rotary_positions: str = "document"
+    """User layers only: as of ``reference.conventions``, and so the next two."""
+    gradient_rows: str = "kept"
+    padding: str = "computed"
     arithmetic: Mapping[str, object] = dataclasses.field(default_factory=dict, hash=False)
     """User code only: what rounds and what does not, by fields of ``reference.profile.Profile``."""
+
+    @property
+    def conventions(self) -> Conventions:
+        """What a layer does otherwise than the canonical one."""
+        return Conventions(
+            rotary_positions=self.rotary_positions, gradient_rows=self.gradient_rows, padding=self.padding
+        )
 
     def refusal(self, case: Case, device: str, pairs: Sequence[tuple[int, int]]) -> str | None:
         """Why the kernel does not take a case, or None.
@@ -155,9 +175,7 @@ class Capabilities:
             (self.empty_documents or all(q or k for q, k in pairs), "empty documents"),
             (self.queries_without_keys or not blind, "queries without a key"),
             (self.keys_without_queries or all(q or not k for q, k in pairs), "documents with keys and no queries"),
-            (self.norms or {case.query_norm, case.key_norm, case.value_norm} == {"none"}, "norms"),
-            (case.rotary in self.rotaries, f"rotary {case.rotary}"),
-            (self.shared_key_value or not case.shared_key_value, "shared keys and values"),
+            *self._rules_of_layers(case),
             (case.memory in self.memories, f"memory layout {case.memory}"),
             (
                 self.capacity is not False or case.level == "layer" or not case.capacity,
@@ -169,6 +187,19 @@ class Capabilities:
             ),
         )
         return next((what for holds, what in rules if not holds), None)
+
+    def _rules_of_layers(self, case: Case) -> tuple[tuple[bool, str], ...]:
+        """What must hold of a layer case, with what it is about."""
+        return (
+            (self.norms or {case.query_norm, case.key_norm, case.value_norm} == {"none"}, "norms"),
+            (case.rotary in self.rotaries, f"rotary {case.rotary}"),
+            (self.shared_key_value or not case.shared_key_value, "shared keys and values"),
+            (case.causal or self.noncausal_cuts or not case.cuts, "non-causal micro-sequences"),
+            (
+                case.all_ranks == 1 or (self.backward and self.gradient_rows == "kept" and self.padding == "computed"),
+                "several ranks, with what is declared of its backward, gradient rows or padding",
+            ),
+        )
 
 
 class Attended(NamedTuple):

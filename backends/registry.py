@@ -3,9 +3,9 @@
 ``KERNEL`` is the buffered layer around that kernel, and the kernel by itself; ``legacy:KERNEL`` is the known-bad layer
 around it; ``unrestricted:KERNEL`` is the kernel with its declared limits set aside, to see what happens beyond them;
 ``fault:ID`` is a planted fault (backends/faults), ``trigger:Q,K:KERNEL`` one that only documents of one size show;
-``MODULE:FUNCTION`` or ``PATH.py:FUNCTION`` is a user's own kernel,
-and ``layer:MODULE:CLASS`` a user's own layer (backends/user.py). Installed packages add theirs under the entry point
-group ``attn_fuzz.backends``.
+``MODULE:FUNCTION`` or ``PATH.py:FUNCTION`` is a user's own kernel, and ``layer:MODULE:CLASS`` a user's own layer
+(backends/user.py), perhaps with arguments, as in ``layer:MODULE:CLASS(depth=2)``. Installed packages add theirs under
+the entry point group ``attn_fuzz.backends``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from attn_fuzz.backends.faults.fault import faults, parts_of
 from attn_fuzz.backends.kernel import Kernel, Unlimited
 from attn_fuzz.backends.known import crash_issue_of
 from attn_fuzz.backends.layer import BufferedLayer, LayerFactory
+from attn_fuzz.backends.layer_arguments import taken_apart
 from attn_fuzz.backends.legacy import LegacyLayer
 from attn_fuzz.backends.rank_layer import RankLayerFactory
 from attn_fuzz.backends.tensor_layer import TensorLayer, rank_layer
@@ -52,6 +53,7 @@ class Users:
     place: str
     """``MODULE`` or ``PATH.py``."""
     attribute: str
+    """With the arguments of a class, where there are any."""
 
     def from_folder(self, folder: Path) -> str:
         """The name, its path from a folder instead of this one."""
@@ -69,8 +71,9 @@ def users(name: str) -> Users | None:
         prefix, rest = prefix + first, rest[len(first) :]
     if ":" not in rest or rest.startswith((LEGACY, FAULT)):
         return None
-    place, _, attribute = rest.rpartition(":")
-    return Users(prefix, place, attribute)
+    bare, _ = taken_apart(rest)
+    place, _, attribute = bare.rpartition(":")
+    return Users(prefix, place, attribute + rest[len(bare) :])
 
 
 def found_from(name: str, folder: Path) -> str:

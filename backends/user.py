@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -37,10 +38,12 @@ from attn_fuzz.backends.kernel import (
     require_like,
 )
 from attn_fuzz.backends.layer import Layer, LayerFactory
+from attn_fuzz.backends.layer_arguments import taken_apart
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.sdpa import as_flash_does
 from attn_fuzz.backends.user_layer import UserLayer, require_layer
 from attn_fuzz.reference.case import MEMORIES, ROTARIES, Case
+from attn_fuzz.reference.conventions import GRADIENT_ROWS, PADDING, ROTARY_POSITIONS
 from attn_fuzz.reference.profile import Profile
 
 # What an unknown kernel may reasonably round: more than FlashAttention does, so that a plain one is not accused.
@@ -127,6 +130,7 @@ def _capabilities(owner: object, name: str, defaults: Mapping[str, Any]) -> Capa
 
 
 _CHOICES = {"devices": ("cpu", "cuda"), "dtypes": FLOAT_DTYPES, "rotaries": ROTARIES, "memories": MEMORIES}
+_WORDS = {"rotary_positions": ROTARY_POSITIONS, "gradient_rows": GRADIENT_ROWS, "padding": PADDING}
 
 
 def _misfit(key: str, value: object) -> str | None:
@@ -134,6 +138,8 @@ def _misfit(key: str, value: object) -> str | None:
     if choices := _CHOICES.get(key):
         fits = isinstance(value, tuple) and value and all(item in choices for item in value)
         return None if fits else f"a list of {', '.join(choices)}"
+    if words := _WORDS.get(key):
+        return None if isinstance(value, str) and value in words else " or ".join(map(repr, words))
     default = Capabilities.__dataclass_fields__[key].default
     if isinstance(default, bool):
         measurable = value is None and _UNPROMISED.get(key, True) is None
@@ -313,15 +319,18 @@ def user_layer(name: str) -> tuple[InsideLayer, LayerFactory]:
     """A layer class from outside, built as ``CLASS(weights, case)``; docs/your_layer.md says what it must have.
 
     Args:
-        name: ``MODULE:CLASS`` or ``PATH.py:CLASS``.
+        name: ``MODULE:CLASS`` or ``PATH.py:CLASS``, perhaps with arguments (layer_arguments.py).
 
     Raises:
-        BackendUnavailable: when there is no such class, or it lacks a method.
+        BackendUnavailable: when there is no such class, or it lacks a method, or takes no such arguments.
     """
-    made = import_object(name)
-    require_layer(made, name)
+    bare, arguments = taken_apart(name)
+    made = import_object(bare)
+    capabilities = _capabilities(made, bare, _UNPROMISED)
+    require_layer(made, bare, arguments, capabilities)
+    built = functools.partial(made, **arguments)
 
     def build(weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> Layer:
-        return UserLayer(made, weights, case)
+        return UserLayer(built, weights, case)
 
-    return InsideLayer(name, _capabilities(made, name, _UNPROMISED), declared_facts(made, name)), build
+    return InsideLayer(name, capabilities, declared_facts(made, bare)), build

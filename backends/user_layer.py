@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
 
-from attn_fuzz.backends.kernel import BackendUnavailable, MisshapenResult, first_mismatch
+from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities, MisshapenResult, first_mismatch
 from attn_fuzz.backends.layer import Layer
+from attn_fuzz.backends.layer_arguments import require_arguments
 from attn_fuzz.reference.case import Case
 
 METHODS: Final = {
@@ -21,9 +22,23 @@ METHODS: Final = {
 }
 """What a layer must have, with its arguments (docs/your_layer.md)."""
 
+_OF_BACKWARD: Final = ("backward", "parameter_gradients", "key_value_gradients")
 
-def require_layer(made: Any, name: str) -> None:
+
+def methods_of(capabilities: Capabilities) -> dict[str, tuple[str, ...]]:
+    """What a layer must have that declares these."""
+    found = {name: taken for name, taken in METHODS.items() if capabilities.backward or name not in _OF_BACKWARD}
+    return found | ({"restart": ("case",)} if capabilities.reusable else {})
+
+
+def require_layer(made: Any, name: str, arguments: Mapping[str, Any], capabilities: Capabilities) -> None:
     """Sees that a class can be built and called as a layer is.
+
+    Args:
+        made: the class.
+        name: what to call it.
+        arguments: that it is built with, beside weights and case.
+        capabilities: that it declares.
 
     Raises:
         BackendUnavailable: where it cannot, with the reason in one sentence.
@@ -31,14 +46,16 @@ def require_layer(made: Any, name: str) -> None:
     if not isinstance(made, type):
         kind = "a function" if inspect.isroutine(made) else f"of type {type(made).__name__}"
         raise BackendUnavailable(f"{name} is no layer: it is {kind}, and should be a class")
-    if missing := [method for method in METHODS if not callable(getattr(made, method, None))]:
+    methods = methods_of(capabilities)
+    if missing := [method for method in methods if not callable(getattr(made, method, None))]:
         raise BackendUnavailable(f"{name} is no layer: it has no method {missing[0]}")
+    require_arguments(made, name, arguments)
     try:
-        inspect.signature(made).bind("weights", "case")
+        inspect.signature(made).bind("weights", "case", **arguments)
     except (TypeError, ValueError) as error:
         raise BackendUnavailable(f"{name} is no layer: it should be built as CLASS(weights, case): {error}") from None
-    for method, arguments in METHODS.items():
-        _require_signature(made, method, arguments, name)
+    for method, taken in methods.items():
+        _require_signature(made, method, taken, name)
 
 
 def _require_signature(made: type, method: str, arguments: tuple[str, ...], name: str) -> None:
@@ -59,7 +76,7 @@ class UserLayer(Layer):
     """A user's layer; what its methods return is what a layer's do, or is said to be something else.
 
     Args:
-        made: the user's class.
+        made: the user's class, or what builds it with its arguments.
         weights: by name.
         case: the configuration.
 
@@ -67,7 +84,7 @@ class UserLayer(Layer):
         MisshapenResult: by each method, where it returns anything else; the message says what, in one sentence.
     """
 
-    def __init__(self, made: type, weights: dict[str, torch.Tensor], case: Case) -> None:
+    def __init__(self, made: Callable[..., Any], weights: dict[str, torch.Tensor], case: Case) -> None:
         self._layer: Any = made(weights, case)
         self._heads = (case.kv_heads, case.head_dim)
 
@@ -92,6 +109,10 @@ class UserLayer(Layer):
 
     def key_value_gradients(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         return self._buffer("key_value_gradients", self._layer.key_value_gradients())
+
+    def restart(self, case: Case) -> None:
+        """Tells a reusable layer of the sequence that comes next."""
+        self._layer.restart(case)
 
     def _buffer(self, method: str, found: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
         if found is None:

@@ -15,6 +15,7 @@ import torch
 
 from attn_fuzz.reference.answer import Expected
 from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.conventions import USUAL, Conventions
 from attn_fuzz.reference.grouping import Packed, groups_of, sum_of
 from attn_fuzz.reference.layout import Span, document_spans, owned_slices, rank_slices
 from attn_fuzz.reference.monte_carlo import SAMPLES, Arithmetic
@@ -70,9 +71,15 @@ class _Layer:
     """One evaluation; every method is one stage and its gradient."""
 
     def __init__(
-        self, case: Case, inputs: LayerInputs, profile: Profile, samples: int, calls: Sequence[Span] | None
+        self,
+        case: Case,
+        inputs: LayerInputs,
+        profile: Profile,
+        samples: int,
+        calls: Sequence[Span] | None,
+        conventions: Conventions,
     ) -> None:
-        self.case, self.profile = case, profile
+        self.case, self.profile, self.conventions = case, profile, conventions
         self.by_call, self.calls = calls is not None, calls or (Span(0, case.tokens),)
         device = inputs.x.device
         self.arithmetic = Arithmetic(case.dtype, device, case.seed, samples)
@@ -85,9 +92,8 @@ class _Layer:
         self.own_parts = owned_slices(case)
         # With tensor parallelism each of these numbers of heads has partial sums of its own, which are stored, too.
         self.shares = case.tensor_ranks
-        positions = torch.cat([torch.arange(span.length, device=device) for span in self.spans])
         if case.rotary != "none":
-            self.cos, self.sin = self.rotary_tables(positions)
+            self.cos, self.sin = self.rotary_tables(self.positions(device))
         self.gradients: dict[str, Expected] = {}
 
     # Projections.
@@ -184,6 +190,11 @@ class _Layer:
 
     # Rotary.
 
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """What rotary turns each token by, ``[tokens]``."""
+        spans = self.calls if self.conventions.rotary_positions == "packed" else self.spans
+        return torch.cat([torch.arange(span.length, device=device) for span in spans])
+
     def rotary_tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin ``[samples, tokens, 1, head_dim // 2]``; queries and keys meet the same errors in them."""
         frequency = rotary_frequencies(self.case, positions.device)[None]
@@ -214,11 +225,21 @@ class _Layer:
         mixed = pair + torch.cat(pair.chunk(2, -1)[::-1], -1)
         return self.arithmetic.store(self.arithmetic.accumulate(y, mixed))
 
+    # Padding.
+
+    def with_computed_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """``[samples, tokens, ...]`` with exact zeros in rows of padding that is not computed."""
+        if self.conventions.computes_padding or not self.case.padding:
+            return x
+        x = x.clone()
+        x[:, self.case.tokens - self.case.padding :] = 0
+        return x
+
     # The whole.
 
     def evaluate(self, inputs: LayerInputs) -> dict[str, Expected]:
         case, arithmetic = self.case, self.arithmetic
-        x, dout = arithmetic.exact(inputs.x), arithmetic.exact(inputs.dout)
+        x, dout = arithmetic.exact(inputs.x), self.with_computed_rows(arithmetic.exact(inputs.dout))
         q0 = self.stored_projection(x, self.weights["query"]).unflatten(-1, (case.heads, case.head_dim))
         kv0 = self.stored_projection(x, self.weights["key_value"]).unflatten(-1, (-1, case.head_dim))
         k0, v0 = (kv0, kv0) if case.shared_key_value else kv0.chunk(2, -2)
@@ -246,8 +267,11 @@ class _Layer:
         self.weight_gradient("key_value", dkv0.flatten(-2), x, self.own_parts)
         dx_q = self.project_back_by_share(dq0.flatten(-2), self.weights["query"])
         dx_kv = arithmetic.store(self.project_back(dkv0.flatten(-2), self.weights["key_value"]))
+        if self.conventions.gradient_rows == "consumed":
+            dk, dv = map(by_token, zip(*(group.before_own() for group in groups), strict=True))
         results = {"out": (out, True), "k": (k, True), "v": (v, True), "dk": (dk, False), "dv": (dv, False)}
         results |= {"dx": (dx_q + dx_kv, True)}
+        results = {name: (self.with_computed_rows(result), stored) for name, (result, stored) in results.items()}
         expected = {
             name: Expected(result[0], arithmetic.variance(result, stored=stored))
             for name, (result, stored) in results.items()
@@ -264,6 +288,7 @@ def layer_answer(
     profile: Profile,
     samples: int = SAMPLES,
     calls: Sequence[Span] | None = None,
+    conventions: Conventions = USUAL,
 ) -> dict[str, Expected]:
     """What a layer case should give, with budgets.
 
@@ -273,10 +298,11 @@ def layer_answer(
         profile: the roundings of the backend under test.
         samples: noisy evaluations behind the budgets.
         calls: the tokens of each of several sequences that the case consists of, none of which is empty; None for one.
+        conventions: what the layer does otherwise than the canonical one.
 
     Returns:
         ``out`` and ``dx [tokens, hidden]``; the K/V buffer's ``k, v [tokens, kv_heads, head_dim]`` (keys rotated) and
         its gradients ``dk, dv``, summed over micro-sequences; ``d_<weight>`` for every parameter, and of several
         sequences one for each, ``[calls, ...]``.
     """
-    return _Layer(case, inputs, profile, samples, calls).evaluate(inputs)
+    return _Layer(case, inputs, profile, samples, calls, conventions).evaluate(inputs)

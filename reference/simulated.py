@@ -219,9 +219,25 @@ class SimulatedAttention:
             dq = arithmetic.perturb(dq, walks * squares + times * rounding_variance(dq[0], self.case.dtype))
         if self.profile.scales_gradients:
             dq = arithmetic.store(dq)
-        dk = self._summed("dk", self._reduced(scale, ds, self.q, self.profile.scales_gradients, sums.atomic_dk))
-        dv = self._summed("dv", self._reduced(1.0, self.stored, operand, False, sums.atomic_dv))
+        self.terms: dict[str, torch.Tensor] = {}
+        dk = self._shares("dk", self._reduced(scale, ds, self.q, self.profile.scales_gradients, sums.atomic_dk))
+        dv = self._shares("dv", self._reduced(1.0, self.stored, operand, False, sums.atomic_dv))
         return arithmetic.store(dq), dk, dv
+
+    def before_own(self) -> list[torch.Tensor]:
+        """(dk, dv) as they are when each key's own micro-sequence begins its backward, after ``backward``.
+
+        What is left out is the share of the queries beside the key; those before it have not seen it.
+        """
+        own = torch.zeros(len(self.shares), self.rows, dtype=torch.bool, device=self.q.device)
+        for index, (_, rows) in enumerate(self.shares):
+            own[index, slice(*rows)] = True
+        return [self._summed(name, terms.masked_fill(own[:, None, :, None], 0)) for name, terms in self.terms.items()]
+
+    def _shares(self, name: str, terms: torch.Tensor) -> torch.Tensor:
+        """Shares of micro-sequences, kept for ``before_own``, and added up."""
+        self.terms[name] = terms
+        return self._summed(name, terms)
 
     def _summed(self, name: str, terms: torch.Tensor) -> torch.Tensor:
         """Shares of micro-sequences added up, the last first; in the dtype where each running sum is stored in it."""

@@ -30,7 +30,7 @@ ROOMS = (
     "cli",
 )
 """From the ground up (docs/architecture.md): a room imports from those before it."""
-WORDS = ("case", "layout", "memory", "profile", "weights")
+WORDS = ("case", "conventions", "layout", "memory", "profile", "weights")
 """Modules of ``reference`` that say what a case is, and so all that backends may import: never what its answer is."""
 NOT_INSTALLED = ("results", "upstream")
 """Folders of what only maintainers run, which may import anything; nothing imports them."""

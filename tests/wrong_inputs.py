@@ -195,6 +195,12 @@ def layer(note: str, body: str) -> Wrong:
     return noted(note, wrong("check-layer layer.py:Own --device cpu", file("layer.py", f"{example}\n\n{body}\n")))
 
 
+def setting(words: str) -> Wrong:
+    """Arguments of the example's layer, which takes none."""
+    example = (ROOT / "examples" / "my_layer.py").read_text()
+    return wrong(f"check-layer layer.py:Layer --device cpu {words}", file("layer.py", example))
+
+
 def _inner() -> Callable[..., Any]:
     def inner(q: Any) -> Any:
         return q
@@ -342,6 +348,13 @@ KERNELS: Final = (
         "class Own(Layer):\n    def forward(self, x, begin, end):\n        return x[:, None]",
     ),
     layer("without gradients", "class Own(Layer):\n    def parameter_gradients(self):\n        return {}"),
+    layer("of capabilities misspelt", "class Own(Layer):\n    capabilities = {'padding': 'none'}"),
+    layer("reusable, without `restart`", "class Own(Layer):\n    capabilities = {'reusable': True}"),
+    layer("with an argument that is not set", "class Own(Layer):\n    def __init__(self, weights, case, depth): ..."),
+    setting("--set depth=3"),
+    setting("--set depth"),
+    setting("--set depth=1 --set depth=2"),
+    setting("--set depth=NaN"),
 )
 
 PYTHON: Final = (
@@ -355,6 +368,10 @@ PYTHON: Final = (
     called("attn_fuzz.check('math:floor', seconds=-1)", lambda: attn_fuzz.check("math:floor", seconds=-1)),
     called("attn_fuzz.check('math:floor', dtype='fp8')", lambda: attn_fuzz.check("math:floor", dtype="fp8")),
     called("attn_fuzz.check_layer('math:floor')", lambda: attn_fuzz.check_layer("math:floor", device="cpu")),
+    called(
+        "attn_fuzz.check_layer('layer.py:Layer', arguments={'depth': {3}})",
+        lambda: attn_fuzz.check_layer("layer.py:Layer", arguments={"depth": {3}}),
+    ),
     called("assert_attention(..., dq=dq)", lambda: _attention(dq=torch.zeros(2, 1, 4))),
     called("assert_attention(k of 3 channels, ...)", lambda: _attention(k=torch.zeros(2, 1, 3))),
     called("assert_attention(..., cu_seqlens_k=[0, 3])", lambda: _attention(cu_seqlens_k=torch.tensor([0, 3]))),

@@ -85,7 +85,8 @@ class LayerBatchRun:
     def expected(self) -> dict[str, Expected]:
         """What the drawn values should give."""
         profile = as_shown(self.backend.kernel.profile_on(self.device.type), self.first)
-        return layer_answer(self.case, self.drawn, profile, self.samples, self.batch.tokens)
+        conventions = self.backend.kernel.capabilities_on(self.device.type).conventions
+        return layer_answer(self.case, self.drawn, profile, self.samples, self.batch.tokens, conventions)
 
     def repeats(self, name: str) -> bool:
         """Whether a result has the same bits every time, as the backend promises or a few runs have told."""

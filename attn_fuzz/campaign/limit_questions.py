@@ -35,7 +35,8 @@ def plain_case(backend: Backend, domain: Domain, dtype: str) -> Case:
         options["head_dim"] = 64 if 64 in domain.head_dims else max(domain.head_dims)
     if "kernel" in backend.levels:
         return Case(level="kernel", lengths=LENGTHS, **options)
-    return Case(lengths=LENGTHS, hidden=16, cuts=(3, 20) if stated.causal else (5, 38), **options)
+    between = (5, 38) if stated.noncausal_cuts else ()
+    return Case(lengths=LENGTHS, hidden=16, cuts=(3, 20) if stated.causal else between, **options)
 
 
 _FLOOR: Final = (1, 8, 16)
@@ -62,7 +63,7 @@ def _questions(base: Case, domain: Domain, dtypes: Sequence[str]) -> Iterator[Qu
     if stated.window and stated.causal:
         yield Question("window, causal", base.replace(causal=True, window=(7, -1)))
     if stated.window and stated.noncausal and not stated.window_needs_causal:
-        cuts = {} if base.level == "kernel" else {"cuts": (5, 38)}
+        cuts = {} if base.level == "kernel" else {"cuts": (5, 38) if stated.noncausal_cuts else ()}
         yield Question("window, non-causal", base.replace(causal=False, window=(7, 3), **cuts))
     if base.level == "kernel":
         others = (memory for memory in stated.memories if memory not in ("misaligned", "contiguous"))

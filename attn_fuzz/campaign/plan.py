@@ -66,9 +66,14 @@ def require_available(names: Sequence[str], device: str, dtypes: Sequence[str] =
 def batched_levels(
     backend: Backend, levels: Sequence[str], ranks: Sequence[int] = (1,), tensor_ranks: Sequence[int] = (1,)
 ) -> list[str]:
-    """The levels of a campaign at which a backend's calls come in batches: what is spread over ranks does not."""
-    alone = max(ranks) * max(tensor_ranks) == 1
-    return [level for level in levels if level in backend.levels and (alone or level == "kernel")]
+    """The levels of a campaign at which a backend's calls come in batches: what is spread over ranks does not.
+
+    Nor do layers without a backward, or whose gradient rows say nothing of other cuts, or which leave out the padding
+    that calls of a batch end in.
+    """
+    alone, stated = max(ranks) * max(tensor_ranks) == 1, backend.kernel.capabilities
+    layers = alone and stated.backward and stated.gradient_rows == "kept" and stated.padding == "computed"
+    return [level for level in levels if level in backend.levels and (layers or level == "kernel")]
 
 
 def takes_batches(

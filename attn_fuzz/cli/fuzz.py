@@ -37,6 +37,7 @@ from attn_fuzz.cli.arguments import (
     modes_of,
 )
 from attn_fuzz.cli.campaigns import Told, fuzz
+from attn_fuzz.cli.set_option import SetOption, with_arguments
 from attn_fuzz.execution.poison import POISONS
 from attn_fuzz.reference.case import DTYPES, LEVELS
 
@@ -144,6 +145,7 @@ def check(
 
 def check_layer(
     layer: Annotated[str, typer.Argument(metavar="MODULE:CLASS", help="Or PATH.py:CLASS: a buffered attention layer.")],
+    set_: SetOption = None,
     seconds: SecondsOption = None,
     cases: CasesOption = None,
     seed: SeedOption = 0,
@@ -170,4 +172,5 @@ def check_layer(
         modes=modes_of(mode),
         stop_at_first=first,
     )
-    fuzz((registry.USER_LAYER + _user_object(layer, "CLASS"),), options, Told(store, as_json, min_cases, strict))
+    name = with_arguments(_user_object(layer, "CLASS"), set_)
+    fuzz((registry.USER_LAYER + name,), options, Told(store, as_json, min_cases, strict))

@@ -87,8 +87,7 @@ def run_layer_calls(
             run = LayerRun(backend, cases[index], tensors, index, watched=how.watched)
             try:
                 _through(run, poison, interfered=how.interfered)
-                # A module that persists hands its gradients out live, and the next call writes to them.
-                got[index] = {name: x.clone() if name.startswith("d_") else x for name, x in run.results().items()}
+                got[index] = run.results()
                 if strays := run.strays() if how.watched else []:
                     stray = strays[0]
                     found.strayed[index] = f"the {stray.step} changed rows {list(stray.rows)[:8]} of {stray.tensor}"

@@ -15,6 +15,7 @@ from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.interfering import crossing
 from attn_fuzz.execution.batch_tensors import BatchTensors
 from attn_fuzz.execution.calls import EVERYTHING, Asked, Call
+from attn_fuzz.execution.layer_conventions import GradientRows, without_autograd, without_padding
 from attn_fuzz.execution.layer_tensors import LayerTensors
 from attn_fuzz.execution.observation import HandedBack, Observation, Stray, Watch, in_our_convention
 from attn_fuzz.execution.poison import poisoned
@@ -176,6 +177,7 @@ class LayerRun:
         tensors: its own in their places, or those of a batch.
         index: which call of the batch it is.
         watched: whether the K/V buffer is compared step by step, and what is handed back when all is over.
+        evaluation: whether it is run without autograd, and forward only; so is every layer without a backward.
     """
 
     def __init__(
@@ -186,9 +188,12 @@ class LayerRun:
         index: int = 0,
         *,
         watched: bool = True,
+        evaluation: bool = False,
     ) -> None:
         self.backend, self.case, self.tensors, self.watched = backend, case, tensors, watched
         self.x, self.dout = (tensors.of_call(name, index) for name in ("x", "dout"))
+        stated = backend.kernel.capabilities_on(self.x.device.type)
+        self.conventions, self.evaluation = stated.conventions, evaluation or not stated.backward
         self.observation = Observation(tensors.poison, {})
         self.parts = micro_sequences(case)
         self.outputs, self.input_gradients = (HandedBack(name, watched=watched) for name in ("out", "dx"))
@@ -209,17 +214,28 @@ class LayerRun:
         # Tensors of its own, in memory that is shared: gradients that autograd leaves on them are this layer's.
         self.layer = self.make_layer({name: weight.detach() for name, weight in self.tensors.weights.items()})
         self.buffer = Watch(("k", "v"), self.layer.key_value)
-        self.buffer_gradient = Watch(("dk", "dv"), self.layer.key_value_gradients)
+        self.buffer_gradient = Watch(("dk", "dv"), self.key_value_gradients)
         for part in self.parts:
             step = f"forward of {list(part)}"
-            self.outputs.add(step, self.layer.forward(self.x[slice(*self.own(part))], *part))
+            with without_autograd(self.case) if self.evaluation else contextlib.nullcontext():
+                out = self.layer.forward(self.x[slice(*self.own(part))], *part)
+            self.outputs.add(step, out)
             if self.watched:
                 self.observation.strays += self.buffer.compare(step, *part)
                 self.observation.strays += self.buffer_gradient.compare(step, 0, 0)
 
+    def key_value_gradients(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The live gradient buffer; none without a backward."""
+        return None if self.evaluation else self.layer.key_value_gradients()
+
     def backward(self) -> None:
+        if self.evaluation:
+            return
+        self.before_own = GradientRows(self.layer.key_value_gradients)
         for part in reversed(self.parts):
             step = f"backward of {list(part)}"
+            if self.conventions.gradient_rows == "consumed":
+                self.before_own.take(*part)
             self.input_gradients.add(step, self.layer.backward(self.dout[slice(*self.own(part))]))
             if self.watched:
                 extent = active_extent(self.case.packed_lengths, self.slice_of_queries(part))
@@ -228,17 +244,23 @@ class LayerRun:
 
     def results(self) -> dict[str, torch.Tensor]:
         """What the layer gave back, on the device; buffers as far as it shows them."""
-        layer = self.layer
-        found = {"out": torch.cat(self.outputs.values()), "dx": torch.cat(self.input_gradients.values()[::-1])}
-        for names, tensors in ((("k", "v"), layer.key_value()), (("dk", "dv"), layer.key_value_gradients())):
+        layer, consumed = self.layer, self.conventions.gradient_rows == "consumed"
+        found = {"out": torch.cat(self.outputs.values())}
+        if not self.evaluation:
+            found["dx"] = torch.cat(self.input_gradients.values()[::-1])
+        gradient_rows = self.before_own.values() if consumed and not self.evaluation else self.key_value_gradients()
+        for names, tensors in ((("k", "v"), layer.key_value()), (("dk", "dv"), gradient_rows)):
             if tensors is not None:
                 found |= {
                     name: tensor.detach()[: self.case.tokens].clone()
                     for name, tensor in zip(names, tensors, strict=True)
                 }
-        # A parameter that nothing ever reached may have None: that result is missing.
-        gradients = layer.parameter_gradients().items()
-        return found | {f"d_{name}": got.detach() for name, got in gradients if isinstance(got, torch.Tensor)}
+        if not self.evaluation:
+            # A parameter that nothing ever reached may have None: that result is missing. Others may be live.
+            gradients = layer.parameter_gradients().items()
+            found |= {f"d_{name}": got.detach().clone() for name, got in gradients if isinstance(got, torch.Tensor)}
+        without_padding(found, self.case, self.conventions)
+        return found
 
     def observe(self) -> Observation:
         """What the layer gave back, on the CPU."""
@@ -262,6 +284,10 @@ class LayerRun:
         return self.tensors.changes()
 
 
+LayerRuns = Callable[[Backend, Case, LayerTensors], LayerRun]
+"""Makes a run of a layer."""
+
+
 def run_layer(
     backend: Backend,
     case: Case,
@@ -269,9 +295,20 @@ def run_layer(
     poison: str,
     device: torch.device,
     interfering: Case | None = None,
+    how: LayerRuns | None = None,
 ) -> Observation:
-    """A packed sequence through the backend's layer on ``device``, around an interfering call's where one is given."""
-    run = LayerRun(backend, case, LayerTensors.of_one(case, inputs, device, poison))
+    """A packed sequence through the backend's layer on ``device``, around an interfering call's where one is given.
+
+    Args:
+        backend: whose layer.
+        case: what to run.
+        inputs: its tensors.
+        poison: contents of unwritten memory.
+        device: where.
+        interfering: what runs around it.
+        how: makes the run; None for ``LayerRun``.
+    """
+    run = (how or LayerRun)(backend, case, LayerTensors.of_one(case, inputs, device, poison))
     # Drawn once, and with nobody filling the memory that it takes.
     others = layer_inputs(interfering, "cpu") if interfering is not None else inputs
     with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly([run]):

@@ -159,7 +159,8 @@ def layers(draw: st.DrawFn, domain: Domain, lengths: Sequence[int], padding: int
     # A selection narrower than the heads would repeat channels, whose roundings then agree.
     weights = draw(among(["gaussian", "selection"])) if width <= _MAX_SELECTION else "gaussian"
     if number is None:
-        cuts = draw(cut_points(packed, causal=bool(chosen["causal"])))
+        whole = not (chosen["causal"] or capabilities.noncausal_cuts)
+        cuts = () if whole else draw(cut_points(packed, causal=bool(chosen["causal"])))
     else:
         cuts = pooled_cuts(number, packed, causal=bool(chosen["causal"]))
     norm = among(["none", "rms"] if capabilities.norms else ["none"])

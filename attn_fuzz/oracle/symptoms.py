@@ -137,6 +137,12 @@ class WrongWhenAsked(Symptom):
     rank = 15
 
 
+class KeepsState(Symptom):
+    """A second sequence through the same object is wrong, and right through a new one."""
+
+    rank = 15
+
+
 class NotRegrouped(Symptom):
     """The same documents in another order, or cut elsewhere, give other results."""
 

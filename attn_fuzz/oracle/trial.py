@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from attn_fuzz.backends.kernel import Capabilities
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.cases.interfering import interfering_call
 from attn_fuzz.execution.calls import EVERYTHING, Asked
 from attn_fuzz.execution.inferred import TIMES, InferredCapabilities, inferred, promises
+from attn_fuzz.execution.layer_conventions import EVALUATED
 from attn_fuzz.execution.observation import Observation, differing
 from attn_fuzz.execution.poison import POISONS
 from attn_fuzz.execution.runner import run_kernel, run_layer
@@ -162,6 +164,11 @@ class Trial:
         return self.answer_under(self.profile, samples)
 
     @property
+    def stated(self) -> Capabilities:
+        """What the backend declares of itself where it runs."""
+        return self.backend.kernel.capabilities_on(self.device.type)
+
+    @property
     def profile(self) -> Profile:
         """How the backend computes where it runs."""
         return self.backend.kernel.profile_on(self.device.type)
@@ -170,7 +177,9 @@ class Trial:
         """What the reference would say of a backend that computes in this way."""
         if isinstance(self.inputs, Inputs):
             return kernel_answer(self.case, self.inputs, profile)
-        return layer_answer(self.case, self.inputs, self._as_shown(profile), samples)
+        shown, conventions = self._as_shown(profile), self.stated.conventions
+        answer = layer_answer(self.case, self.inputs, shown, samples, conventions=conventions)
+        return answer if self.stated.backward else {name: answer[name] for name in EVALUATED}
 
     def _as_shown(self, profile: Profile) -> Profile:
         """The profile with the sums that the layer shows."""

@@ -14,6 +14,7 @@ from attn_fuzz.oracle.checks.budget import histograms, within_budget, worst_erro
 from attn_fuzz.oracle.checks.dead_rows import dead_rows_zero
 from attn_fuzz.oracle.checks.exact import needle_found, rows_counted, uniform_keys
 from attn_fuzz.oracle.checks.isolation import documents_apart, future_apart
+from attn_fuzz.oracle.checks.lifetimes import evaluated, second_sequence
 from attn_fuzz.oracle.checks.memory import (
     buffer_intact,
     inputs_intact,
@@ -58,6 +59,8 @@ PROBES: tuple[Check, ...] = (
     future_apart,
     asked_otherwise,
     sums_not_swamped,
+    second_sequence,
+    evaluated,
 )
 """Functions of runs of their own, with inputs of their own: asked where nothing has failed yet."""
 
