@@ -766,7 +766,8 @@ def test_the_command_has_the_mode(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatc
     done = attn_fuzz("run", "--mode", "batch", "-b", "loop", "--cases", "20", "--device", "cpu", "--level", "kernel")
     assert done.status == 0, done.err
     assert "batch" in done.out
-    done = attn_fuzz("run", "--mode", "batch", "-b", "loop", "--cases", "4", "--device", "cpu", "--level", "layer")
+    options = ("-b", "loop", "--cases", "4", "--device", "cpu", "--level", "layer", "--ranks", "2")
+    done = attn_fuzz("run", "--mode", "batch", *options)
     assert done.status == 2
     assert "batches are of kernel calls" in done.err
     # One or two of all that there are: each is a process.

@@ -260,7 +260,9 @@ def test_documents_side_by_side_equal_one_at_a_time(case: Case, stored: frozense
         assert torch.allclose(together[name].value, answer.value, rtol=1e-12, atol=1e-12), name
         # What owes bits owes them either way; what does not, differs by the noise of the samples.
         assert torch.equal(together[name].variance == 0, answer.variance == 0), name
-        assert together[name].variance.sum().item() == pytest.approx(answer.variance.sum().item(), rel=0.5), name
+        # Of few elements, whose errors have one source, it is a sample's tails that differ.
+        sums = [each[name].variance.sum().item() for each in (together, answer)]
+        assert min(sums) >= 0.4 * max(sums), name
 
 
 def test_documents_are_padded_to_others_of_about_their_length() -> None:
