@@ -17,7 +17,7 @@ import inspect
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, TypeGuard
@@ -38,8 +38,10 @@ from attn_fuzz.backends.kernel import (
 )
 from attn_fuzz.backends.layer import Layer, LayerFactory
 from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.rank_layer import RankLayerFactory
 from attn_fuzz.backends.sdpa import as_flash_does
 from attn_fuzz.backends.user_layer import UserLayer, require_layer
+from attn_fuzz.backends.user_rank_layer import NUMBERS_OF_RANKS, over_ranks, spread_refusal
 from attn_fuzz.reference.case import MEMORIES, ROTARIES, Case
 from attn_fuzz.reference.profile import Profile
 
@@ -135,6 +137,8 @@ def _misfit(key: str, value: object) -> str | None:
         fits = isinstance(value, tuple) and value and all(item in choices for item in value)
         return None if fits else f"a list of {', '.join(choices)}"
     default = Capabilities.__dataclass_fields__[key].default
+    if key in NUMBERS_OF_RANKS and isinstance(value, tuple):
+        return None if value and all(_whole(item) and item >= 1 for item in value) else "True, False or numbers from 1"
     if isinstance(default, bool):
         measurable = value is None and _UNPROMISED.get(key, True) is None
         return None if isinstance(value, bool) or measurable else "True or False"
@@ -303,25 +307,33 @@ class InsideLayer(Kernel):
     def __init__(self, name: str, capabilities: Capabilities, facts: Mapping[str, Any]) -> None:
         self.name, self.capabilities, self.facts = name, capabilities, facts  # type: ignore[misc]
 
+    def limit(self, case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str | None:
+        return spread_refusal(self.capabilities, case)
+
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
     ) -> Attended:
         raise NotImplementedError(f"{self.name} is a layer; it has no kernel to call")
 
 
-def user_layer(name: str) -> tuple[InsideLayer, LayerFactory]:
+def user_layer(name: str) -> tuple[InsideLayer, LayerFactory, RankLayerFactory | None]:
     """A layer class from outside, built as ``CLASS(weights, case)``; docs/your_layer.md says what it must have.
 
     Args:
         name: ``MODULE:CLASS`` or ``PATH.py:CLASS``.
+
+    Returns:
+        What stands for its kernel, what builds the layer, and what builds that of one of several ranks, if it has any.
 
     Raises:
         BackendUnavailable: when there is no such class, or it lacks a method.
     """
     made = import_object(name)
     require_layer(made, name)
+    capabilities = _capabilities(made, name, _UNPROMISED)
 
     def build(weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> Layer:
         return UserLayer(made, weights, case)
 
-    return InsideLayer(name, _capabilities(made, name, _UNPROMISED), declared_facts(made, name)), build
+    inside = InsideLayer(name, capabilities, declared_facts(made, name))
+    return inside, build, over_ranks(made, name, capabilities, UserLayer)

@@ -9,7 +9,7 @@ import torch
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.execution.observation import Observation
 from attn_fuzz.ranks.rank_group import PATIENCE, QUICK_PATIENCE, rank_groups
-from attn_fuzz.ranks.rank_run import run_slice
+from attn_fuzz.ranks.rank_run import load, run_slice
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import LayerInputs, layer_inputs
 from attn_fuzz.reference.layout import Span, micro_sequences, rank_slice
@@ -38,6 +38,7 @@ def run_ranks(
     Raises:
         RankFailed: when a rank raised or died.
         RanksHung: when ranks did not come back.
+        MisshapenResult: when a rank's layer returned something else than it should.
         UnsupportedCase: when the backend itself refuses.
     """
     # Drawn here once, and not on every rank.
@@ -51,8 +52,17 @@ def run_ranks(
     )
     quick = device.type == "cpu" and not backend.kernel.compiled
     patience = QUICK_PATIENCE if quick else PATIENCE
-    by_rank = rank_groups().call(case.all_ranks, device, run_slice, arguments, patience)
-    return [assembled(case, poison, observed) for poison, *observed in zip(poisons, *by_rank, strict=True)]
+    groups = rank_groups()
+    group = groups.group(case.all_ranks, device)
+    if backend.name not in group.loaded:
+        groups.call(case.all_ranks, device, load, (backend.name,))
+        group.loaded.add(backend.name)
+    by_rank = groups.call(case.all_ranks, device, run_slice, arguments, patience, awake=quick)
+    if len({ran.collectives for ran in by_rank}) > 1:
+        # It may have sent to single neighbours, or have left a collective to be met by the next case.
+        groups.replace(case.all_ranks, device)
+    runs = [ran.observations for ran in by_rank]
+    return [assembled(case, poison, observed) for poison, *observed in zip(poisons, *runs, strict=True)]
 
 
 def assembled(case: Case, poison: str, observed: Sequence[Observation]) -> Observation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -38,6 +39,21 @@ class RankRun(LayerRun):
 _loaded = functools.lru_cache(maxsize=None)(registry.load)
 
 
+def load(backend: str) -> None:
+    """Imports a backend in every rank of a group, which may take far longer than a case does."""
+    _loaded(backend)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """What one rank has done of a case."""
+
+    observations: list[Observation]
+    """One under each poison."""
+    collectives: int
+    """How many its process group has begun so far, where torch tells it: of ranks in step as many on each."""
+
+
 def run_slice(
     backend: str,
     case: Case,
@@ -45,7 +61,7 @@ def run_slice(
     poisons: Sequence[str],
     interfering: Case | None,
     interfering_calls: LayerInputs | None,
-) -> list[Observation]:
+) -> Ran:
     """What one rank does: called in every rank of a group. One run per poison.
 
     Runs of a case are asked for together, because a call wakes every process up.
@@ -65,4 +81,6 @@ def run_slice(
                 run.forward()
             run.backward()
         observations.append(run.observe())
-    return observations
+    # torch has no public name for it; gloo counts what is sent to one neighbour, too.
+    counted = getattr(here().collectives.group, "_get_sequence_number_for_group", lambda: 0)()
+    return Ran(observations, counted)
