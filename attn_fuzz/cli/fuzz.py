@@ -149,6 +149,8 @@ def check_layer(
     seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    ranks: RanksOption = None,
+    tensor_ranks: TensorRanksOption = None,
     mode: ModeOption = DEFAULT_MODE,
     first: FirstOption = False,
     workers: WorkersOption = None,
@@ -157,11 +159,15 @@ def check_layer(
     strict: StrictOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fuzz your own attention layer: micro-sequences forward, then backward in reverse (docs/your_layer.md)."""
+    """Fuzz your own attention layer: micro-sequences forward, then backward in reverse (docs/your_layer.md).
+
+    With --ranks every case is spread over processes with a real process group, which a class that declares ranks is
+    handed.
+    """
     where = device_of(device)
     options = CampaignOptions(
         device=where,
-        workers=workers or default_workers(where),
+        **_spread(where, workers, ranks, tensor_ranks),
         seed=seed,
         seconds=seconds,
         cases=cases,
