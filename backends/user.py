@@ -41,7 +41,7 @@ from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.rank_layer import RankLayerFactory
 from attn_fuzz.backends.sdpa import as_flash_does
 from attn_fuzz.backends.user_layer import UserLayer, require_layer
-from attn_fuzz.backends.user_rank_layer import NUMBERS_OF_RANKS, over_ranks, spread_refusal
+from attn_fuzz.backends.user_rank_layer import NUMBERS_OF_RANKS, keywords_of, over_ranks, spread_refusal, takes_one
 from attn_fuzz.reference.case import MEMORIES, ROTARIES, Case
 from attn_fuzz.reference.profile import Profile
 
@@ -329,11 +329,13 @@ def user_layer(name: str) -> tuple[InsideLayer, LayerFactory, RankLayerFactory |
         BackendUnavailable: when there is no such class, or it lacks a method.
     """
     made = import_object(name)
-    require_layer(made, name)
     capabilities = _capabilities(made, name, _UNPROMISED)
+    require_layer(made, name, keywords_of(capabilities))
+    if takes_one(capabilities):
+        require_layer(made, name)
 
     def build(weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> Layer:
         return UserLayer(made, weights, case)
 
     inside = InsideLayer(name, capabilities, declared_facts(made, name))
-    return inside, build, over_ranks(made, name, capabilities, UserLayer)
+    return inside, build, over_ranks(made, capabilities, UserLayer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -22,8 +22,13 @@ METHODS: Final = {
 """What a layer must have, with its arguments (docs/your_layer.md)."""
 
 
-def require_layer(made: Any, name: str) -> None:
+def require_layer(made: Any, name: str, keywords: Sequence[str] = ()) -> None:
     """Sees that a class can be built and called as a layer is.
+
+    Args:
+        made: the class.
+        name: of it, for messages.
+        keywords: that it is always given besides weights and case.
 
     Raises:
         BackendUnavailable: where it cannot, with the reason in one sentence.
@@ -34,9 +39,10 @@ def require_layer(made: Any, name: str) -> None:
     if missing := [method for method in METHODS if not callable(getattr(made, method, None))]:
         raise BackendUnavailable(f"{name} is no layer: it has no method {missing[0]}")
     try:
-        inspect.signature(made).bind("weights", "case")
+        inspect.signature(made).bind("weights", "case", **dict.fromkeys(keywords))
     except (TypeError, ValueError) as error:
-        raise BackendUnavailable(f"{name} is no layer: it should be built as CLASS(weights, case): {error}") from None
+        called = ", ".join(("weights", "case", *(f"{keyword}=..." for keyword in keywords)))
+        raise BackendUnavailable(f"{name} is no layer: it should be built as CLASS({called}): {error}") from None
     for method, arguments in METHODS.items():
         _require_signature(made, method, arguments, name)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 
 from attn_fuzz.backends.collectives import Collectives
-from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities, Kernel
+from attn_fuzz.backends.kernel import Capabilities, Kernel
 from attn_fuzz.backends.layer import Layer
 from attn_fuzz.backends.rank_layer import RankLayerFactory
 from attn_fuzz.reference.case import Case
@@ -34,29 +33,23 @@ def keywords_of(capabilities: Capabilities) -> tuple[str, ...]:
     return (GROUP, *tensor) if capabilities.ranks or tensor else ()
 
 
-def over_ranks(made: type, name: str, capabilities: Capabilities, make: MakeLayer) -> RankLayerFactory | None:
+def takes_one(capabilities: Capabilities) -> bool:
+    """Whether a layer that declares so much may be alone, without any process group."""
+    return takes(capabilities.ranks, 1) and takes(capabilities.tensor_ranks, 1)
+
+
+def over_ranks(made: type, capabilities: Capabilities, make: MakeLayer) -> RankLayerFactory | None:
     """What builds one rank's layer of a class from outside, or None where the class declares no ranks.
 
     Args:
         made: the class, built as ``CLASS(weights, case, group=..., tensor_group=...)``, the last one where it declares
             ``tensor_ranks``; without both where there is one rank.
-        name: of it, for messages.
         capabilities: as it declares them.
         make: makes a layer of it.
-
-    Raises:
-        BackendUnavailable: where it declares ranks and cannot be handed the groups.
     """
     keywords = keywords_of(capabilities)
     if not keywords:
         return None
-    try:
-        inspect.signature(made).bind("weights", "case", **dict.fromkeys(keywords))
-    except (TypeError, ValueError) as error:
-        called = ", ".join(f"{keyword}=..." for keyword in keywords)
-        raise BackendUnavailable(
-            f"{name} declares ranks, and should be built as CLASS(weights, case, {called}): {error}"
-        ) from None
 
     def build(weights: dict[str, torch.Tensor], case: Case, kernel: Kernel, collectives: Collectives) -> Layer:
         groups = {GROUP: collectives.group}

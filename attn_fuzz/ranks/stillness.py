@@ -1,4 +1,4 @@
-"""Whether processes do anything at all: ranks that wait for one another sleep, and use no processor time.
+"""Whether processes do anything at all: ranks that wait for one another sleep, and want next to no processor time.
 
 Collectives that a user's layer calls by itself are not counted (``progress``), since it may send to a single neighbour
 as well; that all of those who have not come back have slept for a while says as surely that they never will.
@@ -12,28 +12,32 @@ from pathlib import Path
 from typing import Final
 
 STILL: Final = 2.0
-"""Seconds in which a process that has anything to do gets some processor time, or is seen to wait for it."""
+"""Seconds in which a process that has anything to do is seen to want processor time."""
 
-_STATE, _USER, _SYSTEM = 0, 11, 12
-"""Places in ``/proc/PID/task/TID/stat`` behind the command's name: state, and processor time in ticks."""
+_WANTED: Final = 0.1
+"""Share of that time, waits for a processor included, that the threads of a transport take to look for messages."""
+
+_NANOSECOND: Final = 1e-9
 
 
-def asleep(pid: int, processes: Path = Path("/proc")) -> int | None:
-    """Ticks of processor time of a process all of whose threads sleep; None for one that runs, or that has children.
+def asleep(pid: int, processes: Path = Path("/proc")) -> float | None:
+    """Seconds that a sleeping process has ever run or waited to run; None for one that does not sleep.
 
-    One that waits for the disk, is stopped, or has a process of its own that may work for it is not asleep. None, too,
-    where the system does not say.
+    Its main thread has to. One that waits for the disk, is stopped, or has a process of its own that may work for it
+    does not sleep, either. None, too, where the system does not say.
     """
-    ticks = 0
+    wanted = 0
     try:
         for task in (processes / str(pid) / "task").iterdir():
-            told = (task / "stat").read_text().rpartition(")")[2].split()
-            if told[_STATE] != "S" or (task / "children").read_text().strip():
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+            main = task.name == str(pid)
+            if state not in ("S" if main else "SR") or (task / "children").read_text().strip():
                 return None
-            ticks += int(told[_USER]) + int(told[_SYSTEM])
+            ran, waited, _ = (task / "schedstat").read_text().split()
+            wanted += int(ran) + int(waited)
     except (OSError, IndexError, ValueError):
         return None
-    return ticks
+    return wanted * _NANOSECOND
 
 
 class Stillness:
@@ -45,13 +49,14 @@ class Stillness:
 
     def __init__(self, pids: Sequence[int]) -> None:
         self._pids = pids
-        self._ticks: dict[int, int] = {}
+        self._first: dict[int, float] = {}
         self._since = time.monotonic()
 
     def lasts(self, ranks: Iterable[int]) -> bool:
-        """Whether these have slept at every look for ``STILL`` seconds, without using any processor time."""
+        """Whether these have slept at every look for ``STILL`` seconds, and have hardly wanted anything."""
         seen = {rank: asleep(self._pids[rank]) for rank in ranks}
-        now = {rank: ticks for rank, ticks in seen.items() if ticks is not None}
-        if len(now) < len(seen) or now != self._ticks:
-            self._ticks, self._since = now, time.monotonic()
-        return bool(now) and time.monotonic() - self._since >= STILL
+        now = {rank: wanted for rank, wanted in seen.items() if wanted is not None}
+        same = len(now) == len(seen) and now.keys() == self._first.keys()
+        if not same or any(now[rank] - first > _WANTED * STILL for rank, first in self._first.items()):
+            self._first, self._since = now if len(now) == len(seen) else {}, time.monotonic()
+        return bool(self._first) and time.monotonic() - self._since >= STILL
