@@ -52,7 +52,9 @@ def _spread(case: Case, stated: Capabilities) -> Case:
         case = case.replace(heads=2 * tensor_ranks, kv_heads=1)
     if together > 1 and not case.causal:
         # Every rank has documents of its own.
-        case = case.replace(lengths=case.lengths[:2] * together, cuts=())
+        one, other, *_ = case.lengths
+        other += -(one + other) % stated.slice_multiple
+        case = case.replace(lengths=(one, other) * together, cuts=())
     padding, cuts = fitted(together, case.lengths, case.padding, case.cuts)
     case = case.replace(padding=padding, cuts=cuts, ranks=ranks, tensor_ranks=tensor_ranks)
     return in_multiples(case, stated.slice_multiple) or case

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
 
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.execution.observation import Observation
-from attn_fuzz.ranks.rank_group import PATIENCE, QUICK_PATIENCE, rank_groups
+from attn_fuzz.ranks.rank_group import PATIENCE, QUICK_PATIENCE, RankGroup, RankGroups, rank_groups
 from attn_fuzz.ranks.rank_run import load, run_slice
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import LayerInputs, layer_inputs
@@ -53,16 +54,25 @@ def run_ranks(
     quick = device.type == "cpu" and not backend.kernel.compiled
     patience = QUICK_PATIENCE if quick else PATIENCE
     groups = rank_groups()
-    group = groups.group(case.all_ranks, device)
-    if backend.name not in group.loaded:
-        groups.call(case.all_ranks, device, load, (backend.name,))
-        group.loaded.add(backend.name)
+    group = _ready(groups, backend.name, case.all_ranks, device)
     by_rank = groups.call(case.all_ranks, device, run_slice, arguments, patience, awake=quick)
-    if len({ran.collectives for ran in by_rank}) > 1:
-        # It may have sent to single neighbours, or have left a collective to be met by the next case.
-        groups.replace(case.all_ranks, device)
+    if len({ran.messages for ran in by_rank}) > 1:
+        group.uneven = backend.name
     runs = [ran.observations for ran in by_rank]
     return [assembled(case, poison, observed) for poison, *observed in zip(poisons, *runs, strict=True)]
+
+
+def _ready(groups: RankGroups, backend: str, ranks: int, device: torch.device) -> RankGroup:
+    """A group whose ranks have imported a backend, and in which no other one may have left a message behind."""
+    group = groups.group(ranks, device)
+    if group.uneven not in (None, backend):
+        # It may have sent to single neighbours only, or not have met a collective of others.
+        groups.replace(ranks, device)
+        group = groups.group(ranks, device)
+    if backend not in group.loaded:
+        groups.call(ranks, device, load, (backend, tuple(sys.path)))
+        group.loaded.add(backend)
+    return group
 
 
 def assembled(case: Case, poison: str, observed: Sequence[Observation]) -> Observation:

@@ -89,6 +89,8 @@ class RankGroup:
                 theirs.close()
         self.loaded: set[str] = set()
         """Backends that its ranks have imported."""
+        self.uneven: str | None = None
+        """The backend under which ranks have begun other numbers of messages, if one has."""
 
     def call(
         self, function: Callable[..., Any], arguments: Sequence[Any], seconds: float, *, awake: bool = False

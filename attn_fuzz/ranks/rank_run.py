@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -39,8 +40,14 @@ class RankRun(LayerRun):
 _loaded = functools.lru_cache(maxsize=None)(registry.load)
 
 
-def load(backend: str) -> None:
-    """Imports a backend in every rank of a group, which may take far longer than a case does."""
+def load(backend: str, path: Sequence[str]) -> None:
+    """Imports a backend, which may take far longer than a case does.
+
+    Args:
+        backend: its name.
+        path: where the parent looks for modules, which it may have learnt after ranks were forked.
+    """
+    sys.path.extend(folder for folder in path if folder not in sys.path)
     _loaded(backend)
 
 
@@ -50,8 +57,8 @@ class Ran:
 
     observations: list[Observation]
     """One under each poison."""
-    collectives: int
-    """How many its process group has begun so far, where torch tells it: of ranks in step as many on each."""
+    messages: int
+    """How many its process group has begun so far, where torch tells it: as many on each rank that uses collectives."""
 
 
 def run_slice(
