@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from devices import needs_cuda
 from hunts import first_failure, first_finding
 from hypothesis import given, settings
 
+from attn_fuzz import api as attn_fuzz_api
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities
 from attn_fuzz.campaign.limit_questions import plain_case
@@ -19,6 +21,7 @@ from attn_fuzz.campaign.ranks_taken import require_ranks
 from attn_fuzz.cases.spread import in_multiples
 from attn_fuzz.evaluation.seeded_faults import drawn
 from attn_fuzz.generation.domain import Domain
+from attn_fuzz.generation.layer_calls import draw_layer_batch
 from attn_fuzz.generation.strategies import cases
 from attn_fuzz.oracle.examine import examine, some_probes
 from attn_fuzz.ranks import stillness
@@ -336,8 +339,8 @@ def test_a_class_that_declares_ranks_is_built_with_a_group(tmp_path: Path) -> No
     [
         (ROOT / "examples" / "my_layer.py", (2,), (1,), "does not declare that it goes over ranks"),
         (EXAMPLE, (2,), (2,), "does not declare that it goes over tensor ranks"),
-        (TENSOR, (1, 2, 4), (2,), "takes 1, 2 ranks, not 4; say so with --ranks"),
-        (TENSOR, (2,), (1,), "takes 2 tensor ranks, not 1; say so with --tensor-ranks"),
+        (TENSOR, (1, 2, 4), (2,), "takes 1, 2 ranks, not 4; choose with --ranks"),
+        (TENSOR, (2,), (1,), "takes 2 tensor ranks, not 1; choose with --tensor-ranks"),
     ],
 )
 def test_a_campaign_over_other_ranks_is_refused(
@@ -373,6 +376,17 @@ def test_drawn_slices_are_multiples(ranks: tuple[int, ...]) -> None:
         assert all(own.length % 4 == 0 for own in owned_slices(case)), case.to_json()
 
     look()
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_calls_of_batches_have_slices_of_that_size(multiple: int) -> None:
+    backend = loaded(EXAMPLE)
+    backend = registry.narrowed(backend, {"slice_multiple": multiple})
+    domain = Domain.of(backend.kernel.capabilities, "cpu")
+    batches = [draw_layer_batch(Random(seed), backend, domain, calls=8, longest=33) for seed in range(5)]
+    calls = [batch.call(index) for batch in batches if batch is not None for index in range(len(batch.ends))]
+    assert any(call.cuts for call in calls)
+    assert all(own.length % multiple == 0 for call in calls for own in owned_slices(call))
 
 
 def test_shrinking_keeps_slices_multiples() -> None:
@@ -453,6 +467,16 @@ def test_what_is_found_over_ranks_is_replayed_and_kept(attn_fuzz: Run, tmp_path:
     # Ranks have imported the broken one.
     rank_groups().close()
     assert attn_fuzz("replay", "flipped").status == 0
+
+
+@pytest.mark.slow
+def test_python_code_checks_a_layer_over_ranks() -> None:
+    verdict = attn_fuzz_api.check_layer(
+        f"{EXAMPLE}:Layer", ranks=(1, 2), cases=3, device="cpu", dtype="fp32", workers=1
+    )
+    assert verdict, verdict.data
+    with pytest.raises(attn_fuzz_api.CheckError, match="does not declare that it goes over tensor ranks"):
+        attn_fuzz_api.check_layer(f"{EXAMPLE}:Layer", tensor_ranks=2, device="cpu")
 
 
 @pytest.mark.cuda

@@ -33,6 +33,5 @@ def require_ranks(name: str, ranks: Sequence[int], tensor_ranks: Sequence[int]) 
             )
         if missing:
             assert isinstance(taken, tuple)
-            numbers = ", ".join(map(str, taken))
-            option = f"--{key.replace('_', '-')}"
-            raise BackendUnavailable(f"{kernel.name} takes {numbers} {what}, not {missing[0]}; say so with {option}")
+            numbers, option = ", ".join(map(str, taken)), f"--{key.replace('_', '-')}"
+            raise BackendUnavailable(f"{kernel.name} takes {numbers} {what}, not {missing[0]}; choose with {option}")

@@ -161,8 +161,7 @@ def check_layer(
 ) -> None:
     """Fuzz your own attention layer: micro-sequences forward, then backward in reverse (docs/your_layer.md).
 
-    With --ranks every case is spread over processes with a real process group, which a class that declares ranks is
-    handed.
+    With --ranks cases are spread over processes; a class that declares ranks is handed their process group.
     """
     where = device_of(device)
     options = CampaignOptions(

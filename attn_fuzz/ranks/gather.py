@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from attn_fuzz.backends.registry import Backend
+from attn_fuzz.backends.user import InsideLayer
 from attn_fuzz.execution.observation import Observation
 from attn_fuzz.ranks.rank_group import PATIENCE, QUICK_PATIENCE, RankGroup, RankGroups, rank_groups
 from attn_fuzz.ranks.rank_run import load, run_slice
@@ -52,7 +53,8 @@ def run_ranks(
         interfering and layer_inputs(interfering, "cpu"),
     )
     quick = device.type == "cpu" and not backend.kernel.compiled
-    patience = QUICK_PATIENCE if quick else PATIENCE
+    # A user's layer may compile something all the same.
+    patience = QUICK_PATIENCE if quick and not isinstance(backend.kernel, InsideLayer) else PATIENCE
     groups = rank_groups()
     group = _ready(groups, backend.name, case.all_ranks, device)
     by_rank = groups.call(case.all_ranks, device, run_slice, arguments, patience, awake=quick)
