@@ -38,12 +38,12 @@ def takes_one(capabilities: Capabilities) -> bool:
     return takes(capabilities.ranks, 1) and takes(capabilities.tensor_ranks, 1)
 
 
-def over_ranks(made: type, capabilities: Capabilities, make: MakeLayer) -> RankLayerFactory | None:
+def over_ranks(made: Callable[..., Any], capabilities: Capabilities, make: MakeLayer) -> RankLayerFactory | None:
     """What builds one rank's layer of a class from outside, or None where the class declares no ranks.
 
     Args:
-        made: the class, built as ``CLASS(weights, case, group=..., tensor_group=...)``, the last one where it declares
-            ``tensor_ranks``; without both where there is one rank.
+        made: the class, or what builds it, called as ``CLASS(weights, case, group=..., tensor_group=...)``, the last
+            where it declares ``tensor_ranks``.
         capabilities: as it declares them.
         make: makes a layer of it.
     """
