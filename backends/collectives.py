@@ -33,6 +33,9 @@ class Collectives(abc.ABC):
         ranks: how many there are.
     """
 
+    group: dist.ProcessGroup | None = None
+    """The process group below, for code that calls torch.distributed itself; None where there is none."""
+
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks = rank, ranks
 
@@ -75,7 +78,7 @@ class Distributed(Collectives):
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group.rank(), group.size())
-        self._group = group
+        self.group = group
         self._exchanges = dist.get_backend(group) == "gloo"
         self._blocks: dict[int, Distributed] = {}
 
@@ -84,17 +87,17 @@ class Distributed(Collectives):
         # Transports want contiguous memory; other buffer layouts are reached through a staging area.
         straight = whole.is_contiguous()
         target = whole if straight else torch.empty_like(whole, memory_format=torch.contiguous_format)
-        work = _all_gather(target, own, group=self._group, async_op=True)
+        work = _all_gather(target, own, group=self.group, async_op=True)
         return _Work(work, (own, target), (lambda: None) if straight else (lambda: whole.copy_(target)))
 
     def reduce_scatter(self, whole: torch.Tensor, own: torch.Tensor) -> Handle:
         whole = whole.contiguous()
         if self._exchanges:
             parts = torch.empty_like(whole)
-            work = dist.all_to_all_single(parts, whole, group=self._group, async_op=True)
+            work = dist.all_to_all_single(parts, whole, group=self.group, async_op=True)
             return _Work(work, (whole, parts), lambda: own.copy_(parts.unflatten(0, (self.ranks, -1)).sum(0)))
         target = own if own.is_contiguous() else torch.empty_like(own, memory_format=torch.contiguous_format)
-        work = _reduce_scatter(target, whole, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
+        work = _reduce_scatter(target, whole, op=dist.ReduceOp.SUM, group=self.group, async_op=True)
         return _Work(work, (whole, target), (lambda: None) if target is own else (lambda: own.copy_(target)))
 
     def block(self, size: int) -> Collectives:

@@ -89,6 +89,12 @@ class Capabilities:
     """Layers only: kinds of rotary embedding."""
     shared_key_value: bool = True
     """Layers only: one projection for keys and values."""
+    ranks: bool | tuple[int, ...] = False
+    """User layers only: they go over sequence-data-parallel ranks, any number of them or these."""
+    tensor_ranks: bool | tuple[int, ...] = False
+    """User layers only: any number of tensor-parallel ranks, or these, may share the query heads of each of those."""
+    slice_multiple: int = 1
+    """User layers only: every rank's slice of every micro-sequence has a multiple of so many tokens."""
     memories: tuple[str, ...] = MEMORIES
     """Memory layouts (reference/memory.py) that the kernel takes."""
     capacity: bool | None = True

@@ -193,7 +193,8 @@ def load(name: str) -> Backend:
         return Backend(name, Unlimited(load(name.removeprefix(ANY)).kernel))
     legacy = name.startswith(LEGACY)
     if name.startswith(USER_LAYER):
-        return Backend(name, *user_layer(name.removeprefix(USER_LAYER)), ("layer",), None)
+        inside, layer, over_ranks = user_layer(name.removeprefix(USER_LAYER))
+        return Backend(name, inside, layer, ("layer",), over_ranks)
     if name.startswith(FAULT):
         planted = faults()
         fault_id = name.removeprefix(FAULT)

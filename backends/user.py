@@ -18,7 +18,7 @@ import inspect
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, TypeGuard
@@ -40,8 +40,10 @@ from attn_fuzz.backends.kernel import (
 from attn_fuzz.backends.layer import Layer, LayerFactory
 from attn_fuzz.backends.layer_arguments import taken_apart
 from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.rank_layer import RankLayerFactory
 from attn_fuzz.backends.sdpa import as_flash_does
 from attn_fuzz.backends.user_layer import UserLayer, require_layer
+from attn_fuzz.backends.user_rank_layer import NUMBERS_OF_RANKS, keywords_of, over_ranks, spread_refusal, takes_one
 from attn_fuzz.reference.case import MEMORIES, ROTARIES, Case
 from attn_fuzz.reference.conventions import GRADIENT_ROWS, PADDING, ROTARY_POSITIONS
 from attn_fuzz.reference.profile import Profile
@@ -141,6 +143,8 @@ def _misfit(key: str, value: object) -> str | None:
     if words := _WORDS.get(key):
         return None if isinstance(value, str) and value in words else " or ".join(map(repr, words))
     default = Capabilities.__dataclass_fields__[key].default
+    if key in NUMBERS_OF_RANKS and isinstance(value, tuple):
+        return None if value and all(_whole(item) and item >= 1 for item in value) else "True, False or numbers from 1"
     if isinstance(default, bool):
         measurable = value is None and _UNPROMISED.get(key, True) is None
         return None if isinstance(value, bool) or measurable else "True or False"
@@ -309,17 +313,23 @@ class InsideLayer(Kernel):
     def __init__(self, name: str, capabilities: Capabilities, facts: Mapping[str, Any]) -> None:
         self.name, self.capabilities, self.facts = name, capabilities, facts  # type: ignore[misc]
 
+    def limit(self, case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str | None:
+        return spread_refusal(self.capabilities, case)
+
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
     ) -> Attended:
         raise NotImplementedError(f"{self.name} is a layer; it has no kernel to call")
 
 
-def user_layer(name: str) -> tuple[InsideLayer, LayerFactory]:
+def user_layer(name: str) -> tuple[InsideLayer, LayerFactory, RankLayerFactory | None]:
     """A layer class from outside, built as ``CLASS(weights, case)``; docs/your_layer.md says what it must have.
 
     Args:
         name: ``MODULE:CLASS`` or ``PATH.py:CLASS``, perhaps with arguments (layer_arguments.py).
+
+    Returns:
+        What stands for its kernel, what builds the layer, and what builds that of one of several ranks, if it has any.
 
     Raises:
         BackendUnavailable: when there is no such class, or it lacks a method, or takes no such arguments.
@@ -327,10 +337,13 @@ def user_layer(name: str) -> tuple[InsideLayer, LayerFactory]:
     bare, arguments = taken_apart(name)
     made = import_object(bare)
     capabilities = _capabilities(made, bare, _UNPROMISED)
-    require_layer(made, bare, arguments, capabilities)
+    require_layer(made, bare, arguments, capabilities, keywords_of(capabilities))
+    if takes_one(capabilities):
+        require_layer(made, bare, arguments, capabilities)
     built = functools.partial(made, **arguments)
 
     def build(weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> Layer:
         return UserLayer(built, weights, case)
 
-    return InsideLayer(name, capabilities, declared_facts(made, bare)), build
+    inside = InsideLayer(name, capabilities, declared_facts(made, bare))
+    return inside, build, over_ranks(built, capabilities, UserLayer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -31,7 +31,9 @@ def methods_of(capabilities: Capabilities) -> dict[str, tuple[str, ...]]:
     return found | ({"restart": ("case",)} if capabilities.reusable else {})
 
 
-def require_layer(made: Any, name: str, arguments: Mapping[str, Any], capabilities: Capabilities) -> None:
+def require_layer(
+    made: Any, name: str, arguments: Mapping[str, Any], capabilities: Capabilities, keywords: Sequence[str] = ()
+) -> None:
     """Sees that a class can be built and called as a layer is.
 
     Args:
@@ -39,6 +41,7 @@ def require_layer(made: Any, name: str, arguments: Mapping[str, Any], capabiliti
         name: what to call it.
         arguments: that it is built with, beside weights and case.
         capabilities: that it declares.
+        keywords: that it is given besides, over ranks.
 
     Raises:
         BackendUnavailable: where it cannot, with the reason in one sentence.
@@ -49,11 +52,13 @@ def require_layer(made: Any, name: str, arguments: Mapping[str, Any], capabiliti
     methods = methods_of(capabilities)
     if missing := [method for method in methods if not callable(getattr(made, method, None))]:
         raise BackendUnavailable(f"{name} is no layer: it has no method {missing[0]}")
-    require_arguments(made, name, arguments)
+    given = {**arguments, **dict.fromkeys(keywords)}
+    require_arguments(made, name, given)
     try:
-        inspect.signature(made).bind("weights", "case", **arguments)
+        inspect.signature(made).bind("weights", "case", **given)
     except (TypeError, ValueError) as error:
-        raise BackendUnavailable(f"{name} is no layer: it should be built as CLASS(weights, case): {error}") from None
+        called = ", ".join(("weights", "case", *(f"{keyword}=..." for keyword in keywords)))
+        raise BackendUnavailable(f"{name} is no layer: it should be built as CLASS({called}): {error}") from None
     for method, taken in methods.items():
         _require_signature(made, method, taken, name)
 

@@ -73,7 +73,7 @@ def test_each_class_is_a_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setitem(sys.modules, str(module), Stub(str(module)))
     # It would have this process compile nothing from here on.
     monkeypatch.setenv("FAST_LLM_COMPILED", "1")
-    layer, _ = user_layer(f"{EXAMPLE}:{name}")
+    layer, *_ = user_layer(f"{EXAMPLE}:{name}")
     assert layer.capabilities.softcap is False
     assert layer.capabilities.devices == (("cpu", "cuda") if name in ANYWHERE else ("cuda",))
 

@@ -33,6 +33,8 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 PAGE: Final = ROOT / "docs" / "wrong_inputs.md"
 CASE: Final = '{"level": "kernel", "lengths": [2], "head_dim": 2}'
 SIGNATURE: Final = "(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)"
+RANKS: Final = 'capabilities = {**Layer.capabilities, "ranks": [1, 2]}'
+BUILT: Final = "\n    def __init__(self, weights, case, group=None):\n        pass"
 MOST_LETTERS: Final = 260
 """Of a sentence in the table: lists of all that there is change with every backend."""
 
@@ -189,10 +191,11 @@ def returning(note: str, body: str) -> Wrong:
     return kernel(note, f"import os\n\n\ndef kernel{SIGNATURE}:\n    {body}\n")
 
 
-def layer(note: str, body: str) -> Wrong:
+def layer(note: str, body: str, options: str = "") -> Wrong:
     """A layer that is none."""
     example = (ROOT / "examples" / "my_layer.py").read_text()
-    return noted(note, wrong("check-layer layer.py:Own --device cpu", file("layer.py", f"{example}\n\n{body}\n")))
+    command = f"check-layer layer.py:Own --device cpu{options}"
+    return noted(note, wrong(command, file("layer.py", f"{example}\n\n{body}\n")))
 
 
 def setting(words: str) -> Wrong:
@@ -341,6 +344,9 @@ KERNELS: Final = (
     layer("without methods", "class Own:\n    pass"),
     layer("a function", "def Own(weights, case):\n    pass"),
     layer("built otherwise", "class Own(Layer):\n    def __init__(self):\n        pass"),
+    layer("which declares no ranks", "class Own(Layer):\n    pass", " --ranks 2"),
+    layer("of other ranks", f"class Own(Layer):\n    {RANKS}{BUILT}", " --ranks 4"),
+    layer("which takes no process group", f"class Own(Layer):\n    {RANKS}", " --ranks 2"),
     layer("called otherwise", "class Own(Layer):\n    def forward(self, x):\n        return x"),
     layer("which returns nothing", "class Own(Layer):\n    def forward(self, x, begin, end):\n        pass"),
     layer(

@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+from attn_fuzz.backends.kernel import Capabilities
 from attn_fuzz.backends.registry import Backend
+from attn_fuzz.cases.repair import fitted
+from attn_fuzz.cases.spread import in_multiples
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.reference.case import Case, CaseError
 
@@ -36,7 +39,26 @@ def plain_case(backend: Backend, domain: Domain, dtype: str) -> Case:
     if "kernel" in backend.levels:
         return Case(level="kernel", lengths=LENGTHS, **options)
     between = (5, 38) if stated.noncausal_cuts else ()
-    return Case(lengths=LENGTHS, hidden=16, cuts=(3, 20) if stated.causal else between, **options)
+    case = Case(lengths=LENGTHS, hidden=16, cuts=(3, 20) if stated.causal else between, **options)
+    return _spread(case, stated)
+
+
+def _spread(case: Case, stated: Capabilities) -> Case:
+    """A layer's plain case on as few ranks as it takes, with slices of a size that it takes."""
+    ranks, tensor_ranks = (
+        min(taken) if isinstance(taken, tuple) else 1 for taken in (stated.ranks, stated.tensor_ranks)
+    )
+    together = ranks * tensor_ranks
+    if tensor_ranks > 1:
+        case = case.replace(heads=2 * tensor_ranks, kv_heads=1)
+    if together > 1 and not case.causal:
+        # Every rank has documents of its own.
+        one, other, *_ = case.lengths
+        other += -(one + other) % stated.slice_multiple
+        case = case.replace(lengths=(one, other) * together, cuts=())
+    padding, cuts = fitted(together, case.lengths, case.padding, case.cuts)
+    case = case.replace(padding=padding, cuts=cuts, ranks=ranks, tensor_ranks=tensor_ranks)
+    return in_multiples(case, stated.slice_multiple) or case
 
 
 _FLOOR: Final = (1, 8, 16)

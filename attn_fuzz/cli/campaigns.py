@@ -20,6 +20,7 @@ from attn_fuzz.campaign.plan import (
     takes_batches,
 )
 from attn_fuzz.campaign.pool import Outcome, Pool
+from attn_fuzz.campaign.ranks_taken import require_ranks
 from attn_fuzz.cli import tables
 from attn_fuzz.cli.arguments import (
     DEFAULT_SECONDS,
@@ -86,6 +87,7 @@ def _require_sense(names: tuple[str, ...], options: CampaignOptions) -> None:
     for name in names:
         if not set(options.levels) & set(offered := registry.load(name).levels):
             raise UsageError(f"{name} has no {' or '.join(options.levels)} level; use --level {' or '.join(offered)}")
+        require_ranks(name, options.ranks, options.tensor_ranks)
     together = max(options.ranks) * max(options.tensor_ranks)
     if together > MAX_RANKS:
         raise UsageError(f"--ranks and --tensor-ranks make {together} ranks, each a process; {MAX_RANKS} are the most")

@@ -151,6 +151,8 @@ def check_layer(
     seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    ranks: RanksOption = None,
+    tensor_ranks: TensorRanksOption = None,
     mode: ModeOption = DEFAULT_MODE,
     first: FirstOption = False,
     workers: WorkersOption = None,
@@ -159,11 +161,14 @@ def check_layer(
     strict: StrictOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fuzz your own attention layer: micro-sequences forward, then backward in reverse (docs/your_layer.md)."""
+    """Fuzz your own attention layer: micro-sequences forward, then backward in reverse (docs/your_layer.md).
+
+    With --ranks cases are spread over processes; a class that declares ranks is handed their process group.
+    """
     where = device_of(device)
     options = CampaignOptions(
         device=where,
-        workers=workers or default_workers(where),
+        **_spread(where, workers, ranks, tensor_ranks),
         seed=seed,
         seconds=seconds,
         cases=cases,

@@ -8,6 +8,7 @@ from typing import Final
 
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.cases.call_batch import PADDING, CallBatch
+from attn_fuzz.cases.spread import in_multiples
 from attn_fuzz.generation.calls import VALUES
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import draw_options, edge_lengths
@@ -118,9 +119,11 @@ def _drawn(
         padding = random.choice(_PADDINGS)
         packed = (*own, padding) if padding else own
         at = _cuts(random, packed, causal=bool(options["causal"]))
-        small = Case(lengths=own, padding=padding, cuts=tuple(at), **options)  # type: ignore[arg-type]
-        if backend.refusal(small, domain.device) is not None:
+        drawn = Case(lengths=own, padding=padding, cuts=tuple(at), **options)  # type: ignore[arg-type]
+        small = in_multiples(drawn, domain.capabilities.slice_multiple)
+        if small is None or backend.refusal(small, domain.device) is not None:
             continue
+        packed, padding, at = small.packed_lengths, small.padding, list(small.cuts)
         # Of a score as of so many channels more: the reference rounds it in some sixty places.
         work += sum(length**2 for length in packed) * (width + _PLACES * heads)
         work += sum(packed) * width * (int(options["hidden"]) + _PLACES)  # type: ignore[call-overload]

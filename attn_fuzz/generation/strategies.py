@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from attn_fuzz.backends.kernel import Capabilities
 from attn_fuzz.cases.repair import fitted
+from attn_fuzz.cases.spread import in_multiples
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.fixed_layouts import pooled_cuts, pooled_keys, pooled_lengths
 from attn_fuzz.generation.layouts import (
@@ -146,8 +147,10 @@ def layer_cases(draw: st.DrawFn, domain: Domain) -> Case:
         lengths = draw(
             document_lengths(empty=capabilities.empty_documents, long=LONG_EDGES[:3], many=MANY, very_long=LONG_LAYERS)
         )
-        return layers(draw, domain, lengths, draw(among([0, 0, 1, 5])))
-    return layers(draw, domain, pooled_lengths(number, capabilities), 0, number)
+        case = layers(draw, domain, lengths, draw(among([0, 0, 1, 5])))
+    else:
+        case = layers(draw, domain, pooled_lengths(number, capabilities), 0, number)
+    return in_multiples(case, capabilities.slice_multiple) or case
 
 
 def layers(draw: st.DrawFn, domain: Domain, lengths: Sequence[int], padding: int, number: int | None = None) -> Case:
@@ -202,11 +205,11 @@ def rank_cases(draw: st.DrawFn, domain: Domain, ranks: int, tensor_ranks: int = 
     Documents end anywhere, so that padding fills the last rank's slice, more or less of it; long ones leave ranks whose
     slice holds no document's beginning. Non-causal documents cannot be spread, so there every rank has its own.
     """
-    capabilities = domain.capabilities
+    capabilities, together = domain.capabilities, ranks * tensor_ranks
     lengths = list(draw(_few_lengths(0 if capabilities.empty_documents else 1)))
     padding = draw(among([0, 0, 1, 5]))
     if draw(st.booleans()):
-        lengths[-1] += -(sum(lengths) + padding) % (ranks * tensor_ranks)
+        lengths[-1] += -(sum(lengths) + padding) % (together * capabilities.slice_multiple)
     widest = max(capabilities.head_dim_multiple, min(capabilities.max_head_dim, _MAX_RANK_HEAD_DIM))
     narrow = dataclasses.replace(domain, capabilities=dataclasses.replace(capabilities, max_head_dim=widest))
     case = layers(draw, narrow, lengths, padding)
@@ -216,8 +219,9 @@ def rank_cases(draw: st.DrawFn, domain: Domain, ranks: int, tensor_ranks: int = 
         case = case.replace(heads=heads, kv_heads=1, hidden=hidden)
     spread = {"ranks": ranks, "tensor_ranks": tensor_ranks}
     if not case.causal:
-        return case.replace(**spread, lengths=lengths * ranks * tensor_ranks, padding=0, cuts=())
-    padding, cuts = fitted(ranks * tensor_ranks, lengths, padding, case.cuts)
+        lengths[-1] += -sum(lengths) % capabilities.slice_multiple
+        return case.replace(**spread, lengths=lengths * together, padding=0, cuts=())
+    padding, cuts = fitted(together * capabilities.slice_multiple, lengths, padding, case.cuts)
     return case.replace(**spread, padding=padding, cuts=cuts)
 
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import sysconfig
-import traceback
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 
-import attn_fuzz
-from attn_fuzz import backends, reference
 from attn_fuzz.backends.kernel import MisshapenResult, UnsupportedCase
 from attn_fuzz.backends.known import KnownIssue, built_on, issues_below, issues_of
 from attn_fuzz.backends.registry import Backend, calls_of
 from attn_fuzz.backends.user import InsideLayer, UserKernel
 from attn_fuzz.execution.observation import Observation
 from attn_fuzz.execution.operators import operators_of
+from attn_fuzz.execution.origin import place_of
 from attn_fuzz.execution.poison import POISONS
 from attn_fuzz.execution.process import device_failed, first_line, in_words, kind_of, raise_lack_of_memory
 from attn_fuzz.execution.runner import WroteBeforeRefusing, require_support
@@ -230,26 +226,13 @@ USUAL_MEMORIES = ("contiguous", "fused", "head_major", "sliced", "mixed")
 """Layouts that a varlen kernel meets every day, or a mixture of them; on these an error is a finding."""
 
 
-_NOT_THEIRS = (
-    *(Path(package.__file__).resolve().parent for package in (attn_fuzz, backends, reference) if package.__file__),
-    *(Path(sysconfig.get_path(place)) for place in ("stdlib", "purelib", "platlib")),
-)
-
-
 def _fallen(error: BaseException) -> Symptom:
     """The symptom of a call that did not come back as it should."""
     if isinstance(error, MisshapenResult):
         return MissingResult("complete", "out", first_line(error))
-    words = f"{in_words(error)}{_place(error)}"
+    words = f"{in_words(error)}{place_of(error)}"
     if isinstance(error, RanksHung):
         return Hung("runs", "call", words)
     crashed = Crashed("runs", "call", words)
     crashed.error = kind_of(error)
     return crashed
-
-
-def _place(error: BaseException) -> str:
-    """Where in somebody's own file it happened: the innermost frame that is neither installed nor this project's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not any(Path(frame.filename).is_relative_to(folder) for folder in _NOT_THEIRS)]
-    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""

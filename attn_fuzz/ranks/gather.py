@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
 
 from attn_fuzz.backends.registry import Backend
+from attn_fuzz.backends.user import InsideLayer
 from attn_fuzz.execution.observation import Observation
-from attn_fuzz.ranks.rank_group import PATIENCE, QUICK_PATIENCE, rank_groups
-from attn_fuzz.ranks.rank_run import run_slice
+from attn_fuzz.ranks.rank_group import PATIENCE, QUICK_PATIENCE, RankGroup, RankGroups, rank_groups
+from attn_fuzz.ranks.rank_run import load, run_slice
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import LayerInputs, layer_inputs
 from attn_fuzz.reference.layout import Span, micro_sequences, rank_slice
@@ -38,6 +40,7 @@ def run_ranks(
     Raises:
         RankFailed: when a rank raised or died.
         RanksHung: when ranks did not come back.
+        MisshapenResult: when a rank's layer returned something else than it should.
         UnsupportedCase: when the backend itself refuses.
     """
     # Drawn here once, and not on every rank.
@@ -50,9 +53,28 @@ def run_ranks(
         interfering and layer_inputs(interfering, "cpu"),
     )
     quick = device.type == "cpu" and not backend.kernel.compiled
-    patience = QUICK_PATIENCE if quick else PATIENCE
-    by_rank = rank_groups().call(case.all_ranks, device, run_slice, arguments, patience)
-    return [assembled(case, poison, observed) for poison, *observed in zip(poisons, *by_rank, strict=True)]
+    # A user's layer may compile something all the same.
+    patience = QUICK_PATIENCE if quick and not isinstance(backend.kernel, InsideLayer) else PATIENCE
+    groups = rank_groups()
+    group = _ready(groups, backend.name, case.all_ranks, device)
+    by_rank = groups.call(case.all_ranks, device, run_slice, arguments, patience, awake=quick)
+    if len({ran.messages for ran in by_rank}) > 1:
+        group.uneven = backend.name
+    runs = [ran.observations for ran in by_rank]
+    return [assembled(case, poison, observed) for poison, *observed in zip(poisons, *runs, strict=True)]
+
+
+def _ready(groups: RankGroups, backend: str, ranks: int, device: torch.device) -> RankGroup:
+    """A group whose ranks have imported a backend, and in which no other one may have left a message behind."""
+    group = groups.group(ranks, device)
+    if group.uneven not in (None, backend):
+        # It may have sent to single neighbours only, or not have met a collective of others.
+        groups.replace(ranks, device)
+        group = groups.group(ranks, device)
+    if backend not in group.loaded:
+        groups.call(ranks, device, load, (backend, tuple(sys.path)))
+        group.loaded.add(backend)
+    return group
 
 
 def assembled(case: Case, poison: str, observed: Sequence[Observation]) -> Observation:

@@ -89,6 +89,8 @@ class Counted(Collectives):
     def __init__(self, collectives: Collectives, progress: Progress, rank: int) -> None:
         super().__init__(collectives.rank, collectives.ranks)
         self._collectives, self._progress, self._rank = collectives, progress, rank
+        # What a user's layer does with it is not counted: a ring may send to one neighbour alone.
+        self.group = collectives.group
 
     def gather(self, own: torch.Tensor, whole: torch.Tensor) -> Handle:
         self._progress.begin(self._rank, reduces=False)

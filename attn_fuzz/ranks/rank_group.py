@@ -8,19 +8,20 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.backends.kernel import MisshapenResult, UnsupportedCase
 from attn_fuzz.ranks.client import Client, HostError
 from attn_fuzz.ranks.pickling import packed, unpacked
 from attn_fuzz.ranks.progress import Progress
 from attn_fuzz.ranks.rank_process import Failure, Seat
+from attn_fuzz.ranks.stillness import Stillness
 
 PATIENCE: Final = 120.0
 """Seconds after which silent ranks count as hung: below a campaign's own patience, above what a JIT compiler takes."""
@@ -57,6 +58,11 @@ def seats(device: torch.device, ranks: int, folder: Path) -> list[Seat]:
     return [Seat(rank, ranks, place, "gloo", *files) for rank in range(ranks)]
 
 
+def _back(answers: Mapping[int, Any]) -> str:
+    """Which ranks came back, in words."""
+    return f", {', '.join(map(str, sorted(answers)))} came back" if answers else ""
+
+
 class RankGroup:
     """Processes that share a process group.
 
@@ -81,13 +87,26 @@ class RankGroup:
         finally:
             for _, theirs in pairs:
                 theirs.close()
+        self.loaded: set[str] = set()
+        """Backends that its ranks have imported."""
+        self.uneven: str | None = None
+        """The backend under which ranks have begun other numbers of messages, if one has."""
 
-    def call(self, function: Callable[..., Any], arguments: Sequence[Any], seconds: float) -> list[Any]:
+    def call(
+        self, function: Callable[..., Any], arguments: Sequence[Any], seconds: float, *, awake: bool = False
+    ) -> list[Any]:
         """``function(*arguments)`` in every rank; the results by rank.
+
+        Args:
+            function: importable by its name.
+            arguments: of it.
+            seconds: after which silent ranks count as hung.
+            awake: ranks that do nothing at all for a while count as hung, too.
 
         Raises:
             RankFailed: when a rank raised or died.
-            RanksHung: when some have not answered after so many seconds, or never will.
+            RanksHung: when some have not answered in time, or never will.
+            MisshapenResult: when a rank's layer returned something else than it should.
             HostError: when the process that forked them is gone.
             UnsupportedCase: when a rank refused.
             torch.OutOfMemoryError: when one had too little memory.
@@ -99,38 +118,48 @@ class RankGroup:
             except OSError:
                 # It is dead, which the answer that it does not give says.
                 continue
-        answers, dead = self._answers(time.monotonic() + seconds)
+        answers, dead, still = self._answers(time.monotonic() + seconds, awake=awake)
         failures = {rank: answer for rank, answer in answers.items() if isinstance(answer, Failure)}
         if dead:
             codes = self._client.end(self.pids)
             self.pids = []
             raise RankFailed(f"rank {dead[0]} of {self._ranks} died with exit code {codes[dead[0]]}")
         if failures:
-            rank, failure = min(failures.items())
-            if failure.kind == "refused":
-                raise UnsupportedCase(failure.message)
-            if failure.kind == "memory":
-                raise torch.OutOfMemoryError(failure.message)
-            raise RankFailed(f"rank {rank} of {self._ranks} raised {failure.type}: {failure.message}")
+            self._raise(*min(failures.items()))
         silent = [str(rank) for rank in range(self._ranks) if rank not in answers]
         if apart := self._out_of_step(sorted(answers)):
             raise RanksHung(f"of {self._ranks} ranks, {apart}")
+        if still:
+            raise RanksHung(f"of {self._ranks} ranks, {', '.join(silent)} wait for what never comes{_back(answers)}")
         if silent:
             raise RanksHung(f"of {self._ranks} ranks, {', '.join(silent)} did not answer within {seconds:g} seconds")
         return [answers[rank] for rank in range(self._ranks)]
 
-    def _answers(self, deadline: float) -> tuple[dict[int, Any], list[int]]:
-        """(what each rank said, ranks that died), as far as it has come by the deadline."""
+    def _raise(self, rank: int, failure: Failure) -> NoReturn:
+        """Raises what a rank has."""
+        if failure.kind == "refused":
+            raise UnsupportedCase(failure.message)
+        if failure.kind == "memory":
+            raise torch.OutOfMemoryError(failure.message)
+        if failure.kind == "misshapen":
+            raise MisshapenResult(f"on rank {rank} of {self._ranks}, {failure.message}")
+        raise RankFailed(f"rank {rank} of {self._ranks} raised {failure.type}: {failure.message}{failure.place}")
+
+    def _answers(self, deadline: float, *, awake: bool) -> tuple[dict[int, Any], list[int], bool]:
+        """(what each rank said, ranks that died, whether the others sleep), as far as it has come by the deadline."""
         answers: dict[int, Any] = {}
         dead: list[int] = []
         open_ones = {connection: rank for rank, connection in enumerate(self._connections)}
-        certain = False
+        certain, stillness = False, Stillness(self.pids)
         while open_ones and (left := deadline - time.monotonic()) > 0:
             if not certain:
                 certain, left = self._out_of_step(sorted(answers)) is not None, min(left, _LOOK)
                 # Others may yet come back.
                 deadline = min(deadline, time.monotonic() + SETTLED) if certain else deadline
-            for connection in wait(list(open_ones), timeout=left):
+            ready = wait(list(open_ones), timeout=left)
+            if awake and not ready and stillness.lasts(open_ones.values()):
+                return answers, sorted(dead), True
+            for connection in ready:
                 rank = open_ones.pop(connection)  # type: ignore[call-overload]
                 try:
                     answers[rank] = unpacked(connection.recv_bytes())  # type: ignore[union-attr]
@@ -138,7 +167,7 @@ class RankGroup:
                     dead.append(rank)
                 if rank in dead or isinstance(answers[rank], Failure):
                     deadline = min(deadline, time.monotonic() + GRACE)
-        return answers, sorted(dead)
+        return answers, sorted(dead), False
 
     def _out_of_step(self, back: Sequence[int]) -> str | None:
         """Which ranks call different collectives, or do without the last ones of others.
@@ -189,19 +218,24 @@ class RankGroups:
         function: Callable[..., Any],
         arguments: Sequence[Any],
         seconds: float = PATIENCE,
+        *,
+        awake: bool = False,
     ) -> list[Any]:
-        """``Team.call``; a group in which anything went wrong is replaced, since its ranks may be out of step."""
+        """``RankGroup.call``; a group in which anything went wrong is replaced, since its ranks may be out of step."""
         group = self.group(ranks, device)
         try:
-            return group.call(function, arguments, seconds)
+            return group.call(function, arguments, seconds, awake=awake)
         except HostError:
             # All ranks of all groups ended with it.
             self.close()
             raise
         except BaseException:
-            del self._rank_groups[ranks, str(device)]
-            group.end()
+            self.replace(ranks, device)
             raise
+
+    def replace(self, ranks: int, device: torch.device) -> None:
+        """Ends a group; the next call has a new one."""
+        self._rank_groups.pop((ranks, str(device))).end()
 
     def close(self) -> None:
         """Ends all groups and the host."""

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from attn_fuzz.backends.collectives import Collectives, Distributed
-from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.backends.kernel import MisshapenResult, UnsupportedCase
+from attn_fuzz.execution.origin import place_of
 from attn_fuzz.execution.process import first_line, lacks_memory, set_up_process
 from attn_fuzz.ranks.pickling import packed, unpacked
 from attn_fuzz.ranks.progress import Counted, Progress
@@ -45,13 +46,21 @@ class Failure:
     type: str
     message: str
     kind: str
-    """``refused``, ``memory`` for a lack of it, or ``error``."""
+    """``refused``, ``memory`` for a lack of it, ``misshapen`` for a result that is none, or ``error``."""
+    place: str = ""
+    """Where in somebody's own file, in words."""
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        refused = isinstance(error, (UnsupportedCase, NotImplementedError))
-        kind = "refused" if refused else "memory" if lacks_memory(error) else "error"
-        return cls(type(error).__name__, first_line(error), kind)
+        return cls(type(error).__name__, first_line(error), _kind(error), place_of(error))
+
+
+def _kind(error: BaseException) -> str:
+    if isinstance(error, (UnsupportedCase, NotImplementedError)):
+        return "refused"
+    if isinstance(error, MisshapenResult):
+        return "misshapen"
+    return "memory" if lacks_memory(error) else "error"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +40,27 @@ class RankRun(LayerRun):
 _loaded = functools.lru_cache(maxsize=None)(registry.load)
 
 
+def load(backend: str, path: Sequence[str]) -> None:
+    """Imports a backend, which may take far longer than a case does.
+
+    Args:
+        backend: its name.
+        path: where the parent looks for modules, which it may have learnt after ranks were forked.
+    """
+    sys.path.extend(folder for folder in path if folder not in sys.path)
+    _loaded(backend)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """What one rank has done of a case."""
+
+    observations: list[Observation]
+    """One under each poison."""
+    messages: int
+    """How many its process group has begun so far, where torch tells it: as many on each rank that uses collectives."""
+
+
 def run_slice(
     backend: str,
     case: Case,
@@ -45,7 +68,7 @@ def run_slice(
     poisons: Sequence[str],
     interfering: Case | None,
     interfering_calls: LayerInputs | None,
-) -> list[Observation]:
+) -> Ran:
     """What one rank does: called in every rank of a group. One run per poison.
 
     Runs of a case are asked for together, because a call wakes every process up.
@@ -65,4 +88,6 @@ def run_slice(
                 run.forward()
             run.backward()
         observations.append(run.observe())
-    return observations
+    # torch has no public name for it; gloo counts what is sent to one neighbour, too.
+    counted = getattr(here().collectives.group, "_get_sequence_number_for_group", lambda: 0)()
+    return Ran(observations, counted)

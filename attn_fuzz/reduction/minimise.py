@@ -22,6 +22,7 @@ from attn_fuzz.cases.smaller import (
     simpler_cuts,
     tiny_layouts,
 )
+from attn_fuzz.cases.spread import offered_in_multiples
 from attn_fuzz.reduction.reduce import Deadline, Pass, reduce
 from attn_fuzz.reference.case import Case
 
@@ -43,7 +44,14 @@ PASSES: Final[tuple[Pass[Case], ...]] = (
 )
 
 
-def minimise(case: Case, fails: Fails, seconds: float = 60.0, clock: Callable[[], float] = time.process_time) -> Case:
+def minimise(
+    case: Case,
+    fails: Fails,
+    seconds: float = 60.0,
+    clock: Callable[[], float] = time.process_time,
+    *,
+    multiple: int = 1,
+) -> Case:
     """The smallest case found that still fails in the same way.
 
     Args:
@@ -52,5 +60,7 @@ def minimise(case: Case, fails: Fails, seconds: float = 60.0, clock: Callable[[]
         seconds: by the clock; what has been reached by then is returned.
         clock: processor time, so that a busy machine shrinks as far as an idle one. Who waits for other processes
             needs another.
+        multiple: tokens of which every rank's slice of every micro-sequence has to have a multiple.
     """
-    return reduce(case, PASSES, fails, simplicity, Deadline.after(seconds, clock))
+    passes = PASSES if multiple == 1 else [offered_in_multiples(offers, multiple) for offers in PASSES]
+    return reduce(case, passes, fails, simplicity, Deadline.after(seconds, clock))

@@ -197,7 +197,8 @@ def _alike(trial: Trial, verdict: Verdict, examine: Examine, others: list[Case])
         def fails(candidate: Case) -> bool:
             return any(fails_once(candidate, hasty=hasty) for _ in range(again.attempts))
 
-        small = minimise(case, fails, _SECONDS, same.clock)
+        multiple = trial.backend.kernel.capabilities_on(trial.device.type).slice_multiple
+        small = minimise(case, fails, _SECONDS, same.clock, multiple=multiple)
         return small, examine(small, same.poisons)
 
     # Careful budgets take more than nine tenths of the time of a layer that fails.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from attn_fuzz.backends.kernel import first_mismatch
 from attn_fuzz.oracle.symptoms import DeadRowsNotZero, Element, Place, RanksDiffer, Symptom
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.case import Case
@@ -19,6 +20,10 @@ def replicas_equal(trial: Trial) -> Iterator[Symptom]:
         for name in ("k", "v"):
             buffers = [buffers[name] for buffers in observation.by_rank if name in buffers]
             for rank, other in enumerate(buffers[1:], 1):
+                if differs_in := first_mismatch(other, buffers[0]):
+                    what, there, here = differs_in
+                    yield RanksDiffer("replicas", name, f"its {what} is {there} on rank {rank}, and {here} on rank 0")
+                    continue
                 differs = (bits(other) != bits(buffers[0])).flatten(1).any(1)
                 if rows := differs.nonzero()[:, 0].tolist():
                     document, row = trial.document_of(name, rows[0])
