@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from attn_fuzz.backends.kernel import BackendUnavailable
@@ -53,8 +53,8 @@ def _read(call: str) -> dict[str, Any] | None:
         return None
 
 
-def require_arguments(made: type, name: str, arguments: Mapping[str, Any]) -> None:
-    """Sees that a class can be built with these arguments, beside weights and case.
+def require_arguments(made: type, name: str, arguments: Mapping[str, Any], given: Sequence[str] = ()) -> None:
+    """Sees that a class can be built with these arguments, beside weights, case, and what else it is always given.
 
     Raises:
         BackendUnavailable: where it cannot, with the reason in one sentence.
@@ -73,5 +73,5 @@ def require_arguments(made: type, name: str, arguments: Mapping[str, Any]) -> No
         known = f"it takes {', '.join(taken)}" if taken else "it takes none beside weights and case"
         raise BackendUnavailable(f"{name} takes no argument {unknown[0]!r}; {known}")
     required = [key for key in taken if key in parameters and parameters[key].default is inspect.Parameter.empty]
-    if missing := [key for key in required if key not in arguments]:
+    if missing := [key for key in required if key not in arguments and key not in given]:
         raise BackendUnavailable(f"{name} needs an argument {missing[0]!r}; give it by --set {missing[0]}=VALUE")

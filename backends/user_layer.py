@@ -53,7 +53,7 @@ def require_layer(
     if missing := [method for method in methods if not callable(getattr(made, method, None))]:
         raise BackendUnavailable(f"{name} is no layer: it has no method {missing[0]}")
     given = {**arguments, **dict.fromkeys(keywords)}
-    require_arguments(made, name, given)
+    require_arguments(made, name, arguments, ("group", "tensor_group"))
     try:
         inspect.signature(made).bind("weights", "case", **given)
     except (TypeError, ValueError) as error:

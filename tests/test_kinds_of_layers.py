@@ -179,7 +179,11 @@ def test_layers_that_declare_nothing_are_drawn_the_same_cases() -> None:
 
 def test_the_docs_list_every_kind_with_its_default_first() -> None:
     text = (KINDS.parent.parent / "docs" / "your_layer.md").read_text()
-    rows = [line.split(" | ") for line in text.partition("| capability |")[2].splitlines() if line.startswith("| `")]
+    rows = [
+        line.split(" | ")
+        for line in text.partition("| capability |")[2].partition("\n\n")[0].splitlines()
+        if line.startswith("| `")
+    ]
     told = {row[0].strip("|` "): [eval(value) for value in re.findall("`(.*?)`", row[1])] for row in rows}
     kinds = ("rotary_positions", "gradient_rows", "padding", "noncausal_cuts", "reusable", "evaluation", "backward")
     assert sorted(told) == sorted(kinds)
