@@ -791,17 +791,18 @@ def test_faults_of_kernels_are_found_by_batches_too(attn_fuzz: Run) -> None:
     told = json.loads(done.out)
     assert told["mode"] == "batch"
     assert [row["caught"] and row["minimal"] for row in told["faults"]] == [True, True]
-    done = attn_fuzz(*command, "--only", "M01")
+    done = attn_fuzz(*command, "--only", "R13")
     assert done.status == 2
-    assert "M01 is no fault of a kernel" in done.err
+    assert "R13 is a fault of ranks" in done.err
     assert attn_fuzz("faults", "--mode", "packed").status == 2
 
 
 def test_all_modes_leave_batches_out_where_there_is_nothing_to_call() -> None:
-    def modes(levels: tuple[str, ...]) -> list[str]:
+    def modes(levels: tuple[str, ...], ranks: tuple[int, ...] = (1,)) -> list[str]:
         every = ("case", "batch", "packed")
-        options = CampaignOptions(device="cpu", workers=3, seconds=1.0, levels=levels, modes=every)
+        options = CampaignOptions(device="cpu", workers=3, seconds=1.0, levels=levels, modes=every, ranks=ranks)
         return [job.mode for job in plan(("loop",), options)]
 
-    assert modes(("layer",)) == ["case", "packed"]
+    assert modes(("layer",), (1, 2)) == ["case", "packed"]
+    assert modes(("layer",)) == ["case", "batch", "packed"]
     assert modes(("layer", "kernel")) == ["case", "batch", "packed"]

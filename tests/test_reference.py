@@ -261,7 +261,7 @@ def test_documents_side_by_side_equal_one_at_a_time(case: Case, stored: frozense
         # What owes bits owes them either way; what does not, differs by the noise of the samples.
         assert torch.equal(together[name].variance == 0, answer.variance == 0), name
         # Of few elements, whose errors have one source, it is a sample's tails that differ.
-        sums = [each[name].variance.sum().item() for each in (together, answer)]
+        sums = [each.variance.sum().item() for each in (together[name], answer)]
         assert min(sums) >= 0.4 * max(sums), name
 
 
