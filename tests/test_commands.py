@@ -43,7 +43,7 @@ kernel.capabilities = {"gqa": False, "dtypes": ["fp32"]}
 @pytest.mark.usefixtures("in_this_process")
 def test_a_campaign_without_findings_ends_with_0(attn_fuzz: Run) -> None:
     options = ("--device", "cpu", "--cases", "4", "--level", "kernel", "--dtype", "fp32", "--workers", "1", "--json")
-    done = attn_fuzz("run", "--backend", "loop", *options)
+    done = attn_fuzz("run", "--backend", "loop", "--mode", "case", *options)
     assert done.status == 0, done.err
     assert done.json["cases"] == 4
     assert done.json["documents"] >= 4
@@ -265,7 +265,7 @@ QUICK = ("--device", "cpu", "--workers", "1", "--level", "kernel")
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_too_few_cases_are_no_pass(attn_fuzz: Run) -> None:
-    done = attn_fuzz("run", "-b", "loop", "--cases", "2", "--min-cases", "3", *QUICK, "--json")
+    done = attn_fuzz("run", "-b", "loop", "--mode", "case", "--cases", "2", "--min-cases", "3", *QUICK, "--json")
     assert done.status == 3
     assert done.json["findings"] == []
     assert done.err.splitlines()[-1] == "attn-fuzz: loop was tested with 2 cases, fewer than the 3 of --min-cases"

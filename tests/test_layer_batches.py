@@ -349,7 +349,7 @@ def test_gradients_left_on_weights_are_each_calls_own() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "symptom"), [("H9", "WrongGradK"), ("L06", "WroteOutside"), ("M40", "NotExact")])
+@pytest.mark.parametrize(("fault", "symptom"), [("H9", "WrongGradK"), ("L06", "WroteOutside")])
 def test_faults_of_layers_are_found_shrunk_and_handed_over(fault: str, symptom: str) -> None:
     (finding,), finished = campaign(f"fault:{fault}", 600)
     assert finding.symptom == symptom
