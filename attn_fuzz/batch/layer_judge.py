@@ -15,7 +15,6 @@ from attn_fuzz.batch.layer_run import SAMPLES, LayerBatchRun
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.inferred import TIMES, promises
 from attn_fuzz.execution.layer_calls import LayerHow
-from attn_fuzz.reference.memory import bits
 
 LAYER_SCHEDULE: Final = (
     Question("nan", "steps"),
@@ -55,8 +54,7 @@ def judge_layer_calls(
     Raises:
         torch.OutOfMemoryError: as it comes.
     """
-    run = LayerBatchRun(batch, backend, device, question.poison, how(question.asked, device), beat)
-    run.samples = samples
+    run = LayerBatchRun(batch, backend, device, question.poison, how(question.asked, device), beat, samples)
     if run.first:
         # Of calls none of which came back there is nothing to ask.
         run.hold(run.first)
@@ -94,12 +92,8 @@ def moving_layers(batch: CallBatch, backend: Backend, device: torch.device, pois
     Returns:
         bool ``[documents]`` on the CPU.
     """
-    run = LayerBatchRun(batch, backend, device, poison, LayerHow(watched=False), lambda: None)
+    run = LayerBatchRun(batch, backend, device, poison, LayerHow(watched=False))
     names = [name for name in run.first if run.repeats(name) and not promises(backend, str(device), name)]
     for _ in range(TIMES - 1 if names else 0):
-        again = run.run(run.tensors, poison)
-        for name in names:
-            before, now = run.first[name], again.get(name)
-            if now is not None and now.dtype == before.dtype:
-                run.note("bits", name, (bits(before) != bits(now)).view(before.shape))
+        run.note_moved(names, run.run(run.tensors, poison))
     return (run.z[:, LAYER_NAMES.index("bits")] > 0).cpu()

@@ -18,23 +18,17 @@ from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.inferred import inferred
 from attn_fuzz.execution.layer_calls import LayerHow
 from attn_fuzz.oracle.checks.regroup import recut
-from attn_fuzz.oracle.deviations import LIMIT
 from attn_fuzz.oracle.garbage import layer_garbage
 from attn_fuzz.oracle.known_answer.accumulation import accumulation_probe
 from attn_fuzz.oracle.known_answer.slack import holds_whole_numbers
 from attn_fuzz.oracle.relations.halves import apart, summed_in_float32, with_gradient_of
-from attn_fuzz.oracle.relations.isolation import Spoiled, garbage_of
-from attn_fuzz.reference.case import Case
-from attn_fuzz.reference.memory import bits
+from attn_fuzz.oracle.relations.isolation import Spoiled, far_apart, garbage_of
 
 
 def again(run: LayerBatchRun) -> None:
     """The drawn values once more, from memory of the other kind, the last call first: the same bits where promised."""
     second = run.run(run.tensors, run.other_poison, LayerHow(watched=False, backwards=True))
-    for name, got in second.items():
-        before = run.first.get(name)
-        if before is not None and before.dtype == got.dtype and run.repeats(name):
-            run.note("bits", name, (bits(before) != bits(got)).view(before.shape))
+    run.note_moved(filter(run.repeats, second), second)
     run.hold(second)
 
 
@@ -46,15 +40,14 @@ def documents_apart(run: LayerBatchRun) -> None:
     for name in spoiled.results:
         if name in run.expected and spoiled.fits(name, run.first, after):
             before, now = run.first[name], after[name]
-            spread = run.expected[name].variance.sqrt()
-            near = (before.double() - now.double()).abs() <= 2**0.5 * LIMIT * spread
-            run.note(APART, name, spoiled.compared(name, before, now, ~near & (before != now)).wrong)
+            moved = far_apart(before, now, run.expected[name].variance)
+            run.note(APART, name, spoiled.compared(name, before, now, moved).wrong)
 
 
 def cut_elsewhere(run: LayerBatchRun) -> None:
     """Every call without its cuts, or cut in the middle, where the layer takes it so: within the same budgets."""
     cuts, begin = set[int](), 0
-    for call in run.calls:
+    for call in run.batch.calls:
         other = recut(call)
         taken = other if other is not None and run.backend.refusal(other, run.device.type) is None else call
         cuts |= {begin + cut for cut in taken.cuts} | ({begin} if begin else set())
@@ -67,7 +60,7 @@ def whole_numbers(run: LayerBatchRun) -> None:
     """Gradients that are sums of whole numbers over micro-sequences: exact, where the layer keeps them in float32."""
     if not holds_whole_numbers(run.case, run.backend.kernel.profile_on(run.device.type)):
         return
-    probe = accumulation_probe(run.case, run.calls)
+    probe = accumulation_probe(run.case, run.batch.calls)
     batch = None if probe is None else CallBatch(probe.case, run.batch.ends)
     if probe is None or batch is None or not _taken(run, batch):
         return
@@ -81,8 +74,7 @@ def whole_numbers(run: LayerBatchRun) -> None:
 
 def _taken(run: LayerBatchRun, batch: CallBatch) -> bool:
     """Whether the backend takes every call of a batch that differs in its configuration only."""
-    calls: list[Case] = [batch.call(index) for index in range(len(batch.ends))]
-    return all(run.backend.refusal(call, run.device.type) is None for call in calls)
+    return all(run.backend.refusal(call, run.device.type) is None for call in batch.calls)
 
 
 def halves(run: LayerBatchRun) -> None:

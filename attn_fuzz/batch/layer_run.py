@@ -7,7 +7,7 @@ answered at once, is many calls. Only the layer under test runs call by call, as
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 import torch
@@ -22,6 +22,7 @@ from attn_fuzz.oracle.deviations import LIMIT, deviations, limit
 from attn_fuzz.oracle.trial import as_shown
 from attn_fuzz.reference.answer import Expected
 from attn_fuzz.reference.layer import LayerInputs, layer_answer, layer_inputs
+from attn_fuzz.reference.memory import bits
 from attn_fuzz.reference.packed import packed
 
 SAMPLES: Final = 16
@@ -43,6 +44,7 @@ class LayerBatchRun:
         poison: contents of unwritten memory when the drawn values run.
         how: in which way they run.
         beat: called before every call of every run.
+        samples: simulated roundings behind the budgets.
     """
 
     def __init__(
@@ -52,12 +54,12 @@ class LayerBatchRun:
         device: torch.device,
         poison: str,
         how: LayerHow,
-        beat: Callable[[], None],
+        beat: Callable[[], None] = lambda: None,
+        samples: int = SAMPLES,
     ) -> None:
         self.batch, self.backend, self.device = batch, backend, device
         self.poison, self.other_poison, self.beat = poison, _OTHER[poison], beat
-        self.case, self.samples = batch.case, SAMPLES
-        self.calls = [batch.call(index) for index in range(len(batch.ends))]
+        self.case, self.samples = batch.case, samples
         self.drawn = layer_inputs(self.case, device)
         self.runs: list[LayerResults] = []
         self.placed: list[LayerTensors] = []
@@ -99,12 +101,9 @@ class LayerBatchRun:
 
     def run(self, tensors: LayerTensors, poison: str, how: LayerHow | None = None) -> dict[str, torch.Tensor]:
         """The results of a run of all calls; who strayed in it is accused."""
-        cases = (
-            self.calls
-            if tensors.batch is self.batch
-            else [tensors.batch.call(index) for index in range(len(tensors.batch.ends))]
+        found = run_layer_calls(
+            tensors, self.backend, tensors.batch.calls, poison, how or LayerHow(watched=False), self.beat
         )
-        found = run_layer_calls(tensors, self.backend, cases, poison, how or LayerHow(watched=False), self.beat)
         self.runs.append(found)
         for index in found.strayed:
             self.z[self.batch.spans[index][0], LAYER_NAMES.index(STEPS)] = torch.inf
@@ -127,11 +126,18 @@ class LayerBatchRun:
         worst = beyond.flatten(1).amax(1)
         self.z[:, LAYER_NAMES.index(column)].scatter_reduce_(0, places, worst, "amax")
 
+    def note_moved(self, names: Iterable[str], results: Results) -> None:
+        """Notes documents that have other bits in some of these results than in the first run."""
+        for name in names:
+            before, now = self.first.get(name), results.get(name)
+            if before is not None and now is not None and before.dtype == now.dtype:
+                self.note("bits", name, (bits(before) != bits(now)).view(before.shape))
+
     def by_call(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """The largest magnitude of a result in each call, float64, in a shape that broadcasts to the result's."""
         rows = x.double().abs().flatten(1).amax(1)
         shape = (-1, *(1,) * (x.dim() - 1))
         if name not in OF_TOKENS:
             return rows.view(shape)
-        largest = rows.new_zeros(len(self.calls)).scatter_reduce(0, self.call_of_token, rows, "amax")
+        largest = rows.new_zeros(len(self.batch.ends)).scatter_reduce(0, self.call_of_token, rows, "amax")
         return largest[self.call_of_token].view(shape)

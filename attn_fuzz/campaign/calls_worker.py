@@ -92,8 +92,8 @@ class CallsWorker(BatchWorker):
     def take(self, judged: Judged) -> None:
         """Adds a batch to the tally, and has what failed of it triaged."""
         if judged.batch.case.level == "layer":
-            calls = (judged.call(index) for index in range(len(judged.batch.ends)) if index not in judged.refused)
-            self.tally.straddling += sum(map(straddling, calls))
+            calls = enumerate(judged.batch.calls)
+            self.tally.straddling += sum(straddling(call) for index, call in calls if index not in judged.refused)
         self.tally_batch(judged)
         if judged.touched:
             self.triage_touched(judged)

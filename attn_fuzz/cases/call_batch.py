@@ -63,6 +63,11 @@ class CallBatch:
         spans = document_spans(self.case.packed_lengths)
         return tuple(Span(spans[begin].begin, spans[end - 1].end) for begin, end in self.spans)
 
+    @functools.cached_property
+    def calls(self) -> tuple[Case, ...]:
+        """Each call, as a case of its own."""
+        return tuple(self.call(index) for index in range(len(self.ends)))
+
     @classmethod
     def of_one(cls, case: Case) -> CallBatch:
         """A case as a batch of one call."""

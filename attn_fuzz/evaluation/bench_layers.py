@@ -41,7 +41,6 @@ class LayerBench:
         self.domain = Domain.of(backend.kernel.capabilities_on(device.type), device.type)
         batches = [self._drawn(number) for number in range(_BATCHES)]
         self.placed = [LayerTensors(batch, layer_inputs(batch.case, device), device, "zero") for batch in batches]
-        self.calls = [[batch.call(index) for index in range(len(batch.ends))] for batch in batches]
 
     def _drawn(self, number: int) -> CallBatch:
         longest = LONGEST[self.device.type]
@@ -60,9 +59,9 @@ class LayerBench:
 
     def bare(self, turn: int) -> int:
         """Forward and backward of the same batch's calls; gives how many it has."""
-        placed, calls = self.placed[turn % _BATCHES], self.calls[turn % _BATCHES]
-        for index, case in enumerate(calls):
+        placed = self.placed[turn % _BATCHES]
+        for index, case in enumerate(placed.batch.calls):
             run = LayerRun(self.backend, case, placed, index, watched=False)
             run.forward()
             run.backward()
-        return len(calls)
+        return len(placed.batch.ends)

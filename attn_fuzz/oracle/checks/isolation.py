@@ -9,10 +9,9 @@ from typing import Final
 import torch
 
 from attn_fuzz.execution.observation import Observation
-from attn_fuzz.oracle.deviations import LIMIT
 from attn_fuzz.oracle.garbage import kernel_garbage, layer_garbage
 from attn_fuzz.oracle.known_answer.compared import Compared
-from attn_fuzz.oracle.relations.isolation import Spoiled, garbage_of, kept_documents, moved_bits
+from attn_fuzz.oracle.relations.isolation import Spoiled, far_apart, garbage_of, kept_documents, moved_bits
 from attn_fuzz.oracle.symptoms import NotIsolated, Symptom
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.answer import Inputs
@@ -68,9 +67,11 @@ def _judged(trial: Trial, spoiled: Spoiled, what: str) -> Iterator[Symptom]:
         pair = before[name], after[name]
         # Layers hold matrix products over all tokens, whose rounding is torch's affair.
         exact = trial.repeats(name) and trial.case.level == "kernel"
-        compared = spoiled.compared(name, *pair, moved_bits(*pair) if exact else _far(trial, name, *pair))
+        compared = spoiled.compared(
+            name, *pair, moved_bits(*pair) if exact else far_apart(*pair, trial.answer[name].variance)
+        )
         if exact and compared.wrong.any() and not trial.moves_for(name, run):
-            compared = spoiled.compared(name, *pair, _far(trial, name, *pair))
+            compared = spoiled.compared(name, *pair, far_apart(*pair, trial.answer[name].variance))
         yield from _told(trial, compared, what)
 
 
@@ -91,9 +92,3 @@ def _told(trial: Trial, compared: Compared, what: str) -> Iterator[Symptom]:
         f"by up to {moved.nan_to_num(torch.inf).max().item():.3g}",
         element=element,
     )
-
-
-def _far(trial: Trial, name: str, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Elements further apart than two runs with roundings of their own are."""
-    spread = trial.answer[name].variance.sqrt()
-    return ~((before.double() - after.double()).abs() <= 2**0.5 * LIMIT * spread) & (before != after)

@@ -9,6 +9,7 @@ from typing import Final
 import torch
 
 from attn_fuzz.execution.inferred import InferredCapabilities
+from attn_fuzz.oracle.deviations import LIMIT
 from attn_fuzz.oracle.known_answer.compared import Compared
 from attn_fuzz.oracle.known_answer.row_index import RowIndex
 from attn_fuzz.reference.answer import Inputs
@@ -39,6 +40,12 @@ def kept_documents(case: Case) -> list[int]:
 def moved_bits(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """Elements that are no longer the same: 0 times a negative number is -0, so that signs of zeros may move."""
     return (before != after) & ~(before.isnan() & after.isnan())
+
+
+def far_apart(before: torch.Tensor, after: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    """Elements further apart than two runs are whose roundings of their own have that variance."""
+    near = (before.double() - after.double()).abs() <= 2**0.5 * LIMIT * variance.sqrt()
+    return ~near & (before != after)
 
 
 @dataclasses.dataclass(frozen=True)
