@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 
@@ -16,7 +17,7 @@ from attn_fuzz.execution.inferred import TIMES, InferredCapabilities, inferred, 
 from attn_fuzz.execution.layer_conventions import EVALUATED
 from attn_fuzz.execution.observation import Observation, differing
 from attn_fuzz.execution.poison import POISONS
-from attn_fuzz.execution.runner import run_kernel, run_layer
+from attn_fuzz.execution.runner import LayerRun, LayerRuns, run_kernel, run_layer
 from attn_fuzz.ranks.gather import run_ranks
 from attn_fuzz.reference.answer import Expected, Inputs, kernel_inputs
 from attn_fuzz.reference.batched import kernel_answer
@@ -43,6 +44,9 @@ def as_shown(profile: Profile, results: Mapping[str, torch.Tensor]) -> Profile:
 @dataclasses.dataclass
 class Trial:
     """A case, what the backend made of it, and what it should have made; checks are functions of this."""
+
+    how: ClassVar[LayerRuns] = LayerRun
+    """In which way a layer is run."""
 
     case: Case
     backend: Backend
@@ -108,7 +112,7 @@ class Trial:
         elif self.case.all_ranks > 1:
             return self._on_ranks(inputs, (poison,), interfering)[0]
         else:
-            observed = run_layer(self.backend, self.case, inputs, poison, self.device, interfering)
+            observed = run_layer(self.backend, self.case, inputs, poison, self.device, interfering, type(self).how)
         self.touched.extend(observed.changed)
         return observed
 

@@ -12,12 +12,10 @@ from typing import Any, ClassVar
 
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.cases.earlier import earlier_sequence
-from attn_fuzz.execution.calls import EVERYTHING, Asked
 from attn_fuzz.execution.layer_conventions import EVALUATED, without_autograd
-from attn_fuzz.execution.observation import Observation
 from attn_fuzz.execution.process import beyond_its_call, in_words
 from attn_fuzz.execution.reused import EarlierFailed, ReusedRun
-from attn_fuzz.execution.runner import LayerRun, LayerRuns, require_support, run_layer
+from attn_fuzz.execution.runner import LayerRun, LayerRuns, require_support
 from attn_fuzz.oracle.checks.budget import within_budget
 from attn_fuzz.oracle.checks.dead_rows import dead_rows_zero
 from attn_fuzz.oracle.checks.memory import (
@@ -28,9 +26,7 @@ from attn_fuzz.oracle.checks.memory import (
 )
 from attn_fuzz.oracle.symptoms import KeepsState, Symptom, WrongWhenAsked
 from attn_fuzz.oracle.trial import Trial
-from attn_fuzz.reference.answer import Expected, Inputs
-from attn_fuzz.reference.case import Case
-from attn_fuzz.reference.layer import LayerInputs
+from attn_fuzz.reference.answer import Expected
 from attn_fuzz.reference.profile import Profile
 
 _ASKED = (
@@ -44,34 +40,14 @@ _ASKED = (
 
 
 @dataclasses.dataclass
-class _Otherwise(Trial):
-    """A case whose runs are of another kind."""
-
-    how: ClassVar[LayerRuns]
-
-    def observe_with(
-        self,
-        inputs: Inputs | LayerInputs,
-        poison: str,
-        interfering: Case | None = None,
-        asked: Asked = EVERYTHING,
-    ) -> Observation:
-        assert isinstance(inputs, LayerInputs)
-        how = type(self).how
-        observed = run_layer(self.backend, self.case, inputs, poison, self.device, interfering, how)
-        self.touched.extend(observed.changed)
-        return observed
-
-
-@dataclasses.dataclass
-class _Reused(_Otherwise):
+class _Reused(Trial):
     """A case that is the second sequence of its object."""
 
     how: ClassVar[LayerRuns] = ReusedRun
 
 
 @dataclasses.dataclass
-class _Evaluated(_Otherwise):
+class _Evaluated(Trial):
     """A case whose layer is run without autograd, forward only."""
 
     how: ClassVar[LayerRuns] = functools.partial(LayerRun, evaluation=True)
@@ -81,7 +57,7 @@ class _Evaluated(_Otherwise):
         return {name: answer[name] for name in EVALUATED}
 
 
-def _made(trial: Trial, how: type[_Otherwise]) -> _Otherwise:
+def _made(trial: Trial, how: type[Trial]) -> Trial:
     """The same case in another life, by itself."""
     given: dict[str, Any] = {
         field.name: getattr(trial, field.name) for field in dataclasses.fields(Trial) if field.init
@@ -89,7 +65,7 @@ def _made(trial: Trial, how: type[_Otherwise]) -> _Otherwise:
     return how(**{**given, "interfered": False})
 
 
-def _symptoms(trial: _Otherwise) -> Iterator[Symptom]:
+def _symptoms(trial: Trial) -> Iterator[Symptom]:
     for check in _ASKED:
         yield from check(trial)
 
