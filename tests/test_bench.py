@@ -15,7 +15,7 @@ from attn_fuzz.campaign.messages import Assignment, Tally
 from attn_fuzz.cli.bench import show_processes
 from attn_fuzz.evaluation import bench, bench_calls
 from attn_fuzz.evaluation.bench_calls import batches_shared_of, settled_rate
-from attn_fuzz.evaluation.bench_processes import BenchError, Job, processes_of
+from attn_fuzz.evaluation.bench_processes import BenchError, Job, bench_processes, processes_of
 from attn_fuzz.execution.timing import median
 
 CPU = torch.device("cpu")
@@ -40,8 +40,22 @@ def test_the_command_prints_one_object_of_the_promised_form(attn_fuzz: Run, monk
 
 
 @pytest.mark.slow
+def test_an_interrupted_measurement_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = bench.dataclasses.replace(bench.PLANS["cpu"], batch_documents=12, batch_seconds=0.2, batch_processes=(1,))
+    monkeypatch.setitem(bench.PLANS, "cpu", plan)
+
+    def say(line: str) -> None:
+        raise KeyboardInterrupt
+
+    result = bench_processes("cpu", ("loop", "backup"), say, ("kernel",))
+    assert result["interrupted"]
+    assert list(result["processes"]) == ["loop"]
+    assert result["processes"]["loop"]["1"]["cases_per_s"] > 0
+
+
+@pytest.mark.slow
 def test_the_command_measures_processes_that_share_a_device(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = bench.dataclasses.replace(bench.PLANS["cpu"], batch_documents=12, batch_seconds=0.4, batch_processes=(1, 2))
+    plan = bench.dataclasses.replace(bench.PLANS["cpu"], batch_documents=12, batch_seconds=0.4, batch_processes=(2,))
     monkeypatch.setitem(bench.PLANS, "cpu", plan)
     done = attn_fuzz("bench", "--processes", "--device", "cpu", "--json", "-b", "loop", "-b", "backup")
     assert done.status == 0, done.err

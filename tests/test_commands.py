@@ -53,6 +53,15 @@ def test_a_campaign_without_findings_ends_with_0(attn_fuzz: Run) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
+def test_after_a_clean_campaign_the_next_step_is_named(attn_fuzz: Run) -> None:
+    options = ("--device", "cpu", "--cases", "2", "--level", "kernel", "--dtype", "fp32", "--workers", "1")
+    done = attn_fuzz("run", "--backend", "loop", "--mode", "case", *options)
+    assert done.status == 0, done.err
+    assert "next: attn-fuzz check FILE.py:FUNCTION" in done.out
+
+
+@pytest.mark.slow
 def test_a_finding_ends_with_1_and_is_stored(attn_fuzz: Run) -> None:
     """The kernel prints, too: nothing of that may come between the command and a reader of its JSON."""
     write("noisy.py", NOISY)

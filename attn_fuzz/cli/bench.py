@@ -61,6 +61,8 @@ def show_processes(console: Console, result: dict[str, Any]) -> None:
         if rates.get(judged)
     ]
     print_fitted(console, columns, rows, _title(result))
+    if result["interrupted"]:
+        console.print("interrupted: the rest was not measured")
 
 
 def _title(result: dict[str, Any]) -> str:

@@ -215,6 +215,18 @@ def _print(outcome: Outcome, options: CampaignOptions, told: Told, found_out: Li
     tables.print_limits(console, found_out.limits)
     tables.print_findings(console, outcome.findings, str(told.store))
     console.print(f"seed {options.seed}" + (", interrupted" if outcome.interrupted else ""))
+    if not outcome.findings and not outcome.interrupted:
+        console.print(_next_step(next(iter(outcome.tallies))), markup=False, soft_wrap=True)
+
+
+def _next_step(name: str) -> str:
+    """What a user does after a campaign of this backend without findings."""
+    own = registry.users(name)
+    if own is None:
+        return "next: attn-fuzz check FILE.py:FUNCTION tests a kernel of yours, check-layer FILE.py:CLASS a layer"
+    if registry.USER_LAYER in own.prefix:
+        return "next: other seeds draw other cases (--seed), and --ranks spreads the layer over processes"
+    return f"next: attn-fuzz init {own.place}:{own.attribute} keeps it under test in your repository"
 
 
 def _untested(outcome: Outcome, min_cases: int) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import queue
+import signal
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.synchronize import Barrier
@@ -99,6 +100,8 @@ def _rate(work: Callable[[int], int], first: int, seconds: float, device: torch.
 
 
 def _measure(index: int, job: Job, barrier: Barrier, results: Any) -> None:
+    # Ctrl-C is for the parent, which keeps what was measured until then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_apart()
     set_up_process(job.device)
     device = torch.device(job.device)
@@ -114,12 +117,15 @@ def _measure(index: int, job: Job, barrier: Barrier, results: Any) -> None:
                         results.put((name, count, kind, _rate(work, 5 * index, job.seconds, device)))
 
 
-def processes_of(job: Job, say: Callable[[str], None]) -> dict[str, dict[str, dict[str, float]]]:
+def processes_of(
+    job: Job, say: Callable[[str], None], found: dict[str, dict[str, dict[str, float]]] | None = None
+) -> dict[str, dict[str, dict[str, float]]]:
     """Calls per second of all processes together, by backend and number of processes.
 
     Args:
         job: what is measured, of backends that take the plan's layout.
         say: told what was measured.
+        found: where the figures go as they come, so that an interruption keeps those before it.
 
     Raises:
         BenchError: when a process is lost.
@@ -127,7 +133,7 @@ def processes_of(job: Job, say: Callable[[str], None]) -> dict[str, dict[str, di
     context, most = new_process.context(), max(job.counts)
     barrier, results = context.Barrier(most), context.Queue()
     workers = [new_process.start(_measure, (index, job, barrier, results), {}) for index in range(most)]
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    found = {} if found is None else found
     try:
         for name in job.names:
             for level, count in itertools.product(_levels(name, job.levels), job.counts):
@@ -165,13 +171,20 @@ def bench_processes(
     case = layout(plan, plan.batch_documents)
     taking = [name for name in names if not _without_layout(name, case, device)]
     # Of calls that are there already: a campaign begins with few and draws them.
-    job = Job(tuple(taking), plan.batch_processes, plan.batch_seconds / 2, device, plan, tuple(levels))
-    return {
+    counts = tuple(dict.fromkeys((1, *plan.batch_processes)))
+    job = Job(tuple(taking), counts, plan.batch_seconds / 2, device, plan, tuple(levels))
+    result: dict[str, Any] = {
         "device": device,
         "environment": environment(device),
         "plan": dataclasses.asdict(plan),
-        "processes": processes_of(job, say),
+        "interrupted": False,
+        "processes": {},
     }
+    try:
+        processes_of(job, say, result["processes"])
+    except KeyboardInterrupt:
+        result["interrupted"] = True
+    return result
 
 
 def _without_layout(name: str, case: Case, device: str) -> bool:
