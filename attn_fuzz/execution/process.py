@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import signal
 import traceback
+import warnings
 from pathlib import Path
 from typing import Final
 
@@ -133,6 +135,9 @@ def leave_memory(device: torch.device) -> None:
 def set_apart() -> None:
     """What a child process does first: standard output is its parent's, and kernels that print use standard error."""
     os.dup2(2, 1)
+    # What torch says of its own operators, once in every process: a newcomer reads them as faults of what is tested.
+    warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype stage")
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
 def share_of_processors(place: int, places: int) -> frozenset[int] | None:
