@@ -202,11 +202,13 @@ def test_a_worker_that_hangs_is_a_finding_and_the_campaign_goes_on(
 
 @pytest.mark.slow
 def test_what_a_worker_was_shrinking_when_it_hung_is_kept(
-    kernel: Callable[..., str], impatient: Callable[[object], None]
+    kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A case is found wrong after 10 calls, and shrunk in 100 more."""
+    """A case is found wrong after 10 calls, and shrunk in 100 more; silences had been short until then."""
+    monkeypatch.setattr(pool, "SOON_SECONDS", 2.0)
+    monkeypatch.setattr(pool, "OFTEN", 3)
     kept: list[Finding] = []
-    outcome = campaign(kernel(HANGS_AFTER.format(20), SCALES), 1, impatient, kept.append)
+    outcome = campaign(kernel(HANGS_AFTER.format(20), SCALES), 1, nothing, kept.append)
     assert outcome.findings == kept
     assert {finding.symptom for finding in kept} == {"WrongOutput", "Hung"}
 

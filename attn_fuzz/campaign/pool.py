@@ -40,6 +40,12 @@ from attn_fuzz.reference.case import Case
 HANG_SECONDS: Final = 180.0
 """Silence after which a worker counts as hung: compilers of JIT backends take up to half a minute for one case."""
 
+SOON_SECONDS: Final = 40.0
+"""The same on a CPU, of one that has been heard of often and was never silent for a tenth of it."""
+
+OFTEN: Final = 50
+"""Times: what a backend does once, imports and compilers, has been done by then."""
+
 _LOOK_SECONDS: Final = 1.0
 """Between looks at silent workers, and at how much memory all of them have."""
 
@@ -69,6 +75,9 @@ class _Worker:
     """Which of the places at a time it has taken."""
     started: float = dataclasses.field(default_factory=time.monotonic)
     heard: float = dataclasses.field(default_factory=time.monotonic)
+    times_heard: int = 0
+    longest_silence: float = 0.0
+    """Seconds, of those that ended after it had begun."""
     spoke: float | None = None
     """When it was first heard of."""
     trying: Trying | None = None
@@ -79,6 +88,23 @@ class _Worker:
     finished: bool = False
     memory: int = 0
     """The most that it was seen to have, in bytes."""
+
+    def hear(self) -> None:
+        """Notes that a message came."""
+        now = time.monotonic()
+        if self.times_heard:
+            self.longest_silence = max(self.longest_silence, now - self.heard)
+        self.heard, self.times_heard = now, self.times_heard + 1
+
+    @property
+    def patience(self) -> float:
+        """Seconds of silence after which it counts as hung.
+
+        On a GPU each new configuration of a kernel may be compiled.
+        """
+        if self.assignment.device != "cpu" or self.times_heard < OFTEN:
+            return HANG_SECONDS
+        return min(max(SOON_SECONDS, 10 * self.longest_silence), HANG_SECONDS)
 
 
 _KEEPS_BLOCKS: Final = {name: str(1 << 30) for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")}
@@ -248,7 +274,7 @@ class Pool:
                 # Another one's finding was enough.
                 continue
             if worker.connection in ready:
-                worker.heard = time.monotonic()
+                worker.hear()
                 try:
                     self._take(worker, worker.connection.recv())
                 except (EOFError, OSError):
@@ -259,8 +285,8 @@ class Pool:
                         self._done.append(worker)
                     else:
                         self._bury(worker, "Crashed", cause_of_death(worker.process.exitcode))
-            elif time.monotonic() - worker.heard > HANG_SECONDS:
-                self._bury(worker, "Hung", f"was silent for {HANG_SECONDS:.0f} seconds")
+            elif time.monotonic() - worker.heard > worker.patience:
+                self._bury(worker, "Hung", f"was silent for {worker.patience:.0f} seconds")
 
     def _tell_ended(self) -> None:
         """Tells of backends with nothing running or waiting any more."""
