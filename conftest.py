@@ -19,7 +19,7 @@ def register_profiles() -> None:
         "suppress_health_check": [HealthCheck.too_slow],
     }
     phases = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
-    settings.register_profile("dev", settings(max_examples=20, **common))  # type: ignore[arg-type]
+    settings.register_profile("dev", settings(max_examples=12, **common))  # type: ignore[arg-type]
     settings.register_profile("ci", settings(max_examples=100, **common))  # type: ignore[arg-type]
     settings.register_profile("nightly", settings(max_examples=5000, phases=phases, **common))  # type: ignore[arg-type]
 

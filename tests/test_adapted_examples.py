@@ -60,6 +60,7 @@ def require_clean(name: str, device: str = "cpu") -> None:
     assert [verdict.symptoms for verdict in verdicts(name, device) if verdict.symptoms] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"{i}: {heading}" for i, heading in enumerate(HEADINGS)])
 def test_the_code_of_the_page_is_clean(block: str, tmp_path: Path) -> None:
     for package in re.findall(r"^import (\w+)$", block, re.MULTILINE):

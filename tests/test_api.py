@@ -71,6 +71,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("name", ["loop", "sdpa_dense", "sdpa_dense_flash", "sdpa_dense_math", "sdpa_nested", "backup"])
 def test_right_results_pass(name: str, case: Case, attn_device: str) -> None:

@@ -662,6 +662,7 @@ def test_a_parameters_sum_that_was_rounded_does_not_add_up(name: str) -> None:
     assert type(examine(APART, trial.backend, CPU).first) is NotExact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [APART, APART.replace(cuts=(3, 9)), APART.replace(cuts=(4, 8), padding=1, ranks=2)])
 def test_correct_sums_add_up(case: Case) -> None:
     for dtype in ("bf16", "fp16"):

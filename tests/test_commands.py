@@ -66,7 +66,7 @@ def test_a_finding_ends_with_1_and_is_stored(attn_fuzz: Run) -> None:
     """The kernel prints, too: nothing of that may come between the command and a reader of its JSON."""
     write("noisy.py", NOISY)
     options = ("--device", "cpu", "--cases", "10", "--level", "kernel", "--workers", "1", "--first", "--json")
-    done = attn_fuzz("check", "noisy.py:kernel", *options)
+    done = attn_fuzz("check", "noisy.py:kernel", "--mode", "case", *options)
     assert done.status == 1, done.err
     assert "called" in done.err
     (finding,) = done.json["findings"]

@@ -325,6 +325,7 @@ def assert_rejected_or_correct(name: str, case: Case) -> None:
         assert examine(case, backend, CPU).symptoms == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", HARD_KERNEL_CASES.values(), ids=HARD_KERNEL_CASES)
 @pytest.mark.parametrize("name", EACH_KERNEL)
 def test_kernel_cases_are_rejected_or_correct(name: str, case: Case) -> None:

@@ -152,6 +152,7 @@ def test_what_a_backend_does_not_take_is_not_drawn() -> None:
             assert backend.refusal(batch.call(index), "cpu") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("question", LAYER_QUESTIONS)
 @pytest.mark.parametrize("name", ["loop", "sdpa_dense"])
 def test_correct_layers_are_left_alone(name: str, question: str) -> None:

@@ -37,6 +37,7 @@ def test_a_saved_case_is_clean(saved: RegressionCase, attn_backend: str, attn_de
     assert symptoms_of(saved, backend, attn_device) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("saved", "name"),
     [

@@ -128,6 +128,7 @@ def job(path: Path, *, cases: int = 40) -> Assignment:
 # Right ones.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_example_is_clean(dtype: str, ranks: int) -> None:
@@ -141,6 +142,7 @@ def test_the_example_is_clean_on_drawn_cases() -> None:
         assert examine(case, backend, "cpu", probes=some_probes(case)).symptoms == (), case.to_json()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "tensor_ranks"), [(1, 2), (2, 2)])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_layer_over_tensor_parallel_ranks_is_handed_both_groups(dtype: str, ranks: int, tensor_ranks: int) -> None:
@@ -211,6 +213,7 @@ FALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", FALLS)
 def test_a_rank_that_falls_is_named(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stillness, "STILL", 0.5)
