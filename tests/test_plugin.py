@@ -331,7 +331,7 @@ def test_examples():
 """
 
 
-@pytest.mark.parametrize(("profile", "examples"), [(None, 20), ("dev", 20), ("ci", 100), ("nightly", 5000)])
+@pytest.mark.parametrize(("profile", "examples"), [(None, 12), ("dev", 12), ("ci", 100), ("nightly", 5000)])
 def test_profiles(profile: str | None, examples: int, run: Run) -> None:
     options = () if profile is None else ("--hypothesis-profile", profile)
     assert printed(run(EXAMPLES, "-s", *options, conftest=OURS)) == [f"{examples} None True"]
@@ -442,7 +442,7 @@ def test_draws(number):
 def test_a_seed_draws_again_what_it_drew(run: Run) -> None:
     seeds = ("1", "1", "2")
     first, again, other = (printed(run(DRAWS, "-s", "--hypothesis-seed", seed, conftest=OURS)) for seed in seeds)
-    assert len(first) == 20
+    assert len(first) == 12
     assert first == again
     assert first != other
 
