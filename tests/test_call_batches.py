@@ -535,6 +535,14 @@ def test_a_call_that_raises_or_refuses_spoils_no_other() -> None:
     assert all(z <= LIMIT for z, _ in judged.largest().values())
 
 
+def test_a_result_that_is_not_given_has_no_deviation() -> None:
+    quiet = altered(lambda count, _, attended: attended._replace(lse=None))
+    told = judge(BATCH, quiet, CPU).largest()
+    assert "lse" not in told
+    assert {"out", "dq", "dk", "dv"} <= told.keys()
+    assert "lse" in judge(BATCH, registry.load("loop"), CPU).largest()
+
+
 def test_results_of_another_shape_or_dtype_are_none() -> None:
     def deed(count: int, metadata: VarlenMetadata, attended: Attended) -> Attended:
         out = attended.out

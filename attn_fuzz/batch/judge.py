@@ -17,6 +17,7 @@ from attn_fuzz.batch.verdicts import COLUMNS, largest_z, other_bits
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.inferred import TIMES, promises
 from attn_fuzz.oracle.deviations import LIMIT, limit
+from attn_fuzz.reference.answer import KERNEL_TENSORS
 
 SCHEDULE: Final = (
     Question("nan", "keys"),
@@ -98,6 +99,7 @@ def judge(
         spares=batch_run.spares,
         asked=asked,
         symptoms=batch_run.symptoms,
+        missing=frozenset(KERNEL_TENSORS) - first.results.keys(),
     )
 
 

@@ -80,6 +80,8 @@ class Judged:
     """What the probe calls a result that fails it."""
     names: tuple[str, ...] = NAMES
     """The columns of ``z``."""
+    missing: frozenset[str] = frozenset()
+    """Results that the backend does not give, such as an LSE: nothing is known of their deviations."""
 
     def call(self, index: int) -> Case:
         """One of the calls as a case of its own, such as the case mode may show to fail."""
@@ -120,7 +122,7 @@ class Judged:
         return {
             name: (z, document)
             for name, z, document in zip(self.names, worst.tolist(), documents.tolist(), strict=True)
-            if name not in _EXACT and name not in PROBED
+            if name not in _EXACT and name not in PROBED and tensor_of(name) not in self.missing
         }
 
     def failing(self) -> list[int]:
