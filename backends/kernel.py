@@ -103,8 +103,10 @@ class Capabilities:
     """NaN in one document stays out of all others (False for a product with an explicit mask); None: by trying."""
     lse_of_blind_rows: float = -math.inf
     """The LSE of rows that see no key: -inf by definition, +inf by some kernels' convention."""
-    lse: bool = False
-    """User kernels only: they return ``(out, lse)``, with the LSE as in ``Attended``, and it is judged."""
+    lse: bool | None = False
+    """User kernels only: they return ``(out, lse)``, with the LSE as in ``Attended``; None: where it looks like one."""
+    lse_gradient: bool | None = False
+    """Gradients come through the LSE, too; None: as its calls show. One not marked differentiable refuses them."""
     repeatable: bool | None = True
     """The same call twice gives the same bits; None: found out by trying."""
     repeatable_backward: bool | None = True
@@ -178,6 +180,7 @@ class Capabilities:
             ),
             (self.softcap or case.softcap == 0, "softcap"),
             (self.scale or case.scale is None, "a softmax scale of its own"),
+            (self.lse_gradient is not False or not case.lse_gradient, "a gradient for the LSE"),
             (self.empty_documents or all(q or k for q, k in pairs), "empty documents"),
             (self.queries_without_keys or not blind, "queries without a key"),
             (self.keys_without_queries or all(q or not k for q, k in pairs), "documents with keys and no queries"),
@@ -214,7 +217,10 @@ class Attended(NamedTuple):
     out: torch.Tensor
     """``[tokens_q, heads, head_dim]``, differentiable with respect to q, k and v."""
     lse: torch.Tensor | None
-    """``[heads, tokens_q]`` float32 natural-log row sums, or None where the kernel keeps them."""
+    """``[heads, tokens_q]`` float32 natural-log row sums, or None where the kernel keeps them.
+
+    Where it requires a gradient, one that is given to it has to come through to q and k.
+    """
     path: str
     """Which implementation ran, for the check that the intended one did."""
 

@@ -53,6 +53,8 @@ class Call:
     """Whether autograd records the call."""
     wanted: tuple[bool, bool, bool] = (True, True, True)
     """Which of q, k and v need a gradient."""
+    dlse: torch.Tensor | None = None
+    """The LSE's gradient in a backward, float32 ``[heads, tokens_q]``; None where it has none."""
 
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -174,6 +176,10 @@ class Loop:
         """rowsum(dO O), ``[heads, q, 1]``; ``dout`` is the document's, ``out`` the whole tensor."""
         return (dout * self.read(call, out, document.rows, "out")).sum(-1, keepdim=True)
 
+    def taken(self, call: Call, document: Document, delta: torch.Tensor) -> torch.Tensor:
+        """What is taken from dP: D, less the LSE's gradient; ``[heads, q, 1]``."""
+        return delta if call.dlse is None else delta - call.dlse[:, document.rows, None]
+
     def ds(
         self,
         call: Call,
@@ -212,7 +218,7 @@ class Loop:
             masked = self.masked(scores, self.mask(call, document))
             p = torch.exp(masked - row_lse.masked_fill(row_lse == -torch.inf, 0.0)[..., None])
             doutd = self.read(call, dout, document.rows, "dout")
-            delta = self.delta(call, document, out, doutd)
+            delta = self.taken(call, document, self.delta(call, document, out, doutd))
             ds = self.ds(call, document, p, self.dp(call, document, doutd), delta, slope).to(call.dtype).float()
             rounded = p.to(call.dtype).float()
             scale = call.options.scale
@@ -243,15 +249,17 @@ class LoopFunction(torch.autograd.Function):
         out, lse = loop.forward(call, q, k, v)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.loop, ctx.call = loop, call  # type: ignore[attr-defined]
-        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(
-        ctx: torch.autograd.function.FunctionCtx, dout: torch.Tensor, _: torch.Tensor
+        ctx: torch.autograd.function.FunctionCtx, dout: torch.Tensor | None, dlse: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors  # type: ignore[attr-defined]
-        dq, dk, dv = ctx.loop.backward(ctx.call, q, k, v, out, lse, dout)  # type: ignore[attr-defined]
+        call = dataclasses.replace(ctx.call, dlse=dlse)  # type: ignore[attr-defined]
+        dout = torch.zeros_like(out) if dout is None else dout
+        dq, dk, dv = ctx.loop.backward(call, q, k, v, out, lse, dout)  # type: ignore[attr-defined]
         return dq, dk, dv, None, None
 
 

@@ -41,6 +41,7 @@ from attn_fuzz.backends.layer import Layer, LayerFactory
 from attn_fuzz.backends.layer_arguments import taken_apart
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.rank_layer import RankLayerFactory
+from attn_fuzz.backends.returned_lse import lse_of
 from attn_fuzz.backends.sdpa import as_flash_does
 from attn_fuzz.backends.user_layer import UserLayer, require_layer
 from attn_fuzz.backends.user_rank_layer import NUMBERS_OF_RANKS, keywords_of, over_ranks, spread_refusal, takes_one
@@ -57,6 +58,7 @@ _CAUTIOUS = Profile(
     delta_from_probabilities=True,
     stores_probabilities=True,
     may_store_products=True,
+    splits_ds=True,
     expands_kv=True,
     normalises_by_lse=True,
     exp_error=20 * 2.0**-23,
@@ -210,6 +212,8 @@ _UNPROMISED = {
     "isolates_nonfinite": None,
     "repeatable": None,
     "repeatable_backward": None,
+    "lse": None,
+    "lse_gradient": None,
 }
 """What is taken to hold of a user's kernel that states nothing."""
 
@@ -236,6 +240,8 @@ class UserKernel(Kernel):
         if (reason := _no_function(self._function)) is not None:
             raise BackendUnavailable(f"{name} is {reason}; name a function that returns out")
         self._takes = _taken_options(self._function, name)
+        self._shown: Capabilities | None = None
+        """What its calls have shown beyond what it declares."""
         from_signature = {
             "scale": "softmax_scale" in self._takes,
             "causal": "causal" in self._takes,
@@ -244,6 +250,9 @@ class UserKernel(Kernel):
         }
         self.capabilities = _capabilities(self._function, name, {**_UNPROMISED, **from_signature})  # type: ignore[misc]
         self.facts = declared_facts(self._function, name)
+
+    def capabilities_on(self, device: str) -> Capabilities:
+        return self._shown or self.capabilities
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
@@ -267,7 +276,11 @@ class UserKernel(Kernel):
         )
         out = _output(returned)
         require_like(out, q)
-        return Attended(out, _lse(returned, q) if self.capabilities.lse else None, self.name)
+        lse = lse_of(returned, q, self.capabilities.lse)
+        if lse is not None and lse.requires_grad and self.capabilities_on(q.device.type).lse_gradient is None:
+            # So it has to be right, too.
+            self._shown = dataclasses.replace(self.capabilities, lse_gradient=True)
+        return Attended(out, lse, self.name)
 
 
 def _output(returned: object) -> Any:
@@ -283,22 +296,6 @@ def _output(returned: object) -> Any:
     if not isinstance(lse, torch.Tensor) or not lse.is_floating_point():
         raise MisshapenResult(f"the kernel should return out, or (out, lse, ...) with tensors, but returned ({kinds})")
     return returned[0]
-
-
-def _lse(returned: object, q: torch.Tensor) -> torch.Tensor:
-    """The LSE of a kernel that declares that it returns one.
-
-    Raises:
-        MisshapenResult: where it is not the second of a tuple, or not ``[heads, rows]`` in floating point.
-    """
-    lse = returned[1] if isinstance(returned, tuple) else None
-    wanted = (q.shape[1], q.shape[0])
-    if not isinstance(lse, torch.Tensor) or tuple(lse.shape) != wanted or lse.device != q.device:
-        what = f"a tensor {list(lse.shape)} on {lse.device}" if isinstance(lse, torch.Tensor) else type(lse).__name__
-        raise MisshapenResult(
-            f"the kernel declares an LSE, which should be a tensor {list(wanted)} on {q.device}, but is {what}"
-        )
-    return lse
 
 
 class InsideLayer(Kernel):

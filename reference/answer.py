@@ -42,6 +42,14 @@ class Inputs:
     v: torch.Tensor
     dout: torch.Tensor
     """as ``q``"""
+    dlse: torch.Tensor | None = None
+    """``[tokens_q, heads]`` float32, the LSE's gradient, of numbers that the case's dtype holds; None: it has none"""
+
+    @property
+    def named(self) -> dict[str, torch.Tensor]:
+        """Those that there are, by name."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: x for name, x in fields.items() if x is not None}
 
 
 SHARED_DIMENSIONS: Final = {"k": 1, "v": 1, "dout": 0}
@@ -56,7 +64,8 @@ def kernel_inputs(case: Case, device: torch.device | str) -> Inputs:
     if case.memory == "broadcast":
         shared = {"k": k, "v": v, "dout": dout}
         k, v, dout = (x.narrow(SHARED_DIMENSIONS[name], 0, 1).expand_as(x) for name, x in shared.items())
-    return Inputs(q, k, v, dout)
+    dlse = draw(case, "dlse", case.heads, 1, device)[..., 0].float() if case.lse_gradient else None
+    return Inputs(q, k, v, dout, dlse)
 
 
 KERNEL_TENSORS = ("out", "lse", "dq", "dk", "dv")
@@ -110,10 +119,11 @@ def kernel_answer(case: Case, inputs: Inputs, profile: Profile, pairs: int = _PA
         )
         qd, kd, vd, doutd = (x[place].transpose(1, 2) for x, place in ((q, rows), (k, keys), (v, keys), (dout, rows)))
         kd, vd = attention.expand_heads(kd, group), attention.expand_heads(vd, group)
+        dlse = None if inputs.dlse is None else inputs.dlse[rows].double().transpose(1, 2)
         mask = attention.allowed_keys(queries, seen, case.effective_window, q.device)
         result = attention.forward(qd, kd, vd, mask, case.softmax_scale, case.softcap)
-        grads = attention.backward(qd, kd, vd, doutd, case.softmax_scale, result)
-        spread = attention_variances(Document(qd, kd, vd, doutd), result, how, group=group, sums=sums)
+        grads = attention.backward(qd, kd, vd, doutd, case.softmax_scale, result, dlse)
+        spread = attention_variances(Document(qd, kd, vd, doutd, dlse), result, how, group=group, sums=sums)
         found = {
             "out": result.out,
             "lse": result.lse,

@@ -5,6 +5,8 @@ Leading dimensions broadcast. With s = scale q k^T, t = tanh(s / cap) where soft
 
     p = softmax(cap t  or  s)     o = p v            dv = p^T do       dp = do v^T
     D = rowsum(do * o)            dS = p (dp - D)    dq = scale (dS g) k    dk = scale (dS g)^T q      g = 1 - t^2
+
+A gradient dL of the LSE, whose derivative by a score is that score's p, makes it dS = p (dp - D + dL).
 """
 
 from __future__ import annotations
@@ -98,11 +100,29 @@ def forward(
 
 
 def backward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, scale: float, result: Forward
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    scale: float,
+    result: Forward,
+    dlse: torch.Tensor | None = None,
 ) -> Gradients:
-    """Closed-form gradients of ``forward`` for the output gradient ``dout [..., heads, q, d]``."""
+    """Closed-form gradients of ``forward`` for the output gradient ``dout [..., heads, q, d]``.
+
+    Args:
+        q: as ``forward`` was given it, and so ``k``, ``v`` and ``scale``.
+        k: of one head per query head.
+        v: as ``k``.
+        dout: gradient of the output.
+        scale: softmax scale.
+        result: of ``forward``.
+        dlse: ``[..., heads, q]``, gradient of the LSE; None for none.
+    """
     dp = dout @ v.transpose(-1, -2)
     delta = (dout * result.out).sum(-1, keepdim=True)
+    if dlse is not None:
+        delta = delta - dlse[..., None]
     ds = result.probabilities * (dp - delta) * result.slope
     return Gradients(
         dq=scale * (ds @ k), dk=scale * (ds.transpose(-1, -2) @ q), dv=result.probabilities.transpose(-1, -2) @ dout

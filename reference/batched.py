@@ -251,8 +251,9 @@ def answers(
         rows, key_rows = _rows(begin, length, queries), _rows(key_begin, key_length, keys)
         q, dout = (rows.gather(x, torch.float64) for x in (inputs.q, inputs.dout))
         k, v = (key_rows.gather(x, torch.float64) for x in (inputs.k, inputs.v))
+        dlse = None if inputs.dlse is None else rows.gather(inputs.dlse, torch.float64)
         expected = vectorised.answer(
-            Documents(q, k, v, dout, _mask(rows, key_rows, case.effective_window)),
+            Documents(q, k, v, dout, _mask(rows, key_rows, case.effective_window), dlse),
             Computation.of(case, profile),
             sums,
             degrees=degrees,

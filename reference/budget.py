@@ -8,7 +8,8 @@ With u the unit roundoff of the storage dtype, eta its subnormal spacing and a t
     V(o_ic)  = sum_j rvar(p_ij) v_jc^2 + sum_j p_ij^2 vs_ij (v_jc - o_ic)^2 + ak^2 sum_j p_ij v_jc^2 + rvar(o_ic)
     V(D_i)   = sum_c do_ic^2 V(o_ic) + a^2 sum_c (do_ic o_ic)^2         of the stored output, or
                sum_j V(p_ij dP_ij) + (ak^2 + V(L_i)) D_i^2                     of P and dP, as the profile says
-    V(dS_ij) = rvar(dS_ij) + p_ij^2 vs_ij (dP_ij - D_i)^2 + p_ij^2 (a^2 sum_c do_ic^2 v_jc^2 [+ rvar(dP_ij)])
+    V(dS_ij) = rvar(dS_ij) + p_ij^2 vs_ij (dP_ij - D_i + dL_i)^2 + p_ij^2 (a^2 sum_c do_ic^2 v_jc^2 [+ rvar(dP_ij)])
+               + a^2 p_ij^2 (dP_ij^2 + D_i^2 + dL_i^2)                 dL, the LSE's gradient, is 0 where it has none
     V(L_i)   = sum_j p_ij^2 vs_ij                                       error of a row's normaliser, common to its keys
     V(dq_ic) = scale^2 sum_j V(dS_ij) k_jc^2 + V(D_i) (scale sum_j p_ij g_ij k_jc)^2 + V(L_i) dq_ic^2 + rvar(dq_ic)
     V(dk_jc) = scale^2 sum_i (V(dS_ij) + p_ij^2 g_ij^2 V(D_i) + V(L_i) dS_ij^2) q_ic^2 + rvar(dk_jc)

@@ -120,6 +120,8 @@ class Case:
     """How the tensors handed to the kernel lie in memory (reference/memory.py)."""
     capacity: int = 0
     """Rows beyond the packed sequence: of the K/V buffer, or of all tensors of a kernel case; nothing may read them."""
+    lse_gradient: bool = False
+    """Kernel level only: the LSE has a gradient of its own, which goes into the backward beside the output's."""
 
     def __post_init__(self) -> None:
         for name in ("lengths", "key_lengths", "cuts", "document_ids", "window"):
@@ -228,7 +230,7 @@ def _is_number(value: object) -> bool:
 
 _INTEGERS = ("padding", "ranks", "tensor_ranks", "heads", "kv_heads", "head_dim", "hidden", "seed", "capacity")
 _INTEGER_LISTS = ("lengths", "key_lengths", "cuts", "document_ids", "window")
-_BOOLEANS = ("causal", "shared_key_value")
+_BOOLEANS = ("causal", "shared_key_value", "lse_gradient")
 _NUMBERS = ("scale", "softcap", "rotary_theta", "rotary_fraction")
 _CHOICES = {
     "level": LEVELS,
@@ -330,6 +332,8 @@ def _check_kernel(case: Case) -> None:
 
 
 def _check_layer(case: Case) -> None:
+    if case.lse_gradient:
+        raise CaseError("lse_gradient belongs to kernel cases: a layer keeps its LSE to itself")
     if case.memory == "broadcast":
         raise CaseError("memory broadcast belongs to kernel cases: a K/V buffer is written, so its rows are its own")
     if case.key_lengths is not None:

@@ -57,6 +57,8 @@ class Profile:
     """P * dP is stored in the dtype before P * D is taken from it, as torch's softmax does on CUDA."""
     may_store_products: bool = False
     """It is not stated that it does not: what that can do to rows of subnormal products is allowed for, and no more."""
+    splits_ds: bool = False
+    """dS of the output's gradient and dS of the LSE's come by ways of their own, are stored and then added up."""
     expands_kv: bool = False
     """K/V are repeated over their group: every query head's dK and dV are rounded before they are summed."""
     normalises_by_lse: bool = False

@@ -27,6 +27,8 @@ class Document(NamedTuple):
     v: torch.Tensor
     dout: torch.Tensor
     """As ``q``."""
+    dlse: torch.Tensor | None = None
+    """``[..., heads, q]``; None where the LSE has no gradient."""
 
 
 class Terms:
@@ -40,8 +42,9 @@ class Terms:
     """
 
     def __init__(self, document: Document, result: Forward, how: Computation, sums: Sums) -> None:
-        self.q, self.k, self.v, self.dout = document
-        self.q2, self.k2, self.v2, self.dout2 = (x.square() for x in document)
+        self.q, self.k, self.v, self.dout, dlse = document
+        self.q2, self.k2, self.v2, self.dout2 = (x.square() for x in (self.q, self.k, self.v, self.dout))
+        self.dlse = self.q.new_zeros(()) if dlse is None else dlse[..., None]
         self.p, self.slope, self.out = result.probabilities, result.slope, result.out
         self.p2, self.slope2 = self.p.square(), self.slope.square()
         self.lse = result.lse.masked_fill(~result.lse.isfinite(), 0.0)
@@ -151,8 +154,16 @@ class Terms:
         return (self.dout * self.out).sum(-1, keepdim=True)
 
     @cached_property
+    def taken(self) -> torch.Tensor:
+        """What is taken from dP: D, less the LSE's gradient."""
+        return self.delta - self.dlse
+
+    @cached_property
     def difference2(self) -> torch.Tensor:
-        return (self.dp - self.delta).square()
+        """What P is multiplied by, squared; of two ways to dS, each has errors of P of its own."""
+        if self.profile.splits_ds:
+            return (self.dp - self.delta).square() + self.dlse.square()
+        return (self.dp - self.taken).square()
 
     @cached_property
     def var_dp(self) -> torch.Tensor:
@@ -189,7 +200,7 @@ class Terms:
 
     @cached_property
     def ds(self) -> torch.Tensor:
-        return self.p * (self.dp - self.delta) * self.slope
+        return self.p * (self.dp - self.taken) * self.slope
 
     @cached_property
     def ds2(self) -> torch.Tensor:
@@ -202,8 +213,8 @@ class Terms:
     @cached_property
     def var_ds(self) -> torch.Tensor:
         how, slope2, difference2 = self.how, self.slope2, self.difference2
-        # float32 storage of D and dP - D: cancellation leaves a share of their own size even where dS is 0.
-        cancelled = A2 * self.p2 * (self.dp.square() + self.delta.square())
+        # float32 storage of D, dP - D and dP - D + dL: what cancels leaves a share of their own size where dS is 0.
+        cancelled = A2 * self.p2 * (self.dp.square() + self.delta.square() + self.dlse.square())
         var_ds = stored_ds_variance(self.ds, how.scale, how.softcap, how.dtype) + slope2 * (
             self.w * difference2 + self.p2 * self.var_dp + cancelled
         )
@@ -212,8 +223,12 @@ class Terms:
             var_ds = var_ds + slope2 * self.stored_p * difference2
         if self.profile.stores_products:
             var_ds = var_ds + slope2 * how.rvar(self.p * self.dp)
+        if self.profile.splits_ds:
+            parts = (self.p * (self.dp - self.delta), self.p * self.dlse, self.p * (self.dp - self.taken))
+            # Of a gradient that there is none of nothing is stored, and nothing is added to the other.
+            var_ds = var_ds + self.dlse.sign().abs() * slope2 * sum(how.rvar(part) for part in parts)
         if how.softcap:
-            var_ds = var_ds + (self.p * (self.dp - self.delta)).square() * self._var_slope()
+            var_ds = var_ds + (self.p * (self.dp - self.taken)).square() * self._var_slope()
         if self.narrow:
             var_ds = var_ds + self.narrow.of_ds(self.ds, ds_factor(how.scale, how.softcap))
         return var_ds
@@ -226,5 +241,5 @@ class Terms:
     @cached_property
     def alike(self) -> torch.Tensor | None:
         """The most by which roundings of dS may agree in a row, on its way to dQ and dK."""
-        found = rounded_alike(self.p, self.dp, self.delta, self.how.dtype, self.profile)
+        found = rounded_alike(self.p, self.dp, self.taken, self.how.dtype, self.profile)
         return None if found is None else self.how.scale * self.slope * found

@@ -54,8 +54,9 @@ def answer(documents: Documents, how: Computation, sums: Sums, *, degrees: bool)
     blocks: list[Rows] = []
     summed: Keys | None = None
     for rows in _blocks(documents):
+        dlse = None if documents.dlse is None else documents.dlse[:, :, rows]
         part = documents._replace(
-            q=documents.q[:, :, rows], dout=documents.dout[:, :, rows], mask=documents.mask[:, :, rows]
+            q=documents.q[:, :, rows], dout=documents.dout[:, :, rows], mask=documents.mask[:, :, rows], dlse=dlse
         )
         of_rows, of_keys = block(part, how, sums, bounded=bounded, degrees=degrees)
         blocks.append(of_rows)

@@ -29,6 +29,8 @@ class Documents(NamedTuple):
     dout: torch.Tensor
     mask: torch.Tensor
     """bool ``[documents, 1, q, k]``."""
+    dlse: torch.Tensor | None = None
+    """``[documents, heads, q]``; None where the LSE has no gradient."""
 
 
 class Block(NamedTuple):
@@ -42,6 +44,8 @@ class Block(NamedTuple):
     k2: torch.Tensor
     v2: torch.Tensor
     dout2: torch.Tensor
+    dlse: torch.Tensor | None
+    """``[n, rows, 1]``."""
     found: Scores
     how: Computation
     sums: Sums
@@ -74,7 +78,8 @@ def stacked(documents: Documents, how: Computation, sums: Sums, bounded: bool) -
     plain = bounded and how.dtype != "fp16"
     found = forward(q, k, documents.mask, (count, heads, queries, keys), how, plain=plain)
     q2, k2, v2, dout2 = (x.square() for x in (q, k, v, dout))
-    return Block(q, k, v, dout, q2, k2, v2, dout2, found, how, sums, bounded, plain)
+    dlse = None if documents.dlse is None else documents.dlse.reshape(*q.shape[:2], 1)
+    return Block(q, k, v, dout, q2, k2, v2, dout2, dlse, found, how, sums, bounded, plain)
 
 
 class Output(NamedTuple):
@@ -130,6 +135,8 @@ class Differences(NamedTuple):
     var_dp: torch.Tensor
     delta: torch.Tensor
     """``[n, rows, 1]``."""
+    taken: torch.Tensor
+    """``[n, rows, 1]``: what is taken from dP, D less the LSE's gradient."""
     var_delta: torch.Tensor
     stored_products: torch.Tensor | None
     """Of P dP, where that is stored."""
@@ -162,7 +169,8 @@ def differences(b: Block, output: Output) -> Differences:
             relative += stored_products
         var_delta = var_delta + relative.sum(-1, keepdim=True)
         var_delta += (b.sums.over_keys + output.shared) * delta.square()
-    return Differences(dp, dp2, var_dp, delta, var_delta, stored_products)
+    taken = delta if b.dlse is None else delta - b.dlse
+    return Differences(dp, dp2, var_dp, delta, taken, var_delta, stored_products)
 
 
 class ScoreGradients(NamedTuple):
@@ -179,14 +187,21 @@ class ScoreGradients(NamedTuple):
 def score_gradients(b: Block, d: Differences) -> ScoreGradients:
     found, how = b.found, b.how
     p, p2, slope = found.p, found.p2, found.slope
-    # float32 storage of D and dP - D, by p^2 as the error of dP itself.
+    # float32 storage of D, dP - D and dP - D + dL, by p^2 as the error of dP itself.
     d.var_dp.add_(d.dp2, alpha=A2).add_(A2 * d.delta.square())
-    difference = d.dp.sub_(d.delta)
+    if b.dlse is not None:
+        d.var_dp.add_(A2 * b.dlse.square())
+    of_parts = _of_parts(b, d)
+    difference = d.dp.sub_(d.taken)
     difference2 = torch.mul(difference, difference, out=d.dp2)
     by_difference = found.w if found.stored_p is None else found.w + found.stored_p
     if not b.bounded:
         by_difference = by_difference + flush_variance(p)
-    var_ds = d.var_dp.mul_(p2).addcmul_(by_difference, difference2)
+    var_ds = d.var_dp.mul_(p2)
+    if of_parts is None:
+        var_ds.addcmul_(by_difference, difference2)
+    else:
+        var_ds.addcmul_(by_difference, of_parts.squares).add_(of_parts.stored)
     if d.stored_products is not None:
         var_ds += d.stored_products
     pg = p
@@ -210,8 +225,26 @@ def score_gradients(b: Block, d: Differences) -> ScoreGradients:
     return ScoreGradients(ds, ds2, var_ds, pg)
 
 
+class _Parts(NamedTuple):
+    """Two ways to dS, ``[n, rows, k]``."""
+
+    squares: torch.Tensor
+    """Of what P is multiplied by on each, added up."""
+    stored: torch.Tensor
+    """Variance of storing both parts, and their sum."""
+
+
+def _of_parts(b: Block, d: Differences) -> _Parts | None:
+    """Where dS of the output and of the LSE are parts that are added up. Before dP is written over."""
+    if b.dlse is None or not b.how.profile.splits_ds:
+        return None
+    of_output, p = d.dp - d.delta, b.found.p
+    stored = sum(b.how.rvar(p * part) for part in (of_output, b.dlse.expand_as(p), of_output + b.dlse))
+    return _Parts(of_output.square() + b.dlse.square(), b.dlse.sign().abs() * stored)
+
+
 def alike_of(b: Block, d: Differences) -> torch.Tensor | None:
     """The most by which roundings of dS may agree in a row, on its way to dQ and dK. Before dP is written over."""
     found, scale = b.found, b.how.scale
-    alike = rounded_alike(found.p, d.dp, d.delta, b.how.dtype, b.how.profile)
+    alike = rounded_alike(found.p, d.dp, d.taken, b.how.dtype, b.how.profile)
     return None if alike is None else alike.mul_(scale if found.slope is None else scale * found.slope)

@@ -31,6 +31,7 @@ PROFILES = (
     Profile(products="bf16", probabilities_dtype="fp16", exp_error=2.0**-9, scales_gradients=True),
     Profile(scores_dtype="fp16", may_store_products=True, delta_from_probabilities=True, delta_from_output=False),
     Profile(atomic_sums=frozenset({"dq", "dk"}), expands_kv=True, probabilities_dtype="bf16"),
+    Profile(splits_ds=True, stores_probabilities=True, rounds_dp=True, tanh_error=2.0**-11),
 )
 
 
@@ -57,6 +58,7 @@ def packed_cases(draw: st.DrawFn) -> Case:
         # Not "ties": what is 0 there in one order of summing is 1e-17 in another, and only one of them is subnormal.
         values=draw(st.sampled_from(["gaussian", "large", "offset", "tiny"])),
         seed=draw(st.integers(0, 5)),
+        lse_gradient=draw(st.booleans()),
     )
 
 

@@ -233,6 +233,8 @@ ROUNDED_MORE: dict[str, set[str]] = {
     "stores_products": {"dq", "dk"},
     # Of bf16 nothing that counts is subnormal.
     "may_store_products": set(),
+    # Nothing without a gradient of the LSE (tests/test_lse_gradient.py).
+    "splits_ds": set(),
     "expands_kv": {"dk", "dv"},
     "normalises_by_lse": {"out", "dq", "dk"},
     "delta_from_probabilities": {"dq", "dk"},

@@ -102,6 +102,7 @@ def test_defaults_are_those_that_stored_cases_rely_on() -> None:
         "seed": 0,
         "memory": "contiguous",
         "capacity": 0,
+        "lse_gradient": False,
     }
 
 

@@ -37,7 +37,7 @@ class Lse:
             raise ValueError(f"the base of an LSE is {', '.join(_BASES)}, not {self.base!r}")
 
     def of(self, returned: Any) -> torch.Tensor:
-        """The LSE in what a function returned, natural, ``[b, h, s]`` or ``[h, s]``, float32.
+        """The LSE in what a function returned, natural, ``[b, h, s]`` or ``[h, s]``, float32, with its graph.
 
         Raises:
             MisshapenResult: where there is none.
@@ -48,7 +48,7 @@ class Lse:
             raise MisshapenResult(f"the kernel should return an LSE, {what}, at place {self.index} of a tuple")
         layout = self.layout.replace("t", "s")
         order = [layout.index(each) for each in "bhs" if each in layout]
-        return (found.detach().permute(order).double() * _BASES[self.base]).float()
+        return (found.permute(order).double() * _BASES[self.base]).float()
 
 
 def split(returned: Any, lse: Lse | None) -> tuple[Any, torch.Tensor | None]:

@@ -70,7 +70,7 @@ class BatchRun:
         self.deviations: list[torch.Tensor] = []
         """``largest_z`` of the first documents by other budgets."""
         rows, keys = sum(self.case.packed_lengths), sum(self.case.packed_key_lengths)
-        self.rows = {"q": rows, "k": keys, "v": keys, "dout": rows, "dk": keys, "dv": keys}
+        self.rows = {"q": rows, "k": keys, "v": keys, "dout": rows, "dlse": rows, "dk": keys, "dv": keys}
         self.first = {name: x[: self.rows.get(name, rows)] for name, x in self.all_first.items()}
         """What the calls that are asked gave for the drawn values."""
 
@@ -82,7 +82,7 @@ class BatchRun:
 
     def inputs(self) -> Inputs:
         """The drawn values of the calls that are asked."""
-        return Inputs(**{name: getattr(self.drawn, name)[: self.rows[name]] for name in ("q", "k", "v", "dout")})
+        return Inputs(**{name: x[: self.rows[name]] for name, x in self.drawn.named.items()})
 
     def load(self, batch: CallBatch, inputs: Inputs, spares: Sequence[int] = ()) -> BatchTensors:
         """Tensors in their places, which are looked at again in the end."""

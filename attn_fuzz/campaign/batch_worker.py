@@ -62,13 +62,17 @@ class BatchWorker(Triage, abc.ABC):
         schedule: Sequence[Question],
     ) -> None:
         super().__init__(assignment, send)
-        kind = self.device.type
         self.sizing, self.schedule = sizing, schedule
-        self.domain = Domain.of(self.backend.kernel.capabilities_on(kind), kind, assignment.dtypes)
         self.random = Random(assignment.seed)
         self.sweeps = [Sweep(each, self.random.randrange(1 << 16)) for each in longest]
         self.sizes = {(level, place): sizing.first for level in LEVELS for place in range(len(longest))}
         self.turn = 0
+
+    @property
+    def domain(self) -> Domain:
+        """What there is to draw from; calls may have shown more of it than was known of the backend."""
+        kind = self.device.type
+        return Domain.of(self.backend.kernel.capabilities_on(kind), kind, self.assignment.dtypes)
 
     # What modes differ in.
 

@@ -10,6 +10,7 @@ SIMPLEST: Final[dict[str, tuple[object, ...]]] = {
     "key_lengths": (None,),
     "document_ids": (None,),
     "window": ((-1, -1),),
+    "lse_gradient": (False,),
     "scale": (None,),
     "softcap": (0.0,),
     "query_norm": ("none",),

@@ -26,7 +26,10 @@ _STEP: Final = 64
 _SUMS_STEP: Final = 32
 """Prefix sums begin at multiples of so many numbers: 128 bytes."""
 
-_SIDES: Final = {"q": "q", "dout": "q", "k": "k", "v": "k"}
+_SIDES: Final = {"q": "q", "dout": "q", "k": "k", "v": "k", "dlse": "q"}
+
+_BY_ROWS: Final = ("sliced", "strided", "misaligned")
+"""With these the LSE's gradient lies row by row, as that of an LSE that somebody has transposed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,15 +120,25 @@ class BatchTensors:
             "q": side_of(batch, case.packed_lengths, self.spares, device),
             "k": side_of(batch, case.packed_key_lengths, self.spares, device),
         }
-        self.placed = {name: self._place(name, getattr(inputs, name).to(device)) for name in _SIDES}
+        self.placed = {name: self._place(name, x.to(device)) for name, x in inputs.named.items()}
         self.sums, self.metadata = _sums(batch, device)
         self._sums_before = self.sums.clone()
         self.options = AttentionOptions.of(case)
 
     def _place(self, name: str, x: torch.Tensor) -> Placed:
+        if name == "dlse":
+            return self._place_by_head(x)
         memory = layout_of(name, self.batch.case.memory)
         shared = SHARED_DIMENSIONS.get(name) if memory == "broadcast" else None
         return place(self._arena(self.sides[_SIDES[name]], x, shared), memory, self._fill, shared)
+
+    def _place_by_head(self, x: torch.Tensor) -> Placed:
+        """The LSE's gradient ``[tokens, heads]`` as the LSE is, ``[heads, rows]``, between guard margins."""
+        arena, memory = self.sides["q"].arena(x, self._fill), self.batch.case.memory
+        if memory not in _BY_ROWS:
+            return place(arena.T.contiguous(), "contiguous", self._fill)
+        by_row = place(arena, memory, self._fill)
+        return dataclasses.replace(by_row, tensor=by_row.tensor.T)
 
     def _arena(self, side: Side, x: torch.Tensor, shared: int | None) -> torch.Tensor:
         """All rows of the calls, and those that belong to none."""
@@ -142,6 +155,14 @@ class BatchTensors:
             places = zip(side.begins, side.counts, self.spares, strict=True)
             views.append([whole.narrow(0, begin, count + spare) for begin, count, spare in places])
         return list(zip(*views, strict=True))
+
+    @functools.cached_property
+    def lse_gradients(self) -> list[torch.Tensor | None]:
+        """Each call's own part of the LSE's gradient, ``[heads, rows]``, spare ones included; None without one."""
+        if (placed := self.placed.get("dlse")) is None:
+            return [None] * len(self.batch.ends)
+        places = zip(self.sides["q"].begins, self.sides["q"].counts, self.spares, strict=True)
+        return [placed.tensor.narrow(1, begin, count + spare) for begin, count, spare in places]
 
     def changed(self) -> torch.Tensor:
         """Whether any input, gap, guard margin or prefix sum has lost its bits: bool scalar on the device."""

@@ -108,6 +108,7 @@ class Call:
     def __init__(self, tensors: BatchTensors, index: int, backend: Backend, asked: Asked = EVERYTHING) -> None:
         self.tensors, self.backend, self.asked = tensors, backend, asked
         *leaves, self.dout = tensors.of_calls[index]
+        self.dlse = tensors.lse_gradients[index]
         named = zip(("q", "k", "v"), leaves, strict=True)
         self.leaves = {name: x.detach().requires_grad_(name in asked.gradients) for name, x in named}
         self.metadata = tensors.metadata[index]
@@ -122,16 +123,33 @@ class Call:
         with torch.set_grad_enabled(bool(self.asked.gradients)):
             self.attended = self.backend.kernel.attend(q, k, v, self.metadata, self.tensors.options)
 
+    def _outputs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What the backward begins from, and the gradients given to it.
+
+        Raises:
+            UnsupportedCase: where the LSE should have a gradient, and is marked not differentiable, which is honest.
+        """
+        assert self.attended is not None
+        out, lse = self.attended.out, self.attended.lse
+        # By V alone no LSE can be moved.
+        if self.dlse is None or (self.asked.gradients == ("v",) and (lse is None or not lse.requires_grad)):
+            return [out], [self.dout]
+        if lse is None or not lse.requires_grad:
+            what = "it returns none" if lse is None else "which is marked not differentiable"
+            raise UnsupportedCase(f"{self.backend.name} does not take a gradient for the LSE, {what}")
+        return [out, lse], [self.dout, self.dlse]
+
     def backward(self) -> None:
         """Of what was asked for. Raises what the backend does."""
         assert self.attended is not None
         if not self.asked.gradients:
             return
-        out, leaves = self.attended.out, [self.leaves[name] for name in self.asked.gradients]
-        gradients = torch.autograd.grad(out, leaves, self.dout, retain_graph=self.asked.twice)
+        leaves = [self.leaves[name] for name in self.asked.gradients]
+        outputs, given = self._outputs()
+        gradients = torch.autograd.grad(outputs, leaves, given, retain_graph=self.asked.twice)
         if self.asked.twice:
             try:
-                gradients = torch.autograd.grad(out, leaves, self.dout)
+                gradients = torch.autograd.grad(outputs, leaves, given)
             except RuntimeError as error:
                 if beyond_its_call(error):
                     raise

@@ -38,6 +38,9 @@ _WIDEST: Final = 1024
 _LONG_ROWS: Final = 0.2
 """Share of calls in which one document has thousands of queries, where it may."""
 
+LSE_GRADIENTS: Final = 0.25
+"""Share of calls whose LSE has a gradient, where it takes one."""
+
 _LONG_WORK: Final = 1 << 23
 """Products of a query's and a key's channels in that document, a fifth of a batch's on a CPU."""
 
@@ -199,6 +202,7 @@ def draw_case(
             level="kernel",
             lengths=tuple(lengths.tolist()),
             key_lengths=tuple(keys.tolist()),
+            lse_gradient=bool(domain.capabilities.lse_gradient) and random.random() < LSE_GRADIENTS,
             **options,  # type: ignore[arg-type]
         )
         if backend.refusal(case, domain.device) is None:

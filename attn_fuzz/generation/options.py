@@ -72,6 +72,11 @@ def compiled(draw: st.DrawFn, domain: Domain, longest: int) -> dict[str, object]
     return {**chosen._asdict(), "window": (left, right), "scale": scale}
 
 
+def lse_gradients(capabilities: Capabilities) -> st.SearchStrategy[bool]:
+    """Whether the LSE of a kernel case has a gradient, where it is known to take one."""
+    return among([False, False, False, True] if capabilities.lse_gradient else [False])
+
+
 def free_options(draw: st.DrawFn, capabilities: Capabilities, level: str) -> dict[str, object]:
     """What no backend compiles for: values and memory."""
     memories = [memory for memory in capabilities.memories if level == "kernel" or memory != "broadcast"]

@@ -35,7 +35,7 @@ from attn_fuzz.generation.layouts import (
     seldom,
     takes_few_keys,
 )
-from attn_fuzz.generation.options import options
+from attn_fuzz.generation.options import lse_gradients, options
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layout import document_spans
 
@@ -89,6 +89,7 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
         lengths=tuple(lengths),
         key_lengths=key_lengths,
         capacity=draw(capacities(capabilities)) if number is None else 0,
+        lse_gradient=draw(lse_gradients(capabilities)),
         **chosen,  # type: ignore[arg-type]
     )
 
@@ -125,6 +126,7 @@ def long_rows(draw: st.DrawFn, domain: Domain) -> Case | None:
         lengths=(*others, rows),
         key_lengths=None if square else (*others, keys),
         capacity=draw(capacities(capabilities)),
+        lse_gradient=draw(lse_gradients(capabilities)),
         **chosen,  # type: ignore[arg-type]
     )
 

@@ -13,7 +13,6 @@ apart already and shares no attention with the vectorised reference; it has no s
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
@@ -109,7 +108,7 @@ def confirm_results(
 
 
 def _on_cpu(inputs: Inputs) -> Inputs:
-    return Inputs(**{field.name: getattr(inputs, field.name).cpu() for field in dataclasses.fields(Inputs)})
+    return Inputs(**{name: x.cpu() for name, x in inputs.named.items()})
 
 
 def _compare(case: Case, inputs: Inputs, profile: Profile) -> None:

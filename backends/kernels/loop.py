@@ -15,7 +15,7 @@ class LoopKernel(Kernel):
 
     name = "loop"
     paths = frozenset({"loop"})
-    capabilities = Capabilities(covers_all_rows=False)
+    capabilities = Capabilities(covers_all_rows=False, lse_gradient=True)
     profile = Profile(normalises_by_lse=True)
 
     def attend(

@@ -114,6 +114,7 @@ class Spoiled:
             self._fill(drawn.k, self.key_rows),
             self._fill(drawn.v, self.key_rows),
             drawn.dout if broadcast else self._fill(drawn.dout, self.rows),
+            None if drawn.dlse is None else self._fill(drawn.dlse, self.rows),
         )
 
     def layer_inputs(self, drawn: LayerInputs) -> LayerInputs:

@@ -1,0 +1,54 @@
+"""The LSE among what a user's kernel returned: declared, thrown away, or told by its looks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from attn_fuzz.backends.kernel import MisshapenResult
+
+
+def lse_of(returned: object, q: torch.Tensor, declared: bool | None) -> torch.Tensor | None:
+    """The LSE ``[heads, rows]``, as differentiable as it came, or None where there is none to be judged.
+
+    Args:
+        returned: by the kernel.
+        q: ``[rows, heads, head_dim]``, the queries that it was given.
+        declared: True: it is the second of a tuple, ``[heads, rows]``; False: what comes there is something else; None:
+            nothing is known of it.
+
+    Raises:
+        MisshapenResult: where it is declared, and not there.
+    """
+    second = returned[1] if isinstance(returned, tuple) and len(returned) > 1 else None
+    if declared is None:
+        return _by_looks(second, q)
+    return _declared(second, q) if declared else None
+
+
+def _declared(second: object, q: torch.Tensor) -> torch.Tensor:
+    wanted = (q.shape[1], q.shape[0])
+    if not isinstance(second, torch.Tensor) or tuple(second.shape) != wanted or second.device != q.device:
+        is_tensor = isinstance(second, torch.Tensor)
+        what = f"a tensor {list(second.shape)} on {second.device}" if is_tensor else type(second).__name__
+        raise MisshapenResult(
+            f"the kernel declares an LSE, which should be a tensor {list(wanted)} on {q.device}, but is {what}"
+        )
+    return second
+
+
+def _by_looks(second: object, q: torch.Tensor) -> torch.Tensor | None:
+    """Float32 or wider, a number for each row and head, in an order that its shape tells; -inf or inf for blind rows.
+
+    Of a kernel that has declared nothing, half precision, padding and square shapes leave open what it meant.
+    """
+    rows, heads = q.shape[:2]
+    wide = isinstance(second, torch.Tensor) and second.dtype in (torch.float32, torch.float64)
+    if not wide or second.device != q.device or rows == heads or set(second.shape) != {rows, heads}:
+        return None
+    if second.dim() != 2:
+        return None
+    lse = (second if second.shape[0] == heads else second.T).float()
+    # Who returns what FlashAttention does says of a row without a key that its LSE is +inf.
+    return torch.where(lse == math.inf, -math.inf, lse)
