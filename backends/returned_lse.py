@@ -29,13 +29,15 @@ def lse_of(returned: object, q: torch.Tensor, declared: bool | None) -> torch.Te
 
 def _declared(second: object, q: torch.Tensor) -> torch.Tensor:
     wanted = (q.shape[1], q.shape[0])
-    if not isinstance(second, torch.Tensor) or tuple(second.shape) != wanted or second.device != q.device:
-        is_tensor = isinstance(second, torch.Tensor)
-        what = f"a tensor {list(second.shape)} on {second.device}" if is_tensor else type(second).__name__
-        raise MisshapenResult(
-            f"the kernel declares an LSE, which should be a tensor {list(wanted)} on {q.device}, but is {what}"
-        )
-    return second
+    if isinstance(second, torch.Tensor):
+        if tuple(second.shape) == wanted and second.device == q.device:
+            return second
+        what = f"a tensor {list(second.shape)} on {second.device}"
+    else:
+        what = type(second).__name__
+    raise MisshapenResult(
+        f"the kernel declares an LSE, which should be a tensor {list(wanted)} on {q.device}, but is {what}"
+    )
 
 
 def _by_looks(second: object, q: torch.Tensor) -> torch.Tensor | None:
@@ -44,10 +46,9 @@ def _by_looks(second: object, q: torch.Tensor) -> torch.Tensor | None:
     Of a kernel that has declared nothing, half precision, padding and square shapes leave open what it meant.
     """
     rows, heads = q.shape[:2]
-    wide = isinstance(second, torch.Tensor) and second.dtype in (torch.float32, torch.float64)
-    if not wide or second.device != q.device or rows == heads or set(second.shape) != {rows, heads}:
+    if not isinstance(second, torch.Tensor) or second.dtype not in (torch.float32, torch.float64):
         return None
-    if second.dim() != 2:
+    if second.device != q.device or rows == heads or tuple(second.shape) not in ((heads, rows), (rows, heads)):
         return None
     lse = (second if second.shape[0] == heads else second.T).float()
     # Who returns what FlashAttention does says of a row without a key that its LSE is +inf.

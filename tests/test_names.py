@@ -237,7 +237,7 @@ def test_an_output_of_another_shape_is_a_missing_result_at_every_level(shape: st
 
 def test_an_output_beside_its_lse_is_taken(tmp_path: Path) -> None:
     last = REPAIRED_BEHIND.rstrip().rpartition("    return ")
-    body = f"{last[0]}    out = {last[2]}\n    return out, scores.logsumexp(-1), None\n"
+    body = f"{last[0]}    out = {last[2]}\n    return out, scores.masked_fill(~seen, -torch.inf).logsumexp(-1), None\n"
     assert not verdict(user(tmp_path, body), Case(level="kernel", lengths=(3, 2), head_dim=4)).symptoms
 
 

@@ -36,7 +36,9 @@ SCHEDULE: Final = (
     Question("finite", "future apart"),
     Question("nan", "needle"),
     Question("finite", "capacity"),
+    Question("nan", "merging"),
     Question("nan", "other scale"),
+    Question("finite", "merging"),
 )
 """Of every campaign, in turn."""
 

@@ -20,6 +20,7 @@ import torch
 
 from attn_fuzz.oracle.deviations import deviations, limit
 from attn_fuzz.oracle.known_answer.every_row import EveryRow
+from attn_fuzz.oracle.relations.merged import Parts
 from attn_fuzz.oracle.symptoms import WRONG_TENSOR, Symptom
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference import answer, batched
@@ -27,7 +28,7 @@ from attn_fuzz.reference.answer import Expected, Inputs, kernel_inputs
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.profile import UNIT_ROUNDOFF, Profile
 
-ANSWERED: Final = ("budget", "spread", "asked", "dead_rows", "regrouping")
+ANSWERED: Final = ("budget", "spread", "asked", "dead_rows", "regrouping", "merging")
 """Checks that hold results against the answer to the case; regrouping begins with that one, in another order."""
 
 AGREEMENT: Final = 1e-9
@@ -61,6 +62,10 @@ def confirm(trial: Trial, symptoms: Sequence[Symptom]) -> None:
         _require_agreement(case, trial.answer, pure)
         for name in dict.fromkeys(symptom.tensor for symptom in symptoms if symptom.check == "budget"):
             _require_excess(case, name, _results(trial, name, pure[name]), (trial.answer[name], pure[name]))
+    if "merging" in checks and (parts := Parts.of(case, blind=trial.stated.queries_without_keys)) is not None:
+        assert isinstance(trial.inputs, Inputs)
+        for part, inputs in zip(parts.cases, parts.inputs(trial.inputs), strict=True):
+            _compare(part, inputs, profile)
     if "every_row" in checks:
         _compare(case, EveryRow.of(case, torch.device("cpu"), profile).inputs, profile)
 

@@ -149,6 +149,12 @@ class NotRegrouped(Symptom):
     rank = 16
 
 
+class NotMerged(Symptom):
+    """Results over two parts of the keys, merged by their LSEs, are not those over all keys."""
+
+    rank = 16
+
+
 class NotExact(Symptom):
     """A sum that float32 holds, of whole numbers or of large and small ones, has lost some of them."""
 

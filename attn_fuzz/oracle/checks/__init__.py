@@ -22,6 +22,7 @@ from attn_fuzz.oracle.checks.memory import (
     results_kept,
     unwritten_unread,
 )
+from attn_fuzz.oracle.checks.merging import parts_merge
 from attn_fuzz.oracle.checks.ranks import dead_rows_zero_by_rank, replicas_equal
 from attn_fuzz.oracle.checks.regroup import regrouped
 from attn_fuzz.oracle.checks.repeat import path_taken, repeats_itself
@@ -61,6 +62,7 @@ PROBES: tuple[Check, ...] = (
     sums_not_swamped,
     second_sequence,
     evaluated,
+    parts_merge,
 )
 """Functions of runs of their own, with inputs of their own: asked where nothing has failed yet."""
 
