@@ -26,7 +26,7 @@ class Unlimited(Kernel):
     def capabilities_on(self, device: str) -> Capabilities:
         return dataclasses.replace(
             self._kernel.capabilities_on(device),
-            **{name: getattr(Capabilities(), name) for name in _LIMITS},
+            **{name: getattr(Capabilities(), name) for name in _LIMITS} | {"lse_gradient": True},
         )
 
     def profile_on(self, device: str) -> Profile:

@@ -58,6 +58,8 @@ FAULTY = {
     "X06": '{"level": "kernel", "lengths": [1], "head_dim": 8}',
     "M32-value": '{"level": "kernel", "lengths": [2], "head_dim": 2, "memory": "mixed"}',
     "M46-backward": '{"level": "kernel", "lengths": [3], "softcap": 3.0}',
+    "S01": '{"level": "kernel", "lengths": [2], "key_lengths": [1], "head_dim": 2, "lse_gradient": true}',
+    "S04": '{"level": "kernel", "lengths": [2], "heads": 2, "head_dim": 1, "memory": "sliced", "lse_gradient": true}',
 }
 
 ONE_AFTER_ANOTHER = """
@@ -138,7 +140,9 @@ def test_planted_faults_fail_by_themselves(tmp_path: Path) -> None:
     texts = {}
     for fault, case in FAULTY.items():
         text = standalone(Case.from_json(case), registry.load(f"fault:{fault}"), "cpu", fault)
-        texts |= {fault: text, f"{fault} mended": text.replace(f"fault:{fault}", "backup")}
+        # Where the LSE has a gradient, what is right has an LSE.
+        right = "loop" if "lse_gradient" in case else "backup"
+        texts |= {fault: text, f"{fault} mended": text.replace(f"fault:{fault}", right)}
     for name, (status, said) in run(tmp_path, texts, checkout=True).items():
         assert status == (0 if "mended" in name else 1), (name, status, said)
         if "mended" not in name:

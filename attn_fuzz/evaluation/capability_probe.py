@@ -105,6 +105,7 @@ def _questions(base: Case, stated: Capabilities) -> Iterator[tuple[str, bool, di
     yield "window, non-causal", both, {"causal": False, "window": (7, 3)}
     yield "softcap", stated.softcap, {"softcap": 20.0}
     yield "scale", stated.scale, {"scale": 0.25}
+    yield "gradient of the LSE", bool(stated.lse_gradient), {"lse_gradient": True}
     for memory in MEMORIES:
         yield f"memory {memory}", memory in stated.memories, {"memory": memory}
     yield "rows beyond the last document", stated.capacity is not False, {"capacity": 17}

@@ -59,10 +59,10 @@ if DEVICE == "cuda":
     del blocks
 
 
-def tensor(values, shape, stride, offset):
+def tensor(values, shape, stride, offset, dtype=DTYPE):
     """A view into memory with a margin of NaN on each side."""
     margin = [nan] * {margin}
-    memory = torch.tensor([*margin, *values, *margin], dtype=torch.float64).to(DTYPE).to(DEVICE)
+    memory = torch.tensor([*margin, *values, *margin], dtype=torch.float64).to(dtype).to(DEVICE)
     return memory.as_strided(shape, stride, offset)
 
 
@@ -74,8 +74,8 @@ def prefix_sums(lengths):
 
 
 def reference(q, k, v):
-    """Each document by itself, float64."""
-    group, out, q0, k0 = q.shape[1] // k.shape[1], torch.zeros_like(q), 0, 0
+    """Each document by itself, float64: the output, and the LSE [heads, rows], 0 for rows that see no key."""
+    group, out, lses, q0, k0 = q.shape[1] // k.shape[1], torch.zeros_like(q), [], 0, 0
     for nq, nk in zip(LENGTHS_Q, LENGTHS_K):
         qd = q[q0 : q0 + nq].transpose(0, 1)
         kd, vd = (x[k0 : k0 + nk].repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
@@ -91,8 +91,9 @@ def reference(q, k, v):
         scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
         p = torch.softmax(scores, -1) * seen if nk else scores
         out[q0 : q0 + nq] = (p @ vd).transpose(0, 1)
+        lses.append(torch.where(seen.any(-1), scores.logsumexp(-1), 0.0) if nk else scores.sum(-1))
         q0, k0 = q0 + nq, k0 + nk
-    return out
+    return out, torch.cat(lses, 1)
 
 
 {tensors}
@@ -104,13 +105,13 @@ ALLOWED = {{
 
 leaves = [x.detach().requires_grad_() for x in (q, k, v)]
 sums = prefix_sums(LENGTHS_Q), prefix_sums(LENGTHS_K)
-got_out = kernel(*leaves, *sums, max(LENGTHS_Q), max(LENGTHS_K))
-got = dict(zip(("out", "dq", "dk", "dv"), (got_out, *torch.autograd.grad(got_out, leaves, dout))))
+{call}
+got = dict(zip(("out", "dq", "dk", "dv"), (got_out, *gradients)))
 
 rows = {{"out": sum(LENGTHS_Q), "dq": sum(LENGTHS_Q), "dk": sum(LENGTHS_K), "dv": sum(LENGTHS_K)}}
 exact = [x[: rows[name]].detach().double().cpu().requires_grad_() for name, x in zip(("dq", "dk", "dv"), (q, k, v))]
-expected_out = reference(*exact)
-gradients = torch.autograd.grad(expected_out, exact, dout[: rows["out"]].double().cpu())
+expected_out, expected_lse = reference(*exact)
+{reference_gradients}
 expected = dict(zip(("out", "dq", "dk", "dv"), (expected_out.detach(), *gradients)))
 
 failed = False
@@ -132,6 +133,18 @@ for name, want in expected.items():
 raise SystemExit(1 if failed else 0)
 '''
 
+_CALL: Final = """got_out = kernel(*leaves, *sums, max(LENGTHS_Q), max(LENGTHS_K))
+gradients = torch.autograd.grad(got_out, leaves, dout)"""
+
+_CALL_WITH_LSE: Final = """got_out, got_lse = kernel(*leaves, *sums, max(LENGTHS_Q), max(LENGTHS_K))[:2]
+given = dlse if got_lse.shape == dlse.shape else dlse.T
+gradients = torch.autograd.grad([got_out, got_lse], leaves, [dout, given])"""
+
+_REFERENCE: Final = """gradients = torch.autograd.grad(expected_out, exact, dout[: rows["out"]].double().cpu())"""
+
+_REFERENCE_WITH_LSE: Final = """given = [dout[: rows["out"]].double().cpu(), dlse[:, : rows["out"]].double().cpu()]
+gradients = torch.autograd.grad([expected_out, expected_lse], exact, given)"""
+
 _OWN_KERNEL: Final = '''from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import AttentionOptions
 from attn_fuzz.backends.metadata import VarlenMetadata
@@ -141,15 +154,15 @@ def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     """A backend of this project: run the script from a checkout."""
     metadata = VarlenMetadata(lengths_q=tuple(LENGTHS_Q), lengths_k=tuple(LENGTHS_K), device=torch.device(DEVICE))
     options = AttentionOptions(scale=SCALE, causal=CAUSAL, window=WINDOW, softcap=SOFTCAP)
-    return registry.load({name!r}).kernel.attend(q, k, v, metadata, options).out'''
+    return registry.load({name!r}).kernel.attend(q, k, v, metadata, options){results}'''
 
 _USER_KERNEL: Final = """def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     {load}
     return function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {options})"""
 
 
-def _kernel_source(backend: Backend, case: Case) -> str:
-    """The call under test, as source text of a function ``kernel``."""
+def _kernel_source(backend: Backend, case: Case, *, with_lse: bool) -> str:
+    """The call under test, as source text of a function ``kernel``, which gives the output, and the LSE if asked."""
     if isinstance(backend.kernel, UserKernel):
         where, _, function = backend.name.rpartition(":")
         load = (
@@ -160,7 +173,9 @@ def _kernel_source(backend: Backend, case: Case) -> str:
         asked = [("softmax_scale", "SCALE"), ("causal", "CAUSAL")]
         asked += [("window_size", "WINDOW")] * (case.window != (-1, -1)) + [("softcap", "SOFTCAP")] * bool(case.softcap)
         return _USER_KERNEL.format(load=load, options=", ".join(f"{name}={value}" for name, value in asked))
-    return backend.kernel.call_source or _OWN_KERNEL.format(name=backend.name)
+    own = _OWN_KERNEL.format(name=backend.name, results="" if with_lse else ".out")
+    # As people write the call, it gives the output alone.
+    return own if with_lse else backend.kernel.call_source or own
 
 
 def candidates(case: Case, profile: Profile) -> Iterator[Inputs]:
@@ -222,9 +237,10 @@ def standalone(case: Case, backend: Backend, device: str, title: str, *, fatal: 
         raise ScriptError(f"the case has more than {MAX_ELEMENTS} numbers; shrink it first")
     tensors = [
         f"{name} = tensor({_numbers(item.storage[MARGIN:-MARGIN])}, {tuple(item.tensor.shape)}, "
-        f"{item.tensor.stride()}, {item.tensor.storage_offset()})"
+        f"{item.tensor.stride()}, {item.tensor.storage_offset()}{', torch.float32' if name == 'dlse' else ''})"
         for name, item in placed.items()
     ]
+    with_lse = "dlse" in placed
     bound = limit(case)
     allowed = [f'    "{name}": {_numbers(bound * answer[name].variance.sqrt())},' for name in RESULTS]
     seen = environment(device)
@@ -241,7 +257,9 @@ def standalone(case: Case, backend: Backend, device: str, title: str, *, fatal: 
         causal=case.causal,
         window=case.window,
         margin=MARGIN,
-        kernel=_kernel_source(backend, case),
+        kernel=_kernel_source(backend, case, with_lse=with_lse),
+        call=_CALL_WITH_LSE if with_lse else _CALL,
+        reference_gradients=_REFERENCE_WITH_LSE if with_lse else _REFERENCE,
         tensors="\n".join(tensors),
         allowed="\n".join(allowed),
     )
