@@ -265,7 +265,8 @@ def test_some_calls_may_be_asked_more_than_others(turn: Question, monkeypatch: p
         # No document is long enough.
         assert not counts[4:]
     else:
-        assert sorted(counts[4:]) == [1, 2]
+        # Keys come apart of the second call only, and are run in two parts.
+        assert sorted(counts[4:]) == ([2, 2] if turn.asked == "merging" else [1, 2])
         assert 1 in failing
         assert set(failing) <= {0, 1}
 
