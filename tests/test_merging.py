@@ -18,12 +18,14 @@ from attn_fuzz.batch.judge import judge
 from attn_fuzz.batch.judged import Question
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.oracle.checks.merging import parts_merge
-from attn_fuzz.oracle.relations.merged import Partial, Parts, merged
+from attn_fuzz.oracle.relations.merged import Partial, Parts, merged, merged_answer
 from attn_fuzz.oracle.symptoms import NotMerged
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference import attention
 from attn_fuzz.reference.answer import kernel_inputs
+from attn_fuzz.reference.batched import kernel_answer
 from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.profile import Profile
 
 CPU = torch.device("cpu")
 PLAIN = Case(level="kernel", lengths=(3, 2, 4, 1), key_lengths=(5, 7, 4, 2), heads=2, head_dim=8, causal=False)
@@ -105,6 +107,20 @@ def test_noncausal_documents_are_cut_anywhere_and_causal_ones_before_their_own_k
 def test_what_does_not_come_apart_is_not_asked(case: Case) -> None:
     assert Parts.of(case, blind=False) is None
     assert Parts.of(case, blind=True) is None
+
+
+@pytest.mark.parametrize("case", [PLAIN, PAST])
+def test_answers_over_both_parts_merge_to_that_over_the_whole(case: Case) -> None:
+    drawn, parts = kernel_inputs(case, "cpu"), parts_of(case)
+    first, second = (
+        kernel_answer(part, inputs, Profile()) for part, inputs in zip(parts.cases, parts.inputs(drawn), strict=True)
+    )
+    whole = kernel_answer(case, drawn, Profile())
+    for name, got in merged_answer(first, second).items():
+        right = whole[name].value
+        assert torch.equal(got.value.isinf(), right.isinf())
+        assert torch.allclose(got.value.nan_to_num(neginf=0.0), right.nan_to_num(neginf=0.0), rtol=1e-13, atol=1e-14)
+        assert (got.variance > 0).any()
 
 
 def test_both_parts_have_the_keys_of_the_whole() -> None:

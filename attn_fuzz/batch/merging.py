@@ -7,14 +7,14 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.batch.batch_run import PROBED, BatchRun
+from attn_fuzz.batch.batch_run import PROBED, BatchRun, Results
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.execution.calls import How
 from attn_fuzz.oracle.relations.autograd import INFERENCE
 from attn_fuzz.oracle.relations.merged import PART_RESULTS, Parts
 from attn_fuzz.oracle.symptoms import NotMerged
-from attn_fuzz.reference.answer import KERNEL_TENSORS, kernel_inputs
+from attn_fuzz.reference.answer import KERNEL_TENSORS, Expected, kernel_inputs
 from attn_fuzz.reference.batched import kernel_answer
 
 _COLUMNS: Final = dict(zip(KERNEL_TENSORS, PROBED, strict=True))
@@ -34,7 +34,7 @@ def merging(batch_run: BatchRun) -> None:
     parts = Parts(small, tuple(itertools.chain.from_iterable(each.cuts for each in apart.values())))
     ends = tuple(itertools.accumulate(len(each.cuts) for each in apart.values()))
     drawn = kernel_inputs(small, device)
-    results, answers = [], [kernel_answer(small, drawn, batch_run.profile, degrees=False)]
+    results, answers = list[Results](), list[dict[str, Expected]]()
     for case, inputs in zip(parts.cases, parts.inputs(drawn), strict=True):
         tensors = batch_run.load(CallBatch(case, ends), inputs)
         found = batch_run.run_batch(tensors, batch_run.other_poison, How(INFERENCE), every=True)

@@ -14,7 +14,7 @@ from attn_fuzz.oracle.relations.autograd import INFERENCE
 from attn_fuzz.oracle.relations.merged import PART_RESULTS, Parts
 from attn_fuzz.oracle.symptoms import NotMerged, Symptom
 from attn_fuzz.oracle.trial import Trial
-from attn_fuzz.reference.answer import Inputs
+from attn_fuzz.reference.answer import Expected, Inputs
 from attn_fuzz.reference.batched import kernel_answer
 
 
@@ -65,11 +65,11 @@ def parts_of(trial: Trial) -> Parts | None:
 def _wrong(trial: Trial, parts: Parts) -> dict[str, Compared]:
     """Merged results with something wrong, by name."""
     assert isinstance(trial.inputs, Inputs)
-    results, answers = list[dict[str, torch.Tensor]](), [trial.answer]
+    results, answers = list[dict[str, torch.Tensor]](), list[dict[str, Expected]]()
     for case, inputs in zip(parts.cases, parts.inputs(trial.inputs), strict=True):
         part = dataclasses.replace(trial, case=case)
         results.append(part.observe_with(inputs, trial.poisons[0], asked=INFERENCE).results)
         answers.append(kernel_answer(case, inputs, trial.profile, degrees=False))
     if any(name not in got for got in results for name in PART_RESULTS):
         return {}
-    return {each.tensor: each for each in parts.compared(results, answers) if each.wrong.any()}
+    return {each.tensor: each for each in parts.compared(results, [*answers, trial.answer]) if each.wrong.any()}

@@ -50,7 +50,7 @@ def merged(first: Partial, second: Partial) -> Partial:
 
 
 def merged_answer(
-    whole: Mapping[str, Expected], first: Mapping[str, Expected], second: Mapping[str, Expected]
+    first: Mapping[str, Expected], second: Mapping[str, Expected], whole: Mapping[str, Expected] | None = None
 ) -> dict[str, Expected]:
     """What merged parts should be, and how far correct parts stray from it.
 
@@ -60,16 +60,19 @@ def merged_answer(
     have errors of their own each: ``V(lse) = w_1^2 V(L_1) + w_2^2 V(L_2)``.
 
     Args:
-        whole: the answer over all keys.
-        first: that over the first part of them.
+        first: the answer over the first part of the keys.
         second: that over the others.
+        whole: that over all of them, where it is there; what comes of merging both is the same but for 1e-14.
     """
+    value = merged(*(Partial(part["out"].value, part["lse"].value) for part in (first, second)))
+    if whole is not None:
+        value = Partial(whole["out"].value, whole["lse"].value)
     _, mine, others = weights(first["lse"].value, second["lse"].value)
     of_lse = mine.square() * first["lse"].variance + others.square() * second["lse"].variance
     apart = (mine * others)[..., None] * (first["out"].value - second["out"].value)
     variance = mine.square()[..., None] * first["out"].variance + others.square()[..., None] * second["out"].variance
     variance = variance + apart.square() * (first["lse"].variance + second["lse"].variance)[..., None]
-    return {"out": Expected(whole["out"].value, 2 * variance), "lse": Expected(whole["lse"].value, of_lse)}
+    return {"out": Expected(value.out, 2 * variance), "lse": Expected(value.lse, of_lse)}
 
 
 def cuts_of(case: Case, *, blind: bool) -> tuple[int, ...] | None:
@@ -142,7 +145,7 @@ class Parts:
 
         Args:
             results: of both parts.
-            answers: over all keys, and over each part.
+            answers: over each part, and over all keys where that is there.
         """
         parts = [Partial.of(each) for each in results]
         expected, got = merged_answer(*answers), merged(*parts)
