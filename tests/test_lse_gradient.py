@@ -207,7 +207,7 @@ def test_a_batch_has_it_in_every_call() -> None:
         assert torch.equal(mine, alone.T)
 
 
-def test_two_more_are_drawn_only_where_it_is_taken() -> None:
+def test_it_is_drawn_only_where_it_is_taken() -> None:
     def drawn(capabilities: Capabilities) -> set[bool]:
         found: set[bool] = set()
         domain = Domain.of(capabilities, "cpu")
