@@ -21,6 +21,7 @@ from attn_fuzz.execution.batch_tensors import BatchTensors
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.drawing import few_cases
 from attn_fuzz.oracle.examine import examine
+from attn_fuzz.oracle.second_value import of_another_meaning
 from attn_fuzz.reference import attention, terms
 from attn_fuzz.reference.answer import kernel_inputs
 from attn_fuzz.reference.budget import Variances, attention_variances
@@ -281,6 +282,28 @@ def test_an_lse_is_judged_without_a_declaration(returned: str, dtype: str, tmp_p
 def test_an_lse_that_is_wrong_is_convicted(returned: str, symptom: str | None, tmp_path: Path) -> None:
     first = examine(USERS, user(tmp_path, returned), "cpu", probes=()).first
     assert (None if first is None else type(first).__name__) == symptom
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ("(out, lse.detach() * 0)", "what the kernel returns second is taken for the LSE"),
+        ("(out, lse.detach() / 0.6931471805599453)", 'adapters.Lse("ht", base="2")'),
+        ("(out * 1.5, lse.detach() * 0)", None),
+    ],
+)
+def test_a_finding_says_what_to_declare_of_a_second_value(returned: str, said: str | None, tmp_path: Path) -> None:
+    backend = user(tmp_path, returned)
+    found = of_another_meaning(backend, examine(USERS, backend, "cpu", probes=()).symptoms)
+    assert (found is None) is (said is None)
+    assert (said or "") in (found or "")
+
+
+def test_of_a_declared_lse_it_says_nothing(tmp_path: Path) -> None:
+    backend = user(tmp_path, "(out, lse.detach() * 0)", lse=True)
+    symptoms = examine(USERS, backend, "cpu", probes=()).symptoms
+    assert symptoms
+    assert of_another_meaning(backend, symptoms) is None
 
 
 @pytest.mark.parametrize(

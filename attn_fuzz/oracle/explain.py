@@ -24,6 +24,7 @@ from attn_fuzz.backends.user import InsideLayer, UserKernel
 from attn_fuzz.oracle.deviations import LIMIT, deviations, limit
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.oracle.facts import Fact, all_facts, declaring, loosens
+from attn_fuzz.oracle.second_value import of_another_meaning
 from attn_fuzz.oracle.symptoms import (
     WRONG_TENSOR,
     NotExact,
@@ -99,7 +100,10 @@ def suggestion(trial: Trial, small: Case, announce: Callable[[Case], None]) -> s
     """
     if not isinstance(trial.backend.kernel, (UserKernel, InsideLayer)):
         return None
-    return explained_by(dataclasses.replace(trial, case=small), [trial.case], announce)
+    shrunk = dataclasses.replace(trial, case=small)
+    if (said := of_another_meaning(trial.backend, _symptoms(shrunk, {}))) is not None:
+        return said
+    return explained_by(shrunk, [trial.case], announce)
 
 
 def explained_by(
