@@ -254,6 +254,11 @@ class UserKernel(Kernel):
     def capabilities_on(self, device: str) -> Capabilities:
         return self._shown or self.capabilities
 
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The optional arguments that every call is given: those that the signature has."""
+        return tuple(option for option in _OPTIONS if option in self._takes)
+
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
     ) -> Attended:

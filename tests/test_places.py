@@ -22,8 +22,8 @@ BROKEN = f"""{EXAMPLE}
 right = kernel
 
 
-def kernel(*arguments, **options):
-    return 1.5 * right(*arguments, **options)
+def kernel(*arguments, softmax_scale=None, causal=False):
+    return 1.5 * right(*arguments, softmax_scale=softmax_scale, causal=causal)
 
 
 kernel.capabilities = right.capabilities

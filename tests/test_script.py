@@ -3,55 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from attn_fuzz.backends import registry
-from attn_fuzz.findings.script import ScriptError, candidates, standalone
+from attn_fuzz.findings.script import standalone
+from attn_fuzz.findings.scripts.kernel import candidates
+from attn_fuzz.findings.scripts.markdown import tracker_report
+from attn_fuzz.findings.scripts.run import Ran, run_script
+from attn_fuzz.findings.scripts.text import ScriptError
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.profile import Profile
+from tests.script_faults import FAULTS, QUICK
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNEL = (ROOT / "examples" / "my_kernel.py").read_text()
-
-BROKEN = {
-    "top-left": (
-        "mask.tril(ke - kb - (qe - qb))",
-        "mask.tril()",
-        '{"level": "kernel", "lengths": [1], "key_lengths": [3]}',
-    ),
-    "scaled": (
-        "torch.cat(out)",
-        "torch.cat([*out[:-1], out[-1] * 1.02])",
-        '{"level": "kernel", "lengths": [2, 1], "heads": 2}',
-    ),
-    "strided memory": (
-        "torch.cat(out)",
-        "torch.cat(out) * 1.02",
-        '{"level": "kernel", "lengths": [2], "head_dim": 4, "memory": "strided"}',
-    ),
-    "misaligned": (
-        "torch.cat(out)",
-        "torch.cat(out) * 1.02",
-        '{"level": "kernel", "lengths": [2], "dtype": "bf16", "memory": "misaligned"}',
-    ),
-    "mixed memory": (
-        "torch.cat(out)",
-        "torch.cat(out) * 1.02",
-        '{"level": "kernel", "lengths": [3], "heads": 2, "kv_heads": 2, "head_dim": 4, "memory": "mixed"}',
-    ),
-    "broadcast": (
-        "torch.cat(out)",
-        "torch.cat(out) * 1.5",
-        '{"level": "kernel", "lengths": [2], "heads": 2, "memory": "broadcast"}',
-    ),
-}
-
-
 FAULTY = {
     "M51-swapped": '{"level": "kernel", "lengths": [2], "head_dim": 2}',
     "M16": '{"level": "kernel", "lengths": [3], "key_lengths": [1]}',
@@ -65,7 +35,9 @@ FAULTY = {
 ONE_AFTER_ANOTHER = """
 import contextlib, io, json, runpy, sys, traceback
 
-for path in sys.argv[1:]:
+if sys.argv[1] == "without this project":
+    sys.modules["attn_fuzz"] = None
+for path in sys.argv[2:]:
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         try:
@@ -93,46 +65,97 @@ def run(folder: Path, texts: Mapping[str, str], *, checkout: bool = False) -> di
     paths = {name: folder / f"script_{index}.py" for index, name in enumerate(texts)}
     for name, path in paths.items():
         path.write_text(texts[name])
-    done = python(folder, "-c", ONE_AFTER_ANOTHER, *(str(path) for path in paths.values()), checkout=checkout)
+    where = "in a checkout" if checkout else "without this project"
+    done = python(folder, "-c", ONE_AFTER_ANOTHER, where, *(str(path) for path in paths.values()), checkout=checkout)
     assert done.returncode == 0, done.stderr
     told = {path: (status, said) for path, status, said in map(json.loads, done.stdout.splitlines())}
     return {name: told[str(path)] for name, path in paths.items()}
 
 
-def of_a_users_kernel(name: str, folder: Path) -> tuple[str, Path]:
-    """The script of a finding about a kernel with a line broken, and the kernel's file."""
-    right, wrong, case = BROKEN[name]
-    folder.mkdir()
-    kernel = folder / "kernel.py"
-    kernel.write_text(KERNEL.replace(right, wrong))
-    return standalone(Case.from_json(case), registry.load(f"{kernel}:kernel"), "cpu", "broken"), kernel
+def held_to(faults: Sequence[str], folder: Path) -> None:
+    """Scripts of some faults fail with the fault and pass without it, where this project cannot be imported."""
+    texts = {}
+    for index, name in enumerate(faults):
+        fault = FAULTS[name]
+        path = fault.written(folder / str(index), broken=True)
+        texts[name] = fault.script(path)
+        # In another folder, and not later in the same: all scripts run in one process.
+        mended = fault.written(folder / f"mended {index}", broken=False)
+        texts[f"{name}, mended"] = texts[name].replace(str(path), str(mended))
+    for text in texts.values():
+        assert "attn_fuzz" not in text
+    for name, (status, said) in run(folder, texts).items():
+        there = "mended" not in name
+        assert status == (1 if there else 0), (name, status, said)
+        assert said.splitlines()[-1].split(":")[0] == f"the fault is {'there' if there else 'gone'}", name
 
 
 @pytest.mark.slow
-def test_users_kernels_fail_broken_and_pass_mended(tmp_path: Path) -> None:
-    made = {name: of_a_users_kernel(name, tmp_path / str(index)) for index, name in enumerate(BROKEN)}
-    texts = {name: text for name, (text, _) in made.items()}
-    for text in texts.values():
-        assert "attn_fuzz" not in text
-        assert "backends" not in text
-    # In another folder, and not later in the same: all scripts run in one process.
-    mended = tmp_path / "mended"
-    mended.mkdir()
-    (mended / "kernel.py").write_text(KERNEL)
-    texts |= {f"{name} mended": text.replace(str(made[name][1].parent), str(mended)) for name, text in texts.items()}
-    for name, (status, said) in run(tmp_path, texts).items():
-        assert status == (0 if "mended" in name else 1), (name, status)
-        assert ("elements wrong; at row" in said) is ("mended" not in name), name
+def test_scripts_of_users_code_fail_broken_and_pass_mended(tmp_path: Path) -> None:
+    held_to(tuple(FAULTS) if os.environ.get("ATTN_FUZZ_ALL_SCRIPTS") else QUICK, tmp_path)
+
+
+def code_of(text: str) -> list[str]:
+    """Lines of a script to be read: neither blank, nor in its head, nor values of tensors and settings."""
+    head, body = text.split('"""', 2)[1:]
+    assert head
+    lines, inside = [], False
+    for line in body.splitlines():
+        inside = inside or line.startswith(("SETTINGS", "WEIGHTS", "CALL"))
+        if line.strip() and not inside:
+            lines.append(line)
+        inside = inside and not line.startswith((")", "]"))
+    return lines
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_scripts_are_short(name: str, tmp_path: Path) -> None:
+    fault = FAULTS[name]
+    lines = code_of(fault.script(fault.written(tmp_path, broken=True)))
+    assert 40 <= len(lines) <= (100 if name.startswith("ranks") else 85)
+    assert max(map(len, lines)) <= 125
+
+
+def test_a_call_that_fails_after_others_of_its_shape_is_told_with_one(tmp_path: Path) -> None:
+    """As a finding of the case mode has it, whose interfering call is none of its own."""
+    fault = FAULTS["layer: documents of the sequence before"]
+    path = fault.written(tmp_path, broken=True)
+    case = Case.from_json('{"lengths": [1, 2], "cuts": [2], "head_dim": 4, "hidden": 4}')
+    text = standalone(case, registry.load(f"layer:{path}:Layer"), "cpu", "broken")
+    assert text.count("case=SimpleNamespace") == 2
 
 
 @pytest.mark.slow
 def test_a_script_runs_by_itself(tmp_path: Path) -> None:
-    text, _ = of_a_users_kernel("top-left", tmp_path / "kernels")
-    path = tmp_path / "reproduce.py"
-    path.write_text(text)
-    done = python(tmp_path, str(path), checkout=False)
-    assert done.returncode == 1, done.stderr
-    assert "elements wrong; at row" in done.stdout
+    fault = FAULTS["kernel: top-left"]
+    text = fault.script(fault.written(tmp_path / "kernels", broken=True))
+    ran = run_script(text, 100)
+    assert (ran.status, ran.answer) == (1, "wrong")
+    assert "elements wrong; at [" in ran.output
+    report = tracker_report(
+        "a title", ["a sentence"], text, ran, {"torch": "2.13", "commit": "c0ffee", "date": "today"}
+    )
+    assert report.startswith("# a title\n\n- a sentence\n")
+    assert "| torch | 2.13 |" in report
+    assert "c0ffee" not in report
+    assert text in report
+    assert f"```\n{ran.output}\n```" in report
+    assert "today (exit status 1)" in report
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "answer"),
+    [
+        (1, "out: 1 of 4 elements wrong\nthe fault is there", "wrong"),
+        (1, "exit status of the call: 7\nthe fault is there\nSystemExit", "wrong"),
+        (0, "the fault is gone", "right"),
+        (1, "ModuleNotFoundError: No module named 'flash_attn'", "not run"),
+        (None, "the fault is there", "not run"),
+        (-9, "", "not run"),
+    ],
+)
+def test_a_script_that_could_not_tell_is_neither_right_nor_wrong(status: int | None, output: str, answer: str) -> None:
+    assert Ran(status, output).answer == answer
 
 
 @pytest.mark.slow
@@ -152,7 +175,8 @@ def test_planted_faults_fail_by_themselves(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "backend", "sentence"),
     [
-        (Case(level="layer", lengths=(2,)), "loop", "a layer case"),
+        (Case(level="layer", lengths=(2,)), "loop", "the layer of this project"),
+        (Case(level="layer", lengths=(2,), ranks=2), "fault:R01", "the layer of this project"),
         (Case(level="kernel", lengths=(2,)), "loop", "no single call"),
         (Case(level="kernel", lengths=(200,), head_dim=64, heads=4, kv_heads=4), "fault:M51-swapped", "shrink it"),
     ],

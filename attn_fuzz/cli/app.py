@@ -21,7 +21,7 @@ COMMANDS: Final = {
     "check-layer": ("fuzz", "Fuzz your own attention layer (docs/your_layer.md)."),
     "init": ("init", "Write tests, a workflow and an ignore entry for your kernel into your repository."),
     "replay": ("saved", "Run one saved case and show every check's verdict."),
-    "script": ("saved", "Print a failing kernel case as one Python file that needs nothing of this project."),
+    "script": ("script", "Print a finding as one Python file that needs nothing of this project."),
     "save": ("saved", "Keep a failing case as a regression case, which the test suite collects."),
     "list": ("store", "List what was found, newest first."),
     "show": ("store", "Show one finding: what failed, the shrunk case, and on which versions."),

@@ -11,9 +11,8 @@ from typing import Annotated, Final
 import typer
 
 from attn_fuzz.backends import registry
-from attn_fuzz.campaign.isolated import FATAL
 from attn_fuzz.campaign.plan import available_backends, require_available
-from attn_fuzz.campaign.replay import verdict_alone, verdict_on
+from attn_fuzz.campaign.replay import verdict_on
 from attn_fuzz.cli import tables
 from attn_fuzz.cli.arguments import (
     DEFAULT_STORE,
@@ -28,14 +27,13 @@ from attn_fuzz.cli.arguments import (
 from attn_fuzz.cli.terminal import results_console
 from attn_fuzz.execution.process import set_up_process
 from attn_fuzz.findings.regression_cases import REGRESSIONS, RegressionCase, find_regression_case
-from attn_fuzz.findings.script import ScriptError, standalone
 from attn_fuzz.oracle.examine import Verdict
 
 NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 """Names that regression cases may have: each is a file's name and a test's."""
 
 
-def _place(device: str | None, saved: RegressionCase) -> str:
+def place_of(device: str | None, saved: RegressionCase) -> str:
     """The device asked for, else the one to try a case on: where there is a GPU that, unless it failed on CPUs only."""
     return device_of("cpu" if device is None and set(saved.failing) == {"cpu"} else device)
 
@@ -56,7 +54,7 @@ def replay(
     cuda where there is one.
     """
     saved = find_regression_case(case, store).from_anywhere(root)
-    where = _place(device, saved)
+    where = place_of(device, saved)
     own = saved.failing.get(where.partition(":")[0], ())
     names = tuple(dict.fromkeys(backend or own or available_backends(where)))
     require_available(names, where)
@@ -130,33 +128,3 @@ def save(
     except OSError as error:
         raise UsageError(f"{target} cannot be written ({error.strerror}); choose another --folder") from None
     typer.echo(f"{target}: replay with python -m attn_fuzz replay {name}")
-
-
-def script(
-    case: Annotated[str, typer.Argument(help="A CASE.json file, a finding's id, or a case as JSON text.")],
-    backend: Annotated[str | None, typer.Option(help="Backend that fails it. Default: the finding's own.")] = None,
-    device: DeviceOption = None,
-    store: StoreOption = DEFAULT_STORE,
-    root: RootOption = None,
-) -> None:
-    """Print a failing kernel case as one Python file that needs nothing of this project, to paste into a report."""
-    saved = find_regression_case(case, store).from_anywhere(root)
-    where = _place(device, saved)
-    own = saved.failing.get(where.partition(":")[0], ())
-    name = backend or (own[0] if own else None)
-    if name is None:
-        raise UsageError("the case names no backend that fails it; say --backend NAME")
-    require_available((name,), where)
-    set_up_process(where)
-    verdict = verdict_alone(saved, name, where)
-    if saved.sequence is not None and isinstance(verdict, Verdict) and not verdict.symptoms:
-        raise UsageError(f"{case} fails among other calls only, which no script has: replay it")
-    if isinstance(verdict, str):
-        raise UsageError(verdict)
-    title = f"{name}: {verdict.first}" if verdict.first else f"{name}: {', '.join(verdict.known) or 'no check fails'}"
-    try:
-        fatal = isinstance(verdict, Verdict) and type(verdict.first).__name__ in FATAL
-        text = standalone(saved.case, registry.load(name), where, title, fatal=fatal)
-    except ScriptError as error:
-        raise UsageError(str(error)) from None
-    typer.echo(text, nl=False)

@@ -1,0 +1,209 @@
+"""Scripts of kernel calls: one, or several in a row of which one fails after the others only.
+
+The tensors are written out with their exact values and their places in memory; the reference in the file computes
+attention in float64, and every element is allowed the error that its budget allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import torch
+
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.backends.user import UserKernel
+from attn_fuzz.execution.observation import Observation
+from attn_fuzz.execution.runner import KernelCall, run_kernel
+from attn_fuzz.findings.scripts.text import (
+    MAX_ELEMENTS,
+    SECONDS,
+    About,
+    Asked,
+    ScriptError,
+    allowances,
+    filled,
+    numbers,
+    source,
+)
+from attn_fuzz.oracle.deviations import deviations, limit
+from attn_fuzz.oracle.known_answer.census import Census
+from attn_fuzz.oracle.known_answer.every_row import EveryRow
+from attn_fuzz.oracle.known_answer.needle import Needle
+from attn_fuzz.reference.answer import Expected, Inputs, kernel_answer, kernel_inputs
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.memory import MARGIN
+from attn_fuzz.reference.profile import Profile
+
+_CONSTANTS: Final = {"softmax_scale": "SCALE", "causal": "CAUSAL", "window_size": "WINDOW", "softcap": "SOFTCAP"}
+"""Of a script, by the options that kernels have for them."""
+
+RESULTS: Final = ("out", "dq", "dk", "dv")
+_VALUES: Final = frozenset(f"values of {name}" for name in ("q", "k", "v", "dout"))
+"""What an observation says of inputs that changed, margins apart."""
+
+_OWN_KERNEL: Final = '''from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import AttentionOptions
+from attn_fuzz.backends.metadata import VarlenMetadata
+
+backend = registry.load({name!r})
+
+
+def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    """A backend of this project: run the script from a checkout."""
+    lengths_q, lengths_k = (tuple(sums.diff().tolist()) for sums in (cu_seqlens_q, cu_seqlens_k))
+    metadata = VarlenMetadata(lengths_q=lengths_q, lengths_k=lengths_k, device=torch.device(DEVICE))
+    options = AttentionOptions(scale=SCALE, causal=CAUSAL, window=WINDOW, softcap=SOFTCAP)
+    return backend.kernel.attend(q, k, v, metadata, options){results}'''
+
+_USER_KERNEL: Final = """{load}
+
+
+def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    out = function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {options})
+    return {results}"""
+
+
+def _kernel_source(backend: Backend, case: Case, *, every: bool) -> str:
+    """The call under test, as source text of a function ``kernel``, which gives the output, or that and the LSE.
+
+    Args:
+        backend: whose kernel.
+        case: what it is asked for.
+        every: with every argument, and not only with those that say something.
+    """
+    with_lse = case.lse_gradient
+    if isinstance(backend.kernel, UserKernel):
+        where, _, function = backend.name.rpartition(":")
+        load = (
+            f"function = runpy.run_path({source(where)})[{source(function)}]"
+            if where.endswith(".py")
+            else f"from {where} import {function} as function"
+        )
+        idle = {"window_size": case.window == (-1, -1), "softcap": case.softcap == 0}
+        # As people write it; what raises may do so because of an argument that says nothing.
+        asked = [name for name in backend.kernel.options if every or not idle.get(name)]
+        options = ", ".join(f"{name}={_CONSTANTS[name]}" for name in asked)
+        results = "out" if with_lse else "out[0] if isinstance(out, tuple) else out"
+        return _USER_KERNEL.format(load=load, options=options, results=results)
+    own = _OWN_KERNEL.format(name=backend.name, results="" if with_lse else ".out")
+    # As people write the call, it gives the output alone.
+    return own if with_lse else backend.kernel.call_source or own
+
+
+def candidates(case: Case, profile: Profile) -> Iterator[Inputs]:
+    """The case's own tensors, then those whose answers are known."""
+    cpu = torch.device("cpu")
+    yield kernel_inputs(case, cpu)
+    if case.memory != "broadcast":
+        for known in (Census, EveryRow, Needle):
+            if (made := known.of(case, cpu, profile)) is not None:
+                yield made.inputs
+
+
+def _answer(case: Case, inputs: Inputs, backend: Backend, device: torch.device) -> dict[str, Expected]:
+    """What should come out of a call."""
+    return kernel_answer(case, inputs, backend.kernel.profile_on(device.type))
+
+
+def _wrong(case: Case, answer: dict[str, Expected], observation: Observation) -> bool:
+    """Whether the script's own comparison sees it: an element beyond its budget, or something behind the documents."""
+    results = observation.results
+    beyond = [bool((deviations(case, results[name], answer[name]) > limit(case)).any()) for name in RESULTS]
+    behind = any(bool((tail != 0).any()) for name, tail in observation.tails.items() if name in RESULTS)
+    return any(beyond) or behind
+
+
+def _alone(case: Case, backend: Backend, device: torch.device) -> tuple[Inputs, dict[str, Expected], bool]:
+    """The first tensors by which a call is seen to fail, what should have come of them, and whether inputs changed."""
+    changed: tuple[Inputs, dict[str, Expected], bool] | None = None
+    for inputs in candidates(case, backend.kernel.profile_on(device.type)):
+        observation, answer = run_kernel(backend, case, inputs, "nan", device), _answer(case, inputs, backend, device)
+        if _wrong(case, answer, observation):
+            return inputs, answer, False
+        if changed is None and set(observation.changed) & _VALUES:
+            changed = inputs, answer, True
+    if changed is None:
+        raise ScriptError("no single call shows this by a wrong element; use replay")
+    return changed
+
+
+def _call(case: Case, inputs: Inputs, answer: dict[str, Expected], backend: Backend, device: torch.device) -> Any:
+    """One call's arguments, as source text."""
+    placed = KernelCall(backend, case, inputs, "nan", device).placed
+    if sum(item.storage.numel() for item in placed.values()) > MAX_ELEMENTS:
+        raise ScriptError(f"the case has more than {MAX_ELEMENTS} numbers; shrink it first")
+    bound = limit(case)
+    return {
+        "lengths_q": list(case.packed_lengths),
+        "lengths_k": list(case.packed_key_lengths),
+        "tensors": {
+            name: f"{numbers(item.storage[MARGIN:-MARGIN])}, {tuple(item.tensor.shape)}, {item.tensor.stride()}, "
+            f"{item.tensor.storage_offset()}{', torch.float32' if name == 'dlse' else ''}"
+            for name, item in placed.items()
+        },
+        "allowed": {name: allowances(bound * answer[name].variance.sqrt()) for name in RESULTS},
+    }
+
+
+def _filled(about: About, backend: Backend, case: Case, device: torch.device, **more: Any) -> str:
+    values: dict[str, Any] = {
+        "about": about,
+        "asked": Asked.of(case, device),
+        "kernel": _kernel_source(backend, case, every=bool(more.get("fatal"))),
+        "runs_file": isinstance(backend.kernel, UserKernel) and backend.name.rpartition(":")[0].endswith(".py"),
+        "margin": MARGIN,
+        "capacity": case.capacity > 0,
+        "lse": case.lse_gradient,
+        "seconds": SECONDS[device.type],
+        "fatal": False,
+        "changes": False,
+        "index": 0,
+    }
+    return filled("kernel.py", values | more)
+
+
+def kernel_script(case: Case, backend: Backend, device: torch.device, about: About, *, fatal: bool = False) -> str:
+    """The script of a call that fails by itself.
+
+    Args:
+        case: a kernel case.
+        backend: that fails it.
+        device: where.
+        about: its head.
+        fatal: the case ends its process or hangs, so that it is not run here; the script runs it in a child.
+
+    Raises:
+        ScriptError: when the case is too large, or fails in a way that one call does not show.
+    """
+    if fatal:
+        inputs, changes = kernel_inputs(case, "cpu"), False
+        answer = _answer(case, inputs, backend, device)
+    else:
+        inputs, answer, changes = _alone(case, backend, device)
+    calls = [_call(case, inputs, answer, backend, device)]
+    return _filled(about, backend, case, device, calls=calls, fatal=fatal, changes=changes)
+
+
+def kernel_calls_script(calls: Sequence[Case], index: int, backend: Backend, device: torch.device, about: About) -> str:
+    """The script of calls in a row.
+
+    Args:
+        calls: kernel cases that differ in their documents only.
+        index: the one that fails.
+        backend: that fails it.
+        device: where.
+        about: its head.
+
+    Raises:
+        ScriptError: when they are too large, or no element of theirs is wrong here.
+    """
+    given = [kernel_inputs(case, "cpu") for case in calls]
+    answers = [_answer(case, inputs, backend, device) for case, inputs in zip(calls, given, strict=True)]
+    # Twice: the first time other calls may have come before.
+    for _ in range(2):
+        seen = [run_kernel(backend, case, inputs, "nan", device) for case, inputs in zip(calls, given, strict=True)]
+    if not any(map(_wrong, calls, answers, seen)):
+        raise ScriptError("made one after another, these calls give no wrong element; use replay")
+    told = [_call(*each, backend, device) for each in zip(calls, given, answers, strict=True)]
+    return _filled(about, backend, calls[index], device, calls=told, index=index)
