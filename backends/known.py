@@ -36,6 +36,9 @@ class KnownIssue:
     minimal: Case
     crashes: bool = False
     """It takes the process or its CUDA context along: such cases run only in processes of their own, a few of them."""
+    found_by: str = "not recorded"
+    """As the ledger has it (attn_fuzz/findings/ledger.py): ``campaign unaided``, ``probe``, ``published report tried``,
+    ``person``."""
     operators: tuple[str, ...] = ()
     """Beginnings of the names of torch's operators that have it: a user's kernel or layer that runs one has it, too."""
 
@@ -82,6 +85,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         "overflows float32: rows whose scores are all far below zero (-181; -90 is fine), or far below those of keys "
         "that they do not see. Only with a multiple of 64 keys; the memory-efficient and math kernels are right.",
         reference=f"pytorch#196678, cudnn-frontend#628; {_TORCH} with cuDNN 9.19 on an H100, 2026-11-23",
+        found_by="probe",
         present=_cudnn_919,
         covers=_whole_key_tiles,
         minimal=_case(
@@ -119,6 +123,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         about="The backward of _efficient_attention_forward with window_size gives gradients as if of another mask: "
         "right forward, dQ, dK and dV wrong wherever the window hides a key.",
         reference=f"{_TORCH} on an H200, 2026-11-24; xformers leaves local masks out of this backward for NaN",
+        found_by="probe",
         present=_cuda,
         covers=_window_cuts,
         minimal=_case('{"level": "kernel", "lengths": [5], "head_dim": 8, "dtype": "bf16", "window": [1, -1]}'),
@@ -161,6 +166,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         about="_cudnn_attention_backward with prefix sums takes head_dim for max_seqlen: rows of documents longer than "
         "head_dim get wrong or unwritten gradients, and what lies behind its scratch memory is written to.",
         reference=f"pytorch#186142; {_TORCH} with cuDNN 9.19 on an H200, 2026-11-24",
+        found_by="campaign unaided",
         present=_cudnn_919,
         covers=lambda case, calls: any(max(q, k) > case.head_dim for call in calls for q, k in call),
         minimal=_case(

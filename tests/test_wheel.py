@@ -136,7 +136,7 @@ def test_from_a_finding_to_a_test_that_passes_once_it_is_mended(run: Run, theirs
     (theirs / "keep.py").write_text(KEEP.format(id=finding["id"]))
     kept = run("keep")
     assert kept.returncode == 0, kept.stderr
-    assert "elements wrong; at row" in kept.stdout
+    assert "elements wrong; at [" in kept.stdout
 
     # As the entry point does where it is installed.
     loaded = ("-p", "attn_fuzz.pytest_plugin", "-p", "no:cacheprovider")

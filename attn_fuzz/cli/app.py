@@ -25,6 +25,8 @@ COMMANDS: Final = {
     "save": ("saved", "Keep a failing case as a regression case, which the test suite collects."),
     "list": ("store", "List what was found, newest first."),
     "show": ("store", "Show one finding: what failed, the shrunk case, and on which versions."),
+    "ledger": ("ledger", "List every bug with what has become of it; show or edit one."),
+    "retest": ("ledger", "Run every bug of the ledger on what is installed here."),
     "summary": ("summary", "Print a verdict, or a store, as Markdown for a comment."),
     "schema": ("summary", "Print the JSON schema of a verdict."),
     "backends": ("catalogue", "What is available here, what each backend supports, and why the rest is not."),
@@ -97,6 +99,7 @@ def _expected() -> tuple[type[Exception], ...]:
     from attn_fuzz.campaign.messages import CampaignError
     from attn_fuzz.cli.arguments import UsageError
     from attn_fuzz.evaluation.bench_processes import BenchError
+    from attn_fuzz.findings.entry import LedgerError
     from attn_fuzz.findings.finding import FindingError
     from attn_fuzz.findings.store import StoreError
     from attn_fuzz.oracle.second_opinion import ReferencesDisagree
@@ -107,6 +110,7 @@ def _expected() -> tuple[type[Exception], ...]:
         CaseError,
         FindingError,
         StoreError,
+        LedgerError,
         CampaignError,
         BenchError,
         BackendUnavailable,

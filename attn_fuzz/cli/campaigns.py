@@ -29,6 +29,7 @@ from attn_fuzz.cli.arguments import (
 from attn_fuzz.cli.terminal import Screen, progress_console, results_console
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.findings.finding import Finding
+from attn_fuzz.findings.ledger import Ledger
 from attn_fuzz.findings.store import Store, StoreError
 from attn_fuzz.ranks.client import MAX_RANKS
 
@@ -147,6 +148,7 @@ class Keeper:
         self.store.save(now)
         if before is not None and before.id != now.id:
             self.store.save(dataclasses.replace(before, same_as=now.same_as or now.id))
+        Ledger(self.store.folder).note(now, instead_of=before)
 
 
 def fuzz(names: tuple[str, ...], options: CampaignOptions, told: Told, *, named: bool = True) -> None:

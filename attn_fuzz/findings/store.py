@@ -28,6 +28,23 @@ class StoreError(OSError):
     """The store cannot be used; the message is one sentence that says what to do."""
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all.
+
+    Raises:
+        OSError: when it cannot be written; what was there stays.
+    """
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        # On a disk that has become read-only nothing can be removed either.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
 class Store:
     """Findings in a folder; reading needs no more than its files.
 
@@ -84,14 +101,9 @@ class Store:
             StoreError: when it cannot be written; a finding of the same id that was there stays.
         """
         path = self._path(finding.id)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            temporary.write_text(json.dumps(finding.to_dict(), indent=2) + "\n")
-            temporary.replace(path)
+            write_whole(path, json.dumps(finding.to_dict(), indent=2) + "\n")
         except OSError as error:
-            # On a disk that has become read-only nothing can be removed either.
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
             raise StoreError(f"finding {finding.id} could not be written to {self.folder} ({error.strerror})") from None
         return path
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 
@@ -57,6 +57,8 @@ class Symptom(AssertionError):
         z: error in standard deviations of the budget, where that is what was measured.
         nan: what came back is NaN.
         element: the first or the worst of the elements that are wrong, where it is one of them that was looked at.
+        failing: how far the wrong elements reach, ``one``, ``some`` or ``all``, by ``documents``, ``rows`` of these,
+            ``heads`` and ``channels``, where that was looked at.
     """
 
     rank: ClassVar[int] = 0
@@ -71,9 +73,11 @@ class Symptom(AssertionError):
         *,
         nan: bool = False,
         element: Element | None = None,
+        failing: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(f"{type(self).__name__} [{check}] {tensor}: {message}")
         self.check, self.tensor, self.message, self.z, self.element = check, tensor, message, z, element
+        self.failing = dict(failing or {})
         self.nan = nan or (element is not None and element.nan)
         self.probe: Callable[..., Any] | None = None
         """The check with runs of its own that saw it, if it was one."""
@@ -87,7 +91,7 @@ class Symptom(AssertionError):
             place = dataclasses.asdict(self.element.place)
             found |= {name: value for name, value in place.items() if value is not None}
             found |= {"got": number(self.element.got), "expected": number(self.element.expected)}
-        return found
+        return found | ({"failing": self.failing} if self.failing else {})
 
 
 class Crashed(Symptom):

@@ -142,7 +142,25 @@ def within_budget(trial: Trial) -> Iterator[Symptom]:
             f"{int(wrong.sum())} of {z.numel()} elements wrong{of_documents}{_WHENCE if element.nan else ''}",
             z=z.flatten()[worst].item(),
             element=element,
+            failing=_failing(trial, name, wrong),
         )
+
+
+def _failing(trial: Trial, name: str, wrong: torch.Tensor) -> dict[str, str]:
+    """How far the wrong elements of a result reach, in words that do not depend on sizes; empty for parameters."""
+    if name.startswith("d_") or wrong.dim() < 2:
+        return {}
+    by_row = wrong.flatten(1).any(1)
+    owners = [trial.document_of(name, row)[0] for row in range(len(wrong))]
+    hit = {owner for owner, bad in zip(owners, by_row.tolist(), strict=True) if bad}
+    theirs = torch.tensor([owner in hit for owner in owners])
+    reached = {"documents": (len(hit), len(set(owners))), "rows": (int(by_row.sum()), int(theirs.sum()))}
+    if wrong.dim() == 3:
+        reached["heads"] = int(wrong.any(2).any(0).sum()), wrong.shape[1]
+    if name != "lse":
+        channels = wrong.flatten(0, -2).any(0)
+        reached["channels"] = int(channels.sum()), len(channels)
+    return {what: "all" if some == every else "one" if some == 1 else "some" for what, (some, every) in reached.items()}
 
 
 def _is_source(trial: Trial, got: torch.Tensor, name: str, z: torch.Tensor) -> bool:
