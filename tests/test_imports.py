@@ -27,6 +27,7 @@ ROOMS = (
     "findings",
     "campaign",
     "evaluation",
+    "reports",
     "cli",
 )
 """From the ground up (docs/architecture.md): a room imports from those before it."""

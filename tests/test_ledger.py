@@ -77,6 +77,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
         ({"symptoms": ({"tensor": "dq"},)}, False),
         ({"symptoms": ({"tensor": "out", "got": "nan", "failing": {"rows": "some"}},)}, False),
         ({"symptoms": ({"tensor": "out", "failing": {"rows": "all"}},)}, False),
+        ({"symptoms": ({"tensor": "out", "failing": {"rows": "some", "heads": "all"}},)}, True),
         ({"sequence": {"case": {}}}, False),
     ],
 )

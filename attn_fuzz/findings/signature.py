@@ -33,7 +33,7 @@ class Signature:
         """That of a finding."""
         first: Mapping[str, Any] = finding.symptoms[0] if finding.symptoms else {}
         failing = first.get("failing", {})
-        reached = [f"{word} {what}" for what, word in failing.items()] if isinstance(failing, Mapping) else []
+        reached = _reached(failing) if isinstance(failing, Mapping) else []
         nan = ["NaN"] if first.get("got") == "nan" else []
         axes = [_words(name, value) for name, value in needs(finding.case).items() if value != _SILENT.get(name, False)]
         axes += ["other calls"] if finding.sequence is not None else []
@@ -65,6 +65,14 @@ class Signature:
         where = ", ".join(part for part in (self.tensor, *self.failing) if part)
         needed = f"; needs {', '.join(self.axes)}" if self.axes else ""
         return f"{self.symptom} on {self.backend}: {where or 'nowhere in particular'}{needed}"
+
+
+def _reached(failing: Mapping[str, str]) -> list[str]:
+    """How far wrong elements reach, in words: ``one row``, ``some channels``; what is wrong as a whole is not said."""
+    if failing and set(failing.values()) == {"all"}:
+        return ["everything"]
+    parts = [(word, what) for what, word in failing.items() if word != "all"]
+    return [f"one {what.removesuffix('s')}" if word == "one" else f"{word} {what}" for word, what in parts]
 
 
 def _words(name: str, value: object) -> str:

@@ -1,0 +1,1 @@
+"""Pages for people: one HTML file with everything in it, that opens without a network."""
