@@ -155,7 +155,7 @@ def histogram(name: str, counts: Sequence[int]) -> str:
 def coverage_map(lengths: Mapping[tuple[int, int], int]) -> str:
     """Documents by octaves of their queries and keys."""
     every = sorted({length for pair in lengths for length in pair})
-    cell, most = 22.0, math.log10(max([*lengths.values(), 1]) + 1)
+    cell, most = 27.0, math.log10(max([*lengths.values(), 1]) + 1)
     figure = Figure(_EDGE + cell * len(every) + 10, _EDGE + cell * len(every) + 10, "Documents by queries and keys")
     for column, keys in enumerate(every):
         figure.text((_EDGE + cell * (column + 0.5), _EDGE - 6), _short(keys), "middle")
