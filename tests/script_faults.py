@@ -175,4 +175,4 @@ QUICK: Final = (
     "layer: values are not normed",
     "ranks: gradient of own rows only",
 )
-"""One of each kind; ATTN_FUZZ_ALL_SCRIPTS=1 tries all of them."""
+"""One of each kind but for crashes, which take processes of their own; ATTN_FUZZ_ALL_SCRIPTS=1 tries all of them."""

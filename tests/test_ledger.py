@@ -15,6 +15,7 @@ from attn_fuzz.backends import known, registry
 from attn_fuzz.backends.kernel import BackendUnavailable
 from attn_fuzz.backends.limits import LIMITS
 from attn_fuzz.campaign.retest import place_of
+from attn_fuzz.cli.campaigns import Keeper
 from attn_fuzz.findings.entry import FOUND_BY, Answer, Entry, LedgerError, merged
 from attn_fuzz.findings.finding import Finding, summarise
 from attn_fuzz.findings.ledger import Ledger, entry_of
@@ -323,3 +324,12 @@ def test_an_entry_is_run_where_it_was_found(
     assert place_of(entry_of(finding(device=found_on)), asked) == place
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert place_of(entry_of(finding(device="cuda:1")), "cuda:1") == "cuda:1"
+
+
+def test_a_campaign_counts_what_it_keeps(store: Store) -> None:
+    """Once, also where a smaller case comes in the place of a larger one."""
+    keeper = Keeper(store)
+    keeper.keep(finding(Case(level="kernel", lengths=(2,), key_lengths=(5,)), cases_to_find=9))
+    keeper.keep(finding(cases_to_find=11))
+    (entry,) = Ledger(store.folder).written().values()
+    assert [time.rpartition(": ")[2] for time in entry.seen] == [f"{finding().id} after 11 cases and 0.5 s"]

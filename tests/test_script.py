@@ -68,7 +68,9 @@ def run(folder: Path, texts: Mapping[str, str], *, checkout: bool = False) -> di
     where = "in a checkout" if checkout else "without this project"
     done = python(folder, "-c", ONE_AFTER_ANOTHER, where, *(str(path) for path in paths.values()), checkout=checkout)
     assert done.returncode == 0, done.stderr
-    told = {path: (status, said) for path, status, said in map(json.loads, done.stdout.splitlines())}
+    # What a process prints that a script has started stands between.
+    lines = [line for line in done.stdout.splitlines() if line.startswith('["')]
+    told = {path: (status, said) for path, status, said in map(json.loads, lines)}
     return {name: told[str(path)] for name, path in paths.items()}
 
 
