@@ -32,6 +32,8 @@ class Fault:
     """Of calls in a row the last of which fails, where the documents of each end."""
     fatal: bool = False
     """Not run to make the script."""
+    mended: tuple[str, str] | None = None
+    """What of the broken one, by what, makes it right; None: it is what it was before."""
 
     @property
     def name(self) -> str:
@@ -44,7 +46,8 @@ class Fault:
         assert self.right in text, self.right
         folder.mkdir(exist_ok=True)
         path = folder / "theirs.py"
-        path.write_text(text.replace(self.right, self.wrong, 1) if broken else text)
+        wrong = text.replace(self.right, self.wrong, 1)
+        path.write_text(wrong if broken else wrong.replace(*self.mended) if self.mended else text)
         return path
 
     def script(self, path: Path) -> str:
@@ -156,6 +159,18 @@ FAULTS: Final = {
         '{"lengths": [1, 2, 2, 1], "cuts": [3], "head_dim": 4, "hidden": 4}',
         ends=(2, 4),
     ),
+    "layer: keeps its gradients from sequence to sequence": Fault(
+        LAYER,
+        "    def forward(self, x, begin, end):",
+        "    def restart(self, case):\n"
+        "        gradients = self.gradients\n"
+        "        self.__init__({name: weight.detach() for name, weight in self.weights.items()}, case)\n"
+        "        self.gradients = gradients\n\n"
+        "    capabilities = capabilities | {'reusable': True}\n\n"
+        "    def forward(self, x, begin, end):",
+        '{"lengths": [2], "cuts": [1], "head_dim": 4, "hidden": 4}',
+        mended=("        self.gradients = gradients\n\n", "\n"),
+    ),
     "ranks: gradient of own rows only": Fault(
         RANKS,
         "self.gradient[first : own.stop] += leaf.grad",
@@ -165,7 +180,7 @@ FAULTS: Final = {
         fatal=True,
     ),
 }
-"""Four of layers, one of ranks, two that take other calls, the rest of kernels."""
+"""Five of layers, one of ranks, two that take other calls, the rest of kernels."""
 
 QUICK: Final = (
     "kernel: misaligned",

@@ -10,7 +10,7 @@ import torch
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.backends.user import InsideLayer
 from attn_fuzz.findings.scripts.kernel import kernel_calls_script, kernel_script
-from attn_fuzz.findings.scripts.layer import layer_calls_script, layer_script
+from attn_fuzz.findings.scripts.layer import layer_calls_script, layer_script, reused_layer_script
 from attn_fuzz.findings.scripts.text import About, ScriptError
 from attn_fuzz.oracle.trial import SECOND_SEED
 from attn_fuzz.reduction.call_sequence import CallSequence
@@ -48,6 +48,9 @@ def standalone(
     except ScriptError:
         if fatal or case.all_ranks > 1:
             raise
+        if case.level == "layer" and backend.kernel.capabilities_on(place.type).reusable:
+            with contextlib.suppress(ScriptError):
+                return reused_layer_script(case, backend, place, about)
         # What is kept from call to call by their shapes shows after another call of the same.
         for other in _of_the_same_shapes(case, backend, place):
             with contextlib.suppress(ScriptError):

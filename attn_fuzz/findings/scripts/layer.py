@@ -9,12 +9,15 @@ import dataclasses
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 
 from attn_fuzz.backends.layer_arguments import taken_apart
 from attn_fuzz.backends.registry import USER_LAYER, Backend
+from attn_fuzz.cases.earlier import earlier_sequence
+from attn_fuzz.execution.reused import EarlierFailed, ReusedRun
+from attn_fuzz.execution.runner import LayerRuns
 from attn_fuzz.findings.scripts.text import (
     MAX_ELEMENTS,
     SECONDS,
@@ -159,7 +162,13 @@ def _alone(case: Case, backend: Backend, device: torch.device) -> tuple[Trial, b
 
 
 def _filled(
-    trials: Sequence[Trial], about: About, *, index: int = 0, fatal: bool = False, changes: bool = False
+    trials: Sequence[Trial],
+    about: About,
+    *,
+    index: int = 0,
+    fatal: bool = False,
+    changes: bool = False,
+    reused: bool = False,
 ) -> str:
     first, case = trials[0], trials[index].case
     assert isinstance(first.inputs, LayerInputs)
@@ -184,6 +193,7 @@ def _filled(
         "seconds": SECONDS[first.device.type],
         "fatal": fatal,
         "changes": changes,
+        "reused": reused,
     }
     return filled("ranks.py" if case.ranks > 1 else "layer.py", values)
 
@@ -228,3 +238,38 @@ def layer_calls_script(calls: Sequence[Case], index: int, backend: Backend, devi
     if not any(map(_beyond, trials)):
         raise ScriptError("made one after another, these calls give no wrong element; use replay")
     return _filled(trials, about, index=index)
+
+
+@dataclasses.dataclass
+class _Reused(Trial):
+    """A case that is the second sequence of its object."""
+
+    how: ClassVar[LayerRuns] = ReusedRun
+
+
+def reused_layer_script(case: Case, backend: Backend, device: torch.device, about: About) -> str:
+    """The script of a sequence that fails as the second one of its object, with the one before.
+
+    Args:
+        case: a layer case.
+        backend: a user's layer that declares that it is reusable.
+        device: where.
+        about: its head.
+
+    Raises:
+        ScriptError: when it is too large, or no element of the second sequence is wrong.
+    """
+    for seed in (case.seed, case.seed ^ SECOND_SEED):
+        second = _Reused(case.replace(seed=seed), backend, device, ("nan",), interfered=False)
+        try:
+            fails = _beyond(second)
+        except EarlierFailed:
+            break
+        if fails:
+            first = Trial(earlier_sequence(second.case), backend, device, ("nan",), interfered=False)
+            assert isinstance(first.inputs, LayerInputs)
+            assert isinstance(second.inputs, LayerInputs)
+            # An object keeps its weights.
+            first.inputs = dataclasses.replace(first.inputs, weights=second.inputs.weights)
+            return _filled([first, second], about, index=1, reused=True)
+    raise ScriptError("no second sequence through one object shows this by a wrong element; use replay")
