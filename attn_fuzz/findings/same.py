@@ -31,6 +31,7 @@ def needs(case: Case) -> dict[str, Any]:
         "memory": case.memory,
         "capacity": case.capacity > 0,
         "ranks": case.all_ranks > 1,
+        "gradient of the LSE": case.lse_gradient,
     }
 
 

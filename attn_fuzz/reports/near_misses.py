@@ -58,6 +58,7 @@ def _changes(case: Case) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield "not causal" if case.causal else "causal", {"causal": not case.causal}
     yield "no softcap", {"softcap": 0.0}
     yield "the usual scale", {"scale": None}
+    yield "no gradient of the LSE", {"lse_gradient": False}
     yield "contiguous memory", {"memory": "contiguous"}
     yield "no rows behind the documents", {"capacity": 0}
     yield "no cuts", {"cuts": ()}
