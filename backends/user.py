@@ -209,6 +209,7 @@ _OPTIONS = ("softmax_scale", "causal", "window_size", "softcap")
 _UNPROMISED = {
     "covers_all_rows": False,
     "capacity": None,
+    "compiles": None,
     "isolates_nonfinite": None,
     "repeatable": None,
     "repeatable_backward": None,
