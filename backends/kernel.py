@@ -51,6 +51,13 @@ class Configuration(NamedTuple):
         window = sides[left >= 0, right >= 0 and not case.causal]
         return cls(case.dtype, case.head_dim, case.heads, case.kv_heads, case.causal, window, case.softcap)
 
+    def words(self) -> str:
+        """In one line, such as ``bf16 64 4/2 causal left``: dtype, head_dim, heads, mask."""
+        sides = {"none": [], "both": ["left", "right"]}.get(self.window, [self.window])
+        cap = [f"softcap {self.softcap:g}"] if self.softcap else []
+        mask = ["causal" if self.causal else "full", *sides, *cap]
+        return f"{self.dtype} {self.head_dim} {self.heads}/{self.kv_heads} {' '.join(mask)}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Capabilities:
@@ -113,6 +120,11 @@ class Capabilities:
     """The same for gradients, which some kernels sum up in the order in which blocks happen to finish."""
     covers_all_rows: bool = True
     """Rows outside the documents get zeros; False: the kernel leaves them unwritten."""
+    compiles: bool | None = False
+    """Every configuration is compiled when it is first called: campaigns draw from a few of them, more as time goes on;
+    None: found out by timing calls."""
+    compiled_first: tuple[Configuration, ...] = ()
+    """A compiling backend's, of a campaign's: those that come first, since calls have found that they are taken."""
     configurations: tuple[Configuration, ...] = ()
     """A compiling backend's: nothing else is taken, so that each is compiled once."""
     window_sizes: tuple[int, ...] = ()

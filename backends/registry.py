@@ -16,7 +16,7 @@ import functools
 import importlib
 import pkgutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 from attn_fuzz.backends import kernels
 from attn_fuzz.backends.faults.fault import PREFIX as FAULT
 from attn_fuzz.backends.faults.fault import faults, parts_of
-from attn_fuzz.backends.kernel import Kernel
+from attn_fuzz.backends.kernel import Capabilities, Configuration, Kernel
 from attn_fuzz.backends.known import crash_issue_of
 from attn_fuzz.backends.layer import BufferedLayer, LayerFactory
 from attn_fuzz.backends.layer_arguments import taken_apart
@@ -151,6 +151,24 @@ def narrowed(backend: Backend, without: Mapping[str, Any]) -> Backend:
         return backend
     kernel = copy.copy(backend.kernel)
     kernel.capabilities = dataclasses.replace(kernel.capabilities, **without)  # type: ignore[misc]
+    return dataclasses.replace(backend, kernel=kernel)
+
+
+def within(backend: Backend, ready: Callable[[], tuple[Configuration, ...]]) -> Backend:
+    """A backend that takes nothing but some configurations, which may become more: all others it would have to compile.
+
+    Args:
+        backend: any.
+        ready: gives those that it takes, at any time.
+    """
+    kernel = copy.copy(backend.kernel)
+    # The copy's own: calls of a user's kernel may show more than it states.
+    stated = kernel.capabilities_on
+
+    def capabilities_on(device: str) -> Capabilities:
+        return dataclasses.replace(stated(device), configurations=ready())
+
+    kernel.capabilities_on = capabilities_on  # type: ignore[method-assign]
     return dataclasses.replace(backend, kernel=kernel)
 
 

@@ -46,6 +46,8 @@ class Unlimited(Kernel):
 
 _CONVENTIONS: Final = {
     "arithmetic",
+    "compiled_first",
+    "compiles",
     "devices",
     "window_convention",
     "isolates_nonfinite",

@@ -153,7 +153,7 @@ def _misfit(key: str, value: object) -> str | None:
     if isinstance(default, int):
         least = min(default, 1)
         return None if _whole(value) and value >= least else f"a whole number from {least}"
-    if key == "configurations":
+    if key in ("configurations", "compiled_first"):
         fits = isinstance(value, tuple) and all(isinstance(item, Configuration) for item in value)
         return None if fits else "a list of backends.kernel.Configuration"
     if isinstance(default, tuple):
@@ -209,6 +209,7 @@ _OPTIONS = ("softmax_scale", "causal", "window_size", "softcap")
 _UNPROMISED = {
     "covers_all_rows": False,
     "capacity": None,
+    "compiles": None,
     "isolates_nonfinite": None,
     "repeatable": None,
     "repeatable_backward": None,

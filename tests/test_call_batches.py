@@ -15,7 +15,7 @@ from commandline import Run
 from devices import needs_cuda
 
 from attn_fuzz.backends import registry
-from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, UnsupportedCase
+from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Configuration, UnsupportedCase
 from attn_fuzz.backends.kernels.loop import LoopKernel
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend
@@ -228,9 +228,6 @@ def test_nor_are_they_on_a_gpu(name: str) -> None:
     # With --require-cuda a skipped test would be a failure.
     backend = registry.load(name)
     capabilities = backend.kernel.capabilities_on("cuda")
-    if capabilities.layouts or capabilities.configurations:
-        assert fuzzed(name, calls=4, device="cuda")[1].cases == 0
-        return
     batch = draw_batch(Random(1), Sweep((64, 128), 1), backend, Domain.of(capabilities, "cuda"), 40)
     assert batch is not None
     for turn in dict.fromkeys(SCHEDULE):
@@ -245,6 +242,27 @@ def test_nor_are_they_on_a_gpu(name: str) -> None:
 def test_everything_has_its_turn() -> None:
     assert {turn.asked for turn in SCHEDULE} == {name for name in QUESTIONS if name}
     assert {turn.poison for turn in SCHEDULE} == {"nan", "finite"}
+
+
+class _Donates(torch.autograd.Function):
+    """As torch's compiler does: the backward may use memory that the forward saved, so no graph can be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor) -> torch.Tensor:
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> torch.Tensor:
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            raise RuntimeError("compiled with non-empty donated buffers, which requires retain_graph=False")
+        return dout
+
+
+def test_a_compiled_backward_that_keeps_no_graph_is_no_fault() -> None:
+    backend = altered(lambda count, metadata, attended: attended._replace(out=_Donates.apply(attended.out)))
+    judged = judge(BATCH, backend, CPU, Question("finite", "second backward"))
+    assert not judged.broken
+    assert judged.failing() == []
 
 
 @pytest.mark.parametrize("turn", dict.fromkeys(SCHEDULE), ids=str)
@@ -761,14 +779,23 @@ def test_who_writes_to_an_input_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(finding.case.lengths) == 3
 
 
-def test_what_compiles_for_every_layout_is_left_to_the_case_mode() -> None:
-    backend = registry.load("loop")
-    domain = Domain.of(backend.kernel.capabilities_on("cpu"), "cpu")
-    assert not domain.capabilities.layouts
-    findings, tally = fuzzed("flex_compiled", calls=10)
-    assert findings == []
-    assert tally.cases == 0
-    assert tally.refused > 0
+def test_batches_of_what_compiles_for_shapes_are_of_its_layouts_and_one_configuration() -> None:
+    """Every call, with its documents in order, is one of a dozen."""
+    capabilities = registry.load("flex_compiled").kernel.capabilities
+    backend, domain = declared(dataclasses.replace(capabilities, devices=("cpu",))), Domain.of(capabilities, "cpu")
+    layouts, configurations = set(), set()
+    for seed in range(6):
+        batch = draw_batch(Random(seed), Sweep((16, 32), seed), backend, domain, 40)
+        assert batch is not None
+        configurations.add(Configuration.of(batch.case))
+        for index in range(len(batch.ends)):
+            call = batch.call(index)
+            assert backend.refusal(call, "cpu") is None
+            layouts.add(tuple(sorted(zip(call.packed_lengths, call.packed_key_lengths, strict=True))))
+    assert configurations <= set(capabilities.configurations)
+    assert len(configurations) > 1
+    # Keys of causal calls are not always those of others.
+    assert len(layouts) <= 2 * capabilities.layouts
 
 
 @pytest.mark.slow
@@ -800,14 +827,13 @@ def test_the_command_has_the_mode(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatc
     done = attn_fuzz("run", "--mode", "batch", *options)
     assert done.status == 2
     assert "batches are of kernel calls" in done.err
-    # One or two of all that there are: each is a process.
-    few = tuple(name for name in ("loop", "flex_compiled") if name in available_backends("cpu"))
-    assert not takes_batches("flex_compiled", ("kernel",), "cpu")
-    monkeypatch.setattr("attn_fuzz.cli.fuzz.available_backends", lambda *_: few)
+    # One of all that there are: each is a process.
+    assert takes_batches("flex_compiled", ("kernel",))
+    assert not takes_batches("legacy:loop", ("kernel",))
+    monkeypatch.setattr("attn_fuzz.cli.fuzz.available_backends", lambda *_: ("loop",))
     done = attn_fuzz("run", "--mode", "batch", "--cases", "10", "--device", "cpu", "--level", "kernel", "--json")
     assert done.status == 0, done.err
-    assert "loop" in (told := json.loads(done.out)["backends"])
-    assert "flex_compiled" not in told
+    assert "loop" in json.loads(done.out)["backends"]
     done = attn_fuzz("run", "--mode", "fast", "-b", "loop", "--cases", "4", "--device", "cpu")
     assert done.status == 2
     assert "case, batch, packed, several with + between them, both or all" in done.err

@@ -229,7 +229,7 @@ def test_a_reusable_layer_has_a_method_that_says_what_comes_next(tmp_path: Path)
 
 
 def test_what_batches_do_not_know_comes_case_by_case() -> None:
-    taken = {name for name in RIGHT if takes_batches(f"layer:{KINDS}:{name}", ("layer",), "cpu")}
+    taken = {name for name in RIGHT if takes_batches(f"layer:{KINDS}:{name}", ("layer",))}
     packed = {"Packed", "PackedInFloat32", "PackedInDtype"}
     assert taken == packed | {"Reusable", "LiveGradients", "Evaluating", "UncutNonCausal"}
 

@@ -102,7 +102,7 @@ def test_correct_backends_pass(name: str) -> None:
 
 @pytest.mark.cuda
 @needs_cuda
-@pytest.mark.parametrize("name", [n for n in available_backends("cuda") if takes_batches(n, ("kernel",), "cuda")])
+@pytest.mark.parametrize("name", [n for n in available_backends("cuda") if takes_batches(n, ("kernel",))])
 def test_they_pass_on_a_gpu(name: str) -> None:
     backend, device = registry.load(name), torch.device("cuda")
     capabilities = backend.kernel.capabilities_on("cuda")

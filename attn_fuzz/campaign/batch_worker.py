@@ -66,13 +66,9 @@ class BatchWorker(Triage, abc.ABC):
         self.random = Random(assignment.seed)
         self.sweeps = [Sweep(each, self.random.randrange(1 << 16)) for each in longest]
         self.sizes = {(level, place): sizing.first for level in LEVELS for place in range(len(longest))}
-        self.turn = 0
-
-    @property
-    def domain(self) -> Domain:
-        """What there is to draw from; calls may have shown more of it than was known of the backend."""
-        kind = self.device.type
-        return Domain.of(self.backend.kernel.capabilities_on(kind), kind, self.assignment.dtypes)
+        self.turn, kind = 0, self.device.type
+        self.domain = Domain.of(self.backend.kernel.capabilities_on(kind), kind, assignment.dtypes)
+        """What the turn draws from."""
 
     # What modes differ in.
 
@@ -136,6 +132,8 @@ class BatchWorker(Triage, abc.ABC):
 
     def batch(self, level: str, place: int, question: Question) -> None:
         """One batch, judged, and triaged where a call fails."""
+        # Calls may have shown more than was known of the backend.
+        self.domain = self.configurations.domain(self.turn)
         batch = self.draw(level, place)
         if batch is None:
             self.refuse("no call that was drawn is one that it declares to take")
@@ -173,6 +171,7 @@ class BatchWorker(Triage, abc.ABC):
         tally.by_kind[kind] = tally.by_kind.get(kind, 0) + len(taken)
         for path in judged.paths:
             tally.paths[path] = tally.paths.get(path, 0) + len(taken)
+        self.configurations.count(tally, batch.case, len(taken))
         if not judged.failing() and not judged.touched:
             self.note_largest(judged, kind)
         self.tell()
@@ -187,6 +186,7 @@ class BatchWorker(Triage, abc.ABC):
     def run(self) -> None:
         """Levels, sizes and questions in turn."""
         levels = self.levels()
+        self.warm_up()
         while not self.turn or not self.over():
             level, number = levels[self.turn % len(levels)], self.turn // len(levels)
             schedule = self.schedule_of(level)

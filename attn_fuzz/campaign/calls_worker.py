@@ -14,7 +14,7 @@ from attn_fuzz.campaign.plan import batched_levels
 from attn_fuzz.campaign.worker import Send, work
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.inferred import promises
-from attn_fuzz.generation.calls import LONGEST, compiles_for_calls, draw_batch
+from attn_fuzz.generation.calls import LONGEST, draw_batch
 from attn_fuzz.generation.layer_calls import LONGEST as LAYER_LONGEST
 from attn_fuzz.generation.layer_calls import draw_layer_batch
 from attn_fuzz.generation.strategies import straddling
@@ -62,12 +62,7 @@ class CallsWorker(BatchWorker):
         return LAYER_SCHEDULE if level == "layer" else self.schedule
 
     def draw(self, level: str, place: int) -> CallBatch | None:
-        """The next batch; no more calls than are still asked for.
-
-        None where nothing that was drawn is taken, as by backends that compile for every layout or option.
-        """
-        if compiles_for_calls(self.domain.capabilities):
-            return None
+        """The next batch; no more calls than are still asked for. None where nothing that was drawn is taken."""
         wanted = self.sizes[level, place]
         if self.assignment.cases is not None:
             wanted = min(wanted, self.assignment.cases - self.tally.cases)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Final
@@ -17,6 +18,7 @@ from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import BackendUnavailable, UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.campaign import new_process
+from attn_fuzz.execution.compilers import triton_variants
 from attn_fuzz.execution.operators import operators_of
 from attn_fuzz.execution.process import (
     DEAD_CONTEXT,
@@ -25,6 +27,7 @@ from attn_fuzz.execution.process import (
     set_apart,
     set_up_process,
 )
+from attn_fuzz.execution.timing import processor_seconds
 from attn_fuzz.oracle.examine import examine, tried
 from attn_fuzz.oracle.second_opinion import ReferencesDisagree
 from attn_fuzz.oracle.symptoms import Crashed, Hung, Symptom
@@ -67,13 +70,25 @@ class Report:
     """Whether the process did."""
     operators: tuple[str, ...] = ()
     """Names of torch's operators that ran, where that was asked."""
+    seconds: float = 0.0
+    """What it took of processors' time, where it came back right, no operators were asked for, and its process had run
+    another one: the first loads libraries."""
+    variants: int = 0
+    """Kernels that Triton compiled for it, or found compiled on disk."""
     disagreement: str | None = None
     """Why the harness can say nothing of it (oracle/second_opinion.py), if that is so."""
 
 
-def report_of(case: Case, subject: Subject, backend: Backend, *, operators: bool = False) -> Report:
+def report_of(
+    case: Case,
+    subject: Subject,
+    backend: Backend,
+    *,
+    operators: bool = False,
+    clock: Callable[[], float] = processor_seconds,
+) -> Report:
     """What comes of a case in this process, which ends where its CUDA context does."""
-    place = torch.device(subject.device)
+    place, variants, began = torch.device(subject.device), triton_variants(), clock()
     try:
         judge = functools.partial(examine if subject.judged else tried, case, backend, place)
         verdict, ran = operators_of(judge) if operators else (judge(), ())
@@ -89,7 +104,8 @@ def report_of(case: Case, subject: Subject, backend: Backend, *, operators: bool
         return Report(type(first).__name__, str(first), first.message, error_type, operators=ran)
     if verdict.known:
         return Report(KNOWN_ISSUE, f"known issue: {', '.join(verdict.known)}", operators=ran)
-    return Report(operators=ran)
+    seconds = 0.0 if operators else clock() - began
+    return Report(operators=ran, seconds=seconds, variants=triton_variants() - variants)
 
 
 def _serve(subject: Subject, connection: Connection) -> None:
@@ -107,9 +123,10 @@ def _serve(subject: Subject, connection: Connection) -> None:
     # What a case takes begins here: on a busy machine torch is half a minute in coming.
     connection.send(None)
     try:
-        while True:
+        for number in itertools.count():
             text, operators = connection.recv()
-            connection.send(report_of(Case.from_json(text), subject, loaded, operators=operators))
+            report = report_of(Case.from_json(text), subject, loaded, operators=operators)
+            connection.send(report if number else dataclasses.replace(report, seconds=0.0))
     except EOFError:
         return
     except KeyboardInterrupt:
@@ -117,7 +134,7 @@ def _serve(subject: Subject, connection: Connection) -> None:
         raise SystemExit(INTERRUPTED) from None
 
 
-_AWAY_FROM_OTHERS: Final = {"CUDA_MPS_PIPE_DIRECTORY": os.devnull}
+AWAY_FROM_OTHERS: Final = {"CUDA_MPS_PIPE_DIRECTORY": os.devnull}
 """Where processes share a GPU through a server (CUDA MPS), a fault in one ends all; not so for a child without it."""
 
 
@@ -226,7 +243,7 @@ class Isolated:
 
     def _start(self) -> None:
         self._connection, theirs = new_process.context().Pipe()
-        self._process = new_process.start(_serve, (self._subject, theirs), _AWAY_FROM_OTHERS, daemon=True)
+        self._process = new_process.start(_serve, (self._subject, theirs), AWAY_FROM_OTHERS, daemon=True)
         theirs.close()
 
     def _hung(self, seconds: float) -> Report:

@@ -7,17 +7,18 @@ the campaign goes on without it. What comes back wrong is none: that is for the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import BackendUnavailable
 from attn_fuzz.backends.known import KnownIssue, built_on, issues_below
-from attn_fuzz.backends.registry import calls_of
+from attn_fuzz.backends.registry import Backend, calls_of
+from attn_fuzz.campaign.compile_probe import AlsoFor, Noticed, also_for, together
 from attn_fuzz.campaign.isolated import Isolated, Report, Subject
 from attn_fuzz.campaign.limit_questions import Question, plain_case, questions_of
 from attn_fuzz.campaign.preflight import why_unusable
@@ -93,23 +94,29 @@ class _Children:
 
     def __init__(self, subject: Subject, children: int) -> None:
         self._subject, self._children = subject, children
-        self._own = threading.local()
         self._made: list[Isolated] = []
+        self._idle: list[Isolated] = []
+        self.noticed = Noticed()
 
-    def _child(self) -> Isolated:
-        if not hasattr(self._own, "child"):
-            self._own.child = Isolated(self._subject, ANSWER_SECONDS[self._subject.device.partition(":")[0]])
-            self._made.append(self._own.child)
-        child: Isolated = self._own.child
-        return child
+    @contextlib.contextmanager
+    def _child(self) -> Iterator[Isolated]:
+        """One that nobody else asks meanwhile."""
+        try:
+            child = self._idle.pop()
+        except IndexError:
+            child = Isolated(self._subject, ANSWER_SECONDS[self._subject.device.partition(":")[0]])
+            self._made.append(child)
+        yield child
+        self._idle.append(child)
 
     def plain(self, cases: Sequence[Case]) -> list[Report]:
         """What came of plain cases, with the operators that ran; all at once, since each may have to be waited for."""
-        try:
-            return self._side_by_side(lambda case: self._child().report(case, operators=True), cases, len(cases))
-        finally:
-            # Other threads ask the questions, each with a process of its own.
-            self.close()
+
+        def ask(case: Case) -> Report:
+            with self._child() as child:
+                return self.noticed.note(case, child.report(case, operators=True), child.report)
+
+        return self._side_by_side(ask, cases, len(cases))
 
     def answers(self, base: Case, questions: Sequence[Question], deadline: float) -> list[Report | None]:
         """What came of each question; None for those of an axis that has failed, and for which there was no time.
@@ -121,14 +128,29 @@ class _Children:
         def ask(question: Question) -> Report | None:
             if question.axis in failed or time.monotonic() > deadline:
                 return None
-            if question.axis.startswith("memory"):
-                self._child().report(base.replace(dtype=question.case.dtype))
-            report = self._child().report(question.case)
+            with self._child() as child:
+                if question.axis.startswith("memory"):
+                    child.report(base.replace(dtype=question.case.dtype))
+                report = self.noticed.note(question.case, child.report(question.case), child.report)
             if _how(report) is not None:
                 failed.add(question.axis)
             return report
 
         return self._side_by_side(ask, questions, self._children)
+
+    def compiled_for(self, base: Case, backend: Backend, domain: Domain) -> dict[str, Any]:
+        """What a kernel compiles for, as capabilities; nothing where it does not."""
+
+        def ask(also: AlsoFor) -> Mapping[str, Any]:
+            with self._child() as child:
+                # It is compiled, perhaps by another process; libraries are loaded in the first case of all.
+                child.report(base)
+                return also.asked(child.report)
+
+        if not self.noticed.compiles(domain.capabilities):
+            return {}
+        found = self._side_by_side(ask, also_for(base, backend, domain), self._children)
+        return self.noticed.found(domain.capabilities, found)
 
     def _side_by_side(self, work: Callable[[_Asked], _Found], items: Sequence[_Asked], at_once: int) -> list[_Found]:
         with ThreadPoolExecutor(at_once) as pool:
@@ -144,7 +166,7 @@ class _Children:
         for child in self._made:
             child.close()
         self._made.clear()
-        self._own = threading.local()
+        self._idle.clear()
 
 
 def _how(report: Report) -> str | None:
@@ -222,6 +244,7 @@ def infer_limits(
         base = next((case for case in working if case.dtype == "bf16"), working[-1])
         more = questions_of(base, backend, domain, [case.dtype for case in working])
         reports += asking.answers(base, more, time.monotonic() + ASKING_SECONDS)
+        compiles = asking.compiled_for(base, backend, domain)
     finally:
         asking.close()
     limits: list[Limit] = []
@@ -233,7 +256,7 @@ def infer_limits(
         if limit is not None and limit.axis not in {each.axis for each in limits}:
             limits.append(limit)
             tell(limit)
-    return LimitsFound(tuple(limits), without_of(limits, right, domain))
+    return LimitsFound(tuple(limits), together(compiles, without_of(limits, right, domain)))
 
 
 def without_of(limits: Sequence[Limit], right: set[int], domain: Domain) -> dict[str, Any]:

@@ -38,6 +38,8 @@ class Assignment:
     small calls at a time."""
     stop_at_first: bool = False
     """End the assignment with the first finding."""
+    compilers: int = 1
+    """Processes beside this one that compile ahead, where its backend compiles."""
     without: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Of a user's backend: capabilities as they were found out (``campaign.limits``)."""
 
@@ -57,6 +59,10 @@ class Tally:
     seconds: float = 0.0
     warm_up_seconds: float = 0.0
     """What compiling took before the first case, not part of ``seconds``."""
+    compiling_seconds: float = 0.0
+    """What all processes together have spent compiling configurations and loading them, the warm-up included."""
+    by_configuration: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Of a backend that compiles: cases by configuration, those that have had none yet included."""
     by_kind: dict[str, int] = dataclasses.field(default_factory=dict)
     """Cases by ``level dtype``."""
     worst_z: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -81,8 +87,10 @@ class Tally:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.seconds = max(self.seconds, other.seconds)
         self.warm_up_seconds = max(self.warm_up_seconds, other.warm_up_seconds)
-        for mine, theirs in ((self.by_kind, other.by_kind), (self.paths, other.paths), (self.known, other.known)):
-            for key, count in theirs.items():
+        self.compiling_seconds += other.compiling_seconds
+        for name in ("by_kind", "by_configuration", "paths", "known"):
+            mine: dict[str, int] = getattr(self, name)
+            for key, count in getattr(other, name).items():
                 mine[key] = mine.get(key, 0) + count
         for key, counts in other.histograms.items():
             self.count_elements(key, counts)

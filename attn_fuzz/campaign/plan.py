@@ -15,13 +15,16 @@ from attn_fuzz.backends.kernel import BackendUnavailable
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.execution.poison import POISONS
-from attn_fuzz.generation.calls import compiles_for_calls
 
 MAX_CUDA_WORKERS = 16
 """Processes that share one GPU: beyond this they only wait for one another."""
 
 LEAST_SHARE: Final = 0.5
 """Of the time that an assignment was planned for: it gets so much even where others took longer."""
+
+_COMPILERS: Final = 4
+"""Processes that compile ahead for one worker, where there are cores for them: a first few configurations each have one
+at once."""
 
 STARTING: Final = 3.0
 """Seconds that a process takes until its first case, as long as none has shown it here."""
@@ -69,20 +72,24 @@ def batched_levels(
     """The levels of a campaign at which a backend's calls come in batches: what is spread over ranks does not.
 
     Nor do layers without a backward, or whose gradient rows say nothing of other cuts, or which leave out the padding
-    that calls of a batch end in.
+    that calls of a batch end in, or around a kernel that compiles for shapes.
     """
     alone, stated = max(ranks) * max(tensor_ranks) == 1, backend.kernel.capabilities
-    layers = alone and stated.backward and stated.gradient_rows == "kept" and stated.padding == "computed"
+    whole = stated.backward and stated.gradient_rows == "kept" and stated.padding == "computed"
+    layers = alone and whole and not stated.layouts
     return [level for level in levels if level in backend.levels and (layers or level == "kernel")]
 
 
 def takes_batches(
-    name: str, levels: Sequence[str], device: str, ranks: Sequence[int] = (1,), tensor_ranks: Sequence[int] = (1,)
+    name: str,
+    levels: Sequence[str],
+    ranks: Sequence[int] = (1,),
+    tensor_ranks: Sequence[int] = (1,),
+    without: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Whether a campaign calls a backend's kernel or layer on one rank, and may do so with any drawn case."""
-    backend = registry.load(name)
-    compiles = compiles_for_calls(backend.kernel.capabilities_on(_kind(device)))
-    return bool(batched_levels(backend, levels, ranks, tensor_ranks)) and not compiles
+    """Whether a campaign calls a backend's kernel, or its layer on one rank."""
+    backend = registry.narrowed(registry.load(name), without or {})
+    return bool(batched_levels(backend, levels, ranks, tensor_ranks))
 
 
 def default_workers(device: str, ranks: int = 1) -> int:
@@ -148,7 +155,7 @@ def plan(names: Sequence[str], options: CampaignOptions, without: Mapping[str, A
         (name, mode)
         for mode in o.modes
         for name in names
-        if mode != "batch" or takes_batches(name, o.levels, o.device, o.ranks, o.tensor_ranks)
+        if mode != "batch" or takes_batches(name, o.levels, o.ranks, o.tensor_ranks, without)
     ]
     shards = max(1, o.workers // len(jobs))
     if o.cases is not None:
@@ -157,6 +164,10 @@ def plan(names: Sequence[str], options: CampaignOptions, without: Mapping[str, A
     share = None if o.seconds is None else o.seconds * min(1.0, o.workers / (len(jobs) * shards))
     # Groups of ranks that have a GPU each begin where others end.
     places = devices_in_turn(o.device)[:: max(o.ranks) * max(o.tensor_ranks)]
+    count = len(jobs) * shards
+    spare = max(0, (os.cpu_count() or 1) - count) // count
+    # Where cases run on the CPU, too, compilers without a core of their own would take it from them.
+    compilers = max(_kind(o.device) == "cuda", min(_COMPILERS, spare))
     return [
         Assignment(
             backend=name,
@@ -171,6 +182,7 @@ def plan(names: Sequence[str], options: CampaignOptions, without: Mapping[str, A
             stop_at_first=o.stop_at_first,
             ranks=o.ranks,
             tensor_ranks=o.tensor_ranks,
+            compilers=compilers,
             without=dict(without or {}),
         )
         for shard in range(shards)

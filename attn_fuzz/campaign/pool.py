@@ -100,9 +100,10 @@ class _Worker:
     def patience(self) -> float:
         """Seconds of silence after which it counts as hung.
 
-        On a GPU each new configuration of a kernel may be compiled.
+        On a GPU each new configuration of a kernel may be compiled, and everywhere of one that is known to compile.
         """
-        if self.assignment.device != "cpu" or self.times_heard < OFTEN:
+        compiles = self.assignment.device != "cpu" or self.assignment.without.get("compiles")
+        if compiles or self.times_heard < OFTEN:
             return HANG_SECONDS
         return min(max(SOON_SECONDS, 10 * self.longest_silence), HANG_SECONDS)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import os
@@ -17,6 +16,7 @@ from hypothesis.errors import Flaky, HypothesisException
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.known import KnownIssue, crash_issue_of
+from attn_fuzz.campaign.configurations import Configurations
 from attn_fuzz.campaign.isolated import Isolated, NoDevice, Subject
 from attn_fuzz.campaign.messages import (
     Assignment,
@@ -33,11 +33,10 @@ from attn_fuzz.campaign.messages import (
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.execution.process import DEAD_CONTEXT, context_alive, set_up_process
 from attn_fuzz.findings.finding import Finding, summarise
-from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.drawing import few_cases
 from attn_fuzz.generation.strategies import straddling
 from attn_fuzz.oracle.checks import PROBES, Check
-from attn_fuzz.oracle.examine import Verdict, examine, some_probes
+from attn_fuzz.oracle.examine import Verdict, examine, some_probes, tried
 from attn_fuzz.oracle.explain import suggestion
 from attn_fuzz.oracle.second_opinion import ReferencesDisagree
 from attn_fuzz.oracle.symptoms import Crashed, Symptom
@@ -73,7 +72,9 @@ class Worker:
 
     def __init__(self, assignment: Assignment, send: Send) -> None:
         self.assignment, self.send = assignment, send
-        self.backend = registry.narrowed(registry.load(assignment.backend), assignment.without)
+        stated = registry.narrowed(registry.load(assignment.backend), assignment.without)
+        self.configurations = Configurations(assignment, stated, self.compile)
+        self.backend = self.configurations.backend
         self.device = torch.device(assignment.device)
         self.started = time.monotonic()
         self.tally = Tally()
@@ -97,10 +98,20 @@ class Worker:
         hasty: bool = False,
     ) -> Verdict:
         """A verdict, with the case announced first; under the assignment's poisons unless others are given."""
-        self.send(Trying(case.to_json()))
         poisons = poisons or self.assignment.poisons
+        return self.announced(
+            case, lambda: examine(case, self.backend, self.device, poisons, probes=probes, hasty=hasty)
+        )
+
+    def compile(self, case: Case) -> None:
+        """Runs a case once, whatever comes of it: something may be compiled for it."""
+        self.announced(case, lambda: tried(case, self.backend, self.device))
+
+    def announced(self, case: Case, judge: Callable[[], Verdict]) -> Verdict:
+        """A verdict, with the case announced first."""
+        self.send(Trying(case.to_json()))
         try:
-            verdict = examine(case, self.backend, self.device, poisons, probes=probes, hasty=hasty)
+            verdict = judge()
         except (torch.OutOfMemoryError, MemoryError) as error:
             # This machine's limit, and no fault of the backend.
             raise UnsupportedCase(f"memory ran out: {error}") from None
@@ -137,6 +148,7 @@ class Worker:
                 key = f"{kind} {name}"
                 if z > tally.worst_z.get(key, -1.0):
                     tally.worst_z[key], tally.worst_case[key] = z, case.to_json()
+        self.configurations.count(tally, case)
         if time.monotonic() - self.last_sent > _PROGRESS_EVERY:
             self.last_sent = time.monotonic()
             self.send(Progress(copy.deepcopy(tally)))
@@ -214,9 +226,7 @@ class Worker:
 
     def round(self, level: str, number: int) -> None:
         """One Hypothesis run of a level."""
-        job = self.assignment
-        capabilities = self.backend.kernel.capabilities_on(self.device.type)
-        domain = Domain.of(capabilities, self.device.type, job.dtypes, job.ranks, job.tensor_ranks)
+        job, domain = self.assignment, self.configurations.domain(number)
         self.failure = self.original = None
         self.run_begins = True
         before = self.tally.cases + self.tally.refused
@@ -262,17 +272,10 @@ class Worker:
         )
 
     def warm_up(self) -> None:
-        """One case of every configuration that a compiling backend compiles, counted apart from the drawn cases."""
-        configurations = self.backend.kernel.capabilities_on(self.device.type).configurations
-        # Workers that share a cache on disk start at different places, so that each finds the others' work.
-        turn = self.assignment.seed % max(len(configurations), 1)
-        for chosen in (*configurations[turn:], *configurations[:turn]):
-            sides = {"none": (-1, -1), "left": (7, -1), "right": (-1, 7), "both": (7, 7)}
-            options = {**chosen._asdict(), "window": sides[chosen.window]}
-            with contextlib.suppress(UnsupportedCase):
-                self.examine(Case(level="kernel", lengths=(5, 33, 16), **options), probes=())
-        self.tally.warm_up_seconds = time.monotonic() - self.started
-        self.started = time.monotonic()
+        """Has the first configuration of a compiling backend compiled; that is not part of the assignment's time."""
+        if self.configurations.begin():
+            self.tally.warm_up_seconds = time.monotonic() - self.started
+            self.started = time.monotonic()
 
     def run(self) -> None:
         """All rounds, levels in turn."""
@@ -298,6 +301,10 @@ def work(assignment: Assignment, send: Send, how: type[Worker] = Worker) -> None
     """Does an assignment, sending messages as it goes. What cannot be done is a ``Failed`` message."""
     set_up_process(assignment.device)
     try:
-        how(assignment, send).run()
+        worker = how(assignment, send)
+        try:
+            worker.run()
+        finally:
+            worker.configurations.close()
     except (LookupError, ValueError, ReferencesDisagree) as error:
         send(Failed(str(error)))

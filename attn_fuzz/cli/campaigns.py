@@ -53,6 +53,8 @@ def campaign_dict(outcome: Outcome, device: str, seed: int, poisons: tuple[str, 
                 "refused": tally.refused,
                 "repeated": tally.repeated,
                 "warm_up_seconds": round(tally.warm_up_seconds, 1),
+                "compiling_seconds": round(tally.compiling_seconds, 1),
+                "by_configuration": dict(sorted(tally.by_configuration.items())),
                 "by_kind": dict(sorted(tally.by_kind.items())),
                 "paths": tally.paths,
                 "known": tally.known,
@@ -103,12 +105,11 @@ def _that_take_batches(names: tuple[str, ...], options: CampaignOptions, *, name
     if options.modes != ("batch",):
         return names
     ranks = options.ranks, options.tensor_ranks
-    taking = tuple(name for name in names if takes_batches(name, options.levels, options.device, *ranks))
+    taking = tuple(name for name in names if takes_batches(name, options.levels, *ranks))
     kept = names if named else taking
     if not kept or taking != kept:
         raise UsageError(
-            "batches are of kernel calls, and of layer calls on one rank: they need a backend that has such a level "
-            "and compiles neither for every layout nor for every option"
+            "batches are of kernel calls, and of layer calls on one rank: they need a backend that has such a level"
         )
     return kept
 

@@ -126,7 +126,8 @@ def check(
     """Fuzz your own kernel, by itself and inside the buffered layer.
 
     First a few calls find out which dtypes, head dimensions, grouped heads, windows and memory layouts it takes; what
-    it does not is listed as a limit, and the campaign goes on without it.
+    it does not is listed as a limit, and the campaign goes on without it. A kernel that compiles is noticed there, and
+    drawn from a pool of configurations that grows.
     """
     where = device_of(device)
     options = CampaignOptions(

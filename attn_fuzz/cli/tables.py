@@ -32,12 +32,14 @@ def worst(tally: Tally) -> str:
 
 def print_campaign(console: Console, outcome: Outcome) -> None:
     """One row per backend, and the known issues that their cases met."""
+    compiled = any(tally.by_configuration for tally in outcome.tallies.values())
     columns = (
         Column("backend", name=True),
         Column("cases", right=True),
         Column("documents", right=True),
         Column("straddling", right=True, spare=True),
         Column("refused", right=True, spare=True),
+        *([Column("configurations", right=True), Column("compiling, s", right=True)] if compiled else []),
         Column("largest z of clean cases"),
         Column("findings", right=True),
     )
@@ -45,7 +47,8 @@ def print_campaign(console: Console, outcome: Outcome) -> None:
     for name, tally in outcome.tallies.items():
         found = [finding for finding in outcome.findings if finding.backend == name]
         counts = (str(n) for n in (tally.cases, tally.documents, tally.straddling, tally.refused))
-        rows.append((name, *counts, worst(tally), str(count_bugs(found) or "none")))
+        own = (str(len(tally.by_configuration) or "-"), f"{tally.compiling_seconds:.0f}") if compiled else ()
+        rows.append((name, *counts, *own, worst(tally), str(count_bugs(found) or "none")))
     title = f"{sum(tally.cases for tally in outcome.tallies.values())} cases in {outcome.seconds:.0f} s"
     print_fitted(console, columns, rows, title)
     for name, tally in outcome.tallies.items():

@@ -95,6 +95,10 @@ def _copies(gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [copy.view(x.shape) for copy, x in zip(together, gradients, strict=True)]
 
 
+_RETAINED: Final = "retain_graph"
+"""What torch's compiler speaks of where a graph that is to be kept gives memory that it saved to its backward."""
+
+
 class Call:
     """One of a batch's calls: forward, then backward.
 
@@ -144,18 +148,19 @@ class Call:
         assert self.attended is not None
         if not self.asked.gradients:
             return
-        leaves = [self.leaves[name] for name in self.asked.gradients]
+        leaves, first = [self.leaves[name] for name in self.asked.gradients], True
         outputs, given = self._outputs()
-        gradients = torch.autograd.grad(outputs, leaves, given, retain_graph=self.asked.twice)
-        if self.asked.twice:
-            try:
+        try:
+            gradients = torch.autograd.grad(outputs, leaves, given, retain_graph=self.asked.twice)
+            first = False
+            if self.asked.twice:
                 gradients = torch.autograd.grad(outputs, leaves, given)
-            except RuntimeError as error:
-                if beyond_its_call(error):
-                    raise
-                # A backward that gives back what it saved, and says so, makes no mistake.
-                self.spent = True
-                return
+        except RuntimeError as error:
+            if not self.asked.twice or beyond_its_call(error) or (first and _RETAINED not in str(error)):
+                raise
+            # A backward that gives back what it saved, and says so, makes no mistake.
+            self.spent = True
+            return
         self.gradients = {f"d{name}": x for name, x in zip(self.asked.gradients, _copies(gradients), strict=True)}
 
     def results(self) -> dict[str, torch.Tensor]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from operator import itemgetter
 
 import torch
 
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.execution.observation import Observation, differing
 from attn_fuzz.execution.runner import run_kernel, run_layer
+from attn_fuzz.generation.options import options_within
 from attn_fuzz.reference.answer import Inputs, kernel_inputs
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import layer_inputs
@@ -25,6 +27,9 @@ _LENGTHS = (5, 150, 3)
 
 _REPEATED = {"cpu": (5, 150, 3), "cuda": (5, 1300, 700)}
 """Long enough for several blocks of a GPU to add to one row of dQ."""
+
+_SIDE = 64
+"""Of the window of a configuration that has one."""
 
 TIMES = 4
 """Calls that have to agree in every bit."""
@@ -59,6 +64,10 @@ def _run(backend: Backend, case: Case, inputs: Inputs, device: torch.device) -> 
 def _plain(backend: Backend, device: str, lengths: tuple[int, ...], level: str = "kernel") -> Case:
     """A case of these lengths with nothing special about it."""
     stated = backend.kernel.capabilities_on(device)
+    if stated.configurations:
+        # Another one would have to be compiled.
+        plain = options_within(stated.configurations[0], stated, stated.window_sizes or (_SIDE,), itemgetter(0))
+        return Case(level=level, lengths=lengths, **plain)  # type: ignore[arg-type]
     head_dim = stated.head_dim_multiple * max(1, 16 // stated.head_dim_multiple)
     some = stated.head_dims or (min(head_dim, stated.max_head_dim),)
     return Case(level=level, lengths=lengths, dtype=stated.dtypes[0], head_dim=some[0], causal=stated.causal)

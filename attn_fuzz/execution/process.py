@@ -14,6 +14,8 @@ from typing import Final
 
 import torch
 
+from attn_fuzz.execution.compilers import keep_compiled
+
 DEAD_CONTEXT: Final = 77
 """Exit status of a worker whose CUDA context no longer works."""
 
@@ -168,6 +170,7 @@ def stay_on(processors: frozenset[int]) -> None:
 def set_up_process(device: str) -> None:
     """What every process that runs cases sets once: one CPU thread, plain float32, repeatable matrix products."""
     torch.set_num_threads(1)
+    keep_compiled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # oneDNN's bf16 products on AMX read up to 31 elements past the end of a row (docs/oracle.md): NaN behind a slice
     # then comes out of a projection, whatever kernel is under test. Set the variable yourself to test AMX.

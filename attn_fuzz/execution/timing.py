@@ -6,6 +6,7 @@ one thread, so that a busy machine measures as an idle one does.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -39,3 +40,9 @@ def median(work: Callable[[], object], device: torch.device, repeats: int = 7, e
     while len(taken) < repeats and (len(taken) < 1 or sum(taken) < enough):
         taken.append(once(work, device))
     return statistics.median(taken)
+
+
+def processor_seconds() -> float:
+    """Of processors' time that this process has taken, and those that it has waited for, since it began."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system

@@ -5,11 +5,11 @@ from __future__ import annotations
 from random import Random
 from typing import Final
 
-from attn_fuzz.backends.kernel import Capabilities
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.generation.domain import Domain
+from attn_fuzz.generation.fixed_calls import draw_fixed_calls
 from attn_fuzz.generation.length_sweeps import Sweep, draw_case
 
 LONGEST: Final = {"cuda": ((64, 128), (256, 400), (16, 32)), "cpu": ((16, 32), (64, 128), (16, 32))}
@@ -30,11 +30,6 @@ _MOST_WORK: Final = {"cuda": 1e9, "cpu": 4e7}
 one on a CPU: longer documents and wider heads make fewer calls, and would keep other processes from the device."""
 
 
-def compiles_for_calls(capabilities: Capabilities) -> bool:
-    """Whether a backend compiles for every layout or option, and so for each call of a batch."""
-    return bool(capabilities.layouts or capabilities.configurations)
-
-
 def draw_batch(random: Random, sweep: Sweep, backend: Backend, domain: Domain, calls: int) -> CallBatch | None:
     """Calls that a backend takes, up to so many, or None where none of those drawn is one.
 
@@ -45,6 +40,8 @@ def draw_batch(random: Random, sweep: Sweep, backend: Backend, domain: Domain, c
         domain: the options that it takes.
         calls: how many are drawn.
     """
+    if domain.capabilities.layouts:
+        return draw_fixed_calls(random, backend, domain, calls, _MOST_WORK[domain.device])
     every = random.random() < _ANY_OPTIONS
     case = draw_case(random, sweep, backend, domain, max(2, round(calls * _MEAN)), every=every)
     if case is None:

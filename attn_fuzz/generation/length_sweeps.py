@@ -9,10 +9,11 @@ from typing import Final
 
 import torch
 
+from attn_fuzz.backends.kernel import Capabilities
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.layouts import FEW_KEYS, LONG_ROWS, TILE_EDGES, takes_few_keys
-from attn_fuzz.generation.options import usual_scales
+from attn_fuzz.generation.options import options_within, usual_scales
 from attn_fuzz.reference.case import Case
 
 LONGEST: Final = {"cuda": ((64, 128), (16, 32), (256, 400)), "cpu": ((16, 32), (16, 32), (64, 128))}
@@ -107,6 +108,8 @@ def _tamed(lengths: torch.Tensor, keys: torch.Tensor, domain: Domain, *, causal:
 def draw_options(random: Random, domain: Domain, *, every: bool = False) -> dict[str, object]:
     """Everything about a case but its documents; ``every``: of all head dimensions, head groups and scales."""
     capabilities = domain.capabilities
+    if capabilities.configurations:
+        return _compiled(random, domain, every=every)
     some = None if every else _OPTIONS[domain.device]
     causal = random.choice(
         [choice for choice in (True, True, False) if (capabilities.causal if choice else capabilities.noncausal)]
@@ -124,11 +127,27 @@ def draw_options(random: Random, domain: Domain, *, every: bool = False) -> dict
         "window": window,
         "softcap": random.choice((0.0, 0.0, 0.0, 20.0)) if capabilities.softcap else 0.0,
         "dtype": random.choice(domain.dtypes),
-        "values": random.choice(VALUES),
-        "seed": random.randrange(1 << 16),
+        **_values(random),
         "scale": random.choice(usual_scales(capabilities, head_dim)) if every else None,
-        "memory": random.choice(("contiguous", *(m for m in capabilities.memories if m != "broadcast"))),
+        "memory": _memory(random, capabilities),
     }
+
+
+def _compiled(random: Random, domain: Domain, *, every: bool) -> dict[str, object]:
+    """Options that a compiling backend has compiled."""
+    capabilities = domain.capabilities
+    chosen = random.choice([each for each in capabilities.configurations if each.dtype in domain.dtypes])
+    options = options_within(chosen, capabilities, capabilities.window_sizes or WINDOW_SIDES, random.choice)
+    free = {**_values(random), "memory": _memory(random, capabilities)}
+    return {**options, **free} if every else {**options, **free, "scale": None}
+
+
+def _values(random: Random) -> dict[str, object]:
+    return {"values": random.choice(VALUES), "seed": random.randrange(1 << 16)}
+
+
+def _memory(random: Random, capabilities: Capabilities) -> str:
+    return random.choice(("contiguous", *(m for m in capabilities.memories if m != "broadcast")))
 
 
 def _draw_heads(random: Random, domain: Domain, some: int | None) -> tuple[int, int, int]:
@@ -186,7 +205,7 @@ def draw_case(
         fewer = max(1, min(documents, documents * USUAL_HEADS // int(options["heads"])))  # type: ignore[call-overload]
         lengths, keys = draw_lengths(random, dataclasses.replace(sweep), fewer)
         # Some limits concern certain pairs of lengths under all options: later draws are plainer.
-        if attempt > 10:
+        if attempt > 10 and not domain.capabilities.configurations:
             options["window"] = (-1, -1)
         keys = _tamed(lengths, keys, domain, causal=bool(options["causal"]), equal=attempt > 30)
         if not domain.capabilities.empty_documents:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from hypothesis import strategies as st
 
-from attn_fuzz.backends.kernel import Capabilities
+from attn_fuzz.backends.kernel import Capabilities, Configuration
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.layouts import MAX_PAIRS, among, seldom
 from attn_fuzz.reference.case import VALUES
@@ -28,10 +29,13 @@ _MAX_SHARED_PAIRS = 1 << 21
 _SHARES = (4, 4, 4, 1)
 
 
+def _usual_sides(longest: int) -> set[int]:
+    return {0, 1, 2, 7, 15, 16, 31, 63, 64, max(longest - 1, 0), longest, longest + 5}
+
+
 def window_sides(capabilities: Capabilities, longest: int) -> st.SearchStrategy[int]:
     """Sizes of one side of a window, about documents of up to ``longest`` tokens."""
-    usual = {0, 1, 2, 7, 15, 16, 31, 63, 64, max(longest - 1, 0), longest, longest + 5}
-    return among(sorted(capabilities.window_sizes or usual))
+    return among(sorted(capabilities.window_sizes or _usual_sides(longest)))
 
 
 def windows(draw: st.DrawFn, domain: Domain, *, causal: bool, longest: int) -> tuple[int, int]:
@@ -62,14 +66,32 @@ def scales(capabilities: Capabilities, head_dim: int) -> st.SearchStrategy[float
     return among(usual_scales(capabilities, head_dim)) if capabilities.scale else st.none()
 
 
+def options_within(
+    configuration: Configuration,
+    capabilities: Capabilities,
+    sides: Sequence[int],
+    choose: Callable[[Sequence[Any]], Any],
+) -> dict[str, object]:
+    """Options of a case of a configuration; what it leaves open, the sizes of windows and the scale, is chosen.
+
+    Args:
+        configuration: one that is taken.
+        capabilities: of the backend.
+        sides: sizes that one side of a window may have.
+        choose: one of several.
+    """
+    left = choose(sides) if configuration.window in ("left", "both") else -1
+    right = choose(sides) if configuration.window in ("right", "both") else -1
+    scale = choose(usual_scales(capabilities, configuration.head_dim))
+    return {**configuration._asdict(), "window": (left, right), "scale": scale}
+
+
 def compiled(draw: st.DrawFn, domain: Domain, longest: int) -> dict[str, object]:
     """Options that a compiling backend has compiled."""
-    chosen = draw(among([c for c in domain.capabilities.configurations if c.dtype in domain.dtypes]))
-    sides = window_sides(domain.capabilities, longest)
-    left = draw(sides) if chosen.window in ("left", "both") else -1
-    right = draw(sides) if chosen.window in ("right", "both") else -1
-    scale = draw(scales(domain.capabilities, chosen.head_dim))
-    return {**chosen._asdict(), "window": (left, right), "scale": scale}
+    capabilities = domain.capabilities
+    chosen = draw(among([c for c in capabilities.configurations if c.dtype in domain.dtypes]))
+    sides = sorted(capabilities.window_sizes or _usual_sides(longest))
+    return options_within(chosen, capabilities, sides, lambda some: draw(among(some)))
 
 
 def lse_gradients(capabilities: Capabilities) -> st.SearchStrategy[bool]:

@@ -1,0 +1,147 @@
+"""Whether a kernel compiles, and for what: the first call of a configuration is far slower than the next.
+
+The calls that find out its limits show it, so that a kernel that does not compile is asked nothing more. Of Triton's
+kernels it is known without a clock, even where they are found compiled on disk. Two configurations have to agree: a
+machine that is busy for a moment makes no compiler of a kernel. Then it is asked what else it compiles for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Final
+
+from attn_fuzz.backends.kernel import Capabilities, Configuration
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.campaign.isolated import Report
+from attn_fuzz.generation.domain import Domain
+from attn_fuzz.reference.case import Case
+
+TIMES: Final = 4.0
+"""A first call so many times as slow as the next has compiled: caches, autotuned or not, take twice as long at most."""
+
+LEAST: Final = 0.2
+"""Seconds between the two at least: compilers take more, and what takes less need not be compiled ahead."""
+
+_LONG: Final = 4.0
+"""Seconds of compiling for a memory layout from which on few of them are drawn: there are eight."""
+
+_FEW_MEMORIES: Final = ("contiguous", "sliced")
+
+_LAYOUTS: Final = 12
+"""Where shapes are compiled for, from so many layouts is drawn."""
+
+_SIZES: Final = (0, 7, 64)
+"""Of windows, where they are compiled for."""
+
+Ask = Callable[[Case], Report]
+
+
+def slower(first: float, again: float) -> bool:
+    """Whether a first call in seconds is so much slower than the next that something was compiled in it."""
+    return first - again > LEAST and first > TIMES * again
+
+
+def compiled_in(report: Report, case: Case, ask: Ask) -> bool:
+    """Whether something was compiled for a case; what took long is asked again.
+
+    Args:
+        report: what came of the case.
+        case: which.
+        ask: runs it once more, in the same process.
+    """
+    if report.variants or report.seconds <= LEAST:
+        return bool(report.variants)
+    return slower(report.seconds, ask(case).seconds)
+
+
+class Noticed:
+    """Configurations that were taken, and those that something was compiled for."""
+
+    def __init__(self) -> None:
+        self._taken: dict[Configuration, bool] = {}
+        self._long = False
+        """Whether memory layouts take long to compile for."""
+
+    def note(self, case: Case, report: Report, ask: Ask) -> Report:
+        """Takes note of what came of a case, and gives it back; ``ask`` runs it once more, in the same process."""
+        if report.symptom is None and report.refusal is None:
+            configuration, compiled = Configuration.of(case), compiled_in(report, case, ask)
+            if case.memory == "contiguous":
+                self._taken[configuration] = compiled or self._taken.get(configuration, False)
+            elif compiled and case.memory not in _FEW_MEMORIES:
+                self._long |= report.seconds > _LONG
+        return report
+
+    def compiles(self, stated: Capabilities) -> bool:
+        """Whether it is stated, or two of them show it."""
+        if stated.configurations:
+            return False
+        return sum(self._taken.values()) >= 2 if stated.compiles is None else stated.compiles
+
+    def found(self, stated: Capabilities, also: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        """Capabilities of one that compiles, and what it also compiles for: those come first that have been taken."""
+        # Threads ask side by side, in whatever order.
+        found: dict[str, Any] = {"compiles": True, "compiled_first": tuple(sorted(self._taken))}
+        if self._long:
+            found["memories"] = tuple(memory for memory in stated.memories if memory in _FEW_MEMORIES)
+        for each in also:
+            found.update(each)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class AlsoFor:
+    """Something that a kernel may compile for beside configurations.
+
+    Attributes:
+        cases: of which the last is new in nothing else; some compilers compile once for the first value, and once more
+            for all others.
+        found: capabilities of a kernel that compiles for it.
+    """
+
+    cases: tuple[Case, ...]
+    found: Mapping[str, Any]
+
+    def asked(self, ask: Ask) -> Mapping[str, Any]:
+        """What is found out, where something is."""
+        *_, last = [ask(case) for case in self.cases]
+        if not last.survived or last.symptom or last.refusal:
+            return {}
+        return self.found if compiled_in(last, self.cases[-1], ask) else {}
+
+
+# None is 1, nor a multiple of 16, and the last are no more than the second: those are variants, of which there are few.
+_LENGTHS: Final = ((7, 20), (3, 40, 2, 9), (51, 11))
+_SCALES: Final = (0.25, 0.125, 0.5)
+_SIDES: Final = (7, 9, 20)
+
+
+def also_for(base: Case, backend: Backend, domain: Domain) -> list[AlsoFor]:
+    """What a kernel that compiles is asked beside what it states.
+
+    Args:
+        base: a case of a configuration that is compiled.
+        backend: which.
+        domain: of what it states.
+    """
+    asked = _also_for(base, domain.capabilities)
+    return [also for also in asked if all(backend.refusal(case, domain.device) is None for case in also.cases)]
+
+
+def _also_for(base: Case, stated: Capabilities) -> Iterator[AlsoFor]:
+    if not stated.layouts and base.level == "kernel":
+        lengths = tuple(base.replace(lengths=lengths) for lengths in _LENGTHS)
+        yield AlsoFor(lengths, {"layouts": _LAYOUTS, "capacity": False})
+    if stated.scale:
+        yield AlsoFor(tuple(base.replace(scale=scale) for scale in _SCALES), {"scale": False})
+    if stated.window and base.causal and not stated.window_sizes:
+        yield AlsoFor(tuple(base.replace(window=(side, -1)) for side in _SIDES), {"window_sizes": _SIZES})
+
+
+def together(compiles: Mapping[str, Any], without: Mapping[str, Any]) -> dict[str, Any]:
+    """What was found out about compiling, and about limits: of memory layouts those that both leave."""
+    found = {**compiles, **without}
+    if "memories" in compiles and "memories" in without:
+        found["memories"] = tuple(memory for memory in compiles["memories"] if memory in without["memories"])
+    return found

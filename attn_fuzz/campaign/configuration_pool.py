@@ -1,0 +1,175 @@
+"""The configurations of a compiling backend that a worker draws from: few at first, more while the campaign lasts.
+
+The first is compiled before the first case. Others are compiled by processes beside the worker (``compile_ahead``), and
+join once they are; the worker then loads them, which is cheap where the compiler keeps what it compiles on disk. Where
+it does not, or no core is left for such processes, the worker compiles them itself, for a share of its time.
+
+A campaign of so many cases grows at certain turns instead, so that a seed draws the same cases every time. One of so
+many seconds goes on with those that are there: which case comes when is then a matter of time, as how many come at all
+is, and each of them says all that it takes to run it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from random import Random
+from typing import Final, Protocol
+
+from attn_fuzz.backends.kernel import Configuration
+from attn_fuzz.generation.configurations import FIRST
+from attn_fuzz.generation.domain import Domain
+
+SHARE: Final = 0.25
+"""Of a campaign's time that may go by while it loads configurations, or compiles what cannot be loaded."""
+
+GROWS_EVERY: Final = 16
+"""Turns between configurations beyond the first few, where turns decide: what is new has had some of them by then."""
+
+BACKLOG: Final = 3
+"""Configurations that are compiled and have not joined yet; with so many nobody begins with another one."""
+
+_RELOADED: Final = 0.5
+"""Share of what compiling took below which loading counts as such; above it the compiler keeps nothing on disk."""
+
+_SHORT: Final = 1.0
+"""Seconds of compiling below which there is nothing to be told from that."""
+
+
+class Compiles(Protocol):
+    """A process that compiles ahead (``compile_ahead.Ahead``)."""
+
+    at_work: Configuration | None
+
+    def give(self, configuration: Configuration) -> None: ...
+
+    def taken(self) -> float | None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Growth:
+    """How a pool grows.
+
+    Attributes:
+        load: compiles a configuration in this process, or loads what has been compiled.
+        seed: decides which configuration a turn has.
+        by_turns: whether it grows at certain turns, whatever time that takes.
+        clock: seconds.
+    """
+
+    load: Callable[[Configuration], None]
+    seed: int
+    by_turns: bool = False
+    clock: Callable[[], float] = time.monotonic
+
+
+class ConfigurationPool:
+    """Configurations that are ready, and those that will be.
+
+    Args:
+        order: in which they have their turn.
+        compilers: that compile ahead; none where this process compiles everything.
+        growth: how it grows.
+
+    Raises:
+        ValueError: when there is no configuration at all.
+    """
+
+    def __init__(self, order: Iterator[Configuration], compilers: Sequence[Compiles], growth: Growth) -> None:
+        self._order, self._compilers, self._growth = order, list(compilers), growth
+        first = next(order, None)
+        if first is None:
+            raise ValueError("there is no configuration that it takes")
+        self.taken: tuple[Configuration, ...] = (first,)
+        """Those that cases may have: compiled, or being loaded."""
+        self.waited = 0.0
+        """Seconds that this process has spent compiling and loading."""
+        self.compiled = 0.0
+        """Seconds that others have spent compiling."""
+        self._ahead: deque[tuple[Configuration, float]] = deque()
+        """Compiled by others, with the seconds that it took them."""
+        self._began, self._before = growth.clock(), 0.0
+
+    def begin(self) -> None:
+        """Makes the first configuration ready, while others begin with those that follow."""
+        self._hand_out()
+        self._load(self.taken[0])
+        self._began, self._before = self._growth.clock(), self.waited
+
+    def at(self, turn: int) -> Configuration:
+        """The configuration of a turn."""
+        self._collect()
+        if self._growth.by_turns:
+            while len(self.taken) < _due(turn) and self._join():
+                pass
+        elif self._has_time():
+            self._join()
+        self._hand_out()
+        return Random(f"{self._growth.seed} {turn}").choice(self.taken)
+
+    def narrowed(self, domain: Domain, turn: int) -> Domain:
+        """What a turn draws from."""
+        chosen = self.at(turn)
+        capabilities = dataclasses.replace(domain.capabilities, configurations=(chosen,))
+        return dataclasses.replace(domain, capabilities=capabilities, dtypes=(chosen.dtype,))
+
+    def close(self) -> None:
+        """Ends those that compile ahead; what they were at is compiled here in its turn."""
+        left = [each.at_work for each in self._compilers if each.at_work is not None]
+        left += [configuration for configuration, _ in self._ahead]
+        for compiler in self._compilers:
+            compiler.close()
+        self._compilers.clear()
+        self._ahead.clear()
+        self._order = itertools.chain(left, self._order)
+
+    def _has_time(self) -> bool:
+        """Whether the time that configurations have taken since the first is a small enough share of all."""
+        elapsed = self._growth.clock() - self._began
+        return self.waited - self._before <= SHARE * elapsed
+
+    def _hand_out(self) -> None:
+        """Gives those that compile ahead something to do."""
+        idle = (each for each in self._compilers if each.at_work is None)
+        for compiler in idle if len(self._ahead) < BACKLOG else ():
+            if (configuration := next(self._order, None)) is not None:
+                compiler.give(configuration)
+
+    def _collect(self) -> None:
+        """Takes note of what has been compiled."""
+        for compiler in self._compilers:
+            configuration = compiler.at_work
+            if configuration is not None and (seconds := compiler.taken()) is not None:
+                self.compiled += seconds
+                self._ahead.append((configuration, seconds))
+
+    def _join(self) -> bool:
+        """Loads the next configuration, which is drawn from now on; False where there is none yet."""
+        if self._compilers:
+            configuration, ahead = self._ahead.popleft() if self._ahead else (None, 0.0)
+        else:
+            configuration, ahead = next(self._order, None), 0.0
+        if configuration is None:
+            return False
+        self.taken = (*self.taken, configuration)
+        if self._load(configuration) > _RELOADED * ahead > _RELOADED * _SHORT:
+            # Nothing is kept on disk: what others compile is compiled here once more.
+            self.close()
+        return True
+
+    def _load(self, configuration: Configuration) -> float:
+        began = self._growth.clock()
+        self._growth.load(configuration)
+        seconds = self._growth.clock() - began
+        self.waited += seconds
+        return seconds
+
+
+def _due(turn: int) -> int:
+    """How many configurations a turn chooses from, where turns decide: one more each turn until there are a few."""
+    return min(turn + 1, FIRST) + max(0, turn + 1 - FIRST) // GROWS_EVERY

@@ -1,0 +1,118 @@
+"""In which order a compiling backend's configurations have their turn: what has been covered least comes next.
+
+A configuration costs seconds to compile, and thousands of cases are drawn within it: so few of them have to see much.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator
+from random import Random
+from typing import Final
+
+from attn_fuzz.backends.kernel import Capabilities, Configuration
+from attn_fuzz.generation.domain import Domain
+
+FIRST: Final = 6
+"""So many are the same in every campaign of a backend, so that what compilers keep on disk serves the next one, too."""
+
+MOST: Final = 64
+"""More are not compiled: each would have few cases, and what was compiled stays in memory."""
+
+_USUAL_DIMS: Final = 6
+"""Of the head dimensions that are taken, simplest first, so many are among the first configurations."""
+
+_WIDEST: Final = 512
+"""Channels of all heads together: lengths are drawn without a look at them."""
+
+_CANDIDATES: Final = 48
+"""So many are drawn, and the one that adds most is taken."""
+
+
+def masks(capabilities: Capabilities) -> list[tuple[bool, str]]:
+    """(causal, bounded sides of the window) that are taken."""
+    found = [
+        (causal, "none") for causal in (True, False) if (capabilities.causal if causal else capabilities.noncausal)
+    ]
+    if capabilities.window:
+        found += [(True, "left")] if capabilities.causal else []
+        if capabilities.noncausal and not capabilities.window_needs_causal:
+            found += [(False, side) for side in ("left", "right", "both")]
+    return found
+
+
+def _drawn(random: Random, domain: Domain, dims: tuple[int, ...]) -> Iterator[Configuration]:
+    """Some of those that are taken."""
+    return (_any(random, domain, dims) for _ in range(_CANDIDATES))
+
+
+def _any(random: Random, domain: Domain, dims: tuple[int, ...]) -> Configuration:
+    """One that is taken, as narrow as it has to be."""
+    head_dim = random.choice(dims)
+    groups = [group for group in domain.head_groups if group[0] * head_dim <= _WIDEST]
+    heads, kv_heads = random.choice(groups or [domain.head_groups[0]])
+    causal, window = random.choice(masks(domain.capabilities))
+    softcap = random.choice((0.0, 0.0, 20.0)) if domain.capabilities.softcap else 0.0
+    return Configuration(random.choice(domain.dtypes), head_dim, heads, kv_heads, causal, window, softcap)
+
+
+def _traits(configuration: Configuration) -> Iterator[Hashable]:
+    """What a configuration covers, alone and in pairs."""
+    c = configuration
+    mask, group = (c.causal, c.window), c.heads // c.kv_heads
+    yield from (("dtype", c.dtype), ("dim", c.head_dim), ("group", group), ("mask", *mask), ("cap", c.softcap))
+    yield from ((c.dtype, c.head_dim), (c.dtype, *mask), (c.head_dim, *mask), (c.dtype, group))
+
+
+class _Covered:
+    """Counts what configurations have covered so far."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[Hashable] = Counter()
+        self.taken: set[Configuration] = set()
+
+    def adds(self, configuration: Configuration) -> float:
+        """How much one would add: what has not been seen counts 1, what has been seen once a half."""
+        return sum(1.0 / (1 + self.counts[trait]) for trait in _traits(configuration))
+
+    def best(self, some: Iterable[Configuration]) -> Configuration | None:
+        """Takes, of some, the one that adds most; None where all of them have been taken."""
+        found = max((each for each in some if each not in self.taken), key=self.adds, default=None)
+        if found is not None:
+            self.counts.update(_traits(found))
+            self.taken.add(found)
+        return found
+
+
+_APART: Final = 5
+"""Places between workers, which share what is kept on disk: each finds the others' work."""
+
+
+def _rotated(some: list[Configuration], seed: int) -> Iterator[Configuration]:
+    turn = seed * _APART % max(len(some), 1)
+    yield from (*some[turn:], *some[:turn])
+
+
+def in_order(domain: Domain, seed: int) -> Iterator[Configuration]:
+    """Configurations of a backend, up to ``MOST`` where it takes many.
+
+    Those that it declares, if it does. Otherwise the first few are the same for every seed but for their order: those
+    that calls have found to be taken, which may be on disk, and as many that cover much; then the seed decides.
+
+    Args:
+        domain: what is taken.
+        seed: of the worker.
+    """
+    stated = domain.capabilities
+    if declared := [each for each in stated.configurations if each.dtype in domain.dtypes]:
+        yield from _rotated(declared, seed)
+        return
+    covered, always, later = _Covered(), Random("first configurations"), Random(seed)
+    tried = [each for each in stated.compiled_first if each.dtype in domain.dtypes]
+    first: list[Configuration | None] = []
+    while len(first) < max(FIRST, 2 * len(tried)):
+        known = covered.best(tried) if len(first) % 2 == 0 else None
+        first.append(known or covered.best(_drawn(always, domain, domain.head_dims[:_USUAL_DIMS])))
+    yield from _rotated([each for each in first if each is not None], seed)
+    while len(covered.taken) < MOST and (best := covered.best(_drawn(later, domain, domain.head_dims))) is not None:
+        yield best

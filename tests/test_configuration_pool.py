@@ -1,0 +1,225 @@
+"""The configurations of a compiling backend: which come when, and what they cost by the clock of the test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import pytest
+
+from attn_fuzz.backends.kernel import Capabilities, Configuration
+from attn_fuzz.campaign.configuration_pool import GROWS_EVERY, SHARE, ConfigurationPool, Growth
+from attn_fuzz.generation.configurations import FIRST, MOST, in_order
+from attn_fuzz.generation.domain import Domain
+
+COMPILING, LOADING = 8.0, 0.5
+
+
+class Time:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Beside:
+    """Stands for a process that compiles ahead: it takes ``COMPILING`` seconds of the test's clock."""
+
+    def __init__(self, time: Time, disk: set[Configuration]) -> None:
+        self.time, self.disk = time, disk
+        self.at_work: Configuration | None = None
+        self.until, self.closed = 0.0, False
+
+    def give(self, configuration: Configuration) -> None:
+        assert self.at_work is None
+        self.at_work, self.until = configuration, self.time.now + COMPILING
+
+    def taken(self) -> float | None:
+        if self.time.now < self.until:
+            return None
+        configuration, self.at_work = self.at_work, None
+        assert configuration is not None
+        self.disk.add(configuration)
+        return COMPILING
+
+    def close(self) -> None:
+        self.at_work, self.closed = None, True
+
+
+class Bench:
+    """A pool with everything around it."""
+
+    def __init__(self, compilers: int = 1, *, kept: bool = True, by_turns: bool = False, seed: int = 0) -> None:
+        self.time = Time()
+        self.kept, self.loaded, self.disk = kept, list[Configuration](), set[Configuration]()
+        self.beside = [Beside(self.time, self.disk) for _ in range(compilers)]
+        growth = Growth(load=self.load, seed=seed, by_turns=by_turns, clock=self.time)
+        self.pool = ConfigurationPool(in_order(domain(), seed), self.beside, growth)
+
+    def load(self, configuration: Configuration) -> None:
+        assert configuration in self.pool.taken, "it is compiled for cases, which must be taken"
+        self.loaded.append(configuration)
+        self.time.now += LOADING if self.kept and configuration in self.disk else COMPILING
+
+    def turns(self, count: int, seconds: float = 1.0) -> list[Configuration]:
+        """What so many turns of so many seconds draw from."""
+        found = []
+        for turn in range(count):
+            found.append(self.pool.at(turn))
+            self.time.now += seconds
+        return found
+
+
+def domain(**capabilities: object) -> Domain:
+    return Domain.of(Capabilities(**capabilities), "cpu")  # type: ignore[arg-type]
+
+
+# Which come first.
+
+
+def test_the_first_few_are_the_same_for_every_seed_and_those_that_follow_are_not() -> None:
+    orders = [list(in_order(domain(), seed)) for seed in (0, 1, FIRST)]
+    assert [len(set(order)) for order in orders] == [MOST] * 3
+    assert {frozenset(order[:FIRST]) for order in orders} == {frozenset(orders[0][:FIRST])}
+    assert orders[0][0] == orders[2][0] != orders[1][0]
+    assert orders[0][FIRST:] != orders[2][FIRST:]
+    assert list(in_order(domain(), 1)) == orders[1]
+
+
+def test_a_few_configurations_cover_what_there_is() -> None:
+    first = list(islice(in_order(domain(), 0), FIRST))
+    assert {each.dtype for each in first} == {"fp32", "bf16", "fp16"}
+    assert len({each.head_dim for each in first}) == FIRST
+    assert len({each.heads // each.kv_heads for each in first}) >= 4
+    assert {each.causal for each in first} == {True, False}
+    assert len({(each.causal, each.window) for each in first}) >= 5
+    assert {each.softcap for each in first} == {0.0, 20.0}
+    assert len({each.head_dim for each in in_order(domain(), 0)}) > 15
+
+
+NARROW: dict[str, dict[str, object]] = {
+    "causal only": {"noncausal": False},
+    "no window": {"window": False},
+    "window of causal attention only": {"window_needs_causal": True},
+    "no groups": {"gqa": False},
+    "few head dimensions": {"head_dims": (64, 128), "dtypes": ("bf16",)},
+    "no softcap": {"softcap": False, "head_dim_multiple": 8},
+}
+
+
+@pytest.mark.parametrize("what", NARROW)
+def test_what_is_not_taken_is_no_configuration(what: str) -> None:
+    from attn_fuzz.campaign.warm_up import LAYOUTS
+    from attn_fuzz.generation.options import options_within
+    from attn_fuzz.reference.case import Case
+
+    narrow = domain(**NARROW[what])
+    for configuration in in_order(narrow, 3):
+        options = options_within(configuration, narrow.capabilities, (7,), lambda some: some[0])
+        case = Case(level="kernel", lengths=LAYOUTS[0], **options)  # type: ignore[arg-type]
+        assert narrow.capabilities.refusal(case, "cpu", [(n, n) for n in LAYOUTS[0]]) is None
+        assert Configuration.of(case) == configuration
+
+
+def test_declared_configurations_are_the_only_ones() -> None:
+    declared = tuple(Configuration(dtype, 64, 2, 1, True) for dtype in ("bf16", "fp16", "fp32"))
+    narrow = Domain.of(Capabilities(configurations=declared), "cpu", ("fp32", "bf16"))
+    assert list(in_order(narrow, 0)) == [declared[0], declared[2]]
+    assert list(in_order(narrow, 1)) == [declared[2], declared[0]]
+
+
+def test_configurations_that_were_called_take_turns_with_those_that_cover_more() -> None:
+    called = tuple(Configuration("bf16", dim, 2, 2, True) for dim in (64, 1, 8, 16))
+    order = list(in_order(domain(compiled_first=called), 0))
+    assert set(order[0:8:2]) == set(called)
+    assert not set(order[1:8:2]) & set(called)
+    assert {each.causal for each in order[:4]} == {True, False}
+    assert len(set(order)) == len(order) == MOST
+
+
+def test_words_name_a_configuration() -> None:
+    assert Configuration("bf16", 64, 4, 2, True, "left").words() == "bf16 64 4/2 causal left"
+    assert Configuration("fp32", 8, 1, 1, False, "both", 20.0).words() == "fp32 8 1/1 full left right softcap 20"
+
+
+# When they join.
+
+
+def test_a_campaign_begins_with_one_and_goes_on_while_others_are_compiled() -> None:
+    bench = Bench()
+    bench.pool.begin()
+    assert bench.time.now == COMPILING
+    assert len(bench.loaded) == 1
+    drawn = bench.turns(100)
+    # Nobody waits: 100 turns take a second each, and a load half a second.
+    assert bench.time.now == pytest.approx(COMPILING + 100 + LOADING * (len(bench.loaded) - 1))
+    assert set(drawn) <= set(bench.loaded)
+    assert 100 // COMPILING <= len(bench.loaded) <= 100 // COMPILING + 2
+    assert bench.pool.waited == pytest.approx(COMPILING + LOADING * (len(bench.loaded) - 1))
+    assert bench.pool.compiled == pytest.approx(COMPILING * (len(bench.loaded) - 1))
+
+
+def test_more_processes_compile_more() -> None:
+    few, many = Bench(1), Bench(4)
+    for bench in (few, many):
+        bench.pool.begin()
+        bench.turns(20)
+    assert len(many.pool.taken) > 2 * len(few.pool.taken)
+
+
+def test_nobody_compiles_far_ahead_of_what_there_is_time_for() -> None:
+    bench = Bench(4)
+    bench.pool.begin()
+    # A worker that never has time for another one.
+    bench.pool.waited += 1e9
+    bench.turns(200)
+    assert len(bench.disk) <= 4 * 2
+
+
+def test_what_is_not_kept_on_disk_is_compiled_by_the_worker_for_a_share_of_the_time() -> None:
+    bench = Bench(2, kept=False)
+    bench.pool.begin()
+    bench.turns(400)
+    assert all(each.closed for each in bench.beside)
+    assert 4 <= len(bench.pool.taken) <= 400 * SHARE / (1 - SHARE) / COMPILING + 2
+    assert len(set(bench.loaded)) == len(bench.loaded)
+
+
+def test_a_campaign_of_so_many_cases_is_the_same_every_time() -> None:
+    slow, quick = Bench(0, by_turns=True), Bench(0, kept=False, by_turns=True)
+    for bench in (slow, quick):
+        bench.pool.begin()
+    count = FIRST + 2 * GROWS_EVERY
+    drawn = slow.turns(count, seconds=0.001)
+    assert drawn == quick.turns(count, seconds=3.0)
+    assert len(slow.pool.taken) == FIRST + 2
+    assert list(slow.pool.taken) == list(islice(in_order(domain(), 0), FIRST + 2))
+    other = Bench(0, by_turns=True, seed=FIRST)
+    other.pool.begin()
+    assert other.turns(count) != drawn
+
+
+def test_what_others_were_at_when_they_ended_has_its_turn_here() -> None:
+    bench = Bench(2)
+    bench.pool.begin()
+    bench.pool.close()
+    bench.turns(400)
+    assert list(bench.pool.taken) == list(islice(in_order(domain(), 0), len(bench.pool.taken)))
+    assert len(bench.pool.taken) > 4
+
+
+def test_a_backend_without_any_is_told_so() -> None:
+    nothing: Iterator[Configuration] = iter(())
+    with pytest.raises(ValueError, match="no configuration"):
+        ConfigurationPool(nothing, [], Growth(load=lambda configuration: None, seed=0))
+
+
+def test_a_turn_draws_from_one_configuration() -> None:
+    bench = Bench()
+    bench.pool.begin()
+    narrowed = bench.pool.narrowed(domain(), 0)
+    (configuration,) = narrowed.capabilities.configurations
+    assert narrowed.dtypes == (configuration.dtype,)
