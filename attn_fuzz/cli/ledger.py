@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from attn_fuzz.campaign.retest import retest as run_again
 from attn_fuzz.cli.arguments import DEFAULT_STORE, DeviceOption, JsonOption, StoreOption, UsageError, device_of
-from attn_fuzz.cli.columns import Column, print_fitted
+from attn_fuzz.cli.columns import NAME_SHARE, Column, print_fitted
 from attn_fuzz.cli.terminal import results_console
 from attn_fuzz.execution.environment import device_name, environment, versions_of
 from attn_fuzz.execution.process import set_up_process
@@ -93,6 +94,7 @@ def _list(entries: Sequence[Entry], *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"entries": [json.loads(entry.to_json()) for entry in entries]}))
         return
+    console = results_console()
     columns = (
         Column("id"),
         Column("state"),
@@ -105,14 +107,18 @@ def _list(entries: Sequence[Entry], *, as_json: bool) -> None:
         (
             entry.id,
             entry.state_in_words,
-            str(entry.signature) if entry.kind == "finding" else f"{entry.kind} of {entry.signature.backend}",
+            "\n".join(textwrap.wrap(_bug(entry), console.width // NAME_SHARE)),
             str(len(entry.seen) or ""),
             entry.found_by,
             _latest(entry),
         )
         for entry in entries
     ]
-    print_fitted(results_console(), columns, rows)
+    print_fitted(console, columns, rows)
+
+
+def _bug(entry: Entry) -> str:
+    return str(entry.signature) if entry.kind == "finding" else f"{entry.kind} of {entry.signature.backend}"
 
 
 def _show(console: Console, entry: Entry) -> None:
