@@ -14,7 +14,9 @@ from typing import Final, TypeVar
 
 import torch
 
+from attn_fuzz.reference import host_values
 from attn_fuzz.reference.case import MAX_HEAD_DIM, Case
+from attn_fuzz.reference.host_values import BLOCK
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,6 +47,13 @@ def _stream(seed: int, name: str) -> int:
 def _elements(stream: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """One 32-bit hash per (row key, column): int64 ``[len(rows), len(columns)]``."""
     return _mix(_mix(rows ^ stream)[:, None] + columns * 0x9E3779B1)
+
+
+def _bells(stream: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """``_bell`` of ``_elements``: int32 on a CPU, else int64, ``[len(rows), len(columns)]``."""
+    if rows.device.type == "cpu":
+        return host_values.bell(stream, rows, columns)
+    return _bell(_elements(stream, rows, columns))
 
 
 def _bell(bits: torch.Tensor) -> torch.Tensor:
@@ -145,8 +154,13 @@ def _fused(
 def _portable(
     rows: torch.Tensor, name: str, mode: str, seed: int, heads: int, channels: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    bell = _bell(_elements(_stream(seed, name), rows, columns(heads, channels, rows.device)))
-    return _shape_values(mode, name, bell).float().to(dtype).view(len(rows), heads, channels)
+    """Block by block where a processor draws: what it writes over stays in its cache."""
+    counters = columns(heads, channels, rows.device)
+    made = torch.empty(len(rows), heads, channels, dtype=dtype, device=rows.device)
+    size = max(1, BLOCK // max(len(counters), 1)) if rows.device.type == "cpu" else len(rows)
+    for some, place in zip(rows.split(size or 1), made.flatten(1).split(size or 1), strict=True):
+        place.copy_(_shape_values(mode, name, _bells(_stream(seed, name), some, counters)).float())
+    return made
 
 
 def draw(
@@ -187,7 +201,7 @@ def draw_weight(case: Case, name: str, rows: int, channels: int, device: torch.d
         channel = (torch.arange(rows, dtype=torch.int64, device=device) + stream) % channels
         weight[torch.arange(rows, device=device), channel] = sign
     else:
-        bell = _bell(_elements(stream, row_keys, torch.arange(channels, dtype=torch.int64, device=device)))
+        bell = _bells(stream, row_keys, torch.arange(channels, dtype=torch.int64, device=device))
         weight = bell.double() * (channels**-0.5 / _BELL_SD)
     return weight.float().to(DTYPES[case.dtype])
 
