@@ -42,9 +42,14 @@ SCHEDULE: Final = (
 )
 """Of every campaign, in turn."""
 
-SHARE: Final = {"cuda": 0.5, "cpu": 1.0}
+SHARE: Final = 0.5
 """Of a batch's calls that are asked more than the budgets. A further run costs as much as the drawn values' own, and
-more calls of other kinds are worth more; on CPUs batches are smaller, and the reference costs more than a run."""
+more calls of other kinds are worth more."""
+
+
+def usually_asked(batch: CallBatch) -> int:
+    """Of how many of a batch's calls, from the first on, campaigns ask more than the budgets."""
+    return math.ceil(len(batch.ends) * SHARE)
 
 
 def judge(
@@ -58,7 +63,7 @@ def judge(
     """Runs every call with drawn values, and as the question has it, from poisoned memory; judges all of it.
 
     Every document's results are held to the budget, element by element and row by row, and what is asked of the
-    first calls (``SHARE``) to what is exactly right.
+    first calls to what is exactly right.
 
     Args:
         batch: the calls.
@@ -66,15 +71,14 @@ def judge(
         device: where.
         question: what is asked.
         beat: called before every call of every run.
-        asked: of how many calls, from the first on; None for the usual share.
+        asked: of how many calls, from the first on; None for all.
 
     Raises:
         torch.OutOfMemoryError: as it comes.
     """
     if batch.case.level == "layer":
-        return judge_layer_calls(batch, backend, device, question, beat)
-    if asked is None:
-        asked = math.ceil(len(batch.ends) * SHARE[device.type])
+        return judge_layer_calls(batch, backend, device, question, beat, asked=asked)
+    asked = asked or len(batch.ends)
     batch_run = BatchRun(batch, backend, device, question.poison, asked, beat)
     z = torch.zeros(len(batch.case.packed_lengths), len(NAMES), dtype=torch.float64, device=device)
     first = batch_run.runs[0]

@@ -40,6 +40,7 @@ def judge_layer_calls(
     question: Question = LAYER_SCHEDULE[0],
     beat: Callable[[], None] = lambda: None,
     samples: int = SAMPLES,
+    asked: int | None = None,
 ) -> Judged:
     """Runs every layer call with drawn values, and as the question has it, from poisoned memory; judges all of it.
 
@@ -50,14 +51,17 @@ def judge_layer_calls(
         question: what is asked.
         beat: called before every call of every run.
         samples: simulated roundings behind the budgets.
+        asked: of how many calls, from the first on; None for all.
 
     Raises:
         torch.OutOfMemoryError: as it comes.
     """
-    run = LayerBatchRun(batch, backend, device, question.poison, how(question.asked, device), beat, samples)
-    if run.first:
+    asked = asked or len(batch.ends)
+    run = LayerBatchRun(batch, backend, device, question.poison, asked, beat, samples)
+    run.begin(how(question.asked, device, asked))
+    if run.all_first:
         # Of calls none of which came back there is nothing to ask.
-        run.hold(run.first)
+        run.hold(run.all_first)
         LAYER_QUESTIONS[question.asked](run)
     touched = torch.stack([each.changed() for each in run.placed]).any()
     # The one transfer, but for runs that are watched step by step.
@@ -75,7 +79,7 @@ def judge_layer_calls(
         refused,
         touched=bool(flat[-1]),
         paths=frozenset().union(*(found.paths for found in run.runs)),
-        asked=len(batch.ends),
+        asked=asked,
         names=LAYER_NAMES,
     )
 
@@ -92,7 +96,8 @@ def moving_layers(batch: CallBatch, backend: Backend, device: torch.device, pois
     Returns:
         bool ``[documents]`` on the CPU.
     """
-    run = LayerBatchRun(batch, backend, device, poison, LayerHow(watched=False))
+    run = LayerBatchRun(batch, backend, device, poison, len(batch.ends))
+    run.begin(LayerHow(watched=False))
     names = [name for name in run.first if run.repeats(name) and not promises(backend, str(device), name)]
     for _ in range(TIMES - 1 if names else 0):
         run.note_moved(names, run.run(run.tensors, poison))

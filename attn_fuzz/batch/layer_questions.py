@@ -38,9 +38,10 @@ def documents_apart(run: LayerBatchRun) -> None:
     spoiled = Spoiled.documents(run.case, run.device, garbage)
     after = run.run(run.load(run.batch, spoiled.layer_inputs(run.drawn)), run.poison)
     for name in spoiled.results:
-        if name in run.expected and spoiled.fits(name, run.first, after):
+        expected = run.expected(name, run.count(name))
+        if expected is not None and spoiled.fits(name, run.first, after):
             before, now = run.first[name], after[name]
-            moved = far_apart(before, now, run.expected[name].variance)
+            moved = far_apart(before, now, expected.variance)
             run.note(APART, name, spoiled.compared(name, before, now, moved).wrong)
 
 
@@ -105,6 +106,7 @@ the same shapes, so that what a layer keeps by shape is the other's; and ``steps
 compared step by step, which they always are on CPUs, for it costs nothing there."""
 
 
-def how(question: str, device: torch.device) -> LayerHow:
-    """In which way the drawn values run first."""
-    return LayerHow(watched=device.type == "cpu" or question == "steps", interfered=question == "interfered")
+def how(question: str, device: torch.device, asked: int) -> LayerHow:
+    """In which way the drawn values run first, where so many of the calls are asked."""
+    watched = device.type == "cpu" or question == "steps"
+    return LayerHow(watched=watched, interfered=asked if question == "interfered" else 0)

@@ -6,6 +6,7 @@ answered at once, is many calls. Only the layer under test runs call by call, as
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
@@ -42,7 +43,7 @@ class LayerBatchRun:
         backend: whose layer.
         device: where.
         poison: contents of unwritten memory when the drawn values run.
-        how: in which way they run.
+        asked: how many of the calls, from the first on, are asked more than the budgets.
         beat: called before every call of every run.
         samples: simulated roundings behind the budgets.
     """
@@ -53,42 +54,64 @@ class LayerBatchRun:
         backend: Backend,
         device: torch.device,
         poison: str,
-        how: LayerHow,
+        asked: int,
         beat: Callable[[], None] = lambda: None,
         samples: int = SAMPLES,
     ) -> None:
-        self.batch, self.backend, self.device = batch, backend, device
+        self.backend, self.device = backend, device
         self.poison, self.other_poison, self.beat = poison, _OTHER[poison], beat
-        self.case, self.samples = batch.case, samples
-        self.drawn = layer_inputs(self.case, device)
+        self.batch = batch if asked == len(batch.ends) else batch.first(asked)
+        """The calls that are asked."""
+        self.all, self.case, self.samples = batch, self.batch.case, samples
+        everything = layer_inputs(batch.case, device)
+        tokens = self.case.tokens
+        self.drawn = dataclasses.replace(everything, x=everything.x[:tokens], dout=everything.dout[:tokens])
+        """Of the calls that are asked."""
+        self._everything = everything
         self.runs: list[LayerResults] = []
         self.placed: list[LayerTensors] = []
-        self.tensors = self.load(batch, self.drawn)
-        self.z = torch.zeros(len(self.case.packed_lengths), len(LAYER_NAMES), dtype=torch.float64, device=device)
-        self.first = self.run(self.tensors, poison, how)
+        self.tensors = self.load(batch, everything)
+        self.z = torch.zeros(len(batch.case.packed_lengths), len(LAYER_NAMES), dtype=torch.float64, device=device)
+        self.all_first: dict[str, torch.Tensor] = {}
+        self.first: dict[str, torch.Tensor] = {}
+        """What the calls that are asked gave for the drawn values."""
+
+    def begin(self, how: LayerHow) -> None:
+        """Runs every call with the drawn values; what ``how`` says of interfering calls is for those that are asked."""
+        self.all_first = self.run(self.tensors, self.poison, how, every=True)
+        self.first = {name: x[: self.count(name)] for name, x in self.all_first.items()}
+
+    def count(self, name: str) -> int:
+        """Rows of a result of the calls that are asked."""
+        return self.case.tokens if name in OF_TOKENS else len(self.batch.ends)
 
     @functools.cached_property
     def owner(self) -> torch.Tensor:
         """int64 ``[tokens]``: the document of each."""
-        return packed(self.case.packed_lengths, self.device).owner
+        return packed(self.all.case.packed_lengths, self.device).owner
 
     @functools.cached_property
     def beginnings(self) -> torch.Tensor:
         """int64 ``[calls]``: the first document of each."""
-        return torch.tensor([begin for begin, _ in self.batch.spans], device=self.device)
+        return torch.tensor([begin for begin, _ in self.all.spans], device=self.device)
 
     @functools.cached_property
     def call_of_token(self) -> torch.Tensor:
-        """int64 ``[tokens]``: the call of each."""
+        """int64 ``[tokens]``: the call of each, of those that are asked."""
         counts = torch.tensor([span.length for span in self.batch.tokens], device=self.device)
         return torch.repeat_interleave(counts, output_size=self.case.tokens)
 
     @functools.cached_property
-    def expected(self) -> dict[str, Expected]:
-        """What the drawn values should give."""
-        profile = as_shown(self.backend.kernel.profile_on(self.device.type), self.first)
+    def _expected(self) -> dict[str, Expected]:
+        """What the drawn values should give in all calls."""
+        profile = as_shown(self.backend.kernel.profile_on(self.device.type), self.all_first)
         conventions = self.backend.kernel.capabilities_on(self.device.type).conventions
-        return layer_answer(self.case, self.drawn, profile, self.samples, self.batch.tokens, conventions)
+        return layer_answer(self.all.case, self._everything, profile, self.samples, self.all.tokens, conventions)
+
+    def expected(self, name: str, rows: int) -> Expected | None:
+        """What the drawn values should give in so many rows of a result, from the first on; None for what is no one."""
+        expected = self._expected.get(name)
+        return None if expected is None else Expected(expected.value[:rows], expected.variance[:rows])
 
     def repeats(self, name: str) -> bool:
         """Whether a result has the same bits every time, as the backend promises or a few runs have told."""
@@ -99,22 +122,24 @@ class LayerBatchRun:
         self.placed.append(LayerTensors(batch, inputs, self.device, self.poison))
         return self.placed[-1]
 
-    def run(self, tensors: LayerTensors, poison: str, how: LayerHow | None = None) -> dict[str, torch.Tensor]:
-        """The results of a run of all calls; who strayed in it is accused."""
-        found = run_layer_calls(
-            tensors, self.backend, tensors.batch.calls, poison, how or LayerHow(watched=False), self.beat
-        )
+    def run(
+        self, tensors: LayerTensors, poison: str, how: LayerHow | None = None, *, every: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """The results of a run of the calls that are asked, or of every one; who strayed in it is accused."""
+        calls = tensors.batch.calls if every else tensors.batch.calls[: len(self.batch.ends)]
+        found = run_layer_calls(tensors, self.backend, calls, poison, how or LayerHow(watched=False), self.beat)
         self.runs.append(found)
         for index in found.strayed:
-            self.z[self.batch.spans[index][0], LAYER_NAMES.index(STEPS)] = torch.inf
+            self.z[self.all.spans[index][0], LAYER_NAMES.index(STEPS)] = torch.inf
         return found.results
 
     def hold(self, results: Results) -> None:
-        """Holds results to the budgets of the drawn values."""
-        unit = LIMIT / limit(self.case)
+        """Holds results to the budgets of the drawn values: of every call, or of those that are asked."""
+        case = self.all.case
+        unit = LIMIT / limit(case)
         for name, got in results.items():
-            if (expected := self.expected.get(name)) is not None:
-                self.note(name, name, deviations(self.case, got, expected) * unit)
+            if (expected := self.expected(name, len(got))) is not None:
+                self.note(name, name, deviations(case, got, expected) * unit)
 
     def note(self, column: str, name: str, beyond: torch.Tensor) -> None:
         """Notes what is wrong with a result's elements, float64 in units in which the verdict is at LIMIT, or bool."""
@@ -124,6 +149,8 @@ class LayerBatchRun:
             return
         places = self.owner if name in OF_TOKENS else self.beginnings
         worst = beyond.flatten(1).amax(1)
+        # Of the first rows, where not every call was run.
+        places = places[: len(worst)]
         self.z[:, LAYER_NAMES.index(column)].scatter_reduce_(0, places, worst, "amax")
 
     def note_moved(self, names: Iterable[str], results: Results) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from attn_fuzz.batch.judge import SCHEDULE, judge, moving
+from attn_fuzz.batch.judge import SCHEDULE, judge, moving, usually_asked
 from attn_fuzz.batch.judged import BY_BITS, Judged, Question, tensor_of
 from attn_fuzz.batch.layer_judge import LAYER_SCHEDULE
 from attn_fuzz.campaign.batch_worker import BatchWorker, Sizing
@@ -26,7 +26,7 @@ from attn_fuzz.reference.case import Case
 
 SIZING: Final = {
     "cuda": Sizing(first=4, most=256, seconds=2.0, quick=4),
-    "cpu": Sizing(first=4, most=32, seconds=2.0, quick=4),
+    "cpu": Sizing(first=8, most=128, seconds=1.0, quick=8),
 }
 """In calls. More of them make each cheaper, but have their configuration in common: many batches see more of those. A
 call takes its share at most: what is quick may grow at once."""
@@ -74,7 +74,7 @@ class CallsWorker(BatchWorker):
 
     def judge(self, batch: CallBatch, question: Question) -> Judged:
         """A batch's verdict."""
-        return judge(batch, self.backend, self.device, question, self.beat)
+        return judge(batch, self.backend, self.device, question, self.beat, usually_asked(batch))
 
     def kind(self, case: Case) -> str:
         """What its calls are counted as."""

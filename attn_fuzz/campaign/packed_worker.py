@@ -15,7 +15,7 @@ from attn_fuzz.campaign.messages import Assignment, Trying
 from attn_fuzz.campaign.worker import Send, work
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
-from attn_fuzz.generation.length_sweeps import LONGEST, draw_case
+from attn_fuzz.generation.length_sweeps import LONG_WORK, LONGEST, draw_case
 from attn_fuzz.oracle.examine import USUAL_MEMORIES
 from attn_fuzz.reduction.packed import bisected, candidates, plainer
 from attn_fuzz.reference.case import Case
@@ -88,7 +88,7 @@ class PackedWorker(BatchWorker):
             longest = self.sweeps[place].longest[0]
             return draw_layer_case(self.random, self.backend, self.domain, documents, longest)
         # Where thousands of rows are masked over the whole pack, or every document is given them, it takes minutes.
-        long = not self.masks_all and not self.pads
+        long = 0 if self.masks_all or self.pads else LONG_WORK
         return draw_case(self.random, self.sweeps[place], self.backend, self.domain, documents, long=long)
 
     @property

@@ -106,11 +106,15 @@ class CallBatch:
         return CallBatch(self.case.replace(seed=seed), self.ends)
 
     def first(self, calls: int) -> CallBatch:
-        """So many of its calls."""
-        ends = self.ends[:calls]
-        if self.case.level == "layer" and calls < len(self.ends):
-            merged = dataclasses.replace(self, ends=(ends[-1], *self.ends[calls:]))
-            return CallBatch(merged.call(0), ends)
-        small = subset(self.case, range(ends[-1]))
+        """So many of its calls, with the same values."""
+        if calls >= len(self.ends):
+            return self
+        case, ends = self.case, self.ends[:calls]
+        if case.level == "layer":
+            # Padding that ends the last of them stays a document, whose name its values go by.
+            lengths, ids = case.packed_lengths[: ends[-1]], case.packed_ids[: ends[-1]]
+            cuts = case.cuts[: bisect.bisect_left(case.cuts, self.tokens[calls - 1].end)]
+            return CallBatch(case.replace(lengths=lengths, document_ids=ids, padding=0, cuts=cuts), ends)
+        small = subset(case, range(ends[-1]))
         assert small is not None
         return CallBatch(small, ends)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Final
 
 import torch
 
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.batch.judge import SCHEDULE, judge
+from attn_fuzz.batch.judge import SCHEDULE, judge, usually_asked
+from attn_fuzz.batch.judged import Question
 from attn_fuzz.batch.verdicts import largest_z
 from attn_fuzz.campaign.messages import Assignment, Tally
 from attn_fuzz.campaign.pool import Pool
@@ -58,10 +59,11 @@ def batch_of(case: Case, backend: Backend, device: torch.device) -> dict[str, fl
     count = len(batch.ends)
     # What is asked of a batch changes from one to the next.
     times_of = Counter(SCHEDULE)
-    each = {
-        asks: median(lambda asks=asks: judge(batch, backend, device, asks), device, enough=_ENOUGH)  # type: ignore[misc]
-        for asks in times_of
-    }
+
+    def judged(asks: Question) -> Callable[[], object]:
+        return lambda: judge(batch, backend, device, asks, asked=usually_asked(batch))
+
+    each = {asks: median(judged(asks), device, enough=_ENOUGH) for asks in times_of}
     checked = sum(times * each[asks] for asks, times in times_of.items()) / len(SCHEDULE)
     inputs = kernel_inputs(batch.case, device)
     tensors_of_calls = BatchTensors(batch, inputs, device)

@@ -12,7 +12,8 @@ from typing import Final
 import torch
 
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.batch.layer_judge import LAYER_SCHEDULE, judge_layer_calls
+from attn_fuzz.batch.judge import judge, usually_asked
+from attn_fuzz.batch.layer_judge import LAYER_SCHEDULE
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.layer_tensors import LayerTensors
 from attn_fuzz.execution.runner import LayerRun
@@ -54,7 +55,7 @@ class LayerBench:
         batch = self._drawn(turn % _BATCHES)
         # Each batch meets another question every round.
         question = LAYER_SCHEDULE[(turn + turn // _BATCHES) % len(LAYER_SCHEDULE)]
-        judge_layer_calls(batch, self.backend, self.device, question)
+        judge(batch, self.backend, self.device, question, asked=usually_asked(batch))
         return len(batch.ends)
 
     def bare(self, turn: int) -> int:

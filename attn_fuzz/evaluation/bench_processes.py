@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 
 from attn_fuzz.backends import registry
-from attn_fuzz.batch.judge import SCHEDULE, judge
+from attn_fuzz.batch.judge import SCHEDULE, judge, usually_asked
 from attn_fuzz.campaign import new_process
 from attn_fuzz.evaluation.bench_calls import cut_up
 from attn_fuzz.evaluation.bench_layers import LayerBench
@@ -75,7 +75,7 @@ def _works(name: str, level: str, job: Job, index: int) -> tuple[Work, Work]:
     tensors_of_calls = BatchTensors(batch, kernel_inputs(batch.case, device), device)
 
     def judged(turn: int) -> int:
-        judge(batch, backend, device, SCHEDULE[turn % len(SCHEDULE)])
+        judge(batch, backend, device, SCHEDULE[turn % len(SCHEDULE)], asked=usually_asked(batch))
         return len(batch.ends)
 
     def bare(turn: int) -> int:

@@ -36,8 +36,8 @@ class LayerHow:
     """Whether buffers, and what was handed back, are compared step by step."""
     backwards: bool = False
     """The last call first."""
-    interfered: bool = False
-    """Each around an interfering call of its own (cases/interfering.py)."""
+    interfered: int = 0
+    """How many, from the first on, run around an interfering call of their own each (cases/interfering.py)."""
 
 
 @dataclasses.dataclass
@@ -86,7 +86,7 @@ def run_layer_calls(
             beat()
             run = LayerRun(backend, cases[index], tensors, index, watched=how.watched)
             try:
-                _through(run, poison, interfered=how.interfered)
+                _through(run, poison, interfered=index < how.interfered)
                 got[index] = run.results()
                 if strays := run.strays() if how.watched else []:
                     stray = strays[0]

@@ -10,7 +10,8 @@ from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.fixed_calls import draw_fixed_calls
-from attn_fuzz.generation.length_sweeps import Sweep, draw_case
+from attn_fuzz.generation.length_sweeps import LONG_WORK, Sweep, draw_case
+from attn_fuzz.reference.case import Case
 
 LONGEST: Final = {"cuda": ((64, 128), (256, 400), (16, 32)), "cpu": ((16, 32), (64, 128), (16, 32))}
 """(queries, keys) of the longest documents of batches, in turn."""
@@ -26,8 +27,30 @@ _ANY_OPTIONS: Final = 0.4
 """Share of batches whose head dimension, head group and scale are any that are taken: some cost ten times others."""
 
 _MOST_WORK: Final = {"cuda": 1e9, "cpu": 4e7}
-"""Products of a query's and a key's channels in a batch, an eighth of a second of the reference's on a GPU and half a
-one on a CPU: longer documents and wider heads make fewer calls, and would keep other processes from the device."""
+"""Products of a query's and a key's channels in a batch, an eighth of a second of the reference's: longer documents and
+wider heads make fewer calls, and would keep other processes from the device."""
+
+_SCORE: Final = {"cuda": 0, "cpu": 45}
+"""What a score takes the reference beside its products of channels, in such products: a CPU passes over it some forty
+times."""
+
+_CHANNEL: Final = {"cuda": 0, "cpu": 33}
+"""What a channel of a query or a key takes, drawn, placed and judged, in the same."""
+
+_LONG_WORK: Final = {"cuda": LONG_WORK, "cpu": 1 << 19}
+"""Products in a document of thousands of queries, whose own channels take a CPU ten times as long."""
+
+
+def _affordable(case: Case, device: str) -> int:
+    """How many of its documents, from the first on, the reference has time for: at least one."""
+    work = 0.0
+    for index, (queries, keys) in enumerate(zip(case.packed_lengths, case.packed_key_lengths, strict=True)):
+        of_head = queries * keys * (case.head_dim + _SCORE[device])
+        of_head += (queries + keys) * case.head_dim * _CHANNEL[device]
+        work += case.heads * of_head
+        if index and work > _MOST_WORK[device]:
+            return index
+    return len(case.packed_lengths)
 
 
 def draw_batch(random: Random, sweep: Sweep, backend: Backend, domain: Domain, calls: int) -> CallBatch | None:
@@ -42,17 +65,12 @@ def draw_batch(random: Random, sweep: Sweep, backend: Backend, domain: Domain, c
     """
     if domain.capabilities.layouts:
         return draw_fixed_calls(random, backend, domain, calls, _MOST_WORK[domain.device])
-    every = random.random() < _ANY_OPTIONS
-    case = draw_case(random, sweep, backend, domain, max(2, round(calls * _MEAN)), every=every)
+    every, long = random.random() < _ANY_OPTIONS, _LONG_WORK[domain.device]
+    case = draw_case(random, sweep, backend, domain, max(2, round(calls * _MEAN)), every=every, long=long)
     if case is None:
         return None
     case = case.replace(values=random.choice(VALUES))
-    work, count, begin = 0.0, 0, 0
-    for queries, keys in zip(case.packed_lengths, case.packed_key_lengths, strict=True):
-        work += queries * keys * case.heads * case.head_dim
-        if count and work > _MOST_WORK[domain.device]:
-            break
-        count += 1
+    count, begin = _affordable(case, domain.device), 0
     kept: list[int] = []
     ends: list[int] = []
     while begin < count:

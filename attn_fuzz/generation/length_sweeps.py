@@ -42,8 +42,8 @@ _LONG_ROWS: Final = 0.2
 LSE_GRADIENTS: Final = 0.25
 """Share of calls whose LSE has a gradient, where it takes one."""
 
-_LONG_WORK: Final = 1 << 23
-"""Products of a query's and a key's channels in that document, a fifth of a batch's on a CPU."""
+LONG_WORK: Final = 1 << 23
+"""Products of a query's and a key's channels in that document."""
 
 _ATTEMPTS: Final = 50
 
@@ -162,15 +162,16 @@ def _draw_heads(random: Random, domain: Domain, some: int | None) -> tuple[int, 
 
 
 def _with_long_row(
-    random: Random, lengths: torch.Tensor, keys: torch.Tensor, options: dict[str, object], domain: Domain
+    random: Random, drawn: tuple[torch.Tensor, torch.Tensor], options: dict[str, object], domain: Domain, work: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(queries, keys) with a document of thousands of queries and few keys in place of another, where those are taken.
 
     Fewer keys the more channels there are, and no such document where even one key takes too long.
     """
+    lengths, keys = drawn
     rows, place = random.choice(LONG_ROWS), random.randrange(len(lengths))
     width = int(options["heads"]) * int(options["head_dim"])  # type: ignore[call-overload]
-    most = min(FEW_KEYS, _LONG_WORK // (rows * width))
+    most = min(FEW_KEYS, work // (rows * width))
     if not most or not takes_few_keys(domain.capabilities, causal=bool(options["causal"])):
         return lengths, keys
     lengths, keys = lengths.clone(), keys.clone()
@@ -186,7 +187,7 @@ def draw_case(
     documents: int,
     *,
     every: bool = False,
-    long: bool = True,
+    long: int = LONG_WORK,
 ) -> Case | None:
     """A packed call that the backend takes, or None where fifty draws were all refused.
 
@@ -197,9 +198,9 @@ def draw_case(
         domain: the options that it takes.
         documents: how many; fewer where they have many heads.
         every: from all options, rather than those that cost least.
-        long: whether one of the documents may have thousands of queries.
+        long: the most work of a document of thousands of queries, which there may be; 0 for none.
     """
-    long = long and random.random() < _LONG_ROWS
+    with_long = long and random.random() < _LONG_ROWS
     for attempt in range(_ATTEMPTS):
         options = draw_options(random, domain, every=every)
         fewer = max(1, min(documents, documents * USUAL_HEADS // int(options["heads"])))  # type: ignore[call-overload]
@@ -213,8 +214,8 @@ def draw_case(
             lengths, keys = lengths[there], keys[there]
         if attempt > 5:
             keys = torch.maximum(keys, lengths)
-        if long and len(lengths) and attempt <= 5:
-            lengths, keys = _with_long_row(random, lengths, keys, options, domain)
+        if with_long and len(lengths) and attempt <= 5:
+            lengths, keys = _with_long_row(random, (lengths, keys), options, domain, long)
         if not lengths.sum() or not keys.sum():
             continue
         case = Case(
