@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from attn_fuzz.execution import heap
+from attn_fuzz.execution.child_memory import fill_in_children
 from attn_fuzz.execution.poison import FINITE_BYTE, NAN_BYTE, POISONS, filler, poisoned
 
 CPU = torch.device("cpu")
@@ -216,10 +217,10 @@ def test_what_is_tried_out_is_out_of_sight() -> None:
 @pytest.mark.parametrize("tunables", ["", "glibc.malloc.check=0"])
 def test_children_are_told_to_fill_small_blocks(tunables: str) -> None:
     environment = {"GLIBC_TUNABLES": tunables} if tunables else {}
-    added = heap.fill_in_children(environment)
+    added = fill_in_children(environment)
     assert added["GLIBC_TUNABLES"] == ":".join(filter(None, (tunables, "glibc.malloc.tcache_count=0")))
     # What a user has chosen stays.
-    assert heap.fill_in_children({"GLIBC_TUNABLES": "glibc.malloc.tcache_count=3"}) == {}
+    assert fill_in_children({"GLIBC_TUNABLES": "glibc.malloc.tcache_count=3"}) == {}
 
 
 @every_dtype

@@ -22,10 +22,15 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any, Final
 
-from attn_fuzz.execution.heap import fill_in_children
+from attn_fuzz.execution.child_memory import fill_in_children, keep_in_children
 
-_IMPORTED: Final = ("attn_fuzz.campaign.serve", "attn_fuzz.campaign.isolated")
-"""By the process that others are forked from; what these import comes with them."""
+_IMPORTED: Final = (
+    "attn_fuzz.campaign.serve",
+    "attn_fuzz.campaign.isolated",
+    # By torch itself, in the first backward that is handed a gradient: half a second.
+    "torch.fx.experimental.symbolic_shapes",
+)
+"""By the process that others are forked from; what these import comes with them. What is not there is left out."""
 
 _STARTING: Final = threading.Lock()
 """The environment is the whole process's: children are started one after another, of whatever thread."""
@@ -62,6 +67,17 @@ def _same_packages() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
 
 
+def _of_memory() -> dict[str, str]:
+    """What is added to the environment of every process that is started here."""
+    return {**keep_in_children(os.environ), **fill_in_children(os.environ)}
+
+
+def prepare() -> None:
+    """Starts the process that others are forked from while this one still imports what it needs itself."""
+    with _STARTING:
+        _ensure_running(_of_memory())
+
+
 def _ensure_running(added: Mapping[str, str]) -> None:
     """Starts the process that others are forked from, unless it runs: the C library reads its environment once."""
     if isinstance(context(), ForkServerContext):
@@ -84,7 +100,7 @@ def start(
         added: to its environment.
         daemon: it is ended with this process, and has no children.
     """
-    added = {**fill_in_children(os.environ), **added}
+    added = {**_of_memory(), **added}
     environment = {**os.environ, **added}
     process = context().Process(target=_enter, args=(environment, _Streams(), target, args), daemon=daemon)
     with _STARTING:
@@ -98,7 +114,7 @@ def start(
 def pool(workers: int) -> ProcessPoolExecutor:
     """So many new processes for work that comes bit by bit; they start when there is some."""
     # For all processes that this one starts from now on: the executor does so when it likes.
-    os.environ.update(fill_in_children(os.environ))
+    os.environ.update(_of_memory())
     with _STARTING:
         _ensure_running({})
     return ProcessPoolExecutor(

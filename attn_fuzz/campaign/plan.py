@@ -26,8 +26,12 @@ _COMPILERS: Final = 4
 """Processes that compile ahead for one worker, where there are cores for them: a first few configurations each have one
 at once."""
 
-STARTING: Final = 3.0
+STARTING: Final = 1.0
 """Seconds that a process takes until its first case, as long as none has shown it here."""
+
+WEIGHTS: Final = {"case": 1, "batch": 4, "packed": 4}
+"""What part of a backend's time each mode gets: a single case that is asked everything takes as long as some twenty
+calls of a batch, and what those miss is mostly found by the first dozens."""
 
 
 def default_device() -> str:
@@ -157,26 +161,23 @@ def plan(names: Sequence[str], options: CampaignOptions, without: Mapping[str, A
         for name in names
         if mode != "batch" or takes_batches(name, o.levels, o.ranks, o.tensor_ranks, without)
     ]
-    shards = max(1, o.workers // len(jobs))
-    if o.cases is not None:
-        shards = min(shards, max(1, o.cases // 50))
-    # With more backends than workers, each gets its share of the time.
-    share = None if o.seconds is None else o.seconds * min(1.0, o.workers / (len(jobs) * shards))
+    places = {job: o.workers / len(names) * share for job, share in _shares(jobs).items()}
+    shards = _shards(places, o)
     # Groups of ranks that have a GPU each begin where others end.
-    places = devices_in_turn(o.device)[:: max(o.ranks) * max(o.tensor_ranks)]
-    count = len(jobs) * shards
-    spare = max(0, (os.cpu_count() or 1) - count) // count
+    devices = devices_in_turn(o.device)[:: max(o.ranks) * max(o.tensor_ranks)]
+    running = min(sum(shards.values()), o.workers)
+    spare = max(0, (os.cpu_count() or 1) - running) // running
     # Where cases run on the CPU, too, compilers without a core of their own would take it from them.
     compilers = max(_kind(o.device) == "cuda", min(_COMPILERS, spare))
-    return [
+    made = [
         Assignment(
             backend=name,
-            device=places[(shard * len(jobs) + index) % len(places)],
+            device=devices[(shard * len(jobs) + index) % len(devices)],
             seed=o.seed * 1009 + shard * len(jobs) + index,
             levels=o.levels,
             dtypes=o.dtypes,
-            cases=None if o.cases is None else o.cases // shards + (shard < o.cases % shards),
-            seconds=share,
+            cases=None if o.cases is None else o.cases // count + (shard < o.cases % count),
+            seconds=None if o.seconds is None else o.seconds * min(1.0, places[name, mode] / count),
             poisons=o.poisons,
             mode=mode,
             stop_at_first=o.stop_at_first,
@@ -185,23 +186,79 @@ def plan(names: Sequence[str], options: CampaignOptions, without: Mapping[str, A
             compilers=compilers,
             without=dict(without or {}),
         )
-        for shard in range(shards)
+        for shard in range(max(shards.values()))
         for index, (name, mode) in enumerate(jobs)
+        if shard < (count := shards[name, mode])
     ]
+    # The longest first, so that short ones fill what is left in the end.
+    return sorted(made, key=lambda job: -(job.seconds or 0.0))
 
 
-def share_of_time(planned: float, left: float, waiting: int, workers: int, starting: float | None) -> float:
-    """Seconds for an assignment that is about to start, so that starting processes does not make a campaign longer.
+Job = tuple[str, str]
+"""A backend and a mode."""
+
+
+def _shares(jobs: Sequence[Job]) -> dict[Job, float]:
+    """Of its backend's time, what each mode gets."""
+    totals = {name: sum(WEIGHTS[mode] for other, mode in jobs if other == name) for name, _ in jobs}
+    return {(name, mode): WEIGHTS[mode] / totals[name] for name, mode in jobs}
+
+
+def _shards(places: Mapping[Job, float], o: CampaignOptions) -> dict[Job, int]:
+    """How many processes share each job's work.
+
+    Where there is a place for every job all of the time, as many as it has places; else they follow one another there,
+    and so many of each that no place is without work.
 
     Args:
-        planned: seconds that it was given before others had taken theirs.
+        places: how many workers' time each job has.
+        o: what is asked for.
+    """
+    whole = {job: max(1, round(count)) for job, count in places.items()}
+    if sum(whole.values()) > o.workers:
+        backends = len({name for name, _ in places})
+        whole = dict.fromkeys(places, max(1, o.workers // (len(places) if o.seconds is None else backends)))
+    most = len(places) * o.workers if o.cases is None else max(1, o.cases // 50)
+    return {job: min(count, most) for job, count in whole.items()}
+
+
+def share_of_time(planned: Sequence[float], busy: Sequence[float], left: float, starting: float | None) -> float:
+    """Seconds for an assignment that is about to start, so that starting processes does not make a campaign longer.
+
+    What is left is shared as it was planned; one that nothing follows in its place has it until the end.
+
+    Args:
+        planned: seconds that it was given before others had taken theirs, and those of what will have to follow.
+        busy: seconds for which each of the other places is taken; 0 for one that is free.
         left: of the campaign's time.
-        waiting: assignments that will have to follow.
-        workers: at a time.
         starting: seconds that a process has been seen to take until its first case, which do not count as its share.
     """
-    rounds = math.ceil((1 + waiting) / workers)
     if starting is None:
         # A single round is not shortened before a process has been seen to start slowly.
-        starting = STARTING if waiting else 0.0
-    return max(left / rounds - starting, planned * LEAST_SHARE)
+        starting = STARTING if len(planned) > 1 + busy.count(0.0) else 0.0
+    # As if no place was ever free; then less, until all of them end in time.
+    scale = ((1 + len(busy)) * left - sum(busy) - len(planned) * starting) / max(sum(planned), 1e-9)
+    while scale > LEAST_SHARE:
+        ends, followed = _ends([starting + scale * each for each in planned], busy)
+        if max(ends) <= left + 1e-6:
+            break
+        scale *= 0.99
+    else:
+        ends, followed = _ends([starting + LEAST_SHARE * each for each in planned], busy)
+    share = min(planned[0] * scale, left - starting) if followed else left - starting
+    return max(share, planned[0] * LEAST_SHARE)
+
+
+def _ends(times: Sequence[float], busy: Sequence[float]) -> tuple[list[float], bool]:
+    """When each place is free again, and whether something follows the first in its place.
+
+    Args:
+        times: what each takes; the first begins in a place of its own, the others wherever one is free first.
+        busy: how long the other places are taken.
+    """
+    ends, followed = [times[0], *busy], False
+    for each in times[1:]:
+        place = ends.index(min(ends))
+        followed |= place == 0
+        ends[place] += each
+    return ends, followed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import signal
 import time
 from collections import deque
@@ -108,10 +107,6 @@ class _Worker:
         return min(max(SOON_SECONDS, 10 * self.longest_silence), HANG_SECONDS)
 
 
-_KEEPS_BLOCKS: Final = {name: str(1 << 30) for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")}
-"""glibc returns large blocks to the system at once, and faulting them in again costs more than the reference."""
-
-
 class Pool:
     """Runs assignments, so many at a time.
 
@@ -150,8 +145,11 @@ class Pool:
         if self._seconds is None or assignment.seconds is None:
             return assignment
         known = [worker.spoke - worker.started for worker in self._done if worker.spoke is not None]
-        left = self._started + self._seconds - time.monotonic()
-        share = share_of_time(assignment.seconds, left, len(self._waiting), self._limit, min(known, default=None))
+        now, planned = time.monotonic(), [each.seconds or 0.0 for each, _ in self._waiting]
+        ends = [(worker.spoke or worker.started) + (worker.assignment.seconds or 0.0) for worker in self._running]
+        busy = [max(end - now, 0.0) for end in ends] + [0.0] * (self._limit - 1 - len(ends))
+        left = self._started + self._seconds - now
+        share = share_of_time([assignment.seconds, *planned], busy, left, min(known, default=None))
         return dataclasses.replace(assignment, seconds=share)
 
     def _start(self, assignment: Assignment, restarts: int) -> None:
@@ -161,9 +159,7 @@ class Pool:
         on_processors = assignment.device == "cpu" and max(assignment.ranks) > 1
         processors = share_of_processors(place, self._limit) if on_processors else None
         # No daemon, for those may not have the children that crash-class cases run in; run() kills what is left.
-        # What the caller has set of these stays.
-        added = {name: value for name, value in _KEEPS_BLOCKS.items() if name not in os.environ}
-        process = new_process.start(serve, (assignment, theirs, processors), added)
+        process = new_process.start(serve, (assignment, theirs, processors), {})
         theirs.close()
         self._running.append(_Worker(assignment, process, ours, restarts, place))
 

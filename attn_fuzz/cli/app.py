@@ -37,6 +37,10 @@ COMMANDS: Final = {
 """By name: the module of ``attn_fuzz.cli`` that has it, and what it does."""
 
 
+_CAMPAIGNS: Final = ("run", "check", "check-layer")
+"""Commands that start processes as soon as they can."""
+
+
 def function_of(module: Any, name: str) -> Any:
     """What a command does, by its name; ``list_`` where Python has the name already."""
     word = name.replace("-", "_")
@@ -142,6 +146,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, interrupt_once)
     # Read by cuBLAS when it starts; without it repeatable matrix products are refused.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if sys.argv[1:2] and sys.argv[1] in _CAMPAIGNS and "--help" not in sys.argv:
+        from attn_fuzz.campaign.new_process import prepare
+
+        # Which imports torch, as this process does: side by side.
+        prepare()
     try:
         status = app(standalone_mode=False) if sys.argv[1:] else app(["--help"], standalone_mode=False) or 2
     except _BAD_USAGE as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import torch
@@ -20,23 +20,12 @@ NAN_BYTE: Final = 0xFF
 _M_PERTURB: Final = -6
 """glibc's mallopt parameter: memory is handed out filled with the complement of a byte, and is filled when freed."""
 
-_UNCACHED: Final = "glibc.malloc.tcache_count=0"
-"""Has glibc fill small blocks for certain: some of its versions take those from a cache of freed ones, as they are."""
-
 _SMALL: Final = (4, 60, 200, 900)
 _LARGE: Final = (2_000, 100_000, 3_000_000)
 """Bytes: glibc caches freed blocks of up to a kilobyte."""
 
 _perturbed_by: list[int] = []
 """The bytes of the contexts that this process is in, the innermost one last."""
-
-
-def fill_in_children(environment: Mapping[str, str]) -> dict[str, str]:
-    """What to add to the environment of a process so that glibc fills small blocks there, too."""
-    tunables = environment.get("GLIBC_TUNABLES", "")
-    if "tcache_count" in tunables:
-        return {}
-    return {"GLIBC_TUNABLES": f"{tunables}:{_UNCACHED}" if tunables else _UNCACHED}
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from typing import Any, Final
 
-from attn_fuzz.execution.heap import fill_in_children
+from attn_fuzz.execution.child_memory import fill_in_children
 
 MESSAGE: Final = 1 << 16
 """The longest request or answer, in bytes."""
