@@ -8,6 +8,7 @@ subclass that changes one of them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 import torch
@@ -57,6 +58,19 @@ class Call:
     """The LSE's gradient in a backward, float32 ``[heads, tokens_q]``; None where it has none."""
 
 
+@functools.lru_cache(maxsize=1024)
+def _window_mask(queries: int, seen: int, shift: int, window: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """``Loop.window_mask`` of a document, not to be written to: most documents have sizes that others have, too."""
+    distance = torch.arange(queries, device=device)[:, None] + shift - torch.arange(seen, device=device)
+    left, right = window
+    mask = torch.ones(queries, seen, dtype=torch.bool, device=device)
+    if left >= 0:
+        mask &= distance <= left
+    if right >= 0:
+        mask &= distance >= -right
+    return mask
+
+
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """dq, dk, dv."""
 
@@ -91,29 +105,22 @@ class Loop:
 
     def window_mask(self, call: Call, document: Document, left: int, right: int) -> torch.Tensor:
         """The mask of a window (left, right), -1 for no bound."""
-        device = call.metadata.device
-        own = torch.arange(document.queries, device=device)[:, None] + self.shift(call, document)
-        distance = own - torch.arange(document.seen, device=device)
-        seen = torch.ones(document.queries, document.seen, dtype=torch.bool, device=device)
-        if left >= 0:
-            seen &= distance <= left
-        if right >= 0:
-            seen &= distance >= -right
-        return seen
+        shift, device = self.shift(call, document), call.metadata.device
+        return _window_mask(document.queries, document.seen, shift, (left, right), device).clone()
 
     def expand(self, call: Call, x: torch.Tensor, backward: bool) -> torch.Tensor:
         """K/V ``[kv_heads, k, d]`` to ``[heads, k, d]``."""
-        return x.repeat_interleave(call.group, dim=0)
+        return x.repeat_interleave(call.group, dim=0) if call.group > 1 else x
 
     def reduce(self, call: Call, x: torch.Tensor) -> torch.Tensor:
         """Gradients ``[heads, k, d]`` to ``[kv_heads, k, d]``, added up over each group in float32."""
         return x.unflatten(0, (-1, call.group)).sum(1)
 
     def scores(self, call: Call, document: Document) -> tuple[torch.Tensor, torch.Tensor]:
-        """(capped scores, derivative by the uncapped score), float32 ``[heads, q, k]``."""
+        """(capped scores, derivative by the uncapped score), float32 ``[heads, q, k]``; a derivative of 1 is one."""
         scores = (document.q @ document.k.transpose(-1, -2)) * call.options.scale
         if not (cap := call.options.softcap):
-            return scores, torch.ones_like(scores)
+            return scores, scores.new_ones(1)
         tanh = torch.tanh(scores / cap)
         return cap * tanh, 1 - tanh.square()
 

@@ -142,14 +142,15 @@ class _Layer:
         Nothing is computed from it, so that its own roundings need no samples: their variances are known.
         """
         # Each row by itself, whichever sequence's it is.
-        variance = self.arithmetic.variance(sums.whole.flatten(1, -2), stored=False).view(sums.squares.shape)
+        rows = sums.whole.flatten(0, -2), sums.spread.flatten(0, -2)
+        variance = self.arithmetic.variance_of(*rows, stored=False).view(sums.squares.shape)
         roundings = rounding_variance(sums.terms, self.case.dtype)
         variance.index_add_(0, sums.owner, roundings).add_(ACCUMULATION**2 * sums.squares)
         for call in range(len(self.calls)) if f"d_{name}" in self.profile.stored_sums else ():
             # Of the last micro-sequence, of the last two, ...: each running sum is rounded.
             running = sums.terms[sums.owner == call].flip(0).cumsum(0)[1:]
             variance[call] += rounding_variance(running, self.case.dtype).sum(0)
-        self.gradients[name] = Expected(sums.whole[0], variance)
+        self.gradients[name] = Expected(sums.whole, variance)
 
     def weight_gradient(self, name: str, dy: torch.Tensor, x: torch.Tensor, parts: Sequence[Span]) -> None:
         """``dy.T @ x`` of each part of the tokens, and of all of each sequence's."""

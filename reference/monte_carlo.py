@@ -118,10 +118,15 @@ class Arithmetic:
         row (of all channels, where there are no rows). The last rounding, to the dtype if the result is stored in it,
         is known exactly.
         """
-        if x.shape[0] == 1:
-            propagated = torch.zeros_like(x[0])
-        else:
-            propagated = (x[1:] - x[:1]).square_().mean(0)
-            within_row = tuple(range(min(1, propagated.dim() - 1), propagated.dim()))
-            propagated = (propagated + propagated.mean(within_row, keepdim=True)) / 2
-        return propagated + rounding_variance(x[0], self._dtype if stored else "fp32")
+        return self.variance_of(x[0], spread(x[1:] - x[:1]), stored=stored)
+
+    def variance_of(self, value: torch.Tensor, spread: torch.Tensor, *, stored: bool) -> torch.Tensor:
+        """The same of a value ``[rows, ...]`` and the ``spread`` of its samples."""
+        within_row = tuple(range(min(1, spread.dim() - 1), spread.dim()))
+        propagated = (spread + spread.mean(within_row, keepdim=True)) / 2
+        return propagated + rounding_variance(value, self._dtype if stored else "fp32")
+
+
+def spread(deviations: torch.Tensor) -> torch.Tensor:
+    """Mean square ``[...]`` of the samples' deviations from the exact one ``[samples, ...]``; 0 of no samples."""
+    return deviations.square_().mean(0) if len(deviations) else deviations.sum(0)

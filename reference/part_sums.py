@@ -8,16 +8,19 @@ from typing import Final, NamedTuple
 import torch
 
 from attn_fuzz.reference.layout import Span, parts_of
+from attn_fuzz.reference.monte_carlo import spread
 
-_MOST: Final = 1 << 22
-"""Elements of a product of several micro-sequences: 32 MiB in float64."""
+_MOST: Final = {"cpu": 1 << 18, "cuda": 1 << 22}
+"""Elements of a product of several micro-sequences, of all samples: 2 MiB in float64, or 32."""
 
 
 class Sums(NamedTuple):
     """What is added up to a parameter's gradient."""
 
     whole: torch.Tensor
-    """``[samples, calls, ...]``: of each sequence."""
+    """``[calls, ...]``: of each sequence; without samples."""
+    spread: torch.Tensor
+    """``[calls, ...]``: the mean square of its samples' deviations."""
     terms: torch.Tensor
     """``[addends, ...]``: what each micro-sequence, or share of its heads, adds; without samples."""
     owner: torch.Tensor
@@ -36,7 +39,7 @@ class Parts:
     """
 
     def __init__(self, calls: Sequence[Span], parts: Sequence[Span], device: torch.device) -> None:
-        self.calls, self.parts, self.device = len(calls), parts, device
+        self.spans, self.calls, self.parts, self.device = tuple(calls), len(calls), tuple(parts), device
         owners = [call for call, own in enumerate(parts_of(calls, parts)) for _ in own]
         self.owner = torch.tensor(owners, device=device)
         """int64 ``[parts]``: the sequence of each."""
@@ -48,43 +51,69 @@ class Parts:
         by_share = x.unflatten(2, (shares, -1)).sum(3)
         terms = x.new_zeros(len(x), len(self.parts), *by_share.shape[2:]).index_add_(1, part, by_share)
         whole = x.new_zeros(len(x), self.calls, x.shape[-1]).index_add_(1, self.owner, terms.sum(2))
+        apart = spread(whole[1:] - whole[:1])
         squares = x.new_zeros(self.calls, x.shape[-1])
         squares.index_add_(0, self.owner[part], x[0].square().sum(1))
-        return Sums(whole, terms[0].flatten(0, 1), self.owner.repeat_interleave(shares), squares)
+        return Sums(whole[0], apart, terms[0].flatten(0, 1), self.owner.repeat_interleave(shares), squares)
 
     def of_products(self, dy: torch.Tensor, x: torch.Tensor) -> Sums:
         """``dy.T @ x`` of each part, of ``[samples, tokens, rows]`` and ``[1 or samples, tokens, channels]``."""
-        samples, rows, channels = max(len(dy), len(x)), dy.shape[-1], x.shape[-1]
-        whole = dy.new_zeros(samples, self.calls, rows, channels)
-        squares, terms = whole.new_zeros(whole.shape[1:]), []
-        for begin, end in self._chunks(samples, rows, channels):
-            owner = self.owner[begin:end]
-            left, right = (self._padded(each, begin, end) for each in (dy, x))
-            products = left.transpose(-1, -2) @ right
-            whole.index_add_(1, owner, products.expand(samples, *products.shape[1:]))
-            squares.index_add_(0, owner, left[0].square().transpose(-1, -2) @ right[0].square())
-            terms.append(products[0])
-        return Sums(whole, torch.cat(terms), self.owner, squares)
+        exact = dy[:1], x[:1]
+        terms = torch.cat([each[0] for each in _products(*exact, self.parts)])
+        whole = terms.new_zeros(self.calls, *terms.shape[1:]).index_add_(0, self.owner, terms)
+        squared = _products(exact[0].square(), exact[1].square(), self.spans)
+        squares = torch.cat([each[0] for each in squared])
+        return Sums(whole, self._spread(dy, x, whole), terms, self.owner, squares)
 
-    def _chunks(self, samples: int, rows: int, channels: int) -> Iterator[tuple[int, int]]:
-        """First part, and one past the last, of as many as fit; a single one always does."""
-        begin, longest = 0, 0
-        for index, part in enumerate(self.parts):
-            longest = max(longest, part.length)
-            largest = max(rows * channels, longest * max(rows, channels))
-            if index > begin and samples * (index + 1 - begin) * largest > _MOST:
-                yield begin, index
-                begin, longest = index, part.length
-        yield begin, len(self.parts)
+    def _spread(self, dy: torch.Tensor, x: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        """Of the sums over each sequence; of some sequences after others, so that they stay in a processor's cache."""
+        if len(dy) == len(x) == 1:
+            return torch.zeros_like(whole)
+        if len(dy) > 1 and len(x) > 1:
+            exact = dy[:1], x[:1]
+            pairs = zip(_products(dy[1:], x[1:], self.spans), _products(*exact, self.spans), strict=True)
+            return torch.cat([spread(samples - exact) for samples, exact in pairs])
+        # Where samples are on one side only, their deviations are products of that side's.
+        sides = (dy[1:] - dy[:1], x) if len(dy) > 1 else (dy, x[1:] - x[:1])
+        return torch.cat([spread(each) for each in _products(*sides, self.spans)])
 
-    def _padded(self, x: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        """Some parts' tokens, ``[samples, parts, longest, channels]``, with zeros behind each."""
-        parts = self.parts[begin:end]
-        if len(parts) == 1:
-            return x[:, None, slice(*parts[0])]
-        first, lengths = torch.tensor([(part.begin, part.length) for part in parts], device=self.device).unbind(1)
-        row = torch.arange(max(part.length for part in parts), device=self.device)
-        there = row < lengths[:, None]
-        places = torch.where(there, first[:, None] + row, 0)
-        taken = x.index_select(1, places.flatten()).unflatten(1, places.shape)
-        return taken * there[..., None]
+
+def _products(dy: torch.Tensor, x: torch.Tensor, spans: Sequence[Span]) -> Iterator[torch.Tensor]:
+    """``dy.T @ x`` over the tokens of each span, ``[samples, spans, rows, channels]``, of some spans after others."""
+    samples, rows, channels = max(len(dy), len(x)), dy.shape[-1], x.shape[-1]
+    most = _MOST.get(dy.device.type, _MOST["cuda"]) // samples
+    for some in _chunks(spans, rows, channels, most):
+        left, right = (_padded(each, some) for each in (dy, x))
+        if len(left) == len(right):
+            yield left.transpose(-1, -2) @ right
+        elif len(right) == 1:
+            # Samples side by side: nothing has to be repeated for each.
+            beside = left.permute(1, 0, 3, 2).flatten(1, 2)
+            yield (beside @ right[0]).unflatten(1, (samples, rows)).transpose(0, 1)
+        else:
+            beside = right.permute(1, 2, 0, 3).flatten(2, 3)
+            yield (left[0].transpose(-1, -2) @ beside).unflatten(2, (samples, channels)).permute(2, 0, 1, 3)
+
+
+def _chunks(spans: Sequence[Span], rows: int, channels: int, most: int) -> Iterator[Sequence[Span]]:
+    """As many spans as fit; a single one always does."""
+    begin, longest = 0, 0
+    for index, span in enumerate(spans):
+        longest = max(longest, span.length)
+        largest = max(rows * channels, longest * max(rows, channels))
+        if index > begin and (index + 1 - begin) * largest > most:
+            yield spans[begin:index]
+            begin, longest = index, span.length
+    yield spans[begin:]
+
+
+def _padded(x: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+    """The tokens of some spans, ``[samples, spans, longest, channels]``, with zeros behind each."""
+    if len(spans) == 1:
+        return x[:, None, slice(*spans[0])]
+    first, lengths = torch.tensor([(span.begin, span.length) for span in spans], device=x.device).unbind(1)
+    row = torch.arange(max(span.length for span in spans), device=x.device)
+    there = row < lengths[:, None]
+    places = torch.where(there, first[:, None] + row, 0)
+    taken = x.index_select(1, places.flatten()).unflatten(1, places.shape)
+    return taken * there[..., None]

@@ -20,7 +20,7 @@ from attn_fuzz.backends.kernels.loop import LoopKernel
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.batch_run import NAMES
-from attn_fuzz.batch.judge import SCHEDULE, judge
+from attn_fuzz.batch.judge import SCHEDULE, judge, usually_asked
 from attn_fuzz.batch.judged import Question
 from attn_fuzz.batch.questions import QUESTIONS
 from attn_fuzz.campaign import crash_triage, pool
@@ -275,7 +275,7 @@ def test_half_of_the_calls_are_asked_more_than_the_others(turn: Question) -> Non
         # Every run but the first is wrong, which cannot be seen of calls that have no other.
         return attended if count <= 4 else attended._replace(out=attended.out * 2)
 
-    failing = judge(BATCH, altered(deed), CPU, turn).failing()
+    failing = judge(BATCH, altered(deed), CPU, turn, asked=usually_asked(BATCH)).failing()
     assert counts[:4] == [1, 2, 1, 4]
     if turn.asked == "swamping":
         # No document is long enough.
@@ -577,7 +577,7 @@ FAULTS = ("M18", "X33", "X32", "X11", "M30", "M08", "M02-out", "X38")
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found_and_handed_over(fault: str) -> None:
-    (finding, *_), _ = fuzzed(f"fault:{fault}", calls=1000)
+    (finding, *_), _ = fuzzed(f"fault:{fault}", calls=3000)
     assert "batch" not in finding.checks
     assert len(finding.case.lengths) <= 3
 
@@ -626,7 +626,7 @@ def test_a_slow_kernel_is_heard_of_between_its_calls(monkeypatch: pytest.MonkeyP
     backend = altered(deed)
     monkeypatch.setattr(registry, "load", lambda name: backend)
     CallsWorker(Assignment(backend="altered", device="cpu", seed=0, cases=8, mode="batch"), messages.append).run()
-    assert len(calls) >= 16
+    assert len(calls) >= 12
     assert all(later > earlier for earlier, later in zip(calls, calls[1:], strict=False))
 
 
@@ -674,7 +674,7 @@ def test_a_finding_that_takes_other_calls_is_replayed(attn_fuzz: Run, tmp_path: 
     text = EXAMPLE.replace("    out = []\n", f"{deed}    out = []\n")
     path.write_text(text + "\n\n_rows = [0]\n")
     command = ("check", f"{path}:kernel", "--mode", "batch", "--device", "cpu", "--cases", "400", "--first")
-    done = attn_fuzz(*command, "--store", str(store), "--workers", "1", "--json")
+    done = attn_fuzz(*command, "--level", "kernel", "--store", str(store), "--workers", "1", "--json")
     assert done.status == 1, done.err
     assert done.out, done.err
     finding = next(each for each in json.loads(done.out)["findings"] if each["checks"] == ["batch"])

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from random import Random
 from typing import Final
@@ -185,11 +186,12 @@ class BatchWorker(Triage, abc.ABC):
 
     def run(self) -> None:
         """Levels, sizes and questions in turn."""
-        levels = self.levels()
+        levels, numbers = self.levels(), Counter[str]()
         self.warm_up()
         while not self.turn or not self.over():
-            level, number = levels[self.turn % len(levels)], self.turn // len(levels)
-            schedule = self.schedule_of(level)
+            level = levels[self.turn % len(levels)]
+            number, schedule = numbers[level], self.schedule_of(level)
+            numbers[level] += 1
             self.batch(level, number % len(self.sweeps), schedule[number % len(schedule)])
             self.turn += 1
             if not self.tally.cases and self.tally.refused > REFUSED_BATCHES:

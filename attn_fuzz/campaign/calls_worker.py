@@ -16,7 +16,7 @@ from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.inferred import promises
 from attn_fuzz.generation.calls import LONGEST, draw_batch
 from attn_fuzz.generation.layer_calls import LONGEST as LAYER_LONGEST
-from attn_fuzz.generation.layer_calls import draw_layer_batch
+from attn_fuzz.generation.layer_calls import MOST, draw_layer_batch
 from attn_fuzz.generation.strategies import straddling
 from attn_fuzz.oracle.deviations import beyond_doubt
 from attn_fuzz.oracle.symptoms import Crashed, InputsChanged
@@ -55,7 +55,8 @@ class CallsWorker(BatchWorker):
         )
         if not levels:
             raise ValueError(f"{self.backend.name} has no {' or '.join(self.assignment.levels)} level here for batches")
-        return levels
+        # Both get about the same time: a batch of kernel calls takes half of what one of layer calls does.
+        return [*levels, "kernel"] if len(levels) > 1 else levels
 
     def schedule_of(self, level: str) -> Sequence[Question]:
         """Of layers one of their own."""
@@ -68,7 +69,8 @@ class CallsWorker(BatchWorker):
             wanted = min(wanted, self.assignment.cases - self.tally.cases)
         if level == "layer":
             longest = LAYER_LONGEST[self.device.type][place]
-            return draw_layer_batch(self.random, self.backend, self.domain, wanted, longest)
+            most = min(wanted, MOST[self.device.type])
+            return draw_layer_batch(self.random, self.backend, self.domain, most, longest)
         batch = draw_batch(self.random, self.sweeps[place], self.backend, self.domain, wanted)
         return batch.first(wanted) if batch is not None else None
 
