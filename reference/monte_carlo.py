@@ -62,15 +62,17 @@ class Arithmetic:
         start = (self._state >> 20) % (bank.shape[0] - count + 1)
         return bank[start : start + count].view(self._samples, *shape)
 
-    def _with_samples(self, x: torch.Tensor) -> torch.Tensor:
-        """A copy that has all samples."""
-        return x.clone() if x.shape[0] > 1 else x.expand(1 + self._samples, *x.shape[1:]).contiguous()
+    def _beside(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(a tensor for all samples of which the exact one is there, what the others are made of)."""
+        made = x.new_empty(1 + self._samples, *x.shape[1:])
+        made[0] = x[0]
+        return made, x[1:] if x.shape[0] > 1 else x
 
     def _noise(self, x: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
         if not self._samples:
             return x
-        noisy = self._with_samples(x)
-        noisy[1:].addcmul_(self._normals(x.shape[1:]), variance.sqrt())
+        noisy, samples = self._beside(x)
+        torch.addcmul(samples, self._normals(x.shape[1:]), variance.sqrt(), out=noisy[1:])
         return noisy
 
     def store(self, x: torch.Tensor) -> torch.Tensor:
@@ -89,8 +91,8 @@ class Arithmetic:
         """Noise that a row's elements have together: each row of ``errors`` (without samples) times a normal number."""
         if not self._samples:
             return x
-        noisy = self._with_samples(x)
-        noisy[1:].addcmul_(self._normals((*x.shape[1:-1], 1)), errors)
+        noisy, samples = self._beside(x)
+        torch.addcmul(samples, self._normals((*x.shape[1:-1], 1)), errors, out=noisy[1:])
         return noisy
 
     def shrink(self, x: torch.Tensor, most: float) -> torch.Tensor:
@@ -107,8 +109,8 @@ class Arithmetic:
         if self._common is None:
             self._common = self._normals((1,))[:, 0]
         factors = 1 + ALIKE**0.5 * most * self._common
-        noisy = self._with_samples(x)
-        noisy[1:].mul_(factors.view(-1, *(1,) * (x.dim() - 1)))
+        noisy, samples = self._beside(x)
+        torch.mul(samples, factors.view(-1, *(1,) * (x.dim() - 1)), out=noisy[1:])
         return noisy
 
     def variance(self, x: torch.Tensor, *, stored: bool) -> torch.Tensor:

@@ -18,7 +18,7 @@ from attn_fuzz.backends.kernel import Kernel
 from attn_fuzz.backends.kernels.loop import LoopKernel
 from attn_fuzz.backends.layer import BufferedLayer
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.batch.judge import judge, moving
+from attn_fuzz.batch.judge import judge, moving, usually_asked
 from attn_fuzz.batch.judged import Judged, Question
 from attn_fuzz.batch.layer_columns import LAYER_NAMES
 from attn_fuzz.batch.layer_judge import LAYER_SCHEDULE
@@ -92,6 +92,32 @@ def test_calls_are_sequences_of_their_own() -> None:
     assert (third.lengths, third.cuts, third.document_ids) == ((6, 2, 5), (4, 8), (5, 6, 7))
     assert BATCH.first(2).ends == (3, 5)
     assert BATCH.first(2).call(0) == first
+    assert BATCH.first(2).call(1) == second
+
+
+@pytest.mark.parametrize("question", dict.fromkeys(each.asked for each in LAYER_SCHEDULE))
+def test_half_of_the_calls_are_asked_more_than_the_others(question: str) -> None:
+    tokens: list[int] = []
+
+    class Counted(BufferedLayer):
+        def __init__(self, weights: dict[str, torch.Tensor], case: Case, kernel: Kernel) -> None:
+            tokens.append(case.tokens)
+            super().__init__(weights, case, kernel)
+
+    backend = dataclasses.replace(registry.load("loop"), layer=Counted)
+    judged = judge(BATCH, backend, CPU, Question("nan", question), asked=usually_asked(BATCH))
+    assert not judged.failing()
+    assert judged.asked == 2
+    first, second, third = (tokens.count(call.tokens) for call in BATCH.calls)
+    assert third == 1
+    assert first == second == 1 or question not in ("", "steps")
+
+
+def test_some_calls_of_a_batch_have_the_values_that_they_have_among_all() -> None:
+    """Padding that ends the last of them, too."""
+    whole, some = (layer_inputs(batch.case, "cpu") for batch in (BATCH, BATCH.first(2)))
+    assert torch.equal(some.x, whole.x[: len(some.x)])
+    assert torch.equal(some.dout, whole.dout[: len(some.dout)])
 
 
 def test_a_call_ends_where_the_layer_is_cut() -> None:

@@ -347,35 +347,66 @@ def test_an_isolated_process_without_its_device_accuses_nobody() -> None:
 
 
 @pytest.mark.parametrize(
-    ("left", "waiting", "workers", "starting", "share"),
+    ("planned", "busy", "left", "starting", "share"),
     [
-        (60.0, 0, 2, None, 60.0),
-        (60.0, 0, 2, 4.0, 56.0),
-        (60.0, 6, 2, None, 12.0),
-        (60.0, 6, 2, 5.0, 10.0),
-        # Others took more than they should have: half of what was planned remains.
-        (1.0, 1, 1, 4.0, 8.5),
+        # Alone in its place until the end.
+        ([17.0], [0.0], 60.0, None, 60.0),
+        ([17.0], [0.0], 60.0, 4.0, 56.0),
+        ([17.0] * 2, [0.0], 60.0, None, 60.0),
+        ([17.0], [30.0], 60.0, 0.0, 60.0),
+        # Four rounds of two: four processes have to start one after another.
+        ([17.0] * 7, [0.0], 60.0, 0.0, 15.0),
+        ([17.0] * 7, [0.0], 60.0, 5.0, 10.0),
+        # Each its part of what is left, as it was planned.
+        ([40.0, 10.0], [], 25.0, 0.0, 20.0),
+        ([40.0, 10.0, 40.0, 10.0], [0.0], 25.0, 0.0, 20.0),
+        # What follows has another place to go to.
+        ([40.0, 40.0], [10.0], 60.0, 0.0, 60.0),
+        # Others took longer than they should have: half of what was planned remains.
+        ([17.0, 17.0], [], 1.0, 4.0, 8.5),
     ],
 )
 def test_who_has_to_wait_shares_what_is_left(
-    left: float, waiting: int, workers: int, starting: float | None, share: float
+    planned: list[float], busy: list[float], left: float, starting: float | None, share: float
 ) -> None:
-    assert share_of_time(17.0, left, waiting, workers, starting) == share
+    assert share_of_time(planned, busy, left, starting) == pytest.approx(share, rel=0.02)
+
+
+def times_of(jobs: list[Assignment], workers: int, starting: float, left: float) -> tuple[list[float], list[float]]:
+    """When each place is free for good, and the seconds of each assignment; each starts for so long."""
+    free_at, seconds = [0.0] * workers, [job.seconds or 0.0 for job in jobs]
+    for index in range(len(jobs)):
+        slot = free_at.index(min(free_at))
+        busy = [max(at - free_at[slot], 0.0) for place, at in enumerate(free_at) if place != slot]
+        known = starting if index >= workers else None
+        seconds[index] = share_of_time(seconds[index:], busy, left - free_at[slot], known)
+        free_at[slot] += starting + seconds[index]
+    return free_at, seconds
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
 def test_a_campaign_of_more_backends_than_workers_ends_in_time(workers: int) -> None:
     """Slots that start processes of four seconds one after another: none outlasts the campaign's time by a process."""
-    jobs = [
-        job.seconds
-        for job in plan(
-            tuple("abcdefg"), CampaignOptions(device="cpu", workers=workers, seconds=100.0, levels=("layer",))
-        )
-    ]
-    free_at = [0.0] * workers
-    for index, planned in enumerate(jobs):
-        slot = free_at.index(min(free_at))
-        known = 4.0 if index >= workers else None
-        assert planned is not None
-        free_at[slot] += 4.0 + share_of_time(planned, 100.0 - free_at[slot], len(jobs) - index - 1, workers, known)
+    options = CampaignOptions(device="cpu", workers=workers, seconds=100.0, levels=("layer",))
+    free_at, seconds = times_of(plan(tuple("abcdefg"), options), workers, 4.0, 100.0)
     assert max(free_at) <= 104.0
+    # Nor is any place without work for long, nor any backend without time.
+    assert min(free_at) >= 99.0 or workers > 7
+    assert min(seconds) >= 0.6 * max(min(100.0, workers * 100.0 / 7) - 4.0, 0.0)
+
+
+@pytest.mark.parametrize(("names", "workers", "counts"), [(7, 2, (7, 7)), (1, 2, (2, 2)), (1, 4, (1, 3)), (2, 3, (2, 2))])
+def test_the_case_mode_gets_a_part_of_each_backends_time(
+    names: int, workers: int, counts: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fifth, as nearly as there are places for; and no place is without work."""
+    monkeypatch.setattr("attn_fuzz.campaign.plan.takes_batches", lambda *_: True)
+    options = CampaignOptions(device="cpu", workers=workers, seconds=100.0, modes=("case", "batch"))
+    jobs = plan(tuple("abcdefg"[:names]), options)
+    by_mode = {mode: [job for job in jobs if job.mode == mode] for mode in options.modes}
+    assert tuple(map(len, by_mode.values())) == counts
+    assert len({job.seed for job in jobs}) == len(jobs)
+    free_at, seconds = times_of(jobs, workers, 0.5, 100.0)
+    assert all(98.0 <= at <= 101.0 for at in free_at)
+    of_cases = sum(time for time, job in zip(seconds, jobs, strict=True) if job.mode == "case")
+    assert 0.15 <= of_cases / sum(seconds) <= 0.35
