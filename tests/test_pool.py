@@ -395,7 +395,9 @@ def test_a_campaign_of_more_backends_than_workers_ends_in_time(workers: int) -> 
     assert min(seconds) >= 0.6 * max(min(100.0, workers * 100.0 / 7) - 4.0, 0.0)
 
 
-@pytest.mark.parametrize(("names", "workers", "counts"), [(7, 2, (7, 7)), (1, 2, (2, 2)), (1, 4, (1, 3)), (2, 3, (2, 2))])
+@pytest.mark.parametrize(
+    ("names", "workers", "counts"), [(7, 2, (7, 7)), (1, 2, (2, 2)), (1, 4, (1, 3)), (2, 3, (2, 2))]
+)
 def test_the_case_mode_gets_a_part_of_each_backends_time(
     names: int, workers: int, counts: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,8 +76,8 @@ class CallSequence:
     def judged(self, backend: Backend, device: torch.device) -> Judged:
         """What the backend makes of all of them; of layers by careful budgets."""
         if self.batch.case.level == "layer":
-            how = {"samples": CONFIRMING_SAMPLES, "asked": self.asked}
-            return judge_layer_calls(self.batch, backend, device, self.question, **how)
+            careful = CONFIRMING_SAMPLES
+            return judge_layer_calls(self.batch, backend, device, self.question, samples=careful, asked=self.asked)
         return judge(self.batch, backend, device, self.question, asked=self.asked)
 
     def words(self, judged: Judged) -> str | None:
