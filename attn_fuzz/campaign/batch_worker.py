@@ -143,7 +143,7 @@ class BatchWorker(Triage, abc.ABC):
         try:
             judged = self.judged(batch, question)
             leave_memory(self.device)
-            self.sizes[level, place] = self.grown(size, now(self.device) - started)
+            self.learn(level, place, self.grown(size, now(self.device) - started))
             self.take(judged)
         except Exception as error:
             if not lacks_memory(error):
@@ -151,6 +151,10 @@ class BatchWorker(Triage, abc.ABC):
             # This machine's limit, and no fault of the backend.
             self.sizes[level, place] = max(size // 2, 1)
             self.refuse(f"memory ran out: {error}")
+
+    def learn(self, level: str, place: int, size: int) -> None:
+        """Keeps the size of the next batch of a level and a place."""
+        self.sizes[level, place] = size
 
     def grown(self, size: int, taken: float) -> int:
         """The size of the next batch after one that took so many seconds."""

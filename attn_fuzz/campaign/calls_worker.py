@@ -74,6 +74,13 @@ class CallsWorker(BatchWorker):
         batch = draw_batch(self.random, self.sweeps[place], self.backend, self.domain, wanted)
         return batch.first(wanted) if batch is not None else None
 
+    def learn(self, level: str, place: int, size: int) -> None:
+        """On a CPU, places that have had no batch begin there: what a batch may take is limited when it is drawn."""
+        super().learn(level, place, size)
+        if self.device.type == "cpu":
+            untried = [key for key, own in self.sizes.items() if key[0] == level and own == self.sizing.first]
+            self.sizes.update(dict.fromkeys(untried, size))
+
     def judge(self, batch: CallBatch, question: Question) -> Judged:
         """A batch's verdict."""
         return judge(batch, self.backend, self.device, question, self.beat, usually_asked(batch))
