@@ -22,6 +22,7 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any, Final
 
+from attn_fuzz.campaign.orphans import end_with_parent
 from attn_fuzz.execution.heap import fill_in_children
 
 _IMPORTED: Final = ("attn_fuzz.campaign.serve", "attn_fuzz.campaign.isolated")
@@ -136,5 +137,6 @@ def _enter(
 ) -> None:
     """The main function of a new process."""
     del streams
+    end_with_parent()
     _take_environment(environment)
     target(*args)

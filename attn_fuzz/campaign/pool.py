@@ -243,13 +243,19 @@ class Pool:
             seconds_to_find=round(time.monotonic() - worker.started, 3),
             environment=environment("cpu"),
         )
+        # By the system or a person, for no fault in code sends this signal.
+        killed = symptom == "Crashed" and worker.process.exitcode == -signal.SIGKILL
         try:
             # Hangs are too slow to shrink.
-            if symptom == "Crashed" and (job.backend, symptom) not in self._findings:
+            if symptom == "Crashed" and (killed or (job.backend, symptom) not in self._findings):
                 death = crash_triage_of(job, trying, HANG_SECONDS)
                 messages = finding.messages if death.again else (*finding.messages, NOT_AGAIN)
                 finding = dataclasses.replace(finding, case=death.case, original_case=death.original, messages=messages)
-            self._keep(finding)
+                killed = killed and not death.again
+            if killed:
+                self._troubles.append(f"the worker for {job.backend} was killed from outside: no finding")
+            else:
+                self._keep(finding)
         except NoDevice as trouble:
             self._troubles.append(f"the worker for {job.backend} {how}, but {trouble}: no finding")
         except KeyboardInterrupt:

@@ -8,6 +8,7 @@ from typing import Final
 from attn_fuzz.campaign.calls_worker import work_on_batches
 from attn_fuzz.campaign.isolated import INTERRUPTED
 from attn_fuzz.campaign.messages import Assignment
+from attn_fuzz.campaign.notes import noting
 from attn_fuzz.campaign.packed_worker import work_on_packed
 from attn_fuzz.campaign.worker import work
 from attn_fuzz.execution.process import set_apart, stay_on
@@ -27,8 +28,9 @@ def serve(assignment: Assignment, connection: Connection, processors: frozenset[
     set_apart()
     if processors is not None:
         stay_on(processors)
+    send = noting(assignment, connection.send) if assignment.notes else connection.send
     try:
-        WORK[assignment.mode](assignment, connection.send)
+        WORK[assignment.mode](assignment, send)
     except KeyboardInterrupt:
         # Of Ctrl-C the parent hears, too; of a kernel that raises it, by this alone.
         raise SystemExit(INTERRUPTED) from None

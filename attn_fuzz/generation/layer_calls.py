@@ -21,6 +21,9 @@ the budgets, whose roundings are simulated, do."""
 _DOCUMENTS: Final = (1, 1, 1, 2, 2, 3, 4, 7)
 """How many documents a call may have."""
 
+MOST_DOCUMENTS: Final = max(_DOCUMENTS) + 1
+"""With padding behind them."""
+
 _PADDINGS: Final = (0, 0, 0, 1, 5)
 """Tokens of padding behind a call's last document."""
 
