@@ -47,6 +47,8 @@ class Assignment:
     """Symptoms that have been found often enough: cases that show one are counted, and not shrunk again."""
     aim: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     """What draws are to have where they can (``generation.domain.Domain.aim``)."""
+    memory: int = 0
+    """Bytes that the process may have: what asks for more is refused, instead of filling the machine; 0 for any."""
     counts: bool = False
     """Tell which values of axes were reached."""
     notes: str = ""

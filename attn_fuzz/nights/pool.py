@@ -11,7 +11,6 @@ from attn_fuzz.coverage.counts import Reached
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.nights.record import Slice
 
-
 class Listener(NamedTuple):
     """What is told of slices as they go on."""
 

@@ -54,6 +54,8 @@ class Standing:
     interest: float = 0.0
     worst: list[float] = dataclasses.field(default_factory=list)
     """Largest errors of its slices, in standard deviations."""
+    slices: int = 0
+    """That were begun."""
     failures: int = 0
     """Slices in a row that could not run."""
     resting: int = 0

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from attn_fuzz.campaign.isolated import Isolated, NoDevice, Subject
 from attn_fuzz.campaign.messages import Assignment, Tally
+from attn_fuzz.execution.process import share_of_memory
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.nights.aims import aim_at_case, rarest
 from attn_fuzz.nights.database import DatabaseError
@@ -29,7 +30,7 @@ SLICE_SECONDS: Final = {"cpu": 8.0, "cuda": 15.0}
 COMPILED_TIMES: Final = 3.0
 """Slices of compiling backends are so many times as long."""
 
-LEAST_SECONDS: Final = 3.0
+LEAST_SECONDS: Final = 4.0
 """Of a slice, where there is too little time for every target."""
 
 SLICES_A_PLACE: Final = 2
@@ -133,7 +134,7 @@ class Supervisor:
         for row in verdicts(self.record.database):
             target = by_key.get((row.backend, row.device, row.level, row.mode))
             if target is not None:
-                found[target] = Standing(cases=row.cases, seconds=row.seconds)
+                found[target] = Standing(cases=row.cases, seconds=row.seconds, slices=row.slices)
         return found
 
     @property
@@ -199,7 +200,8 @@ class Supervisor:
     def _job(self, target: Target, seconds: float) -> Assignment:
         """What a worker is told of a slice."""
         self._begun += 1
-        turn = self._begun
+        turn, standing = self._begun, self.standings[target]
+        standing.slices += 1
         times = COMPILED_TIMES if target.compiled else 1.0
         return Assignment(
             backend=target.backend,
@@ -209,18 +211,19 @@ class Supervisor:
             levels=(target.level,),
             seconds=min(seconds * times, self.left),
             mode=target.mode,
-            aim=self._aim(target, turn),
+            aim=self._aim(target, standing.slices),
             found=self.kept.often(target.backend, target.level, turn),
             counts=True,
             notes=self.notes.beginning(turn),
+            memory=share_of_memory(self.wishes.workers) if target.subject[1] == "cpu" else 0,
         )
 
-    def _aim(self, target: Target, turn: int) -> Mapping[str, tuple[Any, ...]]:
+    def _aim(self, target: Target, number: int) -> Mapping[str, tuple[Any, ...]]:
         """Every other slice draws anything; the others what was too rare, or what was nearly wrong."""
         near = self._near.pop(target, None)
         if near is not None:
             return aim_at_case(Case.from_json(near))
-        if turn % 2:
+        if number % 2:
             return {}
         reached = self.record.pairs(target.subject)
         return rarest(space_of(*target.subject), reached, target.mode, target.level, self._random)
