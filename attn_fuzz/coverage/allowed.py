@@ -45,24 +45,23 @@ class Space:
         yield from ((value, value) for value in values)
         yield from (pair for pair in itertools.combinations(values, 2) if self.why_not(*pair) is None)
 
+    def places(self, *values: Value) -> list[Place]:
+        """Where all of some values may occur."""
+        c = self.capabilities
+        return [
+            place
+            for place in places(self.device)
+            if place.level in (self.batched if place.mode == "batch" else self.levels)
+            and not (place.mode == "batch" and (c.layouts or c.configurations))
+            and place.has(dict(values))
+        ]
+
     def why_not(self, one: Value, other: Value) -> str | None:
         """Why two values do not go together, or one value alone does not occur; None where they may."""
         if one[0] == other[0] and one != other:
             return "a case has one value of an axis"
         chosen = dict((one, other))
         return next((why for holds, why in RULES if not holds(self, chosen)), None)
-
-
-def _places(space: Space, chosen: Chosen) -> list[Place]:
-    """Where what was chosen may be asked."""
-    c = space.capabilities
-    return [
-        place
-        for place in places(space.device)
-        if place.level in (space.batched if place.mode == "batch" else space.levels)
-        and not (place.mode == "batch" and (c.layouts or c.configurations))
-        and place.has(chosen)
-    ]
 
 
 def _options_taken(space: Space, chosen: Chosen) -> bool:
@@ -125,13 +124,43 @@ def _lengths_taken(space: Space, chosen: Chosen) -> bool:
 
 
 def _somewhere(space: Space, chosen: Chosen) -> bool:
-    return bool(_places(space, chosen))
+    return bool(space.places(*chosen.items()))
 
 
 def _shares_rows(space: Space, chosen: Chosen) -> bool:
     if chosen.get("memory") != "broadcast":
         return True
-    return any((place.mode, place.level) == ("case", "kernel") for place in _places(space, chosen))
+    return any((place.mode, place.level) == ("case", "kernel") for place in space.places(*chosen.items()))
+
+
+LEFT_OUT: Final[dict[str, tuple[tuple[Value, Value], ...]]] = {
+    "cpu": (
+        # Sixteen tiles of scores for each of so many heads: it costs too much.
+        (("group", "9-"), ("queries", "128-255")),
+        # Packed calls and batches have no such documents on a CPU, and single calls that have one have few others.
+        (("queries", "128-255"), ("documents", "17-64")),
+        (("queries", "128-255"), ("documents", "65-")),
+        # Nor is there a long past, which one single call of six has, where there are so many documents.
+        (("keys", "256-"), ("documents", "17-64")),
+        (("keys", "256-"), ("documents", "65-")),
+        # One number out of a hundred keys, of one document out of a hundred: so seldom that nobody can be held to it.
+        (("queries", "128-255"), ("keys", "0")),
+        (("queries", "128-255"), ("keys", "1")),
+        (("queries", "128-255"), ("keys", "2-15")),
+        (("queries", "256-"), ("keys", "0")),
+    ),
+    # Longer documents come there by the thousand.
+    "cuda": (),
+}
+"""Pairs that strategies draw nearly never, by kind of device."""
+
+
+def _drawn(space: Space, chosen: Chosen) -> bool:
+    return all(dict(pair) != chosen for pair in LEFT_OUT[space.device])
+
+
+def _has_a_row_and_a_key(space: Space, chosen: Chosen) -> bool:
+    return chosen.get("documents") != "1" or "0" not in (chosen.get("queries"), chosen.get("keys"))
 
 
 RULES: Final[tuple[tuple[Callable[[Space, Chosen], bool], str], ...]] = (
@@ -139,7 +168,9 @@ RULES: Final[tuple[tuple[Callable[[Space, Chosen], bool], str], ...]] = (
     (_masks_taken, "causal attention sees nothing to the right, and some backends have windows of it alone"),
     (_compiled, "it would have to be compiled"),
     (_lengths_taken, "such documents are not declared"),
+    (_has_a_row_and_a_key, "a call has a query and a key"),
     (_somewhere, "it is not asked there"),
+    (_drawn, "it is drawn nearly never"),
     (_shares_rows, "tensors whose rows are one are drawn for single kernel calls only"),
 )
 """What must hold, and why not where it does not."""

@@ -20,7 +20,7 @@ from attn_fuzz.reference.case import DTYPES, LEVELS, MEMORIES, Case
 
 MODES: Final = ("case", "batch", "packed")
 
-LENGTHS: Final = (0, 1, 2, 16, 64, 128, 512)
+LENGTHS: Final = (0, 1, 2, 16, 64, 128, 256)
 """Where classes of queries and of keys of a document begin: none, one row, and where tiles and blocks end."""
 
 OCTAVES: Final = (0, *(1 << power for power in range(15)))
@@ -38,9 +38,8 @@ OTHER: Final = "other"
 
 def _classes(begins: tuple[int, ...]) -> tuple[str, ...]:
     """Names of classes of numbers: ``5-16``, or a single one; the last has no end."""
-    spans = itertools.pairwise((*begins, None))
-    return tuple(f"{begin}-" if end is None else f"{begin}" if end == begin + 1 else f"{begin}-{end - 1}"
-                 for begin, end in spans)  # fmt: skip
+    inner = (f"{begin}" if end == begin + 1 else f"{begin}-{end - 1}" for begin, end in itertools.pairwise(begins))
+    return (*inner, f"{begins[-1]}-")
 
 
 def probe_name(probe: Check) -> str:

@@ -13,6 +13,7 @@ from attn_fuzz.coverage.axes import AXES, DOCUMENTS, LENGTHS, class_of, probe_na
 from attn_fuzz.generation import calls, layer_calls, length_sweeps
 from attn_fuzz.generation.layouts import FEW_KEYS, LONG_LAYERS, LONG_ROWS, MANY, PASTS
 from attn_fuzz.oracle.checks import PROBES
+from attn_fuzz.reference.case import MAX_HEAD_DIM
 
 _LENGTH_CLASSES: Final = next(axis.values for axis in AXES if axis.name == "queries")
 _DOCUMENT_CLASSES: Final = next(axis.values for axis in AXES if axis.name == "documents")
@@ -27,6 +28,8 @@ class Place(NamedTuple):
     """Classes of (queries, keys) of a document."""
     documents: frozenset[str]
     questions: frozenset[str]
+    widest: int = MAX_HEAD_DIM
+    """The largest head dimension."""
 
     def has(self, chosen: Mapping[str, str]) -> bool:
         """Whether a value or two, by axis, may occur here."""
@@ -35,6 +38,7 @@ class Place(NamedTuple):
             and chosen.get("level", self.level) == self.level
             and ("documents" not in chosen or chosen["documents"] in self.documents)
             and ("question" not in chosen or chosen["question"] in self.questions)
+            and (not (dim := chosen.get("head_dim", "")).isdigit() or int(dim) <= self.widest)
             and any(
                 chosen.get("queries", queries) == queries and chosen.get("keys", keys) == keys
                 for queries, keys in self.lengths
@@ -66,7 +70,7 @@ def _swept(longest: tuple[tuple[int, int], ...]) -> frozenset[tuple[str, str]]:
 def _drawn() -> frozenset[tuple[str, str]]:
     """Of single kernel calls: all but what costs the product of two large numbers, or has no queries but many keys."""
     every = _rectangle((0, max(LONG_ROWS)), (0, max(PASTS)))
-    past = {("0", keys) for keys in _LENGTH_CLASSES if keys in ("128-511", "512-")}
+    past = {("0", keys) for keys in _LENGTH_CLASSES if keys in _LENGTH_CLASSES[-2:]}
     return frozenset(every - past)
 
 
@@ -96,7 +100,14 @@ def places(device: str) -> tuple[Place, ...]:
         Place("case", "kernel", _drawn(), _documents(1, max(MANY)), probes),
         Place("case", "layer", _layers(max(LONG_LAYERS)), _documents(1, max(MANY)), probes),
         Place("batch", "kernel", _swept(calls.LONGEST[device]), _documents(1, max(calls.DOCUMENTS)), of_calls),
-        Place("batch", "layer", _layers(max(layers)), _documents(1, layer_calls.MOST_DOCUMENTS), of_layers),
+        Place(
+            "batch",
+            "layer",
+            _layers(max(layers)),
+            _documents(1, layer_calls.MOST_DOCUMENTS),
+            of_layers,
+            layer_calls.MOST_WIDTH[device],
+        ),
         Place("packed", "kernel", _swept(swept), _documents(_FEWEST_PACKED["kernel"], most), of_packed),
         Place(
             "packed",

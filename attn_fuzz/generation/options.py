@@ -129,7 +129,9 @@ def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int],
     causal_choices = [choice for choice in choices if (capabilities.causal if choice else capabilities.noncausal)]
     causal = draw(among(domain.towards("causal", causal_choices)))
     many = draw(seldom(_MANY_HEADS_ONCE_IN))
-    share = draw(among(_SHARES)) if level == "kernel" and not many and past >= 0 else 1
+    # What is aimed at may be large.
+    sparing = level == "kernel" and not many and past >= 0 and not domain.aim
+    share = draw(among(_SHARES)) if sparing else 1
 
     def fitting(groups: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         limit = min(_MAX_SCORES[level] / scores, MAX_PAIRS / pairs) / share

@@ -35,6 +35,9 @@ def _raw(space: Space, value: Value) -> tuple[Any, ...]:
 def aim_at(space: Space, *values: Value) -> dict[str, tuple[Any, ...]]:
     """Values of axes as a domain has them; those that no draw can be asked for are left out."""
     found = {AIMABLE[value[0]]: _raw(space, value) for value in values if value[0] in AIMABLE}
+    if ("window", "right") in values or ("window", "both") in values:
+        # Causal attention has no such windows.
+        found["causal"] = (False,)
     return {name: raw for name, raw in found.items() if raw}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Final
 
+from attn_fuzz.campaign.isolated import FATAL
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.store import Store, StoreError
 
@@ -28,6 +29,10 @@ class Kept:
         self.troubles: list[str] = []
         """Why findings could not be stored."""
         self._seen: Counter[tuple[str, str, str]] = Counter()
+        self._fatal: dict[tuple[str, str], Finding] = {}
+        for stored in map(self._loaded, store.identifiers()):
+            if stored is not None:
+                self._note_fatal(stored)
 
     def keep(self, finding: Finding) -> bool:
         """Stores a finding, unless the store has the same bug with a case that is no larger.
@@ -36,6 +41,7 @@ class Kept:
             Whether the store had none like it.
         """
         self._seen[finding.backend, finding.case.level, finding.symptom] += 1
+        self._note_fatal(finding)
         placed = self.store.linked(self.store.placed(finding))
         new = not placed.same_as and placed.id not in self.store.identifiers()
         if placed.same_as:
@@ -50,6 +56,18 @@ class Kept:
             self.troubles.append(str(error))
         self._count(placed)
         return new
+
+    def _note_fatal(self, finding: Finding) -> None:
+        """Remembers the smallest case that ends a backend's process, and that makes it hang."""
+        key = finding.backend, finding.symptom
+        if finding.symptom in FATAL:
+            other = self._fatal.get(key)
+            if other is None or finding.case.tokens < other.case.tokens:
+                self._fatal[key] = finding
+
+    def fatal(self) -> list[Finding]:
+        """Of each backend the smallest case that ends its process, and that makes it hang, where there is one."""
+        return list(self._fatal.values())
 
     def _loaded(self, identifier: str) -> Finding | None:
         try:

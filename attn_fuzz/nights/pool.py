@@ -11,6 +11,7 @@ from attn_fuzz.coverage.counts import Reached
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.nights.record import Slice
 
+
 class Listener(NamedTuple):
     """What is told of slices as they go on."""
 
@@ -31,14 +32,23 @@ class RoundPool(Pool):
         workers: processes at a time.
         listener: what is told.
         seconds: wall-clock time of them all.
+        fatal: what is known to end a backend's process or to make it hang, which is not looked into again.
     """
 
-    def __init__(self, slices: Sequence[Slice], workers: int, listener: Listener, seconds: float) -> None:
+    def __init__(
+        self,
+        slices: Sequence[Slice],
+        workers: int,
+        listener: Listener,
+        seconds: float,
+        fatal: Sequence[Finding] = (),
+    ) -> None:
         super().__init__([each.job for each in slices], workers, lambda tallies: None, self._tell_found, seconds)
         self._listener = listener
         self._slices = {each.job.notes: each for each in slices}
         self._tallies_of: dict[str, dict[int, Tally]] = {each.job.notes: {} for each in slices}
         self._heard_of = slices[0]
+        self._findings.update({(finding.backend, finding.symptom): finding for finding in fatal})
 
     def _slice(self, assignment: Assignment) -> Slice:
         # One that was started again after a death has another assignment, with the same notes.

@@ -139,8 +139,8 @@ class Record:
                     rows[id(piece)] = self._write_slice(connection, piece)
                 for subject, reached in self._reached.items():
                     self._write_reached(connection, subject, reached)
-                for finding, piece, at in self._found:
-                    self._write_found(connection, finding, piece, at)
+                for found in self._found:
+                    self._write_found(connection, *found)
         except BaseException:
             self._ids = before
             raise
