@@ -68,13 +68,7 @@ def test_what_is_counted_is_there_for_the_next_campaign(path: Path) -> None:
         work(database, 10)
         (found,) = totals.verdicts(database)
         # A tally grows: 5, not 2 + 5; and that of the second campaign comes to it.
-        assert (found.backend, found.level, found.mode, found.cases, found.documents) == (
-            "loop",
-            "kernel",
-            "batch",
-            15,
-            45,
-        )
+        assert found[:6] == ("loop", "cpu", "kernel", "batch", 15, 45)
         assert totals.pairs_of(database, "loop", "cpu") == {(DTYPE, DTYPE): 3, (DTYPE, MASK): 3}
         assert totals.lengths_of(database, "loop", "cpu") == {(2, 4): 3}
         assert totals.refusals_of(database, "loop", "cpu") == {"softcap": 3}
@@ -211,7 +205,7 @@ def test_what_a_full_disk_refuses_is_written_once_there_is_room(path: Path) -> N
         written.progress(piece, tally(3))
         many = {(("dtype", f"fp{number}"), MASK): 1 for number in range(2000)}
         written.reach(piece, Reached(Counter(many)))
-        with pytest.raises(DatabaseError, match="the disk is full: .* could not be written; make room on it"):
+        with pytest.raises(DatabaseError, match=r"the disk is full: .* could not be written"):
             written.write(now=True)
         assert totals.verdicts(database) == []
         written.progress(piece, tally(4))

@@ -155,9 +155,13 @@ class Round:
         return target
 
     def _most_behind(self, targets: Sequence[Target]) -> Target:
-        """The mode that has had too little time, in it the backend with the fewest cases, and of that the level."""
-        modes = _by_mode(targets)
-        mine = min(modes, key=lambda mode: self._time(modes[mode]) / MODE_SHARES[mode])
+        """The mode that has had too little time, in it the backend with the fewest cases, and of that the level.
+
+        Before anything else what has had no time at all.
+        """
+        modes = _by_mode([target for target in targets if not self._spent[target]] or targets)
+        spent_on = {mode: self._time(mine) for mode, mine in _by_mode(targets).items()}
+        mine = min(modes, key=lambda mode: spent_on[mode] / MODE_SHARES[mode])
         cases: Counter[tuple[str, str]] = Counter()
         spent: Counter[tuple[str, str]] = Counter()
         for target in modes[mine]:
@@ -166,9 +170,8 @@ class Round:
         share = max(min(MOST_TIMES / len(spent), MOST_SHARE), 1 / len(spent))
         most = share * (sum(spent.values()) + self._seconds)
         allowed = [subject for subject in cases if spent[subject] < most] or list(cases)
-        # Those that have had no time at all come first, in any case.
-        subject = min(allowed, key=lambda each: (cases[each] if spent[each] else -1, spent[each]))
+        subject = min(allowed, key=lambda each: (cases[each], spent[each]))
         return min(
             (target for target in modes[mine] if target.subject == subject),
-            key=lambda target: (self._cases[target] if self._spent[target] else -1, self._spent[target]),
+            key=lambda target: (self._cases[target], self._spent[target]),
         )

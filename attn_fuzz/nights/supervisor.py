@@ -150,7 +150,7 @@ class Supervisor:
         """
         interrupted = False
         try:
-            while not interrupted and self.left > LEAST_SECONDS / 2 and self._hopeful():
+            while not interrupted and self._hopeful() and (not self.view.rounds or self.left > LEAST_SECONDS / 2):
                 interrupted = self._round()
         except KeyboardInterrupt:
             interrupted = True
