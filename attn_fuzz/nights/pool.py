@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from attn_fuzz.campaign.messages import Assignment, Covered, Failed, Finished, Message, Progress, Tally
 from attn_fuzz.campaign.pool import Pool
 from attn_fuzz.coverage.counts import Reached
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.nights.record import Slice
+
+_LEAST: Final = 1.0
+"""Seconds of a slice that begins when time is over."""
 
 
 class Listener(NamedTuple):
@@ -31,7 +36,7 @@ class RoundPool(Pool):
         slices: each with an assignment whose ``notes`` are its own.
         workers: processes at a time.
         listener: what is told.
-        seconds: wall-clock time of them all.
+        seconds: those after which no slice goes on.
         fatal: what is known to end a backend's process or to make it hang, which is not looked into again.
     """
 
@@ -53,6 +58,13 @@ class RoundPool(Pool):
     def _slice(self, assignment: Assignment) -> Slice:
         # One that was started again after a death has another assignment, with the same notes.
         return self._slices[assignment.notes]
+
+    def _in_time(self, assignment: Assignment) -> Assignment:
+        """A slice as long as it was planned, or as there is time."""
+        assert self._seconds is not None
+        assert assignment.seconds is not None
+        left = self._started + self._seconds - time.monotonic()
+        return dataclasses.replace(assignment, seconds=max(min(assignment.seconds, left), _LEAST))
 
     def _tell_found(self, finding: Finding) -> None:
         # What was being shrunk at the end is kept without a message.

@@ -184,8 +184,7 @@ class Supervisor:
             return False
         slices = [self.record.begin(self._job(target, seconds)) for target in chosen]
         self.view.slices, self._new, self._failed = slices, {}, set()
-        limit = min(self.left, SLICES_A_PLACE * seconds * COMPILED_TIMES)
-        outcome = RoundPool(slices, self.wishes.workers, self._listener(), limit, self.kept.fatal()).run()
+        outcome = RoundPool(slices, self.wishes.workers, self._listener(), self.left, self.kept.fatal()).run()
         for trouble in outcome.troubles:
             self.view.remark(trouble)
         self._note_standings(chosen, slices)
