@@ -29,8 +29,9 @@ _MODULE: Final = "attn_fuzz.nights.soak_kernels"
 _TOKEN: Final = "ATTN_FUZZ_SOAK"
 """An environment variable that all processes of a campaign have."""
 
-_GONE_SECONDS: Final = 10.0
-"""In which workers of a supervisor that was killed have to end."""
+_GONE_SECONDS: Final = 60.0
+"""In which processes of a supervisor that was killed have to end: workers do at once, and the one that they are forked
+from once it has imported what it was importing."""
 
 _SAMPLE_SECONDS: Final = 5.0
 
@@ -70,6 +71,8 @@ class Soak:
     folder: Path
     workers: int
     devices: tuple[str, ...]
+    further: tuple[str, ...]
+    """Options of the campaign."""
     seed: int
     wrong: list[str] = dataclasses.field(default_factory=list)
     """What did not hold."""
@@ -92,7 +95,7 @@ class Soak:
         names = (*GOOD, *(f"{_MODULE}:{name}" for name in (*FOUND, *INNOCENT)))
         command = [sys.executable, "-m", "attn_fuzz", "campaign", "--store", str(self.store), "--json"]
         command += [f"--backend={name}" for name in names] + [f"--device={device}" for device in self.devices]
-        command += [f"--workers={self.workers}", f"--seed={self.seed}"]
+        command += [f"--workers={self.workers}", f"--seed={self.seed}", *self.further]
         with (self.folder / "out.json").open("wb") as out, (self.folder / "err.txt").open("ab") as err:
             return subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, _TOKEN: self.token})
 
@@ -206,7 +209,8 @@ class Soak:
 def soak(arguments: argparse.Namespace) -> dict[str, Any]:
     """All of it; what came of it, ready for JSON."""
     random_ = random.Random(arguments.seed)
-    running = Soak(Path(arguments.folder), arguments.workers, tuple(arguments.device), arguments.seed)
+    further = [f"--mode={arguments.mode}", *(f"--level={level}" for level in arguments.level)]
+    running = Soak(Path(arguments.folder), arguments.workers, tuple(arguments.device), tuple(further), arguments.seed)
     moments = sorted(random_.uniform(5.0, max(arguments.seconds - 30.0, 6.0)) for _ in range(arguments.kills))
     for moment in moments:
         running.go_on(running.begun + moment)
@@ -236,6 +240,8 @@ def main() -> None:
     parser.add_argument("--folder", default="soak")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", action="append", default=[], help="cpu, cuda or cuda:N; default: cpu")
+    parser.add_argument("--mode", default="all")
+    parser.add_argument("--level", action="append", default=[])
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.device = arguments.device or ["cpu"]
