@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 
 import pytest
 
@@ -107,6 +108,20 @@ def test_findings_near_misses_and_what_is_new_are_looked_at_again() -> None:
 )
 def test_a_near_miss_is_beyond_what_is_usual(z: float, earlier: list[float], near: bool) -> None:
     assert is_near_miss(z, earlier) is near
+
+
+def test_all_gpus_have_work_in_each_round() -> None:
+    standings = {
+        Target(backend, f"cuda:{number}", level, "batch"): Standing()
+        for number in range(8)
+        for backend in RATES
+        for level in ("kernel", "layer")
+    }
+    for _ in range(3):
+        chosen = Round(standings, 10.0).slices(16)
+        assert Counter(target.device for target in chosen) == {f"cuda:{number}": 2 for number in range(8)}
+        for target in chosen:
+            standings[target].note(100, 10.0, findings=0, fresh=0, worst_z=3.0)
 
 
 def test_what_cannot_run_rests_and_is_tried_again() -> None:

@@ -123,6 +123,7 @@ class Round:
         self._spent = {target: standing.seconds for target, standing in standings.items()}
         self._rates = {target: standing.rate for target, standing in standings.items()}
         self._interest = {target: standing.interest for target, standing in standings.items()}
+        self._on_device: Counter[str] = Counter()
         self._targets = [target for target, standing in standings.items() if not standing.resting]
 
     def slices(self, count: int) -> list[Target]:
@@ -152,6 +153,7 @@ class Round:
         rate = self._rates[target]
         self._cases[target] += self._seconds * (rate if rate is not None else statistics.median(rates or [1.0]))
         self._spent[target] += self._seconds
+        self._on_device[target.device] += 1
         return target
 
     def _most_behind(self, targets: Sequence[Target]) -> Target:
@@ -173,5 +175,6 @@ class Round:
         subject = min(allowed, key=lambda each: (cases[each], spent[each]))
         return min(
             (target for target in modes[mine] if target.subject == subject),
-            key=lambda target: (self._cases[target], self._spent[target]),
+            # Of several GPUs the one that has the fewest slices of the round.
+            key=lambda target: (self._on_device[target.device], self._cases[target], self._spent[target]),
         )
