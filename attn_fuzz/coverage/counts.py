@@ -124,8 +124,9 @@ class Counts:
     def take(self) -> Reached:
         """What was counted since the last time."""
         self._multiply()
-        places = self._pairs.triu().nonzero().tolist()
-        pairs = {(VALUES[a], VALUES[b]): int(self._pairs[a, b]) for a, b in places}
+        places = self._pairs.triu().nonzero()
+        cases = self._pairs[places[:, 0], places[:, 1]].long().tolist()
+        pairs = {(VALUES[a], VALUES[b]): n for (a, b), n in zip(places.tolist(), cases, strict=True)}
         lengths = {(OCTAVES[queries], OCTAVES[keys]): count for (queries, keys), count in self._lengths.items()}
         found = Reached(Counter(pairs), Counter(lengths), self._refused)
         self._clear()

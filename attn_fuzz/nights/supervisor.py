@@ -33,6 +33,9 @@ COMPILED_TIMES: Final = 3.0
 LEAST_SECONDS: Final = 4.0
 """Of a slice, where there is too little time for every target."""
 
+SHOW_SECONDS: Final = 0.5
+"""Between looks at what workers have told."""
+
 SLICES_A_PLACE: Final = 2
 """In a round: the more, the less time places are idle at its end, and the older what it was planned from."""
 
@@ -121,7 +124,7 @@ class Supervisor:
         if wishes.seconds is not None:
             self.view.ends = self.view.begun + wishes.seconds
         self._random = Random(f"{wishes.seed} {record.campaign}")
-        self._begun = 0
+        self._begun, self._shown = 0, 0.0
         self._near: dict[Target, str] = {}
         self._new: dict[str, int] = {}
         self._failed: set[str] = set()
@@ -246,6 +249,10 @@ class Supervisor:
         self.view.remark(reason)
 
     def _step(self, alive: Sequence[Slice]) -> None:
+        """Writes and shows what is new, now and then: workers are heard of thousands of times a second."""
+        if time.monotonic() - self._shown < SHOW_SECONDS:
+            return
+        self._shown = time.monotonic()
         self.view.alive = Counter(piece.subject for piece in alive)
         self._write()
         self._show(self.view, None)
