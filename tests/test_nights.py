@@ -22,14 +22,16 @@ from in_turn import InTurn
 
 from attn_fuzz.campaign import new_process, notes
 from attn_fuzz.campaign.crash_triage import Death
+from attn_fuzz.campaign.isolated import NoDevice
 from attn_fuzz.campaign.messages import Assignment, Candidate, Failed, Finished, Found, Message, Tally, Trying
 from attn_fuzz.cli import night, night_screen
 from attn_fuzz.findings.store import Store
 from attn_fuzz.nights import leftovers, supervisor
+from attn_fuzz.nights.database import DatabaseError
 from attn_fuzz.nights.kept import LOOK_AGAIN, OFTEN, Kept
 from attn_fuzz.nights.leftovers import NotesFolder, recover
 from attn_fuzz.nights.pool import Listener, RoundPool
-from attn_fuzz.nights.record import Slice
+from attn_fuzz.nights.record import Record, Slice
 from attn_fuzz.nights.spaces import targets
 from attn_fuzz.nights.supervisor import View
 from attn_fuzz.reference.case import Case
@@ -248,7 +250,7 @@ def test_a_campaign_goes_on_where_the_last_one_was(campaign: Run) -> None:
     assert os.listdir(".attn-fuzz/findings.running") == []
 
 
-def test_wrong_campaigns_are_one_sentence(campaign: Run) -> None:
+def test_wrong_campaigns_are_one_sentence(campaign: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "unknown backend 'flesh'" in sentence(campaign("campaign", "-b", "flesh"))
     assert "flash cannot run on cpu here" in sentence(campaign("campaign", "-b", "flash", "--device", "cpu"))
     assert "unknown device 'tpu'" in sentence(campaign("campaign", "--device", "tpu"))
@@ -260,11 +262,51 @@ def test_wrong_campaigns_are_one_sentence(campaign: Run) -> None:
     Path(".attn-fuzz/findings.sqlite").write_text("no database" * 100)
     assert "is damaged; restore it from a copy" in sentence(campaign("campaign", "-b", "loop", "--device", "cpu"))
     assert "is damaged" in sentence(campaign("coverage"))
+    monkeypatch.setattr(supervisor, "RoundPool", Scripted)
+    monkeypatch.setattr(Scripted, "script", (Trying(STORED.case.to_json()), Found(FOUND), Finished(Tally(cases=4))))
     done = campaign("campaign", "-b", SWAPPED, *ARGUMENTS, "--set-aside")
     assert done.status == 1
     assert "the damaged database is kept as" in done.err
     assert Path(".attn-fuzz/findings.sqlite.damaged-1").read_text() == "no database" * 100
     assert "no campaign has tested loop" in sentence(campaign("coverage", "-b", "loop"))
+
+
+class Gone:
+    """Stands for a process that cannot use its device."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def symptom(self, case: Case) -> str | None:
+        raise NoDevice("a new process cannot use it")
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_device_that_goes_away_ends_what_there_was_on_it(campaign: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "RoundPool", Scripted)
+    monkeypatch.setattr(Scripted, "script", (Failed("a worker for loop died before its first case"),))
+    monkeypatch.setattr(supervisor, "Isolated", Gone)
+    done = campaign("campaign", "-b", "loop", *ARGUMENTS)
+    assert done.status == 2
+    assert "attn-fuzz: cpu cannot be used any more, so the campaign went on without it" in done.err
+    assert "a worker for loop died before its first case" in done.out
+
+
+def test_a_disk_that_is_full_until_the_end_is_said(campaign: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Record, **_: object) -> None:
+        raise DatabaseError("the disk is full: it could not be written; make room on it")
+
+    monkeypatch.setattr(supervisor, "RoundPool", Scripted)
+    monkeypatch.setattr(Scripted, "script", (Trying(STORED.case.to_json()), Found(FOUND), Finished(Tally(cases=4))))
+    monkeypatch.setattr(Record, "write", full)
+    done = campaign("campaign", "-b", SWAPPED, *ARGUMENTS, "--json")
+    assert (done.status, done.json["cases"], done.json["verdict"]) == (2, 4, "trouble")
+    assert "attn-fuzz: the disk is full" in done.err
+    # Findings are files of their own.
+    assert [finding["id"] for finding in done.json["findings"]] == [FOUND.id]
+    assert Path(f".attn-fuzz/findings/{FOUND.id}.json").is_file()
 
 
 def test_all_that_runs_here_is_a_target() -> None:
@@ -305,23 +347,11 @@ def test_the_screen_fits_into_eighty_columns() -> None:
 
 def run_campaign(folder: str) -> None:
     """A campaign of a process of its own."""
-    os.chdir(folder)
-    wishes = [
-        "campaign",
-        "-b",
-        SWAPPED,
-        "-b",
-        "sdpa_dense_math",
-        "--device",
-        "cpu",
-        "--level",
-        "kernel",
-        "--mode",
-        "case",
-    ]
     from attn_fuzz.cli.app import app
 
-    app([*wishes, "--workers", "2", "--seconds", "60"], standalone_mode=False)
+    os.chdir(folder)
+    wishes = "--device cpu --level kernel --mode case --workers 1 --seconds 60"
+    app(["campaign", "-b", SWAPPED, *wishes.split()], standalone_mode=False)
 
 
 def counted(path: Path) -> tuple[int, int]:
@@ -359,7 +389,7 @@ def test_kills_at_any_moment_lose_nothing_and_leave_nobody(tmp_path: Path) -> No
     def running() -> bool:
         return any((tmp_path / ".attn-fuzz" / "findings.running").glob("*/*.running"))
 
-    for last in (False, False, True):
+    for last in (False, True):
         night_process = new_process.start(run_campaign, (str(tmp_path),), {"ATTN_FUZZ_COMMIT": "this one"})
         # At any moment of a campaign: while its workers start, run, or tell what they found; the last has counted.
         assert waited_for(functools.partial(has_more_than, path, before[0]) if last else running)
