@@ -33,7 +33,7 @@ from attn_fuzz.nights.leftovers import NotesFolder, recover
 from attn_fuzz.nights.pool import Listener, RoundPool
 from attn_fuzz.nights.record import Record, Slice
 from attn_fuzz.nights.spaces import targets
-from attn_fuzz.nights.supervisor import View
+from attn_fuzz.nights.view import View
 from attn_fuzz.reference.case import Case
 
 SCHEMA = json.loads((Path(night.__file__).parent.parent / "verdict.schema.json").read_text())
@@ -194,6 +194,7 @@ def test_a_slice_that_cannot_run_ends_no_round() -> None:
         lambda finding, piece: None,
         lambda piece, reason: told["failed"].append(reason),
         lambda alive: told["steps"].append(len(alive)),
+        lambda: pytest.fail("nothing is late"),
     )
     slices = [Slice(Assignment(backend="loop", device="cpu", seed=0, notes=str(number))) for number in range(2)]
     pool = Scripted(slices, 1, listener, 9.0)
@@ -201,6 +202,30 @@ def test_a_slice_that_cannot_run_ends_no_round() -> None:
     pool.run()
     assert told["failed"] == ["loop refused all 500 cases"] * 2
     assert told["steps"] == [1, 1]
+
+
+def test_nobody_waits_for_a_slice_that_is_late() -> None:
+    from attn_fuzz.campaign.pool import _Worker
+
+    jobs = (Assignment(backend="loop", device="cpu", seed=0, seconds=5.0, notes=str(number)) for number in range(99))
+    listener = Listener(*(lambda *_: None,) * 5, lambda: Slice(next(jobs)))
+    pool = RoundPool([Slice(next(jobs))], 2, listener, 1000.0)
+    job, _ = pool._waiting.popleft()
+    now = time.monotonic()
+    hangs = _Worker(job, None, None, 0, 0, started=now)  # type: ignore[arg-type]
+    pool._running.append(hangs)
+    pool._refill()
+    assert not pool._waiting
+    hangs.started = now - 60.0
+    pool._refill()
+    pool._refill()
+    # One place was idle.
+    assert [job.notes for job, _ in pool._waiting] == ["1"]
+    for _ in range(50):
+        pool._waiting.clear()
+        pool._refill()
+    # A round has to come to its end, too.
+    assert not pool._waiting
 
 
 # The command.

@@ -41,7 +41,8 @@ from attn_fuzz.nights.kept import Kept
 from attn_fuzz.nights.leftovers import NotesFolder, recover
 from attn_fuzz.nights.record import Record
 from attn_fuzz.nights.spaces import default_devices, targets
-from attn_fuzz.nights.supervisor import Supervisor, View, Wishes
+from attn_fuzz.nights.supervisor import Supervisor, Wishes
+from attn_fuzz.nights.view import View
 from attn_fuzz.reference.case import LEVELS
 
 SetAsideOption = Annotated[

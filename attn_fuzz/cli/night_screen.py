@@ -14,7 +14,7 @@ from rich.text import Text
 from attn_fuzz.campaign.messages import Tally
 from attn_fuzz.cli.terminal import progress_console, short
 from attn_fuzz.findings.finding import Finding
-from attn_fuzz.nights.supervisor import View
+from attn_fuzz.nights.view import View
 
 _PER_SECOND = 2.0
 

@@ -13,6 +13,12 @@ from attn_fuzz.coverage.counts import Reached
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.nights.record import Slice
 
+_LATE: Final = 20.0
+"""Seconds after its time at which a slice is one that others do not wait for: it hangs, or shrinks what it found."""
+
+_REFILLS: Final = 8
+"""Slices of a round and place beyond those that were planned, after which it ends as soon as it can."""
+
 _LEAST: Final = 1.0
 """Seconds of a slice that begins when time is over."""
 
@@ -27,6 +33,8 @@ class Listener(NamedTuple):
     """Something that was to run could not; a sentence."""
     step: Callable[[Sequence[Slice]], None]
     """Called about once a second, and more often where there is news, with the slices that have a worker."""
+    more: Callable[[], Slice]
+    """Begins another slice, while one that takes far longer than it should keeps the round from its end."""
 
 
 class RoundPool(Pool):
@@ -51,8 +59,8 @@ class RoundPool(Pool):
         super().__init__([each.job for each in slices], workers, lambda tallies: None, self._tell_found, seconds)
         self._listener = listener
         self._slices = {each.job.notes: each for each in slices}
-        self._tallies_of: dict[str, dict[int, Tally]] = {each.job.notes: {} for each in slices}
-        self._heard_of = slices[0]
+        self._tallies_of: dict[str, dict[int, Tally]] = {}
+        self._heard_of, self._refills = slices[0], 0
         self._findings.update({(finding.backend, finding.symptom): finding for finding in fatal})
 
     def _slice(self, assignment: Assignment) -> Slice:
@@ -91,7 +99,7 @@ class RoundPool(Pool):
 
     def _tell_progress(self, piece: Slice, worker: Any) -> None:
         """What all workers that a slice has had have done."""
-        mine = self._tallies_of[piece.job.notes]
+        mine = self._tallies_of.setdefault(piece.job.notes, {})
         mine[id(worker)] = worker.tally
         total = worker.tally
         if len(mine) > 1:
@@ -111,6 +119,21 @@ class RoundPool(Pool):
             return
         super()._bury(worker, symptom, how)
 
+    def _is_late(self, worker: Any) -> bool:
+        return time.monotonic() - worker.started > (worker.assignment.seconds or 0.0) + _LATE
+
+    def _refill(self) -> None:
+        """Gives a place that is idle another slice, where a late one would have it wait."""
+        assert self._seconds is not None
+        idle = not self._waiting and len(self._running) < self._limit
+        in_time = time.monotonic() - self._started < self._seconds - _LATE
+        if idle and in_time and self._refills < _REFILLS * self._limit and any(map(self._is_late, self._running)):
+            self._refills += 1
+            piece = self._listener.more()
+            self._slices[piece.job.notes] = piece
+            self._waiting.append((piece.job, 0))
+
     def _step(self) -> None:
+        self._refill()
         super()._step()
         self._listener.step([self._slice(worker.assignment) for worker in self._running])

@@ -22,6 +22,7 @@ from attn_fuzz.nights.record import Record, Slice
 from attn_fuzz.nights.schedule import Round, Standing, Target
 from attn_fuzz.nights.spaces import space_of
 from attn_fuzz.nights.totals import verdicts
+from attn_fuzz.nights.view import View
 from attn_fuzz.reference.case import Case
 
 SLICE_SECONDS: Final = {"cpu": 8.0, "cuda": 15.0}
@@ -40,8 +41,6 @@ SLICES_A_PLACE: Final = 2
 """In a round: the more, the less time places are idle at its end, and the older what it was planned from."""
 
 
-_MOST_REMARKS: Final = 100
-
 _GIVEN_UP: Final = 5
 """Slices in a row that could not run, of every target, after which nothing can be tested here."""
 
@@ -55,48 +54,6 @@ class Wishes:
     seed: int
     seconds: float | None
     """None: until it is told to end."""
-
-
-@dataclasses.dataclass
-class View:
-    """What can be shown of a campaign while it goes on."""
-
-    begun: float = dataclasses.field(default_factory=time.monotonic)
-    ends: float | None = None
-    """On the same clock."""
-    rounds: int = 0
-    alive: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
-    """Workers, by backend and device kind."""
-    slices: Sequence[Slice] = ()
-    """Of the round that runs."""
-    done: dict[tuple[str, str], Tally] = dataclasses.field(default_factory=dict)
-    """Of earlier rounds, by backend and device kind."""
-    compiled: frozenset[str] = frozenset()
-    """Names of backends that compile."""
-    findings: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
-    troubles: list[str] = dataclasses.field(default_factory=list)
-    """What went wrong with this machine, in sentences."""
-    remarks: list[str] = dataclasses.field(default_factory=list)
-    """What one slice or another could not do, and what happened to workers, in sentences."""
-
-    def tallies(self) -> dict[tuple[str, str], Tally]:
-        """What was done until now, by backend and device kind."""
-        found: dict[tuple[str, str], Tally] = {}
-        for subject, tally in self.done.items():
-            found.setdefault(subject, Tally()).add(tally)
-        for piece in self.slices:
-            found.setdefault(piece.subject, Tally()).add(piece.tally)
-        return found
-
-    def trouble(self, sentence: str) -> None:
-        """Notes one of ``troubles``, once."""
-        if sentence not in self.troubles:
-            self.troubles.append(sentence)
-
-    def remark(self, sentence: str) -> None:
-        """Notes one of ``remarks``, once, and as many as can be read."""
-        if sentence not in self.remarks and len(self.remarks) < _MOST_REMARKS:
-            self.remarks.append(sentence)
 
 
 class Supervisor:
@@ -180,14 +137,23 @@ class Supervisor:
         count = self.wishes.workers * min(SLICES_A_PLACE, in_time)
         for standing in self.standings.values():
             standing.resting = max(0, standing.resting - 1)
-        chosen = Round(self.standings, seconds).slices(count)
+        plan = Round(self.standings, seconds)
+        chosen = plan.slices(count)
         if not chosen:
             # All of them rest; what they failed for may pass.
             time.sleep(min(1.0, max(self.left, 0.0)))
             return False
         slices = [self.record.begin(self._job(target, seconds)) for target in chosen]
         self.view.slices, self._new, self._failed = slices, {}, set()
-        outcome = RoundPool(slices, self.wishes.workers, self._listener(), self.left, self.kept.fatal()).run()
+
+        def more() -> Slice:
+            (target,) = plan.slices(1)
+            chosen.append(target)
+            slices.append(self.record.begin(self._job(target, seconds)))
+            return slices[-1]
+
+        listener = self._listener(more)
+        outcome = RoundPool(slices, self.wishes.workers, listener, self.left, self.kept.fatal()).run()
         for trouble in outcome.troubles:
             self.view.remark(trouble)
         self._note_standings(chosen, slices)
@@ -232,8 +198,8 @@ class Supervisor:
 
     # What is told of it.
 
-    def _listener(self) -> Listener:
-        return Listener(self.record.progress, self.record.reach, self._found, self._note_failure, self._step)
+    def _listener(self, more: Callable[[], Slice]) -> Listener:
+        return Listener(self.record.progress, self.record.reach, self._found, self._note_failure, self._step, more)
 
     def _found(self, finding: Finding, piece: Slice) -> None:
         new = self.kept.keep(finding)
