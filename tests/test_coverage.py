@@ -44,6 +44,7 @@ def test_values_of_a_case() -> None:
         "mask": "causal",
         "window": "left",
         "softcap": "off",
+        "LSE gradient": "off",
         "memory": "contiguous",
         "level": "kernel",
     }
@@ -148,6 +149,7 @@ def test_what_is_not_declared_is_no_hole(capabilities: dict[str, object], one: V
         (("memory", "broadcast"), ("level", "layer")),
         (("memory", "broadcast"), ("mode", "batch")),
         (("queries", "0"), ("level", "layer")),
+        (("LSE gradient", "on"), ("level", "layer")),
         (("queries", "0"), ("documents", "1")),
         (("documents", "1"), ("mode", "packed")),
         (("level", "layer"), ("question", "turned")),
@@ -204,7 +206,7 @@ def test_strategies_reach_every_pair_that_is_declared_and_no_other() -> None:
 
     At first anything is drawn, then what may have the pairs that are missing; a pair that no draw can have stays.
     """
-    drawer = Drawer(double(Loop(), head_dims=(16, 5, 256)))
+    drawer = Drawer(double(Loop(), head_dims=(16, 5, 128), lse_gradient=True))
     drawer.draw_all(16, 30)
     for _ in range(200):
         for pair in (missing := drawer.missing()):

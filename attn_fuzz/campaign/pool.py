@@ -46,6 +46,9 @@ SOON_SECONDS: Final = 40.0
 OFTEN: Final = 50
 """Times: what a backend does once, imports and compilers, has been done by then."""
 
+KILLED_SECONDS: Final = 30.0
+"""In which the case of a worker that was killed from outside has to end another process, to be at fault."""
+
 _LOOK_SECONDS: Final = 1.0
 """Between looks at silent workers, and at how much memory all of them have."""
 
@@ -248,7 +251,7 @@ class Pool:
         try:
             # Hangs are too slow to shrink.
             if symptom == "Crashed" and (killed or (job.backend, symptom) not in self._findings):
-                death = crash_triage_of(job, trying, HANG_SECONDS)
+                death = crash_triage_of(job, trying, KILLED_SECONDS if killed else HANG_SECONDS)
                 messages = finding.messages if death.again else (*finding.messages, NOT_AGAIN)
                 finding = dataclasses.replace(finding, case=death.case, original_case=death.original, messages=messages)
                 killed = killed and not death.again

@@ -76,6 +76,7 @@ def _options_taken(space: Space, chosen: Chosen) -> bool:
         "mask": {name for name, takes in (("causal", c.causal), ("full", c.noncausal)) if takes},
         "window": set(AXES[4].values) if c.window else {"none"},
         "softcap": {"off", "on"} if c.softcap else {"off"},
+        "LSE gradient": {"off", "on"} if c.lse_gradient else {"off"},
         "memory": set(c.memories),
     }
     return all(chosen[axis] in values for axis, values in taken.items() if axis in chosen)
@@ -123,6 +124,11 @@ def _lengths_taken(space: Space, chosen: Chosen) -> bool:
     return not fewer or any(takes_few_keys(c, causal=causal) for causal in (True, False))
 
 
+def _keeps_no_lse(space: Space, chosen: Chosen) -> bool:
+    """A layer keeps its LSE to itself."""
+    return chosen.get("LSE gradient") != "on" or any(place.level == "kernel" for place in space.places(*chosen.items()))
+
+
 def _somewhere(space: Space, chosen: Chosen) -> bool:
     return bool(space.places(*chosen.items()))
 
@@ -140,7 +146,8 @@ LEFT_OUT: Final[dict[str, tuple[tuple[Value, Value], ...]]] = {
         # Packed calls and batches have no such documents on a CPU, and single calls that have one have few others.
         (("queries", "128-255"), ("documents", "17-64")),
         (("queries", "128-255"), ("documents", "65-")),
-        # Nor is there a long past, which one single call of six has, where there are so many documents.
+        # A long past, which one single call of six has, stands before few queries, and in calls of few documents.
+        (("queries", "64-127"), ("keys", "256-")),
         (("keys", "256-"), ("documents", "17-64")),
         (("keys", "256-"), ("documents", "65-")),
         # One number out of a hundred keys, of one document out of a hundred: so seldom that nobody can be held to it.
@@ -170,6 +177,7 @@ RULES: Final[tuple[tuple[Callable[[Space, Chosen], bool], str], ...]] = (
     (_lengths_taken, "such documents are not declared"),
     (_has_a_row_and_a_key, "a call has a query and a key"),
     (_somewhere, "it is not asked there"),
+    (_keeps_no_lse, "a layer keeps its LSE to itself"),
     (_drawn, "it is drawn nearly never"),
     (_shares_rows, "tensors whose rows are one are drawn for single kernel calls only"),
 )

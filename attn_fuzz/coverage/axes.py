@@ -71,6 +71,7 @@ AXES: Final = (
     Axis("mask", ("causal", "full")),
     Axis("window", ("none", "left", "right", "both")),
     Axis("softcap", ("off", "on")),
+    Axis("LSE gradient", ("off", "on")),
     Axis("memory", MEMORIES),
     Axis("queries", _classes(LENGTHS)),
     Axis("keys", _classes(LENGTHS)),
@@ -110,6 +111,7 @@ def options_of(case: Case) -> dict[str, str]:
         "mask": "causal" if case.causal else "full",
         "window": chosen.window,
         "softcap": "on" if case.softcap else "off",
+        "LSE gradient": "on" if case.lse_gradient else "off",
         "memory": case.memory,
         "level": case.level,
     }
