@@ -61,6 +61,11 @@ def test_everything_has_its_turn_before_anything_has_two() -> None:
     assert {target for target in standings if not target.compiled} <= set(first)
 
 
+def test_the_first_slices_are_of_as_many_backends_as_there_are() -> None:
+    chosen = [target.backend for target in night(everything(), 1, count=9) if not target.compiled]
+    assert set(chosen[: len(RATES)]) == set(RATES)
+
+
 def test_modes_share_the_time_and_compiling_backends_have_their_own() -> None:
     standings = everything()
     night(standings, 12)

@@ -208,7 +208,7 @@ def test_strategies_reach_every_pair_that_is_declared_and_no_other() -> None:
     """
     drawer = Drawer(double(Loop(), head_dims=(16, 5, 128), lse_gradient=True))
     drawer.draw_all(16, 30)
-    for _ in range(200):
+    for _ in range(400):
         for pair in (missing := drawer.missing()):
             drawer.draw_towards(pair)
         drawer.take()

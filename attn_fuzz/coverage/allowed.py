@@ -150,11 +150,16 @@ LEFT_OUT: Final[dict[str, tuple[tuple[Value, Value], ...]]] = {
         (("queries", "64-127"), ("keys", "256-")),
         (("keys", "256-"), ("documents", "17-64")),
         (("keys", "256-"), ("documents", "65-")),
-        # One number out of a hundred keys, of one document out of a hundred: so seldom that nobody can be held to it.
+        # Fewer keys than a long document has queries: one single call of a hundred.
         (("queries", "128-255"), ("keys", "0")),
         (("queries", "128-255"), ("keys", "1")),
         (("queries", "128-255"), ("keys", "2-15")),
+        (("queries", "128-255"), ("keys", "64-127")),
         (("queries", "256-"), ("keys", "0")),
+        (("queries", "256-"), ("keys", "64-127")),
+        # Rows that are one are of single calls, which seldom have so many documents.
+        (("memory", "broadcast"), ("documents", "17-64")),
+        (("memory", "broadcast"), ("documents", "65-")),
     ),
     # Longer documents come there by the thousand.
     "cuda": (),

@@ -164,15 +164,18 @@ class Round:
         modes = _by_mode([target for target in targets if not self._spent[target]] or targets)
         spent_on = {mode: self._time(mine) for mode, mine in _by_mode(targets).items()}
         mine = min(modes, key=lambda mode: spent_on[mode] / MODE_SHARES[mode])
-        cases: Counter[tuple[str, str]] = Counter()
-        spent: Counter[tuple[str, str]] = Counter()
-        for target in modes[mine]:
-            cases[target.subject] += int(self._cases[target])
-            spent[target.subject] += self._spent[target]  # type: ignore[assignment]
-        share = max(min(MOST_TIMES / len(spent), MOST_SHARE), 1 / len(spent))
+        of_mode = [target for target in targets if target.mode == mine]
+        cases, spent, in_all = ({target.subject: 0.0 for target in targets} for _ in range(3))
+        for target in targets:
+            in_all[target.subject] += self._spent[target]
+        for target in of_mode:
+            cases[target.subject] += self._cases[target]
+            spent[target.subject] += self._spent[target]
+        share = max(min(MOST_TIMES / len(cases), MOST_SHARE), 1 / len(cases))
         most = share * (sum(spent.values()) + self._seconds)
-        allowed = [subject for subject in cases if spent[subject] < most] or list(cases)
-        subject = min(allowed, key=lambda each: (cases[each], spent[each]))
+        subjects = {target.subject: None for target in modes[mine]}
+        allowed = [subject for subject in subjects if spent[subject] < most] or list(subjects)
+        subject = min(allowed, key=lambda each: (cases[each], spent[each], in_all[each]))
         return min(
             (target for target in modes[mine] if target.subject == subject),
             # Of several GPUs the one that has the fewest slices of the round.
