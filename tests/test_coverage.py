@@ -134,7 +134,6 @@ def space(**capabilities: object) -> Space:
         ({"queries_without_keys": False}, ("queries", "2-15"), ("keys", "0")),
         ({"keys_without_queries": False}, ("queries", "0"), ("keys", "2-15")),
         ({"empty_documents": False}, ("queries", "0"), ("keys", "0")),
-        ({"layouts": 8}, ("mode", "batch"), ("level", "kernel")),
     ],
 )
 def test_what_is_not_declared_is_no_hole(capabilities: dict[str, object], one: Value, other: Value) -> None:
@@ -166,7 +165,6 @@ def test_of_a_compiling_backend_only_what_it_compiles() -> None:
     compiling = space(configurations=chosen)
     assert compiling.why_not(("dtype", "bf16"), ("head_dim", "64")) is None
     assert compiling.why_not(("dtype", "bf16"), ("head_dim", "128")) is not None
-    assert compiling.why_not(("mode", "batch"), ("mode", "batch")) is not None
 
 
 def test_an_aim_is_what_draws_have() -> None:

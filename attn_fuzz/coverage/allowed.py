@@ -47,13 +47,10 @@ class Space:
 
     def places(self, *values: Value) -> list[Place]:
         """Where all of some values may occur."""
-        c = self.capabilities
         return [
             place
             for place in places(self.device)
-            if place.level in (self.batched if place.mode == "batch" else self.levels)
-            and not (place.mode == "batch" and (c.layouts or c.configurations))
-            and place.has(dict(values))
+            if place.level in (self.batched if place.mode == "batch" else self.levels) and place.has(dict(values))
         ]
 
     def why_not(self, one: Value, other: Value) -> str | None:

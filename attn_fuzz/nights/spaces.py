@@ -39,7 +39,7 @@ def is_compiled(backend: str, kind: str) -> bool:
     """Whether a backend compiles for shapes, options or calls, so that its cases take seconds."""
     kernel = registry.load(backend).kernel
     capabilities = kernel.capabilities_on(kind)
-    return bool(kernel.compiled or capabilities.layouts or capabilities.configurations)
+    return bool(kernel.compiled or capabilities.compiles or capabilities.layouts or capabilities.configurations)
 
 
 def runs_on(backend: str, kind: str) -> bool:
@@ -66,5 +66,5 @@ def targets(
         for level in levels
         if level in registry.load(backend).levels
         for mode in modes
-        if mode != "batch" or takes_batches(backend, [level], device)
+        if mode != "batch" or takes_batches(backend, [level])
     ]
