@@ -16,9 +16,11 @@ EXCUSED = {
     "attn_fuzz/api.py assert_attention": "a public signature: a call's tensors by the names that kernels have for them",
     "attn_fuzz/oracle/examine.py examine": "one line too many, its docstring included",
     "attn_fuzz/cli/fuzz.py run": "a typer command: a parameter for each option",
+    "attn_fuzz/cli/night.py campaign": "a typer command",
     "attn_fuzz/cli/fuzz.py check": "a typer command",
     "attn_fuzz/cli/fuzz.py check_layer": "a typer command",
     "attn_fuzz/cli/ledger.py ledger": "a typer command",
+    "attn_fuzz/nights/soak_kernels.py kernel": "the signature that varlen kernels have",
     "reference/fused_values.py draw": "tensors and keys of a stream, handed to a Triton kernel one by one",
     "reference/fused_values.py draw_kernel": "a Triton kernel",
 }

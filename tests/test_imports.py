@@ -23,10 +23,12 @@ ROOMS = (
     "ranks",
     "oracle",
     "batch",
+    "coverage",
     "reduction",
     "findings",
     "campaign",
     "evaluation",
+    "nights",
     "reports",
     "cli",
 )

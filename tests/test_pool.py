@@ -131,6 +131,19 @@ def test_what_the_system_kills_for_its_memory_accuses_nobody(
 
 
 @pytest.mark.slow
+def test_a_worker_that_is_killed_once_accuses_nobody_and_the_campaign_goes_on(kernel: Callable[..., str]) -> None:
+    # As a person does it: its case ends no other process.
+    backend = kernel(
+        '    if not (HERE / "died").exists():\n        (HERE / "died").touch()\n        os.kill(os.getpid(), 9)\n'
+    )
+    outcome = campaign(backend, cases=2)
+    assert outcome.findings == []
+    (trouble,) = outcome.troubles
+    assert "was killed from outside: no finding" in trouble
+    assert outcome.tallies[backend].cases == 2
+
+
+@pytest.mark.slow
 def test_where_no_process_can_use_the_device_no_kernel_is_accused(
     kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

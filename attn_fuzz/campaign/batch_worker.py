@@ -13,10 +13,11 @@ from random import Random
 from typing import Final
 
 from attn_fuzz.batch.judged import Judged, Question
-from attn_fuzz.campaign.messages import Assignment, Died, Finished, Progress, Trying
+from attn_fuzz.campaign.messages import Assignment, Died, Progress, Trying
 from attn_fuzz.campaign.triage import Triage
 from attn_fuzz.campaign.worker import Send
 from attn_fuzz.cases.call_batch import CallBatch
+from attn_fuzz.coverage.counts import Counts
 from attn_fuzz.execution.process import DEAD_CONTEXT, context_alive, lacks_memory, leave_memory
 from attn_fuzz.execution.timing import now
 from attn_fuzz.generation.domain import Domain
@@ -68,7 +69,7 @@ class BatchWorker(Triage, abc.ABC):
         self.sweeps = [Sweep(each, self.random.randrange(1 << 16)) for each in longest]
         self.sizes = {(level, place): sizing.first for level in LEVELS for place in range(len(longest))}
         self.turn, kind = 0, self.device.type
-        self.domain = Domain.of(self.backend.kernel.capabilities_on(kind), kind, assignment.dtypes)
+        self.domain = Domain.of(self.backend.kernel.capabilities_on(kind), kind, assignment.dtypes, aim=assignment.aim)
         """What the turn draws from."""
 
     # What modes differ in.
@@ -125,10 +126,11 @@ class BatchWorker(Triage, abc.ABC):
         """Sends the tally as it is."""
         self.last_sent = time.monotonic()
         self.send(Progress(copy.deepcopy(self.tally)))
+        self.tell_reached()
 
     def refuse(self, reason: str) -> None:
         """Counts a batch that was not taken."""
-        self.tally.refused += 1
+        super().refuse(reason)
         self.refusals[reason] += 1
 
     def batch(self, level: str, place: int, question: Question) -> None:
@@ -170,6 +172,8 @@ class BatchWorker(Triage, abc.ABC):
         tally.cases += len(taken)
         tally.refused += len(judged.refused)
         self.refusals.update(judged.refused.values())
+        if self.counts is not None:
+            self.count_reached(judged, self.counts)
         tally.documents += sum(end - begin for begin, end in taken)
         tally.seconds = time.monotonic() - self.started
         kind = self.kind(batch.case)
@@ -180,6 +184,20 @@ class BatchWorker(Triage, abc.ABC):
         if not judged.failing() and not judged.touched:
             self.note_largest(judged, kind)
         self.tell()
+
+    def count_reached(self, judged: Judged, counts: Counts) -> None:
+        """Counts which values of axes the calls of a batch have."""
+        for reason in judged.refused.values():
+            counts.refuse(reason)
+        question, asked = judged.question.asked, judged.asked
+        # A single call is the case itself.
+        calls = (judged.batch.case,) if len(judged.batch.ends) == 1 else judged.batch.calls
+        taken = [index for index in range(len(calls)) if index not in judged.refused]
+        for questions, part in (
+            ([question] if question else [], [index for index in taken if index < asked]),
+            ([], [index for index in taken if index >= asked]),
+        ):
+            counts.count([calls[index] for index in part], self.assignment.mode, questions)
 
     def note_largest(self, judged: Judged, kind: str) -> None:
         """Keeps the largest deviations of a clean batch, and the cases that show them."""
@@ -203,5 +221,4 @@ class BatchWorker(Triage, abc.ABC):
                 break
             if self.found and self.assignment.stop_at_first:
                 break
-        self.tally.seconds = time.monotonic() - self.started
-        self.send(Finished(self.tally))
+        self.finish()

@@ -61,7 +61,7 @@ class Configurations:
     def domain(self, turn: int) -> Domain:
         """What a turn draws from: everything, or one configuration."""
         job, stated = self._job, self.backend.kernel.capabilities_on(self._kind)
-        domain = Domain.of(stated, self._kind, job.dtypes, job.ranks, job.tensor_ranks)
+        domain = Domain.of(stated, self._kind, job.dtypes, job.ranks, job.tensor_ranks, job.aim)
         return domain if self._pool is None else self._pool.narrowed(domain, turn)
 
     def count(self, tally: Tally, case: Case, cases: int = 1) -> None:

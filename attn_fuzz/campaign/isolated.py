@@ -204,12 +204,13 @@ class Isolated:
             case _:
                 return report.message if report.symptom == KNOWN_ISSUE else f"wrong: {report.message}"
 
-    def report(self, case: Case, *, operators: bool = False) -> Report:
+    def report(self, case: Case, *, operators: bool = False, killed: bool = False) -> Report:
         """What came of a case.
 
         Args:
             case: what to run.
             operators: tell the names of torch's operators that ran, which takes longer.
+            killed: a process was killed before while it ran this case.
 
         Raises:
             NoDevice: as ``symptom`` does.
@@ -235,6 +236,9 @@ class Isolated:
             self.close()
             if exit_code == NO_DEVICE:
                 raise NoDevice(f"a new process cannot use {self._subject.device}, whatever it runs there") from None
+            if exit_code == -signal.SIGKILL and not killed:
+                # By the system or a person, most likely; no fault in code sends this signal.
+                return self.report(case, operators=operators, killed=True)
             how = cause_of_death(exit_code)
             return Report("Crashed", f"the process {how} while it ran this case", survived=False)
         if found.disagreement is not None:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from attn_fuzz.coverage.counts import Reached
 from attn_fuzz.execution.poison import POISONS
 from attn_fuzz.findings.finding import Finding
 
@@ -42,6 +43,17 @@ class Assignment:
     """Processes beside this one that compile ahead, where its backend compiles."""
     without: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Of a user's backend: capabilities as they were found out (``campaign.limits``)."""
+    found: tuple[str, ...] = ()
+    """Symptoms that have been found often enough: cases that show one are counted, and not shrunk again."""
+    aim: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    """What draws are to have where they can (``generation.domain.Domain.aim``)."""
+    memory: int = 0
+    """Bytes that the process may have: what asks for more is refused, instead of filling the machine; 0 for any."""
+    counts: bool = False
+    """Tell which values of axes were reached."""
+    notes: str = ""
+    """Beginning of the names of files in which is written what runs and what was found, before it is told
+    (``campaign.notes``); empty for none."""
 
 
 @dataclasses.dataclass
@@ -116,6 +128,13 @@ class Progress:
 
 
 @dataclasses.dataclass(frozen=True)
+class Covered:
+    """What was reached since the last time."""
+
+    reached: Reached
+
+
+@dataclasses.dataclass(frozen=True)
 class Candidate:
     """A finding as it was drawn, which is about to be shrunk: what is left of it if that is never finished."""
 
@@ -150,4 +169,4 @@ class Failed:
     reason: str
 
 
-Message = Trying | Progress | Candidate | Found | Finished | Died | Failed
+Message = Trying | Progress | Covered | Candidate | Found | Finished | Died | Failed

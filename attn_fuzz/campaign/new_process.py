@@ -22,6 +22,7 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any, Final
 
+from attn_fuzz.campaign.orphans import end_with_parent
 from attn_fuzz.execution.child_memory import fill_in_children, keep_in_children
 
 _IMPORTED: Final = (
@@ -152,5 +153,6 @@ def _enter(
 ) -> None:
     """The main function of a new process."""
     del streams
+    end_with_parent()
     _take_environment(environment)
     target(*args)

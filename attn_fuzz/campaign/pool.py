@@ -45,6 +45,9 @@ SOON_SECONDS: Final = 40.0
 OFTEN: Final = 50
 """Times: what a backend does once, imports and compilers, has been done by then."""
 
+KILLED_SECONDS: Final = 30.0
+"""In which the case of a worker that was killed from outside has to end another process, to be at fault."""
+
 _LOOK_SECONDS: Final = 1.0
 """Between looks at silent workers, and at how much memory all of them have."""
 
@@ -239,13 +242,19 @@ class Pool:
             seconds_to_find=round(time.monotonic() - worker.started, 3),
             environment=environment("cpu"),
         )
+        # By the system or a person, for no fault in code sends this signal.
+        killed = symptom == "Crashed" and worker.process.exitcode == -signal.SIGKILL
         try:
             # Hangs are too slow to shrink.
-            if symptom == "Crashed" and (job.backend, symptom) not in self._findings:
-                death = crash_triage_of(job, trying, HANG_SECONDS)
+            if symptom == "Crashed" and (killed or (job.backend, symptom) not in self._findings):
+                death = crash_triage_of(job, trying, KILLED_SECONDS if killed else HANG_SECONDS)
                 messages = finding.messages if death.again else (*finding.messages, NOT_AGAIN)
                 finding = dataclasses.replace(finding, case=death.case, original_case=death.original, messages=messages)
-            self._keep(finding)
+                killed = killed and not death.again
+            if killed:
+                self._troubles.append(f"the worker for {job.backend} was killed from outside: no finding")
+            else:
+                self._keep(finding)
         except NoDevice as trouble:
             self._troubles.append(f"the worker for {job.backend} {how}, but {trouble}: no finding")
         except KeyboardInterrupt:

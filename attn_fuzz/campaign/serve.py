@@ -8,9 +8,10 @@ from typing import Final
 from attn_fuzz.campaign.calls_worker import work_on_batches
 from attn_fuzz.campaign.isolated import INTERRUPTED
 from attn_fuzz.campaign.messages import Assignment
+from attn_fuzz.campaign.notes import noting
 from attn_fuzz.campaign.packed_worker import work_on_packed
 from attn_fuzz.campaign.worker import work
-from attn_fuzz.execution.process import set_apart, stay_on
+from attn_fuzz.execution.process import limit_memory, set_apart, stay_on
 
 WORK: Final = {"case": work, "batch": work_on_batches, "packed": work_on_packed}
 """What each mode does with an assignment."""
@@ -25,10 +26,13 @@ def serve(assignment: Assignment, connection: Connection, processors: frozenset[
         processors: those that it stays on; None for any.
     """
     set_apart()
+    if assignment.memory:
+        limit_memory(assignment.memory)
     if processors is not None:
         stay_on(processors)
+    send = noting(assignment, connection.send) if assignment.notes else connection.send
     try:
-        WORK[assignment.mode](assignment, connection.send)
+        WORK[assignment.mode](assignment, send)
     except KeyboardInterrupt:
         # Of Ctrl-C the parent hears, too; of a kernel that raises it, by this alone.
         raise SystemExit(INTERRUPTED) from None

@@ -21,6 +21,7 @@ from attn_fuzz.campaign.isolated import Isolated, NoDevice, Subject
 from attn_fuzz.campaign.messages import (
     Assignment,
     Candidate,
+    Covered,
     Died,
     Failed,
     Finished,
@@ -30,6 +31,8 @@ from attn_fuzz.campaign.messages import (
     Tally,
     Trying,
 )
+from attn_fuzz.coverage.axes import probe_name
+from attn_fuzz.coverage.counts import Counts
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.execution.process import DEAD_CONTEXT, context_alive, set_up_process
 from attn_fuzz.findings.finding import Finding, summarise
@@ -47,6 +50,7 @@ from attn_fuzz.reference.case import Case
 Send = Callable[[Message], None]
 
 _PROGRESS_EVERY: Final = 0.2
+_REACHED_EVERY: Final = 2.0
 _SHRINK_SECONDS: Final = 8.0
 """Hypothesis alone would shrink for up to five minutes; minimise() takes over where it is stopped."""
 
@@ -78,8 +82,10 @@ class Worker:
         self.device = torch.device(assignment.device)
         self.started = time.monotonic()
         self.tally = Tally()
-        self.found: set[str] = set()
+        self.found = set(assignment.found)
         self.last_sent = 0.0
+        self.counts = Counts() if assignment.counts else None
+        self.last_told = time.monotonic()
         self.failure: tuple[Case, Verdict] | None = None
         self.original: Case | None = None
         self.failed_at = 0.0
@@ -149,9 +155,27 @@ class Worker:
                 if z > tally.worst_z.get(key, -1.0):
                     tally.worst_z[key], tally.worst_case[key] = z, case.to_json()
         self.configurations.count(tally, case)
+        if self.counts is not None:
+            # A case that fails at once is asked nothing more.
+            asked = [] if verdict.symptoms else [probe_name(probe) for probe in some_probes(case)]
+            self.counts.count([case], "case", asked)
         if time.monotonic() - self.last_sent > _PROGRESS_EVERY:
             self.last_sent = time.monotonic()
             self.send(Progress(copy.deepcopy(tally)))
+            self.tell_reached()
+
+    def tell_reached(self, *, now: bool = False) -> None:
+        """Tells what was reached, where that is asked for and it is time to, or now."""
+        if self.counts is not None and (now or time.monotonic() - self.last_told > _REACHED_EVERY):
+            self.last_told = time.monotonic()
+            if reached := self.counts.take():
+                self.send(Covered(reached))
+
+    def refuse(self, reason: str) -> None:
+        """Counts a draw that was not taken."""
+        self.tally.refused += 1
+        if self.counts is not None:
+            self.counts.refuse(reason)
 
     def test(self, case: Case) -> None:
         """One drawn case; raises its symptom, once per type."""
@@ -168,8 +192,9 @@ class Worker:
             if not shrinking and (issue := self.only_isolated(case)) is not None:
                 self.try_isolated(case, issue)
                 return
-            self.tally.refused += not shrinking
             self.refusals[str(refusal)] += 1
+            if not shrinking:
+                self.refuse(str(refusal))
             return
         except Exception as error:
             raise _Broken from error
@@ -209,7 +234,7 @@ class Worker:
         """A case that is known to end its process, in another one; the first few only, for each costs a process."""
         tried = self.isolated.get(issue.id, 0)
         if tried >= _ISOLATED_CASES:
-            self.tally.refused += 1
+            self.refuse(f"what is known to end its process ({issue.id})")
             return
         self.isolated[issue.id] = tried + 1
         self.send(Progress(copy.deepcopy(self.tally)))
@@ -293,7 +318,12 @@ class Worker:
                 raise ValueError(
                     f"{self.backend.name} refused all {self.tally.refused} cases, most with: {self.most_refused()}"
                 )
+        self.finish()
+
+    def finish(self) -> None:
+        """Tells all that is left to tell."""
         self.tally.seconds = time.monotonic() - self.started
+        self.tell_reached(now=True)
         self.send(Finished(self.tally))
 
 

@@ -20,6 +20,8 @@ COMMANDS: Final = {
     "check": ("fuzz", "Fuzz your own kernel, by itself and inside the buffered layer."),
     "check-layer": ("fuzz", "Fuzz your own attention layer (docs/your_layer.md)."),
     "init": ("init", "Write tests, a workflow and an ignore entry for your kernel into your repository."),
+    "campaign": ("night", "Fuzz all backends in all modes until told to end, and go on where the last one was."),
+    "coverage": ("coverage", "What campaigns have reached, and what they never have."),
     "replay": ("saved", "Run one saved case and show every check's verdict."),
     "script": ("script", "Print a finding as one Python file that needs nothing of this project."),
     "save": ("saved", "Keep a failing case as a regression case, which the test suite collects."),
@@ -107,6 +109,7 @@ def _expected() -> tuple[type[Exception], ...]:
     from attn_fuzz.findings.entry import LedgerError
     from attn_fuzz.findings.finding import FindingError
     from attn_fuzz.findings.store import StoreError
+    from attn_fuzz.nights.database import DatabaseError
     from attn_fuzz.oracle.second_opinion import ReferencesDisagree
     from attn_fuzz.reference.case import CaseError
 
@@ -116,6 +119,7 @@ def _expected() -> tuple[type[Exception], ...]:
         FindingError,
         StoreError,
         LedgerError,
+        DatabaseError,
         CampaignError,
         BenchError,
         BackendUnavailable,

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import resource
 import signal
 import traceback
 import warnings
@@ -124,6 +125,29 @@ def killed_for_memory(exit_code: int | None, memory: int) -> bool:
     if exit_code != -signal.SIGKILL:
         return False
     return memory > _OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+_FOR_ALL: Final = 0.7
+"""Share of the machine's memory that all workers together may fill."""
+
+_LEAST: Final = 4 << 30
+"""Bytes that a worker may have in any case: packed calls of thousands of documents take two gigabytes."""
+
+
+def share_of_memory(workers: int) -> int:
+    """Bytes for each of so many workers."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):
+        # Of a container; "max" is no number.
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return max(int(_FOR_ALL * total / workers), _LEAST)
+
+
+def limit_memory(most: int) -> None:
+    """Has allocations fail with which this process would have more than so many bytes of its own."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard == resource.RLIM_INFINITY or hard > most:
+        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 def leave_memory(device: torch.device) -> None:

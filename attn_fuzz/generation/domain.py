@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from attn_fuzz.backends.kernel import Capabilities
 
@@ -23,6 +24,9 @@ threads, as DeepSeek's."""
 HEAD_DIMS: tuple[int, ...] = (16, 8, 32, 64, 24, 5, 80, 96, 128, 192, 256, 1, 320, 48, 36, 40, 72, 100, 112, 160, 224)
 
 
+_T = TypeVar("_T")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Domain:
     """What to draw from: the options that a backend takes, so that few draws are refused."""
@@ -34,6 +38,14 @@ class Domain:
     """How many ranks layer cases are spread over; one of these."""
     tensor_ranks: tuple[int, ...] = (1,)
     """Over how many ranks each of those spreads its query heads; one of these."""
+    aim: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict, hash=False)
+    """What draws are to have where they can: ``dtype``, ``head_dim``, ``heads`` (pairs of ``HEAD_GROUPS``), ``causal``
+    and ``memory``, by name; a campaign aims at what has had too few."""
+
+    def towards(self, name: str, choices: Sequence[_T]) -> list[_T]:
+        """Those of some choices that are aimed at; all of them where none is."""
+        wanted = self.aim.get(name)
+        return [choice for choice in choices if wanted is not None and choice in wanted] or list(choices)
 
     @classmethod
     def of(
@@ -43,6 +55,7 @@ class Domain:
         dtypes: Sequence[str] = (),
         ranks: Sequence[int] = (1,),
         tensor_ranks: Sequence[int] = (1,),
+        aim: Mapping[str, tuple[Any, ...]] | None = None,
     ) -> Domain:
         """The domain of a backend, narrowed to ``dtypes`` where some are given, on one of so many ranks.
 
@@ -60,6 +73,7 @@ class Domain:
             dtypes=taken,
             ranks=tuple(sorted(ranks)),
             tensor_ranks=tuple(sorted(tensor_ranks)),
+            aim=dict(aim or {}),
         )
 
     @property

@@ -24,6 +24,9 @@ MOST: Final = {"cuda": 256, "cpu": 32}
 _DOCUMENTS: Final = (1, 1, 1, 2, 2, 3, 4, 7)
 """How many documents a call may have."""
 
+MOST_DOCUMENTS: Final = max(_DOCUMENTS) + 1
+"""With padding behind them."""
+
 _PADDINGS: Final = (0, 0, 0, 1, 5)
 """Tokens of padding behind a call's last document."""
 
@@ -36,7 +39,7 @@ _ANY_OPTIONS: Final = 0.3
 _MOST_WORK: Final = {"cuda": 4e7, "cpu": 4e6}
 """Of the reference in a batch, in products of channels: of a query and a key, and of a token and weights."""
 
-_MOST_WIDTH: Final = {"cuda": 1024, "cpu": 256}
+MOST_WIDTH: Final = {"cuda": 1024, "cpu": 256}
 """Channels of all heads together: weights and their gradients have the square of them."""
 
 _PLACES: Final = 64
@@ -51,7 +54,7 @@ def _layer_options(random: Random, domain: Domain, width: int, head_dim: int) ->
     capabilities, pairs = domain.capabilities, head_dim // 2
     norms = ("none", "rms") if capabilities.norms else ("none",)
     rotary = random.choice(capabilities.rotaries) if head_dim % 2 == 0 else "none"
-    weights = random.choice(("gaussian", "selection")) if width <= _MOST_WIDTH[domain.device] // 2 else "gaussian"
+    weights = random.choice(("gaussian", "selection")) if width <= MOST_WIDTH[domain.device] // 2 else "gaussian"
     fractions = [fraction for fraction in _ROTARY_FRACTIONS if (fraction * pairs).is_integer()]
     return {
         "hidden": width if weights == "selection" else random.choice((16, 8, max(4, min(width, 64)))),
@@ -95,7 +98,7 @@ def draw_layer_batch(random: Random, backend: Backend, domain: Domain, calls: in
         every = random.random() < _ANY_OPTIONS
         options = draw_options(random, domain, every=every)
         heads, head_dim = int(options["heads"]), int(options["head_dim"])  # type: ignore[call-overload]
-        if options["memory"] == "broadcast" or heads * head_dim > _MOST_WIDTH[domain.device]:
+        if options["memory"] == "broadcast" or heads * head_dim > MOST_WIDTH[domain.device]:
             continue
         options |= {"values": random.choice(VALUES), **_layer_options(random, domain, heads * head_dim, head_dim)}
         batch = _drawn(random, backend, domain, calls, longest, options)

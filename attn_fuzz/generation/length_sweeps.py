@@ -9,7 +9,6 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.backends.kernel import Capabilities
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.layouts import FEW_KEYS, LONG_ROWS, TILE_EDGES, takes_few_keys
@@ -111,13 +110,12 @@ def draw_options(random: Random, domain: Domain, *, every: bool = False) -> dict
     if capabilities.configurations:
         return _compiled(random, domain, every=every)
     some = None if every else _OPTIONS[domain.device]
-    causal = random.choice(
-        [choice for choice in (True, True, False) if (capabilities.causal if choice else capabilities.noncausal)]
-    )
+    masks = [choice for choice in (True, True, False) if (capabilities.causal if choice else capabilities.noncausal)]
+    causal = random.choice(domain.towards("causal", masks))
     window = (-1, -1)
     if capabilities.window and random.random() < 0.4:
         left = random.choice(WINDOW_SIDES)
-        window = (left, -1 if causal else random.choice((left, random.choice(WINDOW_SIDES))))
+        window = (left, -1) if causal else random.choice(_both_sides(left, random.choice(WINDOW_SIDES)))
     heads, kv_heads, head_dim = _draw_heads(random, domain, some)
     return {
         "heads": heads,
@@ -126,10 +124,10 @@ def draw_options(random: Random, domain: Domain, *, every: bool = False) -> dict
         "causal": causal,
         "window": window,
         "softcap": random.choice((0.0, 0.0, 0.0, 20.0)) if capabilities.softcap else 0.0,
-        "dtype": random.choice(domain.dtypes),
+        "dtype": random.choice(domain.towards("dtype", domain.dtypes)),
         **_values(random),
         "scale": random.choice(usual_scales(capabilities, head_dim)) if every else None,
-        "memory": _memory(random, capabilities),
+        "memory": _memory(random, domain),
     }
 
 
@@ -138,7 +136,7 @@ def _compiled(random: Random, domain: Domain, *, every: bool) -> dict[str, objec
     capabilities = domain.capabilities
     chosen = random.choice([each for each in capabilities.configurations if each.dtype in domain.dtypes])
     options = options_within(chosen, capabilities, capabilities.window_sizes or WINDOW_SIDES, random.choice)
-    free = {**_values(random), "memory": _memory(random, capabilities)}
+    free = {**_values(random), "memory": _memory(random, domain)}
     return {**options, **free} if every else {**options, **free, "scale": None}
 
 
@@ -146,19 +144,31 @@ def _values(random: Random) -> dict[str, object]:
     return {"values": random.choice(VALUES), "seed": random.randrange(1 << 16)}
 
 
-def _memory(random: Random, capabilities: Capabilities) -> str:
-    return random.choice(("contiguous", *(m for m in capabilities.memories if m != "broadcast")))
+def _memory(random: Random, domain: Domain) -> str:
+    memories = ("contiguous", *(m for m in domain.capabilities.memories if m != "broadcast"))
+    return random.choice(domain.towards("memory", memories))
+
+
+def _both_sides(left: int, right: int) -> tuple[tuple[int, int], ...]:
+    """Windows of non-causal attention: alike on both sides or not, or bounded on one side only."""
+    return (left, left), (left, right), (left, -1), (-1, right)
 
 
 def _draw_heads(random: Random, domain: Domain, some: int | None) -> tuple[int, int, int]:
-    """(heads, kv_heads, head_dim), of the first ``some`` of each; many heads now and then, as narrow as they may be."""
-    groups, dims = domain.head_groups[:some], domain.head_dims[:some]
-    if domain.many_heads and random.random() < _MANY_HEADS:
+    """(heads, kv_heads, head_dim), of the first ``some`` of each; many heads now and then, as narrow as they may be.
+
+    What is aimed at is of all of them.
+    """
+    some_dims = None if "head_dim" in domain.aim else some
+    groups, dims = domain.head_groups[:some], domain.head_dims[:some_dims]
+    if "heads" in domain.aim:
+        groups = (*domain.head_groups, *domain.many_heads)
+    elif domain.many_heads and random.random() < _MANY_HEADS:
         groups = domain.many_heads
-    heads, kv_heads = random.choice(groups)
+    heads, kv_heads = random.choice(domain.towards("heads", groups))
     if heads > USUAL_HEADS or heads > 8 * kv_heads:
-        dims = tuple(dim for dim in domain.head_dims if heads * dim <= _WIDEST)[:some] or (min(domain.head_dims),)
-    return heads, kv_heads, random.choice(dims)
+        dims = tuple(dim for dim in domain.head_dims if heads * dim <= _WIDEST)[:some_dims] or (min(domain.head_dims),)
+    return heads, kv_heads, random.choice(domain.towards("head_dim", dims))
 
 
 def _with_long_row(

@@ -99,13 +99,13 @@ def lse_gradients(capabilities: Capabilities) -> st.SearchStrategy[bool]:
     return among([False, False, False, True] if capabilities.lse_gradient else [False])
 
 
-def free_options(draw: st.DrawFn, capabilities: Capabilities, level: str) -> dict[str, object]:
+def free_options(draw: st.DrawFn, domain: Domain, level: str) -> dict[str, object]:
     """What no backend compiles for: values and memory."""
-    memories = [memory for memory in capabilities.memories if level == "kernel" or memory != "broadcast"]
+    memories = [memory for memory in domain.capabilities.memories if level == "kernel" or memory != "broadcast"]
     return {
         "values": draw(among(VALUES)),
         "seed": draw(st.integers(0, 7)),
-        "memory": draw(among(memories)),
+        "memory": draw(among(domain.towards("memory", memories))),
     }
 
 
@@ -123,21 +123,25 @@ def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int],
     pairs = tokens * (tokens + past)
     scores = longest * (longest + min(past, 0))
     if capabilities.configurations:
-        return {**compiled(draw, domain, longest), **free_options(draw, capabilities, level)}
+        return {**compiled(draw, domain, longest), **free_options(draw, domain, level)}
     # Of layers more are causal: what is not cannot be cut inside a document.
     choices = (True, False, True) if level == "layer" else (True, False)
     causal_choices = [choice for choice in choices if (capabilities.causal if choice else capabilities.noncausal)]
-    causal = draw(among(causal_choices))
+    causal = draw(among(domain.towards("causal", causal_choices)))
     many = draw(seldom(_MANY_HEADS_ONCE_IN))
-    share = draw(among(_SHARES)) if level == "kernel" and not many and past >= 0 else 1
+    # What is aimed at may be large.
+    sparing = level == "kernel" and not many and past >= 0 and not domain.aim
+    share = draw(among(_SHARES)) if sparing else 1
 
     def fitting(groups: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         limit = min(_MAX_SCORES[level] / scores, MAX_PAIRS / pairs) / share
         return [group for group in groups if group[0] <= limit]
 
     groups = (fitting(domain.many_heads) if many else []) or fitting(domain.head_groups)
+    if "heads" in domain.aim:
+        groups = fitting((*domain.head_groups, *domain.many_heads))
     least = domain.head_groups[: 2 if pairs <= _MAX_SHARED_PAIRS else 1]
-    heads, kv_heads = draw(among(groups or least))
+    heads, kv_heads = draw(among(domain.towards("heads", groups or least)))
     dims = [
         dim
         for dim in domain.head_dims
@@ -145,7 +149,7 @@ def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int],
         and pairs * heads * dim * share <= _MAX_PRODUCTS
         and (level == "kernel" or heads * dim <= _MAX_WIDTH)
     ]
-    head_dim = draw(among(dims or list(domain.head_dims[:1])))
+    head_dim = draw(among(domain.towards("head_dim", dims or domain.head_dims[:1])))
     return {
         "heads": heads,
         "kv_heads": kv_heads,
@@ -154,6 +158,6 @@ def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int],
         "window": windows(draw, domain, causal=causal, longest=longest),
         "scale": draw(scales(capabilities, head_dim)),
         "softcap": draw(among([0.0, 0.0, 20.0, 2.5])) if capabilities.softcap else 0.0,
-        "dtype": draw(among(domain.dtypes)),
-        **free_options(draw, capabilities, level),
+        "dtype": draw(among(domain.towards("dtype", domain.dtypes))),
+        **free_options(draw, domain, level),
     }

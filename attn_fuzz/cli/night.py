@@ -1,0 +1,211 @@
+"""``campaign``: goes on until it is told to end, and where the last one was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from attn_fuzz.campaign.messages import Tally
+from attn_fuzz.campaign.plan import available_backends, default_workers, devices_in_turn, require_available
+from attn_fuzz.campaign.pool import Outcome
+from attn_fuzz.cli import tables
+from attn_fuzz.cli.arguments import (
+    DEFAULT_STORE,
+    BackendOption,
+    JsonOption,
+    LevelOption,
+    ModeOption,
+    SeedOption,
+    StoreOption,
+    UsageError,
+    WorkersOption,
+    choices,
+    device_of,
+    modes_of,
+)
+from attn_fuzz.cli.campaigns import UNTESTED, VERDICTS, campaign_dict
+from attn_fuzz.cli.night_screen import NightScreen
+from attn_fuzz.cli.terminal import progress_console, results_console
+from attn_fuzz.execution.environment import environment
+from attn_fuzz.execution.poison import POISONS
+from attn_fuzz.findings.store import Store
+from attn_fuzz.nights import holes
+from attn_fuzz.nights.database import DamagedDatabase, Database, DatabaseError, path_beside, set_aside
+from attn_fuzz.nights.kept import Kept
+from attn_fuzz.nights.leftovers import NotesFolder, recover
+from attn_fuzz.nights.record import Record
+from attn_fuzz.nights.spaces import default_devices, targets
+from attn_fuzz.nights.supervisor import Supervisor, Wishes
+from attn_fuzz.nights.view import View
+from attn_fuzz.reference.case import LEVELS
+
+SetAsideOption = Annotated[
+    bool, typer.Option("--set-aside", help="Give a damaged database another name, and begin a new one.")
+]
+
+
+def campaign(
+    backend: BackendOption = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=1.0, help="Wall-clock time. Default: until Ctrl-C or SIGTERM.")
+    ] = None,
+    seed: SeedOption = 0,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(help="cpu, cuda (all GPUs) or cuda:N; repeat for several. Default: all GPUs, and the CPU."),
+    ] = None,
+    level: LevelOption = None,
+    mode: ModeOption = "all",
+    workers: WorkersOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    aside: SetAsideOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fuzz all backends in all modes, until told to end; what is behind comes first (docs/nights.md).
+
+    Started again with the same store it goes on where it was: counts, coverage and findings are kept.
+    """
+    devices = _devices(device)
+    levels = choices(level, LEVELS, "level") or LEVELS
+    names = _backends(backend, devices)
+    found = targets(names, devices, levels, modes_of(mode))
+    if untestable := [name for name in names if backend and name not in {target.backend for target in found}]:
+        raise UsageError(f"{untestable[0]} has no such level, or takes no batches; choose another --level or --mode")
+    count = workers or max(default_workers(each) for each in devices)
+    wishes = Wishes(tuple(found), count, seed, seconds)
+    night = _Night(wishes, Store(store), as_json, named=tuple(backend or ()))
+    raise typer.Exit(night.run(set_old_aside=aside))
+
+
+def _devices(given: Sequence[str] | None) -> tuple[str, ...]:
+    """Each GPU by its number, and the CPU."""
+    if not given:
+        return default_devices()
+    return tuple(dict.fromkeys(each for name in given for each in devices_in_turn(device_of(name))))
+
+
+def _backends(given: Sequence[str] | None, devices: Sequence[str]) -> tuple[str, ...]:
+    """Those that were asked for, or all that run on one of the devices.
+
+    Raises:
+        BackendUnavailable: for one that was asked for and runs on none.
+    """
+    kinds = tuple(dict.fromkeys(device.partition(":")[0] for device in devices))
+    if not given:
+        return tuple(dict.fromkeys(name for kind in kinds for name in available_backends(kind)))
+    names = tuple(dict.fromkeys(given))
+    for name in names:
+        if not any(targets([name], [device], LEVELS, ("case",)) for device in devices):
+            require_available([name], devices[0])
+    return names
+
+
+@dataclasses.dataclass
+class _Night:
+    """One start of the command."""
+
+    wishes: Wishes
+    store: Store
+    as_json: bool
+    named: tuple[str, ...]
+
+    def run(self, *, set_old_aside: bool) -> int:
+        """From the first look at the store to the exit status."""
+        self.store.prepare()
+        path = path_beside(self.store.folder)
+        if set_old_aside and (kept_as := _damaged(path)) is not None:
+            progress_console.print(f"the damaged database is kept as {kept_as}", markup=False, soft_wrap=True)
+        versions = environment(self.wishes.targets[0].device)
+        kept = Kept(self.store)
+        with Database(path) as database:
+            record = Record(database, self.wishes.seed, self.wishes.seconds, versions)
+            beside = self.store.folder.absolute().with_name(f"{self.store.folder.name}.running")
+            left = self._recovered(beside, record, kept)
+            if left:
+                words = "an earlier campaign was killed" if left == 1 else f"{left} earlier campaigns were killed"
+                progress_console.print(f"{words}: nothing that was found is lost", soft_wrap=True)
+            notes = NotesFolder(beside)
+            with NightScreen(lambda subject: holes.share(record.pairs(subject), *subject)) as screen:
+                supervisor = Supervisor(self.wishes, record, kept, notes, screen.show)
+                interrupted = supervisor.run()
+            if not kept.troubles:
+                notes.close()
+            _end(record, supervisor.view)
+            return self._told(supervisor.view, kept, record, interrupted=interrupted)
+
+    def _recovered(self, beside: Path, record: Record, kept: Kept) -> int:
+        """Keeps what campaigns that were killed had found; how many there were."""
+
+        def keep(finding: Any) -> None:
+            kept.keep(finding)
+            record.find(finding, None)
+
+        return recover(beside, keep, kept.has_like)
+
+    def _told(self, view: View, kept: Kept, record: Record, *, interrupted: bool) -> int:
+        """Prints what came of it; the exit status."""
+        tallies: dict[str, Tally] = {}
+        for (backend, _), tally in view.tallies().items():
+            tallies.setdefault(backend, Tally()).add(tally)
+        findings = list(kept.findings.values())
+        troubles = (*kept.troubles, *view.troubles)
+        early = interrupted and self.wishes.seconds is not None
+        outcome = Outcome(tallies, findings, time.monotonic() - view.begun, interrupted, troubles)
+        untested = self._untested(outcome, early=early)
+        status = 2 if troubles else 1 if findings else UNTESTED if untested else 0
+        if self.as_json:
+            data = campaign_dict(outcome, self.wishes.targets[0].device, self.wishes.seed, POISONS)
+            shares = {name: round(_share(view, record, name), 4) for name in tallies}
+            more = {"untested": untested, "limits": [], "coverage": shares, "remarks": view.remarks}
+            typer.echo(json.dumps({"verdict": VERDICTS[status], **data, **more}))
+        else:
+            console = results_console()
+            tables.print_campaign(console, outcome)
+            tables.print_findings(console, findings, str(self.store.folder))
+            for remark in view.remarks:
+                console.print(remark, markup=False, soft_wrap=True)
+            console.print(f"seed {self.wishes.seed}; `attn-fuzz coverage` says what was never reached", markup=False)
+        for sentence in (*troubles, *untested):
+            typer.echo(f"attn-fuzz: {sentence}", err=True)
+        return status
+
+    def _untested(self, outcome: Outcome, *, early: bool) -> list[str]:
+        """Why a campaign without findings is no pass."""
+        cases = {name: tally.cases for name, tally in outcome.tallies.items()}
+        said = [f"{name} was not tested" for name in self.named if not cases.get(name)]
+        if not self.named and not any(cases.values()):
+            said.append("nothing was tested")
+        if early:
+            said.append(f"interrupted after {sum(cases.values())} cases, before its time was over")
+        return said
+
+
+def _share(view: View, record: Record, backend: str) -> float:
+    """The least share of values and pairs that a backend has reached on any kind of device, from 0 to 1."""
+    mine = [subject for subject in view.tallies() if subject[0] == backend]
+    return min(holes.share(record.pairs(subject), *subject) for subject in mine)
+
+
+def _damaged(path: Path) -> Path | None:
+    """Moves a database aside that is damaged, and no other; its new name."""
+    if not path.exists():
+        return None
+    try:
+        Database(path).close()
+    except DamagedDatabase:
+        return set_aside(path)
+    return None
+
+
+def _end(record: Record, view: View) -> None:
+    """Writes what is left to write."""
+    try:
+        record.end()
+    except DatabaseError as error:
+        view.trouble(str(error))

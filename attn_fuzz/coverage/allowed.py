@@ -1,0 +1,186 @@
+"""Which pairs of values a backend could be asked for: what its declarations allow, and what is drawn at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from attn_fuzz.backends.kernel import Capabilities, Configuration
+from attn_fuzz.coverage.axes import AXES, OTHER, PLACES, VALUES, Value, group_of
+from attn_fuzz.coverage.counts import Pair
+from attn_fuzz.coverage.places import Place, places
+from attn_fuzz.generation.domain import Domain
+from attn_fuzz.generation.layouts import takes_few_keys
+
+Chosen = dict[str, str]
+"""One value or two, by axis."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """What could be reached of a backend on a device."""
+
+    capabilities: Capabilities
+    device: str
+    """``cpu`` or ``cuda``."""
+    levels: tuple[str, ...]
+    batched: tuple[str, ...]
+    """The levels at which its calls come in batches."""
+
+    @functools.cached_property
+    def domain(self) -> Domain:
+        """What is drawn from."""
+        return Domain.of(self.capabilities, self.device)
+
+    def values(self) -> list[Value]:
+        """Values that may be reached, in the order of ``axes.VALUES``."""
+        return [value for value in VALUES if self.why_not(value, value) is None]
+
+    def pairs(self) -> Iterator[Pair]:
+        """Pairs of values of two axes that may be reached, and single values."""
+        values = self.values()
+        yield from ((value, value) for value in values)
+        yield from (pair for pair in itertools.combinations(values, 2) if self.why_not(*pair) is None)
+
+    def places(self, *values: Value) -> list[Place]:
+        """Where all of some values may occur."""
+        return [
+            place
+            for place in places(self.device)
+            if place.level in (self.batched if place.mode == "batch" else self.levels) and place.has(dict(values))
+        ]
+
+    def why_not(self, one: Value, other: Value) -> str | None:
+        """Why two values do not go together, or one value alone does not occur; None where they may."""
+        if one[0] == other[0] and one != other:
+            return "a case has one value of an axis"
+        chosen = dict((one, other))
+        return next((why for holds, why in RULES if not holds(self, chosen)), None)
+
+
+def _options_taken(space: Space, chosen: Chosen) -> bool:
+    """Each option by itself."""
+    c, domain = space.capabilities, space.domain
+    dims = {str(dim) if ("head_dim", str(dim)) in PLACES else OTHER for dim in domain.head_dims}
+    groups = {group_of(*pair) for pair in (*domain.head_groups, *domain.many_heads)}
+    taken = {
+        "dtype": set(domain.dtypes),
+        "head_dim": dims,
+        "group": groups,
+        "mask": {name for name, takes in (("causal", c.causal), ("full", c.noncausal)) if takes},
+        "window": set(AXES[4].values) if c.window else {"none"},
+        "softcap": {"off", "on"} if c.softcap else {"off"},
+        "LSE gradient": {"off", "on"} if c.lse_gradient else {"off"},
+        "memory": set(c.memories),
+    }
+    return all(chosen[axis] in values for axis, values in taken.items() if axis in chosen)
+
+
+def _masks_taken(space: Space, chosen: Chosen) -> bool:
+    window, mask = chosen.get("window", "none"), chosen.get("mask")
+    if window in ("right", "both") and (mask == "causal" or not space.capabilities.noncausal):
+        return False
+    narrow = space.capabilities.window_needs_causal
+    return not narrow or window == "none" or (mask != "full" and window == "left")
+
+
+def _compiled(space: Space, chosen: Chosen) -> bool:
+    """One of the configurations that a compiling backend takes has all of it."""
+    every = space.capabilities.configurations
+    return not every or any(_has(each, chosen) for each in every)
+
+
+def _has(configuration: Configuration, chosen: Chosen) -> bool:
+    mine = {
+        "dtype": configuration.dtype,
+        "head_dim": str(configuration.head_dim),
+        "group": group_of(configuration.heads, configuration.kv_heads),
+        "mask": "causal" if configuration.causal else "full",
+        "window": configuration.window,
+        "softcap": "on" if configuration.softcap else "off",
+    }
+    return all(chosen.get(axis, value) == value for axis, value in mine.items())
+
+
+def _lengths_taken(space: Space, chosen: Chosen) -> bool:
+    """Documents without queries, without keys, or with fewer keys than queries."""
+    c = space.capabilities
+    queries, keys = chosen.get("queries"), chosen.get("keys")
+    if queries == "0" and keys in (None, "0") and not c.empty_documents:
+        return keys is None and c.keys_without_queries
+    if keys == "0" and queries != "0" and not c.queries_without_keys:
+        return queries is None and c.empty_documents
+    if queries is None or keys is None:
+        return True
+    if queries == "0" and keys != "0" and not c.keys_without_queries:
+        return False
+    fewer = PLACES["queries", queries] - PLACES["queries", "0"] > PLACES["keys", keys] - PLACES["keys", "0"]
+    return not fewer or any(takes_few_keys(c, causal=causal) for causal in (True, False))
+
+
+def _keeps_no_lse(space: Space, chosen: Chosen) -> bool:
+    """A layer keeps its LSE to itself."""
+    return chosen.get("LSE gradient") != "on" or any(place.level == "kernel" for place in space.places(*chosen.items()))
+
+
+def _somewhere(space: Space, chosen: Chosen) -> bool:
+    return bool(space.places(*chosen.items()))
+
+
+def _shares_rows(space: Space, chosen: Chosen) -> bool:
+    if chosen.get("memory") != "broadcast":
+        return True
+    return any((place.mode, place.level) == ("case", "kernel") for place in space.places(*chosen.items()))
+
+
+LEFT_OUT: Final[dict[str, tuple[tuple[Value, Value], ...]]] = {
+    "cpu": (
+        # Sixteen tiles of scores for each of so many heads: it costs too much.
+        (("group", "9-"), ("queries", "128-255")),
+        # Packed calls and batches have no such documents on a CPU, and single calls that have one have few others.
+        (("queries", "128-255"), ("documents", "17-64")),
+        (("queries", "128-255"), ("documents", "65-")),
+        # A long past, which one single call of six has, stands before few queries, and in calls of few documents.
+        (("queries", "64-127"), ("keys", "256-")),
+        (("keys", "256-"), ("documents", "17-64")),
+        (("keys", "256-"), ("documents", "65-")),
+        # Fewer keys than a long document has queries: one single call of a hundred.
+        (("queries", "128-255"), ("keys", "0")),
+        (("queries", "128-255"), ("keys", "1")),
+        (("queries", "128-255"), ("keys", "2-15")),
+        (("queries", "128-255"), ("keys", "64-127")),
+        (("queries", "256-"), ("keys", "0")),
+        (("queries", "256-"), ("keys", "64-127")),
+        # Rows that are one are of single calls, which seldom have so many documents.
+        (("memory", "broadcast"), ("documents", "17-64")),
+        (("memory", "broadcast"), ("documents", "65-")),
+    ),
+    # Longer documents come there by the thousand.
+    "cuda": (),
+}
+"""Pairs that strategies draw nearly never, by kind of device."""
+
+
+def _drawn(space: Space, chosen: Chosen) -> bool:
+    return all(dict(pair) != chosen for pair in LEFT_OUT[space.device])
+
+
+def _has_a_row_and_a_key(space: Space, chosen: Chosen) -> bool:
+    return chosen.get("documents") != "1" or "0" not in (chosen.get("queries"), chosen.get("keys"))
+
+
+RULES: Final[tuple[tuple[Callable[[Space, Chosen], bool], str], ...]] = (
+    (_options_taken, "it is not declared"),
+    (_masks_taken, "causal attention sees nothing to the right, and some backends have windows of it alone"),
+    (_compiled, "it would have to be compiled"),
+    (_lengths_taken, "such documents are not declared"),
+    (_has_a_row_and_a_key, "a call has a query and a key"),
+    (_somewhere, "it is not asked there"),
+    (_keeps_no_lse, "a layer keeps its LSE to itself"),
+    (_drawn, "it is drawn nearly never"),
+    (_shares_rows, "tensors whose rows are one are drawn for single kernel calls only"),
+)
+"""What must hold, and why not where it does not."""

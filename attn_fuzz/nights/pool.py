@@ -1,0 +1,139 @@
+"""The pool of one round: what one backend cannot do ends its own slice, and no night."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+from attn_fuzz.campaign.messages import Assignment, Covered, Failed, Finished, Message, Progress, Tally
+from attn_fuzz.campaign.pool import Pool
+from attn_fuzz.coverage.counts import Reached
+from attn_fuzz.findings.finding import Finding
+from attn_fuzz.nights.record import Slice
+
+_LATE: Final = 20.0
+"""Seconds after its time at which a slice is one that others do not wait for: it hangs, or shrinks what it found."""
+
+_REFILLS: Final = 8
+"""Slices of a round and place beyond those that were planned, after which it ends as soon as it can."""
+
+_LEAST: Final = 1.0
+"""Seconds of a slice that begins when time is over."""
+
+
+class Listener(NamedTuple):
+    """What is told of slices as they go on."""
+
+    progress: Callable[[Slice, Tally], None]
+    reached: Callable[[Slice, Reached], None]
+    found: Callable[[Finding, Slice], None]
+    failed: Callable[[Slice, str], None]
+    """Something that was to run could not; a sentence."""
+    step: Callable[[Sequence[Slice]], None]
+    """Called about once a second, and more often where there is news, with the slices that have a worker."""
+    more: Callable[[], Slice]
+    """Begins another slice, while one that takes far longer than it should keeps the round from its end."""
+
+
+class RoundPool(Pool):
+    """Runs slices.
+
+    Args:
+        slices: each with an assignment whose ``notes`` are its own.
+        workers: processes at a time.
+        listener: what is told.
+        seconds: those after which no slice goes on.
+        fatal: what is known to end a backend's process or to make it hang, which is not looked into again.
+    """
+
+    def __init__(
+        self,
+        slices: Sequence[Slice],
+        workers: int,
+        listener: Listener,
+        seconds: float,
+        fatal: Sequence[Finding] = (),
+    ) -> None:
+        super().__init__([each.job for each in slices], workers, lambda tallies: None, self._tell_found, seconds)
+        self._listener = listener
+        self._slices = {each.job.notes: each for each in slices}
+        self._tallies_of: dict[str, dict[int, Tally]] = {}
+        self._heard_of, self._refills = slices[0], 0
+        self._findings.update({(finding.backend, finding.symptom): finding for finding in fatal})
+
+    def _slice(self, assignment: Assignment) -> Slice:
+        # One that was started again after a death has another assignment, with the same notes.
+        return self._slices[assignment.notes]
+
+    def _in_time(self, assignment: Assignment) -> Assignment:
+        """A slice as long as it was planned, or as there is time."""
+        assert self._seconds is not None
+        assert assignment.seconds is not None
+        left = self._started + self._seconds - time.monotonic()
+        return dataclasses.replace(assignment, seconds=max(min(assignment.seconds, left), _LEAST))
+
+    def _tell_found(self, finding: Finding) -> None:
+        # What was being shrunk at the end is kept without a message.
+        of_backend = (each for each in self._slices.values() if each.job.backend == finding.backend)
+        heard_of = self._heard_of
+        self._listener.found(finding, heard_of if heard_of.job.backend == finding.backend else next(of_backend))
+
+    def _tallies(self) -> dict[str, Tally]:
+        """Nothing: slices have tallies of their own."""
+        return {}
+
+    def _take(self, worker: Any, message: Message) -> None:
+        piece = self._heard_of = self._slice(worker.assignment)
+        match message:
+            case Failed(reason):
+                worker.finished = True
+                self._listener.failed(piece, reason)
+                return
+            case Covered(reached):
+                self._listener.reached(piece, reached)
+        super()._take(worker, message)
+        if isinstance(message, (Progress, Finished)):
+            self._tell_progress(piece, worker)
+
+    def _tell_progress(self, piece: Slice, worker: Any) -> None:
+        """What all workers that a slice has had have done."""
+        mine = self._tallies_of.setdefault(piece.job.notes, {})
+        mine[id(worker)] = worker.tally
+        total = worker.tally
+        if len(mine) > 1:
+            total = Tally()
+            for tally in mine.values():
+                total.add(tally)
+        self._listener.progress(piece, total)
+
+    def _bury(self, worker: Any, symptom: str, how: str) -> None:
+        piece = self._heard_of = self._slice(worker.assignment)
+        if worker.trying is None:
+            worker.process.kill()
+            worker.process.join()
+            self._running.remove(worker)
+            self._done.append(worker)
+            self._listener.failed(piece, f"a worker for {worker.assignment.backend} {how} before its first case")
+            return
+        super()._bury(worker, symptom, how)
+
+    def _is_late(self, worker: Any) -> bool:
+        return time.monotonic() - worker.started > (worker.assignment.seconds or 0.0) + _LATE
+
+    def _refill(self) -> None:
+        """Gives a place that is idle another slice, where a late one would have it wait."""
+        assert self._seconds is not None
+        idle = not self._waiting and len(self._running) < self._limit
+        in_time = time.monotonic() - self._started < self._seconds - _LATE
+        if idle and in_time and self._refills < _REFILLS * self._limit and any(map(self._is_late, self._running)):
+            self._refills += 1
+            piece = self._listener.more()
+            self._slices[piece.job.notes] = piece
+            self._waiting.append((piece.job, 0))
+
+    def _step(self) -> None:
+        self._refill()
+        super()._step()
+        self._listener.step([self._slice(worker.assignment) for worker in self._running])
