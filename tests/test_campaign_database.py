@@ -15,6 +15,8 @@ from attn_fuzz.coverage.counts import Reached
 from attn_fuzz.nights import schema, totals
 from attn_fuzz.nights.database import DamagedDatabase, Database, DatabaseError, path_beside, set_aside
 from attn_fuzz.nights.record import Record, Slice
+from attn_fuzz.reports.from_nights import of_database
+from attn_fuzz.reports.page import page
 
 JOB = Assignment(backend="loop", device="cpu", seed=5, levels=("kernel",), mode="batch")
 DTYPE, MASK = ("dtype", "bf16"), ("mask", "causal")
@@ -230,3 +232,19 @@ def test_several_write_at_a_time(path: Path) -> None:
         assert database.rows("PRAGMA integrity_check") == [("ok",)]
         assert totals.verdicts(database)[0].cases == 4 * 15
         assert totals.pairs_of(database, "loop", "cpu")[DTYPE, MASK] == 4 * 5
+
+
+def test_a_report_takes_what_was_counted(path: Path) -> None:
+    with Database(path) as database:
+        work(database, 5, 9)
+        work(database, 4)
+        found = of_database(database)
+    (counted,) = found.backends
+    assert (counted.backend, counted.cases, counted.documents) == (JOB.backend, 13, 39)
+    assert (counted.worst_z, counted.where, counted.kinds) == (2.0, "batch bf16 out", {"batch bf16": 13})
+    assert found.histograms == {(JOB.backend, "bf16 out"): [13, 2]}
+    assert found.lengths == {JOB.backend: {(2, 4): 3}}
+    assert [piece.cases for piece in found.pieces] == [9, 4]
+    assert found.pieces[0].begin == 0.0
+    assert found.environments == ("torch 2.13.0",)
+    assert "torch 2.13.0" in page("title", "made", [], [], found)

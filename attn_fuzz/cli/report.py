@@ -18,6 +18,8 @@ from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.ledger import Ledger, today
 from attn_fuzz.findings.signature import Signature
 from attn_fuzz.findings.store import Store, StoreError, write_whole
+from attn_fuzz.nights.database import Database, path_beside
+from attn_fuzz.reports.from_nights import of_database
 from attn_fuzz.reports.measured import Measured, of_verdicts
 from attn_fuzz.reports.page import page
 from attn_fuzz.reports.told import Told, from_files, run_again
@@ -26,7 +28,8 @@ from attn_fuzz.reports.told import Told, from_files, run_again
 def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("report.html"),
     verdict: Annotated[
-        list[Path] | None, typer.Option(help="What a campaign printed with --json; repeat for several.")
+        list[Path] | None,
+        typer.Option(help="What `run --json` printed, instead of what `campaign` has counted; repeat for several."),
     ] = None,
     repeat: Annotated[int, typer.Option(min=0, help="Runs of each bug; 0: run nothing, and tell what files say.")] = 3,
     device: DeviceOption = None,
@@ -38,12 +41,20 @@ def report(
     if store.is_dir():
         ledger.note_all()
     entries = [*ledger.entries().values()]
-    measured = of_verdicts([_read(path) for path in verdict or ()])
+    measured = of_verdicts([_read(path) for path in verdict]) if verdict else _of_campaigns(store)
     set_up_process(where or "cpu")
     found = _by_signature(Store(store))
     bugs = [_told(entry, found.get(entry.id), store, where, repeat) for entry in entries if entry.kind == "finding"]
     _write(output, bugs, [entry for entry in entries if entry.kind != "finding"], measured)
     typer.echo(f"{output}: {len(bugs)} bugs")
+
+
+def _of_campaigns(store: Path) -> Measured:
+    """What ``campaign`` has counted beside a store, where it ran."""
+    if not path_beside(store).exists():
+        return Measured()
+    with Database(path_beside(store), create=False) as database:
+        return of_database(database)
 
 
 def _told(entry: Entry, finding: Finding | None, store: Path, device: str | None, repeat: int) -> Told:

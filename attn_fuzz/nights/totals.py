@@ -72,6 +72,11 @@ def campaigns(database: Database) -> list[Campaign]:
     return [Campaign(*row) for row in rows]
 
 
+def environments(database: Database) -> list[str]:
+    """Device, versions and commit of each campaign, as JSON."""
+    return [text for (text,) in database.rows("SELECT environment FROM campaigns ORDER BY id")]
+
+
 def subjects(database: Database) -> list[tuple[str, str]]:
     """(backend, ``cpu`` or ``cuda``) of all that was tested."""
     return [(backend, kind) for backend, kind in database.rows("SELECT backend, kind FROM subjects ORDER BY 1, 2")]

@@ -96,6 +96,11 @@ def _counted(name: str, tally: Mapping[str, Any]) -> Counted:
     )
 
 
+def versions_in_words(environment: Mapping[str, str]) -> str:
+    """Device and versions that verdicts were made with."""
+    return ", ".join(f"{key} {value}" for key, value in environment.items() if key not in ("commit", "hypothesis"))
+
+
 def of_verdicts(verdicts: Sequence[Mapping[str, Any]]) -> Measured:
     """From what campaigns print with ``--json``; they do not say which lengths, or when.
 
@@ -115,9 +120,7 @@ def of_verdicts(verdicts: Sequence[Mapping[str, Any]]) -> Measured:
                 for what, counts in tally.get("histograms", {}).items():
                     before = histograms.get((name, what), [0] * len(counts))
                     histograms[name, what] = [a + b for a, b in zip(before, counts, strict=True)]
-            seen = verdict.get("environment", {})
-            versions = (f"{key} {value}" for key, value in seen.items() if key not in ("commit", "hypothesis"))
-            environments[", ".join(versions)] = None
+            environments[versions_in_words(verdict.get("environment", {}))] = None
         seconds = sum(float(verdict["seconds"]) for verdict in verdicts)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise FindingError(f"this is no verdict of a campaign: {type(error).__name__} {error}") from None
