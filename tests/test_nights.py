@@ -25,6 +25,7 @@ from attn_fuzz.campaign.crash_triage import Death
 from attn_fuzz.campaign.isolated import NoDevice
 from attn_fuzz.campaign.messages import Assignment, Candidate, Failed, Finished, Found, Message, Tally, Trying
 from attn_fuzz.cli import night, night_screen
+from attn_fuzz.findings.ledger import Ledger
 from attn_fuzz.findings.store import Store
 from attn_fuzz.nights import leftovers, supervisor
 from attn_fuzz.nights.database import DatabaseError
@@ -146,6 +147,11 @@ def test_a_bug_of_an_earlier_night_is_no_new_one(store: Store) -> None:
     assert not tonight.keep(FOUND)
     assert not tonight.keep(LARGER)
     assert list(tonight.findings) == [FOUND.id]
+    other = dataclasses.replace(FOUND, backend="backup", symptom="Crashed")
+    assert tonight.keep(other)
+    assert tonight.new([FOUND, other]) == [other]
+    ledger = Ledger(store.folder).written()
+    assert {entry.signature.backend for entry in ledger.values()} == {FOUND.backend, "backup"}
 
 
 def test_what_was_found_often_is_shrunk_now_and_then_only(store: Store) -> None:

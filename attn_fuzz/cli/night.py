@@ -65,6 +65,9 @@ def campaign(
     workers: WorkersOption = None,
     store: StoreOption = DEFAULT_STORE,
     aside: SetAsideOption = False,
+    new_only: Annotated[
+        bool, typer.Option("--new-only", help="Exit with 1 only for bugs that the ledger did not have.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Fuzz all backends in all modes, until told to end; what is behind comes first (docs/nights.md).
@@ -79,7 +82,7 @@ def campaign(
         raise UsageError(f"{untestable[0]} has no such level, or takes no batches; choose another --level or --mode")
     count = workers or max(default_workers(each) for each in devices)
     wishes = Wishes(tuple(found), count, seed, seconds)
-    night = _Night(wishes, Store(store), as_json, named=tuple(backend or ()))
+    night = _Night(wishes, Store(store), as_json, named=tuple(backend or ()), new_only=new_only)
     raise typer.Exit(night.run(set_old_aside=aside))
 
 
@@ -114,6 +117,7 @@ class _Night:
     store: Store
     as_json: bool
     named: tuple[str, ...]
+    new_only: bool
 
     def run(self, *, set_old_aside: bool) -> int:
         """From the first look at the store to the exit status."""
@@ -158,12 +162,14 @@ class _Night:
         early = interrupted and self.wishes.seconds is not None
         outcome = Outcome(tallies, findings, time.monotonic() - view.begun, interrupted, troubles)
         untested = self._untested(outcome, early=early)
-        status = 2 if troubles else 1 if findings else UNTESTED if untested else 0
+        telling = kept.new(findings) if self.new_only else findings
+        status = 2 if troubles else 1 if telling else UNTESTED if untested else 0
         if self.as_json:
             data = campaign_dict(outcome, self.wishes.targets[0].device, self.wishes.seed, POISONS)
             shares = {name: round(_share(view, record, name), 4) for name in tallies}
             more = {"untested": untested, "limits": [], "coverage": shares, "remarks": view.remarks}
-            typer.echo(json.dumps({"verdict": VERDICTS[status], **data, **more}))
+            verdict = VERDICTS[1 if findings and status == 0 else status]
+            typer.echo(json.dumps({"verdict": verdict, **data, **more}))
         else:
             console = results_console()
             tables.print_campaign(console, outcome)

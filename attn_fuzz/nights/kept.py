@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Final
 
 from attn_fuzz.campaign.isolated import FATAL
 from attn_fuzz.findings.finding import Finding
+from attn_fuzz.findings.ledger import Ledger
+from attn_fuzz.findings.signature import Signature
 from attn_fuzz.findings.store import Store, StoreError
 
 OFTEN: Final = 2
@@ -30,6 +33,8 @@ class Kept:
         """Why findings could not be stored."""
         self._seen: Counter[tuple[str, str, str]] = Counter()
         self._fatal: dict[tuple[str, str], Finding] = {}
+        self._ledger = Ledger(store.folder)
+        self._had = frozenset(self._ledger.written())
         for stored in map(self._loaded, store.identifiers()):
             if stored is not None:
                 self._note_fatal(stored)
@@ -43,6 +48,7 @@ class Kept:
         self._seen[finding.backend, finding.case.level, finding.symptom] += 1
         self._note_fatal(finding)
         placed = self.store.linked(self.store.placed(finding))
+        self._note(placed)
         new = not placed.same_as and placed.id not in self.store.identifiers()
         if placed.same_as:
             earlier = self._loaded(placed.same_as)
@@ -56,6 +62,17 @@ class Kept:
             self.troubles.append(str(error))
         self._count(placed)
         return new
+
+    def new(self, findings: Iterable[Finding]) -> list[Finding]:
+        """Those whose signatures the ledger did not have when the campaign began."""
+        return [finding for finding in findings if Signature.of(finding).id not in self._had]
+
+    def _note(self, finding: Finding) -> None:
+        """Counts a finding in the ledger."""
+        try:
+            self._ledger.note(finding)
+        except StoreError as error:
+            self.troubles.append(str(error))
 
     def _note_fatal(self, finding: Finding) -> None:
         """Remembers the smallest case that ends a backend's process, and that makes it hang."""
