@@ -571,7 +571,7 @@ def test_results_of_another_shape_or_dtype_are_none() -> None:
 # What becomes of it.
 
 
-FAULTS = ("M18", "X33", "X32", "X11", "M30", "M08", "M02-out", "X38")
+FAULTS = ("M18", "X32", "X11", "M30", "M08", "M02-out")
 
 
 @pytest.mark.slow
@@ -840,11 +840,11 @@ def test_the_command_has_the_mode(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_faults_of_kernels_are_found_by_batches_too(attn_fuzz: Run) -> None:
     command = ("faults", "--mode", "batch", "--no-rules", "--workers", "1", "--json")
-    done = attn_fuzz(*command, "--only", "M51-swapped", "--only", "X32")
+    done = attn_fuzz(*command, "--only", "M51-swapped")
     assert done.status == 0, done.err
     told = json.loads(done.out)
     assert told["mode"] == "batch"
-    assert [row["caught"] and row["minimal"] for row in told["faults"]] == [True, True]
+    assert [row["caught"] and row["minimal"] for row in told["faults"]] == [True]
     done = attn_fuzz(*command, "--only", "R13")
     assert done.status == 2
     assert "R13 is a fault of ranks" in done.err

@@ -31,6 +31,9 @@ SIZING: Final = {
 """In calls. More of them make each cheaper, but have their configuration in common: many batches see more of those. A
 call takes its share at most: what is quick may grow at once."""
 
+_BATCHES: Final = 60
+"""At least, where cases are counted and not seconds: each question comes in some of them, and configurations differ."""
+
 _CANDIDATES: Final = 3
 """Calls of a failing batch that are looked at on their own: its victims are much alike."""
 
@@ -66,7 +69,8 @@ class CallsWorker(BatchWorker):
         """The next batch; no more calls than are still asked for. None where nothing that was drawn is taken."""
         wanted = self.sizes[level, place]
         if self.assignment.cases is not None:
-            wanted = min(wanted, self.assignment.cases - self.tally.cases)
+            spread = max(self.assignment.cases // _BATCHES, self.sizing.first)
+            wanted = min(wanted, spread, self.assignment.cases - self.tally.cases)
         if level == "layer":
             longest = LAYER_LONGEST[self.device.type][place]
             most = min(wanted, MOST[self.device.type])
