@@ -90,7 +90,7 @@ def test_what_it_declares_it_is_clean_with(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS[::3])
+@pytest.mark.parametrize("kind", list(KINDS)[::3])
 def test_with_a_key_too_few_it_is_convicted_and_nothing_explains_it(kind: str) -> None:
     _, _, dtype = KINDS[kind]
     for case in (FEW, ONE):
