@@ -23,6 +23,10 @@ _LEAST: Final = 1.0
 """Seconds of a slice that begins when time is over."""
 
 
+_OVER: Final = 10.0
+"""Seconds after the end of its time that a round waits for what is begun: batches in the middle, and shrinking."""
+
+
 class Listener(NamedTuple):
     """What is told of slices as they go on."""
 
@@ -133,7 +137,24 @@ class RoundPool(Pool):
             self._slices[piece.job.notes] = piece
             self._waiting.append((piece.job, 0))
 
+    def _stop_late_ones(self) -> None:
+        """Ends what goes on after all time is over; counts stay, and what was being shrunk is kept as it is."""
+        assert self._seconds is not None
+        if time.monotonic() - self._started < self._seconds + _OVER:
+            return
+        self._waiting.clear()
+        for worker in list(self._running):
+            worker.process.kill()
+            worker.process.join()
+            self._drain(worker)
+            self._running.remove(worker)
+            self._done.append(worker)
+            self._keep_candidate(worker)
+
     def _step(self) -> None:
         self._refill()
+        self._stop_late_ones()
+        if not self._running and not self._waiting:
+            return
         super()._step()
         self._listener.step([self._slice(worker.assignment) for worker in self._running])
