@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from attn_fuzz import __version__
 from attn_fuzz.findings.entry import Entry
+from attn_fuzz.findings.templates import templates
 from attn_fuzz.reports import pictures
 from attn_fuzz.reports.measured import Measured
 from attn_fuzz.reports.told import Told
-
-
-@functools.lru_cache(maxsize=1)
-def _templates() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # What a kernel said may be anything.
-        autoescape=True,
-    )
 
 
 def _histograms(measured: Measured) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -65,4 +50,4 @@ def page(title: str, made: str, bugs: Sequence[Told], known: Sequence[Entry], me
         "throughput": pictures.throughput(measured.pieces, series) if measured.pieces else "",
         "series": series,
     }
-    return _templates().get_template("report.html.jinja").render(**values)
+    return templates(__file__, autoescape=True).get_template("report.html.jinja").render(**values)

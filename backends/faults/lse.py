@@ -100,11 +100,9 @@ class _OverParts(KernelFault):
         mine = q.shape == queries.shape and q.dtype == queries.dtype and options.scale == call.options.scale
         return lse if mine and keys != len(k) and torch.equal(q, queries) else None
 
-
-class GoesOn(_OverParts):
-    """The running sum of a call goes on from that of the call before, where that was over the same queries."""
-
-    id = "S06"
+    def given(self, lse: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """What a call gives for its LSE after such another one."""
+        raise NotImplementedError
 
     def forward(
         self, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -112,7 +110,16 @@ class GoesOn(_OverParts):
         before = self.before(call, q, k)
         out, lse = super().forward(call, q, k, v)
         self.kept = (q.detach().clone(), call.options), len(k), lse.clone()
-        return out, lse if before is None else torch.logaddexp(lse, before)
+        return out, lse if before is None else self.given(lse, before)
+
+
+class GoesOn(_OverParts):
+    """The running sum of a call goes on from that of the call before, where that was over the same queries."""
+
+    id = "S06"
+
+    def given(self, lse: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        return torch.logaddexp(lse, before)
 
 
 class KeptLse(_OverParts):
@@ -120,10 +127,5 @@ class KeptLse(_OverParts):
 
     id = "S07"
 
-    def forward(
-        self, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        before = self.before(call, q, k)
-        out, lse = super().forward(call, q, k, v)
-        self.kept = (q.detach().clone(), call.options), len(k), lse.clone()
-        return out, lse if before is None else before
+    def given(self, lse: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        return before

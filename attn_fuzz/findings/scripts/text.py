@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
-import jinja2
 import torch
 
 from attn_fuzz.execution.environment import environment
+from attn_fuzz.findings.templates import templates
 from attn_fuzz.reference.case import Case
 
 MAX_ELEMENTS: Final = 20000
@@ -82,18 +80,6 @@ def source(value: object) -> str:
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
-@functools.lru_cache(maxsize=1)
-def _templates() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-
-
 def filled(template: str, values: Mapping[str, Any]) -> str:
     """The text of a script.
 
@@ -101,7 +87,7 @@ def filled(template: str, values: Mapping[str, Any]) -> str:
         template: its file's name, without ``.jinja``.
         values: by the names that the template has.
     """
-    text = _templates().get_template(f"{template}.jinja").render(**values)
+    text = templates(__file__, autoescape=False).get_template(f"{template}.jinja").render(**values)
     # Parts that were left out have left their blank lines.
     lines: list[str] = []
     for line in text.strip().splitlines():
