@@ -25,6 +25,7 @@ from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.computation import Computation
 from attn_fuzz.reference.profile import Profile
 from attn_fuzz.reference.sums import sums_of
+from attn_fuzz.reference.vectorised_scores import bounded_scores
 from attn_fuzz.reference.vectorised_terms import Documents
 
 SIZES: Final = (2, 8, 16, 24, 32, 48, 64, 96, 128)
@@ -64,6 +65,8 @@ class Rows:
     """bool ``[documents, size]``: False for padding."""
     lengths: torch.Tensor
     """int64 ``[documents]``."""
+    count: int
+    """Their sum, which the host knows: nothing has to wait for a device to say it."""
 
     def gather(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Packed ``[tokens, heads, ...]`` to ``[documents, heads, size, ...]``, zeros where there is no row."""
@@ -78,7 +81,12 @@ class Rows:
     @functools.cached_property
     def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(which of the padded rows are there, where each of them lies in the packed tensor)."""
-        there = self.there.flatten().nonzero()[:, 0]
+        size = self.index.shape[1]
+        document = torch.repeat_interleave(self.lengths, output_size=self.count)
+        first = self.lengths.cumsum(0) - self.lengths
+        # From a row's number among those that are there to its place among all.
+        gaps = size * torch.arange(len(first), device=first.device) - first
+        there = torch.arange(self.count, device=first.device) + gaps[document]
         return there, self.index.flatten()[there]
 
     def scatter(self, packed: torch.Tensor, x: torch.Tensor) -> None:
@@ -194,10 +202,10 @@ def plan_chunks(
     return chunks
 
 
-def _rows(begins: torch.Tensor, lengths: torch.Tensor, size: int) -> Rows:
+def _rows(begins: torch.Tensor, lengths: torch.Tensor, size: int, count: int) -> Rows:
     offsets = torch.arange(size, device=begins.device)
     there = offsets < lengths[:, None]
-    return Rows(torch.where(there, begins[:, None] + offsets, 0), there, lengths)
+    return Rows(torch.where(there, begins[:, None] + offsets, 0), there, lengths, count)
 
 
 def _mask(queries: Rows, keys: Rows, window: tuple[int, int]) -> torch.Tensor:
@@ -239,6 +247,11 @@ def answers(
     begins, key_begins = (x.cumsum(0) - x for x in (lengths, key_lengths))
     # One transfer for all chunks: the host knows every layout, the device needs it once.
     table = torch.stack([lengths, begins, key_lengths, key_begins]).to(device)
+    how = Computation.of(case, profile)
+    # A GPU is asked once, before there is anything for it to finish.
+    bounded = None
+    if device.type != "cpu" and len(inputs.q) and len(inputs.k):
+        bounded = bounded_scores(inputs.q, inputs.k, max(case.packed_key_lengths), how)
     planned = plan_chunks(
         case,
         _memory(device) if memory is None else memory,
@@ -248,15 +261,17 @@ def answers(
     for queries, keys, members in planned:
         chosen = torch.tensor(members).to(device)
         length, begin, key_length, key_begin = table[:, chosen]
-        rows, key_rows = _rows(begin, length, queries), _rows(key_begin, key_length, keys)
+        rows = _rows(begin, length, queries, sum(case.packed_lengths[index] for index in members))
+        key_rows = _rows(key_begin, key_length, keys, sum(case.packed_key_lengths[index] for index in members))
         q, dout = (rows.gather(x, torch.float64) for x in (inputs.q, inputs.dout))
         k, v = (key_rows.gather(x, torch.float64) for x in (inputs.k, inputs.v))
         dlse = None if inputs.dlse is None else rows.gather(inputs.dlse, torch.float64)
         expected = vectorised.answer(
             Documents(q, k, v, dout, _mask(rows, key_rows, case.effective_window), dlse),
-            Computation.of(case, profile),
+            how,
             sums,
             degrees=degrees,
+            bounded=bounded,
         )
         yield Chunk(chosen, rows, key_rows, expected)
 

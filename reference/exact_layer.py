@@ -7,7 +7,8 @@ whose budget is a formula (budget.py), and gradients of keys and values add up o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from attn_fuzz.reference.layout import Span, active_extent, active_lengths, micr
 from attn_fuzz.reference.narrow import Narrow, operand_variance
 from attn_fuzz.reference.profile import ACCUMULATION, ALIKE, Profile
 from attn_fuzz.reference.rounding import rounding_variance
+from attn_fuzz.reference.sums import Sums, sums_of
 
 _Tensors = dict[str, torch.Tensor]
 KernelAnswer = Callable[[Case, Inputs, Profile], dict[str, Expected]]
@@ -60,13 +62,28 @@ def _inner(case: Case, inputs: LayerInputs, weights: Mapping[str, torch.Tensor])
     return _Inner(q, k, v, dout)
 
 
-def _call(case: Case, part: Span) -> Case:
-    """The kernel case of a micro-sequence."""
-    queries, keys = active_lengths(case.packed_lengths, part)
+def _alike(case: Case, profile: Profile) -> list[list[tuple[Span, Span]]]:
+    """(tokens, tokens of its documents so far) of micro-sequences; together those whose sums round equally often."""
+    found: dict[Sums, list[tuple[Span, Span]]] = {}
+    for part in micro_sequences(case):
+        queries, keys = active_lengths(case.packed_lengths, part)
+        sums = sums_of(max(queries), max(keys), profile, case.heads // case.kv_heads)
+        found.setdefault(sums, []).append((part, active_extent(case.packed_lengths, part)))
+    return list(found.values())
+
+
+def _places(spans: Iterable[Span], device: torch.device) -> torch.Tensor:
+    """The tokens of some spans, one span behind another."""
+    return torch.cat([torch.arange(*span, device=device) for span in spans])
+
+
+def _call(case: Case, parts: Sequence[Span]) -> Case:
+    """The kernel case of micro-sequences, side by side: what each sees of a document is a document of its own."""
+    queries, keys = zip(*(active_lengths(case.packed_lengths, part) for part in parts), strict=True)
     return Case(
         level="kernel",
-        lengths=queries,
-        key_lengths=keys,
+        lengths=tuple(itertools.chain(*queries)),
+        key_lengths=tuple(itertools.chain(*keys)),
         heads=case.heads,
         kv_heads=case.kv_heads,
         head_dim=case.head_dim,
@@ -84,14 +101,15 @@ def _attended(case: Case, inner: _Inner, profile: Profile, answer: KernelAnswer)
     names = {"out": inner.q, "dq": inner.q, "dk": inner.k, "dv": inner.v}
     values = {name: torch.zeros_like(like, dtype=torch.float64) for name, like in names.items()}
     variances = {name: torch.zeros_like(value) for name, value in values.items()}
-    for part in micro_sequences(case):
-        rows, extent = slice(*part), slice(*active_extent(case.packed_lengths, part))
-        inputs = Inputs(inner.q[rows], inner.k[extent], inner.v[extent], inner.dout[rows])
-        for name, found in answer(_call(case, part), inputs, profile).items():
+    for parts in _alike(case, profile):
+        rows, extents = (_places(spans, inner.q.device) for spans in zip(*parts, strict=True))
+        inputs = Inputs(inner.q[rows], inner.k[extents], inner.v[extents], inner.dout[rows])
+        call = _call(case, [part for part, _ in parts])
+        for name, found in answer(call, inputs, profile).items():
             if name in values:
-                place = extent if name in ("dk", "dv") else rows
-                values[name][place] += found.value
-                variances[name][place] += found.variance
+                place = extents if name in ("dk", "dv") else rows
+                values[name].index_add_(0, place, found.value)
+                variances[name].index_add_(0, place, found.variance)
     for name in ("dk", "dv"):
         # Running sums in float32, where there was anything to add.
         variances[name] += torch.where(variances[name] > 0, ACCUMULATION**2 * values[name].square(), 0.0)
@@ -105,24 +123,24 @@ class _Projections(NamedTuple):
     dtype: str
     narrow: Narrow | None
 
-    def as_operand(self, value: torch.Tensor) -> torch.Tensor:
-        """Error variance of a value that is rounded as an operand."""
+    def as_operand(self, value: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+        """Error variance of a value that has one, and is rounded as an operand."""
         if not self.narrow:
-            return torch.zeros_like(value)
-        return operand_variance(value, self.narrow.products) + ALIKE * (self.narrow.cut * value).square()
+            return variance
+        rounded = operand_variance(value, self.narrow.products) + ALIKE * (self.narrow.cut * value).square()
+        return variance + rounded
 
     def out(self, value: torch.Tensor, variance: torch.Tensor) -> Expected:
         """The layer's output: the kernel's, permuted, which rounds it no more."""
         dense = self.weights["dense"].T
-        variance = variance + self.as_operand(value)
-        return Expected(value.flatten(1) @ dense, variance.flatten(1) @ dense.square())
+        return Expected(value.flatten(1) @ dense, self.as_operand(value, variance).flatten(1) @ dense.square())
 
     def back(self, name: str, gradient: torch.Tensor, variance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A projection's share of the input gradient, stored."""
         weight = self.weights[name]
         share = gradient.flatten(1) @ weight
-        variance = (variance + self.as_operand(gradient)).flatten(1) @ weight.square()
-        return share, variance + rounding_variance(share, self.dtype)
+        variance = self.as_operand(gradient, variance).flatten(1) @ weight.square()
+        return share, variance.add_(rounding_variance(share, self.dtype))
 
 
 def exact_layer_answer(
@@ -134,7 +152,7 @@ def exact_layer_answer(
         case: a layer case for which ``is_exact`` holds.
         inputs: its tensors.
         profile: the roundings of the backend's kernel.
-        answer: to the kernel case of one micro-sequence.
+        answer: to the kernel case of some micro-sequences.
     """
     weights = {name: weight.double() for name, weight in inputs.weights.items()}
     layer = _Projections(weights, case.dtype, Narrow.projecting(case.dtype, profile))

@@ -37,7 +37,9 @@ def _blocks(documents: Documents) -> Iterator[slice]:
         yield slice(begin, min(begin + size, queries))
 
 
-def answer(documents: Documents, how: Computation, sums: Sums, *, degrees: bool) -> dict[str, Expected]:
+def answer(
+    documents: Documents, how: Computation, sums: Sums, *, degrees: bool, bounded: bool | None = None
+) -> dict[str, Expected]:
     """Values, variances and, where asked for, degrees of freedom, by the names of ``answer.KERNEL_TENSORS``.
 
     Args:
@@ -45,12 +47,14 @@ def answer(documents: Documents, how: Computation, sums: Sums, *, degrees: bool)
         how: the call computes.
         sums: how those of the call round.
         degrees: whether to count independent errors.
+        bounded: no probability can be subnormal in float32; None to find out.
 
     Returns:
         ``[documents, heads, size, d]`` each, ``lse`` without the channels.
     """
     # fp16 has subnormals in everyday numbers; the others where probabilities are extreme.
-    bounded = bounded_scores(documents.q, documents.k, how.scale, how.softcap)
+    if bounded is None:
+        bounded = bounded_scores(documents.q, documents.k, documents.k.shape[-2], how)
     blocks: list[Rows] = []
     summed: Keys | None = None
     for rows in _blocks(documents):

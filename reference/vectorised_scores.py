@@ -16,15 +16,20 @@ _NORMAL_RANGE: Final = 86.0
 """Scores of a row of n keys that lie no further apart than this less log n make probabilities above 2^-125, e^-86.6."""
 
 
-def bounded_scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float) -> bool:
-    """Whether no probability can be subnormal in float32, by Cauchy-Schwarz. Asked on the host only: it waits."""
-    if q.device.type != "cpu":
-        return False
-    apart = _NORMAL_RANGE - math.log(max(k.shape[-2], 1))
-    if softcap:
-        return 2 * softcap < apart
-    longest = q.square().sum(-1).amax() * k.square().sum(-1).amax()
-    return 2 * abs(scale) * math.sqrt(longest.item()) < apart
+def bounded_scores(q: torch.Tensor, k: torch.Tensor, keys: int, how: Computation) -> bool:
+    """Whether no probability can be subnormal in float32, by Cauchy-Schwarz. Waits for the device.
+
+    Args:
+        q: ``[..., d]``, any number of rows.
+        k: ``[..., d]``, those that they may meet, and others.
+        keys: of the document with most of them.
+        how: the call computes.
+    """
+    apart = _NORMAL_RANGE - math.log(max(keys, 1))
+    if how.softcap:
+        return 2 * how.softcap < apart
+    longest = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).amax() for x in (q, k)]
+    return 2 * abs(how.scale) * (longest[0] * longest[1]).item() < apart
 
 
 class Scores(NamedTuple):

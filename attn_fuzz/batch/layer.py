@@ -87,7 +87,7 @@ def run_through(case: Case, inputs: LayerInputs, backend: Backend) -> LayerRun:
 
 
 def _answer(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Expected]:
-    """One micro-sequence's answer."""
+    """The answer to some micro-sequences."""
     return kernel_answer(case, inputs, profile, degrees=False)
 
 
