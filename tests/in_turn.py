@@ -15,7 +15,7 @@ class InTurn(Pool):
 
     def _step(self) -> None:
         assignment, restarts = self._waiting.popleft()
-        worker = _Worker(assignment, None, None, restarts, 0)  # type: ignore[arg-type]
+        worker = _Worker(assignment, None, None, None, restarts, 0)  # type: ignore[arg-type]
 
         def take(message: Message) -> None:
             self._take(worker, message)
@@ -27,7 +27,7 @@ class InTurn(Pool):
 class InThisProcess:
     """Stands for ``Isolated`` where nothing dies."""
 
-    def __init__(self, subject: Subject, timeout: float) -> None:
+    def __init__(self, subject: Subject, timeout: float, soon: float | None = None) -> None:
         self.subject, self.backend = subject, registry.load(subject.backend)
 
     def report(self, case: Case, *, operators: bool = False) -> Report:

@@ -31,7 +31,7 @@ def noticed(monkeypatch: pytest.MonkeyPatch) -> Found:
         assert isinstance(kernel, Compiling)
 
         class Here:
-            def __init__(self, subject: Subject, timeout: float) -> None:
+            def __init__(self, subject: Subject, timeout: float, soon: float | None = None) -> None:
                 self.subject = subject
 
             def report(self, case: Case, *, operators: bool = False) -> Report:

@@ -230,7 +230,7 @@ def test_what_is_refused_anyway_is_no_crash_class_case(monkeypatch: pytest.Monke
 class _Dying:
     """Stands for a child process that dies of every case."""
 
-    def __init__(self, subject: Subject, timeout: float) -> None:
+    def __init__(self, subject: Subject, timeout: float, soon: float | None = None) -> None:
         pass
 
     def symptom(self, case: Case) -> str:

@@ -184,7 +184,7 @@ class Scripted(RoundPool):
         from attn_fuzz.campaign.pool import _Worker
 
         assignment, restarts = self._waiting.popleft()
-        worker = _Worker(assignment, None, None, restarts, 0)  # type: ignore[arg-type]
+        worker = _Worker(assignment, None, None, None, restarts, 0)  # type: ignore[arg-type]
         for message in self.script:
             self._take(worker, message)
         self._done.append(worker)
@@ -217,7 +217,7 @@ def test_nobody_waits_for_a_slice_that_is_late() -> None:
     pool = RoundPool([Slice(next(jobs))], 2, listener, 1000.0)
     job, _ = pool._waiting.popleft()
     now = time.monotonic()
-    hangs = _Worker(job, None, None, 0, 0, started=now)  # type: ignore[arg-type]
+    hangs = _Worker(job, None, None, None, 0, 0, started=now)  # type: ignore[arg-type]
     pool._running.append(hangs)
     pool._refill()
     assert not pool._waiting

@@ -15,7 +15,7 @@ import torch
 from hunts import finding_of
 
 from attn_fuzz.backends import registry
-from attn_fuzz.campaign import crash_triage, pool
+from attn_fuzz.campaign import crash_triage, pool, watch
 from attn_fuzz.campaign.isolated import Isolated, NoDevice, Subject
 from attn_fuzz.campaign.messages import Assignment, Candidate, Finished, Found, Message, Tally, Trying
 from attn_fuzz.campaign.plan import CampaignOptions, plan, share_of_time
@@ -219,7 +219,8 @@ def test_what_a_worker_was_shrinking_when_it_hung_is_kept(
 ) -> None:
     """A case is found wrong after 10 calls, and shrunk in 100 more; silences had been short until then."""
     monkeypatch.setattr(pool, "SOON_SECONDS", 2.0)
-    monkeypatch.setattr(pool, "OFTEN", 3)
+    monkeypatch.setattr(watch, "AFTER_SECONDS", 0.5)
+    monkeypatch.setattr(watch, "EVERY_SECONDS", 0.2)
     kept: list[Finding] = []
     outcome = campaign(kernel(HANGS_AFTER.format(20), SCALES), 1, nothing, kept.append)
     assert outcome.findings == kept

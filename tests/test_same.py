@@ -166,7 +166,7 @@ def test_the_first_finding_ends_all_that_test_its_backend(shrinking: bool) -> No
     found: list[Finding] = []
     pool = Pool(jobs, 2, lambda tallies: None, found.append)
     workers = [
-        _Worker(job, SimpleNamespace(kill=lambda place=place: killed.append(place)), None, 0, place)  # type: ignore[arg-type]
+        _Worker(job, SimpleNamespace(kill=lambda place=place: killed.append(place)), None, None, 0, place)  # type: ignore[arg-type]
         for place, job in enumerate(jobs[:2])
     ]
     pool._running[:] = workers

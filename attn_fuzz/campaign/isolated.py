@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -18,6 +19,7 @@ from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import BackendUnavailable, UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.campaign import new_process
+from attn_fuzz.campaign.watch import Watch
 from attn_fuzz.execution.compilers import triton_variants
 from attn_fuzz.execution.operators import operators_of
 from attn_fuzz.execution.process import (
@@ -157,6 +159,9 @@ def cause_of_death(exit_code: int | None) -> str:
 _START_SECONDS: Final = 120.0
 """For a process to begin, beside the time of its first case."""
 
+_LOOK_SECONDS: Final = 1.0
+"""Between looks at a process that is silent."""
+
 FATAL: Final = ("Crashed", "Hung")
 """Symptoms of cases that are not safe to run in a process with anything else to do."""
 
@@ -167,10 +172,12 @@ class Isolated:
     Args:
         subject: the backend, where, and what is asked.
         timeout: seconds after which a case counts as hung.
+        soon: the same where the process neither compiles nor imports; None for no other.
     """
 
-    def __init__(self, subject: Subject, timeout: float) -> None:
-        self._subject, self._timeout = subject, timeout
+    def __init__(self, subject: Subject, timeout: float, soon: float | None = None) -> None:
+        self._subject, self._timeout, self._soon = subject, timeout, timeout if soon is None else soon
+        self._watch: Watch | None = None
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
 
@@ -226,8 +233,8 @@ class Isolated:
                     return self._hung(_START_SECONDS)
                 self._connection.recv()
             self._connection.send((case.to_json(), operators))
-            if not self._connection.poll(self._timeout):
-                return self._hung(self._timeout)
+            if (silent := self._silent()) is not None:
+                return self._hung(silent)
             found: Report = self._connection.recv()
         except (EOFError, OSError):
             # OSError: it died before it had read the case, or in the middle of its answer.
@@ -247,8 +254,22 @@ class Isolated:
 
     def _start(self) -> None:
         self._connection, theirs = new_process.context().Pipe()
-        self._process = new_process.start(_serve, (self._subject, theirs), AWAY_FROM_OTHERS, daemon=True)
+        self._watch = Watch(new_process.context())
+        arguments = (self._subject, theirs)
+        self._process = new_process.start(_serve, arguments, AWAY_FROM_OTHERS, daemon=True, watch=self._watch)
         theirs.close()
+
+    def _silent(self) -> float | None:
+        """Waits for an answer; seconds without one, where there is none in time."""
+        assert self._connection is not None
+        assert self._process is not None
+        assert self._watch is not None
+        began, silent = time.monotonic(), 0.0
+        while not self._connection.poll(_LOOK_SECONDS):
+            silent = time.monotonic() - began
+            if silent > self._watch.patience(self._process.pid, silent, self._soon, self._timeout):
+                return silent
+        return None
 
     def _hung(self, seconds: float) -> Report:
         """Ends a child that has said nothing for so long."""

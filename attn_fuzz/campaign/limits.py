@@ -30,6 +30,9 @@ from attn_fuzz.reference.case import Case
 ANSWER_SECONDS: Final = {"cpu": 45.0, "cuda": 150.0}
 """After which a call counts as hung, beside its process's start: compilers for GPUs take minutes for one."""
 
+SOON_SECONDS: Final = 40.0
+"""The same of a call in which nothing is compiled or imported."""
+
 ASKING_SECONDS: Final = 45.0
 """Beyond the plain cases; what has not been asked by then is taken to be as declared."""
 
@@ -104,7 +107,7 @@ class _Children:
         try:
             child = self._idle.pop()
         except IndexError:
-            child = Isolated(self._subject, ANSWER_SECONDS[self._subject.device.partition(":")[0]])
+            child = Isolated(self._subject, ANSWER_SECONDS[self._subject.device.partition(":")[0]], SOON_SECONDS)
             self._made.append(child)
         yield child
         self._idle.append(child)

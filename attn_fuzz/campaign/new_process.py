@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from attn_fuzz.campaign.orphans import end_with_parent
+from attn_fuzz.campaign.watch import Watch, tell_where
 from attn_fuzz.execution.child_memory import fill_in_children, keep_in_children
 
 _IMPORTED: Final = (
@@ -92,6 +94,7 @@ def start(
     added: Mapping[str, str],
     *,
     daemon: bool = False,
+    watch: Watch | None = None,
 ) -> BaseProcess:
     """A new process, with this one's environment as it is now.
 
@@ -100,15 +103,19 @@ def start(
         args: what it is called with.
         added: to its environment.
         daemon: it is ended with this process, and has no children.
+        watch: what asks it where it is.
     """
     added = {**_of_memory(), **added}
     environment = {**os.environ, **added}
-    process = context().Process(target=_enter, args=(environment, _Streams(), target, args), daemon=daemon)
+    told = None if watch is None else watch.theirs
+    process = context().Process(target=_enter, args=(environment, _Streams(), told, target, args), daemon=daemon)
     with _STARTING:
         _ensure_running(added)
         # Read at once by a process that is started anew.
         with _environment(added):
             process.start()
+    if told is not None:
+        told.close()
     return process
 
 
@@ -149,10 +156,16 @@ def _take_streams(*streams: tuple[int, Any]) -> None:
 
 
 def _enter(
-    environment: Mapping[str, str], streams: object, target: Callable[..., object], args: tuple[Any, ...]
+    environment: Mapping[str, str],
+    streams: object,
+    told: Connection | None,
+    target: Callable[..., object],
+    args: tuple[Any, ...],
 ) -> None:
     """The main function of a new process."""
     del streams
     end_with_parent()
+    if told is not None:
+        tell_where(told)
     _take_environment(environment)
     target(*args)

@@ -30,6 +30,7 @@ from attn_fuzz.campaign.messages import (
 )
 from attn_fuzz.campaign.plan import share_of_time
 from attn_fuzz.campaign.serve import serve
+from attn_fuzz.campaign.watch import Watch
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.execution.process import killed_for_memory, largest_memory, share_of_processors
 from attn_fuzz.execution.signals import interrupt_once
@@ -37,13 +38,11 @@ from attn_fuzz.findings.finding import Finding
 from attn_fuzz.reference.case import Case
 
 HANG_SECONDS: Final = 180.0
-"""Silence after which a worker counts as hung: compilers of JIT backends take up to half a minute for one case."""
+"""Silence after which a worker counts as hung in any case: compilers of JIT backends take up to half a minute for one
+case."""
 
 SOON_SECONDS: Final = 40.0
-"""The same on a CPU, of one that has been heard of often and was never silent for a tenth of it."""
-
-OFTEN: Final = 50
-"""Times: what a backend does once, imports and compilers, has been done by then."""
+"""The same of one that is at no compiler or import (watch.py), and was never silent for a tenth of it before."""
 
 KILLED_SECONDS: Final = 30.0
 """In which the case of a worker that was killed from outside has to end another process, to be at fault."""
@@ -72,12 +71,12 @@ class _Worker:
     assignment: Assignment
     process: BaseProcess
     connection: Connection
+    watch: Watch
     restarts: int
     place: int
     """Which of the places at a time it has taken."""
     started: float = dataclasses.field(default_factory=time.monotonic)
     heard: float = dataclasses.field(default_factory=time.monotonic)
-    times_heard: int = 0
     longest_silence: float = 0.0
     """Seconds, of those that ended after it had begun."""
     spoke: float | None = None
@@ -94,20 +93,14 @@ class _Worker:
     def hear(self) -> None:
         """Notes that a message came."""
         now = time.monotonic()
-        if self.times_heard:
+        if self.spoke is not None and not self.watch.compiled:
             self.longest_silence = max(self.longest_silence, now - self.heard)
-        self.heard, self.times_heard = now, self.times_heard + 1
+        self.heard = now
 
-    @property
     def patience(self) -> float:
-        """Seconds of silence after which it counts as hung.
-
-        On a GPU each new configuration of a kernel may be compiled, and everywhere of one that is known to compile.
-        """
-        compiles = self.assignment.device != "cpu" or self.assignment.without.get("compiles")
-        if compiles or self.times_heard < OFTEN:
-            return HANG_SECONDS
-        return min(max(SOON_SECONDS, 10 * self.longest_silence), HANG_SECONDS)
+        """Seconds of silence after which it counts as hung."""
+        soon = max(SOON_SECONDS, 10 * self.longest_silence)
+        return self.watch.patience(self.process.pid, time.monotonic() - self.heard, soon, HANG_SECONDS)
 
 
 class Pool:
@@ -162,9 +155,10 @@ class Pool:
         on_processors = assignment.device == "cpu" and max(assignment.ranks) > 1
         processors = share_of_processors(place, self._limit) if on_processors else None
         # No daemon, for those may not have the children that crash-class cases run in; run() kills what is left.
-        process = new_process.start(serve, (assignment, theirs, processors), {})
+        watch = Watch(new_process.context())
+        process = new_process.start(serve, (assignment, theirs, processors), {}, watch=watch)
         theirs.close()
-        self._running.append(_Worker(assignment, process, ours, restarts, place))
+        self._running.append(_Worker(assignment, process, ours, watch, restarts, place))
 
     def _tallies(self) -> dict[str, Tally]:
         totals = {name: Tally() for name in self._names}
@@ -291,8 +285,8 @@ class Pool:
                         self._done.append(worker)
                     else:
                         self._bury(worker, "Crashed", cause_of_death(worker.process.exitcode))
-            elif time.monotonic() - worker.heard > worker.patience:
-                self._bury(worker, "Hung", f"was silent for {worker.patience:.0f} seconds")
+            elif (silent := time.monotonic() - worker.heard) > worker.patience():
+                self._bury(worker, "Hung", f"was silent for {silent:.0f} seconds")
 
     def _tell_ended(self) -> None:
         """Tells of backends with nothing running or waiting any more."""
