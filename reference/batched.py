@@ -229,6 +229,7 @@ def answers(
     documents: Sequence[int] | None = None,
     memory: int | None = None,
     degrees: bool = False,
+    dtype: torch.dtype = torch.float64,
 ) -> Iterator[Chunk]:
     """The answers to a kernel case, chunk by chunk, computed where the inputs are.
 
@@ -239,6 +240,8 @@ def answers(
         documents: places in the call of those to answer; None for all.
         memory: bytes that one chunk may take; None: planned from what is free.
         degrees: whether to count independent errors per row.
+        dtype: that answers are computed in. In float32 they are some float32 roundings off, which half precision's
+            budgets are far above; what underflows there takes its variance along, and never adds any.
     """
     device = inputs.q.device
     group = case.heads // case.kv_heads
@@ -263,9 +266,9 @@ def answers(
         length, begin, key_length, key_begin = table[:, chosen]
         rows = _rows(begin, length, queries, sum(case.packed_lengths[index] for index in members))
         key_rows = _rows(key_begin, key_length, keys, sum(case.packed_key_lengths[index] for index in members))
-        q, dout = (rows.gather(x, torch.float64) for x in (inputs.q, inputs.dout))
-        k, v = (key_rows.gather(x, torch.float64) for x in (inputs.k, inputs.v))
-        dlse = None if inputs.dlse is None else rows.gather(inputs.dlse, torch.float64)
+        q, dout = (rows.gather(x, dtype) for x in (inputs.q, inputs.dout))
+        k, v = (key_rows.gather(x, dtype) for x in (inputs.k, inputs.v))
+        dlse = None if inputs.dlse is None else rows.gather(inputs.dlse, dtype)
         expected = vectorised.answer(
             Documents(q, k, v, dout, _mask(rows, key_rows, case.effective_window), dlse),
             how,
@@ -277,14 +280,20 @@ def answers(
 
 
 def kernel_answer(
-    case: Case, inputs: Inputs, profile: Profile, *, memory: int | None = None, degrees: bool = True
+    case: Case,
+    inputs: Inputs,
+    profile: Profile,
+    *,
+    memory: int | None = None,
+    degrees: bool = True,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Expected]:
-    """What ``answer.kernel_answer`` gives, computed in chunks."""
+    """What ``answer.kernel_answer`` gives, computed in chunks, and in this dtype."""
     shapes = {"out": inputs.q, "lse": inputs.q[..., 0], "dq": inputs.q, "dk": inputs.k, "dv": inputs.v}
-    values = {name: torch.zeros(x.shape, dtype=torch.float64, device=x.device) for name, x in shapes.items()}
+    values = {name: torch.zeros(x.shape, dtype=dtype, device=x.device) for name, x in shapes.items()}
     variances = {name: torch.zeros_like(x) for name, x in values.items()}
     counted = {name: torch.ones_like(x[..., 0]) for name, x in values.items() if name != "lse" and degrees}
-    for chunk in answers(case, inputs, profile, memory=memory, degrees=degrees):
+    for chunk in answers(case, inputs, profile, memory=memory, degrees=degrees, dtype=dtype):
         for name, expected in chunk.expected.items():
             rows = chunk.rows(name)
             rows.scatter(values[name], expected.value)

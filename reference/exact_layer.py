@@ -8,13 +8,13 @@ whose budget is a formula (budget.py), and gradients of keys and values add up o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from attn_fuzz.reference import batched
 from attn_fuzz.reference.answer import Expected, Inputs
+from attn_fuzz.reference.batched import kernel_answer
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import LayerInputs
 from attn_fuzz.reference.layout import Span, active_extent, active_lengths, micro_sequences
@@ -24,7 +24,6 @@ from attn_fuzz.reference.rounding import rounding_variance
 from attn_fuzz.reference.sums import Sums, sums_of
 
 _Tensors = dict[str, torch.Tensor]
-KernelAnswer = Callable[[Case, Inputs, Profile], dict[str, Expected]]
 
 EXACT_TENSORS = ("out", "dx", "dk", "dv")
 
@@ -40,10 +39,6 @@ def is_exact(case: Case) -> bool:
     )
 
 
-def _quick(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Expected]:
-    return batched.kernel_answer(case, inputs, profile, degrees=False)
-
-
 class _Inner(NamedTuple):
     """What the layer gives to attention, stored: ``[tokens, heads, d]``, and ``[tokens, kv_heads, d]``."""
 
@@ -54,11 +49,11 @@ class _Inner(NamedTuple):
 
 
 def _inner(case: Case, inputs: LayerInputs, weights: Mapping[str, torch.Tensor]) -> _Inner:
-    dtype, shape = inputs.x.dtype, (case.tokens, case.heads, case.head_dim)
-    x = inputs.x.double()
-    q = (x @ weights["query"].T).to(dtype).view(shape)
-    k, v = (x @ weights["key_value"].T).to(dtype).view(case.tokens, -1, case.head_dim).chunk(2, 1)
-    dout = (inputs.dout.double() @ weights["dense"]).to(dtype).view(shape)
+    stored, shape = inputs.x.dtype, (case.tokens, case.heads, case.head_dim)
+    x = inputs.x.to(weights["query"].dtype)
+    q = (x @ weights["query"].T).to(stored).view(shape)
+    k, v = (x @ weights["key_value"].T).to(stored).view(case.tokens, -1, case.head_dim).chunk(2, 1)
+    dout = (inputs.dout.to(x.dtype) @ weights["dense"]).to(stored).view(shape)
     return _Inner(q, k, v, dout)
 
 
@@ -96,16 +91,16 @@ def _call(case: Case, parts: Sequence[Span]) -> Case:
     )
 
 
-def _attended(case: Case, inner: _Inner, profile: Profile, answer: KernelAnswer) -> tuple[_Tensors, _Tensors]:
+def _attended(case: Case, inner: _Inner, profile: Profile, dtype: torch.dtype) -> tuple[_Tensors, _Tensors]:
     """(values, variances) of attention's results, those of keys and values added up over the micro-sequences."""
     names = {"out": inner.q, "dq": inner.q, "dk": inner.k, "dv": inner.v}
-    values = {name: torch.zeros_like(like, dtype=torch.float64) for name, like in names.items()}
+    values = {name: torch.zeros_like(like, dtype=dtype) for name, like in names.items()}
     variances = {name: torch.zeros_like(value) for name, value in values.items()}
     for parts in _alike(case, profile):
         rows, extents = (_places(spans, inner.q.device) for spans in zip(*parts, strict=True))
         inputs = Inputs(inner.q[rows], inner.k[extents], inner.v[extents], inner.dout[rows])
         call = _call(case, [part for part, _ in parts])
-        for name, found in answer(call, inputs, profile).items():
+        for name, found in kernel_answer(call, inputs, profile, degrees=False, dtype=dtype).items():
             if name in values:
                 place = extents if name in ("dk", "dv") else rows
                 values[name].index_add_(0, place, found.value)
@@ -144,7 +139,7 @@ class _Projections(NamedTuple):
 
 
 def exact_layer_answer(
-    case: Case, inputs: LayerInputs, profile: Profile, answer: KernelAnswer = _quick
+    case: Case, inputs: LayerInputs, profile: Profile, dtype: torch.dtype = torch.float64
 ) -> dict[str, Expected]:
     """Expected ``out`` and ``dx`` (``[tokens, hidden]``), and ``dk`` and ``dv`` as the buffer holds them at last.
 
@@ -152,11 +147,11 @@ def exact_layer_answer(
         case: a layer case for which ``is_exact`` holds.
         inputs: its tensors.
         profile: the roundings of the backend's kernel.
-        answer: to the kernel case of some micro-sequences.
+        dtype: that it is computed in (``batched.answers``).
     """
-    weights = {name: weight.double() for name, weight in inputs.weights.items()}
+    weights = {name: weight.to(dtype) for name, weight in inputs.weights.items()}
     layer = _Projections(weights, case.dtype, Narrow.projecting(case.dtype, profile))
-    values, variances = _attended(case, _inner(case, inputs, weights), profile, answer)
+    values, variances = _attended(case, _inner(case, inputs, weights), profile, dtype)
     key_value = torch.cat([values["dk"], values["dv"]], 1)
     key_value_variance = torch.cat([variances["dk"], variances["dv"]], 1) + rounding_variance(key_value, case.dtype)
     of_queries, query_variance = layer.back("query", values["dq"], variances["dq"])

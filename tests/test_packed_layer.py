@@ -90,3 +90,22 @@ def test_a_faulty_layer_is_found_and_shrunk(name: str) -> None:
     assert len(finding.case.lengths) <= 3
     assert finding.case.cuts
     assert "packed" not in finding.checks
+
+
+OVERFLOWS = (
+    '{"lengths": [3, 2], "cuts": [4], "weights": "selection", "dtype": "bf16", "values": "large", "scale": 1e18}'
+)
+LOOKED_AT = [(name, "") for name in ("loop", "legacy:loop", "fault:M18", "fault:M12")]
+
+
+@pytest.mark.parametrize(("name", "text"), [*LOOKED_AT, ("loop", OVERFLOWS)])
+def test_a_first_look_in_float32_leaves_verdicts_as_they_are(name: str, text: str) -> None:
+    backend = registry.load(name)
+    cases = [Case.from_json(text)] if text else [drawn("loop", seed, 40).replace(dtype="bf16") for seed in range(3)]
+    for case in cases:
+        exact, looked = (judge_layer(case, backend, CPU, first_look=look) for look in (False, True))
+        assert torch.equal(exact.wrong(), looked.wrong())
+        doubtful = ~(looked.z < 7.0).all(1)
+        # Judged again, the same to the bit or the order of sums.
+        assert torch.allclose(exact.z[doubtful], looked.z[doubtful], rtol=1e-6)
+        assert torch.allclose(exact.z[~doubtful], looked.z[~doubtful], atol=0.5)

@@ -6,7 +6,9 @@ Projections are exact, so that each document's verdict is about buffer, metadata
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from random import Random
+from typing import Final
 
 import torch
 
@@ -14,6 +16,7 @@ from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.judged import Judged, Question
 from attn_fuzz.cases.call_batch import CallBatch
+from attn_fuzz.cases.subsets import subset
 from attn_fuzz.execution.layer_tensors import LayerTensors
 from attn_fuzz.execution.poison import poisoned
 from attn_fuzz.execution.process import in_words, raise_lack_of_memory
@@ -21,8 +24,6 @@ from attn_fuzz.execution.runner import LayerRun
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import USUAL_HEADS, draw_options, edge_lengths
 from attn_fuzz.oracle.deviations import LIMIT, deviations, limit
-from attn_fuzz.reference.answer import Expected, Inputs
-from attn_fuzz.reference.batched import kernel_answer
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.exact_layer import EXACT_TENSORS, exact_layer_answer
 from attn_fuzz.reference.layer import LayerInputs, layer_inputs
@@ -86,13 +87,15 @@ def run_through(case: Case, inputs: LayerInputs, backend: Backend) -> LayerRun:
     return run
 
 
-def _answer(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Expected]:
-    """The answer to some micro-sequences."""
-    return kernel_answer(case, inputs, profile, degrees=False)
-
-
-def judge_layer(case: Case, backend: Backend, device: torch.device) -> Judged:
+def judge_layer(case: Case, backend: Backend, device: torch.device, *, first_look: bool | None = None) -> Judged:
     """Runs a layer and judges every document by its largest deviation.
+
+    Args:
+        case: a layer case whose projections are exact.
+        backend: whose layer.
+        device: where.
+        first_look: whether the answer is computed in float32 at first, and in float64 for those documents alone that
+            this leaves a doubt about; None where it pays: on a GPU, for half precision.
 
     Raises:
         torch.OutOfMemoryError: as it comes.
@@ -109,13 +112,66 @@ def judge_layer(case: Case, backend: Backend, device: torch.device) -> Judged:
     except Exception as error:
         raise_lack_of_memory(error)
         return dataclasses.replace(judged, broken={0: in_words(error)})
-    expected = exact_layer_answer(case, inputs, backend.kernel.profile_on(device.type), _answer)
-    owner = packed(case.packed_lengths, device).owner
-    for column, name in enumerate(EXACT_TENSORS):
-        if name not in results:
-            continue
-        if results[name].shape != expected[name].value.shape:
+    results = {name: results[name] for name in EXACT_TENSORS if name in results}
+    for name, got in results.items():
+        if got.shape != (case.tokens, *_SHAPES[name](case)):
             return dataclasses.replace(judged, broken={0: f"{name} is of another shape"})
-        worst = deviations(case, results[name], expected[name]).flatten(1).amax(1)
-        z[:, column].scatter_reduce_(0, owner, worst, "amax")
+    profile = backend.kernel.profile_on(device.type)
+    if first_look is None:
+        first_look = device.type != "cpu" and case.dtype != "fp32"
+    # Products in TF32 would be as coarse as half precision.
+    if first_look and torch.get_float32_matmul_precision() == "highest":
+        z = _largest(case, inputs, results, profile, torch.float32)
+        _look_again(case, device, results, profile, z)
+    else:
+        z = _largest(case, inputs, results, profile, torch.float64)
     return dataclasses.replace(judged, z=z.cpu() * (LIMIT / limit(case)), touched=bool(run.changed()))
+
+
+_SHAPES: Final[dict[str, Callable[[Case], tuple[int, ...]]]] = {
+    "out": lambda case: (case.hidden,),
+    "dx": lambda case: (case.hidden,),
+    "dk": lambda case: (case.kv_heads, case.head_dim),
+    "dv": lambda case: (case.kv_heads, case.head_dim),
+}
+"""Of a token's results."""
+
+_OFF: Final = 3.0
+"""Standard deviations by which float32 may be off, and by far more than it is: budgets are of half precision, and of
+float32 sums."""
+
+
+def _largest(
+    case: Case, inputs: LayerInputs, results: Mapping[str, torch.Tensor], profile: Profile, dtype: torch.dtype
+) -> torch.Tensor:
+    """The largest deviation of each document, float64 ``[documents, tensors]``, by an answer in this dtype."""
+    expected = exact_layer_answer(case, inputs, profile, dtype)
+    owner = packed(case.packed_lengths, inputs.x.device).owner
+    z = torch.zeros(len(case.packed_lengths), len(EXACT_TENSORS), dtype=torch.float64, device=inputs.x.device)
+    for column, name in enumerate(EXACT_TENSORS):
+        if name in results:
+            worst = deviations(case, results[name], expected[name]).flatten(1).amax(1)
+            if dtype != torch.float64 and not expected[name].variance.amax().isfinite():
+                # A budget that has overflowed lets everything pass.
+                worst.fill_(torch.inf)
+            z[:, column].scatter_reduce_(0, owner, worst.double(), "amax")
+    return z
+
+
+def _look_again(
+    case: Case, device: torch.device, results: Mapping[str, torch.Tensor], profile: Profile, z: torch.Tensor
+) -> None:
+    """Judges those documents by the float64 answer that float32 leaves a doubt about; writes over their ``z``."""
+    # NaN is a doubt, too.
+    doubtful = (~(z < LIMIT - _OFF).all(1)).nonzero()[:, 0]
+    places = doubtful.tolist()
+    if not places:
+        return
+    small = None if case.padding else subset(case, places)
+    if small is None:
+        z.copy_(_largest(case, layer_inputs(case, device), results, profile, torch.float64))
+        return
+    spans = document_spans(case.packed_lengths)
+    rows = torch.cat([torch.arange(*spans[place], device=device) for place in places])
+    some = {name: got[rows] for name, got in results.items()}
+    z[doubtful] = _largest(small, layer_inputs(small, device), some, profile, torch.float64)
