@@ -29,6 +29,9 @@ register_profiles()
 
 def pytest_configure(config: pytest.Config) -> None:
     """The profile ``dev`` unless another is asked for; one thread, plain float32, one GPU per xdist worker, in turn."""
+    if getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput"):
+        # It hands out tests and runs none: torch, which takes seconds to import, is the workers' matter.
+        return
     # Not before pytest has loaded the plugin, whose assertions it rewrites.
     from attn_fuzz.execution.process import set_up_process
     from attn_fuzz.pytest_plugin import test_device

@@ -172,6 +172,7 @@ def within(backend: Backend, ready: Callable[[], tuple[Configuration, ...]]) -> 
     return dataclasses.replace(backend, kernel=kernel)
 
 
+@functools.cache
 def kernel_names() -> tuple[str, ...]:
     """Names of all kernel adapters, from the files of ``backends/kernels``."""
     return tuple(sorted(module.name for module in pkgutil.iter_modules(kernels.__path__)))

@@ -49,19 +49,19 @@ class Segment(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def _bounds(lengths: tuple[int, ...]) -> tuple[int, ...]:
+def borders(lengths: tuple[int, ...]) -> tuple[int, ...]:
     """Where each document begins, and where the last one ends."""
     return tuple(itertools.accumulate(lengths, initial=0))
 
 
 def document_spans(lengths: Sequence[int]) -> tuple[Span, ...]:
     """Where each document lies in the packed sequence."""
-    return tuple(map(Span._make, itertools.pairwise(_bounds(tuple(lengths)))))
+    return tuple(map(Span._make, itertools.pairwise(borders(tuple(lengths)))))
 
 
 def cut_inside_document(lengths: Sequence[int], cuts: Sequence[int]) -> int | None:
     """The first cut that is no document boundary, or None."""
-    boundaries = {span.end for span in document_spans(lengths)}
+    boundaries = set(borders(tuple(lengths))[1:])
     return next((cut for cut in cuts if cut not in boundaries), None)
 
 
@@ -115,7 +115,7 @@ def segments(lengths: Sequence[int], micro_sequence: Span) -> tuple[Segment, ...
 
 def _active(lengths: tuple[int, ...], begin: int, end: int) -> Iterator[Segment]:
     """``segments``, in order."""
-    bounds = _bounds(lengths)
+    bounds = borders(lengths)
     for index in _active_documents(lengths, begin, end):
         start, stop = bounds[index], min(bounds[index + 1], end)
         yield Segment(index, Span(max(start, begin), stop), Span(start, stop))
@@ -123,7 +123,7 @@ def _active(lengths: tuple[int, ...], begin: int, end: int) -> Iterator[Segment]
 
 def _active_documents(lengths: tuple[int, ...], begin: int, end: int) -> range:
     """Places of the documents of ``segments``, found without a look at the others, of which there may be thousands."""
-    bounds = _bounds(lengths)
+    bounds = borders(lengths)
     # The first that stands where the micro-sequence begins, be it empty, or the one that it begins within.
     first = min(bisect.bisect_right(bounds, begin) - 1, bisect.bisect_left(bounds, begin))
     return range(first, len(lengths) if end == bounds[-1] else bisect.bisect_left(bounds, end))
@@ -132,7 +132,7 @@ def _active_documents(lengths: tuple[int, ...], begin: int, end: int) -> range:
 def active_lengths(lengths: Sequence[int], micro_sequence: Span) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Queries and keys of the documents of ``segments``: only the first and the last can be cut."""
     lengths, (begin, end) = tuple(lengths), micro_sequence
-    bounds, active = _bounds(lengths), _active_documents(lengths, begin, end)
+    bounds, active = borders(lengths), _active_documents(lengths, begin, end)
     keys = [*lengths[active.start : active.stop]]
     keys[-1] = min(bounds[active.stop], end) - bounds[active.stop - 1]
     queries = [keys[0] - max(begin - bounds[active.start], 0), *keys[1:]]

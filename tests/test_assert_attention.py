@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from devices import needs_cuda
+from devices import but_forced_slow, needs_cuda
 
 from attn_fuzz import AttentionMismatch, assert_attention
 from attn_fuzz.backends import registry
@@ -95,7 +96,7 @@ def arithmetic_of(backend: Backend, device: str) -> dict[str, Any]:
 
 @on_every_device
 @pytest.mark.parametrize("dtype", OPTIONS)
-@pytest.mark.parametrize("name", registry.backend_names())
+@pytest.mark.parametrize("name", but_forced_slow(registry.backend_names()))
 def test_right_results_pass(name: str, dtype: str, device: str) -> None:
     backend = registry.load(name)
     if reason := backend.kernel.why_unavailable(device):
@@ -176,8 +177,7 @@ FAULTS: dict[str, tuple[Fault, str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", OPTIONS)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("fault", "dtype"), zip(FAULTS, itertools.cycle(OPTIONS)))
 def test_a_fault_is_named_at_its_place(fault: str, dtype: str) -> None:
     change, tensor, place = FAULTS[fault]
     given = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in right(dtype).items()}

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from devices import but_forced_slow
 
 from attn_fuzz.backends.kernel import AttentionOptions, Capabilities, Kernel, UnsupportedCase
 from attn_fuzz.backends.layer import BufferedLayer
@@ -26,9 +27,7 @@ def runs_on_cpu(name: str) -> bool:
 
 
 CPU_KERNELS = [name for name in kernel_names() if runs_on_cpu(name)]
-FORCED = ("sdpa_dense_", "sdpa_nested_")
-"""Adapters that are another one's with one of torch's kernels forced."""
-EACH_KERNEL = [pytest.param(name, marks=pytest.mark.slow) if name.startswith(FORCED) else name for name in CPU_KERNELS]
+EACH_KERNEL = but_forced_slow(CPU_KERNELS)
 
 # The registry.
 

@@ -242,7 +242,7 @@ def test_an_output_beside_its_lse_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))])
-@pytest.mark.parametrize("head_dim", [8, 64, 128])
+@pytest.mark.parametrize("head_dim", [8, 128])
 @pytest.mark.parametrize("values", VALUES)
 def test_garbage_does_not_overflow_what_a_half_precision_kernel_stores(
     head_dim: int, values: str, seed: int, tmp_path: Path

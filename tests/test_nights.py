@@ -278,7 +278,7 @@ def test_a_campaign_goes_on_where_the_last_one_was(campaign: Run) -> None:
     assert os.listdir(".attn-fuzz/findings.running") == []
     jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema, of the extra dev")
     for done in (first, second):
-        jsonschema.validate(done.json, SCHEMA)
+        jsonschema.Draft202012Validator(SCHEMA).validate(done.json)
 
 
 def test_wrong_campaigns_are_one_sentence(campaign: Run, monkeypatch: pytest.MonkeyPatch) -> None:

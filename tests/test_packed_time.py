@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -78,17 +79,22 @@ def tried(cost: Callable[[Case], float], seconds: float, patch: pytest.MonkeyPat
     return [Case.from_json(each.case) for each in messages if isinstance(each, Trying)], clock.seconds
 
 
+@functools.cache
+def in_ten_seconds(cost: Callable[[Case], float]) -> tuple[list[Case], float]:
+    """Cases of a campaign of ten seconds, and when it ended."""
+    with pytest.MonkeyPatch.context() as patch:
+        return tried(cost, 10.0, patch)
+
+
 @pytest.mark.parametrize("cost", [padded, slow])
-def test_a_campaign_on_a_slow_backend_ends_in_time(
-    cost: Callable[[Case], float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cases, ended = tried(cost, 10.0, monkeypatch)
+def test_a_campaign_on_a_slow_backend_ends_in_time(cost: Callable[[Case], float]) -> None:
+    cases, ended = in_ten_seconds(cost)
     assert len(cases) > 4
     assert 10.0 <= ended < 12.0
 
 
-def test_no_document_is_long_where_all_are_padded_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases, _ = tried(padded, 30.0, monkeypatch)
+def test_no_document_is_long_where_all_are_padded_to_it() -> None:
+    cases, _ = in_ten_seconds(padded)
     assert max(max(case.lengths) for case in cases if case.level == "kernel") <= LONGEST_QUERIES
 
 
@@ -100,8 +106,8 @@ def test_a_quick_backend_has_its_crowds_and_its_long_documents(monkeypatch: pyte
     assert max(max(case.lengths) for case in kernel_cases) > LONGEST_QUERIES
 
 
-def test_a_slow_backend_has_no_crowd_that_ends_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases, _ = tried(slow, 10.0, monkeypatch)
+def test_a_slow_backend_has_no_crowd_that_ends_too_late() -> None:
+    cases, _ = in_ten_seconds(slow)
     assert max(len(case.lengths) for case in cases) < CROWD
 
 

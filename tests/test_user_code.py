@@ -56,7 +56,7 @@ def test_a_kernel_that_does_everything_is_clean(dtype: str, poisons: tuple[str, 
 def test_a_layer_that_does_everything_is_clean(dtype: str, poisons: tuple[str, ...], device: str) -> None:
     # A second case of the same shapes: the layer's module persists, and the first one's results were its gradients.
     backend = registry.load(f"layer:{USER_CODE}:Layer")
-    for seed in (0, 1):
+    for seed in (0, 1) if poisons == POISONS else (0,):
         assert examine(LAYER_CASES[dtype].replace(seed=seed), backend, device, poisons).symptoms == ()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from random import Random
 
@@ -163,10 +164,17 @@ def test_what_is_sent_to_one_neighbour_only_is_no_fault(tmp_path: Path) -> None:
         )
     )
     case = ACROSS.replace(ranks=4)
-    assert said(case, ring) == said(case, ring) == []
+    for _ in range(2):
+        assert examine(case, ring, CPU, ("nan",), probes=()).symptoms == ()
 
 
 # Broken ones.
+
+
+@functools.cache
+def said_of_example(case: Case) -> list[str]:
+    """Of the layer before a line was broken; several lines break in one case."""
+    return said(case, loaded(EXAMPLE))
 
 
 @pytest.mark.parametrize("name", BREAKS)
@@ -175,7 +183,7 @@ def test_a_broken_line_shows_in_a_small_case(name: str, tmp_path: Path) -> None:
     case = Case(head_dim=1, hidden=1, ranks=2, **layout)  # type: ignore[arg-type]
     verdict = examine(case, loaded(written(tmp_path, *BREAKS[name])), CPU)
     assert (type(verdict.first).__name__, verdict.checks[0]) == (symptom, check)
-    assert said(case, loaded(EXAMPLE)) == []
+    assert said_of_example(case) == []
 
 
 @pytest.mark.slow
@@ -241,8 +249,9 @@ def test_a_collective_that_is_left_over_does_not_meet_the_next_case(tmp_path: Pa
     )
     case = ACROSS.replace(seed=1)
     path = written(tmp_path, ends, left + ends)
-    examine(case, loaded(path), CPU, ("nan",), probes=())
-    assert said(case, loaded(EXAMPLE)) == []
+    for each in (path, EXAMPLE):
+        verdict = examine(case, loaded(each), CPU, ("nan",), probes=())
+    assert verdict.symptoms == ()
 
 
 def proc(folder: Path, *threads: tuple[str, float, str]) -> Path:

@@ -13,7 +13,7 @@ from typing import Final
 
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.reference.case import Case
-from attn_fuzz.reference.layout import Span, document_spans
+from attn_fuzz.reference.layout import Span, borders
 
 PADDING: Final = 1 << 23
 """Documents of a layer's batch with names from here on are padding of the calls that they end. By itself such a call
@@ -42,11 +42,11 @@ class CallBatch:
         if case is None or not ends or ends[-1] != len(case.packed_lengths):
             return None
         if case.level == "layer" and len(ends) > 1:
-            bounds = document_spans(case.packed_lengths)
-            borders = [bounds[end - 1].end for end in ends]
-            if any(begin == end for begin, end in itertools.pairwise((0, *borders))):
+            rows = borders(case.packed_lengths)
+            stops = [rows[end] for end in ends]
+            if any(begin == end for begin, end in itertools.pairwise((0, *stops))):
                 return None
-            case = case.replace(cuts=tuple(sorted({*case.cuts, *borders[:-1]})))
+            case = case.replace(cuts=tuple(sorted({*case.cuts, *stops[:-1]})))
         try:
             return cls(case, ends)
         except ValueError:
@@ -60,8 +60,8 @@ class CallBatch:
     @functools.cached_property
     def tokens(self) -> tuple[Span, ...]:
         """The query rows of each call."""
-        spans = document_spans(self.case.packed_lengths)
-        return tuple(Span(spans[begin].begin, spans[end - 1].end) for begin, end in self.spans)
+        rows = borders(self.case.packed_lengths)
+        return tuple(Span(rows[begin], rows[end]) for begin, end in self.spans)
 
     @functools.cached_property
     def calls(self) -> tuple[Case, ...]:
