@@ -254,7 +254,9 @@ def test_a_wrong_kernel_is_false_and_raises(tmp_path: Path, monkeypatch: pytest.
     path = tmp_path / "mine.py"
     path.write_text(
         EXAMPLE.read_text().replace("softmax_scale", "softmax_scale", 1) + "\nright = kernel\n"
-        "def kernel(q, k, v, *rest, **options):\n    return right(q, k, v * 1.01, *rest, **options)\n"
+        "def kernel(q, k, v, *rest, **options):\n    return right(q, k, v * 1.01, *rest, **options)\n\n"
+        # Finding out what a kernel takes is most of the time of a short check.
+        "kernel.capabilities = {'head_dims': (8,), 'gqa': False, 'memories': ('contiguous',)}\n"
     )
     options = {"cases": 20, "level": "kernel", "mode": "case", "workers": 1, "device": "cpu", "dtype": "fp32"}
     verdicts: list[Verdict] = []

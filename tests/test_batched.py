@@ -102,7 +102,7 @@ def assert_both_agree(case: Case, profile: Profile, memory: int | None) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     case=packed_cases(),
     profile=st.sampled_from(PROFILES),

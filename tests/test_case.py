@@ -227,7 +227,7 @@ JUNK = st.one_of(
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=DRAWN, name=st.sampled_from([field.name for field in dataclasses.fields(Case)]), junk=JUNK)
 def test_junk_in_a_field_is_refused_or_makes_a_case(case: Case, name: str, junk: object) -> None:
     """Of any content of a file nothing but a CaseError comes; what is taken survives JSON."""

@@ -40,7 +40,7 @@ def shapes(case: Case) -> list[tuple[int, ...]]:
     return [tuple(x.shape) for x in tensors] + [(len(case.packed_lengths), case.capacity, *case.cuts)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(case=st.one_of(*(cases(level, Domain.of(Capabilities(), "cpu")) for level in LEVELS)))
 def test_a_interfering_call_has_the_shapes_of_its_case_and_other_values(case: Case) -> None:
     other = interfering_call(case, LOOP, "cpu")

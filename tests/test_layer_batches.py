@@ -387,18 +387,18 @@ def test_faults_of_layers_are_found_shrunk_and_handed_over(fault: str, symptom: 
 
 
 def test_a_clean_campaign_counts_its_calls() -> None:
-    findings, finished = campaign("loop", 40)
+    findings, finished = campaign("loop", 24)
     tally = finished.tally
     assert not findings
-    assert tally.cases == 40
-    assert sum(tally.by_kind.values()) == 40
+    assert tally.cases == 24
+    assert sum(tally.by_kind.values()) == 24
     assert all(kind.startswith("batch-layer ") for kind in tally.by_kind)
     assert tally.straddling
     assert any(key.startswith("batch-layer") for key in tally.worst_z)
 
 
 def test_levels_take_turns() -> None:
-    _, finished = campaign("loop", 40, levels=("layer", "kernel"))
+    _, finished = campaign("loop", 16, levels=("layer", "kernel"))
     assert {kind.split()[0] for kind in finished.tally.by_kind} == {"batch", "batch-layer"}
 
 

@@ -34,7 +34,7 @@ def cut_cases(draw: st.DrawFn) -> Case:
 
 
 every_cut_case = given(case=cut_cases())
-quick = settings(max_examples=80, deadline=None)
+quick = settings(max_examples=50, deadline=None)
 
 
 def owners(lengths: tuple[int, ...]) -> list[int]:

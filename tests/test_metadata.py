@@ -14,7 +14,7 @@ from attn_fuzz.reference.layout import Span, active_extent, segments
 
 CPU = torch.device("cpu")
 lengths_strategy = st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any)
-bounded = settings(deadline=None, max_examples=100)
+bounded = settings(deadline=None, max_examples=50)
 
 
 @st.composite

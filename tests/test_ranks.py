@@ -64,7 +64,7 @@ def spread(draw: st.DrawFn) -> Case:
     return Case(lengths=tuple(lengths), padding=padding, cuts=cuts, ranks=ranks)
 
 
-bounded = settings(deadline=None, max_examples=60)
+bounded = settings(deadline=None, max_examples=40)
 
 
 # Layout and metadata.

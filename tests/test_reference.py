@@ -76,7 +76,7 @@ def small_kernel_cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(case=small_kernel_cases())
 def test_kernel_answer_equals_autograd(case: Case) -> None:
     inputs = kernel_inputs(case, "cpu")
@@ -88,7 +88,7 @@ def test_kernel_answer_equals_autograd(case: Case) -> None:
         assert close(answer[name].value, wanted.detach()), name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(case=small_kernel_cases())
 def test_dead_rows_are_owed_exact_zeros(case: Case) -> None:
     answer = kernel_answer(case, kernel_inputs(case, "cpu"), Profile())
@@ -99,7 +99,7 @@ def test_dead_rows_are_owed_exact_zeros(case: Case) -> None:
     assert (answer["lse"].value[~mask.any(1)] == -torch.inf).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(case=small_kernel_cases(), data=st.data())
 def test_documents_are_independent(case: Case, data: st.DataObject) -> None:
     """Other values in one document leave the answers of all others as they were, to the last bit."""
@@ -228,7 +228,7 @@ def small_layer_cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(case=small_layer_cases())
 def test_layer_answer_equals_autograd(case: Case) -> None:
     inputs = layer_inputs(case, "cpu")

@@ -242,7 +242,7 @@ FAILURES: dict[str, Callable[[Case], bool]] = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(case=DRAWN, failure=st.sampled_from(sorted(FAILURES)))
 def test_what_comes_out_fails_is_no_larger_and_minimal(case: Case, failure: str) -> None:
     asked: list[Case] = []
@@ -273,7 +273,7 @@ def test_keys_do_not_become_more_so_that_there_are_as_many_as_queries() -> None:
     assert (small.lengths, small.key_lengths) == ((3,), None)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(case=DRAWN)
 def test_all_that_is_offered_is_simpler(case: Case) -> None:
     for step in (*PASSES, one_shorter):

@@ -30,7 +30,13 @@ from attn_fuzz.reference.memory import same_bits
 USER_CODE = Path(__file__).with_name("user_code.py")
 
 # Each poison by itself too: what one of them hides, the other must not be needed to show.
-under_every_poison = pytest.mark.parametrize("poisons", [POISONS, *((poison,) for poison in POISONS)], ids=" ".join)
+under_every_poison = pytest.mark.parametrize(
+    ("dtype", "poisons"),
+    [
+        pytest.param("fp32", POISONS, id="fp32"),
+        *(pytest.param("bf16", (poison,), marks=pytest.mark.slow, id=f"bf16-{poison}") for poison in POISONS),
+    ],
+)
 
 KERNEL_CASES = {
     "fp32": Case(level="kernel", lengths=(5, 3), head_dim=4),
@@ -45,18 +51,16 @@ in_every_dtype = pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", 
 
 @on_every_device
 @under_every_poison
-@in_every_dtype
 def test_a_kernel_that_does_everything_is_clean(dtype: str, poisons: tuple[str, ...], device: str) -> None:
     assert examine(KERNEL_CASES[dtype], registry.load(f"{USER_CODE}:kernel"), device, poisons).symptoms == ()
 
 
 @on_every_device
 @under_every_poison
-@in_every_dtype
 def test_a_layer_that_does_everything_is_clean(dtype: str, poisons: tuple[str, ...], device: str) -> None:
     # A second case of the same shapes: the layer's module persists, and the first one's results were its gradients.
     backend = registry.load(f"layer:{USER_CODE}:Layer")
-    for seed in (0, 1) if poisons == POISONS else (0,):
+    for seed in (0, 1):
         assert examine(LAYER_CASES[dtype].replace(seed=seed), backend, device, poisons).symptoms == ()
 
 

@@ -156,6 +156,7 @@ RING = "        if self.group is not None and self.rank < 2 < self.ranks:\n     
 )
 
 
+@pytest.mark.slow
 def test_what_is_sent_to_one_neighbour_only_is_no_fault(tmp_path: Path) -> None:
     """Ranks count other numbers of messages then, as the ends of rings do."""
     ring = loaded(
@@ -468,7 +469,7 @@ def test_the_command_is_clean_on_the_example(attn_fuzz: Run) -> None:
 @pytest.mark.usefixtures("in_this_process")
 def test_what_is_found_over_ranks_is_replayed_and_kept(attn_fuzz: Run, tmp_path: Path) -> None:
     broken = written(tmp_path, *BREAKS["gathered_backwards"])
-    done = attn_fuzz("check-layer", "written.py:Layer", *OPTIONS, "--ranks", "4", "--cases", "20", "--first")
+    done = attn_fuzz("check-layer", "written.py:Layer", *OPTIONS, "--ranks", "2", "--cases", "20", "--first")
     assert done.status == 1, done.err
     (finding,) = done.json["findings"]
     assert finding["case"]["ranks"] == 2

@@ -101,7 +101,7 @@ def by_document(case: Case, heads: int, channels: int) -> dict[int, torch.Tensor
     return dict(zip(case.packed_ids, parts, strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(documents=DOCUMENTS, data=st.data(), values=st.sampled_from(VALUES))
 def test_a_document_keeps_its_values_whatever_becomes_of_the_rest(
     documents: dict[int, int], data: st.DataObject, values: str

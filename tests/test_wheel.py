@@ -103,13 +103,16 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a minut
 
 
 @pytest.fixture(params=["wheel", pytest.param("checkout", marks=NO_GPU)])
-def run(request: pytest.FixtureRequest, theirs: Path) -> Run:
+def run(request: pytest.FixtureRequest, theirs: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs a Python module there, as if the wheel were installed, or with a bare checkout on the path."""
     place = ROOT if request.param == "checkout" else request.getfixturevalue("installed")
+    compiled = tmp_path_factory.mktemp("compiled")
 
     def inner(*arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1"}
-        environment.pop("PYTEST_XDIST_WORKER", None)
+        # What pip compiles when it installs is compiled once, for all commands, and nothing in a checkout.
+        environment = {**os.environ, "PYTHONPATH": str(place), "PYTHONPYCACHEPREFIX": str(compiled)}
+        for name in ("PYTEST_XDIST_WORKER", "PYTHONDONTWRITEBYTECODE"):
+            environment.pop(name, None)
         return subprocess.run(
             [sys.executable, "-m", *arguments], cwd=theirs, env=environment, capture_output=True, text=True, check=False
         )
