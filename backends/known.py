@@ -72,10 +72,6 @@ def _window_cuts(case: Case, calls: Calls) -> bool:
     return left >= 0 and any(q > 0 and k > left + 1 for call in calls for q, k in call)
 
 
-def _case(text: str) -> Case:
-    return Case.from_json(text)
-
-
 KNOWN: Final[tuple[KnownIssue, ...]] = (
     KnownIssue(
         id="cudnn-masked-backward-nan",
@@ -88,7 +84,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         found_by="probe",
         present=_cudnn_919,
         covers=_whole_key_tiles,
-        minimal=_case(
+        minimal=Case.from_json(
             '{"level": "kernel", "lengths": [1], "key_lengths": [64], "head_dim": 8, "dtype": "bf16", "seed": 1}'
         ),
         operators=("aten::_scaled_dot_product_cudnn_attention",),
@@ -102,7 +98,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         reference=f"pytorch#194818; {_TORCH} on an H200, 2026-11-28",
         present=_cuda,
         covers=lambda case, calls: case.memory == "misaligned",
-        minimal=_case(
+        minimal=Case.from_json(
             '{"level": "kernel", "lengths": [1, 6, 1, 4, 1], "head_dim": 64, "scale": 0.125, "dtype": "bf16", '
             '"values": "ties", "seed": 4, "memory": "misaligned"}'
         ),
@@ -126,7 +122,9 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         found_by="probe",
         present=_cuda,
         covers=_window_cuts,
-        minimal=_case('{"level": "kernel", "lengths": [5], "head_dim": 8, "dtype": "bf16", "window": [1, -1]}'),
+        minimal=Case.from_json(
+            '{"level": "kernel", "lengths": [5], "head_dim": 8, "dtype": "bf16", "window": [1, -1]}'
+        ),
     ),
     KnownIssue(
         id="torch-cudnn-row-stride",
@@ -138,7 +136,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         reference=f"{_TORCH} with cuDNN 9.19 on an H200, 2026-11-24; of the kind of pytorch#194818",
         present=_cudnn_919,
         covers=lambda case, calls: case.memory in ("fused", "sliced", "head_major"),
-        minimal=_case(
+        minimal=Case.from_json(
             '{"level": "kernel", "lengths": [2, 3], "heads": 2, "kv_heads": 2, "head_dim": 64, "dtype": "bf16", '
             '"memory": "fused"}'
         ),
@@ -153,7 +151,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         reference=f"{_TORCH} with cuDNN 9.19 on an H200, 2026-11-24; padded grad_out is among pytorch#194818",
         present=_cudnn_919,
         covers=lambda case, calls: case.level == "kernel" and case.memory in ("fused", "sliced", "head_major"),
-        minimal=_case(
+        minimal=Case.from_json(
             '{"level": "kernel", "lengths": [5, 33], "heads": 2, "kv_heads": 2, "head_dim": 64, "dtype": "bf16", '
             '"memory": "fused"}'
         ),
@@ -169,7 +167,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         found_by="campaign unaided",
         present=_cudnn_919,
         covers=lambda case, calls: any(max(q, k) > case.head_dim for call in calls for q, k in call),
-        minimal=_case(
+        minimal=Case.from_json(
             '{"level": "kernel", "lengths": [65], "heads": 2, "kv_heads": 2, "head_dim": 64, "dtype": "bf16"}'
         ),
         crashes=True,
@@ -185,7 +183,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         "the kind of cudnn-frontend#516 and #540",
         present=_cudnn_919,
         covers=lambda case, calls: case.level == "kernel" and case.memory in ("fused", "sliced", "head_major"),
-        minimal=_case(
+        minimal=Case.from_json(
             '{"level": "kernel", "lengths": [2, 3], "heads": 4, "kv_heads": 2, "head_dim": 64, "dtype": "bf16", '
             '"memory": "fused"}'
         ),
@@ -200,7 +198,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         "as we know",
         present=_cudnn_919,
         covers=lambda case, calls: any(q > 0 and k == 0 for call in calls for q, k in call),
-        minimal=_case(
+        minimal=Case.from_json(
             '{"level": "kernel", "lengths": [2, 3], "key_lengths": [0, 3], "heads": 4, "kv_heads": 2, "head_dim": 64, '
             '"dtype": "bf16"}'
         ),
@@ -215,7 +213,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         "cudnn-frontend#624, #646 and SageAttention#377",
         present=_cuda,
         covers=lambda case, calls: case.level == "kernel" and case.capacity > 0,
-        minimal=_case(
+        minimal=Case.from_json(
             '{"level": "kernel", "lengths": [16], "heads": 4, "kv_heads": 2, "head_dim": 64, "dtype": "bf16", '
             '"capacity": 1}'
         ),

@@ -29,10 +29,6 @@ class DeclaredLimit:
     """As of known issues (``backends.known``)."""
 
 
-def _case(text: str) -> Case:
-    return Case.from_json(text)
-
-
 _SEEN: Final = "torch 2.11, flash-attn 2.8.3.post2 on an H100, 2026-11-23 (docs/oracle.md)"
 
 LIMITS: Final[tuple[DeclaredLimit, ...]] = (
@@ -44,7 +40,7 @@ LIMITS: Final[tuple[DeclaredLimit, ...]] = (
             symptom="Crashed",
             about="q, k or v off 16-byte alignment ends in a misaligned-address fault that takes the context with it",
             reference=_SEEN,
-            minimal=_case(
+            minimal=Case.from_json(
                 '{"level": "kernel", "lengths": [1, 6, 1, 4, 1], "head_dim": 64, "dtype": "bf16", '
                 '"memory": "misaligned"}'
             ),
@@ -59,7 +55,7 @@ LIMITS: Final[tuple[DeclaredLimit, ...]] = (
         about="grouped heads, a longest document of one query and an empty document beside it are taken for a decoding "
         "batch, which raises about a shape",
         reference=_SEEN,
-        minimal=_case(
+        minimal=Case.from_json(
             '{"level": "kernel", "lengths": [0, 1], "heads": 2, "head_dim": 8, "causal": false, "dtype": "bf16"}'
         ),
     ),
@@ -72,7 +68,7 @@ LIMITS: Final[tuple[DeclaredLimit, ...]] = (
             about="a window with a left bound whose right side is open or at least max_seqlen_k, over a document with "
             "more queries than keys, is closed at max_seqlen_k: early rows see no key although they may",
             reference=_SEEN,
-            minimal=_case(
+            minimal=Case.from_json(
                 '{"level": "kernel", "lengths": [3], "key_lengths": [1], "head_dim": 8, "causal": false, '
                 '"window": [0, 2], "dtype": "bf16"}'
             ),

@@ -15,7 +15,7 @@ from attn_fuzz.campaign.messages import Assignment, Tally
 from attn_fuzz.cli.bench import show_processes
 from attn_fuzz.evaluation import bench, bench_calls
 from attn_fuzz.evaluation.bench_calls import batches_shared_of, settled_rate
-from attn_fuzz.evaluation.bench_processes import BenchError, Job, bench_processes, processes_of
+from attn_fuzz.evaluation.bench_processes import BenchError, Job, bench_processes, measure_processes
 from attn_fuzz.execution.timing import median
 
 CPU = torch.device("cpu")
@@ -185,4 +185,4 @@ def test_a_campaign_is_heard_while_it_is_measured(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_a_lost_process_is_told() -> None:
     with pytest.raises(BenchError, match="died"):
-        processes_of(Job(("loop",), (1,), 0.1, "nowhere", SMALL, ("kernel",)), lambda line: None)
+        measure_processes(Job(("loop",), (1,), 0.1, "nowhere", SMALL, ("kernel",)), lambda line: None, {})

@@ -58,6 +58,20 @@ def test_the_same_finding_again_takes_the_place_of_the_first(store: Store) -> No
     assert len(files(store)) == 1
 
 
+def test_a_file_is_read_again_where_it_is_another_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.save(FINDING)
+    read: list[object] = []
+    from_dict = Finding.from_dict
+    monkeypatch.setattr(Finding, "from_dict", lambda data: read.append(data) or from_dict(data))
+    assert [store.load(FINDING.id) for _ in range(3)] == [FINDING] * 3
+    assert len(read) == 1
+    # By another process, say.
+    changed = dataclasses.replace(FINDING, cases_to_find=1234)
+    Store(store.folder).save(changed)
+    assert store.load(FINDING.id) == changed
+    assert len(read) == 2
+
+
 def test_stores_merge_by_copying(store: Store, tmp_path: Path) -> None:
     other = Store(tmp_path / "other")
     other.prepare()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 from commandline import Run, sentence
 from hunts import first_failure, first_finding
 from in_turn import InThisProcess
+from rewritten import rewritten
 
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import BackendUnavailable
@@ -66,13 +68,8 @@ SMALLEST = {
 OPTIONS = ("--device", "cpu", "--json", "--workers", "1")
 
 
-def written(folder: Path, before: str, after: str) -> Path:
-    """The example with some of it replaced."""
-    source = EXAMPLE.read_text()
-    assert source.count(before) == 1
-    path = folder / "written.py"
-    path.write_text(source.replace(before, after))
-    return path
+written = functools.partial(rewritten, EXAMPLE)
+"""The example with some of it replaced."""
 
 
 def job(path: Path) -> Assignment:

@@ -12,6 +12,7 @@ from commandline import Run, sentence
 from devices import needs_cuda
 from hunts import first_failure, first_finding
 from hypothesis import given, settings
+from rewritten import rewritten
 
 from attn_fuzz import api as attn_fuzz_api
 from attn_fuzz.backends import registry
@@ -96,13 +97,8 @@ EXPECTED: dict[str, tuple[str, str, dict[str, object]]] = {
 OPTIONS = ("--device", "cpu", "--json", "--workers", "1")
 
 
-def written(folder: Path, before: str, after: str) -> Path:
-    """The example with some of it replaced."""
-    source = EXAMPLE.read_text()
-    assert source.count(before) == 1
-    path = folder / "written.py"
-    path.write_text(source.replace(before, after))
-    return path
+written = functools.partial(rewritten, EXAMPLE)
+"""The example with some of it replaced."""
 
 
 def loaded(path: Path) -> registry.Backend:

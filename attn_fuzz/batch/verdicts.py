@@ -35,8 +35,6 @@ def largest_z(
     inputs: Inputs,
     profile: Profile,
     results: Sequence[dict[str, torch.Tensor]],
-    *,
-    documents: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """The largest deviation of each document's results, in standard deviations of their budget.
 
@@ -47,7 +45,6 @@ def largest_z(
         inputs: its tensors, on the device.
         profile: the roundings of what ran.
         results: of each run, on the device, complete.
-        documents: places in the call of those to judge; None for all.
 
     Returns:
         float64 ``[runs, documents of the call, columns]`` on the device, in the order of ``COLUMNS``; 0 where
@@ -56,7 +53,7 @@ def largest_z(
     count = len(case.packed_lengths)
     z = torch.zeros(len(results), count, len(COLUMNS), dtype=torch.float64, device=inputs.q.device)
     by_row = case.values in CONTINUOUS and limit(case) <= LIMIT
-    for chunk in answers(case, inputs, profile, documents=documents, degrees=by_row):
+    for chunk in answers(case, inputs, profile, degrees=by_row):
         for column, name in enumerate(KERNEL_TENSORS):
             rows, expected = chunk.rows(name), chunk.expected[name]
             for run, found in enumerate(results):

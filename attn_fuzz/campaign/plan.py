@@ -39,7 +39,8 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _kind(device: str) -> str:
+def kind_of(device: str) -> str:
+    """``cpu`` or ``cuda``."""
     return device.partition(":")[0]
 
 
@@ -49,8 +50,8 @@ def available_backends(device: str, dtypes: Sequence[str] = ()) -> tuple[str, ..
     return tuple(
         name
         for name, kernel in kernels.items()
-        if kernel.why_unavailable(_kind(device)) is None
-        and (not dtypes or set(dtypes) & set(kernel.capabilities_on(_kind(device)).dtypes))
+        if kernel.why_unavailable(kind_of(device)) is None
+        and (not dtypes or set(dtypes) & set(kernel.capabilities_on(kind_of(device)).dtypes))
     )
 
 
@@ -63,9 +64,9 @@ def require_available(names: Sequence[str], device: str, dtypes: Sequence[str] =
     """
     for name in names:
         kernel = registry.load(name).kernel
-        if (reason := kernel.why_unavailable(_kind(device))) is not None:
+        if (reason := kernel.why_unavailable(kind_of(device))) is not None:
             raise BackendUnavailable(f"backend {name} cannot run on {device} here: {reason}")
-        taken = kernel.capabilities_on(_kind(device)).dtypes
+        taken = kernel.capabilities_on(kind_of(device)).dtypes
         if dtypes and not set(dtypes) & set(taken):
             raise BackendUnavailable(f"backend {name} takes {', '.join(taken)}, but none of {', '.join(dtypes)}")
 
@@ -168,7 +169,7 @@ def plan(names: Sequence[str], options: CampaignOptions, without: Mapping[str, A
     running = min(sum(shards.values()), o.workers)
     spare = max(0, (os.cpu_count() or 1) - running) // running
     # Where cases run on the CPU, too, compilers without a core of their own would take it from them.
-    compilers = max(_kind(o.device) == "cuda", min(_COMPILERS, spare))
+    compilers = max(kind_of(o.device) == "cuda", min(_COMPILERS, spare))
     made = [
         Assignment(
             backend=name,

@@ -9,8 +9,6 @@ from attn_fuzz.backends.kernel import BackendUnavailable
 from attn_fuzz.backends.user import InsideLayer
 from attn_fuzz.backends.user_rank_layer import takes
 
-Stated = bool | tuple[int, ...]
-
 
 def require_ranks(name: str, ranks: Sequence[int], tensor_ranks: Sequence[int]) -> None:
     """Sees that a user's layer takes all of these numbers of ranks; of other backends nothing is asked.

@@ -36,7 +36,7 @@ def backends_of(entry: Entry, store: Path) -> tuple[str, ...]:
     return tuple(registry.found_from(name, folder) for name in named)
 
 
-def retested(entry: Entry, store: Path, device: str, hang_seconds: float = HANG_SECONDS) -> Answer:
+def retested(entry: Entry, store: Path, device: str) -> Answer:
     """What comes of an entry's case here.
 
     It runs in a process of its own, which may die. Of a known issue that several backends have, one that is wrong is
@@ -46,9 +46,8 @@ def retested(entry: Entry, store: Path, device: str, hang_seconds: float = HANG_
         entry: what to run.
         store: the folder of findings that its backend is named from.
         device: where.
-        hang_seconds: of silence, after which it counts as hung.
     """
-    answers = [_on(entry, name, device, hang_seconds) for name in backends_of(entry, store)]
+    answers = [_on(entry, name, device) for name in backends_of(entry, store)]
     for answer in ("wrong", "right", "refused"):
         for found in answers:
             if found.answer == answer:
@@ -56,7 +55,7 @@ def retested(entry: Entry, store: Path, device: str, hang_seconds: float = HANG_
     return answers[0] if answers else Answer(answer="not run", why="no backend here has its operators", date=today())
 
 
-def _on(entry: Entry, name: str, device: str, hang_seconds: float) -> Answer:
+def _on(entry: Entry, name: str, device: str) -> Answer:
     def answer(word: str, why: str = "") -> Answer:
         return Answer(answer=word, why=" ".join(why.split())[:300], date=today())
 
@@ -64,7 +63,7 @@ def _on(entry: Entry, name: str, device: str, hang_seconds: float) -> Answer:
         require_available((name,), device)
         if entry.sequence is not None:
             return answer(*_among_others(entry, name, device))
-        child = Isolated(Subject(name, device), hang_seconds)
+        child = Isolated(Subject(name, device), HANG_SECONDS)
         try:
             report = child.report(entry.case)
         finally:

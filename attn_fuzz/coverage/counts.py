@@ -77,10 +77,10 @@ class Counts:
         self._rows: list[set[int]] = []
         self._of_documents: Counter[tuple[int, int]] = Counter()
 
-    def refuse(self, reason: str, times: int = 1) -> None:
-        """Counts draws that were not taken."""
+    def refuse(self, reason: str) -> None:
+        """Counts a draw that was not taken."""
         # What follows a colon is of this one call: how much memory it asked for, say.
-        self._refused[reason.partition(":")[0][:_LONGEST_REASON]] += times
+        self._refused[reason.partition(":")[0][:_LONGEST_REASON]] += 1
 
     def count(self, calls: Sequence[Case], mode: str, questions: Sequence[str] = ()) -> None:
         """Counts cases that have all but their documents in common.

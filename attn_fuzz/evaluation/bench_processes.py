@@ -117,15 +117,13 @@ def _measure(index: int, job: Job, barrier: Barrier, results: Any) -> None:
                         results.put((name, count, kind, _rate(work, 5 * index, job.seconds, device)))
 
 
-def processes_of(
-    job: Job, say: Callable[[str], None], found: dict[str, dict[str, dict[str, float]]] | None = None
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Calls per second of all processes together, by backend and number of processes.
+def measure_processes(job: Job, say: Callable[[str], None], found: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Measures how many calls per second all processes do together.
 
     Args:
         job: what is measured, of backends that take the plan's layout.
         say: told what was measured.
-        found: where the figures go as they come, so that an interruption keeps those before it.
+        found: gets the figures as they come, by backend and number of processes: an interruption keeps those before it.
 
     Raises:
         BenchError: when a process is lost.
@@ -133,7 +131,6 @@ def processes_of(
     context, most = new_process.context(), max(job.counts)
     barrier, results = context.Barrier(most), context.Queue()
     workers = [new_process.start(_measure, (index, job, barrier, results), {}) for index in range(most)]
-    found = {} if found is None else found
     try:
         for name in job.names:
             for level, count in itertools.product(_levels(name, job.levels), job.counts):
@@ -150,7 +147,6 @@ def processes_of(
         for worker in workers:
             worker.kill()
             worker.join()
-    return found
 
 
 def _next(results: Any, workers: Sequence[Any]) -> tuple[str, int, str, float]:
@@ -181,7 +177,7 @@ def bench_processes(
         "processes": {},
     }
     try:
-        processes_of(job, say, result["processes"])
+        measure_processes(job, say, result["processes"])
     except KeyboardInterrupt:
         result["interrupted"] = True
     return result

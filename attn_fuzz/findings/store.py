@@ -54,6 +54,8 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._read: dict[Path, tuple[tuple[int, ...], Finding]] = {}
+        """What was read, and of which file: a night looks through its store at each finding."""
 
     def prepare(self) -> None:
         """Makes the folder when it is missing, and sees that it can be written to.
@@ -115,7 +117,11 @@ class Store:
         """
         path = self._path(self._completed(identifier))
         try:
-            return Finding.from_dict(json.loads(path.read_text()))
+            written = path.stat()
+            file = written.st_ino, written.st_size, written.st_mtime_ns
+            if path not in self._read or self._read[path][0] != file:
+                self._read[path] = file, Finding.from_dict(json.loads(path.read_text()))
+            return self._read[path][1]
         except NewerVersion as error:
             raise StoreError(f"{path}: {error}") from None
         except (ValueError, OSError, RecursionError) as error:

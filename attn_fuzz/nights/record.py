@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from attn_fuzz.campaign.messages import Assignment, Tally
+from attn_fuzz.campaign.plan import kind_of
 from attn_fuzz.coverage.counts import Pair, Reached
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.nights.database import Database
@@ -18,11 +19,6 @@ from attn_fuzz.nights.totals import pairs_of
 
 WRITE_SECONDS: Final = 2.0
 """Between transactions: what a kill of everything at once may cost of the counts. Findings do not wait."""
-
-
-def kind_of(device: str) -> str:
-    """``cpu`` or ``cuda``."""
-    return device.partition(":")[0]
 
 
 @dataclasses.dataclass

@@ -24,6 +24,9 @@ from attn_fuzz.reference.values import DTYPES
 
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
+_RUNS: Final = 8
+"""So many ranges of places stand in a sentence."""
+
 _REPEATED: Final = 0.01
 """Share of rows that another row of the tensor equals beyond which roundings are expected to agree."""
 
@@ -68,8 +71,8 @@ class WrongElement:
         )
 
 
-def _runs(numbers: Sequence[int], most: int = 8) -> str:
-    """Rising numbers in words: ``0-3, 7``; the first ``most`` runs of them."""
+def _runs(numbers: Sequence[int]) -> str:
+    """Rising numbers in words: ``0-3, 7``; the first few runs of them."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][1] == number - 1:
@@ -77,7 +80,7 @@ def _runs(numbers: Sequence[int], most: int = 8) -> str:
         else:
             runs.append([number, number])
     words = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
-    return ", ".join([*words[:most], *(["..."] if len(words) > most else [])])
+    return ", ".join([*words[:_RUNS], *(["..."] if len(words) > _RUNS else [])])
 
 
 class AttentionMismatch(AssertionError):

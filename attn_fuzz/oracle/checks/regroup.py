@@ -53,7 +53,7 @@ def regrouped(trial: Trial) -> Iterator[Symptom]:
     # Values belong to documents, so the answer is the one there is; sums over micro-sequences are rounded elsewhere,
     # which a second look with a budget of its own settles.
     got = reordered.back(got) if reordered else got
-    if all(_within(trial, other, name, got[name], expected) for name, expected in trial.answer.items() if name in got):
+    if all(_within(trial, other, got[name], expected) for name, expected in trial.answer.items() if name in got):
         return
     for symptom in within_budget(second):
         what = "with its first document last" if case.level == "kernel" else f"cut at {list(other.cuts)}"
@@ -63,5 +63,5 @@ def regrouped(trial: Trial) -> Iterator[Symptom]:
         )
 
 
-def _within(trial: Trial, other: Case, name: str, got: torch.Tensor, expected: Expected) -> bool:
+def _within(trial: Trial, other: Case, got: torch.Tensor, expected: Expected) -> bool:
     return got.shape != expected.value.shape or not bool((deviations(trial.case, got, expected) > limit(other)).any())

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 import torch
 
 from attn_fuzz.oracle.checks.budget import first_deviations
-from attn_fuzz.oracle.deviations import CONTINUOUS, LIMIT, deviations, limit, spread_of
+from attn_fuzz.oracle.deviations import CONTINUOUS, LIMIT, limit, spread_of
 from attn_fuzz.oracle.symptoms import Element, Place, Symptom, WrongSpread
 from attn_fuzz.oracle.trial import Trial
-from attn_fuzz.reference.answer import Expected
 from attn_fuzz.reference.case import Case
 
 
@@ -21,16 +20,15 @@ def _judged(case: Case) -> bool:
     return case.level == "kernel" and case.values in CONTINUOUS and limit(case) <= LIMIT
 
 
-def spreads(trial: Trial, answer: dict[str, Expected] | None = None) -> dict[str, torch.Tensor]:
+def spreads(trial: Trial) -> dict[str, torch.Tensor]:
     """The row statistic of every result that has one."""
     found: dict[str, torch.Tensor] = {}
     if not _judged(trial.case):
         return found
-    for name, expected in (trial.answer if answer is None else answer).items():
+    for name, expected in trial.answer.items():
         got = trial.observations[0].results.get(name)
         if expected.degrees is not None and got is not None and got.shape == expected.value.shape and got.numel():
-            z = first_deviations(trial, name) if answer is None else deviations(trial.case, got, expected)
-            found[name] = spread_of(z, expected)
+            found[name] = spread_of(first_deviations(trial, name), expected)
     return found
 
 
