@@ -111,6 +111,7 @@ def _expected() -> tuple[type[Exception], ...]:
     from attn_fuzz.findings.finding import FindingError
     from attn_fuzz.findings.store import StoreError
     from attn_fuzz.nights.database import DatabaseError
+    from attn_fuzz.nights.machines import ClusterError
     from attn_fuzz.oracle.second_opinion import ReferencesDisagree
     from attn_fuzz.reference.case import CaseError
 
@@ -121,6 +122,7 @@ def _expected() -> tuple[type[Exception], ...]:
         StoreError,
         LedgerError,
         DatabaseError,
+        ClusterError,
         CampaignError,
         BenchError,
         BackendUnavailable,
