@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -95,6 +96,12 @@ def held_to(faults: Sequence[str], folder: Path) -> None:
         there = "mended" not in name
         assert status == (1 if there else 0), (name, status, said)
         assert said.splitlines()[-1].split(":")[0] == f"the fault is {'there' if there else 'gone'}", name
+
+
+def test_ten_faults_have_layers_ranks_and_other_calls_among_them() -> None:
+    kinds = Counter(name.partition(":")[0] for name in QUICK)
+    assert kinds == {"kernel": 3, "calls": 1, "layer": 4, "ranks": 2}
+    assert any("tensor_ranks" in FAULTS[name].case for name in QUICK)
 
 
 @pytest.mark.slow
