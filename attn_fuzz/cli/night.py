@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -151,9 +152,14 @@ class _Night:
     def run_on(self, address: str, asked: ClusterWishes, *, set_old_aside: bool) -> int:
         """The same on the machines of a Ray cluster."""
         path, kept = self._database(set_old_aside=set_old_aside), Kept(self.store)
-        with Database(path) as database, contextlib.closing(RayMachines(address, asked.kinds)) as machines:
+        with Database(path) as database:
             covered = Covered(database)
-            with NightScreen(covered.share) as screen:
+            # Ray tells of lost machines on standard output.
+            with (
+                contextlib.redirect_stdout(sys.stderr),
+                contextlib.closing(RayMachines(address, asked.kinds)) as machines,
+                NightScreen(covered.share) as screen,
+            ):
                 cluster = Cluster(asked, machines, database, kept, screen.show)
                 interrupted = cluster.run()
             return self._told(cluster.view, kept, covered.share, interrupted=interrupted)

@@ -98,7 +98,8 @@ class RayMachines:
             # What a method raised, or that machine or process are no more.
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raised = isinstance(error, self._ray.exceptions.RayTaskError)
-            raise Lost(lines[-1 if raised else 0].strip()) from None
+            # The first sentence; what follows is about Ray.
+            raise Lost(lines[-1 if raised else 0].strip().partition(". ")[0].rstrip(".")) from None
 
     def stop(self, node: Any) -> None:
         """Ends an actor's process; the campaign that it started ends with it."""
