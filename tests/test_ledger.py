@@ -23,6 +23,7 @@ from attn_fuzz.findings.signature import Signature
 from attn_fuzz.findings.store import Store, StoreError
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.reference.case import Case, NewerVersion
+from results.render import backend_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RIGHT = (ROOT / "examples" / "my_kernel.py").read_text()
@@ -201,6 +202,23 @@ def test_known_issues_and_limits_are_entries_without_files(tmp_path: Path) -> No
     assert {name: each for name, each in Ledger(tmp_path).entries().items() if name != issue.id} == {
         name: each for name, each in entries.items() if name != issue.id
     }
+
+
+def test_what_the_project_knows_says_how_it_was_found_and_has_a_script(tmp_path: Path) -> None:
+    for each in (*known.KNOWN, *LIMITS):
+        assert each.found_by in set(FOUND_BY) - {"not recorded"}, each.id
+        if each.script:
+            assert (ROOT / "upstream" / "scripts" / each.script).is_file(), each.id
+            assert Ledger(tmp_path).entry(each.id).link.endswith(f"; script: upstream/scripts/{each.script}")
+
+
+def test_the_page_of_backends_has_what_the_code_says() -> None:
+    assert backend_tables.page(backend_tables.PAGE.read_text()) == backend_tables.PAGE.read_text()
+
+
+def test_a_script_of_a_limit_makes_the_call_as_people_write_it() -> None:
+    free = registry.load("unrestricted:flash").kernel
+    assert free.call_source == registry.load("flash").kernel.call_source != ""
 
 
 def test_every_limit_is_of_a_backend_and_refused_there() -> None:
