@@ -21,13 +21,13 @@ from attn_fuzz import __version__
 from attn_fuzz.campaign.messages import Assignment, Tally
 from attn_fuzz.coverage.counts import Reached
 from attn_fuzz.findings.finding import Finding
-from attn_fuzz.findings.store import Store
+from attn_fuzz.findings.store import Store, StoreError
 from attn_fuzz.nights import cluster, totals
-from attn_fuzz.nights.cluster import Cluster, ClusterWishes
+from attn_fuzz.nights.cluster import Cluster
 from attn_fuzz.nights.database import Database, DatabaseError, path_beside
 from attn_fuzz.nights.handed import Handed, Totals, noted, read, since
 from attn_fuzz.nights.kept import Kept
-from attn_fuzz.nights.machines import Lost, Place
+from attn_fuzz.nights.machines import ClusterWishes, Lost, Place
 from attn_fuzz.nights.node import Node, Orders
 from attn_fuzz.nights.ray_machines import places_of
 from attn_fuzz.nights.record import Record
@@ -114,9 +114,10 @@ class FakeNode:
         self.status, self.said = 0, ""
         self.rounds = 0
         self.ends_at: int | None = None
+        self.closed = False
 
-    def about(self) -> dict[str, str]:
-        return {"attn_fuzz": self.version}
+    def about(self, device: str) -> dict[str, str]:
+        return {"attn_fuzz": self.version, "device": device}
 
     def begin(self, orders: Orders, database: bytes) -> None:
         self.rounds += 1
@@ -143,7 +144,7 @@ class FakeNode:
         return self.take(running=False)
 
     def close(self) -> None:
-        pass
+        self.closed = True
 
 
 class FakeMachines:
@@ -197,7 +198,8 @@ class Watched:
         self.counted.append(self.cases)
         # Counts never fall.
         assert self.counted[-1] >= self.counted[-2]
-        self.told(self.step)
+        if finding is None:
+            self.told(self.step)
         if self.step > 60:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -236,6 +238,7 @@ def test_machines_hand_over_and_end_when_they_are_told_to(tmp_path: Path) -> Non
     assert sum(watched.cluster.view.findings.values()) == 2
     assert watched.cluster.view.done["loop", "cpu"].cases == watched.final
     assert watched.cluster.view.remarks == []
+    assert all(node.closed for node in machines.nodes)
 
 
 def test_a_lost_machine_loses_what_it_was_running_and_nothing_else(tmp_path: Path) -> None:
@@ -331,6 +334,27 @@ def test_time_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watched.step = -(10**6)
     assert not watched.run()
     assert watched.final == machines.nodes[0].done > 0
+
+
+def test_what_cannot_be_stored_here_stays_where_it_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machines = FakeMachines(tmp_path, "a")
+    watched = Watched(tmp_path, machines)
+
+    def save(self: Store, finding: Finding) -> Path:
+        raise StoreError("the disk is full")
+
+    def told(step: int) -> None:
+        if step == 5:
+            monkeypatch.setattr(Store, "save", save)
+            machines.nodes[0].findings = [FOUND]
+        if step == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    watched.told = told
+    watched.run()
+    assert watched.cluster.kept.troubles == ["the disk is full"]
+    assert [node.closed for node in machines.nodes] == [False]
+    assert any("keeps what it found" in remark for remark in watched.cluster.view.remarks)
 
 
 def test_a_full_disk_loses_no_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from attn_fuzz.backends import registry
 from attn_fuzz.findings.script import standalone
@@ -68,7 +69,7 @@ def run(folder: Path, texts: Mapping[str, str], *, checkout: bool = False) -> di
         path.write_text(texts[name])
     where = "in a checkout" if checkout else "without this project"
     # Ranks are forked, which a process must not be whose autograd has threads for a GPU: of other scripts before.
-    apart = [name for name in texts if name.startswith("ranks")]
+    apart = [name for name in texts if name.startswith("ranks") and torch.cuda.is_available()]
     lines = []
     for names in ([name for name in texts if name not in apart], *([name] for name in apart)):
         scripts = [str(paths[name]) for name in names]

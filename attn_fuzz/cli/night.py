@@ -39,10 +39,11 @@ from attn_fuzz.execution.environment import environment
 from attn_fuzz.execution.poison import POISONS
 from attn_fuzz.findings.store import Store
 from attn_fuzz.nights import holes
-from attn_fuzz.nights.cluster import Cluster, ClusterWishes
+from attn_fuzz.nights.cluster import Cluster
 from attn_fuzz.nights.database import DamagedDatabase, Database, DatabaseError, path_beside, set_aside
 from attn_fuzz.nights.kept import Kept
 from attn_fuzz.nights.leftovers import NotesFolder, recover
+from attn_fuzz.nights.machines import ClusterWishes
 from attn_fuzz.nights.ray_machines import RayMachines
 from attn_fuzz.nights.record import Record
 from attn_fuzz.nights.spaces import default_devices, targets

@@ -10,8 +10,8 @@ from attn_fuzz.backends.kernel import BackendUnavailable
 from attn_fuzz.backends.registry import UnknownBackend, users
 from attn_fuzz.cli.arguments import UsageError, modes_of
 from attn_fuzz.nights import holes
-from attn_fuzz.nights.cluster import ClusterWishes
 from attn_fuzz.nights.database import Database
+from attn_fuzz.nights.machines import ClusterWishes
 from attn_fuzz.nights.totals import pairs_of
 
 _KINDS: Final = ("cuda", "cpu")

@@ -18,7 +18,7 @@ from attn_fuzz.findings.finding import Finding
 from attn_fuzz.nights.database import Database, DatabaseError
 from attn_fuzz.nights.handed import Handed, noted
 from attn_fuzz.nights.kept import Kept
-from attn_fuzz.nights.machines import Lost, Machines, Place
+from attn_fuzz.nights.machines import ClusterWishes, Lost, Machines, Place
 from attn_fuzz.nights.node import END_SECONDS, Orders
 from attn_fuzz.nights.record import Record, Slice, kind_of
 from attn_fuzz.nights.view import View
@@ -46,23 +46,6 @@ _MOST_WORKERS: Final = {"cpu": 1_000, "cuda": 16}
 
 _BAD: Final = 2
 """Exit status of a campaign that could not do what was asked."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ClusterWishes:
-    """What a campaign on several machines is asked for."""
-
-    kinds: tuple[str, ...]
-    """``cpu``, ``cuda``."""
-    backends: tuple[str, ...]
-    """None for all that run at a place."""
-    levels: tuple[str, ...]
-    mode: str
-    workers: int | None
-    """At each place; None for one a core."""
-    seed: int
-    seconds: float | None
-    """None: until it is told to end."""
 
 
 @dataclasses.dataclass
@@ -187,7 +170,7 @@ class Cluster:
     def _open(self, place: Place) -> None:
         workers = self.wishes.workers or min(max(place.cores, 1), _MOST_WORKERS[place.kind])
         node = self.machines.start(place, f"{self._name}-{place.kind}-{place.number}")
-        answer = self.machines.ask(node, "about")
+        answer = self.machines.ask(node, "about", place.kind)
         self._work[place] = _Work(place, node, answer, "about", workers)
 
     def _ask(self, work: _Work, method: str, *arguments: Any) -> None:
@@ -222,10 +205,17 @@ class Cluster:
         self.machines.stop(work.node)
         del self._work[work.place]
 
+    def _close(self, work: _Work) -> None:
+        if self.kept.troubles:
+            self.view.remark(f"{work.place} keeps what it found in its folder for temporary files, {self._name}-*")
+            self._drop(work)
+        else:
+            self._ask(work, "close")
+
     def _begin(self, work: _Work, about: Mapping[str, str]) -> None:
         """A round, unless it is the end."""
         if self._ending:
-            self._ask(work, "close")
+            self._close(work)
             return
         seed, seconds = self._random.getrandbits(40), min(ROUND_SECONDS, self.left)
         environment = {**about, "machine": work.place.host, "node": work.place.machine}
@@ -262,11 +252,11 @@ class Cluster:
         else:
             self._failures[work.place] = 0
         self._end(work.record)
+        work.record = None
         if self._failures[work.place] >= _GIVEN_UP or self._ending:
-            self._ask(work, "close")
+            self._close(work)
         else:
-            work.record = None
-            self._ask(work, "about")
+            self._ask(work, "about", work.place.kind)
 
     def _end(self, record: Record) -> None:
         self.view.rounds += 1

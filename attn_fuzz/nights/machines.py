@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +13,23 @@ class ClusterError(RuntimeError):
 
 class Lost(RuntimeError):
     """A machine, or the process there, is no more; a sentence says what is known of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterWishes:
+    """What a campaign on several machines is asked for."""
+
+    kinds: tuple[str, ...]
+    """``cpu``, ``cuda``."""
+    backends: tuple[str, ...]
+    """None for all that run at a place."""
+    levels: tuple[str, ...]
+    mode: str
+    workers: int | None
+    """At each place; None for one a core."""
+    seed: int
+    seconds: float | None
+    """None: until it is told to end."""
 
 
 class Place(NamedTuple):

@@ -83,9 +83,9 @@ class Node:
         self._handed: dict[str, str] = {}
         """Text of each finding that was handed over, by id."""
 
-    def about(self) -> dict[str, str]:
-        """The version there, and what runs there."""
-        return {"attn_fuzz": attn_fuzz.__version__, **environment("cpu")}
+    def about(self, device: str) -> dict[str, str]:
+        """The version there, and device and versions of what runs there."""
+        return {"attn_fuzz": attn_fuzz.__version__, **environment(device)}
 
     def begin(self, orders: Orders, database: bytes) -> None:
         """Starts a campaign.
