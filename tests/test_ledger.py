@@ -14,7 +14,7 @@ from in_turn import InThisProcess
 from attn_fuzz.backends import known, registry
 from attn_fuzz.backends.kernel import BackendUnavailable
 from attn_fuzz.backends.limits import LIMITS
-from attn_fuzz.campaign.retest import place_of
+from attn_fuzz.campaign.retest import keep_script, place_of
 from attn_fuzz.cli.campaigns import Keeper
 from attn_fuzz.findings.entry import FOUND_BY, Answer, Entry, LedgerError, merged
 from attn_fuzz.findings.finding import Finding, summarise
@@ -330,6 +330,13 @@ def test_scripts_are_kept_and_run_again(
     script = (tmp_path / "store" / "ledger" / f"{identifier}.py").read_text()
     assert 'runpy.run_path("kernel.py")' in script
     assert str(tmp_path) not in script
+
+
+def test_a_script_is_kept_where_there_is_no_ledger_yet(tmp_path: Path) -> None:
+    (tmp_path / "kernel.py").write_text(WRONG)
+    path = keep_script(entry_of(finding(backend=f"{tmp_path}/kernel.py:kernel")), tmp_path / "new", "cpu")
+    assert path is not None
+    assert "the fault is" in path.read_text()
 
 
 @pytest.mark.parametrize(
