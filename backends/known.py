@@ -37,8 +37,12 @@ class KnownIssue:
     crashes: bool = False
     """It takes the process or its CUDA context along: such cases run only in processes of their own, a few of them."""
     found_by: str = "not recorded"
-    """As the ledger has it (attn_fuzz/findings/ledger.py): ``campaign unaided``, ``probe``, ``published report tried``,
-    ``person``."""
+    """As the ledger has it (attn_fuzz/findings/entry.py): ``campaign unaided``, ``probe``, ``published report tried``,
+    ``person``. A probe is a question of ``backends --probe``, or of a check with inputs made for it, asked of the
+    backend by itself."""
+    script: str = ""
+    """Of the published report, in ``upstream/scripts``; others are made of the minimal case where it is wrong
+    (``attn-fuzz retest --scripts``)."""
     operators: tuple[str, ...] = ()
     """Beginnings of the names of torch's operators that have it: a user's kernel or layer that runs one has it, too."""
 
@@ -82,6 +86,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         "that they do not see. Only with a multiple of 64 keys; the memory-efficient and math kernels are right.",
         reference=f"pytorch#196678, cudnn-frontend#628; {_TORCH} with cuDNN 9.19 on an H100, 2026-11-23",
         found_by="probe",
+        script="pytorch_196678.py",
         present=_cudnn_919,
         covers=_whole_key_tiles,
         minimal=Case.from_json(
@@ -96,6 +101,8 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         about="torch's fused attention on CUDA reads rows in blocks of 16 bytes: where q, k or v does not begin at a "
         "multiple of them it ends in a misaligned address, or computes NaN without a word.",
         reference=f"pytorch#194818; {_TORCH} on an H200, 2026-11-28",
+        found_by="campaign unaided",
+        script="pytorch_194818.py",
         present=_cuda,
         covers=lambda case, calls: case.memory == "misaligned",
         minimal=Case.from_json(
@@ -134,6 +141,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         "of q, k and v, and allocates them packed: gradients stay unwritten, or an illegal access ends it, where "
         "q, k or v is a slice of a wider buffer.",
         reference=f"{_TORCH} with cuDNN 9.19 on an H200, 2026-11-24; of the kind of pytorch#194818",
+        found_by="probe",
         present=_cudnn_919,
         covers=lambda case, calls: case.memory in ("fused", "sliced", "head_major"),
         minimal=Case.from_json(
@@ -149,6 +157,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         about="cuDNN's backward of jagged tensors takes the output's gradient to be packed: with rows that lie further "
         "apart, all gradients are wrong or unwritten.",
         reference=f"{_TORCH} with cuDNN 9.19 on an H200, 2026-11-24; padded grad_out is among pytorch#194818",
+        found_by="probe",
         present=_cudnn_919,
         covers=lambda case, calls: case.level == "kernel" and case.memory in ("fused", "sliced", "head_major"),
         minimal=Case.from_json(
@@ -165,6 +174,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         "head_dim get wrong or unwritten gradients, and what lies behind its scratch memory is written to.",
         reference=f"pytorch#186142; {_TORCH} with cuDNN 9.19 on an H200, 2026-11-24",
         found_by="campaign unaided",
+        script="pytorch_186142.py",
         present=_cudnn_919,
         covers=lambda case, calls: any(max(q, k) > case.head_dim for call in calls for q, k in call),
         minimal=Case.from_json(
@@ -181,6 +191,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         "there is written over: with windows and 128 channels in fp16 the call ends in an illegal instruction.",
         reference=f"cudnn-frontend 1.32.0, cuDNN 9.19, {_TORCH} on an H200, 2026-11-24, and on an H100, 2026-11-25; of "
         "the kind of cudnn-frontend#516 and #540",
+        found_by="probe",
         present=_cudnn_919,
         covers=lambda case, calls: case.level == "kernel" and case.memory in ("fused", "sliced", "head_major"),
         minimal=Case.from_json(
@@ -196,6 +207,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         about="sdpa_torch leaves out and LSE of documents with queries and no keys unwritten.",
         reference=f"cudnn-frontend 1.32.0, cuDNN 9.19, {_TORCH} on an H200, 2026-11-24; not reported before as far "
         "as we know",
+        found_by="probe",
         present=_cudnn_919,
         covers=lambda case, calls: any(q > 0 and k == 0 for call in calls for q, k in call),
         minimal=Case.from_json(
@@ -211,6 +223,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         "behind the last document comes out of documents whose last tile reaches them, forward and backward.",
         reference=f"flash-attn-3 built for {_TORCH}, flash-attn-4 4.0.0b36 on an H200, 2026-11-24; of the kind of "
         "cudnn-frontend#624, #646 and SageAttention#377",
+        found_by="probe",
         present=_cuda,
         covers=lambda case, calls: case.level == "kernel" and case.capacity > 0,
         minimal=Case.from_json(

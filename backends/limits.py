@@ -27,9 +27,21 @@ class DeclaredLimit:
     minimal: Case
     found_by: str = "not recorded"
     """As of known issues (``backends.known``)."""
+    script: str = ""
+    """Likewise."""
 
 
 _SEEN: Final = "torch 2.11, flash-attn 2.8.3.post2 on an H100, 2026-11-23 (docs/oracle.md)"
+_RAN: Final = "campaign unaided"
+"""That these were found by running cases docs/oracle.md and docs/backends.md say; there were no probes before
+2026-11-24."""
+
+_NO_KEYS: Final = {
+    "flash": "torch 2.11, flash-attn 2.8.3.post2 on an H100, 2026-11-25 (docs/backends.md)",
+    "torch_flash": "torch 2.11 on an H200, 2026-11-24 (results/h200_campaign_1.json)",
+    "torch_varlen": "torch 2.11 on an H200, 2026-11-24 (docs/backends.md)",
+}
+"""On what each was seen."""
 
 LIMITS: Final[tuple[DeclaredLimit, ...]] = (
     *(
@@ -40,6 +52,8 @@ LIMITS: Final[tuple[DeclaredLimit, ...]] = (
             symptom="Crashed",
             about="q, k or v off 16-byte alignment ends in a misaligned-address fault that takes the context with it",
             reference=_SEEN,
+            found_by=_RAN,
+            script="pytorch_194818.py" if backend == "torch_varlen" else "",
             minimal=Case.from_json(
                 '{"level": "kernel", "lengths": [1, 6, 1, 4, 1], "head_dim": 64, "dtype": "bf16", '
                 '"memory": "misaligned"}'
@@ -54,7 +68,8 @@ LIMITS: Final[tuple[DeclaredLimit, ...]] = (
         symptom="Crashed",
         about="grouped heads, a longest document of one query and an empty document beside it are taken for a decoding "
         "batch, which raises about a shape",
-        reference=_SEEN,
+        reference=f"{_SEEN}; tests/regressions/single_query_beside_empty_document.json",
+        found_by=_RAN,
         minimal=Case.from_json(
             '{"level": "kernel", "lengths": [0, 1], "heads": 2, "head_dim": 8, "causal": false, "dtype": "bf16"}'
         ),
@@ -68,6 +83,7 @@ LIMITS: Final[tuple[DeclaredLimit, ...]] = (
             about="a window with a left bound whose right side is open or at least max_seqlen_k, over a document with "
             "more queries than keys, is closed at max_seqlen_k: early rows see no key although they may",
             reference=_SEEN,
+            found_by=_RAN,
             minimal=Case.from_json(
                 '{"level": "kernel", "lengths": [3], "key_lengths": [1], "head_dim": 8, "causal": false, '
                 '"window": [0, 2], "dtype": "bf16"}'
@@ -75,6 +91,33 @@ LIMITS: Final[tuple[DeclaredLimit, ...]] = (
         )
         for backend in ("flash", "torch_varlen")
     ),
+    *(
+        DeclaredLimit(
+            id=f"limit-{backend.replace('_', '-')}-no-keys",
+            backend=f"unrestricted:{backend}",
+            device="cuda",
+            symptom="Crashed",
+            about='a call without a single key raises "invalid argument", which its launch fails with',
+            reference=seen,
+            found_by=_RAN,
+            minimal=Case.from_json('{"level": "kernel", "lengths": [1], "key_lengths": [0], "head_dim": 8, "dtype": "bf16"}'),
+        )
+        for backend, seen in _NO_KEYS.items()
+    ),
+    DeclaredLimit(
+        id="limit-torch-cudnn-grouped",
+        backend="unrestricted:torch_cudnn",
+        device="cuda",
+        symptom="PoisonLeaked",
+        about="grouped heads leave the gradients of a single token unwritten",
+        reference="torch 2.11, cuDNN 9.19 on an H200, 2026-11-24 (docs/backends.md)",
+        found_by=_RAN,
+        minimal=Case.from_json(
+            '{"level": "kernel", "lengths": [1], "heads": 4, "kv_heads": 2, "head_dim": 64, "dtype": "bf16"}'
+        ),
+    ),
 )
-"""Three of the table in docs/oracle.md, by backend; the others are conventions (the LSE of rows without keys, multiples
-of 8 channels) or made up for by the adapter (the gradient's storage offset)."""
+"""Of docs/oracle.md three of the table, and of docs/backends.md what is refused since campaigns found it wrong, each by
+backend. The others there are conventions (the LSE of rows without keys), refused by the backend itself (head dimensions
+that are no multiples of 8, calls of one query and one key), or made up for by the adapter (the gradient's storage
+offset)."""

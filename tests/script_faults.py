@@ -17,6 +17,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 KERNEL: Final = ROOT / "examples" / "my_kernel.py"
 LAYER: Final = ROOT / "examples" / "my_layer.py"
 NORMED: Final = ROOT / "tests" / "normed_layer.py"
+TENSOR: Final = ROOT / "tests" / "user_tensor_layer.py"
 RANKS: Final = ROOT / "examples" / "my_rank_layer.py"
 
 
@@ -179,15 +180,33 @@ FAULTS: Final = {
         # Ranks of the harness take ten seconds to start, and the script is the same.
         fatal=True,
     ),
+    "ranks: input gradient of own query heads only": Fault(
+        TENSOR,
+        "summed(of_block.grad, self.neighbours)",
+        "of_block.grad.chunk(self.neighbours.size())[self.neighbours.rank()]",
+        '{"lengths": [4], "tensor_ranks": 2, "heads": 2, "head_dim": 4, "hidden": 4}',
+        fatal=True,
+    ),
+    "ranks: neighbours add up another block's rows": Fault(
+        TENSOR,
+        "first = begin + self.group.rank() // shared * shared * size",
+        "first = begin + (ranks - shared - self.group.rank() // shared * shared) * size",
+        '{"lengths": [8], "ranks": 2, "tensor_ranks": 2, "heads": 2, "head_dim": 4, "hidden": 4}',
+        fatal=True,
+    ),
 }
-"""Five of layers, one of ranks, two that take other calls, the rest of kernels."""
+"""Five of layers, three of ranks (two of them tensor-parallel), two that take other calls, the rest of kernels."""
 
 QUICK: Final = (
+    "kernel: top-left",
     "kernel: misaligned",
     "kernel: writes to its values",
     "calls: wrong after a longer one",
+    "layer: sees the next key",
     "layer: gradient of past keys lost",
+    "layer: positions begin at every cut",
     "layer: values are not normed",
     "ranks: gradient of own rows only",
+    "ranks: input gradient of own query heads only",
 )
-"""One of each kind but for crashes, which take processes of their own; ATTN_FUZZ_ALL_SCRIPTS=1 tries all of them."""
+"""Ten, with some of each kind but for crashes, which take processes of their own; ATTN_FUZZ_ALL_SCRIPTS=1 tries all."""

@@ -14,7 +14,7 @@ from in_turn import InThisProcess
 from attn_fuzz.backends import known, registry
 from attn_fuzz.backends.kernel import BackendUnavailable
 from attn_fuzz.backends.limits import LIMITS
-from attn_fuzz.campaign.retest import place_of
+from attn_fuzz.campaign.retest import keep_script, place_of
 from attn_fuzz.cli.campaigns import Keeper
 from attn_fuzz.findings.entry import FOUND_BY, Answer, Entry, LedgerError, merged
 from attn_fuzz.findings.finding import Finding, summarise
@@ -23,6 +23,7 @@ from attn_fuzz.findings.signature import Signature
 from attn_fuzz.findings.store import Store, StoreError
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.reference.case import Case, NewerVersion
+from results.render import backend_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RIGHT = (ROOT / "examples" / "my_kernel.py").read_text()
@@ -203,6 +204,23 @@ def test_known_issues_and_limits_are_entries_without_files(tmp_path: Path) -> No
     }
 
 
+def test_what_the_project_knows_says_how_it_was_found_and_has_a_script(tmp_path: Path) -> None:
+    for each in (*known.KNOWN, *LIMITS):
+        assert each.found_by in set(FOUND_BY) - {"not recorded"}, each.id
+        if each.script:
+            assert (ROOT / "upstream" / "scripts" / each.script).is_file(), each.id
+            assert Ledger(tmp_path).entry(each.id).link.endswith(f"; script: upstream/scripts/{each.script}")
+
+
+def test_the_page_of_backends_has_what_the_code_says() -> None:
+    assert backend_tables.page(backend_tables.PAGE.read_text()) == backend_tables.PAGE.read_text()
+
+
+def test_a_script_of_a_limit_makes_the_call_as_people_write_it() -> None:
+    free = registry.load("unrestricted:flash").kernel
+    assert free.call_source == registry.load("flash").kernel.call_source != ""
+
+
 def test_every_limit_is_of_a_backend_and_refused_there() -> None:
     for limit in LIMITS:
         backend = registry.load(limit.backend.removeprefix("unrestricted:"))
@@ -312,6 +330,13 @@ def test_scripts_are_kept_and_run_again(
     script = (tmp_path / "store" / "ledger" / f"{identifier}.py").read_text()
     assert 'runpy.run_path("kernel.py")' in script
     assert str(tmp_path) not in script
+
+
+def test_a_script_is_kept_where_there_is_no_ledger_yet(tmp_path: Path) -> None:
+    (tmp_path / "kernel.py").write_text(WRONG)
+    path = keep_script(entry_of(finding(backend=f"{tmp_path}/kernel.py:kernel")), tmp_path / "new", "cpu")
+    assert path is not None
+    assert "the fault is" in path.read_text()
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from attn_fuzz.backends import registry
 from attn_fuzz.findings.script import standalone
@@ -67,7 +69,7 @@ def run(folder: Path, texts: Mapping[str, str], *, checkout: bool = False) -> di
         path.write_text(texts[name])
     where = "in a checkout" if checkout else "without this project"
     # Ranks are forked, which a process must not be whose autograd has threads for a GPU: of other scripts before.
-    apart = [name for name in texts if name.startswith("ranks")]
+    apart = [name for name in texts if name.startswith("ranks") and torch.cuda.is_available()]
     lines = []
     for names in ([name for name in texts if name not in apart], *([name] for name in apart)):
         scripts = [str(paths[name]) for name in names]
@@ -95,6 +97,12 @@ def held_to(faults: Sequence[str], folder: Path) -> None:
         there = "mended" not in name
         assert status == (1 if there else 0), (name, status, said)
         assert said.splitlines()[-1].split(":")[0] == f"the fault is {'there' if there else 'gone'}", name
+
+
+def test_ten_faults_have_layers_ranks_and_other_calls_among_them() -> None:
+    kinds = Counter(name.partition(":")[0] for name in QUICK)
+    assert kinds == {"kernel": 3, "calls": 1, "layer": 4, "ranks": 2}
+    assert any("tensor_ranks" in FAULTS[name].case for name in QUICK)
 
 
 @pytest.mark.slow

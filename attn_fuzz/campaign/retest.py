@@ -121,6 +121,8 @@ def keep_script(entry: Entry, store: Path, device: str) -> Path | None:
     except ScriptError:
         return None
     path = script_of(entry, store)
+    # Of what the project knows there may be no file yet.
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text.replace(folder, ""))
     return path
 

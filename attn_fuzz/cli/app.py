@@ -29,6 +29,7 @@ COMMANDS: Final = {
     "show": ("store", "Show one finding: what failed, the shrunk case, and on which versions."),
     "ledger": ("ledger", "List every bug with what has become of it; show or edit one."),
     "retest": ("ledger", "Run every bug of the ledger on what is installed here."),
+    "sanitize": ("sanitize", "Run a finding's script under compute-sanitizer, and keep its verdict."),
     "report": ("report", "Write one HTML file about bugs and campaigns, with pictures."),
     "summary": ("summary", "Print a verdict, or a store, as Markdown for a comment."),
     "schema": ("summary", "Print the JSON schema of a verdict."),
@@ -110,6 +111,7 @@ def _expected() -> tuple[type[Exception], ...]:
     from attn_fuzz.findings.finding import FindingError
     from attn_fuzz.findings.store import StoreError
     from attn_fuzz.nights.database import DatabaseError
+    from attn_fuzz.nights.machines import ClusterError
     from attn_fuzz.oracle.second_opinion import ReferencesDisagree
     from attn_fuzz.reference.case import CaseError
 
@@ -120,6 +122,7 @@ def _expected() -> tuple[type[Exception], ...]:
         StoreError,
         LedgerError,
         DatabaseError,
+        ClusterError,
         CampaignError,
         BenchError,
         BackendUnavailable,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,20 +32,27 @@ from attn_fuzz.cli.arguments import (
     modes_of,
 )
 from attn_fuzz.cli.campaigns import UNTESTED, VERDICTS, campaign_dict
+from attn_fuzz.cli.night_machines import Covered, cluster_wishes
 from attn_fuzz.cli.night_screen import NightScreen
 from attn_fuzz.cli.terminal import progress_console, results_console
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.execution.poison import POISONS
 from attn_fuzz.findings.store import Store
 from attn_fuzz.nights import holes
+from attn_fuzz.nights.cluster import Cluster
 from attn_fuzz.nights.database import DamagedDatabase, Database, DatabaseError, path_beside, set_aside
 from attn_fuzz.nights.kept import Kept
 from attn_fuzz.nights.leftovers import NotesFolder, recover
+from attn_fuzz.nights.machines import ClusterWishes
+from attn_fuzz.nights.ray_machines import RayMachines
 from attn_fuzz.nights.record import Record
 from attn_fuzz.nights.spaces import default_devices, targets
 from attn_fuzz.nights.supervisor import Supervisor, Wishes
 from attn_fuzz.nights.view import View
 from attn_fuzz.reference.case import LEVELS
+
+Share = Callable[[tuple[str, str]], float]
+"""Of values and pairs, what a backend has reached on a kind of device, from 0 to 1."""
 
 SetAsideOption = Annotated[
     bool, typer.Option("--set-aside", help="Give a damaged database another name, and begin a new one.")
@@ -68,12 +77,21 @@ def campaign(
     new_only: Annotated[
         bool, typer.Option("--new-only", help="Exit with 1 only for bugs that the ledger did not have.")
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Address of a Ray cluster whose machines run it, `auto` for the one of this machine."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fuzz all backends in all modes, until told to end; what is behind comes first (docs/nights.md).
 
     Started again with the same store it goes on where it was: counts, coverage and findings are kept.
     """
+    if ray is not None:
+        asked = cluster_wishes(device, backend, choices(level, LEVELS, "level"), mode, workers, seed, seconds)
+        nothing = Wishes((), 0, seed, seconds)
+        night = _Night(nothing, Store(store), as_json, named=tuple(backend or ()), new_only=new_only)
+        raise typer.Exit(night.run_on(ray, asked, set_old_aside=aside))
     devices = _devices(device)
     levels = choices(level, LEVELS, "level") or LEVELS
     names = _backends(backend, devices)
@@ -119,13 +137,38 @@ class _Night:
     named: tuple[str, ...]
     new_only: bool
 
-    def run(self, *, set_old_aside: bool) -> int:
-        """From the first look at the store to the exit status."""
+    def _database(self, *, set_old_aside: bool) -> Path:
+        """Where it is; its store is there."""
         self.store.prepare()
         path = path_beside(self.store.folder)
         if set_old_aside and (kept_as := _damaged(path)) is not None:
             progress_console.print(f"the damaged database is kept as {kept_as}", markup=False, soft_wrap=True)
-        versions = environment(self.wishes.targets[0].device)
+        return path
+
+    @property
+    def device(self) -> str:
+        """That the first target is tested on; where other machines have the targets, this one's CPU."""
+        return self.wishes.targets[0].device if self.wishes.targets else "cpu"
+
+    def run_on(self, address: str, asked: ClusterWishes, *, set_old_aside: bool) -> int:
+        """The same on the machines of a Ray cluster."""
+        path, kept = self._database(set_old_aside=set_old_aside), Kept(self.store)
+        with Database(path) as database:
+            covered = Covered(database)
+            # Ray tells of lost machines on standard output.
+            with (
+                contextlib.redirect_stdout(sys.stderr),
+                contextlib.closing(RayMachines(address, asked.kinds)) as machines,
+                NightScreen(covered.share) as screen,
+            ):
+                cluster = Cluster(asked, machines, database, kept, screen.show)
+                interrupted = cluster.run()
+            return self._told(cluster.view, kept, covered.share, interrupted=interrupted)
+
+    def run(self, *, set_old_aside: bool) -> int:
+        """From the first look at the store to the exit status."""
+        path = self._database(set_old_aside=set_old_aside)
+        versions = environment(self.device)
         kept = Kept(self.store)
         with Database(path) as database:
             record = Record(database, self.wishes.seed, self.wishes.seconds, versions)
@@ -135,13 +178,17 @@ class _Night:
                 words = "an earlier campaign was killed" if left == 1 else f"{left} earlier campaigns were killed"
                 progress_console.print(f"{words}: nothing that was found is lost", soft_wrap=True)
             notes = NotesFolder(beside)
-            with NightScreen(lambda subject: holes.share(record.pairs(subject), *subject)) as screen:
+
+            def share(subject: tuple[str, str]) -> float:
+                return holes.share(record.pairs(subject), *subject)
+
+            with NightScreen(share) as screen:
                 supervisor = Supervisor(self.wishes, record, kept, notes, screen.show)
                 interrupted = supervisor.run()
             if not kept.troubles:
                 notes.close()
             _end(record, supervisor.view)
-            return self._told(supervisor.view, kept, record, interrupted=interrupted)
+            return self._told(supervisor.view, kept, share, interrupted=interrupted)
 
     def _recovered(self, beside: Path, record: Record, kept: Kept) -> int:
         """Keeps what campaigns that were killed had found; how many there were."""
@@ -152,7 +199,7 @@ class _Night:
 
         return recover(beside, keep, kept.has_like)
 
-    def _told(self, view: View, kept: Kept, record: Record, *, interrupted: bool) -> int:
+    def _told(self, view: View, kept: Kept, share: Share, *, interrupted: bool) -> int:
         """Prints what came of it; the exit status."""
         tallies: dict[str, Tally] = {}
         for (backend, _), tally in view.tallies().items():
@@ -165,8 +212,8 @@ class _Night:
         telling = kept.new(findings) if self.new_only else findings
         status = 2 if troubles else 1 if telling else UNTESTED if untested else 0
         if self.as_json:
-            data = campaign_dict(outcome, self.wishes.targets[0].device, self.wishes.seed, POISONS)
-            shares = {name: round(_share(view, record, name), 4) for name in tallies}
+            data = campaign_dict(outcome, self.device, self.wishes.seed, POISONS)
+            shares = {name: round(_share(view, share, name), 4) for name in tallies}
             more = {"untested": untested, "limits": [], "coverage": shares, "remarks": view.remarks}
             verdict = VERDICTS[1 if findings and status == 0 else status]
             typer.echo(json.dumps({"verdict": verdict, **data, **more}))
@@ -192,10 +239,9 @@ class _Night:
         return said
 
 
-def _share(view: View, record: Record, backend: str) -> float:
+def _share(view: View, share: Share, backend: str) -> float:
     """The least share of values and pairs that a backend has reached on any kind of device, from 0 to 1."""
-    mine = [subject for subject in view.tallies() if subject[0] == backend]
-    return min(holes.share(record.pairs(subject), *subject) for subject in mine)
+    return min(share(subject) for subject in view.tallies() if subject[0] == backend)
 
 
 def _damaged(path: Path) -> Path | None:

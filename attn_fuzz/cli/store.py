@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ import typer
 from attn_fuzz.cli import tables
 from attn_fuzz.cli.arguments import DEFAULT_STORE, JsonOption, StoreOption
 from attn_fuzz.cli.terminal import results_console
+from attn_fuzz.findings import sanitized
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.store import Store, StoreError
 
@@ -29,7 +31,7 @@ def _readable(store: Store) -> tuple[list[Finding], list[StoreError]]:
 
 def list_(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
     """List what was found, newest first."""
-    found, wrong = _readable(_existing(store))
+    found, wrong = _readable(existing(store))
     if as_json:
         typer.echo(json.dumps({"findings": [finding.to_dict() for finding in found]}))
     else:
@@ -45,9 +47,12 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show one finding: what failed, the shrunk case, how it was drawn, and on which versions."""
-    found = _existing(store).load(finding)
+    found = existing(store).load(finding)
+    kept = sanitized.read(store, found.id)
+    tools = {} if kept is None else kept.tools
     if as_json:
-        typer.echo(json.dumps(found.to_dict()))
+        more = {"sanitized": {name: dataclasses.asdict(each) for name, each in tools.items()}} if tools else {}
+        typer.echo(json.dumps({**found.to_dict(), **more}))
         return
     console = results_console()
     tables.print_findings(console, [found], str(store))
@@ -57,9 +62,11 @@ def show(
     console.print(f"  found after {found.cases_to_find} cases, {found.seconds_to_find} s", markup=False)
     versions = ", ".join(f"{name} {value}" for name, value in found.environment.items())
     console.print(f"  {versions}", markup=False, soft_wrap=True)
+    for each in tools.values():
+        console.print(f"  compute-sanitizer, {each.date}: {each}", markup=False, soft_wrap=True)
 
 
-def _existing(folder: Path) -> Store:
+def existing(folder: Path) -> Store:
     """The store in a folder.
 
     Raises:

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 from types import FrameType
+from typing import Final
+
+_DEATH_SIGNAL: Final = 1
+"""Linux's PR_SET_PDEATHSIG."""
+
+
+def die_with_parent() -> None:
+    """Called in a child: it is killed when its parent ends, however that is; elsewhere than on Linux it is not."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def interrupt_once(number: int, frame: FrameType | None) -> None:

@@ -54,6 +54,10 @@ def entry_of(finding: Finding) -> Entry:
     )
 
 
+def _with_script(reference: str, script: str) -> str:
+    return f"{reference}; script: upstream/scripts/{script}" if script else reference
+
+
 def _of_known(issue: KnownIssue) -> Entry:
     """A known issue as an entry; it says itself what it is about."""
     effect = EFFECTS.get(issue.id)
@@ -74,7 +78,7 @@ def _of_known(issue: KnownIssue) -> Entry:
         kind="known issue",
         state="reported" if "#" in issue.reference.partition(";")[0] else "reduced",
         found_by=issue.found_by,
-        link=issue.reference,
+        link=_with_script(issue.reference, issue.script),
     )
 
 
@@ -90,7 +94,7 @@ def _of_limit(limit: DeclaredLimit) -> Entry:
         kind="declared limit",
         state="reduced",
         found_by=limit.found_by,
-        link=limit.reference,
+        link=_with_script(limit.reference, limit.script),
     )
 
 

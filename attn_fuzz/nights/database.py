@@ -170,6 +170,15 @@ class Database:
                     self._connection.execute("ROLLBACK")
                 raise
 
+    def copied(self) -> bytes:
+        """All of it as it is now, as the content of a file.
+
+        Raises:
+            DatabaseError: when it cannot be read.
+        """
+        with self._told():
+            return self._connection.serialize()
+
     def rows(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """What a query finds.
 

@@ -26,6 +26,8 @@ class Verdicts(NamedTuple):
     worst_z: float
     """The largest error of clean cases, in standard deviations."""
     slices: int
+    straddling: int
+    repeated: int
 
 
 class Campaign(NamedTuple):
@@ -57,8 +59,9 @@ def verdicts(database: Database) -> list[Verdicts]:
     """Those of every target."""
     rows = database.rows(
         "SELECT backend, device, level, mode, SUM(cases), SUM(documents), SUM(refused), SUM(known), SUM(findings), "
-        "SUM(seconds), MAX(worst_z), COUNT(*) FROM slices JOIN targets ON targets.id = slices.target "
-        "JOIN subjects ON subjects.id = targets.subject GROUP BY targets.id ORDER BY backend, device, level, mode"
+        "SUM(seconds), MAX(worst_z), COUNT(*), SUM(straddling), SUM(repeated) FROM slices "
+        "JOIN targets ON targets.id = slices.target JOIN subjects ON subjects.id = targets.subject "
+        "GROUP BY targets.id ORDER BY backend, device, level, mode"
     )
     return [Verdicts(*row) for row in rows]
 

@@ -6,7 +6,6 @@ parent (``client``) does.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -16,28 +15,21 @@ import sys
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
 import attn_fuzz.ranks.rank_run  # noqa: F401  ranks are asked for its functions, and it takes seconds to import
 from attn_fuzz.execution.poison import POISONS, poisoned
 from attn_fuzz.execution.process import set_up_process
+from attn_fuzz.execution.signals import die_with_parent
 from attn_fuzz.ranks.client import MAX_RANKS, MESSAGE
 from attn_fuzz.ranks.rank_process import Seat, serve
 
-_DEATH_SIGNAL: Final = 1
-"""Linux's PR_SET_PDEATHSIG."""
-
-
-def _die_with_parent() -> None:
-    """A rank that waits for others for ever must not outlive who could end it; elsewhere than on Linux it may."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
-
 
 def _become_rank(seat: dict[str, Any], descriptor: int) -> None:
-    _die_with_parent()
+    # A rank that waits for others for ever must not outlive who could end it.
+    die_with_parent()
     try:
         serve(Seat(**seat), Connection(descriptor))
     except KeyboardInterrupt:

@@ -17,8 +17,10 @@ from attn_fuzz.campaign.isolated import FATAL, Isolated, Subject
 from attn_fuzz.campaign.plan import require_available
 from attn_fuzz.campaign.pool import HANG_SECONDS
 from attn_fuzz.campaign.retest import backends_of, retested, script_of
+from attn_fuzz.findings import sanitized
 from attn_fuzz.findings.entry import Entry
 from attn_fuzz.findings.finding import Finding
+from attn_fuzz.findings.sanitized import ToolVerdict
 from attn_fuzz.findings.script import standalone
 from attn_fuzz.findings.scripts.text import ScriptError
 from attn_fuzz.oracle.second_opinion import ReferencesDisagree
@@ -47,6 +49,8 @@ class Told:
     trouble: str = ""
     """Why there is no picture, no script or no run."""
     near: tuple[NearMiss, ...] = ()
+    sanitized: tuple[ToolVerdict, ...] = ()
+    """What compute-sanitizer said of its script."""
 
     @property
     def shrank(self) -> list[tuple[str, Any, Any]]:
@@ -72,13 +76,18 @@ def from_files(entry: Entry, finding: Finding | None, store: Path) -> Told:
         entry: of the ledger.
         finding: the one of its findings that is told.
         store: the folder of findings.
+
+    Raises:
+        StoreError: when what compute-sanitizer said cannot be read.
     """
     path = script_of(entry, store)
     script = path.read_text() if path.is_file() else ""
+    tools = tuple(tool for kept in sanitized.of_entry(store, entry.id) for tool in kept.tools.values())
+    told = Told(entry, entry.about, script=script, sanitized=tools)
     if finding is None:
-        return Told(entry, entry.about, script=script)
+        return told
     after = f"{finding.cases_to_find:,} cases, {finding.seconds_to_find:.1f} s"
-    return Told(entry, entry.about, finding.original_case, after, script=script)
+    return dataclasses.replace(told, original=finding.original_case, after=after)
 
 
 def run_again(told: Told, store: Path, device: str, times: int) -> Told:

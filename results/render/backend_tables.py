@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from attn_fuzz.backends.known import KNOWN
+from attn_fuzz.backends.limits import LIMITS
 from attn_fuzz.evaluation.capability_probe import RIGHT
 from attn_fuzz.execution.environment import versions_of
 
@@ -105,12 +106,33 @@ def difference_lines(results: list[Result]) -> list[str]:
 
 def issue_lines() -> list[str]:
     """Known issues, from the code."""
-    lines = ["| known issue | backends | what happens | seen | minimal case |", "|---|---|---|---|---|"]
+    lines = [
+        "| known issue | backends | what happens | seen | found by | script | minimal case |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for issue in KNOWN:
-        names = ", ".join(f"`{name}`" for name in issue.backends)
+        names = ", ".join(f"`{name}`" for name in issue.backends) or "all on torch's operators"
         about = issue.about + (" Runs in processes of its own." if issue.crashes else "")
-        lines.append(f"| {issue.id} | {names} | {about} | {issue.reference} | `{issue.minimal.to_json()}` |")
+        cells = (issue.id, names, about, issue.reference, issue.found_by, _script(issue.script))
+        lines.append(f"| {' | '.join(cells)} | `{issue.minimal.to_json()}` |")
     return lines
+
+
+def limit_lines() -> list[str]:
+    """Declared limits beyond which a backend is wrong or dies, from the code."""
+    lines = [
+        "| limit | backend | what happens beyond it | seen | found by | script | minimal case |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for limit in LIMITS:
+        name = f"`{limit.backend.removeprefix('unrestricted:')}`"
+        cells = (limit.id, name, limit.about, limit.reference, limit.found_by, _script(limit.script))
+        lines.append(f"| {' | '.join(cells)} | `{limit.minimal.to_json()}` |")
+    return lines
+
+
+def _script(name: str) -> str:
+    return f"[{name.removesuffix('.py')}](../upstream/scripts/{name})" if name else "`retest --scripts`"
 
 
 def report_lines(results: list[Result]) -> list[str]:
@@ -135,6 +157,7 @@ def tables() -> str:
         [_BEGIN, "", "## What each takes", "", *capability_lines(probes)],
         ["## Where a declaration is not kept", "", *difference_lines(probes), ""],
         ["## Known issues", "", *issue_lines(), ""],
+        ["## Declared limits", "", *limit_lines(), ""],
         ["## Published reports", "", *report_lines(load("reports*.json")), ""],
     ]
     return "\n".join(line for part in parts for line in part)

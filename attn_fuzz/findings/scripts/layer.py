@@ -15,6 +15,7 @@ import torch
 
 from attn_fuzz.backends.layer_arguments import taken_apart
 from attn_fuzz.backends.registry import USER_LAYER, Backend
+from attn_fuzz.backends.user_rank_layer import TENSOR_GROUP, keywords_of
 from attn_fuzz.cases.earlier import earlier_sequence
 from attn_fuzz.execution.reused import EarlierFailed, ReusedRun
 from attn_fuzz.execution.runner import LayerRuns
@@ -173,8 +174,7 @@ def _filled(
     first, case = trials[0], trials[index].case
     assert isinstance(first.inputs, LayerInputs)
     load, arguments, file = _load(first.backend)
-    if case.tensor_ranks > 1:
-        raise ScriptError("tensor-parallel ranks have no script of their own; use replay")
+    tensor = TENSOR_GROUP in keywords_of(first.stated)
     values = {
         "about": about,
         "asked": Asked.of(case, first.device),
@@ -189,13 +189,14 @@ def _filled(
         },
         "calls": [_call(trial, _answer(trial, fatal=fatal)) for trial in trials],
         "index": index,
-        "ranks": case.ranks,
+        "ranks": case.all_ranks,
+        "tensor_ranks": case.tensor_ranks if tensor else 0,
         "seconds": SECONDS[first.device.type],
         "fatal": fatal,
         "changes": changes,
         "reused": reused,
     }
-    return filled("ranks.py" if case.ranks > 1 else "layer.py", values)
+    return filled("ranks.py" if case.all_ranks > 1 else "layer.py", values)
 
 
 def layer_script(case: Case, backend: Backend, device: torch.device, about: About, *, fatal: bool = False) -> str:

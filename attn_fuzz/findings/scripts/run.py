@@ -28,13 +28,15 @@ class Ran:
     """Standard output, and behind it the last line of standard error."""
 
     @property
+    def said(self) -> str:
+        """``wrong``, ``right`` or ``not run`` by its last words, whatever its exit status is."""
+        lines = {line.split(":")[0] for line in self.output.splitlines()[-3:]}
+        return WRONG if _THERE in lines else RIGHT if _GONE in lines else NOT_RUN
+
+    @property
     def answer(self) -> str:
         """``wrong``, ``right``, or ``not run`` where it ended before it could tell."""
-        lines = self.output.splitlines()
-        said = {line.split(":")[0] for line in lines[-3:]}
-        if self.status == 1 and _THERE in said:
-            return WRONG
-        return RIGHT if self.status == 0 and _GONE in said else NOT_RUN
+        return self.said if self.status == {WRONG: 1, RIGHT: 0}.get(self.said) else NOT_RUN
 
 
 def run_script(text: str, seconds: float, folder: Path | None = None) -> Ran:
