@@ -112,7 +112,7 @@ def test_nobody_hangs_on_a_machine_that_is_as_slow_for_the_loop() -> None:
 def test_what_is_known_is_not_shrunk_again() -> None:
     assert result(suspect("hangs", sure=False), ("Hung",)) == ""
     assert found(suspect("hangs", sure=False), ("Crashed",)).symptom == "Hung"
-    assert found(suspect("hangs", sure=True, symptom="Hung"), ("Hung",)).symptom == "Hung"
+    assert result(suspect("hangs", sure=True, symptom="Hung"), ("Hung",)) == ""
 
 
 def test_where_nothing_can_be_asked() -> None:
@@ -125,7 +125,7 @@ def test_a_kill_loses_one_step() -> None:
     steps: list[Suspect] = []
     begun = suspect("hangs", sure=False)
     look_into(Inquest(begun, 30.0, steps.append))
-    assert (steps[0].finding.case, steps[0].confirmed, steps[0].sure) == (CASE, True, True)
+    assert (steps[0].finding.case, steps[0].confirmed) == (CASE, True)
     assert steps[-1].finding.case.lengths == (9,)
     again = Suspect.from_dict(json.loads(json.dumps(steps[2].to_dict())))
     assert again == steps[2]
@@ -137,22 +137,20 @@ def test_a_kill_loses_one_step() -> None:
 
 
 def test_slowness_that_was_taken_for_silence_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    def report(self: Process, case: Case) -> Report:
-        patient = case in (CASE, Case(level="kernel", lengths=(3, 2, 9)))
-        hangs = self.subject.backend == "hangs" and (patient or inquest_is_brief(self))
-        return Report("Hung", "as it does", survived=False) if hangs else Report()
-
     patiences: dict[int, float] = {}
 
-    def created(self: Process, subject: Subject, patience: float) -> None:
+    def begun(self: Process, subject: Subject, patience: float) -> None:
         self.subject, patiences[id(self)] = subject, patience
 
-    def inquest_is_brief(process: Process) -> bool:
-        return patiences[id(process)] < 30.0
+    def report(self: Process, case: Case) -> Report:
+        # Slow for all cases, and never to come back for the one that was drawn.
+        silent = patiences[id(self)] < 30.0 or (case == CASE and self.subject.backend == "hangs")
+        return Report("Hung", "as it does", survived=False) if silent and self.subject.backend != "loop" else Report()
 
-    monkeypatch.setattr(Process, "__init__", created)
+    monkeypatch.setattr(Process, "__init__", begun)
     monkeypatch.setattr(Process, "report", report)
     assert found(suspect("hangs", sure=False)).case == CASE
+    assert result(suspect("slow", sure=False)) == "it was killed from outside"
 
 
 # Beside a campaign.

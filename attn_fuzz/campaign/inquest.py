@@ -28,13 +28,18 @@ ASK_SECONDS: Final = 45.0
 SHRINK_HANG_SECONDS: Final = 120.0
 """For cases that hang: each smaller one that hangs, too, costs ``_BRIEF`` and a new process."""
 
-_BRIEF: Final = 4.0
-"""Seconds of silence after which a smaller case of one that hangs is taken to hang as well; the smallest is asked again
-with all patience."""
+_BRIEF: Final = 8.0
+"""Seconds of silence after which a case is taken to hang, until the smallest is asked with all patience."""
 
 _TIMES: Final = 20.0
 """Silence of so many times what the loop takes for the same case, at the same time on the same machine, is no
 slowness."""
+
+_TIMES_AT_FIRST: Final = 4.0
+"""The same of the first case of a process, which loads libraries."""
+
+_MOST_SECONDS: Final = 180.0
+"""Of silence, after which a machine is too busy for anybody to say who hangs."""
 
 _CONTROL: Final = "loop"
 
@@ -49,7 +54,8 @@ class Suspect:
     sure: bool
     """Whether it is the backend's doing whatever comes of it: nobody had killed the worker."""
     confirmed: bool = False
-    """Whether another process ended so, too: the finding's original case is the call that did it."""
+    """Whether another process ended so, too, or was silent for a while: the finding's original case is the call that
+    did it."""
     how: str = ""
     """What is said where it does not happen again, and nobody is accused; empty for nothing."""
 
@@ -96,7 +102,7 @@ class Inquest:
         suspect: what to look into.
         patience: seconds of silence after which a case counts as hung.
         note: told of the suspect whenever more is known of it.
-        known: symptoms of its backend that need no other finding, unless it is sure that this is one.
+        known: symptoms of its backend that need no other finding.
     """
 
     def __init__(
@@ -121,12 +127,18 @@ class Inquest:
         Raises:
             NoDevice: when another process cannot use the device at all.
         """
-        sure = self.suspect.sure
         try:
-            if not self.suspect.confirmed and not self._confirm():
-                messages = (*self.suspect.finding.messages, NOT_AGAIN)
-                return dataclasses.replace(self.suspect.finding, messages=messages) if sure else self.suspect.how
-            return self._shrunk() if sure or self.suspect.finding.symptom not in self._known else ""
+            if self.suspect.confirmed or self._confirm():
+                if self.suspect.finding.symptom in self._known:
+                    return ""
+                self._shrink()
+                if (case := self._with_all_patience()) is not None:
+                    return dataclasses.replace(self.suspect.finding, case=case)
+            if not self.suspect.sure:
+                return self.suspect.how
+            original = self.suspect.finding.original_case
+            messages = (*self.suspect.finding.messages, NOT_AGAIN)
+            return dataclasses.replace(self.suspect.finding, case=original, messages=messages)
         finally:
             self.close()
 
@@ -150,33 +162,37 @@ class Inquest:
     def _confirm(self) -> bool:
         """Whether a call ends or silences another process, too: first run alone, then with all that is asked of it."""
         for self._judged in (False, True):
-            asked, deadline = self._isolated(self.patience), time.monotonic() + ASK_SECONDS
+            asked, deadline = self._isolated(min(_BRIEF, self.patience)), time.monotonic() + ASK_SECONDS
             for call in self._calls():
                 report = _report(asked, call)
-                if report.survived or (report.symptom == "Hung" and not self._is_hang(call)):
-                    if time.monotonic() > deadline:
-                        break
-                    continue
-                self._learn(call, report)
-                return True
+                if not report.survived and (report.symptom != "Hung" or self._is_hang(call)):
+                    self._learn(call, report)
+                    return True
+                if time.monotonic() > deadline:
+                    break
         return False
 
     def _is_hang(self, call: Case) -> bool:
-        """Whether the loop comes back from the same case soon: on a machine that is too busy nobody does."""
-        seconds = self._seconds_of_loop(call)
-        return seconds is not None and _TIMES * seconds < self.patience
+        """Whether a case that was silent for a while is so for longer than any slowness: on a busy machine, and of a
+        large case, the loop says how long that is."""
+        patience = self._patience_for(call)
+        if patience is None or patience <= _BRIEF:
+            return patience is not None
+        return _report(self._isolated(patience), call).symptom == "Hung"
 
-    def _seconds_of_loop(self, call: Case) -> float | None:
-        """What the loop takes for a case in a new process; None where it does not come back either."""
-        control = self._isolated(self.patience, _CONTROL)
+    def _patience_for(self, call: Case) -> float | None:
+        """Seconds of silence that are no slowness: many times what the loop takes; None where that is too long."""
+        control = self._isolated(_MOST_SECONDS, _CONTROL)
         try:
             # Its start is no part of what a case takes.
             control.begin()
-            begun = time.monotonic()
-            report = _report(control, call)
-            return time.monotonic() - begun if report.survived else None
+            took = [seconds for seconds in (_seconds_of(control, call), _seconds_of(control, call)) if seconds]
         finally:
             control.close()
+        if len(took) < 2:
+            return None
+        patience = max(_BRIEF, _TIMES_AT_FIRST * took[0], _TIMES * took[1])
+        return patience if patience <= _MOST_SECONDS else None
 
     def _learn(self, call: Case, report: Report) -> None:
         """Notes that it has happened again."""
@@ -188,42 +204,42 @@ class Inquest:
         found = dataclasses.replace(
             finding, symptom=symptom, messages=messages, symptoms=told, case=call, original_case=call
         )
-        self.suspect = dataclasses.replace(self.suspect, finding=found, sure=True, confirmed=True)
+        self._note_more(confirmed=True, finding=found)
+
+    def _note_more(self, **changes: Any) -> None:
+        self.suspect = dataclasses.replace(self.suspect, **changes)
         self._note(self.suspect)
 
     # How small it can be.
 
-    def _shrunk(self) -> Finding:
-        """The finding with the smallest case that still happens with all patience."""
+    def _shrink(self) -> None:
+        """Makes the case smaller, as long as it ends another process, or is silent for a while."""
         finding = self.suspect.finding
-        original, hangs = finding.original_case, finding.symptom == "Hung"
+        hangs = finding.symptom == "Hung"
+        patience = (hangs and self._patience_for(finding.original_case)) or self.patience
         seconds = SHRINK_HANG_SECONDS if hangs else SHRINK_CRASH_SECONDS
-        small = minimise(finding.case, self._again(self._brief()), seconds, time.monotonic)
-        self.close()
-        if small == original or _report(self._isolated(self.patience), small).symptom == finding.symptom:
-            return dataclasses.replace(finding, case=small)
-        # Slow was taken for silent, or what it does depends on what ran before it.
-        return dataclasses.replace(finding, case=original)
-
-    def _brief(self) -> float:
-        if self.suspect.finding.symptom != "Hung":
-            return self.patience
-        seconds = self._seconds_of_loop(self.suspect.finding.original_case)
-        return self.patience if seconds is None else min(max(_BRIEF, _TIMES * seconds), self.patience)
-
-    def _again(self, patience: float) -> Callable[[Case], bool]:
         asked = self._isolated(patience)
 
         def again(case: Case) -> bool:
-            if _report(asked, case).symptom != self.suspect.finding.symptom:
+            if _report(asked, case).symptom != finding.symptom:
                 return False
             if simplicity(case) < simplicity(self.suspect.finding.case):
-                found = dataclasses.replace(self.suspect.finding, case=case)
-                self.suspect = dataclasses.replace(self.suspect, finding=found)
-                self._note(self.suspect)
+                self._note_more(finding=dataclasses.replace(self.suspect.finding, case=case))
             return True
 
-        return again
+        minimise(finding.case, again, seconds, time.monotonic)
+
+    def _with_all_patience(self) -> Case | None:
+        """The smallest case, asked again in a new process; the call that was drawn where that comes back."""
+        finding = self.suspect.finding
+        for case in dict.fromkeys((finding.case, finding.original_case)):
+            self.close()
+            patience = self._patience_for(case) if finding.symptom == "Hung" else self.patience
+            if patience is not None and (
+                _report(self._isolated(max(patience, self.patience)), case).symptom == finding.symptom
+            ):
+                return case
+        return None
 
 
 def _report(asked: Isolated, case: Case) -> Report:
@@ -232,6 +248,12 @@ def _report(asked: Isolated, case: Case) -> Report:
         return asked.report(case)
     except ReferencesDisagree:
         return Report()
+
+
+def _seconds_of(asked: Isolated, case: Case) -> float | None:
+    """What a case takes; None where it does not come back."""
+    begun = time.monotonic()
+    return time.monotonic() - begun if _report(asked, case).survived else None
 
 
 def look_into(inquest: Inquest) -> Finding | str:

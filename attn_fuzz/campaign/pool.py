@@ -254,8 +254,8 @@ class Pool:
         Args:
             worker: that died.
             finding: of the case that it had announced.
-            how: it died, in words.
-            killed: it was ended from outside: its case is at fault only if it ends another process, too.
+            how: in words, it died.
+            killed: from outside: its case is at fault only if it ends another process, too.
         """
         job, trying, symptom = worker.assignment, worker.trying, finding.symptom
         assert trying is not None

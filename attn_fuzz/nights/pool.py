@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-from attn_fuzz.campaign.inquest import Suspect
+from attn_fuzz.campaign.inquest import Suspect, suspect_of
 from attn_fuzz.campaign.isolated import killed_from_outside
-from attn_fuzz.campaign.messages import Assignment, Covered, Failed, Finished, Message, Progress, Tally
-from attn_fuzz.campaign.pool import RESTARTS, Pool
+from attn_fuzz.campaign.messages import Assignment, Covered, Failed, Finished, Message, Progress, Tally, Trying
+from attn_fuzz.campaign.pool import RESTARTS, SOON_SECONDS, Pool
 from attn_fuzz.coverage.counts import Reached
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.nights.record import Slice
@@ -23,6 +23,9 @@ _REFILLS: Final = 8
 
 _LEAST: Final = 1.0
 """Seconds of a slice that begins when time is over."""
+
+_SUSPICIOUS: Final = 20.0
+"""Seconds of silence after which what a worker is at is asked in another process, while it goes on."""
 
 _SILENT: Final = 4.0
 """Seconds after which a worker says more than that it has begun, or runs a batch."""
@@ -73,6 +76,7 @@ class RoundPool(Pool):
         self._heard_of, self._refills = slices[0], 0
         self._lost: dict[str, float] = {}
         """Seconds of silence of workers that are no more, by slice."""
+        self._suspected: list[Trying] = []
         self._findings.update({(finding.backend, finding.symptom): finding for finding in fatal})
 
     def _slice(self, assignment: Assignment) -> Slice:
@@ -151,6 +155,17 @@ class RoundPool(Pool):
             silence = self._lost.get(piece.job.notes, 0.0) + _silence(worker)
             piece.dirty |= silence != piece.silence
             piece.silence = silence
+            if silence > _SUSPICIOUS and worker.trying not in self._suspected and worker.trying is not None:
+                # It may come back: in another process it is known sooner.
+                self._suspected.append(worker.trying)
+                self._listener.suspect(suspect_of(piece.job.backend, piece.job.device, worker.trying))
+
+    def _end_known_hangs(self) -> None:
+        """Ends workers that do what their backend is known to do sooner than others."""
+        for worker in list(self._running):
+            known = (worker.assignment.backend, "Hung") in self._findings and worker.assignment.device == "cpu"
+            if known and _silence(worker) > SOON_SECONDS:
+                self._bury(worker, "Hung", f"was silent for {SOON_SECONDS:.0f} seconds")
 
     def _is_late(self, worker: Any) -> bool:
         return time.monotonic() - worker.started > (worker.assignment.seconds or 0.0) + _LATE
@@ -187,6 +202,7 @@ class RoundPool(Pool):
             return
         super()._step()
         self._note_silence()
+        self._end_known_hangs()
         self._listener.step([self._slice(worker.assignment) for worker in self._running])
 
 
