@@ -61,7 +61,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def suspect(backend: str, *, sure: bool, symptom: str = "Crashed", ends: tuple[int, ...] = ()) -> Suspect:
-    found = suspect_of(backend, "cpu", Trying(CASE.to_json(), ends))
+    found = suspect_of(backend, "cpu", Trying(CASE.to_json(), ends), 0.0)
     messages = (f"{symptom} [runs] process: the process did this",)
     finding = dataclasses.replace(found.finding, symptom=symptom, messages=messages)
     return dataclasses.replace(found, finding=finding, sure=sure, how="" if sure else "it was killed from outside")

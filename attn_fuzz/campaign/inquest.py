@@ -56,12 +56,14 @@ class Suspect:
     confirmed: bool = False
     """Whether another process ended so, too, or was silent for a while: the finding's original case is the call that
     did it."""
+    silence: float = 0.0
+    """Seconds in which the worker had said nothing, as far as that is known."""
     how: str = ""
     """What is said where it does not happen again, and nobody is accused; empty for nothing."""
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        fields = {name: getattr(self, name) for name in ("sure", "confirmed", "how")}
+        fields = {name: getattr(self, name) for name in ("sure", "confirmed", "silence", "how")}
         return {"finding": self.finding.to_dict(), "case": self.trying.case, "ends": self.trying.ends, **fields}
 
     @classmethod
@@ -73,11 +75,22 @@ class Suspect:
         """
         trying = Trying(str(data["case"]), tuple(data["ends"]))
         finding = Finding.from_dict(data["finding"])
-        return cls(finding, trying, bool(data["sure"]), bool(data["confirmed"]), str(data["how"]))
+        sure, confirmed = bool(data["sure"]), bool(data["confirmed"])
+        return cls(finding, trying, sure, confirmed, float(data["silence"]), str(data["how"]))
 
 
-def suspect_of(backend: str, device: str, trying: Trying) -> Suspect:
-    """What a worker was about to run when everything was killed: most often it has done nothing."""
+def suspect_of(backend: str, device: str, trying: Trying, silence: float) -> Suspect:
+    """What a worker was about to run when everything was killed: most often it has done nothing.
+
+    Args:
+        backend: of the worker.
+        device: of the worker.
+        trying: what it had announced.
+        silence: seconds since then.
+
+    Raises:
+        CaseError: when it is no case.
+    """
     case = Case.from_json(trying.case)
     finding = Finding(
         backend=backend,
@@ -92,7 +105,7 @@ def suspect_of(backend: str, device: str, trying: Trying) -> Suspect:
         seconds_to_find=0.0,
         environment=environment("cpu"),
     )
-    return Suspect(finding, trying, sure=False)
+    return Suspect(finding, trying, sure=False, silence=silence)
 
 
 class Inquest:
@@ -160,8 +173,13 @@ class Inquest:
             yield batch.call(index)
 
     def _confirm(self) -> bool:
-        """Whether a call ends or silences another process, too: first run alone, then with all that is asked of it."""
-        for self._judged in (False, True):
+        """Whether a call ends or silences another process, too: first run alone, then with all that is asked of it.
+
+        Of calls of a batch nothing else was asked; so many are asked it only where it is sure that one of them did it.
+        """
+        both = self.suspect.sure or not self.suspect.trying.ends
+        for judged in (False, True) if both else (False,):
+            self._judged = judged
             asked, deadline = self._isolated(min(_BRIEF, self.patience)), time.monotonic() + ASK_SECONDS
             for call in self._calls():
                 report = _report(asked, call)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ class Running(NamedTuple):
     backend: str
     device: str
     trying: Trying
+    since: float = 0.0
+    """When that was, in seconds since 1970."""
 
 
 class Notes(NamedTuple):
@@ -50,8 +53,8 @@ def noting(assignment: Assignment, send: Callable[[Message], None]) -> Callable[
         with contextlib.suppress(OSError):
             match message:
                 case Trying(case, ends):
-                    about = {"backend": assignment.backend, "device": assignment.device, "case": case, "ends": ends}
-                    write(f"{beginning}{RUNNING}", about)
+                    place = {"backend": assignment.backend, "device": assignment.device}
+                    write(f"{beginning}{RUNNING}", {**place, "case": case, "ends": ends, "since": time.time()})
                 case Candidate(finding):
                     write(f"{beginning}{CANDIDATE}", finding.to_dict())
                 case Found(finding):
@@ -74,7 +77,7 @@ def write(name: str, data: Mapping[str, Any]) -> None:
 def read(folder: Path) -> Notes:
     """The notes in a folder; what cannot be read is left out."""
     running = [
-        Running(data["backend"], data["device"], Trying(data["case"], tuple(data["ends"])))
+        Running(data["backend"], data["device"], Trying(data["case"], tuple(data["ends"])), data.get("since", 0.0))
         for data in readable(folder, f"*{RUNNING}")
     ]
     return Notes(running, list(_findings(folder, f"*{CANDIDATE}")), list(_findings(folder, f"*{FOUND}*[0-9]")))

@@ -94,12 +94,12 @@ class Deaths:
     # In a thread of its own.
 
     def _next(self) -> tuple[Path, Suspect] | None:
-        """What is nearest to its end; None where there is nothing more, and the thread ends."""
+        """What most is known against; None where there is nothing more, and the thread ends."""
         with self._lock:
             if self._ended or not self._pending:
                 self._thread = None
                 return None
-            return min(self._pending.items(), key=lambda item: (not item[1].confirmed, not item[1].sure))
+            return max(self._pending.items(), key=lambda item: (item[1].confirmed, item[1].sure, item[1].silence))
 
     def _work(self) -> None:
         while (found := self._next()) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,6 +41,10 @@ class NotesFolder:
     def beginning(self, number: int) -> str:
         """What the names of a worker's notes begin with."""
         return str(self.path / f"{number}")
+
+    def touch(self) -> None:
+        """Says that the campaign is alive: what a worker has been at since long before its end is looked into first."""
+        os.utime(self.path / _LOCK)
 
     def clear(self) -> None:
         """Takes away the notes of workers that have ended, and all of whose findings are stored."""
@@ -98,16 +103,22 @@ def recover(
             for finding in found.candidates:
                 if not known(finding):
                     keep(finding)
-            for each in (*left_behind(folder), *map(_suspect_of, found.running)):
+            ended = (folder / _LOCK).stat().st_mtime
+            for each in (*left_behind(folder), *(_suspect_of(running, ended) for running in found.running)):
                 if each is not None:
                     suspect(each)
             shutil.rmtree(folder, ignore_errors=True)
     return left
 
 
-def _suspect_of(running: Running) -> Suspect | None:
-    """What a worker was about to run; None where no case can be read."""
+def _suspect_of(running: Running, ended: float) -> Suspect | None:
+    """What a worker was about to run, for how long; None where no case can be read.
+
+    Args:
+        running: its note.
+        ended: when its campaign was seen last, in seconds since 1970.
+    """
     try:
-        return suspect_of(running.backend, running.device, running.trying)
+        return suspect_of(running.backend, running.device, running.trying, max(ended - running.since, 0.0))
     except (LookupError, ValueError):
         return None

@@ -146,7 +146,7 @@ class RoundPool(Pool):
             self._keep(finding)
             return
         said = f"the worker for {finding.backend} was killed from outside: no finding" if killed else ""
-        self._listener.suspect(Suspect(finding, worker.trying, sure=not killed, how=said))
+        self._listener.suspect(Suspect(finding, worker.trying, sure=not killed, silence=_silence(worker), how=said))
 
     def _note_silence(self) -> None:
         """What silence takes of a slice's time counts, too: nothing else tells of those that hang."""
@@ -158,7 +158,7 @@ class RoundPool(Pool):
             if silence > _SUSPICIOUS and worker.trying not in self._suspected and worker.trying is not None:
                 # It may come back: in another process it is known sooner.
                 self._suspected.append(worker.trying)
-                self._listener.suspect(suspect_of(piece.job.backend, piece.job.device, worker.trying))
+                self._listener.suspect(suspect_of(piece.job.backend, piece.job.device, worker.trying, silence))
 
     def _end_known_hangs(self) -> None:
         """Ends workers that do what their backend is known to do sooner than others."""

@@ -218,7 +218,7 @@ class Soak:
         if not memory["flat"]:
             self.complain("memory is not flat")
         title = f"a soak of {seconds / 60:.0f} minutes: {self.workers} workers, {len(self.kills)} kills"
-        drawn = soak_memory.draw(self.folder / "memory.png", self.memory, self.kills, title)
+        drawn = soak_memory.draw(self.folder / "memory.png", self.memory, self.starts, self.kills, title)
         return {
             "sound": not self.wrong,
             "wrong": self.wrong,

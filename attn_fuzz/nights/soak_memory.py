@@ -9,8 +9,9 @@ from typing import Any, Final, NamedTuple
 
 RULE: Final = (
     "Over the last two thirds of the time, the median slope between any two points, times that time, is below a tenth "
-    "of their median: of the supervisor's memory half a minute and more after each of its starts, and of the least "
-    "memory that all processes together had in each minute, which is what stays when no kernel fills it."
+    "of their median: of the supervisor's memory, and of the least memory that all processes together had in each "
+    "minute, which is what stays when no kernel fills it; both while there are workers, and half a minute and more "
+    "after each start of a supervisor."
 )
 
 _RISE: Final = 0.1
@@ -20,6 +21,9 @@ _SETTLED: Final = 30.0
 """Seconds after its start in which a supervisor imports what it needs."""
 
 _MINUTE: Final = 60.0
+
+_AT_WORK: Final = 5
+"""Processes: the supervisor, two of multiprocessing's own, and workers."""
 
 
 class Sample(NamedTuple):
@@ -62,23 +66,29 @@ def rise(points: Sequence[tuple[float, float]]) -> float:
     return slope(last) * (last[-1][0] - last[0][0]) / median if median else 0.0
 
 
+def settled(samples: Sequence[Sample], starts: Sequence[float]) -> list[Sample]:
+    """Those while there was a supervisor with workers that had started a while ago.
+
+    Args:
+        samples: in order of time.
+        starts: when supervisors started, in seconds.
+    """
+    return [
+        sample
+        for sample in samples
+        if sample.supervisor
+        and sample.processes >= _AT_WORK
+        and not any(0 <= sample.at - start < _SETTLED for start in starts)
+    ]
+
+
 def floors(samples: Sequence[Sample]) -> list[tuple[float, float]]:
-    """The least memory of all processes in each minute, at the minute's middle, while there was a supervisor."""
+    """The least memory of all processes in each minute, at the minute's middle."""
     least: dict[int, int] = {}
     for sample in samples:
-        if sample.supervisor:
-            minute = int(sample.at // _MINUTE)
-            least[minute] = min(least.get(minute, sample.every), sample.every)
+        minute = int(sample.at // _MINUTE)
+        least[minute] = min(least.get(minute, sample.every), sample.every)
     return [((minute + 0.5) * _MINUTE, float(value)) for minute, value in sorted(least.items())]
-
-
-def settled(samples: Sequence[Sample], starts: Sequence[float]) -> list[tuple[float, float]]:
-    """The supervisor's memory, without what it has while it starts."""
-    return [
-        (sample.at, float(sample.supervisor))
-        for sample in samples
-        if sample.supervisor and not any(0 <= sample.at - start < _SETTLED for start in starts)
-    ]
 
 
 def flatness(samples: Sequence[Sample], starts: Sequence[float]) -> dict[str, Any]:
@@ -88,7 +98,8 @@ def flatness(samples: Sequence[Sample], starts: Sequence[float]) -> dict[str, An
         samples: in order of time.
         starts: when supervisors started, in seconds.
     """
-    own, least = settled(samples, starts), floors(samples)
+    counted = settled(samples, starts)
+    own, least = [(each.at, float(each.supervisor)) for each in counted], floors(counted)
     rises = {"supervisor": rise(own), "all_processes": rise(least)}
 
     def megabytes(values: Sequence[float]) -> float:
@@ -105,7 +116,7 @@ def flatness(samples: Sequence[Sample], starts: Sequence[float]) -> dict[str, An
     }
 
 
-def draw(path: Path, samples: Sequence[Sample], kills: Sequence[Kill], title: str) -> bool:
+def draw(path: Path, samples: Sequence[Sample], starts: Sequence[float], kills: Sequence[Kill], title: str) -> bool:
     """Writes a PNG of the memory over time, with the kills below it.
 
     Returns:
@@ -123,7 +134,7 @@ def draw(path: Path, samples: Sequence[Sample], kills: Sequence[Kill], title: st
     )
     minutes = [sample.at / _MINUTE for sample in samples]
     above.fill_between(minutes, [each.every / 1e9 for each in samples], color="#9ec9e2", lw=0, label="all processes")
-    least = floors(samples)
+    least = floors(settled(samples, starts))
     above.step(
         [at / _MINUTE for at, _ in least],
         [value / 1e9 for _, value in least],

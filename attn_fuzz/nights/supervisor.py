@@ -238,6 +238,7 @@ class Supervisor:
         if time.monotonic() - self._shown < SHOW_SECONDS:
             return
         self._shown = time.monotonic()
+        self.notes.touch()
         self._hear_of_deaths()
         self.view.alive = Counter(piece.subject for piece in alive)
         self._write()
