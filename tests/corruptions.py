@@ -391,13 +391,9 @@ def _wrong_values(option: Any) -> Iterator[str]:
     if option.name in UNKNOWN:
         yield UNKNOWN[option.name]
     # typer brings its own options, or has those of click, by its version.
-    kind = getattr(option, "bare_type", None) or {"integer": int, "float": float}.get(option.type.name.split()[0])
-    if kind in (int, float):
-        yield from ("many", "1,5", "", "0x10")
-        least = getattr(option, "min", None) if hasattr(option, "bare_type") else getattr(option.type, "min", None)
-        if least is not None:
-            yield str(least - 1)
-            yield "nan" if kind is float else "1.5"
+    least = getattr(option, "min", None) or getattr(getattr(option, "type", None), "min", None)
+    if least is not None:
+        yield from ("many", "1,5", "", "0x10", str(least - 1), "nan" if isinstance(least, float) else "1.5")
 
 
 def arguments() -> list[tuple[str, ...]]:

@@ -48,6 +48,7 @@ def complaint(corruption: Corruption, base: tuple[Path, str]) -> str | None:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(here)
             patch.setattr("attn_fuzz.nights.supervisor.RoundPool", None)
+            patch.setattr("attn_fuzz.campaign.new_process.prepare", lambda: None)
             try:
                 status, _, err = command(*map(named, corruption.words))
             except BaseException as error:
