@@ -145,8 +145,8 @@ class Inquest:
                 if self.suspect.finding.symptom in self._known:
                     return ""
                 self._shrink()
-                if (case := self._with_all_patience()) is not None:
-                    return dataclasses.replace(self.suspect.finding, case=case)
+                if (last := self._with_all_patience()) is not None:
+                    return last
             if not self.suspect.sure:
                 return self.suspect.how
             original = self.suspect.finding.original_case
@@ -247,16 +247,20 @@ class Inquest:
 
         minimise(finding.case, again, seconds, time.monotonic)
 
-    def _with_all_patience(self) -> Case | None:
-        """The smallest case, asked again in a new process; the call that was drawn where that comes back."""
+    def _with_all_patience(self) -> Finding | None:
+        """The finding with the smallest case, asked again in a new process; with the call that was drawn where that
+        comes back."""
         finding = self.suspect.finding
+        hangs = finding.symptom == "Hung"
         for case in dict.fromkeys((finding.case, finding.original_case)):
             self.close()
-            patience = self._patience_for(case) if finding.symptom == "Hung" else self.patience
-            if patience is not None and (
-                _report(self._isolated(max(patience, self.patience)), case).symptom == finding.symptom
-            ):
-                return case
+            patience = self._patience_for(case) if hangs else self.patience
+            if patience is None:
+                continue
+            report = _report(self._isolated(max(patience, self.patience)), case)
+            if report.symptom == finding.symptom:
+                said = f"Hung [runs] process: {report.message}" if hangs else finding.messages[0]
+                return dataclasses.replace(finding, case=case, messages=(said, *finding.messages[1:]))
         return None
 
 

@@ -71,7 +71,7 @@ def _crash(q: Tensor, out: Tensor) -> Tensor:
 
 
 def _hang(q: Tensor, out: Tensor) -> Tensor:
-    if len(q) % 13 == 7:
+    if len(q) % 13 == 2:
         threading.Event().wait()
     return out
 
@@ -111,7 +111,7 @@ MODULE: Final = "attn_fuzz.nights.soak_kernels"
 FOUND: Final = {"crashing": "Crashed", "hanging": "Hung", "rubbish": "MissingResult", "wrong": "WrongOutput"}
 """What some of them must be found to do."""
 
-TOKENS: Final = {"crashing": 5, "hanging": 7, "rubbish": 1, "wrong": 1}
+TOKENS: Final = {"crashing": 5, "hanging": 2, "rubbish": 1, "wrong": 1}
 """Queries of the smallest call in which each of those does it."""
 
 INNOCENT: Final = ("leaking", "filling", "printing")
