@@ -100,7 +100,9 @@ LIMITS: Final[tuple[DeclaredLimit, ...]] = (
             about='a call without a single key raises "invalid argument", which its launch fails with',
             reference=seen,
             found_by=_RAN,
-            minimal=Case.from_json('{"level": "kernel", "lengths": [1], "key_lengths": [0], "head_dim": 8, "dtype": "bf16"}'),
+            minimal=Case.from_json(
+                '{"level": "kernel", "lengths": [1], "key_lengths": [0], "head_dim": 8, "dtype": "bf16"}'
+            ),
         )
         for backend, seen in _NO_KEYS.items()
     ),

@@ -21,14 +21,14 @@ from in_turn import InTurn
 
 from attn_fuzz.backends import registry
 from attn_fuzz.campaign import new_process, notes
-from attn_fuzz.campaign.crash_triage import Death
+from attn_fuzz.campaign.inquest import Suspect
 from attn_fuzz.campaign.isolated import NoDevice
 from attn_fuzz.campaign.messages import Assignment, Candidate, Failed, Finished, Found, Message, Tally, Trying
 from attn_fuzz.cli import night, night_screen
 from attn_fuzz.evaluation.seeded_faults import drawn
 from attn_fuzz.findings.ledger import Ledger
 from attn_fuzz.findings.store import Store
-from attn_fuzz.nights import leftovers, supervisor
+from attn_fuzz.nights import supervisor
 from attn_fuzz.nights.database import DatabaseError
 from attn_fuzz.nights.kept import LOOK_AGAIN, OFTEN, Kept
 from attn_fuzz.nights.leftovers import NotesFolder, recover
@@ -70,7 +70,8 @@ def test_what_a_worker_finds_is_written_before_it_is_told(tmp_path: Path) -> Non
     for message in (Trying("a case", (1, 2)), Candidate(LARGER), Trying("smaller"), Found(FOUND), Found(OTHER)):
         note(message)
     assert [len(each.running) for each in seen] == [1] * 5
-    assert seen[0].running == [notes.Running("loop", "cpu", Trying("a case", (1, 2)))]
+    (running,) = seen[0].running
+    assert running[:3] == ("loop", "cpu", Trying("a case", (1, 2)))
     assert [[each.id for each in read.candidates] for read in seen] == [[], [LARGER.id], [LARGER.id], [], []]
     assert {each.id for each in seen[-1].found} == {FOUND.id, OTHER.id}
     assert len(told) == 5
@@ -89,6 +90,10 @@ def test_half_a_note_is_none(tmp_path: Path) -> None:
     assert notes.read(tmp_path) == ([], [], [])
 
 
+def nobody(suspect: Suspect) -> None:
+    pytest.fail("nothing was running")
+
+
 def abandoned(beside: Path, *messages: Message) -> None:
     """Notes of a campaign that is no more."""
     folder = NotesFolder(beside)
@@ -102,7 +107,7 @@ def test_what_a_killed_campaign_had_found_is_kept(tmp_path: Path, store: Store) 
     abandoned(tmp_path / "running", Found(FOUND), Candidate(LARGER))
     abandoned(tmp_path / "running", Candidate(OTHER))
     kept = Kept(store)
-    assert recover(tmp_path / "running", kept.keep, kept.has_like) == 2
+    assert recover(tmp_path / "running", kept.keep, kept.has_like, nobody) == 2
     # One with the same symptom is there, shrunk; of the other there is nothing better.
     assert set(store.identifiers()) == {FOUND.id, OTHER.id}
     assert list((tmp_path / "running").iterdir()) == []
@@ -111,23 +116,18 @@ def test_what_a_killed_campaign_had_found_is_kept(tmp_path: Path, store: Store) 
 def test_a_campaign_that_still_runs_is_left_alone(tmp_path: Path, store: Store) -> None:
     folder = NotesFolder(tmp_path / "running")
     Path(f"{folder.beginning(1)}.found-1-0").write_text(json.dumps(FOUND.to_dict()))
-    assert recover(tmp_path / "running", lambda finding: None, lambda finding: False) == 0
+    assert recover(tmp_path / "running", lambda finding: None, lambda finding: False, nobody) == 0
     assert folder.path.is_dir()
     folder.close()
-    assert recover(tmp_path / "running", lambda finding: None, lambda finding: False) == 0
+    assert recover(tmp_path / "running", lambda finding: None, lambda finding: False, nobody) == 0
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_the_case_that_was_running_is_accused_only_if_it_kills_again(
-    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, again: bool
-) -> None:
-    case = Case(level="kernel", lengths=(3,))
-    death = Death(case, case, again=again)
-    monkeypatch.setattr(leftovers, "crash_triage_of", lambda job, trying, patience: death)
-    abandoned(tmp_path / "running", Trying(case.to_json()))
-    kept = Kept(store)
-    recover(tmp_path / "running", kept.keep, kept.has_like)
-    assert [finding.symptom for finding in kept.findings.values()] == ["Crashed"] * again
+def test_what_was_running_is_looked_into(tmp_path: Path, store: Store) -> None:
+    abandoned(tmp_path / "running", Trying('{"level": "kernel", "lengths": [3]}'))
+    abandoned(tmp_path / "running", Trying("no case"))
+    asked: list[Suspect] = []
+    assert recover(tmp_path / "running", lambda finding: None, lambda finding: False, asked.append) == 2
+    assert [(each.finding.backend, each.finding.case.lengths, each.sure) for each in asked] == [("loop", (3,), False)]
 
 
 # Findings.
@@ -203,6 +203,7 @@ def test_a_slice_that_cannot_run_ends_no_round() -> None:
         lambda piece, reason: told["failed"].append(reason),
         lambda alive: told["steps"].append(len(alive)),
         lambda: pytest.fail("nothing is late"),
+        lambda suspect: None,
     )
     slices = [Slice(Assignment(backend="loop", device="cpu", seed=0, notes=str(number))) for number in range(2)]
     pool = Scripted(slices, 1, listener, 9.0)
@@ -216,7 +217,7 @@ def test_nobody_waits_for_a_slice_that_is_late() -> None:
     from attn_fuzz.campaign.pool import _Worker
 
     jobs = (Assignment(backend="loop", device="cpu", seed=0, seconds=5.0, notes=str(number)) for number in range(99))
-    listener = Listener(*(lambda *_: None,) * 5, lambda: Slice(next(jobs)))
+    listener = Listener(*(lambda *_: None,) * 5, lambda: Slice(next(jobs)), lambda suspect: None)
     pool = RoundPool([Slice(next(jobs))], 2, listener, 1000.0)
     job, _ = pool._waiting.popleft()
     now = time.monotonic()
@@ -442,6 +443,8 @@ def test_kills_at_any_moment_lose_nothing_and_leave_nobody(tmp_path: Path) -> No
         before, found = after, kept
     store = Store(tmp_path / ".attn-fuzz" / "findings")
     kept_findings = Kept(store)
-    recover(tmp_path / ".attn-fuzz" / "findings.running", kept_findings.keep, kept_findings.has_like)
+    suspects: list[Suspect] = []
+    recover(tmp_path / ".attn-fuzz" / "findings.running", kept_findings.keep, kept_findings.has_like, suspects.append)
     # Nobody else is accused, though workers were ended in the middle of their cases.
+    assert {each.finding.backend for each in suspects} <= {SWAPPED}
     assert {store.load(each).backend for each in store.identifiers()} == {SWAPPED}

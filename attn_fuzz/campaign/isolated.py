@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -156,6 +157,15 @@ def cause_of_death(exit_code: int | None) -> str:
     return f"died with exit code {exit_code}"
 
 
+_FORKER_GONE: Final = 255
+"""What ``multiprocessing`` gives for the exit status of a process when the one that forked it was killed."""
+
+
+def killed_from_outside(exit_code: int | None) -> bool:
+    """Whether the system or a person ended a process, most likely: no fault in code sends that signal."""
+    return exit_code in (-signal.SIGKILL, _FORKER_GONE)
+
+
 _START_SECONDS: Final = 120.0
 """For a process to begin, beside the time of its first case."""
 
@@ -180,6 +190,7 @@ class Isolated:
         self._watch: Watch | None = None
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
+        self._ready = False
 
     def symptom(self, case: Case) -> str | None:
         """Name of the case's first symptom, if any.
@@ -223,15 +234,13 @@ class Isolated:
             NoDevice: as ``symptom`` does.
             ReferencesDisagree: as ``examine`` does.
         """
-        if starts := self._process is None:
+        if self._process is None:
             self._start()
         assert self._process is not None
         assert self._connection is not None
         try:
-            if starts:
-                if not self._connection.poll(_START_SECONDS):
-                    return self._hung(_START_SECONDS)
-                self._connection.recv()
+            if not self._is_ready():
+                return self._hung(_START_SECONDS)
             self._connection.send((case.to_json(), operators))
             if (silent := self._silent()) is not None:
                 return self._hung(silent)
@@ -243,14 +252,29 @@ class Isolated:
             self.close()
             if exit_code == NO_DEVICE:
                 raise NoDevice(f"a new process cannot use {self._subject.device}, whatever it runs there") from None
-            if exit_code == -signal.SIGKILL and not killed:
-                # By the system or a person, most likely; no fault in code sends this signal.
+            if killed_from_outside(exit_code) and not killed:
                 return self.report(case, operators=operators, killed=True)
             how = cause_of_death(exit_code)
             return Report("Crashed", f"the process {how} while it ran this case", survived=False)
         if found.disagreement is not None:
             raise ReferencesDisagree(found.disagreement)
         return found
+
+    def begin(self) -> None:
+        """Starts the child and waits until it can run cases, so that the first takes no longer than it has to."""
+        if self._process is None:
+            self._start()
+        # That it has ended, the first case tells.
+        with contextlib.suppress(EOFError, OSError):
+            self._is_ready()
+
+    def _is_ready(self) -> bool:
+        """Waits for a child that begins; whether it has begun in time."""
+        assert self._connection is not None
+        if not self._ready and self._connection.poll(_START_SECONDS):
+            self._connection.recv()
+            self._ready = True
+        return self._ready
 
     def _start(self) -> None:
         self._connection, theirs = new_process.context().Pipe()
@@ -282,4 +306,4 @@ class Isolated:
             if self._process.pid is not None:
                 self._process.kill()
                 self._process.join()
-            self._process = None
+            self._process, self._ready = None, False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ class Running(NamedTuple):
     backend: str
     device: str
     trying: Trying
+    since: float = 0.0
+    """When that was, in seconds since 1970."""
 
 
 class Notes(NamedTuple):
@@ -50,20 +53,20 @@ def noting(assignment: Assignment, send: Callable[[Message], None]) -> Callable[
         with contextlib.suppress(OSError):
             match message:
                 case Trying(case, ends):
-                    about = {"backend": assignment.backend, "device": assignment.device, "case": case, "ends": ends}
-                    _write(f"{beginning}{RUNNING}", about)
+                    place = {"backend": assignment.backend, "device": assignment.device}
+                    write(f"{beginning}{RUNNING}", {**place, "case": case, "ends": ends, "since": time.time()})
                 case Candidate(finding):
-                    _write(f"{beginning}{CANDIDATE}", finding.to_dict())
+                    write(f"{beginning}{CANDIDATE}", finding.to_dict())
                 case Found(finding):
                     # More than one worker may have had these notes, one after another.
-                    _write(f"{beginning}{FOUND}{os.getpid()}-{next(numbers)}", finding.to_dict())
+                    write(f"{beginning}{FOUND}{os.getpid()}-{next(numbers)}", finding.to_dict())
                     Path(f"{beginning}{CANDIDATE}").unlink(missing_ok=True)
         send(message)
 
     return note
 
 
-def _write(name: str, data: Mapping[str, Any]) -> None:
+def write(name: str, data: Mapping[str, Any]) -> None:
     """Writes a file whole or not at all."""
     temporary = f"{name}.tmp"
     with open(temporary, "w") as file:
@@ -74,19 +77,20 @@ def _write(name: str, data: Mapping[str, Any]) -> None:
 def read(folder: Path) -> Notes:
     """The notes in a folder; what cannot be read is left out."""
     running = [
-        Running(data["backend"], data["device"], Trying(data["case"], tuple(data["ends"])))
-        for data in _readable(folder, f"*{RUNNING}")
+        Running(data["backend"], data["device"], Trying(data["case"], tuple(data["ends"])), data.get("since", 0.0))
+        for data in readable(folder, f"*{RUNNING}")
     ]
     return Notes(running, list(_findings(folder, f"*{CANDIDATE}")), list(_findings(folder, f"*{FOUND}*[0-9]")))
 
 
-def _readable(folder: Path, pattern: str) -> Iterator[Any]:
+def readable(folder: Path, pattern: str) -> Iterator[Any]:
+    """What the files of a folder with such names hold; those that cannot be read are left out."""
     for path in sorted(folder.glob(pattern)):
         with contextlib.suppress(OSError, ValueError):
             yield json.loads(path.read_text())
 
 
 def _findings(folder: Path, pattern: str) -> Iterator[Finding]:
-    for data in _readable(folder, pattern):
+    for data in readable(folder, pattern):
         with contextlib.suppress(ValueError):
             yield Finding.from_dict(data)

@@ -14,7 +14,7 @@ from typing import Final
 
 from attn_fuzz.campaign import new_process
 from attn_fuzz.campaign.crash_triage import NOT_AGAIN, crash_triage_of
-from attn_fuzz.campaign.isolated import NoDevice, cause_of_death
+from attn_fuzz.campaign.isolated import NoDevice, cause_of_death, killed_from_outside
 from attn_fuzz.campaign.messages import (
     Assignment,
     CampaignError,
@@ -236,8 +236,29 @@ class Pool:
             seconds_to_find=round(time.monotonic() - worker.started, 3),
             environment=environment("cpu"),
         )
-        # By the system or a person, for no fault in code sends this signal.
-        killed = symptom == "Crashed" and worker.process.exitcode == -signal.SIGKILL
+        killed = symptom == "Crashed" and killed_from_outside(worker.process.exitcode)
+        self._look_into(worker, finding, how, killed=killed)
+        if job.stop_at_first and (job.backend, symptom) in self._findings:
+            self._end_others(worker)
+        elif worker.restarts < RESTARTS:
+            spent = time.monotonic() - worker.started
+            seconds = None if job.seconds is None else max(job.seconds - spent, 0.0)
+            cases = None if job.cases is None else max(job.cases - worker.tally.cases, 0)
+            if seconds != 0.0 and cases != 0:
+                again = dataclasses.replace(job, seconds=seconds, cases=cases, seed=job.seed + 7919)
+                self._waiting.append((again, worker.restarts + 1))
+
+    def _look_into(self, worker: _Worker, finding: Finding, how: str, *, killed: bool) -> None:
+        """Keeps what a dead worker ran, if it was the cause; a crash is shrunk.
+
+        Args:
+            worker: that died.
+            finding: of the case that it had announced.
+            how: in words, it died.
+            killed: from outside: its case is at fault only if it ends another process, too.
+        """
+        job, trying, symptom = worker.assignment, worker.trying, finding.symptom
+        assert trying is not None
         try:
             # Hangs are too slow to shrink.
             if symptom == "Crashed" and (killed or (job.backend, symptom) not in self._findings):
@@ -254,15 +275,6 @@ class Pool:
         except KeyboardInterrupt:
             self._keep(finding)
             raise
-        if job.stop_at_first and (job.backend, symptom) in self._findings:
-            self._end_others(worker)
-        elif worker.restarts < RESTARTS:
-            spent = time.monotonic() - worker.started
-            seconds = None if job.seconds is None else max(job.seconds - spent, 0.0)
-            cases = None if job.cases is None else max(job.cases - worker.tally.cases, 0)
-            if seconds != 0.0 and cases != 0:
-                again = dataclasses.replace(job, seconds=seconds, cases=cases, seed=job.seed + 7919)
-                self._waiting.append((again, worker.restarts + 1))
 
     def _step(self) -> None:
         while self._waiting and len(self._running) < self._limit:

@@ -30,6 +30,7 @@ def bench(
     """Documents and cases per second of all modes, beside the bare kernels on the same layouts."""
     where = device_of(device)
     names = tuple(dict.fromkeys(backend or ()))
+    levels = choices(level, LEVELS, "level") or LEVELS
     require_available(names, where)
 
     def say(line: str) -> None:
@@ -37,7 +38,7 @@ def bench(
 
     if processes:
         measured = names or available_backends(where, (PLANS[where].dtype,))
-        shared = bench_processes(where, measured, say, choices(level, LEVELS, "level") or LEVELS)
+        shared = bench_processes(where, measured, say, levels)
         if as_json:
             typer.echo(json.dumps(shared))
         else:

@@ -20,16 +20,22 @@ from attn_fuzz.execution.environment import device_name, environment, versions_o
 from attn_fuzz.execution.process import set_up_process
 from attn_fuzz.findings.entry import FOUND_BY, STATES, Answer, Entry
 from attn_fuzz.findings.ledger import Ledger, today
+from attn_fuzz.findings.store import StoreError
 
 IdArgument = Annotated[str | None, typer.Argument(metavar="ID", help="An entry's id, or its beginning.")]
 
 
-def _opened(store: Path) -> Ledger:
-    """The ledger of a store, with all of its findings counted."""
+def _opened(store: Path) -> tuple[Ledger, list[StoreError]]:
+    """The ledger of a store, with all of its findings counted, and why some were not."""
     opened = Ledger(store)
-    if store.is_dir():
-        opened.note_all()
-    return opened
+    return opened, opened.note_all() if store.is_dir() else []
+
+
+def _told_of(unread: Sequence[StoreError], status: int = 0) -> typer.Exit:
+    """The end of a command, that says what it could not read."""
+    for error in unread:
+        typer.echo(f"attn-fuzz: {error}", err=True)
+    return typer.Exit(2 if unread else status)
 
 
 def ledger(
@@ -48,7 +54,7 @@ def ledger(
 
     Known issues of backends, and limits that adapters declare because a backend is wrong beyond them, are entries too.
     """
-    opened = _opened(store)
+    opened, unread = _opened(store)
     if take is not None:
         if not take.is_dir():
             raise UsageError(f"there is no store {take} to take a ledger from")
@@ -59,7 +65,7 @@ def ledger(
         if changes or note is not None:
             raise UsageError("say which entry is to be changed: attn-fuzz ledger ID")
         _list([*opened.entries().values()], as_json=as_json)
-        return
+        raise _told_of(unread)
     found = opened.entry(entry)
     if changes or note is not None:
         found = _edited(found, changes, note)
@@ -68,6 +74,7 @@ def ledger(
         typer.echo(json.dumps(json.loads(found.to_json())))
     else:
         _show(results_console(), found)
+    raise _told_of(unread)
 
 
 def _edited(entry: Entry, changes: dict[str, str], note: str | None) -> Entry:
@@ -150,7 +157,7 @@ def retest(
     The exit status is 1 where something is wrong, 3 where nothing was run.
     """
     where = None if device is None else device_of(device)
-    opened = _opened(store)
+    opened, unread = _opened(store)
     entries = [opened.entry(entry)] if entry is not None else [*opened.entries().values()]
     set_up_process(where or "cpu")
     answers: list[tuple[Entry, Answer]] = []
@@ -162,7 +169,7 @@ def retest(
         answers.append((each, answer))
     _tell(answers, versions, as_json=as_json)
     words = {answer.answer for _, answer in answers}
-    raise typer.Exit(1 if "wrong" in words else 0 if words & {"right", "refused"} else 3)
+    raise _told_of(unread, 1 if "wrong" in words else 0 if words & {"right", "refused"} else 3)
 
 
 def _tell(answers: Sequence[tuple[Entry, Answer]], versions: str, *, as_json: bool) -> None:

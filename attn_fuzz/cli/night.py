@@ -41,6 +41,7 @@ from attn_fuzz.findings.store import Store
 from attn_fuzz.nights import holes
 from attn_fuzz.nights.cluster import Cluster
 from attn_fuzz.nights.database import DamagedDatabase, Database, DatabaseError, path_beside, set_aside
+from attn_fuzz.nights.deaths import Deaths
 from attn_fuzz.nights.kept import Kept
 from attn_fuzz.nights.leftovers import NotesFolder, recover
 from attn_fuzz.nights.machines import ClusterWishes
@@ -173,31 +174,34 @@ class _Night:
         with Database(path) as database:
             record = Record(database, self.wishes.seed, self.wishes.seconds, versions)
             beside = self.store.folder.absolute().with_name(f"{self.store.folder.name}.running")
-            left = self._recovered(beside, record, kept)
+            notes = NotesFolder(beside)
+            compiled = [target.backend for target in self.wishes.targets if target.compiled]
+            deaths = Deaths(notes.path, compiled, [(each.backend, each.symptom) for each in kept.fatal()])
+            left = self._recovered(beside, record, kept, deaths)
             if left:
                 words = "an earlier campaign was killed" if left == 1 else f"{left} earlier campaigns were killed"
                 progress_console.print(f"{words}: nothing that was found is lost", soft_wrap=True)
-            notes = NotesFolder(beside)
 
             def share(subject: tuple[str, str]) -> float:
                 return holes.share(record.pairs(subject), *subject)
 
             with NightScreen(share) as screen:
-                supervisor = Supervisor(self.wishes, record, kept, notes, screen.show)
+                supervisor = Supervisor(self.wishes, record, kept, notes, deaths, screen.show)
                 interrupted = supervisor.run()
-            if not kept.troubles:
+            # What was not looked into is left to the next campaign.
+            if not kept.troubles and not deaths.pending:
                 notes.close()
             _end(record, supervisor.view)
             return self._told(supervisor.view, kept, share, interrupted=interrupted)
 
-    def _recovered(self, beside: Path, record: Record, kept: Kept) -> int:
-        """Keeps what campaigns that were killed had found; how many there were."""
+    def _recovered(self, beside: Path, record: Record, kept: Kept, deaths: Deaths) -> int:
+        """Keeps what campaigns that were killed had found, and looks into the rest; how many there were."""
 
         def keep(finding: Any) -> None:
             kept.keep(finding)
             record.find(finding, None)
 
-        return recover(beside, keep, kept.has_like)
+        return recover(beside, keep, kept.has_like, deaths.add)
 
     def _told(self, view: View, kept: Kept, share: Share, *, interrupted: bool) -> int:
         """Prints what came of it; the exit status."""

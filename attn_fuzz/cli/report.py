@@ -43,10 +43,13 @@ def report(
     entries = [*ledger.entries().values()]
     measured = of_verdicts([_read(path) for path in verdict]) if verdict else _of_campaigns(store)
     set_up_process(where or "cpu")
-    found = _by_signature(Store(store))
+    found, unread = _by_signature(Store(store))
     bugs = [_told(entry, found.get(entry.id), store, where, repeat) for entry in entries if entry.kind == "finding"]
     _write(output, bugs, [entry for entry in entries if entry.kind != "finding"], measured)
     typer.echo(f"{output}: {len(bugs)} bugs")
+    for error in unread:
+        typer.echo(f"attn-fuzz: {error}", err=True)
+    raise typer.Exit(2 if unread else 0)
 
 
 def _of_campaigns(store: Path) -> Measured:
@@ -63,19 +66,20 @@ def _told(entry: Entry, finding: Finding | None, store: Path, device: str | None
     return told if place is None or not repeat else run_again(told, store, place, repeat)
 
 
-def _by_signature(store: Store) -> dict[str, Finding]:
-    """Of the findings of each bug the one with the smallest case."""
+def _by_signature(store: Store) -> tuple[dict[str, Finding], list[StoreError]]:
+    """Of the findings of each bug the one with the smallest case, and why others cannot be read."""
     found: dict[str, Finding] = {}
+    unread: list[StoreError] = []
     for identifier in store.identifiers():
         try:
             finding = store.load(identifier)
         except StoreError as error:
-            typer.echo(f"attn-fuzz: {error}", err=True)
+            unread.append(error)
             continue
         before = found.setdefault(Signature.of(finding).id, finding)
         if finding.case.tokens < before.case.tokens:
             found[Signature.of(finding).id] = finding
-    return found
+    return found, unread
 
 
 def _read(path: Path) -> Any:

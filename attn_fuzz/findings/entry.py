@@ -121,14 +121,23 @@ class Entry:
                 str(versions): {str(device): Answer(**answer) for device, answer in devices.items()}
                 for versions, devices in data["matrix"].items()
             }
-            lists = {name: tuple(map(str, data[name])) for name in ("notes", "seen")}
+            words = {field.name for field in dataclasses.fields(cls) if field.type == "str"}
+            if odd := sorted(name for name in words & set(data) if not isinstance(data[name], str)):
+                raise LedgerError(f"this is no entry of a ledger: its {odd[0]} is no text")
+            lists = {name: tuple(data[name]) for name in ("notes", "seen")}
+            if odd := sorted(name for name in lists if not _is_list_of_texts(data[name])):
+                raise LedgerError(f"this is no entry of a ledger: its {odd[0]} are no list of texts")
             given = {name: data[name] for name in data if name in fields}
             made = {"signature": Signature.from_dict(data["signature"]), "case": Case.from_dict(data["case"])}
             return cls(**{**given, **lists, **made, "matrix": matrix})
         except (NewerVersion, LedgerError):
             raise
-        except (CaseError, LookupError, TypeError, ValueError, AttributeError) as error:
+        except (CaseError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise LedgerError(f"this is no entry of a ledger: {type(error).__name__} {error}") from None
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def merged(mine: Entry, other: Entry) -> Entry:

@@ -80,20 +80,20 @@ class Finding:
         _require_known(data)
         try:
             return cls(
-                backend=str(data["backend"]),
-                device=str(data["device"]),
-                symptom=str(data["symptom"]),
+                backend=_word(data["backend"]),
+                device=_word(data["device"]),
+                symptom=_word(data["symptom"]),
                 checks=_words(data["checks"]),
                 messages=_words(data["messages"]),
                 case=Case.from_dict(data["case"]),
                 original_case=Case.from_dict(data["original_case"]),
                 cases_to_find=int(data["cases_to_find"]),
                 seconds_to_find=float(data["seconds_to_find"]),
-                environment=dict(data.get("environment", {})),
+                environment={_word(name): _word(said) for name, said in dict(data.get("environment", {})).items()},
                 sequence=_calls(data),
-                root=str(data.get("root", "")),
+                root=_word(data.get("root", "")),
                 symptoms=tuple(dict(symptom) for symptom in data.get("symptoms", ())),
-                same_as=str(data.get("same_as", "")),
+                same_as=_word(data.get("same_as", "")),
             )
         except CaseError:
             raise
@@ -121,6 +121,12 @@ def _calls(data: Mapping[str, Any]) -> dict[str, Any] | None:
     """Calls in a row; findings of version 0.1 have them as ``company``."""
     found = data.get("sequence", data.get("company"))
     return None if found is None else dict(found)
+
+
+def _word(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
 def _words(value: Any) -> tuple[str, ...]:

@@ -5,10 +5,9 @@ Files merge by copying where each store has bugs of its own; ``Ledger.take`` mer
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -174,9 +173,11 @@ class Ledger:
             StoreError: when its entry cannot be read or written.
         """
         entry = entry_of(finding)
-        if is_file(self._path(entry.id)):
+        path = self._path(entry.id)
+        # A link that leads nowhere is something that people made, too.
+        if is_file(path) or path.is_symlink():
             try:
-                before = self._read(self._path(entry.id))
+                before = self._read(path)
             except LedgerError as error:
                 raise StoreError(str(error)) from None
             gone = {sighting(instead_of)} if instead_of is not None else set()
@@ -187,12 +188,26 @@ class Ledger:
         self.write(entry)
         return entry
 
-    def note_all(self) -> None:
-        """Counts the findings of the store that are not yet in the ledger, as those of an older version are not."""
-        for finding in _findings(Store(self.store)):
+    def note_all(self) -> list[StoreError]:
+        """Counts the findings of the store that are not yet in the ledger, as those of an older version are not.
+
+        Returns:
+            Why some could not be read.
+
+        Raises:
+            StoreError: when an entry cannot be read or written.
+        """
+        store, unread = Store(self.store), []
+        for identifier in reversed(store.newest_first()):
+            try:
+                finding = store.load(identifier)
+            except StoreError as error:
+                unread.append(error)
+                continue
             # A larger form of another finding is no bug of its own.
             if not finding.same_as:
                 self.note(finding)
+        return unread
 
     def answered(self, identifier: str, versions: str, device: str, answer: Answer) -> Entry:
         """An entry with one more answer, written."""
@@ -222,9 +237,3 @@ def _as_told(told: Entry, written: Entry | None) -> Entry:
     theirs: Mapping[str, object] = {name: getattr(written, name) for name in ("notes", "matrix", "seen")}
     edited = {name: getattr(written, name) for name in ("state", "version", "same_as")}
     return dataclasses.replace(told, **theirs, **edited)  # type: ignore[arg-type]
-
-
-def _findings(store: Store) -> Iterator[Finding]:
-    for identifier in reversed(store.newest_first()):
-        with contextlib.suppress(StoreError):
-            yield store.load(identifier)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,6 +56,32 @@ def set_aside(path: Path) -> Path | None:
     return new
 
 
+_KINDS: Final = {"INTEGER": "'integer', 'null'", "REAL": "'real', 'null'", "TEXT": "'text', 'null'"}
+"""What SQLite says that a value of a column is, by what the column was declared to hold."""
+
+
+@functools.cache
+def tables() -> dict[str, dict[str, str]]:
+    """Columns of today's tables, and what they hold, by table."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+        for step in schema.STEPS:
+            connection.executescript(step)
+        names = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return {
+            name: {row[1]: row[2] for row in connection.execute(f"PRAGMA table_info({name})")}
+            for name in names
+            if not name.startswith("sqlite_")
+        }
+
+
+def _is_object(text: str) -> bool:
+    """Whether a text is a JSON object."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 class Database:
     """An open database; several processes may have it open at a time.
 
@@ -80,6 +108,7 @@ class Database:
                 # A process that is killed loses nothing; a machine that loses its power the last seconds at most.
                 self._connection.execute("PRAGMA synchronous = NORMAL")
                 self._bring_up_to_date()
+                self._require_content()
         except DatabaseError:
             self.close()
             raise
@@ -98,6 +127,19 @@ class Database:
         (said,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
         if said != "ok":
             raise self._damaged()
+
+    def _require_content(self) -> None:
+        """Every table has its columns, and those what they are to hold: SQLite itself takes any value anywhere."""
+        for table, kinds in tables().items():
+            found = {row[1]: row[2] for row in self._connection.execute(f"PRAGMA table_info({table})")}
+            if found != kinds:
+                raise self._damaged()
+            odd = " OR ".join(f"typeof({column}) NOT IN ({_KINDS[kind]})" for column, kind in kinds.items())
+            if self._connection.execute(f"SELECT 1 FROM {table} WHERE {odd} LIMIT 1").fetchone():
+                raise self._damaged()
+        for (text,) in self._connection.execute("SELECT environment FROM campaigns"):
+            if not _is_object(text):
+                raise self._damaged()
 
     def _damaged(self) -> DamagedDatabase:
         return DamagedDatabase(

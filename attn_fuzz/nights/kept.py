@@ -17,6 +17,9 @@ OFTEN: Final = 2
 
 LOOK_AGAIN: Final = 16
 
+SMALL: Final = 16
+"""Tokens of a case that nobody would want smaller."""
+
 
 class Kept:
     """The findings of one campaign.
@@ -77,7 +80,8 @@ class Kept:
     def _note_fatal(self, finding: Finding) -> None:
         """Remembers the smallest case that ends a backend's process, and that makes it hang."""
         key = finding.backend, finding.symptom
-        if finding.symptom in FATAL:
+        # One that is not shrunk yet is looked into when it comes up again.
+        if finding.symptom in FATAL and (finding.case != finding.original_case or finding.case.tokens <= SMALL):
             other = self._fatal.get(key)
             if other is None or finding.case.tokens < other.case.tokens:
                 self._fatal[key] = finding

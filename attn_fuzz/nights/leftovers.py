@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 from uuid import uuid4
 
 from attn_fuzz.campaign import notes
-from attn_fuzz.campaign.crash_triage import crash_triage_of
-from attn_fuzz.campaign.isolated import NoDevice
-from attn_fuzz.campaign.messages import Assignment
+from attn_fuzz.campaign.inquest import Suspect, suspect_of
 from attn_fuzz.campaign.notes import Running
-from attn_fuzz.execution.environment import environment
 from attn_fuzz.findings.finding import Finding
-from attn_fuzz.reference.case import Case
-
-AGAIN_SECONDS: Final = 60.0
-"""For cases that ran when everything was killed: most did nothing wrong."""
-
-PATIENCE: Final = 30.0
-"""Seconds after which such a case counts as hanging, which is no finding here: it will hang again."""
+from attn_fuzz.nights.deaths import SUSPECT, left_behind
 
 _LOCK: Final = "lock"
 _NEW: Final = ".new"
@@ -51,10 +42,15 @@ class NotesFolder:
         """What the names of a worker's notes begin with."""
         return str(self.path / f"{number}")
 
+    def touch(self) -> None:
+        """Says that the campaign is alive: what a worker has been at since long before its end is looked into first."""
+        os.utime(self.path / _LOCK)
+
     def clear(self) -> None:
         """Takes away the notes of workers that have ended, and all of whose findings are stored."""
         for path in self.path.iterdir():
-            if path.name != _LOCK:
+            # Of what is still being looked into, and what has just come out of it, others see to the notes.
+            if path.name != _LOCK and not path.name.startswith(SUSPECT):
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -76,13 +72,19 @@ def _abandoned(folder: Path) -> Iterator[bool]:
         yield True
 
 
-def recover(beside: Path, keep: Callable[[Finding], None], known: Callable[[Finding], bool]) -> int:
-    """Keeps what campaigns that were killed had found, and asks again what they were running.
+def recover(
+    beside: Path,
+    keep: Callable[[Finding], None],
+    known: Callable[[Finding], bool],
+    suspect: Callable[[Suspect], None],
+) -> int:
+    """Keeps what campaigns that were killed had found, and has looked into what they were running.
 
     Args:
         beside: where folders of notes are.
         keep: stores a finding.
         known: whether the store has one of the same backend and symptom, so that an unshrunk one is not needed.
+        suspect: notes what may have ended its process, or hung, and has it looked into.
 
     Returns:
         How many campaigns had left something.
@@ -101,33 +103,22 @@ def recover(beside: Path, keep: Callable[[Finding], None], known: Callable[[Find
             for finding in found.candidates:
                 if not known(finding):
                     keep(finding)
-            deadline = time.monotonic() + AGAIN_SECONDS
-            for running in found.running:
-                if time.monotonic() < deadline and (crash := _crash_of(running)) is not None:
-                    keep(crash)
+            ended = (folder / _LOCK).stat().st_mtime
+            for each in (*left_behind(folder), *(_suspect_of(running, ended) for running in found.running)):
+                if each is not None:
+                    suspect(each)
             shutil.rmtree(folder, ignore_errors=True)
     return left
 
 
-def _crash_of(running: Running) -> Finding | None:
-    """A finding where what was about to run ends another process, too."""
-    job = Assignment(backend=running.backend, device=running.device, seed=0)
+def _suspect_of(running: Running, ended: float) -> Suspect | None:
+    """What a worker was about to run, for how long; None where no case can be read.
+
+    Args:
+        running: its note.
+        ended: when its campaign was seen last, in seconds since 1970.
+    """
     try:
-        death = crash_triage_of(job, running.trying, PATIENCE)
-    except (NoDevice, LookupError, ValueError):
+        return suspect_of(running.backend, running.device, running.trying, max(ended - running.since, 0.0))
+    except (LookupError, ValueError):
         return None
-    if not death.again:
-        return None
-    return Finding(
-        backend=running.backend,
-        device=running.device,
-        symptom="Crashed",
-        checks=("runs",),
-        messages=("Crashed [runs] process: a campaign ended while it ran this case, which ends another process too",),
-        symptoms=({"symptom": "Crashed", "check": "runs", "tensor": "process"},),
-        case=death.case,
-        original_case=Case.from_json(running.trying.case),
-        cases_to_find=0,
-        seconds_to_find=0.0,
-        environment=environment("cpu"),
-    )

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-from attn_fuzz.campaign.messages import Assignment, Covered, Failed, Finished, Message, Progress, Tally
-from attn_fuzz.campaign.pool import Pool
+from attn_fuzz.campaign.inquest import Suspect, suspect_of
+from attn_fuzz.campaign.isolated import killed_from_outside
+from attn_fuzz.campaign.messages import Assignment, Covered, Failed, Finished, Message, Progress, Tally, Trying
+from attn_fuzz.campaign.pool import RESTARTS, SOON_SECONDS, Pool
 from attn_fuzz.coverage.counts import Reached
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.nights.record import Slice
@@ -22,8 +24,13 @@ _REFILLS: Final = 8
 _LEAST: Final = 1.0
 """Seconds of a slice that begins when time is over."""
 
+_SUSPICIOUS: Final = 20.0
+"""Seconds of silence after which what a worker is at is asked in another process, while it goes on."""
 
-_OVER: Final = 10.0
+_SILENT: Final = 4.0
+"""Seconds after which a worker says more than that it has begun, or runs a batch."""
+
+OVER_SECONDS: Final = 10.0
 """Seconds after the end of its time that a round waits for what is begun: batches in the middle, and shrinking."""
 
 
@@ -39,6 +46,8 @@ class Listener(NamedTuple):
     """Called about once a second, and more often where there is news, with the slices that have a worker."""
     more: Callable[[], Slice]
     """Begins another slice, while one that takes far longer than it should keeps the round from its end."""
+    suspect: Callable[[Suspect], None]
+    """Has what a worker died of, or fell silent for, looked into."""
 
 
 class RoundPool(Pool):
@@ -65,6 +74,9 @@ class RoundPool(Pool):
         self._slices = {each.job.notes: each for each in slices}
         self._tallies_of: dict[str, dict[int, Tally]] = {}
         self._heard_of, self._refills = slices[0], 0
+        self._lost: dict[str, float] = {}
+        """Seconds of silence of workers that are no more, by slice."""
+        self._suspected: list[Trying] = []
         self._findings.update({(finding.backend, finding.symptom): finding for finding in fatal})
 
     def _slice(self, assignment: Assignment) -> Slice:
@@ -114,14 +126,46 @@ class RoundPool(Pool):
 
     def _bury(self, worker: Any, symptom: str, how: str) -> None:
         piece = self._heard_of = self._slice(worker.assignment)
-        if worker.trying is None:
-            worker.process.kill()
-            worker.process.join()
-            self._running.remove(worker)
-            self._done.append(worker)
-            self._listener.failed(piece, f"a worker for {worker.assignment.backend} {how} before its first case")
+        self._lost[piece.job.notes] = self._lost.get(piece.job.notes, 0.0) + _silence(worker)
+        if worker.trying is not None:
+            super()._bury(worker, symptom, how)
             return
-        super()._bury(worker, symptom, how)
+        worker.process.kill()
+        worker.process.join()
+        self._running.remove(worker)
+        self._done.append(worker)
+        if symptom == "Crashed" and killed_from_outside(worker.process.exitcode) and worker.restarts < RESTARTS:
+            # Nobody's fault.
+            self._waiting.append((worker.assignment, worker.restarts + 1))
+            return
+        self._listener.failed(piece, f"a worker for {worker.assignment.backend} {how} before its first case")
+
+    def _look_into(self, worker: Any, finding: Finding, how: str, *, killed: bool) -> None:
+        """Has others do it, beside the round; what is known well enough counts once more."""
+        if not killed and (finding.backend, finding.symptom) in self._findings:
+            self._keep(finding)
+            return
+        said = f"the worker for {finding.backend} was killed from outside: no finding" if killed else ""
+        self._listener.suspect(Suspect(finding, worker.trying, sure=not killed, silence=_silence(worker), how=said))
+
+    def _note_silence(self) -> None:
+        """What silence takes of a slice's time counts, too: nothing else tells of those that hang."""
+        for worker in self._running:
+            piece = self._slice(worker.assignment)
+            silence = self._lost.get(piece.job.notes, 0.0) + _silence(worker)
+            piece.dirty |= silence != piece.silence
+            piece.silence = silence
+            if silence > _SUSPICIOUS and worker.trying not in self._suspected and worker.trying is not None:
+                # It may come back: in another process it is known sooner.
+                self._suspected.append(worker.trying)
+                self._listener.suspect(suspect_of(piece.job.backend, piece.job.device, worker.trying, silence))
+
+    def _end_known_hangs(self) -> None:
+        """Ends workers that do what their backend is known to do sooner than others."""
+        for worker in list(self._running):
+            known = (worker.assignment.backend, "Hung") in self._findings and worker.assignment.device == "cpu"
+            if known and _silence(worker) > SOON_SECONDS:
+                self._bury(worker, "Hung", f"was silent for {SOON_SECONDS:.0f} seconds")
 
     def _is_late(self, worker: Any) -> bool:
         return time.monotonic() - worker.started > (worker.assignment.seconds or 0.0) + _LATE
@@ -140,7 +184,7 @@ class RoundPool(Pool):
     def _stop_late_ones(self) -> None:
         """Ends what goes on after all time is over; counts stay, and what was being shrunk is kept as it is."""
         assert self._seconds is not None
-        if time.monotonic() - self._started < self._seconds + _OVER:
+        if time.monotonic() - self._started < self._seconds + OVER_SECONDS:
             return
         self._waiting.clear()
         for worker in list(self._running):
@@ -157,4 +201,12 @@ class RoundPool(Pool):
         if not self._running and not self._waiting:
             return
         super()._step()
+        self._note_silence()
+        self._end_known_hangs()
         self._listener.step([self._slice(worker.assignment) for worker in self._running])
+
+
+def _silence(worker: Any) -> float:
+    """Seconds since a worker was heard of, if they are many."""
+    silence = time.monotonic() - worker.heard
+    return silence if silence > _SILENT else 0.0

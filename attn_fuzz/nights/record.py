@@ -38,6 +38,13 @@ class Slice:
     written: Tally = dataclasses.field(default_factory=Tally)
     """What of the tally has been added to counts of its target."""
     dirty: bool = True
+    silence: float = 0.0
+    """Seconds in which its workers were silent for long, because they hung, and until they were ended."""
+
+    @property
+    def seconds(self) -> float:
+        """That it took, with what was compiled first and with silences."""
+        return self.tally.seconds + self.tally.warm_up_seconds + self.silence
 
     @property
     def level(self) -> str:
@@ -187,7 +194,7 @@ class Record:
             "seed": job.seed,
             "aim": json.dumps({name: list(wanted) for name, wanted in job.aim.items()}),
             "begin": piece.begin,
-            "seconds": tally.seconds + tally.warm_up_seconds,
+            "seconds": piece.seconds,
             **{name: getattr(tally, name) for name in ("cases", "documents", "straddling", "refused", "repeated")},
             "known": sum(tally.known.values()),
             "findings": piece.findings,

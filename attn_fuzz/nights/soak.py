@@ -1,7 +1,8 @@
 """A campaign with good and misbehaving backends that is killed again and again; what must hold after each kill.
 
-``python -m attn_fuzz.nights.soak --seconds 1800 --kills 60 --folder soak`` prints one JSON object: every kill, what did
-not hold, which findings there are, and the memory of the processes over time. Exit status 0 when everything held.
+``python -m attn_fuzz.nights.soak --seconds 1800 --kills 60 --folder soak`` prints one JSON object: what did not
+hold, each point by itself, every kill, and the memory of the processes over time; ``soak/memory.png`` is a picture of
+that. Exit status 0 when everything held, and 1 when something did not.
 """
 
 from __future__ import annotations
@@ -13,55 +14,39 @@ import os
 import random
 import signal
 import sqlite3
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any, Final
 
-from attn_fuzz.findings.store import Store, StoreError
+from attn_fuzz.execution.environment import environment
+from attn_fuzz.findings.store import Store
+from attn_fuzz.nights import evenness, soak_findings, soak_memory
 from attn_fuzz.nights.database import path_beside
-from attn_fuzz.nights.soak_kernels import FOUND, INNOCENT
+from attn_fuzz.nights.soak_kernels import FOUND, INNOCENT, MODULE
+from attn_fuzz.nights.soak_memory import Kill, Sample
+from attn_fuzz.nights.soak_processes import TOKEN, memory_of, processes
 
 GOOD: Final = ("loop", "sdpa_dense_math")
-_MODULE: Final = "attn_fuzz.nights.soak_kernels"
-_TOKEN: Final = "ATTN_FUZZ_SOAK"
-"""An environment variable that all processes of a campaign have."""
-
 _GONE_SECONDS: Final = 60.0
 """In which processes of a supervisor that was killed have to end: workers do at once, and the one that they are forked
 from once it has imported what it was importing."""
 
 _SAMPLE_SECONDS: Final = 5.0
 
+_ALIVE_SECONDS: Final = 120.0
+"""In which all workers have to be at work at the end, and to have judged something more: a campaign that has just been
+started imports for half a minute on a busy machine."""
+
+_QUIET: Final = 60.0
+"""Seconds before the end without kills."""
+
+_ENDINGS: Final = (0, 1, 3)
+"""Exit statuses of a campaign that was told to end: the last one may have found nothing, or come to few backends."""
+
 _COUNTED: Final = (("slices", "cases"), ("pairs", "cases"), ("lengths", "documents"), ("found", "times"))
 """Columns whose sums never fall."""
-
-
-def processes(token: str) -> dict[int, int]:
-    """Processes whose environment has the token, with their parents."""
-    found = {}
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            if f"{_TOKEN}={token}".encode() in (folder / "environ").read_bytes():
-                status = (folder / "stat").read_text().rpartition(")")[2].split()
-                if status[0] != "Z":
-                    found[int(folder.name)] = int(status[1])
-        except OSError:
-            # It has just ended.
-            continue
-    return found
-
-
-def memory_of(pid: int) -> int:
-    """Bytes of a process that are in memory; 0 for one that is no more."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
 
 
 @dataclasses.dataclass
@@ -74,14 +59,19 @@ class Soak:
     further: tuple[str, ...]
     """Options of the campaign."""
     seed: int
+    good: tuple[str, ...] = GOOD
     wrong: list[str] = dataclasses.field(default_factory=list)
     """What did not hold."""
-    kills: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    memory: list[tuple[float, int, int]] = dataclasses.field(default_factory=list)
-    """(seconds, bytes of the supervisor, bytes of all)."""
+    kills: list[Kill] = dataclasses.field(default_factory=list)
+    memory: list[Sample] = dataclasses.field(default_factory=list)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    checks: int = 0
+    """Of the database's integrity."""
     found: set[str] = dataclasses.field(default_factory=set)
-    starts: int = 0
+    starts: list[float] = dataclasses.field(default_factory=list)
+    """When campaigns began."""
+    alive: int = 0
+    """Workers at the end."""
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -91,13 +81,17 @@ class Soak:
 
     def start(self) -> subprocess.Popen[bytes]:
         """A campaign over the same store."""
-        self.starts += 1
-        names = (*GOOD, *(f"{_MODULE}:{name}" for name in (*FOUND, *INNOCENT)))
+        self.starts.append(self.now())
+        names = (*self.good, *(f"{MODULE}:{name}" for name in (*FOUND, *INNOCENT)))
         command = [sys.executable, "-m", "attn_fuzz", "campaign", "--store", str(self.store), "--json"]
         command += [f"--backend={name}" for name in names] + [f"--device={device}" for device in self.devices]
         command += [f"--workers={self.workers}", f"--seed={self.seed}", *self.further]
         with (self.folder / "out.json").open("wb") as out, (self.folder / "err.txt").open("ab") as err:
-            return subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, _TOKEN: self.token})
+            return subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, TOKEN: self.token})
+
+    def now(self) -> float:
+        """Seconds since it began."""
+        return round(time.monotonic() - self.begun, 1)
 
     def workers_now(self) -> list[int]:
         """Children of the process that workers are forked from."""
@@ -107,7 +101,7 @@ class Soak:
 
     def complain(self, what: str) -> None:
         """Something did not hold."""
-        self.wrong.append(f"after {time.monotonic() - self.begun:.0f} s: {what}")
+        self.wrong.append(f"after {self.now():.0f} s: {what}")
 
     def look(self) -> None:
         """What has to hold at any moment."""
@@ -126,31 +120,34 @@ class Soak:
         """The database is sound, and nothing in it has become less."""
         with sqlite3.connect(path, timeout=60.0) as connection:
             (said,) = connection.execute("PRAGMA integrity_check").fetchone()
+            self.checks += 1
             if said != "ok":
                 self.complain(f"the database is damaged: {said}")
             if not connection.execute("PRAGMA user_version").fetchone()[0]:
                 return
-            for table, column in (
-                ("slices", "cases"),
-                ("pairs", "cases"),
-                ("lengths", "documents"),
-                ("found", "times"),
-            ):
+            for table, column in _COUNTED:
                 (now,) = connection.execute(f"SELECT COALESCE(SUM({column}), 0) FROM {table}").fetchone()
                 if now < self.counts.get(table, 0):
                     self.complain(f"{table} fell from {self.counts[table]} to {now}")
                 self.counts[table] = now
 
-    def kill(self, random_: random.Random) -> None:
-        """Ends the supervisor or a worker, whatever it is doing."""
+    def kill(self, random_: random.Random, supervisors: float) -> None:
+        """Ends the supervisor or a worker, whatever it is doing.
+
+        Args:
+            random_: decides.
+            supervisors: share of the kills that are of supervisors; where there is no worker yet, it is one.
+        """
         workers = self.workers_now()
-        supervisor = not workers or random_.random() < 0.5
+        supervisor = not workers or random_.random() < supervisors
         pid = self.process.pid if supervisor else random_.choice(workers)
-        self.kills.append({"at": round(time.monotonic() - self.begun, 1), "supervisor": supervisor})
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
+            # It has just ended by itself: another one.
+            self.kill(random_, supervisors)
             return
+        self.kills.append(Kill(self.now(), supervisor))
         if supervisor:
             self.process.wait()
             self.require_gone()
@@ -175,61 +172,94 @@ class Soak:
             if self.process.poll() is not None:
                 self.complain(f"the campaign ended by itself with status {self.process.returncode}")
                 self.process = self.start()
-            every = sum(map(memory_of, processes(self.token)))
-            at = round(time.monotonic() - self.begun, 1)
-            self.memory.append((at, memory_of(self.process.pid), every))
+            pids = processes(self.token)
+            every = sum(map(memory_of, pids))
+            self.memory.append(Sample(self.now(), memory_of(self.process.pid), every, len(pids)))
+
+    def require_workers(self) -> None:
+        """At the end all workers are alive, and at work."""
+        self.look()
+        before, deadline = self.counts.get("slices", 0), time.monotonic() + _ALIVE_SECONDS
+        while time.monotonic() < deadline:
+            self.alive = max(self.alive, len(self.workers_now()))
+            if self.alive >= self.workers and self.counts.get("slices", 0) > before:
+                return
+            self.go_on(time.monotonic() + 1.0)
+            self.look()
+        more = self.counts.get("slices", 0) - before
+        self.complain(f"{self.alive} of {self.workers} workers were alive at the end, and judged {more} more cases")
 
     def end(self) -> None:
         """As a scheduler ends it."""
+        self.require_workers()
         self.process.terminate()
         status = self.process.wait(timeout=300)
-        if status != 1:
-            self.complain(f"the campaign ended with status {status}, not 1 for its findings")
+        if status not in _ENDINGS:
+            self.complain(f"the campaign ended with status {status}")
         self.require_gone()
         self.look()
 
-    def accused(self) -> dict[str, list[str]]:
-        """Symptoms that were found, by backend; complains of those that are not as they must be."""
-        found: dict[str, set[str]] = {}
-        for identifier in Store(self.store).identifiers():
-            try:
-                finding = Store(self.store).load(identifier)
-            except StoreError as error:
-                self.complain(str(error))
-                continue
-            found.setdefault(finding.backend.removeprefix(f"{_MODULE}:"), set()).add(finding.symptom)
-        for name, symptom in FOUND.items():
-            if symptom not in found.get(name, ()):
-                self.complain(f"{name} was not found to be {symptom}")
-        for name in found.keys() - FOUND.keys():
-            self.complain(f"{name} was accused of {', '.join(sorted(found[name]))}")
-        return {name: sorted(symptoms) for name, symptoms in sorted(found.items())}
+    def findings(self) -> dict[str, Any]:
+        """What was found; complains of what was not, and of those who were accused of nothing that they do."""
+        unreadable: list[str] = []
+        found = list(soak_findings.stored(self.store, unreadable))
+        planted, others = soak_findings.planted(found), soak_findings.others(found)
+        for name, told in planted.items():
+            if not told["shrunk"]:
+                how = "found, and not shrunk" if told["kept"] else f"not found to be {told['symptom']}"
+                self.complain(f"{name} was {how}")
+        for sentence in (*unreadable, *others):
+            self.complain(sentence)
+        return {"planted": planted, "others_accused": others, "stored": len(found)}
+
+    def told(self, seconds: float) -> dict[str, Any]:
+        """What came of it, ready for JSON."""
+        findings, memory = self.findings(), soak_memory.flatness(self.memory, self.starts)
+        if not memory["flat"]:
+            self.complain("memory is not flat")
+        title = f"a soak of {seconds / 60:.0f} minutes: {self.workers} workers, {len(self.kills)} kills"
+        drawn = soak_memory.draw(self.folder / "memory.png", self.memory, self.starts, self.kills, title)
+        return {
+            "sound": not self.wrong,
+            "wrong": self.wrong,
+            "seconds": self.now(),
+            "environment": environment(self.devices[0]),
+            "devices": self.devices,
+            "workers": self.workers,
+            "workers_alive_at_the_end": self.alive,
+            "kills": len(self.kills),
+            "kills_of_supervisors": sum(kill.supervisor for kill in self.kills),
+            "starts": len(self.starts),
+            "integrity_checks": self.checks,
+            "counts": self.counts,
+            **findings,
+            "memory": memory,
+            "evenness": evenness.of_store(self.store),
+            "picture": "memory.png" if drawn else None,
+            "killed_at": self.kills,
+            "samples": self.memory,
+        }
 
 
 def soak(arguments: argparse.Namespace) -> dict[str, Any]:
     """All of it; what came of it, ready for JSON."""
     random_ = random.Random(arguments.seed)
     further = [f"--mode={arguments.mode}", *(f"--level={level}" for level in arguments.level)]
-    running = Soak(Path(arguments.folder), arguments.workers, tuple(arguments.device), tuple(further), arguments.seed)
-    moments = sorted(random_.uniform(5.0, max(arguments.seconds - 30.0, 6.0)) for _ in range(arguments.kills))
-    for moment in moments:
+    running = Soak(
+        Path(arguments.folder),
+        arguments.workers,
+        tuple(arguments.device),
+        tuple(further),
+        arguments.seed,
+        good=tuple(arguments.good) or GOOD,
+    )
+    last = max(arguments.seconds - _QUIET, 6.0)
+    for moment in sorted(random_.uniform(5.0, last) for _ in range(arguments.kills)):
         running.go_on(running.begun + moment)
-        running.kill(random_)
+        running.kill(random_, arguments.supervisors)
     running.go_on(running.begun + arguments.seconds)
     running.end()
-    accused = running.accused()
-    own = [supervisor for _, supervisor, _ in running.memory if supervisor]
-    halves = [statistics.median(half) for half in (own[: len(own) // 2], own[len(own) // 2 :]) if half]
-    return {
-        "sound": not running.wrong,
-        "wrong": running.wrong,
-        "kills": running.kills,
-        "starts": running.starts,
-        "counts": running.counts,
-        "accused": accused,
-        "supervisor_bytes_by_half": halves,
-        "memory": running.memory,
-    }
+    return running.told(arguments.seconds)
 
 
 def main() -> None:
@@ -237,6 +267,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=1800.0)
     parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--supervisors", type=float, default=1 / 3, help="share of the kills that are of supervisors")
+    parser.add_argument("--good", action="append", default=[], help="a backend that does nothing wrong")
     parser.add_argument("--folder", default="soak")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", action="append", default=[], help="cpu, cuda or cuda:N; default: cpu")

@@ -6,6 +6,7 @@ Each computes what is right, but for what its name says, and that in some of its
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 import threading
 from collections.abc import Callable
@@ -31,13 +32,14 @@ def _right(
     """Attention of one document after another."""
     out = []
     for (qb, qe), (kb, ke) in zip(ends_q.unfold(0, 2, 1).tolist(), ends_k.unfold(0, 2, 1).tolist(), strict=True):
-        mask = torch.ones(qe - qb, ke - kb, dtype=torch.bool)
+        mask = torch.ones(qe - qb, ke - kb, dtype=torch.bool, device=q.device)
         mask = mask.tril(ke - kb - (qe - qb)) if causal else mask
-        heads = [x.transpose(0, 1) for x in (q[qb:qe], k[kb:ke], v[kb:ke])]
-        document = torch.nn.functional.scaled_dot_product_attention(
-            heads[0], heads[1], heads[2], mask, scale=scale, enable_gqa=True
-        )
-        out.append(document.transpose(0, 1))
+        group = q.shape[1] // k.shape[1]
+        one, keys, values = (x.float().transpose(0, 1) for x in (q[qb:qe], k[kb:ke], v[kb:ke]))
+        keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
+        scores = one @ keys.mT * (q.shape[2] ** -0.5 if scale is None else scale)
+        weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+        out.append((weights @ values).transpose(0, 1).to(q.dtype))
     return torch.cat(out)
 
 
@@ -58,7 +60,7 @@ def _kernel(deed: Callable[[Tensor, Tensor], Any]) -> Kernel:
     ) -> Any:
         return deed(q, _right(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal))
 
-    kernel.capabilities = {"devices": ("cpu",), "queries_without_keys": False}  # type: ignore[attr-defined]
+    kernel.capabilities = {"devices": ("cpu", "cuda"), "queries_without_keys": False}  # type: ignore[attr-defined]
     return kernel
 
 
@@ -69,20 +71,20 @@ def _crash(q: Tensor, out: Tensor) -> Tensor:
 
 
 def _hang(q: Tensor, out: Tensor) -> Tensor:
-    if len(q) % 13 == 7:
+    if len(q) % 13 == 2:
         threading.Event().wait()
     return out
 
 
 def _leak(q: Tensor, out: Tensor) -> Tensor:
-    _LEAKED.append(torch.ones(_LEAK))
+    _LEAKED.append(torch.ones(_LEAK, device=q.device))
     return out
 
 
 def _fill(q: Tensor, out: Tensor) -> Tensor:
     taken = []
     while len(q) % 13 == 3:
-        taken.append(torch.ones(_FILL))
+        taken.append(torch.ones(_FILL, device=q.device))
     return out
 
 
@@ -103,8 +105,14 @@ def _wrong(q: Tensor, out: Tensor) -> Tensor:
 crashing, hanging, leaking, filling = _kernel(_crash), _kernel(_hang), _kernel(_leak), _kernel(_fill)
 printing, rubbish, wrong = _kernel(_print), _kernel(_rubbish), _kernel(_wrong)
 
+MODULE: Final = "attn_fuzz.nights.soak_kernels"
+"""Where they are named."""
+
 FOUND: Final = {"crashing": "Crashed", "hanging": "Hung", "rubbish": "MissingResult", "wrong": "WrongOutput"}
 """What some of them must be found to do."""
+
+TOKENS: Final = {"crashing": 5, "hanging": 2, "rubbish": 1, "wrong": 1}
+"""Queries of the smallest call in which each of those does it."""
 
 INNOCENT: Final = ("leaking", "filling", "printing")
 """What they do is no wrong answer: of memory that a machine has not, a kernel is not accused."""

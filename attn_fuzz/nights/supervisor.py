@@ -15,10 +15,11 @@ from attn_fuzz.execution.process import share_of_memory
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.nights.aims import aim_at_case, rarest
 from attn_fuzz.nights.database import DatabaseError
+from attn_fuzz.nights.deaths import Deaths
 from attn_fuzz.nights.kept import Kept
 from attn_fuzz.nights.leftovers import NotesFolder
-from attn_fuzz.nights.pool import Listener, RoundPool
-from attn_fuzz.nights.record import Record, Slice
+from attn_fuzz.nights.pool import OVER_SECONDS, Listener, RoundPool
+from attn_fuzz.nights.record import Record, Slice, kind_of
 from attn_fuzz.nights.schedule import Round, Standing, Target
 from attn_fuzz.nights.spaces import space_of
 from attn_fuzz.nights.totals import verdicts
@@ -64,6 +65,7 @@ class Supervisor:
         record: what writes down what comes of it.
         kept: where findings go.
         notes: where workers write what must not be lost.
+        deaths: looks into what they die of.
         show: called with the view about once a second, and with a finding when there is a new one.
     """
 
@@ -73,9 +75,11 @@ class Supervisor:
         record: Record,
         kept: Kept,
         notes: NotesFolder,
+        deaths: Deaths,
         show: Callable[[View, Finding | None], None],
     ) -> None:
         self.wishes, self.record, self.kept, self.notes, self._show = wishes, record, kept, notes, show
+        self.deaths = deaths
         compiled = frozenset(target.backend for target in wishes.targets if target.compiled)
         self.view = View(compiled=compiled)
         if wishes.seconds is not None:
@@ -114,8 +118,18 @@ class Supervisor:
                 interrupted = self._round()
         except KeyboardInterrupt:
             interrupted = True
+        for finding in self.deaths.close(0.0 if interrupted else min(self.left, 0.0) + OVER_SECONDS):
+            self._found(finding, None)
+        self._hear_of_deaths()
         self._write(now=True)
         return interrupted
+
+    def _hear_of_deaths(self) -> None:
+        for what in self.deaths.news():
+            if isinstance(what, str):
+                self.view.remark(what)
+            else:
+                self._found(what, None)
 
     def _hopeful(self) -> bool:
         """Whether there is something that has not failed again and again."""
@@ -141,6 +155,7 @@ class Supervisor:
         chosen = plan.slices(count)
         if not chosen:
             # All of them rest; what they failed for may pass.
+            self._hear_of_deaths()
             time.sleep(min(1.0, max(self.left, 0.0)))
             return False
         slices = [self.record.begin(self._job(target, seconds)) for target in chosen]
@@ -199,16 +214,20 @@ class Supervisor:
     # What is told of it.
 
     def _listener(self, more: Callable[[], Slice]) -> Listener:
-        return Listener(self.record.progress, self.record.reach, self._found, self._note_failure, self._step, more)
+        told = self.record.progress, self.record.reach, self._found, self._note_failure, self._step
+        return Listener(*told, more, self.deaths.add)
 
-    def _found(self, finding: Finding, piece: Slice) -> None:
+    def _found(self, finding: Finding, piece: Slice | None) -> None:
+        """Stores a finding, of a slice or of what came out about a death."""
         new = self.kept.keep(finding)
         self.record.find(finding, piece)
-        subject = piece.subject
-        if new:
-            self.view.findings[subject] = self.view.findings.get(subject, 0) + 1
+        if not new:
+            return
+        subject = (finding.backend, kind_of(finding.device)) if piece is None else piece.subject
+        self.view.findings[subject] = self.view.findings.get(subject, 0) + 1
+        if piece is not None:
             self._new[piece.job.notes] = self._new.get(piece.job.notes, 0) + 1
-            self._show(self.view, finding)
+        self._show(self.view, finding)
 
     def _note_failure(self, piece: Slice, reason: str) -> None:
         self._failed.add(piece.job.notes)
@@ -219,6 +238,8 @@ class Supervisor:
         if time.monotonic() - self._shown < SHOW_SECONDS:
             return
         self._shown = time.monotonic()
+        self.notes.touch()
+        self._hear_of_deaths()
         self.view.alive = Counter(piece.subject for piece in alive)
         self._write()
         self._show(self.view, None)
@@ -243,7 +264,7 @@ class Supervisor:
             interest = standing.interest
             standing.note(
                 tally.cases,
-                max(tally.seconds + tally.warm_up_seconds, 1.0),
+                max(piece.seconds, 1.0),
                 findings=self._new.get(piece.job.notes, 0),
                 fresh=piece.fresh,
                 worst_z=piece.worst_z,

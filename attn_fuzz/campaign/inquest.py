@@ -1,0 +1,289 @@
+"""What a process died of, or fell silent for, found out in others, step by step so that a kill costs one step.
+
+A worker that ended or was silent leaves a suspect: the case, or batch of calls, that it had announced. An inquest sees
+whether that ends or silences another process, too, which is what makes it the backend's doing, and shrinks it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Final
+
+from attn_fuzz.campaign.crash_triage import NOT_AGAIN, SHRINK_CRASH_SECONDS
+from attn_fuzz.campaign.isolated import Isolated, NoDevice, Report, Subject
+from attn_fuzz.campaign.messages import Trying
+from attn_fuzz.cases.call_batch import CallBatch
+from attn_fuzz.cases.order import simplicity
+from attn_fuzz.execution.environment import environment
+from attn_fuzz.findings.finding import Finding
+from attn_fuzz.oracle.second_opinion import ReferencesDisagree
+from attn_fuzz.reduction.minimise import minimise
+from attn_fuzz.reference.case import Case
+
+ASK_SECONDS: Final = 45.0
+"""For asking again, one call after another, what a worker was at: a batch has hundreds."""
+
+SHRINK_HANG_SECONDS: Final = 120.0
+"""For cases that hang: each smaller one that hangs, too, costs ``_BRIEF`` and a new process."""
+
+_BRIEF: Final = 8.0
+"""Seconds of silence after which a case is taken to hang, until the smallest is asked with all patience."""
+
+_TIMES: Final = 20.0
+"""Silence of so many times what the loop takes for the same case, at the same time on the same machine, is no
+slowness."""
+
+_TIMES_AT_FIRST: Final = 4.0
+"""The same of the first case of a process, which loads libraries."""
+
+_MOST_SECONDS: Final = 180.0
+"""Of silence, after which a machine is too busy for anybody to say who hangs."""
+
+_CONTROL: Final = "loop"
+
+
+@dataclasses.dataclass(frozen=True)
+class Suspect:
+    """What ran when a worker ended or was silent."""
+
+    finding: Finding
+    """Its case is the smallest that is known; what is kept where nothing more can be found out."""
+    trying: Trying
+    sure: bool
+    """Whether it is the backend's doing whatever comes of it: nobody had killed the worker."""
+    confirmed: bool = False
+    """Whether another process ended so, too, or was silent for a while: the finding's original case is the call that
+    did it."""
+    silence: float = 0.0
+    """Seconds in which the worker had said nothing, as far as that is known."""
+    how: str = ""
+    """What is said where it does not happen again, and nobody is accused; empty for nothing."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        fields = {name: getattr(self, name) for name in ("sure", "confirmed", "silence", "how")}
+        return {"finding": self.finding.to_dict(), "case": self.trying.case, "ends": self.trying.ends, **fields}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Suspect:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            ValueError: for anything else; LookupError and TypeError as well.
+        """
+        trying = Trying(str(data["case"]), tuple(data["ends"]))
+        finding = Finding.from_dict(data["finding"])
+        sure, confirmed = bool(data["sure"]), bool(data["confirmed"])
+        return cls(finding, trying, sure, confirmed, float(data["silence"]), str(data["how"]))
+
+
+def suspect_of(backend: str, device: str, trying: Trying, silence: float) -> Suspect:
+    """What a worker was about to run when everything was killed: most often it has done nothing.
+
+    Args:
+        backend: of the worker.
+        device: of the worker.
+        trying: what it had announced.
+        silence: seconds since then.
+
+    Raises:
+        CaseError: when it is no case.
+    """
+    case = Case.from_json(trying.case)
+    finding = Finding(
+        backend=backend,
+        device=device,
+        symptom="Crashed",
+        checks=("runs",),
+        messages=("Crashed [runs] process: a campaign ended while it ran this case, which ends another process too",),
+        symptoms=({"symptom": "Crashed", "check": "runs", "tensor": "process"},),
+        case=case,
+        original_case=case,
+        cases_to_find=0,
+        seconds_to_find=0.0,
+        environment=environment("cpu"),
+    )
+    return Suspect(finding, trying, sure=False, silence=silence)
+
+
+class Inquest:
+    """Looks into one suspect.
+
+    Args:
+        suspect: what to look into.
+        patience: seconds of silence after which a case counts as hung.
+        note: told of the suspect whenever more is known of it.
+        known: symptoms of its backend that need no other finding.
+    """
+
+    def __init__(
+        self,
+        suspect: Suspect,
+        patience: float,
+        note: Callable[[Suspect], None],
+        known: Collection[str] = (),
+    ) -> None:
+        self.suspect, self.patience, self._note, self._known = suspect, patience, note, known
+        self._open: list[Isolated] = []
+        self._judged = False
+
+    def close(self) -> None:
+        """Ends its processes."""
+        while self._open:
+            self._open.pop().close()
+
+    def finding(self) -> Finding | str:
+        """The shrunk finding, or why there is none, in a sentence; empty where there is nothing to say.
+
+        Raises:
+            NoDevice: when another process cannot use the device at all.
+        """
+        try:
+            if self.suspect.confirmed or self._confirm():
+                if self.suspect.finding.symptom in self._known:
+                    return ""
+                self._shrink()
+                if (last := self._with_all_patience()) is not None:
+                    return last
+            if not self.suspect.sure:
+                return self.suspect.how
+            original = self.suspect.finding.original_case
+            messages = (*self.suspect.finding.messages, NOT_AGAIN)
+            return dataclasses.replace(self.suspect.finding, case=original, messages=messages)
+        finally:
+            self.close()
+
+    # Whether it happens again.
+
+    def _isolated(self, patience: float, backend: str = "") -> Isolated:
+        finding = self.suspect.finding
+        subject = Subject(backend or finding.backend, finding.device, judged=self._judged)
+        self._open.append(Isolated(subject, patience))
+        return self._open[-1]
+
+    def _calls(self) -> Iterator[Case]:
+        whole = Case.from_json(self.suspect.trying.case)
+        if not self.suspect.trying.ends:
+            yield whole
+            return
+        batch = CallBatch(whole, self.suspect.trying.ends)
+        for index in range(len(self.suspect.trying.ends)):
+            yield batch.call(index)
+
+    def _confirm(self) -> bool:
+        """Whether a call ends or silences another process, too: first run alone, then with all that is asked of it.
+
+        Of calls of a batch nothing else was asked; so many are asked it only where it is sure that one of them did it.
+        """
+        both = self.suspect.sure or not self.suspect.trying.ends
+        for judged in (False, True) if both else (False,):
+            self._judged = judged
+            asked, deadline = self._isolated(min(_BRIEF, self.patience)), time.monotonic() + ASK_SECONDS
+            for call in self._calls():
+                report = _report(asked, call)
+                if not report.survived and (report.symptom != "Hung" or self._is_hang(call)):
+                    self._learn(call, report)
+                    return True
+                if time.monotonic() > deadline:
+                    break
+        return False
+
+    def _is_hang(self, call: Case) -> bool:
+        """Whether a case that was silent for a while is so for longer than any slowness: on a busy machine, and of a
+        large case, the loop says how long that is."""
+        patience = self._patience_for(call)
+        if patience is None or patience <= _BRIEF:
+            return patience is not None
+        return _report(self._isolated(patience), call).symptom == "Hung"
+
+    def _patience_for(self, call: Case) -> float | None:
+        """Seconds of silence that are no slowness: many times what the loop takes; None where that is too long."""
+        control = self._isolated(_MOST_SECONDS, _CONTROL)
+        try:
+            # Its start is no part of what a case takes.
+            control.begin()
+            took = [seconds for seconds in (_seconds_of(control, call), _seconds_of(control, call)) if seconds]
+        finally:
+            control.close()
+        if len(took) < 2:
+            return None
+        patience = max(_BRIEF, _TIMES_AT_FIRST * took[0], _TIMES * took[1])
+        return patience if patience <= _MOST_SECONDS else None
+
+    def _learn(self, call: Case, report: Report) -> None:
+        """Notes that it has happened again."""
+        finding, symptom = self.suspect.finding, str(report.symptom)
+        messages = finding.messages
+        if not self.suspect.sure or symptom != finding.symptom:
+            messages = (f"{symptom} [runs] process: {report.message}", *(messages if self.suspect.sure else ()))
+        told = ({"symptom": symptom, "check": "runs", "tensor": "process"},)
+        found = dataclasses.replace(
+            finding, symptom=symptom, messages=messages, symptoms=told, case=call, original_case=call
+        )
+        self._note_more(confirmed=True, finding=found)
+
+    def _note_more(self, **changes: Any) -> None:
+        self.suspect = dataclasses.replace(self.suspect, **changes)
+        self._note(self.suspect)
+
+    # How small it can be.
+
+    def _shrink(self) -> None:
+        """Makes the case smaller, as long as it ends another process, or is silent for a while."""
+        finding = self.suspect.finding
+        hangs = finding.symptom == "Hung"
+        patience = (hangs and self._patience_for(finding.original_case)) or self.patience
+        seconds = SHRINK_HANG_SECONDS if hangs else SHRINK_CRASH_SECONDS
+        asked = self._isolated(patience)
+
+        def again(case: Case) -> bool:
+            if _report(asked, case).symptom != finding.symptom:
+                return False
+            if simplicity(case) < simplicity(self.suspect.finding.case):
+                self._note_more(finding=dataclasses.replace(self.suspect.finding, case=case))
+            return True
+
+        minimise(finding.case, again, seconds, time.monotonic)
+
+    def _with_all_patience(self) -> Finding | None:
+        """The finding with the smallest case, asked again in a new process; with the call that was drawn where that
+        comes back."""
+        finding = self.suspect.finding
+        hangs = finding.symptom == "Hung"
+        for case in dict.fromkeys((finding.case, finding.original_case)):
+            self.close()
+            patience = self._patience_for(case) if hangs else self.patience
+            if patience is None:
+                continue
+            report = _report(self._isolated(max(patience, self.patience)), case)
+            if report.symptom == finding.symptom:
+                said = f"Hung [runs] process: {report.message}" if hangs else finding.messages[0]
+                return dataclasses.replace(finding, case=case, messages=(said, *finding.messages[1:]))
+        return None
+
+
+def _report(asked: Isolated, case: Case) -> Report:
+    """What comes of a case; what the harness can say nothing of has come back."""
+    try:
+        return asked.report(case)
+    except ReferencesDisagree:
+        return Report()
+
+
+def _seconds_of(asked: Isolated, case: Case) -> float | None:
+    """What a case takes; None where it does not come back."""
+    begun = time.monotonic()
+    return time.monotonic() - begun if _report(asked, case).survived else None
+
+
+def look_into(inquest: Inquest) -> Finding | str:
+    """The finding of an inquest, or a sentence; what cannot be asked again is kept if it is sure."""
+    suspect = inquest.suspect
+    try:
+        return inquest.finding()
+    except NoDevice as trouble:
+        return f"the worker for {suspect.finding.backend} ended, but {trouble}: no finding"
+    except (LookupError, ValueError):
+        return inquest.suspect.finding if inquest.suspect.sure else ""
