@@ -118,6 +118,10 @@ class Capabilities:
     """The same call twice gives the same bits; None: found out by trying."""
     repeatable_backward: bool | None = True
     """The same for gradients, which some kernels sum up in the order in which blocks happen to finish."""
+    batch_invariant: bool = False
+    """A document's forward results have the same bits in whatever call it is, alone or with any others."""
+    batch_invariant_backward: bool = False
+    """The same for gradients, of kernels that promise it of their forward."""
     covers_all_rows: bool = True
     """Rows outside the documents get zeros; False: the kernel leaves them unwritten."""
     compiles: bool | None = False

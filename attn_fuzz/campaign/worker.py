@@ -149,6 +149,7 @@ class Worker:
             tally.count_elements(f"{case.dtype} {name}", counts)
         for issue in verdict.known:
             tally.known[issue] = tally.known.get(issue, 0) + 1
+        tally.count(verdict.counted)
         if not verdict.symptoms and not verdict.known:
             for name, z in verdict.worst_z.items():
                 key = f"{kind} {name}"

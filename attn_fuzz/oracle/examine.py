@@ -40,6 +40,8 @@ class Verdict:
     """Elements by z (attn_fuzz/oracle/checks/budget.py) of a clean kernel case."""
     known: tuple[str, ...] = ()
     """Known issues (backends/known.py) that explain symptoms left out of ``symptoms``."""
+    counted: dict[str, int] = dataclasses.field(default_factory=dict)
+    """How often something was asked of which there is a count, and how it went."""
 
     @property
     def first(self) -> Symptom | None:
@@ -122,6 +124,7 @@ def examine(
         paths,
         {} if found else histograms(trial),
         known,
+        dict(trial.counted),
     )
 
 

@@ -159,6 +159,12 @@ class NotMerged(Symptom):
     rank = 16
 
 
+class NotBatchInvariant(Symptom):
+    """A document's results depend on the company that it has in its call, or are wrong in another one."""
+
+    rank = 16
+
+
 class NotExact(Symptom):
     """A sum that float32 holds, of whole numbers or of large and small ones, has lost some of them."""
 

@@ -11,6 +11,7 @@ from attn_fuzz.oracle.checks.accumulation import exact_accumulation
 from attn_fuzz.oracle.checks.additivity import sums_add_up
 from attn_fuzz.oracle.checks.asked import asked_otherwise
 from attn_fuzz.oracle.checks.budget import histograms, within_budget, worst_errors
+from attn_fuzz.oracle.checks.company import same_in_company
 from attn_fuzz.oracle.checks.dead_rows import dead_rows_zero
 from attn_fuzz.oracle.checks.exact import needle_found, rows_counted, uniform_keys
 from attn_fuzz.oracle.checks.isolation import documents_apart, future_apart
@@ -63,6 +64,7 @@ PROBES: tuple[Check, ...] = (
     second_sequence,
     evaluated,
     parts_merge,
+    same_in_company,
 )
 """Functions of runs of their own, with inputs of their own: asked where nothing has failed yet."""
 
