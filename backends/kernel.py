@@ -122,6 +122,12 @@ class Capabilities:
     """A document's forward results have the same bits in whatever call it is, alone or with any others."""
     batch_invariant_backward: bool = False
     """The same for gradients, of kernels that promise it of their forward."""
+    graphs: bool | None = False
+    """Calls can be captured in CUDA graphs, whose replays follow what is in the tensors then; None: as tries show."""
+    streams: bool = True
+    """Calls run on torch's current stream, or wait for it, and it for them; False: on one of their own."""
+    traceable: bool | None = False
+    """``torch.compile`` takes calls, alone and in a module; None: as tries show."""
     covers_all_rows: bool = True
     """Rows outside the documents get zeros; False: the kernel leaves them unwritten."""
     compiles: bool | None = False

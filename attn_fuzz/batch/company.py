@@ -116,9 +116,8 @@ class _Chosen:
                 own = slice(sum(lengths[:begin]), sum(lengths[:end]))
                 x[own] = self.drawn[name][own]
         # Calls are told by their numbers in the batch that was drawn.
-        found.broken = {
-            self.calls[document]: words for index, words in found.broken.items() for document in range(*batch.spans[index])
-        }
+        broken = found.broken.items()
+        found.broken = {self.calls[of]: words for index, words in broken for of in range(*batch.spans[index])}
         found.refused = {}
         return results
 

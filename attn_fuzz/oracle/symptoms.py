@@ -141,6 +141,24 @@ class WrongWhenAsked(Symptom):
     rank = 15
 
 
+class NotReplayed(Symptom):
+    """A CUDA graph gives something else than the call that it was captured of, or cannot be captured as promised."""
+
+    rank = 15
+
+
+class NotOrdered(Symptom):
+    """A call does not wait for what comes before it on its stream, or what comes after does not wait for the call."""
+
+    rank = 15
+
+
+class NotCompiled(Symptom):
+    """Compiled by torch, around it or in a module, a call gives something else than by itself."""
+
+    rank = 15
+
+
 class KeepsState(Symptom):
     """A second sequence through the same object is wrong, and right through a new one."""
 

@@ -23,7 +23,7 @@ PASSES: Final[dict[str, tuple[str, ...]]] = {"forward": ("out", "lse"), "backwar
 """Results by the pass that they come of."""
 
 _LONGER: Final = 64
-"""So many tokens longer than all others is the longest document of a crowd: another tile, and another ``max_seqlen``."""
+"""So many tokens longer than all others is the longest of a crowd: another tile, and another ``max_seqlen``."""
 
 _LONGEST: Final = 256
 """The longest that it gets: beside documents that are longer themselves, the others are what is different."""
