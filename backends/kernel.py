@@ -153,8 +153,8 @@ class Capabilities:
     """User layers only: as of ``reference.conventions``, and so the next two."""
     gradient_rows: str = "kept"
     padding: str = "computed"
-    arithmetic: Mapping[str, object] = dataclasses.field(default_factory=dict, hash=False)
-    """User code only: what rounds and what does not, by fields of ``reference.profile.Profile``."""
+    arithmetic: Mapping[str, object] | str = dataclasses.field(default_factory=dict, hash=False)
+    """User code only: what rounds and what does not, by fields of ``reference.profile.Profile``, or by a name."""
 
     @property
     def conventions(self) -> Conventions:
