@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
@@ -66,16 +67,27 @@ class CompiledCall(KernelCall):
 
         torch._dynamo.reset()
         called: Any = _Module(attention) if self.module else attention
-        with torch.set_grad_enabled(bool(self.asked.gradients)), warnings.catch_warnings():
-            # Of what it does not look into, and runs as it is.
-            warnings.simplefilter("ignore")
-            try:
-                out, lse = torch.compile(called, backend=self.compiler)(*self.leaves.values())
-            except Exception as error:
-                if lacks_memory(error) or device_failed(error) or not _of_compiler(error):
-                    raise
-                raise NotTraceable(first_line(error)) from error
+        with torch.set_grad_enabled(bool(self.asked.gradients)), _compiling():
+            out, lse = torch.compile(called, backend=self.compiler)(*self.leaves.values())
         self.attended = Attended(out, lse, path)
+
+    def backward(self) -> None:
+        """Raises the same: a backward is compiled when it is first asked for."""
+        with _compiling():
+            super().backward()
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """What torch's compiler raises is that it does not take a call; what it warns of is what it runs as it is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except Exception as error:
+            if lacks_memory(error) or device_failed(error) or not _of_compiler(error):
+                raise
+            raise NotTraceable(first_line(error)) from error
 
 
 def _of_compiler(error: BaseException) -> bool:

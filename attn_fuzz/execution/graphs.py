@@ -57,8 +57,12 @@ class CudaRecorder(Recorder):
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     function()
-                finally:
-                    graph.capture_end()
+                except Exception:
+                    # What it says of a capture that has failed already is less than why.
+                    with contextlib.suppress(Exception):
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
         except Exception as error:
             self._unwind(pool)
             self._refused(error)
