@@ -12,6 +12,29 @@ from attn_fuzz.reference.profile import Profile
 KEY: Final = "arithmetic"
 """Of ``capabilities``."""
 
+LIKE: Final = "like"
+"""Of ``arithmetic``: a name of ``NAMED``, whose facts hold but for those that are said beside it."""
+
+_FUSED: Final = {
+    "scales_inputs": False,
+    "scales_gradients": False,
+    "rounds_scores": False,
+    "rounds_dp": False,
+    "delta_from_probabilities": False,
+    "stores_probabilities": False,
+    "may_store_products": False,
+    "splits_ds": False,
+    "expands_kv": False,
+    "stores_partial_sums": False,
+}
+
+NAMED: Final[Mapping[str, Mapping[str, Any]]] = {
+    "fused": _FUSED,
+    "float32": {**_FUSED, "delta_from_output": False, "rounds_probabilities": False, "rounds_ds": False},
+}
+"""Arithmetic with a name. ``fused``: as FlashAttention computes, with P and dS in the dtype for their products and all
+else in float32; ``float32``: those too, and D, so that nothing is rounded but results."""
+
 _LARGEST_ERROR: Final = 0.125
 """Of an exponential or a tanh: beyond, a budget of the first order says nothing."""
 
@@ -27,9 +50,12 @@ def declared_facts(owner: object, name: str) -> dict[str, Any]:
         BackendUnavailable: for a fact that there is not, or a value that is none of its.
     """
     capabilities = getattr(owner, "capabilities", {})
-    facts = capabilities.arithmetic if isinstance(capabilities, Capabilities) else capabilities.get(KEY, {})
-    if not isinstance(facts, Mapping):
-        raise BackendUnavailable(f"{name}.capabilities: {KEY} must be a dict, not {type(facts).__name__}")
+    told = capabilities.arithmetic if isinstance(capabilities, Capabilities) else capabilities.get(KEY, {})
+    if isinstance(told, str):
+        told = {LIKE: told}
+    if not isinstance(told, Mapping):
+        raise BackendUnavailable(f"{name}.capabilities: {KEY} must be a dict, or a name, not {type(told).__name__}")
+    facts = {fact: value for fact, value in told.items() if fact != LIKE}
     fields = {field.name: field for field in dataclasses.fields(Profile)}
     if unknown := sorted(str(fact) for fact in facts if fact not in fields):
         known = ", ".join(sorted(fields))
@@ -39,7 +65,17 @@ def declared_facts(owner: object, name: str) -> dict[str, Any]:
         fits, wanted = _wanted(fact)
         if not fits(value):
             raise BackendUnavailable(f"{name}.capabilities: {KEY}: {fact} must be {wanted}, not {facts[fact]!r}")
-    return given
+    return {**_like(told, name), **given}
+
+
+def _like(told: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The facts of the arithmetic that is named, or none."""
+    if LIKE not in told:
+        return {}
+    if not isinstance(told[LIKE], str) or told[LIKE] not in NAMED:
+        known = " or ".join(map(repr, NAMED))
+        raise BackendUnavailable(f"{name}.capabilities: {KEY} is like {known}, not like {told[LIKE]!r}")
+    return dict(NAMED[told[LIKE]])
 
 
 def _named(value: object) -> object:

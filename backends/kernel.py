@@ -118,6 +118,16 @@ class Capabilities:
     """The same call twice gives the same bits; None: found out by trying."""
     repeatable_backward: bool | None = True
     """The same for gradients, which some kernels sum up in the order in which blocks happen to finish."""
+    batch_invariant: bool = False
+    """A document's forward results have the same bits in whatever call it is, alone or with any others."""
+    batch_invariant_backward: bool = False
+    """The same for gradients, of kernels that promise it of their forward."""
+    graphs: bool | None = False
+    """Calls can be captured in CUDA graphs, whose replays follow what is in the tensors then; None: as tries show."""
+    streams: bool = True
+    """Calls run on torch's current stream, or wait for it, and it for them; False: on one of their own."""
+    traceable: bool | None = False
+    """``torch.compile`` takes calls, alone and in a module; None: as tries show."""
     covers_all_rows: bool = True
     """Rows outside the documents get zeros; False: the kernel leaves them unwritten."""
     compiles: bool | None = False
@@ -143,8 +153,8 @@ class Capabilities:
     """User layers only: as of ``reference.conventions``, and so the next two."""
     gradient_rows: str = "kept"
     padding: str = "computed"
-    arithmetic: Mapping[str, object] = dataclasses.field(default_factory=dict, hash=False)
-    """User code only: what rounds and what does not, by fields of ``reference.profile.Profile``."""
+    arithmetic: Mapping[str, object] | str = dataclasses.field(default_factory=dict, hash=False)
+    """User code only: what rounds and what does not, by fields of ``reference.profile.Profile``, or by a name."""
 
     @property
     def conventions(self) -> Conventions:

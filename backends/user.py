@@ -215,6 +215,8 @@ _UNPROMISED = {
     "repeatable_backward": None,
     "lse": None,
     "lse_gradient": None,
+    "graphs": None,
+    "traceable": None,
 }
 """What is taken to hold of a user's kernel that states nothing."""
 

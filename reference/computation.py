@@ -35,6 +35,16 @@ class Computation:
         """Formats narrower than the dtype; None where there are none."""
         return Narrow.of(self.dtype, self.profile)
 
+    @property
+    def rounds_p(self) -> bool:
+        """Whether P is rounded to the dtype for its products; what stays in float32 is in float32's own dtype, too."""
+        return self.profile.rounds_probabilities or self.dtype == "fp32"
+
+    @property
+    def rounds_ds(self) -> bool:
+        """Whether dS is rounded to the dtype for its products."""
+        return self.profile.rounds_ds or self.dtype == "fp32"
+
     def rvar(self, x: torch.Tensor) -> torch.Tensor:
         """The error variance of storing ``x`` in the dtype."""
         return rounding_variance(x, self.dtype)

@@ -51,6 +51,10 @@ class Profile:
     """D = rowsum(dO * O) of the stored O, whose rounding enters."""
     delta_from_probabilities: bool = False
     """D = rowsum(P * dP), where dP's rounding enters. Both hold for a backend that takes one of two ways."""
+    rounds_probabilities: bool = True
+    """P is rounded to the dtype for its products with V and dO; False: it stays in float32, or in two parts of it."""
+    rounds_ds: bool = True
+    """dS is rounded to the dtype for its products with K and Q."""
     stores_probabilities: bool = False
     """The backward uses P as stored in the dtype rather than recomputing it in float32."""
     stores_products: bool = False

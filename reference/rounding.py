@@ -91,10 +91,12 @@ def rounded_alike(
     if (form := profile.scores_dtype) and not (form == dtype and profile.rounds_dp):
         plain = dataclasses.replace(profile, scores_dtype="")
         own = rounded_alike(p, dp, delta, dtype, plain)
-        narrow = rounded_alike(p, dp, delta, form, dataclasses.replace(plain, rounds_dp=True))
+        narrow = rounded_alike(p, dp, delta, form, dataclasses.replace(plain, rounds_dp=True, rounds_ds=True))
         assert narrow is not None
         return narrow if own is None else torch.maximum(own, narrow)
     if not (profile.stores_products or profile.may_store_products or profile.rounds_dp):
+        return None
+    if not profile.rounds_ds and dtype != "fp32":
         return None
     products = (p * dp).abs_()
     half_spacing = (products * UNIT_ROUNDOFF[dtype]).clamp_min_(SUBNORMAL_SPACING[dtype] / 2)

@@ -8,6 +8,7 @@ import torch
 
 from attn_fuzz.reference import attention
 from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.computation import Computation
 from attn_fuzz.reference.layout import Span, meeting
 from attn_fuzz.reference.monte_carlo import Arithmetic
 from attn_fuzz.reference.narrow import Narrow, operand_variance
@@ -68,7 +69,8 @@ class SimulatedAttention:
         finite = lse[0].masked_fill(~lse[0].isfinite(), 0.0)
         ones = torch.ones_like(lse[:1])
         scaled = probabilities * arithmetic.perturb(ones, ACCUMULATION**2 * finite.square() / 16)[..., None]
-        self.stored_forward = arithmetic.store(scaled if profile.normalises_by_lse else probabilities)
+        self.rounds_p = Computation.of(case, profile).rounds_p
+        self.stored_forward = self._stored(scaled if profile.normalises_by_lse else probabilities)
         if self.narrow:
             self.stored_forward = self._narrowed(self.stored_forward)
         for errors in self._rounded_alike(probabilities[0]):
@@ -77,9 +79,13 @@ class SimulatedAttention:
         recomputed = ACCUMULATION**2 * scores[0].square() / 16 + profile.exp_error**2
         self.probabilities = scaled * arithmetic.perturb(torch.ones_like(scaled[:1]), recomputed)
         self.kept = self._kept(self.probabilities) if self.narrow else self.probabilities
-        self.stored = self.stored_forward if profile.normalises_by_lse else arithmetic.store(self.kept)
+        self.stored = self.stored_forward if profile.normalises_by_lse else self._stored(self.kept)
         if self.narrow and not profile.normalises_by_lse:
             self.stored = self._narrowed(self.stored)
+
+    def _stored(self, p: torch.Tensor) -> torch.Tensor:
+        """P as its products have it."""
+        return self.arithmetic.store(p) if self.rounds_p else p
 
     def _operand(self, x: torch.Tensor) -> torch.Tensor:
         """An input as an operand of products."""
@@ -145,7 +151,8 @@ class SimulatedAttention:
         largest = probabilities.amax(-1, keepdim=True).clamp_min_(1e-300)
         relative = probabilities / largest
         found: list[torch.Tensor] = []
-        for form in dict.fromkeys((self.case.dtype, *(self.narrow.weight_forms if self.narrow else ()))):
+        forms = (*((self.case.dtype,) if self.rounds_p else ()), *(self.narrow.weight_forms if self.narrow else ()))
+        for form in dict.fromkeys(forms):
             dtype = DTYPES[form]
             found.append(probabilities.to(dtype).double() - probabilities)
             if not self.profile.normalises_by_lse:
@@ -168,7 +175,9 @@ class SimulatedAttention:
         if self.narrow and self.narrow.scores:
             variance = variance + operand_variance(dp[0], self.narrow.scores)
         dp = arithmetic.perturb(dp, variance)
-        p = self.stored if profile.stores_probabilities else self.kept
+        p = self.kept
+        if profile.stores_probabilities:
+            p = self.stored if self.rounds_p else arithmetic.store(p)
         terms = dout * out
         delta = terms.sum(-1, keepdim=True)
         if profile.delta_from_probabilities:
@@ -194,7 +203,8 @@ class SimulatedAttention:
         if self.slope is not None:
             ds = ds * self.slope
         case = self.case
-        ds = arithmetic.perturb(ds, stored_ds_variance(ds[0], case.softmax_scale, case.softcap, case.dtype))
+        if Computation.of(case, profile).rounds_ds:
+            ds = arithmetic.perturb(ds, stored_ds_variance(ds[0], case.softmax_scale, case.softcap, case.dtype))
         if self.narrow:
             ds = arithmetic.perturb(ds, self.narrow.of_ds(ds[0], ds_factor(case.softmax_scale, case.softcap)))
             ds = arithmetic.shrink(ds, self.narrow.cut)

@@ -109,7 +109,7 @@ class Terms:
     @cached_property
     def rp(self) -> torch.Tensor:
         """Of P as an operand."""
-        rp = self.how.rvar(self.p)
+        rp = self.how.rvar(self.p) if self.how.rounds_p else torch.zeros_like(self.p)
         return rp + self.narrow.of_weights(self.p) if self.narrow else rp
 
     @cached_property
@@ -215,9 +215,9 @@ class Terms:
         how, slope2, difference2 = self.how, self.slope2, self.difference2
         # float32 storage of D, dP - D and dP - D + dL: what cancels leaves a share of their own size where dS is 0.
         cancelled = A2 * self.p2 * (self.dp.square() + self.delta.square() + self.dlse.square())
-        var_ds = stored_ds_variance(self.ds, how.scale, how.softcap, how.dtype) + slope2 * (
-            self.w * difference2 + self.p2 * self.var_dp + cancelled
-        )
+        var_ds = slope2 * (self.w * difference2 + self.p2 * self.var_dp + cancelled)
+        if how.rounds_ds:
+            var_ds = stored_ds_variance(self.ds, how.scale, how.softcap, how.dtype) + var_ds
         var_ds = var_ds + slope2 * flush_variance(self.p) * difference2
         if self.stored_p is not None:
             var_ds = var_ds + slope2 * self.stored_p * difference2

@@ -108,6 +108,8 @@ def forward(
     p2 = p.square()
     rp = c * p2 if plain else rounding_variance(p, dtype)
     stored_p = rp if profile.stores_probabilities else None
+    if not how.rounds_p:
+        rp = torch.zeros_like(p)
     mean_score = None
     if narrow and uncapped is not None:
         rp = rp + narrow.of_weights(p)

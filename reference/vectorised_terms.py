@@ -216,9 +216,9 @@ def score_gradients(b: Block, d: Differences) -> ScoreGradients:
         pg = p * slope
         ds = difference.mul_(pg)
     ds2 = torch.mul(ds, ds, out=difference2)
-    if b.plain:
+    if b.plain and how.rounds_ds:
         var_ds.add_(ds2, alpha=b.relative)
-    else:
+    elif how.rounds_ds:
         var_ds += stored_ds_variance(ds, how.scale, how.softcap, how.dtype)
     if b.narrow:
         var_ds += b.narrow.of_ds(ds, ds_factor(how.scale, how.softcap))

@@ -53,6 +53,16 @@ class How:
     """Of exp(s - max) or exp(s - lse)."""
     scaled_query: Rounding = exactly
     """Of q times the scale."""
+    keeps_weights: bool = False
+    """P stays as it is in half precision, too."""
+    keeps_ds: bool = False
+    """So does dS."""
+    exact_delta: bool = False
+    """D is that of P and dP."""
+    stored_dp: bool = False
+    """dP is stored in the dtype."""
+    stored_scores: bool = False
+    """So are scores."""
     normalised: bool = False
     """Weights are normalised before they are rounded."""
     atomic: tuple[str, ...] = ()
@@ -86,6 +96,8 @@ def _scores(how: How, d: _Document) -> torch.Tensor:
         raw = d.scale * how.scale_by * how.product(d.q, d.k.mT)
     else:
         raw = how.product(how.scaled_query(d.q * d.scale), d.k.mT)
+    if how.stored_scores:
+        raw = _stored(raw, d.dtype)
     return how.score(raw.float().double()).masked_fill(~d.mask, -torch.inf)
 
 
@@ -107,7 +119,7 @@ def _forward(how: How, d: _Document) -> tuple[torch.Tensor, torch.Tensor]:
     divisor = torch.where(total == 0, 1.0, total)
     if how.normalised:
         weights, divisor = weights / divisor, torch.ones_like(divisor)
-    if d.dtype != torch.float32:
+    if d.dtype != torch.float32 and not how.keeps_weights:
         weights = _stored(weights, d.dtype)
     out = how.product(how.weight(weights), d.v) / divisor
     lse = torch.where(total == 0, -torch.inf, top + torch.where(total == 0, 1.0, total).log())
@@ -142,11 +154,13 @@ def _backward(
     how: How, d: _Document, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     p = _weights(how, _scores(how, d), lse)
-    kept = how.weight(_stored(p, d.dtype))
+    kept = how.weight(p if how.keeps_weights else _stored(p, d.dtype))
     dp = how.score(how.product(dout, d.v.mT).float().double())
-    delta = (dout * out).sum(-1, keepdim=True)
+    if how.stored_dp:
+        dp = _stored(dp, d.dtype)
+    delta = ((p * dp) if how.exact_delta else (dout * out)).sum(-1, keepdim=True)
     ds = how.score((kept if how.weight is not exactly else p) * (dp - delta))
-    if d.dtype != torch.float32:
+    if d.dtype != torch.float32 and not how.keeps_ds:
         ds = _stored(ds, d.dtype)
     scale = d.scale * how.scale_by
     return (

@@ -31,6 +31,9 @@ PROFILES = (
     Profile(products="bf16", probabilities_dtype="fp16", exp_error=2.0**-9, scales_gradients=True),
     Profile(scores_dtype="fp16", may_store_products=True, delta_from_probabilities=True, delta_from_output=False),
     Profile(atomic_sums=frozenset({"dq", "dk"}), expands_kv=True, probabilities_dtype="bf16"),
+    Profile(rounds_probabilities=False, rounds_ds=False, delta_from_output=False),
+    Profile(rounds_probabilities=False, rounds_dp=True, may_store_products=True, stores_probabilities=True),
+    Profile(rounds_ds=False, scores_dtype="fp16", products="tf32", rounds_dp=True),
     Profile(splits_ds=True, stores_probabilities=True, rounds_dp=True, tanh_error=2.0**-11),
 )
 

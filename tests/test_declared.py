@@ -12,7 +12,7 @@ import pytest
 import torch
 from emulated import How, kernel
 
-from attn_fuzz.backends.arithmetic import declared_facts
+from attn_fuzz.backends.arithmetic import NAMED, declared_facts
 from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities
 from attn_fuzz.backends.user import _CAUTIOUS, _CAUTIOUS_LAYER, UserKernel
 from attn_fuzz.oracle.known_answer.census import equal_product
@@ -65,7 +65,7 @@ def test_every_example_of_the_docs_is_taken() -> None:
 @pytest.mark.parametrize(
     ("arithmetic", "sentence"),
     [
-        (["products"], "arithmetic must be a dict, not list"),
+        (["products"], "arithmetic must be a dict, or a name, not list"),
         ({"tf32": True}, "arithmetic has an unknown fact 'tf32'; known: atomic_sums, "),
         ({3: True}, "unknown fact '3'"),
         ({"products": "fp8"}, "products must be '' or 'tf32' or 'bf16' or 'fp16', not 'fp8'"),
@@ -80,12 +80,20 @@ def test_every_example_of_the_docs_is_taken() -> None:
         ({"atomic_sums": ["out"]}, "atomic_sums must be a list of dq, dk, dv"),
         ({"atomic_sums": [["dq"]]}, "atomic_sums must be a list of dq, dk, dv"),
         ({"stored_sums": [1]}, "stored_sums must be a list of results"),
+        ("exact", "arithmetic is like 'fused' or 'float32', not like 'exact'"),
+        ({"like": 3}, "arithmetic is like 'fused' or 'float32', not like 3"),
     ],
 )
 def test_what_is_no_fact_is_refused_in_a_sentence(arithmetic: object, sentence: str) -> None:
     with pytest.raises(BackendUnavailable, match=r"mine\.capabilities: arithmetic|unknown fact") as refused:
         facts(arithmetic)
     assert sentence in str(refused.value)
+
+
+def test_a_name_stands_for_its_facts_but_for_those_that_are_said_beside_it() -> None:
+    assert facts("fused") == facts({"like": "fused"}) == dict(NAMED["fused"])
+    mine = facts({"like": "float32", "rounds_dp": True, "tanh_error": 0.0})
+    assert mine == {**NAMED["float32"], "rounds_dp": True, "tanh_error": 0.0}
 
 
 def of(arithmetic: dict[str, object]) -> UserKernel:
@@ -109,6 +117,7 @@ def test_a_capabilities_object_has_them_too() -> None:
     assert declared_facts(owner, "mine") == {"exp_error": 2.0**-8}
     assert declared_facts(SimpleNamespace(), "mine") == {}
     assert hash(owner.capabilities)
+    assert declared_facts(SimpleNamespace(capabilities=Capabilities(arithmetic="fused")), "mine") == NAMED["fused"]
 
 
 # Exact probes.
@@ -155,8 +164,8 @@ def test_whole_numbers_are_no_whole_numbers_in_fewer_bits() -> None:
 # Layers.
 
 
-def layer_budget(**fields: Any) -> dict[str, torch.Tensor]:
-    case = Case(lengths=(12, 20), cuts=(17,), heads=4, kv_heads=2, head_dim=8, hidden=16)
+def layer_budget(dtype: str = "fp32", **fields: Any) -> dict[str, torch.Tensor]:
+    case = Case(lengths=(12, 20), cuts=(17,), heads=4, kv_heads=2, head_dim=8, hidden=16, dtype=dtype)
     answer = layer_answer(case, layer_inputs(case, "cpu"), Profile(**fields), 64)
     return {name: expected.variance.mean() for name, expected in answer.items()}
 
@@ -177,6 +186,15 @@ def test_a_layer_is_allowed_what_is_declared_where_it_enters(field: str) -> None
     before, after = layer_budget(), layer_budget(**{field: value})
     assert {name for name in before if after[name] > 10 * before[name]} == larger
     assert all(after[name] == before[name] for name in before if name not in larger)
+
+
+def test_a_layer_is_held_to_what_it_promises_not_to_round() -> None:
+    promised: dict[str, Any] = {"rounds_probabilities": False, "rounds_ds": False}
+    before, after = layer_budget("bf16"), layer_budget("bf16", **promised)
+    assert all(after[name] < 0.9 * before[name] for name in ("dk", "dv"))
+    assert after["k"] == before["k"]
+    # What stays in float32 is stored in the dtype where that is float32.
+    assert layer_budget(**promised) == layer_budget()
 
 
 def test_a_layers_gradients_may_be_added_up_in_the_dtype() -> None:

@@ -51,6 +51,7 @@ WITNESSES = {
     "isolation": ("X07", '{"level": "kernel", "lengths": [2]}'),
     "regrouping": ("M38-twice", '{"level": "layer", "lengths": [12]}'),
     "merging": ("S06", '{"level": "kernel", "lengths": [3], "head_dim": 1, "causal": false}'),
+    "company": ("C01", '{"level": "kernel", "lengths": [2], "key_lengths": [8], "head_dim": 2}'),
     "replicas": ("R10", '{"level": "layer", "lengths": [1, 1], "ranks": 2}'),
     "repeatable": ("X32", '{"level": "kernel", "lengths": [5, 3], "dtype": "bf16"}'),
 }

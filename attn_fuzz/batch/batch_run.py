@@ -21,8 +21,10 @@ from attn_fuzz.reference.answer import KERNEL_TENSORS, Inputs, kernel_inputs
 PROBED: Final = tuple(f"{name} of the probe" for name in KERNEL_TENSORS)
 APART: Final = "isolation"
 TAILS: Final = "tails"
-NAMES: Final = (*COLUMNS, APART, TAILS, *PROBED)
-"""What is judged of each document: its budgets; then isolation, rows behind the last document, and a probe."""
+COMPANY: Final = "company"
+NAMES: Final = (*COLUMNS, APART, TAILS, COMPANY, *PROBED)
+"""What is judged of each document: its budgets; then isolation, rows behind the last document, other bits in
+other company, and a probe."""
 
 Results = dict[str, torch.Tensor]
 
@@ -62,6 +64,8 @@ class BatchRun:
         self.tensors_of_calls = self.load(batch, self.drawn)
         self.accused: dict[str, torch.Tensor] = {}
         """By names of ``NAMES``: of the first documents, float64 in units in which the verdict is at LIMIT."""
+        self.counted: dict[str, torch.Tensor] = {}
+        """How often something was asked of which there is a count, and how it went: whole numbers on any device."""
         self.spares: tuple[int, ...] = ()
         self.symptoms: Mapping[str, type[Symptom]] = {}
         self.all_first = self.run_batch(self.tensors_of_calls, poison, every=True).results

@@ -39,6 +39,7 @@ SCHEDULE: Final = (
     Question("nan", "merging"),
     Question("nan", "other scale"),
     Question("finite", "merging"),
+    Question("finite", "company"),
 )
 """Of every campaign, in turn."""
 
@@ -88,7 +89,9 @@ def judge(
         _fill(z, batch_run)
     touched = torch.stack([each.changed() for each in batch_run.placed]).any()
     # The one transfer: everything before it was only queued.
-    flat = torch.cat([z.flatten(), touched[None].double()]).cpu()
+    counts = [count.to(device).double() for count in batch_run.counted.values()]
+    flat = torch.cat([z.flatten(), torch.stack([touched.double(), *counts])]).cpu()
+    numbers = flat[z.numel() :].tolist()
     broken: dict[int, str] = {}
     refused: dict[int, str] = {}
     for batch_result in batch_run.runs:
@@ -96,15 +99,16 @@ def judge(
         refused |= batch_result.refused
     return Judged(
         batch,
-        flat[:-1].view(z.shape),
+        flat[: z.numel()].view(z.shape),
         question,
         broken,
         refused,
-        touched=bool(flat[-1]),
+        touched=bool(numbers[0]),
         paths=frozenset().union(*(batch_result.paths for batch_result in batch_run.runs)),
         spares=batch_run.spares,
         asked=asked,
         symptoms=batch_run.symptoms,
+        counted={name: int(count) for name, count in zip(batch_run.counted, numbers[1:], strict=True)},
         missing=frozenset(KERNEL_TENSORS) - first.results.keys(),
     )
 

@@ -8,12 +8,13 @@ from typing import Final, NamedTuple
 
 import torch
 
-from attn_fuzz.batch.batch_run import APART, NAMES, PROBED, TAILS
+from attn_fuzz.batch.batch_run import APART, COMPANY, NAMES, PROBED, TAILS
 from attn_fuzz.batch.layer_columns import HALVES, LAYER_TENSORS, STEPS, WHOLE
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.oracle.deviations import LIMIT
 from attn_fuzz.oracle.symptoms import (
     DeadRowsNotZero,
+    NotBatchInvariant,
     NotExact,
     NotIsolated,
     PoisonLeaked,
@@ -25,13 +26,14 @@ from attn_fuzz.oracle.symptoms import (
 from attn_fuzz.reference.answer import KERNEL_TENSORS
 from attn_fuzz.reference.case import Case
 
-BY_BITS: Final = ("bits", APART)
+BY_BITS: Final = ("bits", APART, COMPANY)
 """Columns that are about bits which must not move."""
 
 _EXACT: Final[dict[str, type[Symptom]]] = {
     "bits": PoisonLeaked,
     APART: NotIsolated,
     TAILS: DeadRowsNotZero,
+    COMPANY: NotBatchInvariant,
     STEPS: WroteOutside,
     WHOLE: NotExact,
     HALVES: NotExact,
@@ -80,6 +82,8 @@ class Judged:
     """What the probe calls a result that fails it."""
     names: tuple[str, ...] = NAMES
     """The columns of ``z``."""
+    counted: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """How often something was asked of which there is a count, and how it went."""
     missing: frozenset[str] = frozenset()
     """Results that the backend does not give, such as an LSE: nothing is known of their deviations."""
 

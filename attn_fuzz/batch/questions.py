@@ -12,6 +12,7 @@ from typing import Final
 import torch
 
 from attn_fuzz.batch.batch_run import APART, PROBED, TAILS, BatchRun
+from attn_fuzz.batch.company import company
 from attn_fuzz.batch.merging import merging
 from attn_fuzz.batch.probes import PROBES
 from attn_fuzz.batch.verdicts import largest_z, other_bits
@@ -168,4 +169,5 @@ QUESTIONS: Final[dict[str, Callable[[BatchRun], None]]] = {
     "other scale": other_scale,
     "capacity": capacity,
     "merging": merging,
+    "company": company,
 }

@@ -180,6 +180,7 @@ class BatchWorker(Triage, abc.ABC):
         tally.by_kind[kind] = tally.by_kind.get(kind, 0) + len(taken)
         for path in judged.paths:
             tally.paths[path] = tally.paths.get(path, 0) + len(taken)
+        tally.count(judged.counted)
         self.configurations.count(tally, batch.case, len(taken))
         if not judged.failing() and not judged.touched:
             self.note_largest(judged, kind)

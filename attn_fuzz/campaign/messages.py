@@ -85,6 +85,8 @@ class Tally:
     """Cases by implementation that ran."""
     known: dict[str, int] = dataclasses.field(default_factory=dict)
     """Cases that ran into a known issue, by issue."""
+    counted: dict[str, int] = dataclasses.field(default_factory=dict)
+    """How often something was asked of which there is a count, and how it went (``oracle.trial.Trial.counted``)."""
     histograms: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     """Elements of clean kernel cases by z, by ``dtype tensor``."""
 
@@ -93,6 +95,11 @@ class Tally:
         mine = self.histograms.setdefault(key, [0] * len(counts))
         self.histograms[key] = [a + b for a, b in zip(mine, counts, strict=True)]
 
+    def count(self, counted: Mapping[str, int]) -> None:
+        """Adds what a case or a batch has counted."""
+        for key, number in counted.items():
+            self.counted[key] = self.counted.get(key, 0) + number
+
     def add(self, other: Tally) -> None:
         """Takes another worker's share in."""
         for name in ("cases", "documents", "straddling", "refused", "repeated"):
@@ -100,7 +107,7 @@ class Tally:
         self.seconds = max(self.seconds, other.seconds)
         self.warm_up_seconds = max(self.warm_up_seconds, other.warm_up_seconds)
         self.compiling_seconds += other.compiling_seconds
-        for name in ("by_kind", "by_configuration", "paths", "known"):
+        for name in ("by_kind", "by_configuration", "paths", "known", "counted"):
             mine: dict[str, int] = getattr(self, name)
             for key, count in getattr(other, name).items():
                 mine[key] = mine.get(key, 0) + count

@@ -12,7 +12,9 @@ from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.campaign.isolated import FATAL, Isolated, Subject
 from attn_fuzz.campaign.pool import HANG_SECONDS
 from attn_fuzz.findings.regression_cases import RegressionCase
+from attn_fuzz.oracle.checks import PROBES, RARE
 from attn_fuzz.oracle.examine import Verdict, examine
+from attn_fuzz.oracle.symptoms import NotCompiled
 from attn_fuzz.reduction.call_sequence import verdict_among
 
 
@@ -35,7 +37,8 @@ def verdict_alone(saved: RegressionCase, name: str, device: str) -> Verdict | st
     try:
         # What a kernel prints is not what a command prints.
         with contextlib.redirect_stdout(sys.stderr):
-            return examine(saved.case, registry.load(name), device)
+            rare = RARE if saved.symptom == NotCompiled.__name__ else ()
+            return examine(saved.case, registry.load(name), device, probes=(*PROBES, *rare))
     except UnsupportedCase as refusal:
         return str(refusal)
 

@@ -149,6 +149,7 @@ class Worker:
             tally.count_elements(f"{case.dtype} {name}", counts)
         for issue in verdict.known:
             tally.known[issue] = tally.known.get(issue, 0) + 1
+        tally.count(verdict.counted)
         if not verdict.symptoms and not verdict.known:
             for name, z in verdict.worst_z.items():
                 key = f"{kind} {name}"
@@ -157,7 +158,7 @@ class Worker:
         self.configurations.count(tally, case)
         if self.counts is not None:
             # A case that fails at once is asked nothing more.
-            asked = [] if verdict.symptoms else [probe_name(probe) for probe in some_probes(case)]
+            asked = [] if verdict.symptoms else [probe_name(probe) for probe in some_probes(case) if probe in PROBES]
             self.counts.count([case], "case", asked)
         if time.monotonic() - self.last_sent > _PROGRESS_EVERY:
             self.last_sent = time.monotonic()

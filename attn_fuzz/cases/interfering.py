@@ -30,6 +30,16 @@ def _turned(values: tuple[int, ...]) -> tuple[int, ...]:
     return (*values[1:], values[0])
 
 
+def turned(case: Case) -> Case:
+    """Other values, and each document as long as the one after it was: all that a host knows of a call stays the same.
+
+    Args:
+        case: a kernel case.
+    """
+    keys = None if case.key_lengths is None else _turned(case.key_lengths)
+    return case.replace(seed=case.seed ^ _OTHER_SEED, lengths=_turned(case.lengths), key_lengths=keys)
+
+
 def _candidates(case: Case) -> Iterator[dict[str, object]]:
     """Changes of a case that keep its shapes, most different first."""
     lengths: dict[str, object] = {"seed": case.seed ^ _OTHER_SEED, "lengths": _turned(case.lengths)}

@@ -13,6 +13,7 @@ from attn_fuzz.campaign.limits import Limit
 from attn_fuzz.campaign.messages import Tally
 from attn_fuzz.campaign.pool import Outcome
 from attn_fuzz.cli.columns import NAME_SHARE, Column, broken_behind, print_fitted
+from attn_fuzz.cli.counted import counted_lines
 from attn_fuzz.evaluation.capability_probe import RIGHT, Answer
 from attn_fuzz.evaluation.published_tolerances import RULES
 from attn_fuzz.findings.finding import Finding
@@ -54,6 +55,8 @@ def print_campaign(console: Console, outcome: Outcome) -> None:
     for name, tally in outcome.tallies.items():
         for issue, count in sorted(tally.known.items()):
             console.print(f"{name}: {count} cases are explained by the known issue {issue}", markup=False)
+        for line in counted_lines(tally.counted):
+            console.print(f"{name}: {line}", markup=False, soft_wrap=True)
 
 
 def print_findings_table(console: Console, findings: Sequence[Finding]) -> None:

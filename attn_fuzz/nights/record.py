@@ -218,6 +218,7 @@ class Record:
             ("kind", now.by_kind, before.by_kind),
             ("path", now.paths, before.paths),
             ("known", now.known, before.known),
+            ("counted", now.counted, before.counted),
         ):
             more = Counter(mine) - Counter(old)
             connection.executemany(

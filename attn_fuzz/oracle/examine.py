@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 import torch
 
@@ -18,7 +19,7 @@ from attn_fuzz.execution.origin import place_of
 from attn_fuzz.execution.poison import POISONS
 from attn_fuzz.execution.process import device_failed, first_line, in_words, kind_of, raise_lack_of_memory
 from attn_fuzz.execution.runner import WroteBeforeRefusing, require_support
-from attn_fuzz.oracle.checks import CHECKS, PROBES, Check, histograms, worst_errors, worst_spreads
+from attn_fuzz.oracle.checks import CHECKS, PROBES, RARE, Check, histograms, worst_errors, worst_spreads
 from attn_fuzz.oracle.known_issues import explains
 from attn_fuzz.oracle.second_opinion import confirm
 from attn_fuzz.oracle.symptoms import Crashed, Hung, InputsChanged, MissingResult, Symptom, wrong_tensor
@@ -40,6 +41,8 @@ class Verdict:
     """Elements by z (attn_fuzz/oracle/checks/budget.py) of a clean kernel case."""
     known: tuple[str, ...] = ()
     """Known issues (backends/known.py) that explain symptoms left out of ``symptoms``."""
+    counted: dict[str, int] = dataclasses.field(default_factory=dict)
+    """How often something was asked of which there is a count, and how it went."""
 
     @property
     def first(self) -> Symptom | None:
@@ -57,9 +60,13 @@ def some_probes(case: Case) -> Sequence[Check]:
 
     A quarter of them where a case is spread over ranks, all of which take part in every run of each.
     """
-    share = 3 if case.all_ranks == 1 else 4
-    turn = zlib.crc32(case.to_json().encode()) % share
-    return [probe for index, probe in enumerate(PROBES) if index % share == turn]
+    share, number = 3 if case.all_ranks == 1 else 4, zlib.crc32(case.to_json().encode())
+    rare = RARE if number // share % _RARELY == 0 else ()
+    return [*(probe for index, probe in enumerate(PROBES) if index % share == number % share), *rare]
+
+
+_RARELY: Final = 1024
+"""One case in so many is asked what takes seconds."""
 
 
 def examine(
@@ -122,6 +129,7 @@ def examine(
         paths,
         {} if found else histograms(trial),
         known,
+        dict(trial.counted),
     )
 
 

@@ -31,6 +31,8 @@ _FLAGS: Final = {
     "scales_gradients": "gradients that are stored before they are scaled",
     "rounds_scores": "scores stored in the dtype",
     "rounds_dp": "dP stored in the dtype",
+    "rounds_probabilities": "probabilities rounded to the dtype for their products",
+    "rounds_ds": "dS rounded to the dtype for its products",
     "stores_probabilities": "probabilities that the backward takes as they are stored",
     "stores_products": "P dP stored in the dtype",
     "expands_kv": "dK and dV stored for every query head before they are summed",

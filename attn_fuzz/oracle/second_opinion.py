@@ -28,7 +28,7 @@ from attn_fuzz.reference.answer import Expected, Inputs, kernel_inputs
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.profile import UNIT_ROUNDOFF, Profile
 
-ANSWERED: Final = ("budget", "spread", "asked", "dead_rows", "regrouping", "merging")
+ANSWERED: Final = ("budget", "spread", "asked", "dead_rows", "regrouping", "merging", "company")
 """Checks that hold results against the answer to the case; regrouping begins with that one, in another order."""
 
 AGREEMENT: Final = 1e-9

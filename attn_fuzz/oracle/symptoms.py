@@ -141,6 +141,24 @@ class WrongWhenAsked(Symptom):
     rank = 15
 
 
+class NotReplayed(Symptom):
+    """A CUDA graph gives something else than the call that it was captured of, or cannot be captured as promised."""
+
+    rank = 15
+
+
+class NotOrdered(Symptom):
+    """A call does not wait for what comes before it on its stream, or what comes after does not wait for the call."""
+
+    rank = 15
+
+
+class NotCompiled(Symptom):
+    """Compiled by torch, around it or in a module, a call gives something else than by itself."""
+
+    rank = 15
+
+
 class KeepsState(Symptom):
     """A second sequence through the same object is wrong, and right through a new one."""
 
@@ -155,6 +173,12 @@ class NotRegrouped(Symptom):
 
 class NotMerged(Symptom):
     """Results over two parts of the keys, merged by their LSEs, are not those over all keys."""
+
+    rank = 16
+
+
+class NotBatchInvariant(Symptom):
+    """A document's results depend on the company that it has in its call, or are wrong in another one."""
 
     rank = 16
 

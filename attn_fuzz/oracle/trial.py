@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
@@ -54,6 +55,8 @@ class Trial:
     poisons: Sequence[str] = POISONS
     touched: list[str] = dataclasses.field(default_factory=list, repr=False)
     """Inputs, metadata or guard margins whose bits any run has changed, in words; shared by trials made from this."""
+    counted: Counter[str] = dataclasses.field(default_factory=Counter, repr=False)
+    """How often checks asked something of which there is a count, and how it went; shared like ``touched``."""
     interfered: bool | None = None
     """Whether an interfering call runs around the first run; None: as the case's seed says (``interferes``)."""
     hasty: bool = False

@@ -10,7 +10,7 @@ from typing import Final, Protocol
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.cases.order import simplicity, tokens
 from attn_fuzz.execution.poison import POISONS
-from attn_fuzz.oracle.checks import PROBES, Check
+from attn_fuzz.oracle.checks import PROBES, RARE, Check
 from attn_fuzz.oracle.checks.accumulation import exact_accumulation
 from attn_fuzz.oracle.checks.regroup import regrouped, regrouped_case
 from attn_fuzz.oracle.deviations import LIMIT
@@ -126,8 +126,9 @@ def _alone(verdict: Verdict) -> Sequence[Check]:
 
 
 def _again(case: Case, verdict: Verdict, examine: Examine) -> _Again:
-    # All probes may see something that names it better than those it was found by.
-    careful = examine(case)
+    # All probes may see something that names it better than those it was found by, but for one that is rarely asked.
+    rare = [probe for probe in _alone(verdict) if probe in RARE]
+    careful = examine(case, probes=rare) if rare else examine(case)
     if careful.first is not None:
         return _Again(careful, _alone(careful), 1, True)
     if _alone(verdict):

@@ -15,7 +15,7 @@ class Backup(Kernel):
 
     name = "backup"
     paths = frozenset({"baddbmm"})
-    capabilities = Capabilities(capacity=False, isolates_nonfinite=False)
+    capabilities = Capabilities(capacity=False, isolates_nonfinite=False, graphs=None, traceable=None)
     profile = Profile(
         scales_gradients=True,
         rounds_scores=True,

@@ -27,6 +27,8 @@ class Flash(Kernel):
         memories=(*ALIGNED_MEMORIES, "strided", "broadcast"),
         lse_of_blind_rows=math.inf,
         repeatable_backward=False,
+        graphs=None,
+        traceable=None,
         covers_all_rows=False,
     )
     profile = FLASH2_PROFILE

@@ -26,6 +26,8 @@ class Flash3(Kernel):
         memories=(*ALIGNED_MEMORIES, "strided", "broadcast"),
         isolates_nonfinite=False,
         repeatable_backward=False,
+        graphs=None,
+        traceable=None,
         covers_all_rows=False,
     )
     deterministic: ClassVar[bool] = False

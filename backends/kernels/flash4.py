@@ -35,6 +35,7 @@ class Flash4(Kernel):
         memories=MEMORIES,
         isolates_nonfinite=False,
         repeatable_backward=False,
+        graphs=None,
         covers_all_rows=False,
         configurations=CONFIGURATIONS,
     )

@@ -41,6 +41,8 @@ class SdpaDense(Kernel):
         # The fused kernels of CUDA fault on base pointers off 16-byte alignment, and add up dQ in no fixed order.
         memories=ALIGNED_MEMORIES,
         repeatable_backward=False,
+        graphs=None,
+        traceable=None,
     )
     # The memory-efficient backward of CUDA forms dS from P as its tiles keep it, in the storage dtype.
     profile = Profile(stores_probabilities=True, expands_kv=True, exp_error=CPU_EXP_ERROR)

@@ -36,6 +36,8 @@ class SdpaDenseFlash(ForcedDense):
             causal_needs_equal_lengths=True,
             window=False,
             isolates_nonfinite=True,
+            # It goes by lengths that the host knows.
+            graphs=False,
         )
 
     def attend(

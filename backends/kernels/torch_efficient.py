@@ -35,6 +35,8 @@ class TorchEfficient(Kernel):
         queries_without_keys=False,
         memories=(*ALIGNED_MEMORIES, "broadcast"),
         repeatable_backward=False,
+        graphs=None,
+        traceable=None,
         covers_all_rows=False,
     )
     # The backward forms dS from P as its tiles keep it, in the storage dtype.

@@ -26,6 +26,8 @@ class TorchFlash(Kernel):
         memories=(*ALIGNED_MEMORIES, "broadcast"),
         lse_of_blind_rows=float("inf"),
         repeatable_backward=False,
+        graphs=None,
+        traceable=None,
         covers_all_rows=False,
     )
     profile = FLASH2_PROFILE

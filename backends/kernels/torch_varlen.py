@@ -37,6 +37,8 @@ class TorchVarlen(Kernel):
         softcap=False,
         memories=(*ALIGNED_MEMORIES, "broadcast"),
         repeatable_backward=False,
+        graphs=None,
+        traceable=None,
         covers_all_rows=False,
     )
     profile = FLASH2_PROFILE

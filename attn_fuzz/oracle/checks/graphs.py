@@ -1,0 +1,153 @@
+"""CUDA graphs: captured with one layout and replayed with another, alone and beside a graph of another size."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.cases.call_batch import CallBatch
+from attn_fuzz.cases.interfering import turned
+from attn_fuzz.cases.smaller import fewer_documents
+from attn_fuzz.execution.batch_tensors import BatchTensors
+from attn_fuzz.execution.calls import EVERYTHING, Asked
+from attn_fuzz.execution.graphs import NotCapturable, Recorder, Replay, recorder_of
+from attn_fuzz.execution.observation import Observation
+from attn_fuzz.execution.runner import require_support
+from attn_fuzz.execution.static_call import StaticCall
+from attn_fuzz.oracle.relations.autograd import INFERENCE
+from attn_fuzz.oracle.relations.launched import unlike
+from attn_fuzz.oracle.symptoms import NotReplayed, Symptom
+from attn_fuzz.oracle.trial import Trial
+from attn_fuzz.reference.answer import Inputs, kernel_inputs
+from attn_fuzz.reference.case import Case
+
+REPLAYED: Final = "calls captured in a CUDA graph and replayed"
+BACKWARD: Final = "of these with their backward"
+REFUSED: Final = "not captured in a CUDA graph"
+
+_ENOUGH: Final = 3
+"""Captures that failed, after which a backend is asked no more in this process: each leaves something behind."""
+
+_failed: dict[tuple[str, str, Asked], list[str]] = {}
+"""Why captures failed, by backend, device and what was asked."""
+
+
+def replayed_alike(trial: Trial) -> Iterator[Symptom]:
+    """A graph that was captured with another layout of the same size gives the case's bits when it is replayed."""
+    case, stated, recorder = trial.case, trial.stated, recorder_of(trial.device)
+    if recorder is None or case.level != "kernel" or stated.graphs is False or case.memory == "broadcast":
+        return
+    # What compiles for layouts compiles, and measures, when it likes; torch's compiler captures by itself.
+    if trial.backend.kernel.compiled or stated.layouts or not _taken(trial, turned(case)):
+        return
+    for asked in (EVERYTHING, INFERENCE) if stated.backward else (INFERENCE,):
+        failed = _failed.setdefault((trial.backend.name, str(trial.device), asked), [])
+        if len(failed) < _ENOUGH:
+            try:
+                found = list(_replayed(trial, recorder, asked))
+            except NotCapturable as refusal:
+                failed.append(str(refusal))
+            else:
+                trial.counted[REPLAYED] += 1
+                trial.counted[BACKWARD] += bool(asked.gradients)
+                yield from found
+                return
+        if stated.graphs:
+            yield NotReplayed("graphs", "call", f"it cannot be captured in a CUDA graph: {failed[-1]}")
+            return
+    trial.counted[f"{REFUSED} ({failed[-1]})"] += 1
+
+
+def _taken(trial: Trial, case: Case) -> bool:
+    try:
+        require_support(trial.backend, case, trial.device)
+    except UnsupportedCase:
+        return False
+    return True
+
+
+@dataclasses.dataclass
+class _Captured:
+    """A graph of calls of one size."""
+
+    trial: Trial
+    usual: Observation
+    call: StaticCall
+    loaded: BatchTensors
+    other: BatchTensors
+    """The layout that it is captured with."""
+
+    @classmethod
+    def of(cls, trial: Trial, asked: Asked) -> _Captured:
+        case, other, poison = trial.case, turned(trial.case), trial.poisons[0]
+        assert isinstance(trial.inputs, Inputs)
+        usual = trial.observe_with(trial.inputs, poison, asked=asked)
+        drawn = kernel_inputs(other, "cpu")
+        call = StaticCall(trial.backend, other, drawn, poison, trial.device, asked)
+        loaded, first = (
+            BatchTensors(CallBatch.of_one(each), inputs, trial.device, (each.capacity,), poison)
+            for each, inputs in ((case, trial.inputs), (other, drawn))
+        )
+        return cls(trial, usual, call, loaded, first)
+
+    def capture(self, recorder: Recorder, pool: Any) -> Replay:
+        """Captures the other layout."""
+        self.call.load(self.other)
+        return recorder.capture(self.call.run, pool)
+
+    def replayed(self, replay: Replay) -> Observation:
+        """What the graph gives for the case."""
+        self.call.load(self.loaded)
+        replay()
+        return self.call.observe()
+
+    def compared(self, got: Observation, again: Callable[[], Observation], how: str) -> Iterator[Symptom]:
+        """What a replay gave that the call does not give.
+
+        Args:
+            got: of a replay.
+            again: replays once more.
+            how: in words, what else there was.
+        """
+        for tensor, words, z, element in unlike(self.trial, self.usual, got, again):
+            layouts = f"captured with {_words(self.call.case)} and replayed with {_words(self.trial.case)}{how}"
+            yield NotReplayed("graphs", tensor, f"{layouts}: {words}", z=z, element=element)
+
+
+def _replayed(trial: Trial, recorder: Recorder, asked: Asked) -> Iterator[Symptom]:
+    """Two graphs share a pool, the larger one captured first and last; each is replayed after the other."""
+    smaller = next((case for case in fewer_documents(trial.case) if case is not None and _fits(trial, case)), None)
+    graphs = [_Captured.of(trial, asked)]
+    if smaller is not None:
+        graphs.append(_Captured.of(dataclasses.replace(trial, case=smaller), asked))
+    for order in (graphs, graphs[::-1])[: len(graphs)]:
+        pool = recorder.pool()
+        replays = [(graph, graph.capture(recorder, pool)) for graph in order]
+        found = list(_told(replays))
+        yield from found
+        if found:
+            return
+
+
+def _fits(trial: Trial, case: Case) -> bool:
+    return _taken(trial, case) and _taken(trial, turned(case))
+
+
+def _told(replays: list[tuple[_Captured, Replay]]) -> Iterator[Symptom]:
+    """What is wrong with replays in turn, twice over; and with results of the first graph once the other has run."""
+    for turn, (graph, replay) in enumerate(2 * replays):
+        beside = f", beside a graph of {_words(replays[(turn + 1) % 2][0].trial.case)}" if len(replays) > 1 else ""
+        yield from graph.compared(graph.replayed(replay), functools.partial(graph.replayed, replay), beside)
+        if turn and turn == len(replays) - 1:
+            # Replayed in the order of their captures, graphs of one pool leave one another's results alone.
+            kept = replays[0][0]
+            yield from kept.compared(kept.call.observe(), kept.call.observe, " and then the other graph")
+
+
+def _words(case: Case) -> str:
+    """The documents of a case, the first few."""
+    pairs = [f"{q}/{k}" for q, k in zip(case.packed_lengths, case.packed_key_lengths, strict=True)]
+    return f"{', '.join(pairs[:8])}{', ...' if len(pairs) > 8 else ''} queries/keys"

@@ -1,0 +1,88 @@
+"""Calls inside what torch compiles, alone and in a module; asked of few cases, since each takes seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from devices import needs_cuda
+
+from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import Attended, AttentionOptions
+from attn_fuzz.backends.kernels.backup import Backup
+from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.registry import Backend
+from attn_fuzz.oracle.checks import RARE, compiled
+from attn_fuzz.oracle.examine import some_probes
+from attn_fuzz.oracle.symptoms import NotCompiled, Symptom
+from attn_fuzz.oracle.trial import Trial
+from attn_fuzz.reference.case import Case
+
+CASE = Case(level="kernel", lengths=(3, 2), head_dim=8)
+
+
+class GradientStops(Backup):
+    """What torch compiles keeps the keys out of the backward."""
+
+    name = "gradient_stops"
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        keys = k.detach() + 0 * k if torch.compiler.is_compiling() else k
+        return super().attend(q, keys, v, metadata, options)
+
+
+def asked(kernel: Backup, case: Case = CASE, device: str = "cpu", **stated: Any) -> tuple[list[Symptom], Trial]:
+    if stated:
+        kernel.capabilities = dataclasses.replace(kernel.capabilities, **stated)  # type: ignore[misc]
+    trial = Trial(case, Backend(kernel.name, kernel, levels=("kernel",)), torch.device(device), interfered=False)
+    return list(compiled.compiled_alike(trial)), trial
+
+
+@pytest.mark.slow
+def test_what_only_compiled_calls_do_is_seen() -> None:
+    right, trial = asked(Backup(), CASE.replace(seed=1))
+    assert right == []
+    assert trial.counted == {compiled.COMPILED: 1}
+    found, _ = asked(GradientStops())
+    assert [(type(symptom), symptom.tensor) for symptom in found] == [(NotCompiled, "dk")]
+    assert found[0].message.startswith("compiled by torch (aot_eager): document 0")
+
+
+def test_what_torch_does_not_take_is_said_and_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_failed", {})
+
+    def refuses(trial: Trial, **how: Any) -> Any:
+        raise compiled.NotTraceable("no such operator")
+
+    monkeypatch.setattr(compiled, "_run", refuses)
+    found, trial = asked(Backup())
+    assert found == []
+    assert trial.counted == {"not taken by torch.compile (no such operator)": 1}
+    (symptom,), _ = asked(Backup(), traceable=True)
+    assert symptom.tensor == "call"
+    assert asked(Backup(), traceable=False)[1].counted == {}
+
+
+def test_one_case_in_a_thousand_is_asked() -> None:
+    often = sum(bool(set(RARE) & set(some_probes(CASE.replace(seed=seed)))) for seed in range(6_000))
+    assert 0 < often < 20
+
+
+def test_kernels_that_torch_compiles_anyway_are_left_alone() -> None:
+    for name in ("loop", "flex_compiled"):
+        trial = Trial(CASE, registry.load(name), torch.device("cpu"))
+        assert not list(compiled.compiled_alike(trial))
+        assert trial.counted == {}
+
+
+@needs_cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_a_right_kernel_is_clean_on_a_gpu(seed: int) -> None:
+    found, trial = asked(Backup(), CASE.replace(seed=seed, head_dim=64, dtype="bf16"), "cuda")
+    assert found == []
+    assert trial.counted == {compiled.COMPILED: 1}
