@@ -104,6 +104,13 @@ class Capabilities:
     """User layers only: every rank's slice of every micro-sequence has a multiple of so many tokens."""
     memories: tuple[str, ...] = MEMORIES
     """Memory layouts (reference/memory.py) that the kernel takes."""
+    loose_max_seqlen: bool = False
+    """``max_seqlen_q`` and ``max_seqlen_k`` may exceed the longest document."""
+    gaps: tuple[str, ...] = ()
+    """Sides, of ``q`` and ``k``, on which rows between documents may be nobody's."""
+    placement_keeps_bits: bool = False
+    """Neither looser bounds, nor gaps, nor rows far apart move a bit of what comes out; False: they may decide in which
+    order it adds up, and only budgets hold."""
     capacity: bool | None = True
     """Tensors with rows beyond the last document, which are part of none; None: found out by trying."""
     isolates_nonfinite: bool | None = True
@@ -197,17 +204,31 @@ class Capabilities:
             (self.queries_without_keys or not blind, "queries without a key"),
             (self.keys_without_queries or all(q or not k for q, k in pairs), "documents with keys and no queries"),
             *self._rules_of_layers(case),
-            (case.memory in self.memories, f"memory layout {case.memory}"),
-            (
-                self.capacity is not False or case.level == "layer" or not case.capacity,
-                "rows beyond the last document",
-            ),
+            *self._rules_of_placement(case),
             (
                 not self.configurations or Configuration.of(case) in self.configurations,
                 "a configuration that it would have to compile",
             ),
         )
         return next((what for holds, what in rules if not holds), None)
+
+    def _rules_of_placement(self, case: Case) -> tuple[tuple[bool, str], ...]:
+        """What must hold of where a case's rows lie, with what it is about."""
+        return (
+            (case.memory in self.memories, f"memory layout {case.memory}"),
+            (
+                self.capacity is not False or case.level == "layer" or not case.capacity,
+                "rows beyond the last document",
+            ),
+            (
+                self.loose_max_seqlen or case.loose_max_seqlen == (0, 0),
+                "a max_seqlen that exceeds the longest document",
+            ),
+            *(
+                (side in self.gaps or not gap, f"gaps between documents of {side}")
+                for side, gap in zip("qk", case.gaps)
+            ),
+        )
 
     def _rules_of_layers(self, case: Case) -> tuple[tuple[bool, str], ...]:
         """What must hold of a layer case, with what it is about."""

@@ -280,6 +280,10 @@ def without_of(limits: Sequence[Limit], right: set[int], domain: Domain) -> dict
         without["head_dims"] = tuple(dim for dim in domain.head_dims if taken(dim, right, dims))
     if "grouped heads" in axes:
         without["gqa"] = False
+    if "loose max_seqlen" in axes:
+        without["loose_max_seqlen"] = False
+    if sides := {axis.split()[1] for axis in axes if axis.startswith("gaps ")}:
+        without["gaps"] = tuple(side for side in stated.gaps if side not in sides)
     if "window, causal" in axes:
         without["window"] = False
     elif "window, non-causal" in axes:

@@ -109,6 +109,9 @@ def _questions(base: Case, stated: Capabilities) -> Iterator[tuple[str, bool, di
     for memory in MEMORIES:
         yield f"memory {memory}", memory in stated.memories, {"memory": memory}
     yield "rows beyond the last document", stated.capacity is not False, {"capacity": 17}
+    yield "max_seqlen above the longest document", stated.loose_max_seqlen, {"loose_max_seqlen": (70, 130)}
+    for side, gaps in (("q", (3, 0)), ("k", (0, 3))):
+        yield f"gaps between documents of {side}", side in stated.gaps, {"gaps": gaps}
 
 
 def probes(capabilities: Capabilities) -> list[Probe]:

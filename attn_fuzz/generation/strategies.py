@@ -36,6 +36,7 @@ from attn_fuzz.generation.layouts import (
     takes_few_keys,
 )
 from attn_fuzz.generation.options import lse_gradients, options
+from attn_fuzz.generation.placement import placed
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layout import document_spans
 
@@ -90,6 +91,7 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
         key_lengths=key_lengths,
         capacity=draw(capacities(capabilities)) if number is None else 0,
         lse_gradient=draw(lse_gradients(capabilities)),
+        **(placed(draw, domain, len(lengths)) if number is None else {}),
         **chosen,  # type: ignore[arg-type]
     )
 
@@ -127,6 +129,7 @@ def long_rows(draw: st.DrawFn, domain: Domain) -> Case | None:
         key_lengths=None if square else (*others, keys),
         capacity=draw(capacities(capabilities)),
         lse_gradient=draw(lse_gradients(capabilities)),
+        **placed(draw, domain, len(others) + 1),
         **chosen,  # type: ignore[arg-type]
     )
 

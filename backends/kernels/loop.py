@@ -15,7 +15,13 @@ class LoopKernel(Kernel):
 
     name = "loop"
     paths = frozenset({"loop"})
-    capabilities = Capabilities(covers_all_rows=False, lse_gradient=True)
+    capabilities = Capabilities(
+        covers_all_rows=False,
+        lse_gradient=True,
+        loose_max_seqlen=True,
+        gaps=("q", "k"),
+        placement_keeps_bits=True,
+    )
     profile = Profile(normalises_by_lse=True)
 
     def attend(
