@@ -57,14 +57,20 @@ class VarlenMetadata:
     @functools.cached_property
     def seqused_q(self) -> torch.Tensor | None:
         """int32 ``[documents]``: how many rows from its start on are a document's; None where all are."""
-        return self._used(self.lengths_q) if self.gaps[0] else None
+        return self._lengths(self.lengths_q) if self.gaps[0] else None
 
     @functools.cached_property
     def seqused_k(self) -> torch.Tensor | None:
         """The same for keys."""
-        return self._used(self.lengths_k) if self.gaps[1] else None
+        return self._lengths(self.lengths_k) if self.gaps[1] else None
 
-    def _used(self, lengths: Sequence[int]) -> torch.Tensor:
+    def used(self, side: str) -> torch.Tensor:
+        """int32 ``[documents]``: how many rows each document has on the ``q`` or ``k`` side, whether there are gaps or
+        none."""
+        told, lengths = (self.seqused_q, self.lengths_q) if side == "q" else (self.seqused_k, self.lengths_k)
+        return self._lengths(lengths) if told is None else told
+
+    def _lengths(self, lengths: Sequence[int]) -> torch.Tensor:
         return torch.tensor(lengths, dtype=torch.int32).to(self.device, non_blocking=True)
 
     @functools.cached_property

@@ -26,7 +26,7 @@ class Unlimited(Kernel):
     def capabilities_on(self, device: str) -> Capabilities:
         return dataclasses.replace(
             self._kernel.capabilities_on(device),
-            **{name: getattr(Capabilities(), name) for name in _LIMITS} | {"lse_gradient": True},
+            **{name: getattr(Capabilities(), name) for name in _LIMITS} | _UNDECLARED,
         )
 
     def profile_on(self, device: str) -> Profile:
@@ -44,6 +44,9 @@ class Unlimited(Kernel):
         return self._kernel.attend(q, k, v, metadata, options)
 
 
+_UNDECLARED: Final = {"lse_gradient": True, "loose_max_seqlen": True, "gaps": ("q", "k")}
+"""What few kernels declare, and any may be asked for."""
+
 _CONVENTIONS: Final = {
     "arithmetic",
     "compiled_first",
@@ -53,6 +56,7 @@ _CONVENTIONS: Final = {
     "isolates_nonfinite",
     "lse",
     "lse_of_blind_rows",
+    "placement_keeps_bits",
     "repeatable",
     "repeatable_backward",
     "covers_all_rows",

@@ -28,6 +28,7 @@ class Flash(Kernel):
         lse_of_blind_rows=math.inf,
         repeatable_backward=False,
         covers_all_rows=False,
+        loose_max_seqlen=True,
     )
     profile = FLASH2_PROFILE
     deterministic: ClassVar[bool] = False

@@ -27,6 +27,8 @@ class Flash3(Kernel):
         isolates_nonfinite=False,
         repeatable_backward=False,
         covers_all_rows=False,
+        loose_max_seqlen=True,
+        gaps=("q", "k"),
     )
     deterministic: ClassVar[bool] = False
     """Whether the backward is asked to add up dQ in a fixed order."""
@@ -61,6 +63,8 @@ def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
             metadata.cu_seqlens_k,
             metadata.max_seqlen_q,
             metadata.max_seqlen_k,
+            seqused_q=metadata.seqused_q,
+            seqused_k=metadata.seqused_k,
             softmax_scale=options.scale,
             causal=options.causal,
             window_size=options.effective_window if options.causal else options.window,

@@ -36,6 +36,8 @@ class Flash4(Kernel):
         isolates_nonfinite=False,
         repeatable_backward=False,
         covers_all_rows=False,
+        loose_max_seqlen=True,
+        gaps=("q", "k"),
         configurations=CONFIGURATIONS,
     )
 
@@ -75,6 +77,8 @@ def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
             cu_seqlens_k=metadata.cu_seqlens_k,
             max_seqlen_q=metadata.max_seqlen_q,
             max_seqlen_k=metadata.max_seqlen_k,
+            seqused_q=metadata.seqused_q,
+            seqused_k=metadata.seqused_k,
             softmax_scale=options.scale,
             causal=options.causal,
             # -1 on one side alone would be taken literally.

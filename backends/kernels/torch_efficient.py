@@ -36,6 +36,7 @@ class TorchEfficient(Kernel):
         memories=(*ALIGNED_MEMORIES, "broadcast"),
         repeatable_backward=False,
         covers_all_rows=False,
+        loose_max_seqlen=True,
     )
     # The backward forms dS from P as its tiles keep it, in the storage dtype.
     profile = Profile(stores_probabilities=True)

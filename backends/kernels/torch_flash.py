@@ -27,6 +27,7 @@ class TorchFlash(Kernel):
         lse_of_blind_rows=float("inf"),
         repeatable_backward=False,
         covers_all_rows=False,
+        loose_max_seqlen=True,
     )
     profile = FLASH2_PROFILE
 

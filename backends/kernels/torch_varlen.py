@@ -38,6 +38,7 @@ class TorchVarlen(Kernel):
         memories=(*ALIGNED_MEMORIES, "broadcast"),
         repeatable_backward=False,
         covers_all_rows=False,
+        loose_max_seqlen=True,
     )
     profile = FLASH2_PROFILE
 
