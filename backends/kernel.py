@@ -18,6 +18,9 @@ from attn_fuzz.reference.profile import Profile
 FLOAT_DTYPES: Final = ("fp32", "bf16", "fp16")
 HALF_DTYPES: Final = ("bf16", "fp16")
 
+PLACEMENTS: Final = ("max_seqlen", "gaps", "far")
+"""What may differ where values do not: how loose bounds are, whether rows lie between documents, or far apart."""
+
 
 class UnsupportedCase(Exception):
     """A backend declares that it does not take this case; the message says which part, in one sentence."""
@@ -104,13 +107,15 @@ class Capabilities:
     """User layers only: every rank's slice of every micro-sequence has a multiple of so many tokens."""
     memories: tuple[str, ...] = MEMORIES
     """Memory layouts (reference/memory.py) that the kernel takes."""
+    far_memories: tuple[str, ...] = ()
+    """Those of them whose elements lie more than 2^31 apart (reference/far_memory.py)."""
     loose_max_seqlen: bool = False
     """``max_seqlen_q`` and ``max_seqlen_k`` may exceed the longest document."""
     gaps: tuple[str, ...] = ()
     """Sides, of ``q`` and ``k``, on which rows between documents may be nobody's."""
-    placement_keeps_bits: bool = False
-    """Neither looser bounds, nor gaps, nor rows far apart move a bit of what comes out; False: they may decide in which
-    order it adds up, and only budgets hold."""
+    placement_keeps_bits: tuple[str, ...] = ()
+    """Of ``PLACEMENTS``, those that move no bit of what comes out; others may decide in which order it adds up, and
+    only budgets hold."""
     capacity: bool | None = True
     """Tensors with rows beyond the last document, which are part of none; None: found out by trying."""
     isolates_nonfinite: bool | None = True
@@ -215,7 +220,7 @@ class Capabilities:
     def _rules_of_placement(self, case: Case) -> tuple[tuple[bool, str], ...]:
         """What must hold of where a case's rows lie, with what it is about."""
         return (
-            (case.memory in self.memories, f"memory layout {case.memory}"),
+            (case.memory in (*self.memories, *self.far_memories), f"memory layout {case.memory}"),
             (
                 self.capacity is not False or case.level == "layer" or not case.capacity,
                 "rows beyond the last document",

@@ -9,6 +9,7 @@ import torch
 
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.reference.case import FAR_MEMORIES
 from attn_fuzz.reference.profile import Profile
 
 
@@ -44,7 +45,7 @@ class Unlimited(Kernel):
         return self._kernel.attend(q, k, v, metadata, options)
 
 
-_UNDECLARED: Final = {"lse_gradient": True, "loose_max_seqlen": True, "gaps": ("q", "k")}
+_UNDECLARED: Final = {"lse_gradient": True, "loose_max_seqlen": True, "gaps": ("q", "k"), "far_memories": FAR_MEMORIES}
 """What few kernels declare, and any may be asked for."""
 
 _CONVENTIONS: Final = {

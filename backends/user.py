@@ -30,6 +30,7 @@ from attn_fuzz.backends.arithmetic import KEY, declared_facts
 from attn_fuzz.backends.gap_arguments import GapArguments
 from attn_fuzz.backends.kernel import (
     FLOAT_DTYPES,
+    PLACEMENTS,
     Attended,
     AttentionOptions,
     BackendUnavailable,
@@ -47,7 +48,7 @@ from attn_fuzz.backends.returned_lse import lse_of
 from attn_fuzz.backends.sdpa import as_flash_does
 from attn_fuzz.backends.user_layer import UserLayer, require_layer
 from attn_fuzz.backends.user_rank_layer import NUMBERS_OF_RANKS, keywords_of, over_ranks, spread_refusal, takes_one
-from attn_fuzz.reference.case import MEMORIES, ROTARIES, Case
+from attn_fuzz.reference.case import FAR_MEMORIES, MEMORIES, ROTARIES, Case
 from attn_fuzz.reference.conventions import GRADIENT_ROWS, PADDING, ROTARY_POSITIONS
 from attn_fuzz.reference.profile import Profile
 
@@ -141,13 +142,15 @@ _CHOICES = {
     "rotaries": ROTARIES,
     "memories": MEMORIES,
     "gaps": ("q", "k"),
+    "placement_keeps_bits": PLACEMENTS,
+    "far_memories": FAR_MEMORIES,
 }
 _WORDS = {"rotary_positions": ROTARY_POSITIONS, "gradient_rows": GRADIENT_ROWS, "padding": PADDING}
 
 
 def _misfit(key: str, value: object) -> str | None:
     """What a capability must be, in words, where it is something else."""
-    if key == "gaps" and value == ():
+    if key in ("gaps", "placement_keeps_bits", "far_memories") and value == ():
         return None
     if choices := _CHOICES.get(key):
         fits = isinstance(value, tuple) and value and all(item in choices for item in value)
@@ -239,6 +242,7 @@ _UNPROMISED = {
     "covers_all_rows": False,
     "capacity": None,
     "loose_max_seqlen": True,
+    "far_memories": FAR_MEMORIES,
     "compiles": None,
     "isolates_nonfinite": None,
     "repeatable": None,

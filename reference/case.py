@@ -18,6 +18,8 @@ ROTARIES: Final = ("none", "default", "proportional")
 VALUES: Final = ("gaussian", "large", "offset", "tiny", "ties")
 WEIGHTS: Final = ("gaussian", "selection")
 MEMORIES: Final = ("contiguous", "fused", "head_major", "sliced", "mixed", "misaligned", "strided", "broadcast")
+FAR_MEMORIES: Final = ("far_rows", "far_heads", "far_base")
+"""Kernel level only: elements lie beyond 2^31 of an allocation (reference/far_memory.py)."""
 FORMAT: Final = 2
 """Of cases, findings and regression cases, as files say it; those of 1, which is version 0.1's, say nothing."""
 MAX_HEAD_DIM: Final = 320
@@ -117,7 +119,7 @@ class Case:
     seed: int = 0
     """Value seed."""
     memory: str = "contiguous"
-    """How the tensors handed to the kernel lie in memory (reference/memory.py)."""
+    """How the tensors handed to the kernel lie in memory (reference/memory.py, far_memory.py)."""
     capacity: int = 0
     """Rows beyond the packed sequence: of the K/V buffer, or of all tensors of a kernel case; nothing may read them."""
     lse_gradient: bool = False
@@ -247,7 +249,7 @@ _CHOICES = {
     "dtype": DTYPES,
     "values": VALUES,
     "weights": WEIGHTS,
-    "memory": MEMORIES,
+    "memory": (*MEMORIES, *FAR_MEMORIES),
 }
 
 
@@ -356,6 +358,10 @@ def _check_layer(case: Case) -> None:
             raise CaseError(f"{name} belongs to kernel cases: a layer makes its calls itself")
     if case.lse_gradient:
         raise CaseError("lse_gradient belongs to kernel cases: a layer keeps its LSE to itself")
+    if case.memory in FAR_MEMORIES:
+        raise CaseError(
+            f"memory {case.memory} belongs to kernel cases: where a K/V buffer lies is the layer's business"
+        )
     if case.memory == "broadcast":
         raise CaseError("memory broadcast belongs to kernel cases: a K/V buffer is written, so its rows are its own")
     if case.key_lengths is not None:

@@ -94,7 +94,9 @@ def _questions(base: Case, domain: Domain, dtypes: Sequence[str]) -> Iterator[Qu
             yield Question(f"gaps {side}", base.replace(gaps=gaps))
     if base.level == "kernel":
         others = (memory for memory in stated.memories if memory not in ("misaligned", "contiguous"))
-        yield from (Question(f"memory {memory}", base.replace(memory=memory)) for memory in others)
+        yield from (
+            Question(f"memory {memory}", base.replace(memory=memory)) for memory in (*others, *stated.far_memories)
+        )
     yield from (Question(f"head_dim {dim}", base.replace(head_dim=dim)) for dim in _OTHER_DIMS if not few)
 
 

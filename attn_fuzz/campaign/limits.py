@@ -275,7 +275,8 @@ def without_of(limits: Sequence[Limit], right: set[int], domain: Domain) -> dict
     if dtypes := {axis.split()[1] for axis in axes if axis.startswith("dtype ")}:
         without["dtypes"] = tuple(dtype for dtype in stated.dtypes if dtype not in dtypes)
     if memories := {axis.split()[1] for axis in axes if axis.startswith("memory ")}:
-        without["memories"] = tuple(memory for memory in stated.memories if memory not in memories)
+        for name in ("memories", "far_memories"):
+            without[name] = tuple(memory for memory in getattr(stated, name) if memory not in memories)
     if dims := {int(axis.split()[1]) for axis in axes if axis.startswith("head_dim ")}:
         without["head_dims"] = tuple(dim for dim in domain.head_dims if taken(dim, right, dims))
     if "grouped heads" in axes:

@@ -15,6 +15,7 @@ from attn_fuzz.coverage.places import Place, places
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.layouts import takes_few_keys
 from attn_fuzz.generation.placement import gaps_taken
+from attn_fuzz.reference.case import FAR_MEMORIES
 
 Chosen = dict[str, str]
 """One value or two, by axis."""
@@ -75,7 +76,7 @@ def _options_taken(space: Space, chosen: Chosen) -> bool:
         "window": set(AXES[4].values) if c.window else {"none"},
         "softcap": {"off", "on"} if c.softcap else {"off"},
         "LSE gradient": {"off", "on"} if c.lse_gradient else {"off"},
-        "memory": set(c.memories),
+        "memory": {*c.memories, *(() if c.layouts else c.far_memories)},
         "max_seqlen": {"tight", "loose"} if c.loose_max_seqlen and not c.layouts else {"tight"},
         "gaps": {"none", *(GAPS[each[0] > 0, each[1] > 0] for each in gaps_taken(c.gaps) if not c.layouts)},
     }
@@ -139,7 +140,7 @@ def _somewhere(space: Space, chosen: Chosen) -> bool:
 
 
 def _shares_rows(space: Space, chosen: Chosen) -> bool:
-    if chosen.get("memory") != "broadcast":
+    if chosen.get("memory") not in ("broadcast", *FAR_MEMORIES):
         return True
     return any((place.mode, place.level) == ("case", "kernel") for place in space.places(*chosen.items()))
 
@@ -173,7 +174,13 @@ LEFT_OUT: Final[dict[str, tuple[tuple[Value, Value], ...]]] = {
 
 
 def _drawn(space: Space, chosen: Chosen) -> bool:
+    if chosen.get("memory") in FAR_MEMORIES and not chosen.keys() <= {"memory", *_WITH_FAR}:
+        return False
     return all(dict(pair) != chosen for pair in LEFT_OUT[space.device])
+
+
+_WITH_FAR: Final = ("level", "mode", "dtype", "mask")
+"""Axes of which a value is drawn with each memory whose rows are far apart, which one call of 150 has."""
 
 
 def _has_a_row_and_a_key(space: Space, chosen: Chosen) -> bool:
@@ -189,6 +196,6 @@ RULES: Final[tuple[tuple[Callable[[Space, Chosen], bool], str], ...]] = (
     (_somewhere, "it is not asked there"),
     (_a_call, "it is of kernel calls: a layer keeps its LSE to itself, and makes its calls as they are needed"),
     (_drawn, "it is drawn nearly never"),
-    (_shares_rows, "tensors whose rows are one are drawn for single kernel calls only"),
+    (_shares_rows, "tensors whose rows are one, or far apart, are drawn for single kernel calls only"),
 )
 """What must hold, and why not where it does not."""

@@ -16,7 +16,7 @@ from attn_fuzz.batch.layer_judge import LAYER_SCHEDULE
 from attn_fuzz.batch.packed import PACKED_SCHEDULE
 from attn_fuzz.generation.domain import HEAD_DIMS
 from attn_fuzz.oracle.checks import PROBES, Check
-from attn_fuzz.reference.case import DTYPES, LEVELS, MEMORIES, Case
+from attn_fuzz.reference.case import DTYPES, FAR_MEMORIES, LEVELS, MEMORIES, Case
 
 MODES: Final = ("case", "batch", "packed")
 
@@ -72,7 +72,7 @@ AXES: Final = (
     Axis("window", ("none", "left", "right", "both")),
     Axis("softcap", ("off", "on")),
     Axis("LSE gradient", ("off", "on")),
-    Axis("memory", MEMORIES),
+    Axis("memory", (*MEMORIES, *FAR_MEMORIES)),
     Axis("max_seqlen", ("tight", "loose")),
     Axis("gaps", ("none", "queries", "keys", "both")),
     Axis("queries", _classes(LENGTHS)),

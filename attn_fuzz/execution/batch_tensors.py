@@ -13,12 +13,14 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.backends.kernel import AttentionOptions
+from attn_fuzz.backends.kernel import AttentionOptions, UnsupportedCase
 from attn_fuzz.backends.metadata import VarlenMetadata, slots
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.poison import filler
 from attn_fuzz.execution.sides import Side, side_of
 from attn_fuzz.reference.answer import SHARED_DIMENSIONS, Inputs
+from attn_fuzz.reference.case import FAR_MEMORIES
+from attn_fuzz.reference.far_memory import FarMemory
 from attn_fuzz.reference.memory import Placed, all_intact, bits, layout_of, place
 
 _SUMS_STEP: Final = 32
@@ -70,6 +72,16 @@ def _sums(batch: CallBatch, device: torch.device) -> tuple[torch.Tensor, list[Va
     return every, made
 
 
+_FREE_FOR_FAR: Final = 16 << 30
+"""Bytes of a GPU's memory: 2^31 numbers of float32 are half of them, and others work there, too."""
+
+
+def _free_of_cuda(device: torch.device) -> int:
+    """Bytes that there are, those included that torch holds on to."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
 class BatchTensors:
     """A batch's tensors in their places, ready for any number of runs.
 
@@ -96,14 +108,34 @@ class BatchTensors:
             "q": side_of(batch, case.packed_lengths, self.spares, device, case.gaps[0]),
             "k": side_of(batch, case.packed_key_lengths, self.spares, device, case.gaps[1]),
         }
+        self._far = self._far_memory(inputs) if case.memory in FAR_MEMORIES else None
         self.placed = {name: self._place(name, x.to(device)) for name, x in inputs.named.items()}
         self.sums, self.metadata = _sums(batch, device)
         self._sums_before = self.sums.clone()
         self.options = AttentionOptions.of(case)
 
+    def _far_memory(self, inputs: Inputs) -> FarMemory:
+        """Where tensors lie whose rows or heads are far apart.
+
+        Raises:
+            UnsupportedCase: where there is no room for it, which is this machine's limit.
+        """
+        memory, device = self.batch.case.memory, self.device
+        if device.type == "cuda" and (free := _free_of_cuda(device)) < _FREE_FOR_FAR:
+            raise UnsupportedCase(f"memory {memory} takes {_FREE_FOR_FAR >> 30} GiB, but {free >> 30} are free")
+        shapes = {
+            name: (self.sides[_SIDES[name]].rows, *x.shape[1:]) for name, x in inputs.named.items() if name != "dlse"
+        }
+        try:
+            return FarMemory(memory, shapes, inputs.q.dtype, device)
+        except OSError as error:
+            raise UnsupportedCase(f"memory {memory} takes more than there is: {error}") from error
+
     def _place(self, name: str, x: torch.Tensor) -> Placed:
         if name == "dlse":
             return self._place_by_head(x)
+        if self._far is not None:
+            return self._far.place(name, self._arena(self.sides[_SIDES[name]], x, None), self._fill)
         memory = layout_of(name, self.batch.case.memory)
         shared = SHARED_DIMENSIONS.get(name) if memory == "broadcast" else None
         return place(self._arena(self.sides[_SIDES[name]], x, shared), memory, self._fill, shared)

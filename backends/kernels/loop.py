@@ -7,6 +7,7 @@ import torch
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.loop import Loop, attend
 from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.reference.case import FAR_MEMORIES
 from attn_fuzz.reference.profile import Profile
 
 
@@ -20,7 +21,8 @@ class LoopKernel(Kernel):
         lse_gradient=True,
         loose_max_seqlen=True,
         gaps=("q", "k"),
-        placement_keeps_bits=True,
+        far_memories=FAR_MEMORIES,
+        placement_keeps_bits=("max_seqlen",),
     )
     profile = Profile(normalises_by_lse=True)
 
