@@ -242,6 +242,7 @@ _UNPROMISED = {
     "covers_all_rows": False,
     "capacity": None,
     "loose_max_seqlen": True,
+    "crowds": None,
     "far_memories": FAR_MEMORIES,
     "compiles": None,
     "isolates_nonfinite": None,

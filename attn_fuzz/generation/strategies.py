@@ -19,6 +19,7 @@ from attn_fuzz.cases.spread import in_multiples
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.fixed_layouts import pooled_cuts, pooled_keys, pooled_lengths
 from attn_fuzz.generation.layouts import (
+    CROWD,
     FEW_KEYS,
     LONG_EDGES,
     LONG_LAYERS,
@@ -43,6 +44,9 @@ from attn_fuzz.reference.layout import document_spans
 _ROTARY_THETAS = (10000.0, 10000.0, 500.0, 1e6)
 _ROTARY_FRACTIONS = (0.5, 0.25, 0.75, 1.0)
 
+_CROWD_ONCE_IN = 300
+"""Calls of a crowd take as long as some fifty others."""
+
 _LONG_ROWS_ONCE_IN = 48
 _LONG_SQUARE_ONCE_IN = 32
 """Of long rows; one takes as long as fifteen other cases do."""
@@ -62,6 +66,8 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
     """A single varlen call."""
     capabilities = domain.capabilities
     number = draw(layout_numbers(capabilities))
+    if number is None and capabilities.crowds and draw(seldom(_CROWD_ONCE_IN)):
+        return crowd(draw, domain)
     if number is None and not capabilities.configurations and draw(seldom(_LONG_ROWS_ONCE_IN)):
         long = long_rows(draw, domain)
         if long is not None:
@@ -94,6 +100,12 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
         **(placed(draw, domain, len(lengths)) if number is None else {}),
         **chosen,  # type: ignore[arg-type]
     )
+
+
+def crowd(draw: st.DrawFn, domain: Domain) -> Case:
+    """A call of more documents than 16 bits count, of one token each."""
+    lengths = [1] * CROWD
+    return Case(level="kernel", lengths=tuple(lengths), **options(draw, domain, "kernel", lengths))  # type: ignore[arg-type]
 
 
 def capacities(capabilities: Capabilities) -> st.SearchStrategy[int]:

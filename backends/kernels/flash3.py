@@ -10,6 +10,7 @@ import torch
 from attn_fuzz.backends.flash2 import ALIGNED_MEMORIES
 from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.reference.case import FAR_MEMORIES
 
 
 class Flash3(Kernel):
@@ -28,6 +29,8 @@ class Flash3(Kernel):
         repeatable_backward=False,
         covers_all_rows=False,
         loose_max_seqlen=True,
+        crowds=True,
+        far_memories=FAR_MEMORIES,
         gaps=("q", "k"),
     )
     deterministic: ClassVar[bool] = False

@@ -10,7 +10,7 @@ import torch
 
 from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Configuration, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata
-from attn_fuzz.reference.case import MEMORIES
+from attn_fuzz.reference.case import FAR_MEMORIES, MEMORIES
 from attn_fuzz.reference.profile import Profile
 
 _SHAPES: Final = (("bf16", 64, 4, 2), ("fp16", 128, 2, 2))
@@ -37,6 +37,8 @@ class Flash4(Kernel):
         repeatable_backward=False,
         covers_all_rows=False,
         loose_max_seqlen=True,
+        crowds=True,
+        far_memories=FAR_MEMORIES,
         gaps=("q", "k"),
         configurations=CONFIGURATIONS,
     )
