@@ -19,6 +19,12 @@ from attn_fuzz.reference.memory import MARGIN, Placed, bits
 FAR: Final = 1 << 31
 """Elements: the first offset that a signed 32-bit number does not hold."""
 
+_SPAN: Final = 3 * FAR // 2
+"""Elements from the first row or head to the last: a third of them are beyond."""
+
+_MOST: Final = {"cpu": 16 * FAR, "cuda": 2 * FAR}
+"""Elements that an allocation spans, by kind of device; on a CPU most are never there."""
+
 _ALIGNED: Final = 64
 """Stripes begin at multiples of so many elements: 128 bytes of half precision."""
 
@@ -81,10 +87,13 @@ class FarMemory:
         for name, shape in shapes.items():
             self._offsets[name] = width + MARGIN
             width += _up(_striped(memory, shape)[1]) + 2 * MARGIN
-        most = max(_striped(memory, shape)[0] for shape in shapes.values())
-        self._base = 0 if most > 1 else FAR
-        self._step = _up(max(width, math.ceil(FAR / max(most - 1, 1))))
-        self._room = _room(self._base + max(most - 1, 0) * self._step + width, dtype, device)
+        counts = [max(_striped(memory, shape)[0] - 1, 1) for shape in shapes.values()]
+        most = max(_striped(memory, shape)[0] for shape in shapes.values()) - 1
+        self._base = 0 if most > 0 else FAR
+        # Where there are fewer keys than queries, or the other way round, the last of those should be far, too.
+        steps = [_up(max(width, math.ceil(_SPAN / count))) for count in (min(counts), max(counts))]
+        self._step = next((step for step in steps if most * step <= _MOST[device.type]), steps[-1])
+        self._room = _room(self._base + max(most, 0) * self._step + width, dtype, device)
 
     def place(self, name: str, x: torch.Tensor, filler: float) -> Placed:
         """Copies a tensor of that name into its stripes; ``filler`` is what margins around them hold."""

@@ -16,17 +16,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 from attn_fuzz.backends import registry
-from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities
+from attn_fuzz.backends.kernel import BackendUnavailable
 from attn_fuzz.backends.known import KnownIssue, built_on, issues_below
 from attn_fuzz.backends.registry import Backend, calls_of
 from attn_fuzz.campaign.compile_probe import AlsoFor, Noticed, also_for, together
+from attn_fuzz.campaign.crowds import takes_crowds
 from attn_fuzz.campaign.isolated import Isolated, Report, Subject
 from attn_fuzz.campaign.limit_questions import Question, plain_case, questions_of
 from attn_fuzz.campaign.preflight import why_unusable
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.generation.domain import Domain
-from attn_fuzz.generation.layouts import CROWD
 from attn_fuzz.reference.case import Case
 
 ANSWER_SECONDS: Final = {"cpu": 45.0, "cuda": 150.0}
@@ -37,14 +37,6 @@ SOON_SECONDS: Final = 40.0
 
 ASKING_SECONDS: Final = 45.0
 """Beyond the plain cases; what has not been asked by then is taken to be as declared."""
-
-_CROWD_SECONDS: Final = 5.0
-"""Most that a call of 65,537 documents may take, its tensors included."""
-
-_FEW: Final = 1024
-_MANY: Final = 4096
-_MANY_SECONDS: Final = 0.5
-"""The same of a CPU, of a sixteenth of them."""
 
 CHILDREN: Final = 6
 """Processes that ask side by side, at most."""
@@ -151,28 +143,14 @@ class _Children:
 
         return self._side_by_side(ask, questions, self._children)
 
-    def takes_crowds(self, base: Case, stated: Capabilities, device: str) -> bool:
-        """Whether a call of so many documents that 16 bits do not count them comes back soon.
-
-        A CPU is asked for fewer, twice: what masks the whole pack, or takes documents one by one, shows by then.
-        """
-        if base.level != "kernel" or stated.crowds is not None or stated.layouts or stated.configurations:
-            return False
-        plain = base.replace(heads=1, kv_heads=1, key_lengths=None)
-
-        def seconds(documents: int) -> float:
-            crowd = plain.replace(lengths=(1,) * documents)
-            with self._child() as child:
-                for _ in range(2):
-                    started = time.monotonic()
-                    if _how(child.report(crowd)) is not None:
-                        return math.inf
-            return time.monotonic() - started
-
-        if device == "cuda":
-            return seconds(CROWD) < _CROWD_SECONDS
-        few, many = seconds(_FEW), seconds(_MANY)
-        return many < _MANY_SECONDS and many < 2 * _MANY / _FEW * few
+    def seconds(self, case: Case) -> float:
+        """What a case takes once all is compiled and loaded; infinity where it does not come back as it should."""
+        with self._child() as child:
+            for _ in range(2):
+                started = time.monotonic()
+                if _how(child.report(case)) is not None:
+                    return math.inf
+        return time.monotonic() - started
 
     def compiled_for(self, base: Case, backend: Backend, domain: Domain) -> dict[str, Any]:
         """What a kernel compiles for, as capabilities; nothing where it does not."""
@@ -280,7 +258,7 @@ def infer_limits(
         base = next((case for case in working if case.dtype == "bf16"), working[-1])
         more = questions_of(base, backend, domain, [case.dtype for case in working])
         reports += asking.answers(base, more, time.monotonic() + ASKING_SECONDS)
-        crowds = asking.takes_crowds(base, domain.capabilities, kind)
+        crowds = takes_crowds(base, domain, asking.seconds)
         compiles = asking.compiled_for(base, backend, domain)
     finally:
         asking.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from random import Random
-from typing import Final
+from typing import Any, Final
 
 from hypothesis import strategies as st
 
@@ -37,7 +37,7 @@ def gaps_taken(sides: tuple[str, ...]) -> tuple[Sides, ...]:
     return tuple(dict.fromkeys(each for each in taken if any(each)))
 
 
-def placed_at_random(random: Random, domain: Domain, documents: int, rows: int) -> dict[str, Sides]:
+def placed_at_random(random: Random, domain: Domain, documents: int, rows: int) -> dict[str, Any]:
     """The same for the calls of a batch.
 
     Args:
@@ -46,7 +46,7 @@ def placed_at_random(random: Random, domain: Domain, documents: int, rows: int) 
         documents: of all calls.
         rows: of those, queries and keys together; there are no more between them.
     """
-    capabilities, found = domain.capabilities, dict[str, Sides]()
+    capabilities, found = domain.capabilities, dict[str, Any]()
     if capabilities.layouts:
         return found
     if capabilities.loose_max_seqlen and not random.randrange(_ONCE_IN):
@@ -57,12 +57,12 @@ def placed_at_random(random: Random, domain: Domain, documents: int, rows: int) 
     return found
 
 
-def placed(draw: st.DrawFn, domain: Domain, documents: int) -> dict[str, Sides]:
+def placed(draw: st.DrawFn, domain: Domain, documents: int) -> dict[str, Any]:
     """Fields of a kernel case of so many documents, of what its backend takes."""
-    capabilities, found = domain.capabilities, dict[str, Sides]()
+    capabilities, found = domain.capabilities, dict[str, Any]()
     if capabilities.loose_max_seqlen and draw(seldom(_ONCE_IN)):
         found["loose_max_seqlen"] = draw(among(LOOSE[domain.device]))
-    gaps = [each for each in gaps_taken(capabilities.gaps) if sum(each) * documents <= _MOST_BETWEEN]
-    if gaps and draw(seldom(_ONCE_IN)):
-        found["gaps"] = draw(among(gaps))
+    fitting = [each for each in gaps_taken(capabilities.gaps) if sum(each) * documents <= _MOST_BETWEEN]
+    if fitting and draw(seldom(_ONCE_IN)):
+        found["gaps"] = draw(among(fitting))
     return found

@@ -34,7 +34,7 @@ def far(x: torch.Tensor) -> bool:
     return len(x) > 0 and sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) >> _BITS > 0
 
 
-def _at(part: torch.Tensor, offset: int, x: torch.Tensor) -> torch.Tensor:
+def _at(part: torch.Tensor, offset: int | torch.SymInt, x: torch.Tensor) -> torch.Tensor:
     """A part of a tensor where its offset says, of which the low bits are kept."""
     return part.as_strided(part.shape, part.stride(), x.storage_offset() + offset % (1 << _BITS))
 
@@ -54,9 +54,9 @@ class GradientRowsWrap(FarFault):
 
 
 class HeadsWrap(FarFault):
-    """Offsets of heads of V are kept in 31 bits."""
+    """Offsets of heads of Q are kept in 31 bits."""
 
-    id, tensor = "P12", "v"
+    id, tensor = "P12", "q"
     reports = ("the class of flash-linear-attention#1080", "the class of SageAttention#386")
 
     def wrapped(self, x: torch.Tensor) -> torch.Tensor:
