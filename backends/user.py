@@ -297,6 +297,11 @@ class UserKernel(Kernel):
         """The optional arguments that every call is given: those that the signature has."""
         return tuple(option for option in _OPTIONS if option in self._takes)
 
+    def told_of_gaps(self, gaps: tuple[int, int]) -> tuple[str, ...]:
+        """The arguments by which a call with such gaps says how long documents are; others have starts instead."""
+        sides = [side for side, gap in zip("qk", gaps, strict=True) if gap]
+        return tuple(name for name, side in self._gaps.used.items() if side in sides)
+
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
     ) -> Attended:

@@ -39,10 +39,11 @@ class Flash3(Kernel):
     call_source = """from flash_attn_interface import flash_attn_varlen_func
 
 
-def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None):
     window = (WINDOW[0], 0) if CAUSAL else WINDOW
     options = dict(softmax_scale=SCALE, causal=CAUSAL, window_size=window)
-    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)"""
+    bounds = max_seqlen_q, max_seqlen_k, seqused_q, seqused_k
+    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, *bounds, **options)"""
 
     def why_unavailable(self, device: str) -> str | None:
         if reason := super().why_unavailable(device):

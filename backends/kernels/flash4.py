@@ -49,10 +49,10 @@ class Flash4(Kernel):
     call_source = """from flash_attn.cute import flash_attn_varlen_func
 
 
-def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None):
     window = tuple(None if side < 0 else side for side in WINDOW)
     sums = dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    sums |= dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    sums |= dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_q=seqused_q, seqused_k=seqused_k)
     options = dict(softmax_scale=SCALE, causal=CAUSAL, window_size=window, softcap=SOFTCAP)
     return flash_attn_varlen_func(q, k, v, **sums, **options)[0]"""
 
