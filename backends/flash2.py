@@ -32,11 +32,13 @@ def flash2_limit(case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str 
         return "calls without a single key"
     left, right = case.effective_window
     for call in calls:
-        wide_right = right > 0 and right >= max(k for _, k in call)
+        wide_right = right > 0 and right >= max(k for _, k in call) + case.loose_max_seqlen[1]
         if (wide_right or (left >= 0 and right < 0)) and any(q > k for q, k in call):
             return "windows with no right side, or one as wide as all keys, over documents with more queries than keys"
     if case.heads > case.kv_heads:
         for call in calls:
-            if max(q for q, _ in call) == 1 and (any(q == 0 for q, _ in call) or case.capacity):
+            if max(q for q, _ in call) + case.loose_max_seqlen[0] == 1 and (
+                any(q == 0 for q, _ in call) or case.capacity
+            ):
                 return "calls of single-query documents with rows that have no document or documents without rows"
     return None

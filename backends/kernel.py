@@ -18,6 +18,9 @@ from attn_fuzz.reference.profile import Profile
 FLOAT_DTYPES: Final = ("fp32", "bf16", "fp16")
 HALF_DTYPES: Final = ("bf16", "fp16")
 
+PLACEMENTS: Final = ("max_seqlen", "gaps", "far")
+"""What may differ where values do not: how loose bounds are, whether rows lie between documents, or far apart."""
+
 
 class UnsupportedCase(Exception):
     """A backend declares that it does not take this case; the message says which part, in one sentence."""
@@ -104,6 +107,17 @@ class Capabilities:
     """User layers only: every rank's slice of every micro-sequence has a multiple of so many tokens."""
     memories: tuple[str, ...] = MEMORIES
     """Memory layouts (reference/memory.py) that the kernel takes."""
+    far_memories: tuple[str, ...] = ()
+    """Those of them whose elements lie more than 2^31 apart (reference/far_memory.py)."""
+    loose_max_seqlen: bool = False
+    """``max_seqlen_q`` and ``max_seqlen_k`` may exceed the longest document."""
+    gaps: tuple[str, ...] = ()
+    """Sides, of ``q`` and ``k``, on which rows between documents may be nobody's."""
+    crowds: bool | None = False
+    """Takes 65,537 documents in one call, in a second or two; None: found out by trying."""
+    placement_keeps_bits: tuple[str, ...] = ()
+    """Of ``PLACEMENTS``, those that move no bit of what comes out; others may decide in which order it adds up, and
+    only budgets hold."""
     capacity: bool | None = True
     """Tensors with rows beyond the last document, which are part of none; None: found out by trying."""
     isolates_nonfinite: bool | None = True
@@ -207,17 +221,31 @@ class Capabilities:
             (self.queries_without_keys or not blind, "queries without a key"),
             (self.keys_without_queries or all(q or not k for q, k in pairs), "documents with keys and no queries"),
             *self._rules_of_layers(case),
-            (case.memory in self.memories, f"memory layout {case.memory}"),
-            (
-                self.capacity is not False or case.level == "layer" or not case.capacity,
-                "rows beyond the last document",
-            ),
+            *self._rules_of_placement(case),
             (
                 not self.configurations or Configuration.of(case) in self.configurations,
                 "a configuration that it would have to compile",
             ),
         )
         return next((what for holds, what in rules if not holds), None)
+
+    def _rules_of_placement(self, case: Case) -> tuple[tuple[bool, str], ...]:
+        """What must hold of where a case's rows lie, with what it is about."""
+        return (
+            (case.memory in (*self.memories, *self.far_memories), f"memory layout {case.memory}"),
+            (
+                self.capacity is not False or case.level == "layer" or not case.capacity,
+                "rows beyond the last document",
+            ),
+            (
+                self.loose_max_seqlen or case.loose_max_seqlen == (0, 0),
+                "a max_seqlen that exceeds the longest document",
+            ),
+            *(
+                (side in self.gaps or not gap, f"gaps between documents of {side}")
+                for side, gap in zip("qk", case.gaps)
+            ),
+        )
 
     def _rules_of_layers(self, case: Case) -> tuple[tuple[bool, str], ...]:
         """What must hold of a layer case, with what it is about."""

@@ -79,9 +79,12 @@ class Loop:
     """Forward and backward over the documents of a call."""
 
     def bounds(self, call: Call, side: str, *, backward: bool) -> list[tuple[int, int]]:
-        """Where each document lies on the ``q`` or ``k`` side, as the prefix sums say."""
-        sums = call.metadata.cu_seqlens_q if side == "q" else call.metadata.cu_seqlens_k
-        return list(itertools.pairwise(sums.tolist()))
+        """Where each document lies on the ``q`` or ``k`` side, as the prefix sums say, and ``seqused`` where given."""
+        m = call.metadata
+        sums, used = (m.cu_seqlens_q, m.seqused_q) if side == "q" else (m.cu_seqlens_k, m.seqused_k)
+        if used is None:
+            return list(itertools.pairwise(sums.tolist()))
+        return [(begin, begin + rows) for begin, rows in zip(sums.tolist(), used.tolist(), strict=False)]
 
     def allocate(self, like: torch.Tensor, name: str) -> torch.Tensor:
         """Memory for a result; unwritten, as kernels do."""

@@ -17,6 +17,11 @@ def prefix_sums(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     return torch.tensor(sums, dtype=torch.int32).to(device, non_blocking=True)
 
 
+def slots(lengths: Sequence[int], gap: int) -> Sequence[int]:
+    """Rows from each document's start to the next one's, where so many behind each are nobody's."""
+    return [length + gap for length in lengths] if gap else lengths
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VarlenMetadata:
     """Documents of one varlen call. What the host needs is known from lengths; tensors are made when asked for."""
@@ -28,29 +33,45 @@ class VarlenMetadata:
     device: torch.device
     first_key_row: int = 0
     """Row of the key tensor where the first document starts; 0 in canonical metadata."""
+    gaps: tuple[int, int] = (0, 0)
+    """Rows behind each document's queries, and behind its keys, that are nobody's."""
+    loose_max_seqlen: tuple[int, int] = (0, 0)
+    """By how much ``max_seqlen_q`` and ``max_seqlen_k`` exceed the longest document."""
 
-    @classmethod
-    def of_sums(
-        cls,
-        lengths_q: tuple[int, ...],
-        lengths_k: tuple[int, ...],
-        cu_seqlens_q: torch.Tensor,
-        cu_seqlens_k: torch.Tensor,
-    ) -> VarlenMetadata:
-        """Canonical metadata whose prefix sums lie somewhere already, as parts of one transfer for many calls."""
-        made = cls(lengths_q=lengths_q, lengths_k=lengths_k, device=cu_seqlens_q.device)
-        vars(made).update(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    def lying_at(self, **tensors: torch.Tensor) -> VarlenMetadata:
+        """The same with tensors that lie somewhere already, as parts of one transfer for many calls, by name."""
+        made = dataclasses.replace(self)
+        vars(made).update(tensors)
         return made
 
     @functools.cached_property
     def cu_seqlens_q(self) -> torch.Tensor:
-        """int32 ``[documents + 1]``."""
-        return prefix_sums(self.lengths_q, self.device)
+        """int32 ``[documents + 1]``: where each document starts; with gaps the last one's is behind its end."""
+        return prefix_sums(slots(self.lengths_q, self.gaps[0]), self.device)
 
     @functools.cached_property
     def cu_seqlens_k(self) -> torch.Tensor:
         """int32 ``[documents + 1]``; starts at ``first_key_row``."""
-        return prefix_sums(self.lengths_k, self.device) + self.first_key_row
+        return prefix_sums(slots(self.lengths_k, self.gaps[1]), self.device) + self.first_key_row
+
+    @functools.cached_property
+    def seqused_q(self) -> torch.Tensor | None:
+        """int32 ``[documents]``: how many rows from its start on are a document's; None where all are."""
+        return self._lengths(self.lengths_q) if self.gaps[0] else None
+
+    @functools.cached_property
+    def seqused_k(self) -> torch.Tensor | None:
+        """The same for keys."""
+        return self._lengths(self.lengths_k) if self.gaps[1] else None
+
+    def used(self, side: str) -> torch.Tensor:
+        """int32 ``[documents]``: how many rows each document has on the ``q`` or ``k`` side, whether there are gaps or
+        none."""
+        told, lengths = (self.seqused_q, self.lengths_q) if side == "q" else (self.seqused_k, self.lengths_k)
+        return self._lengths(lengths) if told is None else told
+
+    def _lengths(self, lengths: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(lengths, dtype=torch.int32).to(self.device, non_blocking=True)
 
     @functools.cached_property
     def document_index_q(self) -> torch.Tensor:
@@ -68,11 +89,11 @@ class VarlenMetadata:
 
     @functools.cached_property
     def max_seqlen_q(self) -> int:
-        return max(self.lengths_q)
+        return max(self.lengths_q) + self.loose_max_seqlen[0]
 
     @functools.cached_property
     def max_seqlen_k(self) -> int:
-        return max(self.lengths_k)
+        return max(self.lengths_k) + self.loose_max_seqlen[1]
 
     @property
     def min_seqlen_q(self) -> int:

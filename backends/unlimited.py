@@ -9,6 +9,7 @@ import torch
 
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.reference.case import FAR_MEMORIES
 from attn_fuzz.reference.profile import Profile
 
 
@@ -27,7 +28,7 @@ class Unlimited(Kernel):
     def capabilities_on(self, device: str) -> Capabilities:
         return dataclasses.replace(
             self._kernel.capabilities_on(device),
-            **{name: getattr(Capabilities(), name) for name in _LIMITS} | {"lse_gradient": True},
+            **{name: getattr(Capabilities(), name) for name in _LIMITS} | _UNDECLARED,
         )
 
     def profile_on(self, device: str) -> Profile:
@@ -45,6 +46,9 @@ class Unlimited(Kernel):
         return self._kernel.attend(q, k, v, metadata, options)
 
 
+_UNDECLARED: Final = {"lse_gradient": True, "loose_max_seqlen": True, "gaps": ("q", "k"), "far_memories": FAR_MEMORIES}
+"""What few kernels declare, and any may be asked for."""
+
 _CONVENTIONS: Final = {
     "arithmetic",
     "compiled_first",
@@ -54,6 +58,7 @@ _CONVENTIONS: Final = {
     "isolates_nonfinite",
     "lse",
     "lse_of_blind_rows",
+    "placement_keeps_bits",
     "repeatable",
     "repeatable_backward",
     "covers_all_rows",

@@ -3,7 +3,8 @@
     def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *,
                softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0) -> out
 
-Options that the signature lacks are not exercised. An attribute ``capabilities`` on the function, a dict of fields of
+Options that the signature lacks are not exercised. Nor are rows between documents, but for a signature that can be told
+of them (``backends/gap_arguments.py``). An attribute ``capabilities`` on the function, a dict of fields of
 ``backends.kernel.Capabilities``, narrows what is asked of it further, and says what its arithmetic is.
 """
 
@@ -26,8 +27,10 @@ from typing import Any, Final, TypeGuard
 import torch
 
 from attn_fuzz.backends.arithmetic import KEY, declared_facts
+from attn_fuzz.backends.gap_arguments import GapArguments
 from attn_fuzz.backends.kernel import (
     FLOAT_DTYPES,
+    PLACEMENTS,
     Attended,
     AttentionOptions,
     BackendUnavailable,
@@ -45,7 +48,7 @@ from attn_fuzz.backends.returned_lse import lse_of
 from attn_fuzz.backends.sdpa import as_flash_does
 from attn_fuzz.backends.user_layer import UserLayer, require_layer
 from attn_fuzz.backends.user_rank_layer import NUMBERS_OF_RANKS, keywords_of, over_ranks, spread_refusal, takes_one
-from attn_fuzz.reference.case import MEMORIES, ROTARIES, Case
+from attn_fuzz.reference.case import FAR_MEMORIES, MEMORIES, ROTARIES, Case
 from attn_fuzz.reference.conventions import GRADIENT_ROWS, PADDING, ROTARY_POSITIONS
 from attn_fuzz.reference.profile import Profile
 
@@ -133,12 +136,22 @@ def _capabilities(owner: object, name: str, defaults: Mapping[str, Any]) -> Capa
     return Capabilities(**{**defaults, **given})
 
 
-_CHOICES = {"devices": ("cpu", "cuda"), "dtypes": FLOAT_DTYPES, "rotaries": ROTARIES, "memories": MEMORIES}
+_CHOICES = {
+    "devices": ("cpu", "cuda"),
+    "dtypes": FLOAT_DTYPES,
+    "rotaries": ROTARIES,
+    "memories": MEMORIES,
+    "gaps": ("q", "k"),
+    "placement_keeps_bits": PLACEMENTS,
+    "far_memories": FAR_MEMORIES,
+}
 _WORDS = {"rotary_positions": ROTARY_POSITIONS, "gradient_rows": GRADIENT_ROWS, "padding": PADDING}
 
 
 def _misfit(key: str, value: object) -> str | None:
     """What a capability must be, in words, where it is something else."""
+    if key in ("gaps", "placement_keeps_bits", "far_memories") and value == ():
+        return None
     if choices := _CHOICES.get(key):
         fits = isinstance(value, tuple) and value and all(item in choices for item in value)
         return None if fits else f"a list of {', '.join(choices)}"
@@ -172,8 +185,7 @@ def _taken_options(function: Callable[..., Any], name: str) -> set[str]:
     Raises:
         BackendUnavailable: when it does not take the others, which every call gives it.
     """
-    # What calling a module calls.
-    called = function.forward if isinstance(function, torch.nn.Module) else function
+    called = _called(function)
     try:
         signature = inspect.signature(called)
     except ValueError:
@@ -182,12 +194,32 @@ def _taken_options(function: Callable[..., Any], name: str) -> set[str]:
     anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     taken = {option for option in _OPTIONS if anything or option in parameters}
     try:
-        signature.bind(*_ARGUMENTS, **dict.fromkeys(taken))
+        signature.bind(*_ARGUMENTS, **dict.fromkeys(taken | GapArguments.of(called).always))
     except TypeError as error:
         raise BackendUnavailable(
             f"{name}{signature} is no varlen kernel, which is called with ({', '.join(_ARGUMENTS)}): {error}"
         ) from None
     return taken
+
+
+def _called(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What calling a function or a module calls."""
+    return function.forward if isinstance(function, torch.nn.Module) else function
+
+
+def _gap_arguments(function: Callable[..., Any], name: str, capabilities: Capabilities) -> GapArguments:
+    """How a kernel is told of the gaps that it takes.
+
+    Raises:
+        BackendUnavailable: where it declares some that nothing tells it of.
+    """
+    found = GapArguments.of(_called(function), capabilities.gaps)
+    if untold := [side for side in capabilities.gaps if side not in found.sides]:
+        side = untold[0]
+        raise BackendUnavailable(
+            f"{name}.capabilities: gaps has {side!r}, but the kernel has no argument seqused_{side}"
+        )
+    return found
 
 
 def _no_function(thing: object) -> str | None:
@@ -209,6 +241,9 @@ _OPTIONS = ("softmax_scale", "causal", "window_size", "softcap")
 _UNPROMISED = {
     "covers_all_rows": False,
     "capacity": None,
+    "loose_max_seqlen": True,
+    "crowds": None,
+    "far_memories": FAR_MEMORIES,
     "compiles": None,
     "isolates_nonfinite": None,
     "repeatable": None,
@@ -250,8 +285,10 @@ class UserKernel(Kernel):
             "causal": "causal" in self._takes,
             "window": "window_size" in self._takes,
             "softcap": "softcap" in self._takes,
+            "gaps": GapArguments.of(_called(self._function)).sides,
         }
         self.capabilities = _capabilities(self._function, name, {**_UNPROMISED, **from_signature})  # type: ignore[misc]
+        self._gaps = _gap_arguments(self._function, name, self.capabilities)
         self.facts = declared_facts(self._function, name)
 
     def capabilities_on(self, device: str) -> Capabilities:
@@ -261,6 +298,11 @@ class UserKernel(Kernel):
     def options(self) -> tuple[str, ...]:
         """The optional arguments that every call is given: those that the signature has."""
         return tuple(option for option in _OPTIONS if option in self._takes)
+
+    def told_of_gaps(self, gaps: tuple[int, int]) -> tuple[str, ...]:
+        """The arguments by which a call with such gaps says how long documents are; others have starts instead."""
+        sides = [side for side, gap in zip("qk", gaps, strict=True) if gap]
+        return tuple(name for name, side in self._gaps.used.items() if side in sides)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
@@ -276,10 +318,10 @@ class UserKernel(Kernel):
             q,
             k,
             v,
-            m.cu_seqlens_q,
-            m.cu_seqlens_k,
+            *self._gaps.sums(m),
             m.max_seqlen_q,
             m.max_seqlen_k,
+            **self._gaps.given(m),
             **{key: value for key, value in given.items() if key in self._takes},
         )
         out = _output(returned)

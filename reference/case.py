@@ -18,6 +18,8 @@ ROTARIES: Final = ("none", "default", "proportional")
 VALUES: Final = ("gaussian", "large", "offset", "tiny", "ties")
 WEIGHTS: Final = ("gaussian", "selection")
 MEMORIES: Final = ("contiguous", "fused", "head_major", "sliced", "mixed", "misaligned", "strided", "broadcast")
+FAR_MEMORIES: Final = ("far_rows", "far_heads", "far_base")
+"""Kernel level only: elements lie beyond 2^31 of an allocation (reference/far_memory.py)."""
 FORMAT: Final = 2
 """Of cases, findings and regression cases, as files say it; those of 1, which is version 0.1's, say nothing."""
 MAX_HEAD_DIM: Final = 320
@@ -117,14 +119,20 @@ class Case:
     seed: int = 0
     """Value seed."""
     memory: str = "contiguous"
-    """How the tensors handed to the kernel lie in memory (reference/memory.py)."""
+    """How the tensors handed to the kernel lie in memory (reference/memory.py, far_memory.py)."""
     capacity: int = 0
     """Rows beyond the packed sequence: of the K/V buffer, or of all tensors of a kernel case; nothing may read them."""
     lse_gradient: bool = False
     """Kernel level only: the LSE has a gradient of its own, which goes into the backward beside the output's."""
+    loose_max_seqlen: tuple[int, int] = (0, 0)
+    """Kernel level only: by how much ``max_seqlen_q`` and ``max_seqlen_k`` exceed the longest document, as bounds do
+    that are the same for every call."""
+    gaps: tuple[int, int] = (0, 0)
+    """Kernel level only: rows behind each document's queries, and behind its keys, that are nobody's; prefix sums say
+    where documents begin, and ``seqused`` how long they are."""
 
     def __post_init__(self) -> None:
-        for name in ("lengths", "key_lengths", "cuts", "document_ids", "window"):
+        for name in _INTEGER_LISTS:
             value = getattr(self, name)
             if value is not None or name not in ("key_lengths", "document_ids"):
                 if isinstance(value, str) or not hasattr(value, "__iter__"):
@@ -229,7 +237,7 @@ def _is_number(value: object) -> bool:
 
 
 _INTEGERS = ("padding", "ranks", "tensor_ranks", "heads", "kv_heads", "head_dim", "hidden", "seed", "capacity")
-_INTEGER_LISTS = ("lengths", "key_lengths", "cuts", "document_ids", "window")
+_INTEGER_LISTS = ("lengths", "key_lengths", "cuts", "document_ids", "window", "loose_max_seqlen", "gaps")
 _BOOLEANS = ("causal", "shared_key_value", "lse_gradient")
 _NUMBERS = ("scale", "softcap", "rotary_theta", "rotary_fraction")
 _CHOICES = {
@@ -241,7 +249,7 @@ _CHOICES = {
     "dtype": DTYPES,
     "values": VALUES,
     "weights": WEIGHTS,
-    "memory": MEMORIES,
+    "memory": (*MEMORIES, *FAR_MEMORIES),
 }
 
 
@@ -330,10 +338,30 @@ def _check_kernel(case: Case) -> None:
         if sum(case.key_lengths) > MAX_TOKENS:
             raise CaseError(f"a case has at most {MAX_TOKENS} keys")
 
+    _check_sides(case)
+
+
+def _check_sides(case: Case) -> None:
+    """Of what a kernel case says of queries and of keys apart."""
+    for name in ("loose_max_seqlen", "gaps"):
+        if len(sides := getattr(case, name)) != 2 or min(sides) < 0:
+            raise CaseError(f"{name} is [queries, keys], each 0 or more, not {list(sides)}")
+    documents = len(case.lengths)
+    for gap, lengths in zip(case.gaps, (case.lengths, case.packed_key_lengths), strict=True):
+        if sum(lengths) + documents * gap > MAX_TOKENS:
+            raise CaseError(f"a case has at most {MAX_TOKENS} rows, those between documents included")
+
 
 def _check_layer(case: Case) -> None:
+    for name in ("loose_max_seqlen", "gaps"):
+        if getattr(case, name) != getattr(Case, name):
+            raise CaseError(f"{name} belongs to kernel cases: a layer makes its calls itself")
     if case.lse_gradient:
         raise CaseError("lse_gradient belongs to kernel cases: a layer keeps its LSE to itself")
+    if case.memory in FAR_MEMORIES:
+        raise CaseError(
+            f"memory {case.memory} belongs to kernel cases: where a K/V buffer lies is the layer's business"
+        )
     if case.memory == "broadcast":
         raise CaseError("memory broadcast belongs to kernel cases: a K/V buffer is written, so its rows are its own")
     if case.key_lengths is not None:

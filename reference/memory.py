@@ -52,9 +52,11 @@ class Placed:
         """``values`` or ``guard margins`` if their bits are no longer what they were, else None."""
         if torch.equal(bits(self.storage), self.before):
             return None
-        offset, shape, stride = (self.tensor.storage_offset(), self.tensor.shape, self.tensor.stride())
-        original = self.before.as_strided(shape, stride, offset)
-        return "guard margins" if torch.equal(bits(self.tensor), original.contiguous()) else "values"
+        return "guard margins" if torch.equal(bits(self.tensor), self._values_before().contiguous()) else "values"
+
+    def _values_before(self) -> torch.Tensor:
+        """The tensor's bits when it was placed."""
+        return self.before.as_strided(self.tensor.shape, self.tensor.stride(), self.tensor.storage_offset())
 
 
 def all_intact(placed: Sequence[Placed], pairs: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> bool:

@@ -87,9 +87,16 @@ def _questions(base: Case, domain: Domain, dtypes: Sequence[str]) -> Iterator[Qu
     if stated.window and stated.noncausal and not stated.window_needs_causal:
         cuts = {} if base.level == "kernel" else {"cuts": (5, 38) if stated.noncausal_cuts else ()}
         yield Question("window, non-causal", base.replace(causal=False, window=(7, 3), **cuts))
+    if stated.loose_max_seqlen and base.level == "kernel":
+        yield Question("loose max_seqlen", base.replace(loose_max_seqlen=(70, 130)))
+    for side, gaps in (("q", (3, 0)), ("k", (0, 3))):
+        if side in stated.gaps and base.level == "kernel":
+            yield Question(f"gaps {side}", base.replace(gaps=gaps))
     if base.level == "kernel":
         others = (memory for memory in stated.memories if memory not in ("misaligned", "contiguous"))
-        yield from (Question(f"memory {memory}", base.replace(memory=memory)) for memory in others)
+        yield from (
+            Question(f"memory {memory}", base.replace(memory=memory)) for memory in (*others, *stated.far_memories)
+        )
     yield from (Question(f"head_dim {dim}", base.replace(head_dim=dim)) for dim in _OTHER_DIMS if not few)
 
 

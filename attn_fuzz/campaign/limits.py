@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from attn_fuzz.backends.kernel import BackendUnavailable
 from attn_fuzz.backends.known import KnownIssue, built_on, issues_below
 from attn_fuzz.backends.registry import Backend, calls_of
 from attn_fuzz.campaign.compile_probe import AlsoFor, Noticed, also_for, together
+from attn_fuzz.campaign.crowds import takes_crowds
 from attn_fuzz.campaign.isolated import Isolated, Report, Subject
 from attn_fuzz.campaign.limit_questions import Question, plain_case, questions_of
 from attn_fuzz.campaign.preflight import why_unusable
@@ -141,6 +143,15 @@ class _Children:
 
         return self._side_by_side(ask, questions, self._children)
 
+    def seconds(self, case: Case) -> float:
+        """What a case takes once all is compiled and loaded; infinity where it does not come back as it should."""
+        with self._child() as child:
+            for _ in range(2):
+                started = time.monotonic()
+                if _how(child.report(case)) is not None:
+                    return math.inf
+        return time.monotonic() - started
+
     def compiled_for(self, base: Case, backend: Backend, domain: Domain) -> dict[str, Any]:
         """What a kernel compiles for, as capabilities; nothing where it does not."""
 
@@ -247,6 +258,7 @@ def infer_limits(
         base = next((case for case in working if case.dtype == "bf16"), working[-1])
         more = questions_of(base, backend, domain, [case.dtype for case in working])
         reports += asking.answers(base, more, time.monotonic() + ASKING_SECONDS)
+        crowds = takes_crowds(base, domain, asking.seconds)
         compiles = asking.compiled_for(base, backend, domain)
     finally:
         asking.close()
@@ -259,7 +271,8 @@ def infer_limits(
         if limit is not None and limit.axis not in {each.axis for each in limits}:
             limits.append(limit)
             tell(limit)
-    return LimitsFound(tuple(limits), together(compiles, without_of(limits, right, domain)))
+    without = without_of(limits, right, domain) | ({"crowds": True} if crowds else {})
+    return LimitsFound(tuple(limits), together(compiles, without))
 
 
 def without_of(limits: Sequence[Limit], right: set[int], domain: Domain) -> dict[str, Any]:
@@ -275,11 +288,16 @@ def without_of(limits: Sequence[Limit], right: set[int], domain: Domain) -> dict
     if dtypes := {axis.split()[1] for axis in axes if axis.startswith("dtype ")}:
         without["dtypes"] = tuple(dtype for dtype in stated.dtypes if dtype not in dtypes)
     if memories := {axis.split()[1] for axis in axes if axis.startswith("memory ")}:
-        without["memories"] = tuple(memory for memory in stated.memories if memory not in memories)
+        for name in ("memories", "far_memories"):
+            without[name] = tuple(memory for memory in getattr(stated, name) if memory not in memories)
     if dims := {int(axis.split()[1]) for axis in axes if axis.startswith("head_dim ")}:
         without["head_dims"] = tuple(dim for dim in domain.head_dims if taken(dim, right, dims))
     if "grouped heads" in axes:
         without["gqa"] = False
+    if "loose max_seqlen" in axes:
+        without["loose_max_seqlen"] = False
+    if sides := {axis.split()[1] for axis in axes if axis.startswith("gaps ")}:
+        without["gaps"] = tuple(side for side in stated.gaps if side not in sides)
     if "window, causal" in axes:
         without["window"] = False
     elif "window, non-causal" in axes:

@@ -11,6 +11,8 @@ SIMPLEST: Final[dict[str, tuple[object, ...]]] = {
     "document_ids": (None,),
     "window": ((-1, -1),),
     "lse_gradient": (False,),
+    "loose_max_seqlen": ((0, 0),),
+    "gaps": ((0, 0),),
     "scale": (None,),
     "softcap": (0.0,),
     "query_norm": ("none",),
@@ -59,4 +61,6 @@ def simplicity(case: Case) -> tuple[Any, ...]:
         case.capacity,
         tuple(place(field, getattr(case, field)) for field in SIMPLEST),
         case.window,
+        case.loose_max_seqlen,
+        case.gaps,
     )

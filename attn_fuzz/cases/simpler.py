@@ -50,6 +50,10 @@ def simpler_options(case: Case) -> Iterator[Case | None]:
             continue
         for choice in choices[: place(field, getattr(case, field))]:
             yield changed(case, **{field: choice})
+    for field in ("loose_max_seqlen", "gaps"):
+        queries, keys = getattr(case, field)
+        yield from (changed(case, **{field: (fewer, keys)}) for fewer in below(queries))
+        yield from (changed(case, **{field: (queries, fewer)}) for fewer in below(keys))
     for side in (0, 1):
         for width in below(case.window[side]):
             yield changed(case, window=(width, case.window[1]) if side == 0 else (case.window[0], width))

@@ -50,6 +50,20 @@ def with_lengths(case: Case, lengths: Sequence[int], kept: Sequence[int], keys: 
     )
 
 
+_MANY_ALIKE: Final = 4096
+
+
+def _alike(case: Case) -> bool:
+    """Whether there are thousands of documents, all of the same size."""
+    lengths, keys = case.lengths, case.packed_key_lengths
+    return len(lengths) >= _MANY_ALIKE and len(set(lengths)) == len(set(keys)) == 1
+
+
+def _telling(case: Case) -> Sequence[int]:
+    """Places of the documents that are worth a look each: of thousands that are alike, the first."""
+    return range(1) if _alike(case) else range(len(case.lengths))
+
+
 def _without(case: Case, begin: int, end: int) -> Case | None:
     kept = [index for index in range(len(case.lengths)) if not begin <= index < end]
     keys = None if case.key_lengths is None else [case.key_lengths[index] for index in kept]
@@ -114,7 +128,8 @@ def fewer_documents(case: Case) -> Iterator[Case | None]:
     count = len(case.lengths)
     size = count // 2
     while size >= 1:
-        for begin in range(0, count, size):
+        # Of many that are alike it is how many there are that counts.
+        for begin in (count - size,) if _alike(case) else range(0, count, size):
             yield _without(case, begin, min(begin + size, count))
         size //= 2
 
@@ -123,7 +138,7 @@ def merged_documents(case: Case) -> Iterator[Case | None]:
     """With two neighbours made one document; padding is the last one's neighbour."""
     if case.padding:
         yield changed(case, lengths=(*case.lengths[:-1], case.lengths[-1] + case.padding), padding=0)
-    for index in range(len(case.lengths) - 1):
+    for index in _telling(case)[: len(case.lengths) - 1]:
 
         def merged(lengths: tuple[int, ...], index: int = index) -> tuple[int, ...]:
             return (*lengths[:index], lengths[index] + lengths[index + 1], *lengths[index + 2 :])
@@ -139,7 +154,8 @@ def merged_documents(case: Case) -> Iterator[Case | None]:
 
 def shorter_documents(case: Case) -> Iterator[Case | None]:
     """With one document shorter, queries and keys together, then each alone."""
-    for index, queries in enumerate(case.lengths):
+    for index in _telling(case):
+        queries = case.lengths[index]
         if case.key_lengths is None:
             for fewer in below(queries):
                 yield _resized(case, index, fewer, None)
@@ -169,7 +185,8 @@ def shorter_everywhere(case: Case) -> Iterator[Case | None]:
 
 def one_shorter(case: Case) -> Iterator[Case | None]:
     """With one document shorter by one token: queries and keys together, then each alone."""
-    for index, queries in enumerate(case.lengths):
+    for index in _telling(case):
+        queries = case.lengths[index]
         if case.key_lengths is None:
             yield _resized(case, index, queries - 1, None) if queries else None
             continue

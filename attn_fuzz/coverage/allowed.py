@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from attn_fuzz.backends.kernel import Capabilities, Configuration
-from attn_fuzz.coverage.axes import AXES, OTHER, PLACES, VALUES, Value, group_of
+from attn_fuzz.coverage.axes import AXES, GAPS, OTHER, PLACES, VALUES, Value, group_of
 from attn_fuzz.coverage.counts import Pair
 from attn_fuzz.coverage.places import Place, places
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.layouts import takes_few_keys
+from attn_fuzz.generation.placement import gaps_taken
+from attn_fuzz.reference.case import FAR_MEMORIES
 
 Chosen = dict[str, str]
 """One value or two, by axis."""
@@ -74,7 +76,9 @@ def _options_taken(space: Space, chosen: Chosen) -> bool:
         "window": set(AXES[4].values) if c.window else {"none"},
         "softcap": {"off", "on"} if c.softcap else {"off"},
         "LSE gradient": {"off", "on"} if c.lse_gradient else {"off"},
-        "memory": set(c.memories),
+        "memory": {*c.memories, *(() if c.layouts else c.far_memories)},
+        "max_seqlen": {"tight", "loose"} if c.loose_max_seqlen and not c.layouts else {"tight"},
+        "gaps": {"none", *(GAPS[each[0] > 0, each[1] > 0] for each in gaps_taken(c.gaps) if not c.layouts)},
     }
     return all(chosen[axis] in values for axis, values in taken.items() if axis in chosen)
 
@@ -121,9 +125,14 @@ def _lengths_taken(space: Space, chosen: Chosen) -> bool:
     return not fewer or any(takes_few_keys(c, causal=causal) for causal in (True, False))
 
 
-def _keeps_no_lse(space: Space, chosen: Chosen) -> bool:
-    """A layer keeps its LSE to itself."""
-    return chosen.get("LSE gradient") != "on" or any(place.level == "kernel" for place in space.places(*chosen.items()))
+_OF_LAYERS: Final = {"LSE gradient": "off", "max_seqlen": "tight", "gaps": "none"}
+"""What a layer has of axes of kernel calls: it keeps its LSE to itself, and makes its calls as they are needed."""
+
+
+def _a_call(space: Space, chosen: Chosen) -> bool:
+    if all(chosen.get(axis, usual) == usual for axis, usual in _OF_LAYERS.items()):
+        return True
+    return any(place.level == "kernel" for place in space.places(*chosen.items()))
 
 
 def _somewhere(space: Space, chosen: Chosen) -> bool:
@@ -131,7 +140,7 @@ def _somewhere(space: Space, chosen: Chosen) -> bool:
 
 
 def _shares_rows(space: Space, chosen: Chosen) -> bool:
-    if chosen.get("memory") != "broadcast":
+    if chosen.get("memory") not in ("broadcast", *FAR_MEMORIES):
         return True
     return any((place.mode, place.level) == ("case", "kernel") for place in space.places(*chosen.items()))
 
@@ -165,7 +174,13 @@ LEFT_OUT: Final[dict[str, tuple[tuple[Value, Value], ...]]] = {
 
 
 def _drawn(space: Space, chosen: Chosen) -> bool:
+    if chosen.get("memory") in FAR_MEMORIES and not chosen.keys() <= {"memory", *_WITH_FAR}:
+        return False
     return all(dict(pair) != chosen for pair in LEFT_OUT[space.device])
+
+
+_WITH_FAR: Final = ("level", "mode", "dtype", "mask")
+"""Axes of which a value is drawn with each memory whose rows are far apart, which one call of 150 has."""
 
 
 def _has_a_row_and_a_key(space: Space, chosen: Chosen) -> bool:
@@ -179,8 +194,8 @@ RULES: Final[tuple[tuple[Callable[[Space, Chosen], bool], str], ...]] = (
     (_lengths_taken, "such documents are not declared"),
     (_has_a_row_and_a_key, "a call has a query and a key"),
     (_somewhere, "it is not asked there"),
-    (_keeps_no_lse, "a layer keeps its LSE to itself"),
+    (_a_call, "it is of kernel calls: a layer keeps its LSE to itself, and makes its calls as they are needed"),
     (_drawn, "it is drawn nearly never"),
-    (_shares_rows, "tensors whose rows are one are drawn for single kernel calls only"),
+    (_shares_rows, "tensors whose rows are one, or far apart, are drawn for single kernel calls only"),
 )
 """What must hold, and why not where it does not."""

@@ -16,7 +16,7 @@ from attn_fuzz.batch.layer_judge import LAYER_SCHEDULE
 from attn_fuzz.batch.packed import PACKED_SCHEDULE
 from attn_fuzz.generation.domain import HEAD_DIMS
 from attn_fuzz.oracle.checks import PROBES, Check
-from attn_fuzz.reference.case import DTYPES, LEVELS, MEMORIES, Case
+from attn_fuzz.reference.case import DTYPES, FAR_MEMORIES, LEVELS, MEMORIES, Case
 
 MODES: Final = ("case", "batch", "packed")
 
@@ -72,7 +72,9 @@ AXES: Final = (
     Axis("window", ("none", "left", "right", "both")),
     Axis("softcap", ("off", "on")),
     Axis("LSE gradient", ("off", "on")),
-    Axis("memory", MEMORIES),
+    Axis("memory", (*MEMORIES, *FAR_MEMORIES)),
+    Axis("max_seqlen", ("tight", "loose")),
+    Axis("gaps", ("none", "queries", "keys", "both")),
     Axis("queries", _classes(LENGTHS)),
     Axis("keys", _classes(LENGTHS)),
     Axis("documents", _classes(DOCUMENTS)),
@@ -100,6 +102,10 @@ def group_of(heads: int, kv_heads: int) -> str:
     return AXES[2].values[class_of(heads // kv_heads, GROUPS)]
 
 
+GAPS: Final = {(False, False): "none", (True, False): "queries", (False, True): "keys", (True, True): "both"}
+"""Names of where rows between documents are, by (of queries, of keys)."""
+
+
 def options_of(case: Case) -> dict[str, str]:
     """Values of the axes that a case says by itself, whatever documents it has, by axis."""
     chosen = Configuration.of(case)
@@ -113,5 +119,7 @@ def options_of(case: Case) -> dict[str, str]:
         "softcap": "on" if case.softcap else "off",
         "LSE gradient": "on" if case.lse_gradient else "off",
         "memory": case.memory,
+        "max_seqlen": "tight" if case.loose_max_seqlen == (0, 0) else "loose",
+        "gaps": GAPS[case.gaps[0] > 0, case.gaps[1] > 0],
         "level": case.level,
     }

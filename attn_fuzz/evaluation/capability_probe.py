@@ -12,7 +12,7 @@ from typing import Any, Final
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import FLOAT_DTYPES, Capabilities
 from attn_fuzz.campaign.isolated import Isolated, Subject
-from attn_fuzz.reference.case import MEMORIES, Case, CaseError
+from attn_fuzz.reference.case import FAR_MEMORIES, MEMORIES, Case, CaseError
 
 LENGTHS: Final = (5, 33, 16)
 HEAD_DIMS: Final = (1, 5, 8, 16, 24, 32, 64, 80, 96, 128, 192, 256, 320)
@@ -106,9 +106,12 @@ def _questions(base: Case, stated: Capabilities) -> Iterator[tuple[str, bool, di
     yield "softcap", stated.softcap, {"softcap": 20.0}
     yield "scale", stated.scale, {"scale": 0.25}
     yield "gradient of the LSE", bool(stated.lse_gradient), {"lse_gradient": True}
-    for memory in MEMORIES:
-        yield f"memory {memory}", memory in stated.memories, {"memory": memory}
+    for memory in (*MEMORIES, *FAR_MEMORIES):
+        yield f"memory {memory}", memory in (*stated.memories, *stated.far_memories), {"memory": memory}
     yield "rows beyond the last document", stated.capacity is not False, {"capacity": 17}
+    yield "max_seqlen above the longest document", stated.loose_max_seqlen, {"loose_max_seqlen": (70, 130)}
+    for side, gaps in (("q", (3, 0)), ("k", (0, 3))):
+        yield f"gaps between documents of {side}", side in stated.gaps, {"gaps": gaps}
 
 
 def probes(capabilities: Capabilities) -> list[Probe]:

@@ -127,7 +127,7 @@ def rules_on(fault: str, count: int = RULE_CASES) -> set[str]:
     caught: set[str] = set()
     for case in drawn(faulty, 0, count, _spread(fault)):
         # As such suites have it: K/V as they come, no rows behind the last document, no gradient but the output's.
-        plain = case.replace(memory="contiguous", capacity=0, lse_gradient=False)
+        plain = case.replace(memory="contiguous", capacity=0, lse_gradient=False, loose_max_seqlen=(0, 0), gaps=(0, 0))
         try:
             trials = [Trial(plain, backend, device, ("none",)) for backend in (faulty, correct, pytorch)]
             wrong, right, own = (trial.observe("none").results for trial in trials)

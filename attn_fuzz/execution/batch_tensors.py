@@ -13,85 +13,73 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.backends.kernel import AttentionOptions
-from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.kernel import AttentionOptions, UnsupportedCase
+from attn_fuzz.backends.metadata import VarlenMetadata, slots
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.poison import filler
+from attn_fuzz.execution.sides import Side, side_of
 from attn_fuzz.reference.answer import SHARED_DIMENSIONS, Inputs
+from attn_fuzz.reference.case import FAR_MEMORIES
+from attn_fuzz.reference.far_memory import FarMemory
 from attn_fuzz.reference.memory import Placed, all_intact, bits, layout_of, place
-
-_STEP: Final = 64
-"""Calls begin at multiples of so many rows, of whatever size: aligned as tensors of their own are."""
 
 _SUMS_STEP: Final = 32
 """Prefix sums begin at multiples of so many numbers: 128 bytes."""
 
 _SIDES: Final = {"q": "q", "dout": "q", "k": "k", "v": "k", "dlse": "q"}
 
+
+def side_of_result(name: str) -> str:
+    """Whose rows a result has: those of ``q`` or of ``k``."""
+    return "k" if name in ("dk", "dv") else "q"
+
+
 _BY_ROWS: Final = ("sliced", "strided", "misaligned")
 """With these the LSE's gradient lies row by row, as that of an LSE that somebody has transposed."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Side:
-    """Where the rows of one side of the calls lie."""
-
-    begins: tuple[int, ...]
-    """First row of each call in the arena."""
-    counts: tuple[int, ...]
-    """Rows of each call."""
-    rows: int
-    """Of the arena, gaps included."""
-    places: torch.Tensor | None
-    """int64 ``[tokens]``: row in the arena of each row of the packed case; None where they are the same."""
-
-    def arena(self, x: torch.Tensor, fill: float) -> torch.Tensor:
-        """All rows of the calls from those of the packed case, and those that belong to none, which hold ``fill``."""
-        if len(x) == self.rows:
-            return x
-        arena = x.new_full((self.rows, *x.shape[1:]), fill)
-        if self.places is None:
-            arena[: len(x)] = x
-        else:
-            arena[self.places] = x
-        return arena
-
-
-def side_of(batch: CallBatch, lengths: tuple[int, ...], spares: Sequence[int], device: torch.device) -> Side:
-    """Where the rows of calls lie whose documents have so many; each has so many spare ones behind its last."""
-    counts = [sum(lengths[slice(*span)]) for span in batch.spans]
-    begins, row = [], 0
-    for count, spare in zip(counts, spares, strict=True):
-        begins.append(row)
-        # A row at least between calls belongs to none; behind the last one there is a guard margin.
-        end, row = row + count + spare, row + ((count + spare) // _STEP + 1) * _STEP
-    if len(counts) == 1:
-        return Side(tuple(begins), tuple(counts), end, None)
-    gaps = [begin - packed for begin, packed in zip(begins, itertools.accumulate(counts, initial=0))]
-    numbers = torch.tensor([counts, gaps], dtype=torch.int64).to(device, non_blocking=True)
-    tokens = sum(counts)
-    shifts = torch.repeat_interleave(numbers[1], numbers[0], output_size=tokens)
-    return Side(tuple(begins), tuple(counts), end, shifts + torch.arange(tokens, device=device))
-
-
 def _sums(batch: CallBatch, device: torch.device) -> tuple[torch.Tensor, list[VarlenMetadata]]:
-    """(all prefix sums in one allocation, the metadata of each call, whose prefix sums are parts of it)."""
+    """(all prefix sums in one allocation, the metadata of each call, whose prefix sums are parts of it).
+
+    With gaps, so are the numbers of rows that each document has.
+    """
     numbers: list[int] = []
-    places: list[tuple[int, int]] = []
-    lengths_q, lengths_k = batch.case.packed_lengths, batch.case.packed_key_lengths
+    places: list[dict[str, slice]] = []
+    case = batch.case
+    sides = {"q": case.packed_lengths, "k": case.packed_key_lengths}
     for span in batch.spans:
-        for lengths in (lengths_q, lengths_k):
-            own = list(itertools.accumulate(lengths[slice(*span)], initial=0))
-            places.append((len(numbers), len(numbers) + len(own)))
-            numbers += own + [-1] * (-len(own) % _SUMS_STEP)
+        own: dict[str, slice] = {}
+        for (side, lengths), gap in zip(sides.items(), case.gaps, strict=True):
+            of_call = lengths[slice(*span)]
+            told = {f"cu_seqlens_{side}": list(itertools.accumulate(slots(of_call, gap), initial=0))}
+            if gap:
+                told[f"seqused_{side}"] = list(of_call)
+            for name, few in told.items():
+                own[name] = slice(len(numbers), len(numbers) + len(few))
+                numbers += few + [-1] * (-len(few) % _SUMS_STEP)
+        places.append(own)
     every = torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
     made = [
-        VarlenMetadata.of_sums(
-            lengths_q[slice(*span)], lengths_k[slice(*span)], every[slice(*sums_q)], every[slice(*sums_k)]
-        )
-        for span, sums_q, sums_k in zip(batch.spans, places[::2], places[1::2], strict=True)
+        VarlenMetadata(
+            lengths_q=sides["q"][slice(*span)],
+            lengths_k=sides["k"][slice(*span)],
+            device=every.device,
+            gaps=case.gaps,
+            loose_max_seqlen=case.loose_max_seqlen,
+        ).lying_at(**{name: every[place] for name, place in own.items()})
+        for span, own in zip(batch.spans, places, strict=True)
     ]
     return every, made
+
+
+_FREE_FOR_FAR: Final = 16 << 30
+"""Bytes of a GPU's memory: 2^31 numbers of float32 are half of them, and others work there, too."""
+
+
+def _free_of_cuda(device: torch.device) -> int:
+    """Bytes that there are, those included that torch holds on to."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 class BatchTensors:
@@ -117,17 +105,37 @@ class BatchTensors:
         self.spares = tuple(spares) or (0,) * len(batch.ends)
         case = batch.case
         self.sides = {
-            "q": side_of(batch, case.packed_lengths, self.spares, device),
-            "k": side_of(batch, case.packed_key_lengths, self.spares, device),
+            "q": side_of(batch, case.packed_lengths, self.spares, device, case.gaps[0]),
+            "k": side_of(batch, case.packed_key_lengths, self.spares, device, case.gaps[1]),
         }
+        self._far = self._far_memory(inputs) if case.memory in FAR_MEMORIES else None
         self.placed = {name: self._place(name, x.to(device)) for name, x in inputs.named.items()}
         self.sums, self.metadata = _sums(batch, device)
         self._sums_before = self.sums.clone()
         self.options = AttentionOptions.of(case)
 
+    def _far_memory(self, inputs: Inputs) -> FarMemory:
+        """Where tensors lie whose rows or heads are far apart.
+
+        Raises:
+            UnsupportedCase: where there is no room for it, which is this machine's limit.
+        """
+        memory, device = self.batch.case.memory, self.device
+        if device.type == "cuda" and (free := _free_of_cuda(device)) < _FREE_FOR_FAR:
+            raise UnsupportedCase(f"memory {memory} takes {_FREE_FOR_FAR >> 30} GiB, but {free >> 30} are free")
+        shapes = {
+            name: (self.sides[_SIDES[name]].rows, *x.shape[1:]) for name, x in inputs.named.items() if name != "dlse"
+        }
+        try:
+            return FarMemory(memory, shapes, inputs.q.dtype, device)
+        except OSError as error:
+            raise UnsupportedCase(f"memory {memory} takes more than there is: {error}") from error
+
     def _place(self, name: str, x: torch.Tensor) -> Placed:
         if name == "dlse":
             return self._place_by_head(x)
+        if self._far is not None:
+            return self._far.place(name, self._arena(self.sides[_SIDES[name]], x, None), self._fill)
         memory = layout_of(name, self.batch.case.memory)
         shared = SHARED_DIMENSIONS.get(name) if memory == "broadcast" else None
         return place(self._arena(self.sides[_SIDES[name]], x, shared), memory, self._fill, shared)
@@ -156,6 +164,10 @@ class BatchTensors:
             views.append([whole.narrow(0, begin, count + spare) for begin, count, spare in places])
         return list(zip(*views, strict=True))
 
+    def parted(self, name: str, index: int, result: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(rows that are documents', rows that are nobody's or None) of a call's result, by its name."""
+        return self.sides[side_of_result(name)].parted(index, result, self.spares[index])
+
     @functools.cached_property
     def lse_gradients(self) -> list[torch.Tensor | None]:
         """Each call's own part of the LSE's gradient, ``[heads, rows]``, spare ones included; None without one."""
@@ -176,7 +188,9 @@ class BatchTensors:
         found = [f"{what} of {name}" for name, item in self.placed.items() if (what := item.changed())]
         begin = self.sums.storage_offset()
         for metadata in self.metadata:
-            for name, now in (("cu_seqlens_q", metadata.cu_seqlens_q), ("cu_seqlens_k", metadata.cu_seqlens_k)):
+            for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"):
+                if (now := getattr(metadata, name)) is None:
+                    continue
                 place = now.storage_offset() - begin
                 if not torch.equal(now, self._sums_before[place : place + len(now)]):
                     found.append(name)

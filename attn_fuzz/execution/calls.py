@@ -12,7 +12,7 @@ import torch
 
 from attn_fuzz.backends.kernel import Attended, UnsupportedCase
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.execution.batch_tensors import BatchTensors
+from attn_fuzz.execution.batch_tensors import BatchTensors, side_of_result
 from attn_fuzz.execution.poison import filler, poisoned
 from attn_fuzz.execution.process import beyond_its_call, in_words, raise_lack_of_memory
 
@@ -196,14 +196,14 @@ class _Collector:
 
     def take(self, index: int, got: dict[str, torch.Tensor]) -> None:
         """Adds what a call gave, and zeros for what it did not."""
-        spare = self.tensors_of_calls.spares[index]
         wrong = []
         for name, parts in self.parts.items():
-            rows = self.tensors_of_calls.sides["k" if name in ("dk", "dv") else "q"].counts[index]
+            rows = self.tensors_of_calls.sides[side_of_result(name)].tokens_of(index)
             x = got.get(name)
-            if x is not None and spare and len(x) == rows + spare:
-                self.batch_result.tails.setdefault(index, []).append((name, x[rows:]))
-                x = x[:rows]
+            if x is not None:
+                x, nobodys = self.tensors_of_calls.parted(name, index, x)
+                if nobodys is not None:
+                    self.batch_result.tails.setdefault(index, []).append((name, nobodys))
             if x is not None and (x.shape != (rows, *self.of_row[name]) or (name != "lse" and x.dtype != self.dtype)):
                 wrong.append(name)
                 x = None

@@ -40,7 +40,7 @@ class Observation:
     strays: list[Stray] = dataclasses.field(default_factory=list)
     paths: frozenset[str] = frozenset()
     tails: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    """Rows of results behind the last document, where the case has capacity for more."""
+    """Rows of results that are nobody's: between documents, then behind the last one, where the case has such."""
     spent: bool = False
     """The graph could not be taken back twice, so that gradients are absent."""
     by_rank: tuple[dict[str, torch.Tensor], ...] = ()

@@ -128,13 +128,13 @@ class KernelCall(Call):
     def observe(self) -> Observation:
         """What the call gave back, on the CPU."""
         assert self.attended is not None
-        results, tails, capacity = self.results(), dict[str, torch.Tensor](), self.case.capacity
+        results, tails = self.results(), dict[str, torch.Tensor]()
         if "lse" in results:
             results["lse"] = in_our_convention(results["lse"], self.backend, self.tensors.device)
-        for name, result in list(results.items()) if capacity else ():
-            rows = sum(self.case.packed_key_lengths if name in ("dk", "dv") else self.case.packed_lengths)
-            if len(result) == rows + capacity:
-                results[name], tails[name] = result[:rows], result[rows:]
+        for name, result in list(results.items()):
+            results[name], nobodys = self.tensors.parted(name, 0, result)
+            if nobodys is not None:
+                tails[name] = nobodys
         paths = frozenset({self.attended.path})
         observation = Observation(self.poison, results, paths=paths, tails=tails, spent=self.spent)
         observation.changed = self.changed()

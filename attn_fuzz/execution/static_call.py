@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from attn_fuzz.backends.metadata import VarlenMetadata
+from typing import Final
+
 from attn_fuzz.execution.batch_tensors import BatchTensors
 from attn_fuzz.execution.runner import KernelCall
+
+LYING: Final = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+"""What a call's metadata have in the tensors' own memory, rather than compute."""
 
 
 class StaticCall(KernelCall):
@@ -22,7 +26,8 @@ class StaticCall(KernelCall):
         What metadata have computed they keep: each run is given new ones, which compute it from what is there then.
         """
         told = self.tensors.metadata[0]
-        self.metadata = VarlenMetadata.of_sums(told.lengths_q, told.lengths_k, told.cu_seqlens_q, told.cu_seqlens_k)
+        lying = {name: vars(told)[name] for name in LYING if vars(told).get(name) is not None}
+        self.metadata = told.lying_at(**lying)
         self.forward()
         self.backward()
 

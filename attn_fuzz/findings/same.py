@@ -32,6 +32,8 @@ def needs(case: Case) -> dict[str, Any]:
         "capacity": case.capacity > 0,
         "ranks": case.all_ranks > 1,
         "gradient of the LSE": case.lse_gradient,
+        "max_seqlen": case.loose_max_seqlen != (0, 0),
+        "gaps": case.gaps != (0, 0),
     }
 
 

@@ -40,6 +40,9 @@ PASTS: tuple[int, ...] = (
 MANY: tuple[int, ...] = (33, 65, 129, 260)
 """Documents of a call, beyond what fits into a warp or a block of threads."""
 
+CROWD: int = (1 << 16) + 1
+"""Documents of one token, in one call of hundreds: more than 16 bits count, or a grid has in two of its dimensions."""
+
 _MAX_DRAWN_TOKENS = 700
 # Kernels with an explicit mask compute all pairs of the call, across its documents too: heads * queries * keys.
 MAX_PAIRS = 1 << 19

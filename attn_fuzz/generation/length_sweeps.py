@@ -13,6 +13,7 @@ from attn_fuzz.backends.registry import Backend
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.layouts import FEW_KEYS, LONG_ROWS, TILE_EDGES, takes_few_keys
 from attn_fuzz.generation.options import options_within, usual_scales
+from attn_fuzz.generation.placement import placed_at_random
 from attn_fuzz.reference.case import Case
 
 LONGEST: Final = {"cuda": ((64, 128), (16, 32), (256, 400)), "cpu": ((16, 32), (16, 32), (64, 128))}
@@ -233,6 +234,7 @@ def draw_case(
             lengths=tuple(lengths.tolist()),
             key_lengths=tuple(keys.tolist()),
             lse_gradient=bool(domain.capabilities.lse_gradient) and random.random() < LSE_GRADIENTS,
+            **placed_at_random(random, domain, len(lengths), int(lengths.sum() + keys.sum())),
             **options,  # type: ignore[arg-type]
         )
         if backend.refusal(case, domain.device) is None:

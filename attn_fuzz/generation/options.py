@@ -99,13 +99,25 @@ def lse_gradients(capabilities: Capabilities) -> st.SearchStrategy[bool]:
     return among([False, False, False, True] if capabilities.lse_gradient else [False])
 
 
+_FAR_ONCE_IN = 48
+"""Kernel calls whose rows or heads are far apart; where that is aimed at, all of them."""
+
+
+def memories(draw: st.DrawFn, domain: Domain, level: str) -> st.SearchStrategy[str]:
+    """Memory layouts that are taken at a level."""
+    usual, far = domain.capabilities.memories, domain.capabilities.far_memories if level == "kernel" else ()
+    wanted = domain.aim.get("memory", ())
+    if far and (not set(wanted).isdisjoint(far) or draw(seldom(_FAR_ONCE_IN))):
+        return among(domain.towards("memory", far))
+    return among(domain.towards("memory", [each for each in usual if level == "kernel" or each != "broadcast"]))
+
+
 def free_options(draw: st.DrawFn, domain: Domain, level: str) -> dict[str, object]:
     """What no backend compiles for: values and memory."""
-    memories = [memory for memory in domain.capabilities.memories if level == "kernel" or memory != "broadcast"]
     return {
         "values": draw(among(VALUES)),
         "seed": draw(st.integers(0, 7)),
-        "memory": draw(among(domain.towards("memory", memories))),
+        "memory": draw(memories(draw, domain, level)),
     }
 
 

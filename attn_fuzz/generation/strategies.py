@@ -19,6 +19,7 @@ from attn_fuzz.cases.spread import in_multiples
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.fixed_layouts import pooled_cuts, pooled_keys, pooled_lengths
 from attn_fuzz.generation.layouts import (
+    CROWD,
     FEW_KEYS,
     LONG_EDGES,
     LONG_LAYERS,
@@ -36,11 +37,16 @@ from attn_fuzz.generation.layouts import (
     takes_few_keys,
 )
 from attn_fuzz.generation.options import lse_gradients, options
+from attn_fuzz.generation.placement import placed
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layout import document_spans
 
 _ROTARY_THETAS = (10000.0, 10000.0, 500.0, 1e6)
 _ROTARY_FRACTIONS = (0.5, 0.25, 0.75, 1.0)
+
+_CROWD_ONCE_IN = (20, 15)
+"""And of those once more: a call of a crowd takes as long as some fifty others. Of larger ranges Hypothesis takes the
+ends far more often than once in so many times."""
 
 _LONG_ROWS_ONCE_IN = 48
 _LONG_SQUARE_ONCE_IN = 32
@@ -61,6 +67,8 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
     """A single varlen call."""
     capabilities = domain.capabilities
     number = draw(layout_numbers(capabilities))
+    if number is None and capabilities.crowds and draw(seldom(_CROWD_ONCE_IN[0])) and draw(seldom(_CROWD_ONCE_IN[1])):
+        return crowd(draw, domain)
     if number is None and not capabilities.configurations and draw(seldom(_LONG_ROWS_ONCE_IN)):
         long = long_rows(draw, domain)
         if long is not None:
@@ -90,8 +98,15 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
         key_lengths=key_lengths,
         capacity=draw(capacities(capabilities)) if number is None else 0,
         lse_gradient=draw(lse_gradients(capabilities)),
+        **(placed(draw, domain, len(lengths)) if number is None else {}),
         **chosen,  # type: ignore[arg-type]
     )
+
+
+def crowd(draw: st.DrawFn, domain: Domain) -> Case:
+    """A call of more documents than 16 bits count, of one token each."""
+    lengths = [1] * CROWD
+    return Case(level="kernel", lengths=tuple(lengths), **options(draw, domain, "kernel", lengths))  # type: ignore[arg-type]
 
 
 def capacities(capabilities: Capabilities) -> st.SearchStrategy[int]:
@@ -127,6 +142,7 @@ def long_rows(draw: st.DrawFn, domain: Domain) -> Case | None:
         key_lengths=None if square else (*others, keys),
         capacity=draw(capacities(capabilities)),
         lse_gradient=draw(lse_gradients(capabilities)),
+        **placed(draw, domain, len(others) + 1),
         **chosen,  # type: ignore[arg-type]
     )
 

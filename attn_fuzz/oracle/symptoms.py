@@ -183,6 +183,12 @@ class NotBatchInvariant(Symptom):
     rank = 16
 
 
+class MovedByPlacement(Symptom):
+    """Looser bounds, rows between documents, or rows far apart give other bits, which is promised not to be."""
+
+    rank = 16
+
+
 class NotExact(Symptom):
     """A sum that float32 holds, of whole numbers or of large and small ones, has lost some of them."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
@@ -24,7 +26,6 @@ from attn_fuzz.reference.answer import Expected, Inputs, kernel_inputs
 from attn_fuzz.reference.batched import kernel_answer
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import LayerInputs, layer_answer, layer_inputs
-from attn_fuzz.reference.layout import document_spans
 from attn_fuzz.reference.memory import same_bits
 from attn_fuzz.reference.monte_carlo import CONFIRMING_SAMPLES, SAMPLES
 from attn_fuzz.reference.profile import Profile
@@ -213,9 +214,13 @@ class Trial:
         """(document, row within it) of a tensor's row; parameters have no documents."""
         if tensor.startswith("d_"):
             return None, row
-        on_keys = self.case.level == "kernel" and tensor in ("dk", "dv")
-        lengths = self.case.packed_key_lengths if on_keys else self.case.packed_lengths
-        for index, span in enumerate(document_spans(lengths)):
-            if span.begin <= row < span.end:
-                return index, row - span.begin
-        return None, row
+        bounds = self._bounds[self.case.level == "kernel" and tensor in ("dk", "dv")]
+        # Of documents that begin there the last one, which has rows.
+        index = bisect.bisect_right(bounds, row) - 1
+        return (index, row - bounds[index]) if row < bounds[-1] else (None, row)
+
+    @functools.cached_property
+    def _bounds(self) -> tuple[list[int], list[int]]:
+        """Where documents begin, and where the last one ends, of queries and of keys: asked for every row."""
+        lengths = self.case.packed_lengths, self.case.packed_key_lengths
+        return tuple(list(itertools.accumulate(each, initial=0)) for each in lengths)  # type: ignore[return-value]

@@ -61,6 +61,8 @@ def _changes(case: Case) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield "no gradient of the LSE", {"lse_gradient": False}
     yield "contiguous memory", {"memory": "contiguous"}
     yield "no rows behind the documents", {"capacity": 0}
+    yield "no rows between documents", {"gaps": (0, 0)}
+    yield "max_seqlen of the longest document", {"loose_max_seqlen": (0, 0)}
     yield "no cuts", {"cuts": ()}
     yield "no padding", {"padding": 0}
     yield "one rank", {"ranks": 1, "tensor_ranks": 1}

@@ -12,7 +12,7 @@ import torch
 from attn_fuzz.backends.flash2 import ALIGNED_MEMORIES, FLASH2_PROFILE, flash2_limit
 from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata
-from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.case import FAR_MEMORIES, Case
 
 
 class Flash(Kernel):
@@ -30,6 +30,9 @@ class Flash(Kernel):
         graphs=None,
         traceable=None,
         covers_all_rows=False,
+        loose_max_seqlen=True,
+        crowds=True,
+        far_memories=FAR_MEMORIES,
     )
     profile = FLASH2_PROFILE
     deterministic: ClassVar[bool] = False

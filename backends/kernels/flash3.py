@@ -10,6 +10,7 @@ import torch
 from attn_fuzz.backends.flash2 import ALIGNED_MEMORIES
 from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.reference.case import FAR_MEMORIES
 
 
 class Flash3(Kernel):
@@ -29,6 +30,10 @@ class Flash3(Kernel):
         graphs=None,
         traceable=None,
         covers_all_rows=False,
+        loose_max_seqlen=True,
+        crowds=True,
+        far_memories=FAR_MEMORIES,
+        gaps=("q", "k"),
     )
     deterministic: ClassVar[bool] = False
     """Whether the backward is asked to add up dQ in a fixed order."""
@@ -36,10 +41,11 @@ class Flash3(Kernel):
     call_source = """from flash_attn_interface import flash_attn_varlen_func
 
 
-def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None):
     window = (WINDOW[0], 0) if CAUSAL else WINDOW
     options = dict(softmax_scale=SCALE, causal=CAUSAL, window_size=window)
-    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)"""
+    bounds = max_seqlen_q, max_seqlen_k, seqused_q, seqused_k
+    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, *bounds, **options)"""
 
     def why_unavailable(self, device: str) -> str | None:
         if reason := super().why_unavailable(device):
@@ -63,6 +69,8 @@ def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
             metadata.cu_seqlens_k,
             metadata.max_seqlen_q,
             metadata.max_seqlen_k,
+            seqused_q=metadata.seqused_q,
+            seqused_k=metadata.seqused_k,
             softmax_scale=options.scale,
             causal=options.causal,
             window_size=options.effective_window if options.causal else options.window,

@@ -10,7 +10,7 @@ import torch
 
 from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Configuration, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata
-from attn_fuzz.reference.case import MEMORIES
+from attn_fuzz.reference.case import FAR_MEMORIES, MEMORIES
 from attn_fuzz.reference.profile import Profile
 
 _SHAPES: Final = (("bf16", 64, 4, 2), ("fp16", 128, 2, 2))
@@ -37,6 +37,10 @@ class Flash4(Kernel):
         repeatable_backward=False,
         graphs=None,
         covers_all_rows=False,
+        loose_max_seqlen=True,
+        crowds=True,
+        far_memories=FAR_MEMORIES,
+        gaps=("q", "k"),
         configurations=CONFIGURATIONS,
     )
 
@@ -46,10 +50,10 @@ class Flash4(Kernel):
     call_source = """from flash_attn.cute import flash_attn_varlen_func
 
 
-def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None):
     window = tuple(None if side < 0 else side for side in WINDOW)
     sums = dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    sums |= dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    sums |= dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_q=seqused_q, seqused_k=seqused_k)
     options = dict(softmax_scale=SCALE, causal=CAUSAL, window_size=window, softcap=SOFTCAP)
     return flash_attn_varlen_func(q, k, v, **sums, **options)[0]"""
 
@@ -76,6 +80,8 @@ def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
             cu_seqlens_k=metadata.cu_seqlens_k,
             max_seqlen_q=metadata.max_seqlen_q,
             max_seqlen_k=metadata.max_seqlen_k,
+            seqused_q=metadata.seqused_q,
+            seqused_k=metadata.seqused_k,
             softmax_scale=options.scale,
             causal=options.causal,
             # -1 on one side alone would be taken literally.

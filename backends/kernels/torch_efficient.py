@@ -7,6 +7,7 @@ import torch
 from attn_fuzz.backends.flash2 import ALIGNED_MEMORIES
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.reference.case import FAR_MEMORIES
 from attn_fuzz.reference.profile import Profile
 
 _NO_MASK, _BOTTOM_RIGHT = 0, 2
@@ -38,6 +39,9 @@ class TorchEfficient(Kernel):
         graphs=None,
         traceable=None,
         covers_all_rows=False,
+        loose_max_seqlen=True,
+        crowds=True,
+        far_memories=FAR_MEMORIES,
     )
     # The backward forms dS from P as its tiles keep it, in the storage dtype.
     profile = Profile(stores_probabilities=True)

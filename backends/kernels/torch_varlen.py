@@ -13,7 +13,7 @@ import torch
 from attn_fuzz.backends.flash2 import ALIGNED_MEMORIES, FLASH2_PROFILE, flash2_limit
 from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata
-from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.case import FAR_MEMORIES, Case
 
 
 @functools.cache
@@ -40,6 +40,9 @@ class TorchVarlen(Kernel):
         graphs=None,
         traceable=None,
         covers_all_rows=False,
+        loose_max_seqlen=True,
+        crowds=True,
+        far_memories=FAR_MEMORIES,
     )
     profile = FLASH2_PROFILE
 

@@ -31,8 +31,9 @@ from attn_fuzz.oracle.known_answer.census import Census
 from attn_fuzz.oracle.known_answer.every_row import EveryRow
 from attn_fuzz.oracle.known_answer.needle import Needle
 from attn_fuzz.reference.answer import Expected, Inputs, kernel_answer, kernel_inputs
-from attn_fuzz.reference.case import Case
-from attn_fuzz.reference.memory import MARGIN
+from attn_fuzz.reference.case import FAR_MEMORIES, Case
+from attn_fuzz.reference.far_memory import FarPlaced
+from attn_fuzz.reference.memory import MARGIN, Placed
 from attn_fuzz.reference.profile import Profile
 
 _CONSTANTS: Final = {"softmax_scale": "SCALE", "causal": "CAUSAL", "window_size": "WINDOW", "softcap": "SOFTCAP"}
@@ -49,17 +50,17 @@ from attn_fuzz.backends.metadata import VarlenMetadata
 backend = registry.load({name!r})
 
 
-def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k{told}):
     """A backend of this project: run the script from a checkout."""
-    lengths_q, lengths_k = (tuple(sums.diff().tolist()) for sums in (cu_seqlens_q, cu_seqlens_k))
-    metadata = VarlenMetadata(lengths_q=lengths_q, lengths_k=lengths_k, device=torch.device(DEVICE))
+    lengths_q, lengths_k = {lengths}
+    metadata = VarlenMetadata(lengths_q=lengths_q, lengths_k=lengths_k, device=torch.device(DEVICE){placed})
     options = AttentionOptions(scale=SCALE, causal=CAUSAL, window=WINDOW, softcap=SOFTCAP)
     return backend.kernel.attend(q, k, v, metadata, options){results}'''
 
 _USER_KERNEL: Final = """{load}
 
 
-def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k{told}):
     out = function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {options})
     return {results}"""
 
@@ -83,12 +84,34 @@ def _kernel_source(backend: Backend, case: Case, *, every: bool) -> str:
         idle = {"window_size": case.window == (-1, -1), "softcap": case.softcap == 0}
         # As people write it; what raises may do so because of an argument that says nothing.
         asked = [name for name in backend.kernel.options if every or not idle.get(name)]
-        options = ", ".join(f"{name}={_CONSTANTS[name]}" for name in asked)
+        told = backend.kernel.told_of_gaps(case.gaps)
+        if len(told) < sum(gap > 0 for gap in case.gaps):
+            raise ScriptError("the script has no prefix sums of padded lengths; use replay")
+        options = ", ".join([f"{name}={_CONSTANTS[name]}" for name in asked] + [f"{name}={name}" for name in told])
         results = "out" if with_lse else "out[0] if isinstance(out, tuple) else out"
-        return _USER_KERNEL.format(load=load, options=options, results=results)
-    own = _OWN_KERNEL.format(name=backend.name, results="" if with_lse else ".out")
+        return _USER_KERNEL.format(load=load, options=options, results=results, told=_SEQUSED if told else "")
     # As people write the call, it gives the output alone.
-    return own if with_lse else backend.kernel.call_source or own
+    return (not with_lse and backend.kernel.call_source) or _own_kernel(backend, case)
+
+
+_SEQUSED: Final = ", seqused_q=None, seqused_k=None"
+
+
+def _own_kernel(backend: Backend, case: Case) -> str:
+    """A call of a backend of this project."""
+    lengths, placed = "(tuple(sums.diff().tolist()) for sums in (cu_seqlens_q, cu_seqlens_k))", ""
+    if gapped := case.gaps != (0, 0):
+        gaps = f"((cu_seqlens_q, {case.gaps[0]}), (cu_seqlens_k, {case.gaps[1]}))"
+        lengths, placed = f"(tuple((sums.diff() - gap).tolist()) for sums, gap in {gaps})", f", gaps={case.gaps}"
+    if case.loose_max_seqlen != (0, 0):
+        placed += f", loose_max_seqlen={case.loose_max_seqlen}"
+    return _OWN_KERNEL.format(
+        name=backend.name,
+        results="" if case.lse_gradient else ".out",
+        lengths=lengths,
+        placed=placed,
+        told=_SEQUSED if gapped else "",
+    )
 
 
 def candidates(case: Case, profile: Profile) -> Iterator[Inputs]:
@@ -131,19 +154,37 @@ def _alone(case: Case, backend: Backend, device: torch.device) -> tuple[Inputs, 
 def _call(case: Case, inputs: Inputs, answer: dict[str, Expected], backend: Backend, device: torch.device) -> Any:
     """One call's arguments, as source text."""
     placed = KernelCall(backend, case, inputs, "nan", device).placed
-    if sum(item.storage.numel() for item in placed.values()) > MAX_ELEMENTS:
+    if sum(item.storage.numel() for item in placed.values()) > MAX_ELEMENTS or len(case.packed_lengths) > MAX_ELEMENTS:
         raise ScriptError(f"the case has more than {MAX_ELEMENTS} numbers; shrink it first")
     bound = limit(case)
     return {
         "lengths_q": list(case.packed_lengths),
         "lengths_k": list(case.packed_key_lengths),
-        "tensors": {
-            name: f"{numbers(item.storage[MARGIN:-MARGIN])}, {tuple(item.tensor.shape)}, {item.tensor.stride()}, "
-            f"{item.tensor.storage_offset()}{', torch.float32' if name == 'dlse' else ''}"
-            for name, item in placed.items()
-        },
+        "tensors": {name: _tensor(name, item) for name, item in placed.items()},
+        "room": max(item.tensor.untyped_storage().nbytes() // item.tensor.element_size() for item in placed.values()),
         "allowed": {name: allowances(bound * answer[name].variance.sqrt()) for name in RESULTS},
     }
+
+
+def _most(case: Case) -> str:
+    """The last arguments of a call, as source text."""
+    queries, keys = (f" + {more}" if more else "" for more in case.loose_max_seqlen)
+    return f"max(lengths_q){queries}, max(lengths_k){keys}{', **used' if case.gaps != (0, 0) else ''}"
+
+
+def _used(case: Case) -> str:
+    """How many rows each document has, on the sides that have gaps, as source text."""
+    sides = [side for side, gap in zip("qk", case.gaps, strict=True) if gap]
+    told = (f"seqused_{side}=torch.tensor(lengths_{side}, dtype=torch.int32, device=DEVICE)" for side in sides)
+    return f"dict({', '.join(told)})"
+
+
+def _tensor(name: str, item: Placed) -> str:
+    """A tensor in its place, as source text."""
+    place = f"{tuple(item.tensor.shape)}, {item.tensor.stride()}, {item.tensor.storage_offset()}"
+    if isinstance(item, FarPlaced):
+        return f"far({numbers(item.tensor.reshape(-1))}, {place})"
+    return f"tensor({numbers(item.storage[MARGIN:-MARGIN])}, {place}{', torch.float32' if name == 'dlse' else ''})"
 
 
 def _filled(about: About, backend: Backend, case: Case, device: torch.device, **more: Any) -> str:
@@ -154,6 +195,12 @@ def _filled(about: About, backend: Backend, case: Case, device: torch.device, **
         "runs_file": isinstance(backend.kernel, UserKernel) and backend.name.rpartition(":")[0].endswith(".py"),
         "margin": MARGIN,
         "capacity": case.capacity > 0,
+        "gaps": case.gaps if case.gaps != (0, 0) else None,
+        "loose": case.loose_max_seqlen if case.loose_max_seqlen != (0, 0) else None,
+        "far": case.memory in FAR_MEMORIES,
+        "most": _most(case),
+        "used": _used(case),
+        "own": "rows" if case.gaps != (0, 0) else ":rows",
         "lse": case.lse_gradient,
         "seconds": SECONDS[device.type],
         "fatal": False,
@@ -198,6 +245,8 @@ def kernel_calls_script(calls: Sequence[Case], index: int, backend: Backend, dev
     Raises:
         ScriptError: when they are too large, or no element of theirs is wrong here.
     """
+    if calls[index].memory in FAR_MEMORIES:
+        raise ScriptError("calls whose rows lie far apart need gigabytes each; use replay")
     given = [kernel_inputs(case, "cpu") for case in calls]
     answers = [_answer(case, inputs, backend, device) for case, inputs in zip(calls, given, strict=True)]
     # Twice: the first time other calls may have come before.

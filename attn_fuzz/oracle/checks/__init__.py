@@ -26,6 +26,7 @@ from attn_fuzz.oracle.checks.memory import (
     unwritten_unread,
 )
 from attn_fuzz.oracle.checks.merging import parts_merge
+from attn_fuzz.oracle.checks.placement import placed_otherwise
 from attn_fuzz.oracle.checks.ranks import dead_rows_zero_by_rank, replicas_equal
 from attn_fuzz.oracle.checks.regroup import regrouped
 from attn_fuzz.oracle.checks.repeat import path_taken, repeats_itself
@@ -70,6 +71,7 @@ PROBES: tuple[Check, ...] = (
     same_in_company,
     replayed_alike,
     ordered_by_streams,
+    placed_otherwise,
 )
 """Functions of runs of their own, with inputs of their own: asked where nothing has failed yet."""
 

@@ -134,7 +134,8 @@ def within_budget(trial: Trial) -> Iterator[Symptom]:
         wrong_rows = wrong.flatten(1).any(1).nonzero()[:, 0].tolist() if z.dim() > 1 else []
         element = Element(place, got.flatten()[worst].item(), expected.flatten()[worst].item())
         documents = sorted({d for row in wrong_rows if (d := trial.document_of(name, row)[0]) is not None})
-        of_documents = f" in documents {documents}" if documents else ""
+        named = documents if len(documents) <= _MOST_NAMED else f"{str(documents[:8])[:-1]}, ...]"
+        of_documents = f" in documents {named}" if documents else ""
         yield wrong_tensor(name)(
             "budget",
             name,
@@ -144,6 +145,10 @@ def within_budget(trial: Trial) -> Iterator[Symptom]:
             element=element,
             failing=_failing(trial, name, wrong),
         )
+
+
+_MOST_NAMED: Final = 64
+"""Documents, in a sentence."""
 
 
 def _failing(trial: Trial, name: str, wrong: torch.Tensor) -> dict[str, str]:

@@ -56,7 +56,7 @@ def _dead(expected: Expected | None) -> torch.Tensor | None:
 
 
 def empty(name: str) -> float:
-    """What a backend that fills a result's rows behind the last document fills them with."""
+    """What a backend that fills a result's rows of no document fills them with."""
     return -torch.inf if name == "lse" else 0.0
 
 
@@ -66,14 +66,14 @@ def unfilled(name: str, tail: torch.Tensor) -> torch.Tensor:
 
 
 def _tails_zero(observation: Observation) -> Iterator[Symptom]:
-    """Rows behind the last document, where the backend promises to fill them."""
+    """Rows between and behind the documents, where the backend promises to fill them."""
     for name, tail in observation.tails.items():
         if (wrong := unfilled(name, tail)).any():
             row = len(observation.results[name]) + int(wrong.flatten(1).any(1).nonzero()[0])
             yield DeadRowsNotZero(
                 "dead_rows",
                 name,
-                f"rows behind the last document hold {tail[wrong][0].item():.6g} ({len(tail)} such rows)",
+                f"rows of no document hold {tail[wrong][0].item():.6g} ({len(tail)} such rows)",
                 element=Element(Place(None, row), tail[wrong][0].item(), empty(name)),
             )
 

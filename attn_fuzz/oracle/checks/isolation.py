@@ -47,7 +47,7 @@ def future_apart(trial: Trial) -> Iterator[Symptom]:
 
 def _listed(case: Case) -> str:
     """The documents that are not kept, the first few."""
-    kept = kept_documents(case)
+    kept = frozenset(kept_documents(case))
     others = [index for index in range(len(case.packed_lengths)) if index not in kept]
     return ", ".join(map(str, others[:8])) + (", ..." if len(others) > 8 else "")
 
