@@ -33,6 +33,7 @@ from attn_fuzz.nights.ray_machines import places_of
 from attn_fuzz.nights.record import Record
 from attn_fuzz.oracle.checks.budget import HISTOGRAM_BINS
 
+ROOT = Path(__file__).resolve().parent.parent
 PAIR = (("dtype", "fp32"), ("dtype", "fp32"))
 OTHER = dataclasses.replace(FOUND, symptom="WrongOutput", symptoms=({"symptom": "WrongOutput", "tensor": "out"},))
 WISHES = ClusterWishes(("cpu",), ("loop",), (), "all", 1, 0, None)
@@ -43,7 +44,10 @@ def work(record: Record, cases: int, *, level: str = "kernel", z: float = 1.0) -
     piece = record.begin(Assignment(backend="loop", device="cpu", seed=cases, levels=(level,)))
     tally = Tally(cases=cases, documents=2 * cases, straddling=1, refused=3, repeated=1, seconds=0.5)
     tally.by_kind, tally.paths, tally.known = {f"{level} fp32": cases}, {"a": cases}, {"b": 1}
-    tally.worst_z, tally.worst_case = {f"{level} fp32 out": z}, {f"{level} fp32 out": f"case {z}"}
+    tally.worst_z, tally.worst_case = (
+        {f"{level} fp32 out": z},
+        {f"{level} fp32 out": f'{{"level": "kernel", "lengths": [{round(z)}]}}'},
+    )
     # Of the longest row the last bins are empty.
     tally.histograms = {"fp32 out": [*([cases] * cases), *[0] * (HISTOGRAM_BINS - cases)]}
     record.progress(piece, tally)
@@ -418,6 +422,38 @@ def test_what_machines_cannot_do_is_one_sentence(words: tuple[str, ...], said: s
     assert said in sentence(attn_fuzz("campaign", "--ray", "auto", *words))
 
 
+def test_the_command_prints_what_campaigns_print(
+    attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of machines that are none, which end it by all being given up."""
+    machines = FakeMachines(tmp_path, "a", "b")
+
+    def made(node: FakeNode) -> None:
+        node.findings, node.ends_at = [FOUND], 3
+        if len(machines.nodes) == 2:
+            machines.nodes[1].silent = True
+
+    def opened(address: str, kinds: Sequence[str]) -> FakeMachines:
+        print("as Ray does")
+        assert (address, kinds) == ("10.0.0.5:6379", ("cpu",))
+        return machines
+
+    machines.made = made
+    monkeypatch.setattr("attn_fuzz.cli.night.RayMachines", opened)
+    words = ("--ray", "10.0.0.5:6379", "--device", "cpu", "--seconds", "2", "--seed", "4", "--json")
+    done = attn_fuzz("campaign", *words)
+    assert done.status == 1, done.err
+    jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema, of the extra dev")
+    jsonschema.validate(done.json, json.loads((ROOT / "attn_fuzz" / "verdict.schema.json").read_text()))
+    assert (done.json["verdict"], done.json["interrupted"], done.json["seed"]) == ("findings", False, 4)
+    assert done.json["cases"] == machines.nodes[0].done
+    assert list(done.json["coverage"]) == ["loop"]
+    assert [found["id"] for found in done.json["findings"]] == [FOUND.id]
+    assert "as Ray does" in done.err
+    listed = attn_fuzz("ledger", "--json").json["entries"]
+    assert [len(entry["seen"]) for entry in listed if entry["kind"] == "finding"] == [1]
+
+
 def test_without_ray_one_sentence_says_so(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     assert "Ray is not installed here" in sentence(attn_fuzz("campaign", "--ray", "auto"))
@@ -493,7 +529,7 @@ def test_a_ray_cluster_goes_on_without_one_of_its_machines(ray_cluster: RayClust
         [*command, "--store", str(store)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     # Whatever happens, it is over some day.
-    alarm = threading.Timer(240.0, process.kill)
+    alarm = threading.Timer(420.0, process.kill)
     alarm.start()
 
     def counted() -> dict[str, int]:
