@@ -177,7 +177,7 @@ FAULTS: dict[str, tuple[Fault, str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("fault", "dtype"), zip(FAULTS, itertools.cycle(OPTIONS)))
+@pytest.mark.parametrize(("fault", "dtype"), [*zip(FAULTS, itertools.cycle(OPTIONS))])
 def test_a_fault_is_named_at_its_place(fault: str, dtype: str) -> None:
     change, tensor, place = FAULTS[fault]
     given = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in right(dtype).items()}

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from commandline import Run, sentence
 from devices import needs_cuda
 
 from attn_fuzz.backends.user import user_layer
@@ -25,18 +26,17 @@ PACKAGE = importlib.util.find_spec("fast_llm")
 needs_fast_llm = pytest.mark.skipif(PACKAGE is None, reason="needs the package fast_llm")
 
 
-def check_layer(name: str, store: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def check_layer(name: str, store: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "attn_fuzz", "check-layer", f"{EXAMPLE}:{name}", *arguments]
     command += ["--json", "--workers", "1", "--store", str(store)]
     # Warnings of packages, about numpy for one, are not the command's own words.
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", **environment}
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 # Anywhere.
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("raised", "reason"),
     [
@@ -45,12 +45,14 @@ def check_layer(name: str, store: Path, *arguments: str, **environment: str) -> 
     ],
     ids=["absent", "too new for this Python"],
 )
-def test_without_the_package_one_sentence_says_what_is_missing(raised: str, reason: str, tmp_path: Path) -> None:
+def test_without_the_package_one_sentence_says_what_is_missing(
+    raised: str, reason: str, attn_fuzz: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Before any that is installed.
     (tmp_path / "fast_llm.py").write_text(f"raise {raised}\n")
-    done = check_layer("LayerBackup", tmp_path / "store", "--device", "cpu", "--cases", "1", PYTHONPATH=str(tmp_path))
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "fast_llm", raising=False)
+    line = sentence(attn_fuzz("check-layer", f"{EXAMPLE}:LayerBackup", "--device", "cpu", "--cases", "1", "--json"))
     assert line.startswith(f"attn-fuzz: {EXAMPLE} cannot be imported: ImportError: Fast-LLM is needed ({reason}): ")
     assert "github.com/ServiceNow/Fast-LLM" in line
     assert "Python 3.12" in line

@@ -175,6 +175,7 @@ def test_another_process_passes_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
     child = Isolated(Subject("loop", "cpu"), 1.0)
     monkeypatch.setattr(child, "_process", object())
+    monkeypatch.setattr(child, "_watch", object())
     monkeypatch.setattr(child, "_connection", Told())
     with pytest.raises(ReferencesDisagree, match="two references disagree"):
         child.symptom(CASE)

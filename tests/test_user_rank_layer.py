@@ -481,7 +481,7 @@ def test_what_is_found_over_ranks_is_replayed_and_kept(attn_fuzz: Run, tmp_path:
 @pytest.mark.slow
 def test_python_code_checks_a_layer_over_ranks() -> None:
     verdict = attn_fuzz_api.check_layer(
-        f"{EXAMPLE}:Layer", ranks=(1, 2), cases=2, device="cpu", dtype="fp32", workers=1
+        f"{EXAMPLE}:Layer", ranks=(1, 2), cases=2, mode="case", device="cpu", dtype="fp32", workers=1
     )
     assert verdict, verdict.data
     with pytest.raises(attn_fuzz_api.CheckError, match="does not declare that it goes over tensor ranks"):
