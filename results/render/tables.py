@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +17,7 @@ from typing import Any, Final
 from attn_fuzz.evaluation.published_tolerances import RULES
 from attn_fuzz.oracle.checks.budget import HISTOGRAM_STEP
 from attn_fuzz.oracle.deviations import LIMIT
+from attn_fuzz.oracle.relations.company import PASSES, counted
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 FOLDER: Final = ROOT / "results"
@@ -177,6 +179,21 @@ def power_table(results: Iterable[Result]) -> list[str]:
     return lines
 
 
+def company_table(results: Iterable[Result]) -> list[str]:
+    """How many documents had other bits in other company than alone, by machine and backend."""
+    lines: list[str] = []
+    for where, group in by_machine(results).items():
+        lines += ["", f"**{where}**", "", "| backend | forward | backward |", "|---|---:|---:|"]
+        for name in sorted({name for result in group for name in result["backends"] if _is_correct(name)}):
+            counts = Counter[str]()
+            for result in group:
+                counts.update(result["backends"].get(name, {}).get("counted", {}))
+            asked = {which: counts[counted(which)] for which in PASSES}
+            cells = (f"{counts[counted(of, moved=True)]:,} of {asked[of]:,}" if asked[of] else "-" for of in PASSES)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def z_tables(results: list[Result]) -> str:
     """Largest z and row statistic by backend, level, dtype and tensor, as a page of its own."""
     lines = [
@@ -203,6 +220,7 @@ def sections(results: list[Result]) -> dict[str, str]:
         "results": [*clean_table(results), *legacy_table(results)],
         "power": power_table(results),
         "faults": fault_table(results),
+        "company": company_table(load(FOLDER / "company")),
     }
     return {name: "\n".join([BEGIN.format(name), *body, "", END.format(name)]) for name, body in bodies.items()}
 
