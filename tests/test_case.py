@@ -103,6 +103,8 @@ def test_defaults_are_those_that_stored_cases_rely_on() -> None:
         "memory": "contiguous",
         "capacity": 0,
         "lse_gradient": False,
+        "loose_max_seqlen": (0, 0),
+        "gaps": (0, 0),
     }
 
 

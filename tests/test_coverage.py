@@ -46,6 +46,8 @@ def test_values_of_a_case() -> None:
         "softcap": "off",
         "LSE gradient": "off",
         "memory": "contiguous",
+        "max_seqlen": "tight",
+        "gaps": "none",
         "level": "kernel",
     }
     assert options_of(EMPTY)["window"] == "right"

@@ -52,6 +52,7 @@ WITNESSES = {
     "regrouping": ("M38-twice", '{"level": "layer", "lengths": [12]}'),
     "merging": ("S06", '{"level": "kernel", "lengths": [3], "head_dim": 1, "causal": false}'),
     "company": ("C01", '{"level": "kernel", "lengths": [2], "key_lengths": [8], "head_dim": 2}'),
+    "placement": ("P03", '{"level": "kernel", "lengths": [3], "head_dim": 2, "loose_max_seqlen": [0, 1]}'),
     "replicas": ("R10", '{"level": "layer", "lengths": [1, 1], "ranks": 2}'),
     "repeatable": ("X32", '{"level": "kernel", "lengths": [5, 3], "dtype": "bf16"}'),
 }

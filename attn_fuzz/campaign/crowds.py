@@ -31,7 +31,7 @@ def takes_crowds(base: Case, domain: Domain, seconds: Callable[[Case], float]) -
     stated = domain.capabilities
     if base.level != "kernel" or stated.crowds is not None or stated.layouts or stated.configurations:
         return False
-    plain = base.replace(heads=1, kv_heads=1)
+    plain = base.replace(heads=1, kv_heads=1, key_lengths=None)
     if domain.device == "cuda":
         return seconds(plain.replace(lengths=(1,) * CROWD)) < _SECONDS
     few, many = (seconds(plain.replace(lengths=(1,) * documents)) for documents in (_FEW, _MANY))
