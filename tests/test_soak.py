@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from commandline import FOUND as STORED
+from devices import on_every_device
 
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.store import Store
@@ -147,20 +148,22 @@ def test_a_soak_says_what_did_not_hold(tmp_path: Path, monkeypatch: pytest.Monke
 # Kernels that misbehave.
 
 
-def called(name: str, queries: int, channels: int = 4) -> object:
-    q = torch.ones(queries, 2, channels)
-    ends = torch.tensor([0, queries], dtype=torch.int32)
+def called(name: str, queries: int, channels: int = 4, device: str = "cpu") -> object:
+    q = torch.ones(queries, 2, channels, device=device)
+    ends = torch.tensor([0, queries], dtype=torch.int32, device=device)
     return getattr(soak_kernels, name)(q, q[:, :1], q[:, :1], ends, ends, queries, queries, causal=True)
 
 
-def test_there_is_a_kernel_for_everything_that_a_campaign_has_to_survive() -> None:
+@on_every_device
+def test_there_is_a_kernel_for_everything_that_a_campaign_has_to_survive(device: str) -> None:
     assert {*FOUND, *INNOCENT} == {"crashing", "hanging", "leaking", "filling", "printing", "rubbish", "wrong"}
     # Each computes what is right where it does nothing else.
     for name in (*FOUND, *INNOCENT):
         if name != "rubbish":
-            out = called(name, 1)
+            out = called(name, 1, device=device)
             assert isinstance(out, torch.Tensor)
-            assert torch.equal(out, torch.ones(1, 2, 4)), name
+            assert torch.equal(out, torch.ones(1, 2, 4, device=device)), name
+    soak_kernels._LEAKED.clear()
 
 
 def test_what_they_do(capsys: pytest.CaptureFixture[str]) -> None:
