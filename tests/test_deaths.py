@@ -30,7 +30,7 @@ class Process:
     asked: list[tuple[str, Case]] = []  # noqa: RUF012
     slow = 0.0
 
-    def __init__(self, subject: Subject, patience: float) -> None:
+    def __init__(self, subject: Subject, patience: float, soon: float) -> None:
         self.subject = subject
 
     def begin(self) -> None:
@@ -139,7 +139,7 @@ def test_a_kill_loses_one_step() -> None:
 def test_slowness_that_was_taken_for_silence_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     patiences: dict[int, float] = {}
 
-    def begun(self: Process, subject: Subject, patience: float) -> None:
+    def begun(self: Process, subject: Subject, patience: float, soon: float) -> None:
         self.subject, patiences[id(self)] = subject, patience
 
     def report(self: Process, case: Case) -> Report:

@@ -12,7 +12,7 @@ import sqlite3
 import time
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from commandline import FOUND as STORED
@@ -235,6 +235,104 @@ def test_nobody_waits_for_a_slice_that_is_late() -> None:
         pool._refill()
     # A round has to come to its end, too.
     assert not pool._waiting
+
+
+class Ended:
+    """Stands for the process of a worker that has ended."""
+
+    def __init__(self, exitcode: int | None) -> None:
+        self.exitcode, self.pid = exitcode, None
+
+    def kill(self) -> None:
+        pass
+
+    join = kill
+
+
+class Deathbed(NamedTuple):
+    """A round, and what it tells of a worker that dies in it."""
+
+    pool: RoundPool
+    piece: Slice
+    suspects: list[Suspect]
+    failed: list[str]
+
+    def bury(self, exitcode: int | None, trying: Trying | None, silent: float = 0.0) -> None:
+        """One worker dies of this, or hangs where there is no exit status."""
+        from attn_fuzz.campaign.pool import _Worker
+
+        worker = _Worker(self.piece.job, Ended(exitcode), None, None, 0, 0)  # type: ignore[arg-type]
+        worker.trying, worker.heard = trying, worker.heard - silent
+        self.pool._running.append(worker)
+        self.pool._note_silence()
+        how = "died" if exitcode is not None else "was silent"
+        self.pool._bury(worker, "Crashed" if exitcode is not None else "Hung", how)
+
+
+@pytest.fixture
+def deathbed() -> Deathbed:
+    suspects: list[Suspect] = []
+    failed: list[str] = []
+    told = (lambda *_: None,) * 3
+    listener = Listener(*told, lambda _, why: failed.append(why), nothing_alive, no_more, suspects.append)
+    piece = Slice(Assignment(backend="loop", device="cpu", seed=0, seconds=99.0, notes="7"))
+    pool = RoundPool([piece], 1, listener, 1000.0)
+    pool._waiting.clear()
+    return Deathbed(pool, piece, suspects, failed)
+
+
+def nothing_alive(alive: Any) -> None:
+    pass
+
+
+def no_more() -> Slice:
+    pytest.fail("nothing is late")
+
+
+TRYING = Trying('{"level": "kernel", "lengths": [3]}')
+
+
+def test_deaths_are_looked_into_beside_the_round(deathbed: Deathbed) -> None:
+    for exitcode in (-signal.SIGSEGV, -signal.SIGKILL, 255, None):
+        deathbed.bury(exitcode, TRYING)
+    assert [(each.finding.symptom, each.sure) for each in deathbed.suspects] == [
+        ("Crashed", True),
+        # The second is what multiprocessing gives where the process that forked it was killed.
+        ("Crashed", False),
+        ("Crashed", False),
+        ("Hung", True),
+    ]
+    assert "was killed from outside: no finding" in deathbed.suspects[1].how
+    # Each has another worker in its place.
+    assert len(deathbed.pool._waiting) == 4
+    assert deathbed.failed == []
+
+
+def test_what_is_known_is_not_looked_into_twice(deathbed: Deathbed) -> None:
+    crash = dataclasses.replace(CRASH, backend="loop")
+    deathbed.pool._findings["loop", "Crashed"] = crash
+    deathbed.bury(-signal.SIGSEGV, TRYING)
+    assert deathbed.suspects == []
+    deathbed.bury(-signal.SIGKILL, TRYING)
+    assert len(deathbed.suspects) == 1
+
+
+def test_a_worker_that_is_killed_before_its_first_case_begins_again(deathbed: Deathbed) -> None:
+    deathbed.bury(-signal.SIGKILL, None)
+    assert (len(deathbed.pool._waiting), deathbed.failed) == (1, [])
+    deathbed.bury(1, None)
+    assert deathbed.failed == ["a worker for loop died before its first case"]
+    assert deathbed.suspects == []
+
+
+def test_silence_is_time_too_and_is_looked_into_early(deathbed: Deathbed) -> None:
+    deathbed.bury(None, TRYING, silent=60.0)
+    assert 60.0 <= deathbed.piece.seconds < 70.0
+    # It may come back; so nothing is sure before it is ended.
+    assert [each.sure for each in deathbed.suspects] == [False, True]
+    assert deathbed.suspects[0].silence >= 60.0
+    deathbed.bury(-signal.SIGKILL, None)
+    assert deathbed.piece.seconds >= 60.0
 
 
 # The command.

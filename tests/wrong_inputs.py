@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ import attn_fuzz
 from attn_fuzz.campaign import limits
 from attn_fuzz.cli.app import main
 from attn_fuzz.findings.finding import Finding
+from attn_fuzz.findings.ledger import entry_of
+from attn_fuzz.nights.database import Database
 from attn_fuzz.reference.case import FORMAT, Case
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -68,6 +71,7 @@ def scratch() -> Iterator[Path]:
         patch.chdir(folder)
         patch.setattr("torch.cuda.is_available", lambda: False)
         patch.setattr("attn_fuzz.cli.campaigns.Pool", no_campaign)
+        patch.setattr("attn_fuzz.nights.supervisor.RoundPool", no_campaign)
         patch.setattr(limits, "Isolated", InThisProcess)
         patch.setattr("attn_fuzz.api.subprocess.run", in_this_process)
         yield Path(folder).resolve()
@@ -309,6 +313,89 @@ CASES: Final = (
     ),
 )
 
+
+def database(*statements: str) -> Callable[[], object]:
+    """Writes a campaign database, and changes it."""
+
+    def write() -> None:
+        with Database(Path("store.sqlite")):
+            pass
+        with contextlib.closing(sqlite3.connect("store.sqlite")) as connection:
+            for statement in statements:
+                connection.execute(statement)
+            connection.commit()
+
+    return write
+
+
+def entered(text: Callable[[str], str]) -> Callable[[], object]:
+    """Writes the ledger's entry of the finding, with another text."""
+    entry = entry_of(FINDING)
+    return file(f"store/ledger/{entry.id}.json", text(entry.to_json()))
+
+
+ENTRY: Final = entry_of(FINDING).id
+DAMAGED: Final = file("store.sqlite", "no database" * 100)
+
+NIGHTS: Final = (
+    wrong("campaign --backend flesh"),
+    wrong("campaign --backend flash --device cpu"),
+    wrong("campaign --device tpu"),
+    wrong("campaign --mode fast"),
+    wrong("campaign --level model"),
+    wrong("campaign --seconds 0"),
+    wrong("campaign --backend legacy:loop --device cpu --level kernel"),
+    noted("which is a file", wrong("campaign --backend loop --device cpu --store taken", file("taken", "mine"))),
+    noted("whose database is damaged", wrong("campaign --backend loop --device cpu --store store", DAMAGED)),
+    noted(
+        "whose database is of a newer version",
+        wrong("campaign --backend loop --device cpu --store store", database("PRAGMA user_version = 99")),
+    ),
+    noted(
+        "whose database is another program's",
+        wrong("campaign --backend loop --device cpu --store store", database("PRAGMA user_version = 0")),
+    ),
+    noted(
+        "whose database lacks a table",
+        wrong("campaign --backend loop --device cpu --store store", database("DROP TABLE pairs")),
+    ),
+    noted("without a campaign", wrong("coverage --store store")),
+    noted("whose database is damaged", wrong("coverage --store store", DAMAGED)),
+    noted(
+        "whose database has words for numbers",
+        wrong("coverage --store store", database("INSERT INTO pairs VALUES (1, 1, 1, 'many')")),
+    ),
+    noted("which no campaign had", wrong("coverage --store store --backend loop", database())),
+)
+
+LEDGER: Final = (
+    wrong("ledger nothing --store store", stored()),
+    wrong("ledger --state reported --store store", stored()),
+    wrong(f"ledger {ENTRY} --state gone --store store", stored()),
+    wrong(f"ledger {ENTRY} --state fixed --store store", stored()),
+    wrong(f"ledger {ENTRY} --state duplicate --store store", stored()),
+    wrong(f"ledger {ENTRY} --found-by luck --store store", stored()),
+    wrong("ledger --take nowhere --store store", stored()),
+    noted("whose entry is cut off", wrong("ledger --store store", stored(), entered(lambda text: text[:-3]))),
+    noted(
+        "whose entry is of a newer version",
+        wrong("ledger --store store", stored(), entered(lambda text: text.replace('"format": 1', '"format": 9'))),
+    ),
+    noted("with a finding that is damaged", wrong("ledger --store store", file(f"store/{FINDING.id}.json", "{"))),
+    wrong("retest nothing --store store", stored()),
+    wrong(f"retest {ENTRY} --device tpu --store store", stored()),
+    noted("whose entry is empty", wrong(f"retest {ENTRY} --store store", stored(), entered(lambda text: ""))),
+    wrong("report --verdict nowhere.json"),
+    noted("which is a list", wrong("report --verdict verdict.json", file("verdict.json", "[]"))),
+    noted("which is another JSON", wrong("report --verdict verdict.json", file("verdict.json", '{"a": 1}'))),
+    wrong("report --repeat -1"),
+    noted("which is not there", wrong("report --repeat 0 --output nowhere/report.html")),
+    noted("whose database is damaged", wrong("report --repeat 0 --store store", DAMAGED)),
+    noted(
+        "with a finding that is damaged", wrong("report --repeat 0 --store store", file("store/0123456789.json", "[]"))
+    ),
+)
+
 KERNELS: Final = (
     wrong("check kernel"),
     wrong("check no_such_module:kernel"),
@@ -387,6 +474,8 @@ TABLES: Final = {
     "Commands and options": COMMANDS,
     "Stores and findings": STORES,
     "Cases and regression cases": CASES,
+    "Campaigns and coverage": NIGHTS,
+    "Ledger and reports": LEDGER,
     "Kernels and layers": KERNELS,
     "Python": PYTHON,
 }

@@ -38,6 +38,9 @@ slowness."""
 _TIMES_AT_FIRST: Final = 4.0
 """The same of the first case of a process, which loads libraries."""
 
+SOON_SECONDS: Final = 40.0
+"""The patience with a process in which nothing is compiled or imported (watch.py)."""
+
 _MOST_SECONDS: Final = 180.0
 """Of silence, after which a machine is too busy for anybody to say who hangs."""
 
@@ -160,7 +163,7 @@ class Inquest:
     def _isolated(self, patience: float, backend: str = "") -> Isolated:
         finding = self.suspect.finding
         subject = Subject(backend or finding.backend, finding.device, judged=self._judged)
-        self._open.append(Isolated(subject, patience))
+        self._open.append(Isolated(subject, patience, min(patience, SOON_SECONDS)))
         return self._open[-1]
 
     def _calls(self) -> Iterator[Case]:

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 from attn_fuzz.campaign.inquest import Suspect, suspect_of
 from attn_fuzz.campaign.isolated import killed_from_outside
 from attn_fuzz.campaign.messages import Assignment, Covered, Failed, Finished, Message, Progress, Tally, Trying
-from attn_fuzz.campaign.pool import RESTARTS, SOON_SECONDS, Pool
+from attn_fuzz.campaign.pool import RESTARTS, Pool
 from attn_fuzz.coverage.counts import Reached
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.nights.record import Slice
@@ -160,13 +160,6 @@ class RoundPool(Pool):
                 self._suspected.append(worker.trying)
                 self._listener.suspect(suspect_of(piece.job.backend, piece.job.device, worker.trying, silence))
 
-    def _end_known_hangs(self) -> None:
-        """Ends workers that do what their backend is known to do sooner than others."""
-        for worker in list(self._running):
-            known = (worker.assignment.backend, "Hung") in self._findings and worker.assignment.device == "cpu"
-            if known and _silence(worker) > SOON_SECONDS:
-                self._bury(worker, "Hung", f"was silent for {SOON_SECONDS:.0f} seconds")
-
     def _is_late(self, worker: Any) -> bool:
         return time.monotonic() - worker.started > (worker.assignment.seconds or 0.0) + _LATE
 
@@ -202,7 +195,6 @@ class RoundPool(Pool):
             return
         super()._step()
         self._note_silence()
-        self._end_known_hangs()
         self._listener.step([self._slice(worker.assignment) for worker in self._running])
 
 
