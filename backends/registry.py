@@ -24,6 +24,7 @@ from typing import Any
 from attn_fuzz.backends import kernels
 from attn_fuzz.backends.faults.fault import PREFIX as FAULT
 from attn_fuzz.backends.faults.fault import faults, parts_of
+from attn_fuzz.backends.importing import import_object
 from attn_fuzz.backends.kernel import Capabilities, Configuration, Kernel
 from attn_fuzz.backends.known import crash_issue_of
 from attn_fuzz.backends.layer import BufferedLayer, LayerFactory
@@ -34,7 +35,7 @@ from attn_fuzz.backends.tensor_layer import TensorLayer, rank_layer
 from attn_fuzz.backends.trigger import PREFIX as RARE
 from attn_fuzz.backends.trigger import TriggerKernel, size_of
 from attn_fuzz.backends.unlimited import Unlimited
-from attn_fuzz.backends.user import UserKernel, import_object, user_layer
+from attn_fuzz.backends.user import UserKernel, user_layer
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layout import active_lengths, cut_inside_document, rank_slices
 

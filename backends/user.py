@@ -10,24 +10,17 @@ of them (``backends/gap_arguments.py``). An attribute ``capabilities`` on the fu
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import importlib
-import importlib.util
 import inspect
-import sys
-import threading
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
-from typing import Any, Final, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 
 from attn_fuzz.backends.arithmetic import KEY, declared_facts
 from attn_fuzz.backends.gap_arguments import GapArguments
+from attn_fuzz.backends.importing import import_object
 from attn_fuzz.backends.kernel import (
     FLOAT_DTYPES,
     PLACEMENTS,
@@ -73,49 +66,6 @@ _CAUTIOUS = Profile(
 _CAUTIOUS_LAYER = dataclasses.replace(
     _CAUTIOUS, norms_in_dtype=True, rotates_in_dtype=True, float32_angles=True, stored_sums=frozenset({"dk", "dv"})
 )
-
-
-_IMPORTING: Final = threading.RLock()
-
-
-def import_object(name: str) -> Any:
-    """``MODULE:NAME`` or ``PATH.py:NAME``.
-
-    Raises:
-        BackendUnavailable: when it cannot be imported or is not there.
-    """
-    place, _, attribute = name.rpartition(":")
-    try:
-        # Standard output belongs to the commands that import this, and to all threads together.
-        with _IMPORTING, contextlib.redirect_stdout(sys.stderr):
-            module = _module_from_file(Path(place)) if place.endswith(".py") else _module_by_name(place)
-    except (Exception, SystemExit) as error:
-        # A script that ends its process when it is imported would end this one, with its own exit status.
-        raise BackendUnavailable(f"{place} cannot be imported: {type(error).__name__}: {error}") from None
-    if not hasattr(module, attribute):
-        raise BackendUnavailable(f"{place} has no {attribute!r}")
-    return getattr(module, attribute)
-
-
-def _module_by_name(name: str) -> ModuleType:
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    return importlib.import_module(name)
-
-
-def _module_from_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    # Two files of one name are two modules: what a kernel defines when it is called must find its own.
-    name = f"attn_fuzz_user_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Compilers such as Triton look a kernel's source up through its module's name.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def _capabilities(owner: object, name: str, defaults: Mapping[str, Any]) -> Capabilities:

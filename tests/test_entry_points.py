@@ -10,7 +10,7 @@ import pytest
 from commandline import Run
 
 from attn_fuzz.backends import registry
-from attn_fuzz.backends.user import import_object
+from attn_fuzz.backends.importing import import_object
 
 _PACKAGE = """
 import torch
