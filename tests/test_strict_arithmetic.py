@@ -44,7 +44,7 @@ def largest(how: How, arithmetic: object, dtype: str, **changes: Any) -> float:
     mine = UserKernel("emulated:strict")
     backend = Backend("emulated:strict", mine, levels=("kernel",))
     worst = 0.0
-    for seed in range(3):
+    for seed in range(2):
         case = CASE.replace(dtype=dtype, seed=seed, **changes)
         trial = Trial(case, backend, torch.device("cpu"), ("none",), interfered=False)
         worst = max(worst, *worst_errors(trial).values())
