@@ -28,7 +28,7 @@ class _Run(NamedTuple):
 
 
 def same_in_company(trial: Trial) -> Iterator[Symptom]:
-    """A document by itself, in its call, in another order and in a crowd: the same bits where promised, else budget."""
+    """A document by itself, in its call, and in another order or a crowd: the same bits where promised, else budget."""
     case = trial.case
     # What compiles for shapes would compile once more for each company.
     if case.level != "kernel" or trial.backend.kernel.compiled or trial.stated.layouts:

@@ -73,15 +73,17 @@ def alone(case: Case, place: int) -> Pack | None:
 
 
 def packs(case: Case, place: int) -> Iterator[Pack]:
-    """Further calls with the document: the same others in another order, and others that no case has drawn."""
+    """Another call with the document: the same others in another order, or others that no case has drawn.
+
+    Which of them, the case's seed says: a run costs about as much as all that its results are held to.
+    """
     rest = [other for other in range(len(case.packed_lengths)) if other != place]
-    if rest:
-        # Last where it was not, and else first, with the others the other way round.
-        order = [place, *reversed(rest)] if place > rest[-1] else [*reversed(rest), place]
-        turned = subset(case, order)
-        if turned is not None:
-            yield Pack(turned, order.index(place))
-    if (crowd := _crowd(case, place)) is not None:
+    # Last where it was not, and else first, with the others the other way round.
+    order = [place, *reversed(rest)] if rest and place > rest[-1] else [*reversed(rest), place]
+    turned = subset(case, order) if rest and case.seed & 1 else None
+    if turned is not None:
+        yield Pack(turned, order.index(place))
+    elif (crowd := _crowd(case, place)) is not None:
         yield Pack(crowd, 1)
 
 
