@@ -9,6 +9,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
+from attn_fuzz.reference.case_format import FORMAT as FORMAT
+from attn_fuzz.reference.case_format import CaseError as CaseError
+from attn_fuzz.reference.case_format import NewerVersion as NewerVersion
+from attn_fuzz.reference.case_format import require_format as require_format
 from attn_fuzz.reference.layout import cut_inside_document
 
 LEVELS: Final = ("kernel", "layer")
@@ -20,38 +24,10 @@ WEIGHTS: Final = ("gaussian", "selection")
 MEMORIES: Final = ("contiguous", "fused", "head_major", "sliced", "mixed", "misaligned", "strided", "broadcast")
 FAR_MEMORIES: Final = ("far_rows", "far_heads", "far_base")
 """Kernel level only: elements lie beyond 2^31 of an allocation (reference/far_memory.py)."""
-FORMAT: Final = 2
-"""Of cases, findings and regression cases, as files say it; those of 1, which is version 0.1's, say nothing."""
 MAX_HEAD_DIM: Final = 320
 # Keeps row and channel counters inside the fields of the value generator (values.py).
 MAX_TOKENS: Final = 1 << 24
 MAX_HEADS: Final = 1 << 10
-
-
-class CaseError(ValueError):
-    """A case that cannot exist; the message is one sentence for the person who wrote it."""
-
-
-class NewerVersion(CaseError):
-    """What was written by a newer version, which this one cannot read; the message is one sentence."""
-
-
-def require_format(data: Mapping[str, Any], what: str) -> None:
-    """Sees that saved data is in a format that this version reads.
-
-    Args:
-        data: as it was saved; where it has no ``format``, that is 1.
-        what: it is, for the message.
-
-    Raises:
-        NewerVersion: when the format is a newer one.
-        CaseError: when it is no number.
-    """
-    version = data.get("format", 1)
-    if not _is_integer(version):
-        raise CaseError(f"format must be a whole number, not {version!r}")
-    if version > FORMAT:
-        raise NewerVersion(f"{what} was written by a newer version (format {version}); upgrade attn-fuzz")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ from attn_fuzz.reference.layout import document_spans
 _ROTARY_THETAS = (10000.0, 10000.0, 500.0, 1e6)
 _ROTARY_FRACTIONS = (0.5, 0.25, 0.75, 1.0)
 
-_CROWD_ONCE_IN = (20, 15)
+_CROWD_ONCE_IN = (16, 14)
 """And of those once more: a call of a crowd takes as long as some fifty others. Of larger ranges Hypothesis takes the
 ends far more often than once in so many times."""
 
