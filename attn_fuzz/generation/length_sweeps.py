@@ -39,7 +39,7 @@ _ANY_HEAD_DIM: Final = 0.4
 _VALUE_DIMS: Final = 0.1
 """Share of calls whose values have another number of channels than their keys, where those are taken."""
 
-_LONG_ROWS: Final = 0.2
+_LONG_ROWS: Final = 0.35
 """Share of calls in which one document has thousands of queries, where it may."""
 
 LSE_GRADIENTS: Final = 0.25
