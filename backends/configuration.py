@@ -18,6 +18,8 @@ class Configuration(NamedTuple):
     window: str = "none"
     """Which sides are bounded: ``none``, ``left``, ``right`` or ``both`` (causality not counted)."""
     softcap: float = 0.0
+    head_dim_v: int | None = None
+    """As of ``Case``."""
 
     @classmethod
     def of(cls, case: Case) -> Configuration:
@@ -25,11 +27,14 @@ class Configuration(NamedTuple):
         left, right = case.window
         # A causal case's right side is closed anyway.
         window = sides[left >= 0, right >= 0 and not case.causal]
-        return cls(case.dtype, case.head_dim, case.heads, case.kv_heads, case.causal, window, case.softcap)
+        heads = (case.heads, case.kv_heads)
+        return cls(case.dtype, case.head_dim, *heads, case.causal, window, case.softcap, case.head_dim_v)
 
     def words(self) -> str:
-        """In one line, such as ``bf16 64 4/2 causal left``: dtype, head_dim, heads, mask."""
+        """In one line, such as ``bf16 64 4/2 causal left``: dtype, head_dim (of values too, as in ``192-128``), heads,
+        mask."""
         sides = {"none": [], "both": ["left", "right"]}.get(self.window, [self.window])
         cap = [f"softcap {self.softcap:g}"] if self.softcap else []
         mask = ["causal" if self.causal else "full", *sides, *cap]
-        return f"{self.dtype} {self.head_dim} {self.heads}/{self.kv_heads} {' '.join(mask)}"
+        dims = f"{self.head_dim}" if self.head_dim_v is None else f"{self.head_dim}-{self.head_dim_v}"
+        return f"{self.dtype} {dims} {self.heads}/{self.kv_heads} {' '.join(mask)}"

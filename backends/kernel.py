@@ -31,10 +31,6 @@ class BackendUnavailable(Exception):
     """A backend cannot run on this machine; the message says why, in one sentence."""
 
 
-class MisshapenResult(TypeError):
-    """A kernel gave something else than the output that was asked for; the message says what, in one sentence."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Capabilities:
     """What a kernel takes. What is not declared here is refused before the kernel sees it."""
@@ -45,6 +41,9 @@ class Capabilities:
     head_dim_multiple: int = 1
     head_dims: tuple[int, ...] = ()
     """The only ones taken, where there are but a few."""
+    head_dims_v: bool | tuple[tuple[int, int], ...] | None = False
+    """Values of another number of channels than queries and keys have: any that is a head_dim, too, or these pairs of
+    (head_dim, head_dim_v), whatever else is said of head_dim; None: found out by trying. Kernel cases only."""
     gqa: bool = True
     """Fewer K/V heads than query heads."""
     noncausal: bool = True
@@ -164,15 +163,7 @@ class Capabilities:
         rules = (
             (device in self.devices, f"device {device}"),
             (case.dtype in self.dtypes, f"dtype {case.dtype}"),
-            (case.head_dim <= self.max_head_dim, f"head_dim {case.head_dim}, above {self.max_head_dim}"),
-            (
-                case.head_dim % self.head_dim_multiple == 0,
-                f"head_dim {case.head_dim}, no multiple of {self.head_dim_multiple}",
-            ),
-            (
-                not self.head_dims or case.head_dim in self.head_dims,
-                f"head_dim {case.head_dim}, only {', '.join(map(str, self.head_dims))}",
-            ),
+            *self._rules_of_channels(case),
             (self.gqa or case.heads == case.kv_heads, "fewer kv_heads than heads"),
             (
                 self.causal if case.causal else self.noncausal,
@@ -220,6 +211,28 @@ class Capabilities:
             ),
         )
 
+    def channels_refused(self, case: Case) -> str | None:
+        """What about a case's channels the kernel does not take, or None."""
+        return next((what for holds, what in self._rules_of_channels(case) if not holds), None)
+
+    def _rules_of_channels(self, case: Case) -> tuple[tuple[bool, str], ...]:
+        """What must hold of the channels of a case, with what it is about."""
+        if case.head_dim_v is not None and isinstance(self.head_dims_v, tuple):
+            pair = (case.head_dim, case.head_dim_v)
+            return ((pair in self.head_dims_v, f"head_dim {pair[0]} with head_dim_v {pair[1]}"),)
+        dims = {"head_dim": case.head_dim} | ({} if case.head_dim_v is None else {"head_dim_v": case.head_dim_v})
+        rules = [(self.head_dims_v is not False or case.head_dim_v is None, "values of another head_dim than keys")]
+        for name, dim in dims.items():
+            rules += [
+                (dim <= self.max_head_dim, f"{name} {dim}, above {self.max_head_dim}"),
+                (dim % self.head_dim_multiple == 0, f"{name} {dim}, no multiple of {self.head_dim_multiple}"),
+                (
+                    not self.head_dims or dim in self.head_dims,
+                    f"{name} {dim}, only {', '.join(map(str, self.head_dims))}",
+                ),
+            ]
+        return tuple(rules)
+
     def _rules_of_layers(self, case: Case) -> tuple[tuple[bool, str], ...]:
         """What must hold of a layer case, with what it is about."""
         return (
@@ -238,7 +251,7 @@ class Attended(NamedTuple):
     """What a kernel gives back."""
 
     out: torch.Tensor
-    """``[tokens_q, heads, head_dim]``, differentiable with respect to q, k and v."""
+    """``[tokens_q, heads, value_dim]``, differentiable with respect to q, k and v."""
     lse: torch.Tensor | None
     """``[heads, tokens_q]`` float32 natural-log row sums, or None where the kernel keeps them.
 
@@ -246,24 +259,6 @@ class Attended(NamedTuple):
     """
     path: str
     """Which implementation ran, for the check that the intended one did."""
-
-
-def require_like(out: object, q: torch.Tensor) -> None:
-    """Raises MisshapenResult unless an output has the shape, dtype and device of the queries."""
-    if not isinstance(out, torch.Tensor):
-        raise MisshapenResult(f"the output should be a tensor, but is {type(out).__name__}")
-    if differs := first_mismatch(out, q):
-        what, got, wanted = differs
-        raise MisshapenResult(f"the output's {what} is {got}, but should be {wanted}, that of q")
-
-
-def first_mismatch(got: torch.Tensor, wanted: torch.Tensor) -> tuple[str, object, object] | None:
-    """Of shape, dtype and device the first in which a tensor is not as wanted, with what it is and should be."""
-    for what in ("shape", "dtype", "device"):
-        mine, other = getattr(got, what), getattr(wanted, what)
-        if mine != other:
-            return (what, list(mine), list(other)) if what == "shape" else (what, mine, other)
-    return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -341,7 +336,7 @@ class Kernel(abc.ABC):
         Args:
             q: ``[tokens_q, heads, head_dim]``.
             k: ``[tokens_k, kv_heads, head_dim]``.
-            v: as ``k``.
+            v: ``[tokens_k, kv_heads, value_dim]``.
             metadata: where the documents lie.
             options: scale, masks, softcap.
         """

@@ -13,9 +13,10 @@ from typing import ClassVar
 
 import torch
 
-from attn_fuzz.backends.kernel import AttentionOptions, Kernel, require_like
+from attn_fuzz.backends.kernel import AttentionOptions, Kernel
 from attn_fuzz.backends.kv_buffer import KeyValueBuffer
 from attn_fuzz.backends.metadata import MicroSequenceMetadata, preprocess
+from attn_fuzz.backends.output import require_output
 from attn_fuzz.backends.rotary import Rotary
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.weights import NORM_EPSILON
@@ -102,7 +103,7 @@ class BufferRegion(torch.autograd.Function):
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (q, *past_and_own)]
             attended = layer.kernel.attend(leaves[0], leaves[1], leaves[2], metadata.varlen, layer.options)
-        require_like(attended.out, q)
+        require_output(attended.out, q, leaves[2])
         layer.ran.add(attended.path)
         ctx.leaves, ctx.out = leaves, attended.out  # type: ignore[attr-defined]
         # The layer holds this graph until it is taken back; a graph that held the layer, too, would never be freed.

@@ -11,9 +11,10 @@ import dataclasses
 
 import torch
 
-from attn_fuzz.backends.kernel import Kernel, require_like
+from attn_fuzz.backends.kernel import Kernel
 from attn_fuzz.backends.layer import BufferedLayer
 from attn_fuzz.backends.metadata import MicroSequenceMetadata
+from attn_fuzz.backends.output import require_output
 from attn_fuzz.reference.case import Case
 
 
@@ -64,7 +65,7 @@ class LegacyLayer(BufferedLayer):
             key_value = AttachGrad.apply(key_value, self._present, self._record)
             keys, values = key_value.chunk(2, 1)
             attended = self.kernel.attend(q, keys, values, metadata.varlen, self.options)
-            require_like(attended.out, q)
+            require_output(attended.out, q, values)
             self.ran.add(attended.path)
             out = self.project(attended.out.flatten(1), "dense")
         self._pending.append((leaf, out))

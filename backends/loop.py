@@ -15,6 +15,7 @@ import torch
 
 from attn_fuzz.backends.kernel import AttentionOptions
 from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.output import as_output
 
 
 @dataclasses.dataclass
@@ -164,8 +165,8 @@ class Loop:
     def forward(
         self, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out as ``q``, lse float32 ``[heads, tokens_q]``)."""
-        out = self.allocate(q, "out")
+        """(out as ``q`` with V's channels, lse float32 ``[heads, tokens_q]``)."""
+        out = self.allocate(as_output(q, v), "out")
         lse = self.allocate(q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32), "lse")
         for document in self.documents(call, q, k, v, backward=False):
             scores, _ = self.scores(call, document)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from attn_fuzz.backends.kernel import MisshapenResult
+from attn_fuzz.backends.output import MisshapenResult
 
 
 def lse_of(returned: object, q: torch.Tensor, declared: bool | None) -> torch.Tensor | None:

@@ -46,7 +46,13 @@ class Unlimited(Kernel):
         return self._kernel.attend(q, k, v, metadata, options)
 
 
-_UNDECLARED: Final = {"lse_gradient": True, "loose_max_seqlen": True, "gaps": ("q", "k"), "far_memories": FAR_MEMORIES}
+_UNDECLARED: Final = {
+    "lse_gradient": True,
+    "head_dims_v": True,
+    "loose_max_seqlen": True,
+    "gaps": ("q", "k"),
+    "far_memories": FAR_MEMORIES,
+}
 """What few kernels declare, and any may be asked for."""
 
 _CONVENTIONS: Final = {

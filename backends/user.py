@@ -14,35 +14,31 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
-from attn_fuzz.backends.arithmetic import KEY, declared_facts
+from attn_fuzz.backends.arithmetic import declared_facts
+from attn_fuzz.backends.declared import UNPROMISED, capabilities_of
 from attn_fuzz.backends.gap_arguments import GapArguments
 from attn_fuzz.backends.importing import import_object
 from attn_fuzz.backends.kernel import (
-    FLOAT_DTYPES,
-    PLACEMENTS,
     Attended,
     AttentionOptions,
     BackendUnavailable,
     Capabilities,
-    Configuration,
     Kernel,
-    MisshapenResult,
-    require_like,
 )
 from attn_fuzz.backends.layer import Layer, LayerFactory
 from attn_fuzz.backends.layer_arguments import taken_apart
 from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.output import MisshapenResult, require_output
 from attn_fuzz.backends.rank_layer import RankLayerFactory
 from attn_fuzz.backends.returned_lse import lse_of
 from attn_fuzz.backends.sdpa import as_flash_does
 from attn_fuzz.backends.user_layer import UserLayer, require_layer
-from attn_fuzz.backends.user_rank_layer import NUMBERS_OF_RANKS, keywords_of, over_ranks, spread_refusal, takes_one
-from attn_fuzz.reference.case import FAR_MEMORIES, MEMORIES, ROTARIES, Case
-from attn_fuzz.reference.conventions import GRADIENT_ROWS, PADDING, ROTARY_POSITIONS
+from attn_fuzz.backends.user_rank_layer import keywords_of, over_ranks, spread_refusal, takes_one
+from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.profile import Profile
 
 # What an unknown kernel may reasonably round: more than FlashAttention does, so that a plain one is not accused.
@@ -66,67 +62,6 @@ _CAUTIOUS = Profile(
 _CAUTIOUS_LAYER = dataclasses.replace(
     _CAUTIOUS, norms_in_dtype=True, rotates_in_dtype=True, float32_angles=True, stored_sums=frozenset({"dk", "dv"})
 )
-
-
-def _capabilities(owner: object, name: str, defaults: Mapping[str, Any]) -> Capabilities:
-    """Defaults narrowed by the attribute ``capabilities`` of a function or class, a dict or a ``Capabilities``."""
-    declared = getattr(owner, "capabilities", {})
-    if isinstance(declared, Capabilities):
-        return declared
-    if not isinstance(declared, Mapping):
-        raise BackendUnavailable(f"{name}.capabilities must be a dict, not {type(declared).__name__}")
-    known = set(Capabilities.__dataclass_fields__)
-    if unknown := sorted(set(declared) - known):
-        known_keys = ", ".join(sorted(known))
-        raise BackendUnavailable(f"{name}.capabilities has an unknown key {unknown[0]!r}; known: {known_keys}")
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in declared.items() if key != KEY}
-    for key, value in given.items():
-        if wanted := _misfit(key, value):
-            raise BackendUnavailable(f"{name}.capabilities: {key} must be {wanted}, not {value!r}")
-    return Capabilities(**{**defaults, **given})
-
-
-_CHOICES = {
-    "devices": ("cpu", "cuda"),
-    "dtypes": FLOAT_DTYPES,
-    "rotaries": ROTARIES,
-    "memories": MEMORIES,
-    "gaps": ("q", "k"),
-    "placement_keeps_bits": PLACEMENTS,
-    "far_memories": FAR_MEMORIES,
-}
-_WORDS = {"rotary_positions": ROTARY_POSITIONS, "gradient_rows": GRADIENT_ROWS, "padding": PADDING}
-
-
-def _misfit(key: str, value: object) -> str | None:
-    """What a capability must be, in words, where it is something else."""
-    if key in ("gaps", "placement_keeps_bits", "far_memories") and value == ():
-        return None
-    if choices := _CHOICES.get(key):
-        fits = isinstance(value, tuple) and value and all(item in choices for item in value)
-        return None if fits else f"a list of {', '.join(choices)}"
-    if words := _WORDS.get(key):
-        return None if isinstance(value, str) and value in words else " or ".join(map(repr, words))
-    default = Capabilities.__dataclass_fields__[key].default
-    if key in NUMBERS_OF_RANKS and isinstance(value, tuple):
-        return None if value and all(_whole(item) and item >= 1 for item in value) else "True, False or numbers from 1"
-    if isinstance(default, bool):
-        measurable = value is None and _UNPROMISED.get(key, True) is None
-        return None if isinstance(value, bool) or measurable else "True or False"
-    if isinstance(default, int):
-        least = min(default, 1)
-        return None if _whole(value) and value >= least else f"a whole number from {least}"
-    if key in ("configurations", "compiled_first"):
-        fits = isinstance(value, tuple) and all(isinstance(item, Configuration) for item in value)
-        return None if fits else "a list of backends.kernel.Configuration"
-    if isinstance(default, tuple):
-        fits = isinstance(value, tuple) and all(_whole(item) for item in value)
-        return None if fits else "a list of whole numbers"
-    return None if isinstance(value, type(default)) else f"a {type(default).__name__}"
-
-
-def _whole(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _taken_options(function: Callable[..., Any], name: str) -> set[str]:
@@ -188,24 +123,6 @@ _ARGUMENTS = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "ma
 _OPTIONS = ("softmax_scale", "causal", "window_size", "softcap")
 
 
-_UNPROMISED = {
-    "covers_all_rows": False,
-    "capacity": None,
-    "loose_max_seqlen": True,
-    "crowds": None,
-    "far_memories": FAR_MEMORIES,
-    "compiles": None,
-    "isolates_nonfinite": None,
-    "repeatable": None,
-    "repeatable_backward": None,
-    "lse": None,
-    "lse_gradient": None,
-    "graphs": None,
-    "traceable": None,
-}
-"""What is taken to hold of a user's kernel that states nothing."""
-
-
 class UserKernel(Kernel):
     """A function under test.
 
@@ -237,7 +154,7 @@ class UserKernel(Kernel):
             "softcap": "softcap" in self._takes,
             "gaps": GapArguments.of(_called(self._function)).sides,
         }
-        self.capabilities = _capabilities(self._function, name, {**_UNPROMISED, **from_signature})  # type: ignore[misc]
+        self.capabilities = capabilities_of(self._function, name, {**UNPROMISED, **from_signature})  # type: ignore[misc]
         self._gaps = _gap_arguments(self._function, name, self.capabilities)
         self.facts = declared_facts(self._function, name)
 
@@ -275,7 +192,7 @@ class UserKernel(Kernel):
             **{key: value for key, value in given.items() if key in self._takes},
         )
         out = _output(returned)
-        require_like(out, q)
+        require_output(out, q, v)
         lse = lse_of(returned, q, self.capabilities.lse)
         if lse is not None and lse.requires_grad and self.capabilities_on(q.device.type).lse_gradient is None:
             # So it has to be right, too.
@@ -333,7 +250,7 @@ def user_layer(name: str) -> tuple[InsideLayer, LayerFactory, RankLayerFactory |
     """
     bare, arguments = taken_apart(name)
     made = import_object(bare)
-    capabilities = _capabilities(made, bare, _UNPROMISED)
+    capabilities = capabilities_of(made, bare, UNPROMISED)
     require_layer(made, bare, arguments, capabilities, keywords_of(capabilities))
     if takes_one(capabilities):
         require_layer(made, bare, arguments, capabilities)

@@ -8,9 +8,10 @@ from typing import Any, Final
 
 import torch
 
-from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities, MisshapenResult, first_mismatch
+from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities
 from attn_fuzz.backends.layer import Layer
 from attn_fuzz.backends.layer_arguments import require_arguments
+from attn_fuzz.backends.output import MisshapenResult, first_mismatch
 from attn_fuzz.reference.case import Case
 
 METHODS: Final = {

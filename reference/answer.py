@@ -40,8 +40,9 @@ class Inputs:
     k: torch.Tensor
     """``[tokens_k, kv_heads, head_dim]``"""
     v: torch.Tensor
+    """``[tokens_k, kv_heads, value_dim]``"""
     dout: torch.Tensor
-    """as ``q``"""
+    """``[tokens_q, heads, value_dim]``, as the output"""
     dlse: torch.Tensor | None = None
     """``[tokens_q, heads]`` float32, the LSE's gradient, of numbers that the case's dtype holds; None: it has none"""
 
@@ -59,8 +60,9 @@ SHARED_DIMENSIONS: Final = {"k": 1, "v": 1, "dout": 0}
 def kernel_inputs(case: Case, device: torch.device | str) -> Inputs:
     """The tensors of a kernel case."""
     q = draw(case, "q", case.heads, case.head_dim, device)
-    k, v = (draw(case, name, case.kv_heads, case.head_dim, device, keys=True) for name in ("k", "v"))
-    dout = draw(case, "dout", case.heads, case.head_dim, device)
+    k = draw(case, "k", case.kv_heads, case.head_dim, device, keys=True)
+    v = draw(case, "v", case.kv_heads, case.value_dim, device, keys=True)
+    dout = draw(case, "dout", case.heads, case.value_dim, device)
     if case.memory == "broadcast":
         shared = {"k": k, "v": v, "dout": dout}
         k, v, dout = (x.narrow(SHARED_DIMENSIONS[name], 0, 1).expand_as(x) for name, x in shared.items())
@@ -106,7 +108,7 @@ def kernel_answer(case: Case, inputs: Inputs, profile: Profile, pairs: int = _PA
     sums = sums_of(max(case.packed_lengths), max(case.packed_key_lengths), profile, group)
     how = Computation.of(case, profile)
     q, k, v, dout = (x.double() for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
-    values = {"out": torch.zeros_like(q), "lse": q.new_full(q.shape[:2], -torch.inf), "dq": torch.zeros_like(q)}
+    values = {"out": torch.zeros_like(dout), "lse": q.new_full(q.shape[:2], -torch.inf), "dq": torch.zeros_like(q)}
     values |= {"dk": torch.zeros_like(k), "dv": torch.zeros_like(v)}
     variances = {name: torch.zeros_like(value) for name, value in values.items()}
     degrees = {name: torch.ones_like(values[name][..., 0]) for name in KERNEL_TENSORS if name != "lse"}

@@ -1,7 +1,8 @@
 """Attention over one document, in float64, as the textbook writes it, with closed-form gradients.
 
 Shapes here are head-major, ``[..., heads, rows, channels]``; K/V have one head per *query* head (``expand_heads``).
-Leading dimensions broadcast. With s = scale q k^T, t = tanh(s / cap) where softcap is on:
+Leading dimensions broadcast; values, and so the output and its gradient, may have
+another number of channels (``dv``) than queries and keys. With s = scale q k^T, t = tanh(s / cap) where softcap is on:
 
     p = softmax(cap t  or  s)     o = p v            dv = p^T do       dp = do v^T
     D = rowsum(do * o)            dS = p (dp - D)    dq = scale (dS g) k    dk = scale (dS g)^T q      g = 1 - t^2
@@ -20,7 +21,7 @@ class Forward(NamedTuple):
     """What the forward of one document computes."""
 
     out: torch.Tensor
-    """``[..., heads, q, d]``; rows that see no key are 0."""
+    """``[..., heads, q, dv]``; rows that see no key are 0."""
     lse: torch.Tensor
     """``[..., heads, q]`` natural log of the row sums; -inf for rows that see no key."""
     probabilities: torch.Tensor
@@ -85,7 +86,7 @@ def forward(
     Args:
         q: ``[..., heads, q, d]`` float64.
         k: ``[..., heads, k, d]`` float64.
-        v: as ``k``.
+        v: ``[..., heads, k, dv]`` float64.
         mask: bool ``[q, k]``, True where a query sees a key.
         scale: softmax scale.
         softcap: 0 for none.
@@ -108,12 +109,12 @@ def backward(
     result: Forward,
     dlse: torch.Tensor | None = None,
 ) -> Gradients:
-    """Closed-form gradients of ``forward`` for the output gradient ``dout [..., heads, q, d]``.
+    """Closed-form gradients of ``forward`` for the output gradient ``dout [..., heads, q, dv]``.
 
     Args:
         q: as ``forward`` was given it, and so ``k``, ``v`` and ``scale``.
         k: of one head per query head.
-        v: as ``k``.
+        v: likewise, with its own channels.
         dout: gradient of the output.
         scale: softmax scale.
         result: of ``forward``.

@@ -183,8 +183,10 @@ def plan_chunks(
     for index in range(len(lengths)) if documents is None else documents:
         buckets.setdefault((sizes[lengths[index]], sizes[key_lengths[index]]), []).append(index)
 
+    widest = max(case.head_dim, case.value_dim)
+
     def size_of(queries: int, keys: int) -> int:
-        return 8 * case.heads * (_LIVE_SCORES * queries * keys + _LIVE_ROWS * (queries + keys) * case.head_dim)
+        return 8 * case.heads * (_LIVE_SCORES * queries * keys + _LIVE_ROWS * (queries + keys) * widest)
 
     def longest(members: Sequence[int]) -> tuple[int, int]:
         return max(1, *(lengths[i] for i in members)), max(1, *(key_lengths[i] for i in members))
@@ -289,7 +291,7 @@ def kernel_answer(
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, Expected]:
     """What ``answer.kernel_answer`` gives, computed in chunks, and in this dtype."""
-    shapes = {"out": inputs.q, "lse": inputs.q[..., 0], "dq": inputs.q, "dk": inputs.k, "dv": inputs.v}
+    shapes = {"out": inputs.dout, "lse": inputs.q[..., 0], "dq": inputs.q, "dk": inputs.k, "dv": inputs.v}
     values = {name: torch.zeros(x.shape, dtype=dtype, device=x.device) for name, x in shapes.items()}
     variances = {name: torch.zeros_like(x) for name, x in values.items()}
     counted = {name: torch.ones_like(x[..., 0]) for name, x in values.items() if name != "lse" and degrees}

@@ -5,26 +5,24 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from attn_fuzz.reference.case_format import FORMAT as FORMAT
 from attn_fuzz.reference.case_format import CaseError as CaseError
-from attn_fuzz.reference.case_format import NewerVersion as NewerVersion
-from attn_fuzz.reference.case_format import require_format as require_format
+from attn_fuzz.reference.case_format import NewerVersion, require_format
+from attn_fuzz.reference.case_types import DTYPES as DTYPES
+from attn_fuzz.reference.case_types import FAR_MEMORIES as FAR_MEMORIES
+from attn_fuzz.reference.case_types import INTEGER_LISTS, check_types
+from attn_fuzz.reference.case_types import LEVELS as LEVELS
+from attn_fuzz.reference.case_types import MEMORIES as MEMORIES
+from attn_fuzz.reference.case_types import NORMS as NORMS
+from attn_fuzz.reference.case_types import ROTARIES as ROTARIES
+from attn_fuzz.reference.case_types import VALUES as VALUES
+from attn_fuzz.reference.case_types import WEIGHTS as WEIGHTS
 from attn_fuzz.reference.layout import cut_inside_document
 
-LEVELS: Final = ("kernel", "layer")
-DTYPES: Final = ("fp32", "bf16", "fp16")
-NORMS: Final = ("none", "rms")
-ROTARIES: Final = ("none", "default", "proportional")
-VALUES: Final = ("gaussian", "large", "offset", "tiny", "ties")
-WEIGHTS: Final = ("gaussian", "selection")
-MEMORIES: Final = ("contiguous", "fused", "head_major", "sliced", "mixed", "misaligned", "strided", "broadcast")
-FAR_MEMORIES: Final = ("far_rows", "far_heads", "far_base")
-"""Kernel level only: elements lie beyond 2^31 of an allocation (reference/far_memory.py)."""
-MAX_HEAD_DIM: Final = 320
+MAX_HEAD_DIM: Final = 576
+"""Of keys of latent attention: 512 channels and 64 for rotary."""
 # Keeps row and channel counters inside the fields of the value generator (values.py).
 MAX_TOKENS: Final = 1 << 24
 MAX_HEADS: Final = 1 << 10
@@ -61,7 +59,7 @@ class Case:
     kv_heads: int = 1
     """Key/value heads; must divide ``heads``. Query head h reads K/V head ``h // (heads // kv_heads)``."""
     head_dim: int = 16
-    """Channels per head, 1 to 320."""
+    """Channels per head of queries and keys, 1 to 576; of values, too, unless ``head_dim_v`` says otherwise."""
     hidden: int = 16
     """Layer level only: channels of the layer's input and output."""
     causal: bool = True
@@ -106,15 +104,20 @@ class Case:
     gaps: tuple[int, int] = (0, 0)
     """Kernel level only: rows behind each document's queries, and behind its keys, that are nobody's; prefix sums say
     where documents begin, and ``seqused`` how long they are."""
+    head_dim_v: int | None = None
+    """Kernel level only: channels per head of values and of the output, 1 to 576; None: as many as ``head_dim``."""
 
     def __post_init__(self) -> None:
-        for name in _INTEGER_LISTS:
+        for name in INTEGER_LISTS:
             value = getattr(self, name)
             if value is not None or name not in ("key_lengths", "document_ids"):
                 if isinstance(value, str) or not hasattr(value, "__iter__"):
                     raise CaseError(f"{name} must be a list of whole numbers, not {value!r}")
                 object.__setattr__(self, name, tuple(value))
-        _check_types(self)
+        if self.head_dim_v == self.head_dim:
+            # One way to say it: cases are compared, and saved without what is at its default.
+            object.__setattr__(self, "head_dim_v", None)
+        check_types(self)
         _check_ranges(self)
         _check_combinations(self)
 
@@ -143,6 +146,11 @@ class Case:
     def all_ranks(self) -> int:
         """Processes that a case is spread over."""
         return self.ranks * self.tensor_ranks
+
+    @property
+    def value_dim(self) -> int:
+        """Channels per head of values, of the output and of its gradient."""
+        return self.head_dim if self.head_dim_v is None else self.head_dim_v
 
     @property
     def softmax_scale(self) -> float:
@@ -204,50 +212,6 @@ class Case:
         return cls.from_dict(data)
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-_INTEGERS = ("padding", "ranks", "tensor_ranks", "heads", "kv_heads", "head_dim", "hidden", "seed", "capacity")
-_INTEGER_LISTS = ("lengths", "key_lengths", "cuts", "document_ids", "window", "loose_max_seqlen", "gaps")
-_BOOLEANS = ("causal", "shared_key_value", "lse_gradient")
-_NUMBERS = ("scale", "softcap", "rotary_theta", "rotary_fraction")
-_CHOICES = {
-    "level": LEVELS,
-    "query_norm": NORMS,
-    "key_norm": NORMS,
-    "value_norm": NORMS,
-    "rotary": ROTARIES,
-    "dtype": DTYPES,
-    "values": VALUES,
-    "weights": WEIGHTS,
-    "memory": (*MEMORIES, *FAR_MEMORIES),
-}
-
-
-def _check_types(case: Case) -> None:
-    for name in _INTEGERS:
-        if not _is_integer(value := getattr(case, name)):
-            raise CaseError(f"{name} must be a whole number, not {value!r}")
-    for name in _INTEGER_LISTS:
-        # Of thousands of documents, all at once.
-        if (value := getattr(case, name)) is not None and set(map(type, value)) - {int}:
-            raise CaseError(f"{name} must be a list of whole numbers, not {list(value)!r}")
-    for name in _BOOLEANS:
-        if not isinstance(value := getattr(case, name), bool):
-            raise CaseError(f"{name} must be true or false, not {value!r}")
-    for name in _NUMBERS:
-        if not _is_number(value := getattr(case, name)) and not (name == "scale" and value is None):
-            raise CaseError(f"{name} must be a finite number, not {value!r}")
-    for name, choices in _CHOICES.items():
-        if (value := getattr(case, name)) not in choices:
-            raise CaseError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-
-
 def _check_ranges(case: Case) -> None:
     if not case.lengths:
         raise CaseError("lengths is empty: a case has at least one document")
@@ -255,8 +219,9 @@ def _check_ranges(case: Case) -> None:
         raise CaseError("lengths, padding and capacity cannot be negative")
     if not 1 <= case.tokens <= MAX_TOKENS or len(case.lengths) >= MAX_TOKENS:
         raise CaseError(f"a case has between 1 and {MAX_TOKENS} tokens, this one has {case.tokens}")
-    if not 1 <= case.head_dim <= MAX_HEAD_DIM:
-        raise CaseError(f"head_dim must be between 1 and {MAX_HEAD_DIM}, not {case.head_dim}")
+    for name in ("head_dim", "head_dim_v"):
+        if (dim := getattr(case, name)) is not None and not 1 <= dim <= MAX_HEAD_DIM:
+            raise CaseError(f"{name} must be between 1 and {MAX_HEAD_DIM}, not {dim}")
     if not 1 <= case.heads < MAX_HEADS or case.kv_heads < 1 or case.heads % case.kv_heads:
         raise CaseError(f"kv_heads must divide heads, but {case.heads} heads cannot share {case.kv_heads} kv_heads")
     if len(case.window) != 2 or min(case.window) < -1:
@@ -338,6 +303,8 @@ def _check_layer(case: Case) -> None:
         raise CaseError(
             f"memory {case.memory} belongs to kernel cases: where a K/V buffer lies is the layer's business"
         )
+    if case.head_dim_v is not None:
+        raise CaseError("head_dim_v belongs to kernel cases: a layer projects keys and values alike")
     if case.memory == "broadcast":
         raise CaseError("memory broadcast belongs to kernel cases: a K/V buffer is written, so its rows are its own")
     if case.key_lengths is not None:

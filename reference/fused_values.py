@@ -25,14 +25,16 @@ def _mix(bits):
 @triton.jit(do_not_specialize=["stream"])
 def draw_kernel(
     keys_ptr, numbers_ptr, result_ptr, rows, channels, stream, columns,
-    HEAD_STRIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr, MOST_HEADS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Elements of a contiguous ``[rows, columns]`` tensor, head and channel counted from the column."""
     row = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     there = (row < rows)[:, None] & (column < columns)[None, :]
     key = tl.load(keys_ptr + row, mask=row < rows, other=0).to(tl.uint32)
-    counter = ((column // channels) * HEAD_STRIDE + column % channels).to(tl.uint32)
+    channel = column % channels
+    head = column // channels + (channel // HEAD_STRIDE) * MOST_HEADS
+    counter = (head * HEAD_STRIDE + channel % HEAD_STRIDE).to(tl.uint32)
     base = _mix(key ^ stream.to(tl.uint32))
     bits = _mix(base[:, None] + (counter * 0x9E3779B1)[None, :])
     second = _mix(bits + 0x632BE59B)
@@ -59,6 +61,7 @@ def draw(
     dtype: torch.dtype,
     *,
     head_stride: int,
+    most_heads: int,
     unit: float,
     factor: float,
     offset: float,
@@ -72,6 +75,7 @@ def draw(
         channels: channels per head.
         dtype: of the result.
         head_stride: how far apart heads are counted.
+        most_heads: so many come before channels beyond that are counted.
         unit: 1 over the standard deviation of the bell.
         factor: a power of two or 3, so that no contraction of product and sum can change a bit.
         offset: with a factor of 3 always 0.
@@ -91,6 +95,7 @@ def draw(
             stream - (1 << 32) if stream >= 1 << 31 else stream,
             columns,
             HEAD_STRIDE=head_stride,
+            MOST_HEADS=most_heads,
             BR=count,
             BC=block,
         )

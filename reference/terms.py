@@ -25,8 +25,9 @@ class Document(NamedTuple):
     k: torch.Tensor
     """``[..., heads, k, d]``, expanded to the query heads."""
     v: torch.Tensor
+    """``[..., heads, k, dv]``, likewise."""
     dout: torch.Tensor
-    """As ``q``."""
+    """``[..., heads, q, dv]``, as the output."""
     dlse: torch.Tensor | None = None
     """``[..., heads, q]``; None where the LSE has no gradient."""
 

@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 import torch
 
 from attn_fuzz.reference import host_values
-from attn_fuzz.reference.case import MAX_HEAD_DIM, Case
+from attn_fuzz.reference.case import MAX_HEADS, Case
 from attn_fuzz.reference.host_values import BLOCK
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,8 +23,9 @@ DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 _MASK = 0xFFFFFFFF
 _Bits = TypeVar("_Bits", int, torch.Tensor)
 
-# Heads are counted in steps of this, so that a change of head_dim moves no other head's channels.
-_HEAD_STRIDE = 1 << MAX_HEAD_DIM.bit_length()
+# Heads are counted in steps of this, so that a change of head_dim moves no other head's channels. Channels beyond are
+# those of further heads, which no case has.
+_HEAD_STRIDE = 512
 
 
 def _mix(bits: _Bits) -> _Bits:
@@ -81,7 +82,10 @@ def document_rows(ids: tuple[int, ...], lengths: tuple[int, ...], device: torch.
 def columns(heads: int, channels: int, device: torch.device | str) -> torch.Tensor:
     """A counter per (head, channel), channels fastest: int64 ``[heads * channels]``."""
     head = torch.arange(heads, dtype=torch.int64, device=device) * _HEAD_STRIDE
-    return (head[:, None] + torch.arange(channels, dtype=torch.int64, device=device)).flatten()
+    channel = torch.arange(channels, dtype=torch.int64, device=device)
+    if channels > _HEAD_STRIDE:
+        channel = channel + channel // _HEAD_STRIDE * (MAX_HEADS - 1) * _HEAD_STRIDE
+    return (head[:, None] + channel).flatten()
 
 
 def _shape_values(mode: str, name: str, bell: torch.Tensor) -> torch.Tensor:
@@ -132,8 +136,8 @@ def fused_agrees(device: torch.device) -> bool:
     rows = _mix(torch.arange(100, dtype=torch.int64, device=device))
     try:
         return all(
-            torch.equal(_fused(rows, "k", mode, 77, 2, 24, dtype), _portable(rows, "k", mode, 77, 2, 24, dtype))
-            for mode in _SCALED
+            torch.equal(_fused(rows, "k", mode, 77, 2, dim, dtype), _portable(rows, "k", mode, 77, 2, dim, dtype))
+            for mode, dim in (*((mode, 24) for mode in _SCALED), ("gaussian", 576))
             for dtype in DTYPES.values()
         )
     except Exception:
@@ -148,7 +152,16 @@ def _fused(
 
     factor, offset = _SCALED[mode](name)
     numbers = {"unit": 1.0 / _BELL_SD, "factor": factor, "offset": offset}
-    return fused_values.draw(rows, _stream(seed, name), heads, channels, dtype, head_stride=_HEAD_STRIDE, **numbers)
+    return fused_values.draw(
+        rows,
+        _stream(seed, name),
+        heads,
+        channels,
+        dtype,
+        head_stride=_HEAD_STRIDE,
+        most_heads=MAX_HEADS,
+        **numbers,
+    )
 
 
 def _portable(

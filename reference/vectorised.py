@@ -101,7 +101,7 @@ class _Stored(NamedTuple):
 
 def _stored(documents: Documents, keys: Keys, how: Computation, sums: Sums) -> _Stored:
     """Heads of a group added up, with the roundings of that and of storing the sums."""
-    heads, dim = documents.q.shape[1], documents.q.shape[-1]
+    heads = documents.q.shape[1]
     count, kv_heads, size = documents.k.shape[:3]
     group, profile = heads // kv_heads, how.profile
     dk, dv, var_dk, var_dv, dk_sources = keys.dk, keys.dv, keys.var_dk, keys.var_dv, keys.dk_sources
@@ -112,7 +112,7 @@ def _stored(documents: Documents, keys: Keys, how: Computation, sums: Sums) -> _
     if by_head(profile, group):
 
         def over_group(x: torch.Tensor) -> torch.Tensor:
-            return x.view(count * kv_heads, group, size, dim).sum(1)
+            return x.view(count * kv_heads, group, size, x.shape[-1]).sum(1)
 
         stored_heads = over_group(how.rvar(dk))
         if profile.scales_gradients:
@@ -129,11 +129,11 @@ def _stored(documents: Documents, keys: Keys, how: Computation, sums: Sums) -> _
 
 def _key_results(documents: Documents, keys: Keys, how: Computation, sums: Sums, degrees: bool) -> dict[str, Expected]:
     """``dk`` and ``dv``, from what all rows put into them."""
-    count, kv_heads, size, dim = documents.k.shape
+    count, kv_heads, size = documents.k.shape[:3]
     dk, dv, var_dk, var_dv, dk_sources, stored_dk, stored_dv = _stored(documents, keys, how, sums)
     dv_sources = keys.dv_sources
     if how.narrow:
-        k, v = (x.reshape(count * kv_heads, size, dim) for x in (documents.k, documents.v))
+        k, v = (x.reshape(count * kv_heads, size, x.shape[-1]) for x in (documents.k, documents.v))
         met = ByKey(keys.weight, keys.queries)
         alike = how.narrow.of_keys(k, v, Gradients(dk, dk, dv), met, how.scale)
         var_dk, var_dv = var_dk + alike.dk, var_dv + alike.dv
@@ -146,5 +146,5 @@ def _key_results(documents: Documents, keys: Keys, how: Computation, sums: Sums,
     ):
         shape = (count, kv_heads, size)
         degree = degrees_of_freedom(variance.sum(-1), sources, stored).view(shape) if degrees else None
-        results[name] = Expected(value.view(*shape, dim), variance.view(*shape, dim), degree)
+        results[name] = Expected(value.view(*shape, value.shape[-1]), variance.view(*shape, value.shape[-1]), degree)
     return results

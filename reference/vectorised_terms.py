@@ -26,7 +26,9 @@ class Documents(NamedTuple):
     k: torch.Tensor
     """``[documents, kv_heads, k, d]``."""
     v: torch.Tensor
+    """``[documents, kv_heads, k, dv]``."""
     dout: torch.Tensor
+    """``[documents, heads, q, dv]``."""
     mask: torch.Tensor
     """bool ``[documents, 1, q, k]``."""
     dlse: torch.Tensor | None = None
@@ -34,7 +36,10 @@ class Documents(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A block's tensors, heads of a group stacked as rows: ``[n, rows, d]`` and ``[n, k, d]``; and how it computes."""
+    """A block's tensors, heads of a group stacked as rows: ``[n, rows, d]`` and ``[n, k, d]``; and how it computes.
+
+    V and dO have channels of their own, as many as each other.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -71,10 +76,11 @@ class Block(NamedTuple):
 
 def stacked(documents: Documents, how: Computation, sums: Sums, bounded: bool) -> Block:
     """The block, its forward done."""
-    count, heads, queries, dim = documents.q.shape
+    count, heads, queries = documents.q.shape[:3]
     kv_heads, keys = documents.k.shape[1:3]
-    q, dout = (x.reshape(count * kv_heads, heads // kv_heads * queries, dim) for x in (documents.q, documents.dout))
-    k, v = (x.reshape(count * kv_heads, keys, dim) for x in (documents.k, documents.v))
+    stacked_rows = count * kv_heads, heads // kv_heads * queries
+    q, dout = (x.reshape(*stacked_rows, x.shape[-1]) for x in (documents.q, documents.dout))
+    k, v = (x.reshape(count * kv_heads, keys, x.shape[-1]) for x in (documents.k, documents.v))
     plain = bounded and how.dtype != "fp16"
     found = forward(q, k, documents.mask, (count, heads, queries, keys), how, plain=plain)
     q2, k2, v2, dout2 = (x.square() for x in (q, k, v, dout))

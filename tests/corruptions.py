@@ -26,7 +26,8 @@ from attn_fuzz.findings.ledger import Ledger
 from attn_fuzz.findings.store import Store
 from attn_fuzz.nights.database import Database
 from attn_fuzz.nights.record import Record
-from attn_fuzz.reference.case import FORMAT, Case
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.case_format import FORMAT
 
 CASE: Final = Case(level="kernel", lengths=(3, 2), head_dim=4)
 ID: Final = FINDING.id

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from attn_fuzz.backends import registry
 from attn_fuzz.campaign.isolated import Report, Subject, report_of
 from attn_fuzz.campaign.messages import Message
@@ -30,8 +32,9 @@ class InThisProcess:
     def __init__(self, subject: Subject, timeout: float, soon: float | None = None) -> None:
         self.subject, self.backend = subject, registry.load(subject.backend)
 
-    def report(self, case: Case, *, operators: bool = False) -> Report:
-        return report_of(case, self.subject, self.backend, operators=operators)
+    def report(self, case: Case, *, operators: bool = False, judged: bool | None = None) -> Report:
+        subject = self.subject if judged is None else dataclasses.replace(self.subject, judged=judged)
+        return report_of(case, subject, self.backend, operators=operators)
 
     def close(self) -> None:
         pass

@@ -48,7 +48,7 @@ def hot_places(case: Case) -> dict[int, tuple[int, int, int]]:
         if queries.length:
             some = pick(case, document, 1, queries.length)
             row = (0, queries.length - 1, some)[pick(case, document, 2, 3)]
-            channel = pick(case, document, 4, case.head_dim)
+            channel = pick(case, document, 4, case.value_dim)
             places[document] = (queries.begin + row, pick(case, document, 3, case.heads), channel)
     return places
 
@@ -63,9 +63,10 @@ def of_dtype(case: Case, *tensors: torch.Tensor) -> Inputs:
 
 
 def census_inputs(case: Case, product: float) -> Inputs:
-    v, k = (signs(case, name, case.kv_heads, "cpu", keys=True) for name in ("census", "probe keys"))
+    v = signs(case, "census", case.kv_heads, "cpu", keys=True, values=True)
+    k = signs(case, "probe keys", case.kv_heads, "cpu", keys=True)
     q = torch.zeros(sum(case.packed_lengths), case.heads, case.head_dim)
-    dout = torch.zeros_like(q)
+    dout = torch.zeros(sum(case.packed_lengths), case.heads, case.value_dim)
     for segment in call_segments(case):
         in_pairs(v, *segment.keys)
     for place in hot_places(case).values():
@@ -110,13 +111,14 @@ def census_wrong(case: Case, inputs: Inputs, results: Results, product: float) -
 
 
 def every_row_inputs(case: Case) -> Inputs:
-    k, v = (signs(case, name, case.kv_heads, "cpu", keys=True) for name in ("probe keys", "probe values"))
-    dout = signs(case, "every row", case.heads, "cpu", keys=False)
+    k = signs(case, "probe keys", case.kv_heads, "cpu", keys=True)
+    v = signs(case, "probe values", case.kv_heads, "cpu", keys=True, values=True)
+    dout = signs(case, "every row", case.heads, "cpu", keys=False, values=True)
     for segment in call_segments(case):
         in_pairs(dout, *segment.queries)
         for row, seen in seen_by(case, segment):
             dout[row] *= 2.0 ** round(math.log2(max(len(seen), 1)))
-    return of_dtype(case, torch.zeros_like(dout), k, v, dout)
+    return of_dtype(case, torch.zeros(len(dout), case.heads, case.head_dim), k, v, dout)
 
 
 def every_row_wrong(case: Case, inputs: Inputs, results: Results, profile: Profile) -> Wrong:
@@ -131,8 +133,9 @@ def needle_inputs(case: Case) -> tuple[Inputs, dict[tuple[int, int], int]] | Non
     if (gain := needle_gain(case)) is None:
         return None
     group, coded = case.heads // case.kv_heads, needle_code(case)
-    k, v = (signs(case, name, case.kv_heads, "cpu", keys=True) for name in ("needle keys", "needle values"))
-    v *= 1 + drawn(case, "needle", case.kv_heads, "cpu", keys=True).abs().clamp_max(7) / 8
+    k = signs(case, "needle keys", case.kv_heads, "cpu", keys=True)
+    v = signs(case, "needle values", case.kv_heads, "cpu", keys=True, values=True)
+    v *= 1 + drawn(case, "needle", case.kv_heads, "cpu", keys=True, values=True).abs().clamp_max(7) / 8
     q = torch.zeros(sum(case.packed_lengths), case.heads, case.head_dim)
     picked = {}
     for segment in call_segments(case):
@@ -146,7 +149,7 @@ def needle_inputs(case: Case) -> tuple[Inputs, dict[tuple[int, int], int]] | Non
                 turn = pick(case, segment.document, 11 + i * 7 + head, 4)
                 picked[row, head] = (seen[0], seen[-1], seen[max(len(seen) - 2, 0)], some)[turn]
                 q[row, head] = gain * k[picked[row, head], head // group]
-    return of_dtype(case, q, k, v, torch.zeros_like(q)), picked
+    return of_dtype(case, q, k, v, torch.zeros(len(q), case.heads, case.value_dim)), picked
 
 
 def needle_wrong(
@@ -184,11 +187,11 @@ def gradient_of(count: int) -> float:
 def swamping_inputs(case: Case) -> Inputs:
     """Of a case that can be swamped."""
     k, v = (
-        torch.where(drawn(case, name, case.kv_heads, "cpu", keys=True) < 0.3186, 1.0, -1.0)
-        for name in ("swamped keys", "swamped values")
+        torch.where(drawn(case, name, case.kv_heads, "cpu", keys=True, values=values) < 0.3186, 1.0, -1.0)
+        for name, values in (("swamped keys", False), ("swamped values", True))
     )
     q = torch.zeros(sum(case.packed_lengths), case.heads, case.head_dim)
-    dout = torch.zeros_like(q)
+    dout = torch.zeros(sum(case.packed_lengths), case.heads, case.value_dim)
     for segment in swamped_documents(case):
         begin, end = segment.keys
         count, large = end - begin, large_keys(end - begin)
@@ -211,7 +214,7 @@ def swamping_inputs(case: Case) -> Inputs:
 
 
 def swamping_sums(case: Case, inputs: Inputs, segment: Segment, head: int, name: str) -> tuple[torch.Tensor, float]:
-    """What a document's last row should be, float64 ``[head_dim]``, and what a single +1 is in it."""
+    """What a document's last row should be, float64 ``[channels]``, and what a single +1 is in it."""
     keys, kv_head = slice(*segment.keys), head // (case.heads // case.kv_heads)
     k, v = inputs.k[keys, kv_head].double(), inputs.v[keys, kv_head].double()
     count = segment.keys.length
@@ -230,7 +233,7 @@ def swamping_wrong(case: Case, inputs: Inputs, results: Results) -> Wrong:
         for name, head in ((name, head) for name in ("out", "dq") for head in range(case.heads)):
             expected, unit = swamping_sums(case, inputs, segment, head, name)
             got = results[name][segment.queries.end - 1, head].double()
-            for c in range(1 if name == "out" else 0, case.head_dim):
+            for c in range(1 if name == "out" else 0, len(got)):
                 off = abs((got[c] - got[1]) - (expected[c] - expected[1]))
                 if not off <= unit * inside + 2 * u * (got[c].abs() + got[1].abs()):
                     wrong.add((name, segment.document))

@@ -53,6 +53,7 @@ def packed_cases(draw: st.DrawFn) -> Case:
         heads=kv_heads * group,
         kv_heads=kv_heads,
         head_dim=draw(st.sampled_from([1, 5, 16])),
+        head_dim_v=draw(st.sampled_from([None, None, 2, 20])),
         causal=causal,
         window=(draw(side), -1 if causal else draw(side)),
         scale=draw(st.sampled_from([None, 0.5])),
@@ -118,10 +119,11 @@ def test_equals_the_pure_reference(case: Case, profile: Profile, memory: int, sc
         assert_both_agree(case, profile, memory)
 
 
-@pytest.mark.parametrize("head_dim", [1, 5])
+@pytest.mark.parametrize("dims", [(1, None), (5, None), (5, 3)])
 @pytest.mark.parametrize("profile", PROFILES)
-def test_blocks_of_rows_whose_heads_share_keys(profile: Profile, head_dim: int) -> None:
-    case = Case(level="kernel", lengths=(3, 20), key_lengths=(30, 21), heads=2, kv_heads=1, head_dim=head_dim)
+def test_blocks_of_rows_whose_heads_share_keys(profile: Profile, dims: tuple[int, int | None]) -> None:
+    options = {"heads": 2, "kv_heads": 1, "head_dim": dims[0], "head_dim_v": dims[1]}
+    case = Case(level="kernel", lengths=(3, 20), key_lengths=(30, 21), **options)
     with mock.patch.object(vectorised, "_CPU_SCORES", 1):
         assert_both_agree(case, profile, None)
 

@@ -105,6 +105,7 @@ def test_defaults_are_those_that_stored_cases_rely_on() -> None:
         "lse_gradient": False,
         "loose_max_seqlen": (0, 0),
         "gaps": (0, 0),
+        "head_dim_v": None,
     }
 
 
@@ -151,7 +152,9 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "no kv_heads": ({"kv_heads": 0}, "0 kv_heads"),
     "heads that cannot be shared": ({"heads": 4, "kv_heads": 3}, "4 heads cannot share 3 kv_heads"),
     "no head_dim": ({"head_dim": 0}, "not 0"),
-    "too wide": ({"head_dim": MAX_HEAD_DIM + 1}, "not 321"),
+    "too wide": ({"head_dim": MAX_HEAD_DIM + 1}, "not 577"),
+    "values too wide": ({"level": "kernel", "head_dim_v": MAX_HEAD_DIM + 1}, "head_dim_v must be between 1 and 576"),
+    "values of a layer": ({"head_dim_v": 8}, "head_dim_v belongs to kernel cases"),
     "no hidden": ({"hidden": 0}, "hidden"),
     "no ranks": ({"ranks": 0}, "ranks"),
     "causal in words": ({"causal": "yes"}, "true or false, not 'yes'"),

@@ -17,7 +17,8 @@ from attn_fuzz.campaign.messages import Tally
 from attn_fuzz.campaign.pool import Outcome
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.store import Store
-from attn_fuzz.reference.case import FORMAT, Case
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.case_format import FORMAT
 
 FINDING = dataclasses.replace(FOUND, original_case=Case(level="kernel", lengths=(3, 4)), environment={})
 

@@ -34,7 +34,7 @@ def noticed(monkeypatch: pytest.MonkeyPatch) -> Found:
             def __init__(self, subject: Subject, timeout: float, soon: float | None = None) -> None:
                 self.subject = subject
 
-            def report(self, case: Case, *, operators: bool = False) -> Report:
+            def report(self, case: Case, *, operators: bool = False, judged: bool | None = None) -> Report:
                 if asked is not None:
                     asked.append(case)
                 return report_of(case, self.subject, backend, operators=operators, clock=kernel.clock)

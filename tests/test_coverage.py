@@ -45,6 +45,7 @@ def test_values_of_a_case() -> None:
         "window": "left",
         "softcap": "off",
         "LSE gradient": "off",
+        "value channels": "same",
         "memory": "contiguous",
         "max_seqlen": "tight",
         "gaps": "none",

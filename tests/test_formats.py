@@ -12,7 +12,8 @@ from commandline import CASE, Run, sentence, write
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.regression_cases import RegressionCase, read_regression_case
 from attn_fuzz.findings.store import Store, StoreError
-from attn_fuzz.reference.case import FORMAT, Case, CaseError, NewerVersion
+from attn_fuzz.reference.case import Case, CaseError
+from attn_fuzz.reference.case_format import FORMAT, NewerVersion
 
 OF_VERSION_1: dict[str, Any] = {
     "id": "a5b6e1a7b8",

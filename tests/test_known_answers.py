@@ -42,7 +42,9 @@ def drawn(seed: int) -> Case:
     if case.heads > 4:
         case = case.replace(heads=4, kv_heads=2 if case.heads > case.kv_heads else 4)
     lengths = tuple(min(length, 40) for length in case.lengths)
-    return case.replace(lengths=lengths, head_dim=min(case.head_dim, 24))
+    # Every other one has values of another head_dim than keys.
+    values = {"head_dim_v": (None, 3, None, 20)[seed % 4]}
+    return case.replace(lengths=lengths, head_dim=min(case.head_dim, 24), **values)
 
 
 def long_documents(seed: int) -> Case:
@@ -54,6 +56,7 @@ def long_documents(seed: int) -> Case:
         heads=2,
         kv_heads=1 + seed % 2,
         head_dim=8,
+        head_dim_v=(None, 12, 8, 5)[seed % 4],
         dtype=("bf16", "fp16")[seed % 2],
         seed=seed,
     )
@@ -144,7 +147,9 @@ def test_swamped_sums_are_what_a_loop_makes_of_them(seed: int) -> None:
     for results in [clean, *(spoilt(clean, random) for _ in range(6))]:
         if results is not clean:
             # What is judged are a few rows of many.
-            results["out"][random.choice(last), :, random.randrange(8)] += random.choice((1e-4, 0.5, math.nan))
+            results["out"][random.choice(last), :, random.randrange(case.value_dim)] += random.choice(
+                (1e-4, 0.5, math.nan)
+            )
             results["dq"][random.choice(last), :, random.randrange(8)] *= random.choice((1.001, 1.5, 0.0))
         wrong = plain.swamping_wrong(case, known.inputs, results)
         assert accused(case, known, results) == wrong

@@ -22,7 +22,8 @@ from attn_fuzz.findings.ledger import Ledger, entry_of
 from attn_fuzz.findings.signature import Signature
 from attn_fuzz.findings.store import Store, StoreError
 from attn_fuzz.oracle.examine import examine
-from attn_fuzz.reference.case import Case, NewerVersion
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.case_format import NewerVersion
 from results.render import backend_tables
 
 ROOT = Path(__file__).resolve().parent.parent

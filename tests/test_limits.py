@@ -16,7 +16,7 @@ from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities
 from attn_fuzz.backends.known import KnownIssue, built_on
 from attn_fuzz.campaign import limits
 from attn_fuzz.campaign.isolated import Isolated, Report, Subject, cause_of_death
-from attn_fuzz.campaign.limit_questions import LENGTHS
+from attn_fuzz.campaign.limit_questions import LENGTHS, OTHER_VALUES
 from attn_fuzz.campaign.limits import Limit, LimitsFound, infer_limits, taken, without_of
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.oracle.examine import examine
@@ -59,7 +59,7 @@ def found(name: str, dtypes: tuple[str, ...] = ()) -> LimitsFound:
 
 @pytest.mark.usefixtures("in_this_process")
 def test_a_kernel_that_takes_what_it_declares_has_no_limits(tmp_path: Path) -> None:
-    assert found(written(tmp_path, head_dims=(16, 8))) == LimitsFound()
+    assert found(written(tmp_path, head_dims=(16, 8))) == LimitsFound(without={"head_dims_v": True})
 
 
 LIMITS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -88,6 +88,49 @@ def test_what_raises_is_a_limit_with_its_case_and_the_campaign_goes_on_without(a
     assert registry.narrowed(backend, result.without).refusal(limit.case, "cpu") is not None
 
 
+OF_VALUES: dict[str, tuple[str, str, str, object]] = {
+    "raises": ("assert v.shape == k.shape", "return out", "crashed", False),
+    "refuses": ("if v.shape != k.shape: raise NotImplementedError('d_v')", "return out", "refused", False),
+    "of another shape": (
+        "pass",
+        "return out[..., :1].expand(q.shape) if v.shape != k.shape else out",
+        "wrong",
+        False,
+    ),
+    "drops channels": (
+        "v = v * (torch.arange(v.shape[-1]) < q.shape[-1])",
+        "return out",
+        "wrong",
+        ((64, 32), (192, 128)),
+    ),
+    "no fewer": ("assert v.shape[-1] <= q.shape[-1]", "return out", "crashed", ((64, 32), (192, 128))),
+}
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("kind", OF_VALUES)
+def test_values_of_another_head_dim_are_nobodys_promise(kind: str, tmp_path: Path) -> None:
+    """What is not taken, or comes back wrong, is one limit, and the campaign asks for no more than was right."""
+    first, last, how, pairs = OF_VALUES[kind]
+    result = found(
+        written(tmp_path, first, last, dtypes=("fp32",), memories=("contiguous",), gqa=False, max_head_dim=192)
+    )
+    (limit,) = [limit for limit in result.limits if limit.axis == OTHER_VALUES]
+    assert (limit.how, result.without["head_dims_v"]) == (how, pairs)
+    assert limit.case.head_dim_v is not None
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_values_of_another_head_dim_that_are_declared_are_a_promise(tmp_path: Path) -> None:
+    """Then what comes back wrong is for the campaign to find."""
+    few = {"dtypes": ("fp32",), "memories": ("contiguous",), "gqa": False, "head_dims": (64,)}
+    wrong = "v = v * (torch.arange(v.shape[-1]) < q.shape[-1])"
+    assert found(written(tmp_path, wrong, head_dims_v=[[64, 128]], **few)) == LimitsFound()
+    assert found(written(tmp_path, "assert v.shape == k.shape", head_dims_v=[[64, 128]], **few)).without == {
+        "head_dims_v": False
+    }
+
+
 @pytest.mark.usefixtures("in_this_process")
 def test_what_a_kernel_keeps_of_the_plain_layout_shows(tmp_path: Path) -> None:
     """A launcher that keeps what was compiled for aligned addresses, and gives it others: right if those come first."""
@@ -103,7 +146,7 @@ def test_floors_of_head_dim_are_found(tmp_path: Path) -> None:
     """As of Triton's products: at least 16, and a power of two."""
     name = written(tmp_path, "assert q.shape[-1] >= 16 and q.shape[-1] & (q.shape[-1] - 1) == 0")
     result = found(name, ("bf16",))
-    assert result.without["head_dims"] == (16, 32, 64, 128, 256)
+    assert result.without["head_dims"] == (16, 32, 64, 128, 256, 512)
     assert {"head_dim 1", "head_dim 8", "head_dim 24"} <= {limit.axis for limit in result.limits}
 
 
@@ -197,7 +240,7 @@ def falling(reports: dict[tuple[int, ...], Report]) -> type[InThisProcess]:
     """Stands for ``Isolated`` with a kernel that brings this, by the lengths of a case."""
 
     class Falling(InThisProcess):
-        def report(self, case: Case, *, operators: bool = False) -> Report:
+        def report(self, case: Case, *, operators: bool = False, judged: bool | None = None) -> Report:
             return reports[case.lengths]
 
     return Falling

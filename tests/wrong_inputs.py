@@ -30,7 +30,8 @@ from attn_fuzz.cli.app import main
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.ledger import entry_of
 from attn_fuzz.nights.database import Database
-from attn_fuzz.reference.case import FORMAT, Case
+from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.case_format import FORMAT
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 PAGE: Final = ROOT / "docs" / "wrong_inputs.md"

@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from attn_fuzz.backends.kernel import Capabilities
+from attn_fuzz.backends.output import as_output
 
 ARGUMENTS: Final = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 OPTIONS: Final = ("softmax_scale", "causal", "window_size", "softcap")
@@ -46,6 +47,7 @@ class Call:
     k: torch.Tensor
     """``[rows_k, kv_heads, head_dim]``"""
     v: torch.Tensor
+    """``[rows_k, kv_heads, value_dim]``"""
     cu_seqlens_q: torch.Tensor
     """int32 ``[documents + 1]``"""
     cu_seqlens_k: torch.Tensor
@@ -73,9 +75,9 @@ class Call:
             raise NotImplementedError("the kernel takes documents with as many keys as queries only")
 
     def nothing(self) -> torch.Tensor:
-        """Zeros as ``q``, differentiable: what comes of a call in which no query has a key."""
+        """Zeros as the output, differentiable: what comes of a call in which no query has a key."""
         none = self.q[:0].sum() + self.k[:0].sum() + self.v[:0].sum()
-        return self.q.new_zeros(self.q.shape) + none
+        return self.q.new_zeros(as_output(self.q, self.v).shape) + none
 
 
 class AdaptedKernel:

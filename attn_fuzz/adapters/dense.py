@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from attn_fuzz.adapters.call import OPTIONS, AdaptedKernel, Call, Document, Function, Names, taken
 from attn_fuzz.adapters.layouts import arranged, checked, restored
 from attn_fuzz.adapters.lse import Lse, require_shape, split
+from attn_fuzz.backends.output import as_output
 
 _PADDING: Final = ("mask", "key_mask", "lengths_q", "lengths_k")
 """How a function may be told which rows of a batch are none."""
@@ -63,7 +64,8 @@ class _Adapted:
         q = arranged(qkv[0], self.layout)
         returned = self.function(q, *(arranged(x, self.layout) for x in qkv[1:]), **keywords)
         out, lse = split(returned, self.lse)
-        out = restored(require_shape(out, q.shape, "the output"), self.layout)
+        wanted = arranged(as_output(qkv[0], qkv[2]), self.layout)
+        out = restored(require_shape(out, wanted.shape, "the output"), self.layout)
         if lse is None:
             return out, None
         lse = (lse if lse.dim() == 3 else lse[None]).transpose(1, 2)

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from attn_fuzz.backends.kernel import MisshapenResult
+from attn_fuzz.backends.output import MisshapenResult
 
 _BASES: Final = {"e": 1.0, "2": math.log(2.0), "10": math.log(10.0)}
 

@@ -79,8 +79,8 @@ def varlen(
             ``b`` is 1.
         lse: how it gives its LSE, which then is judged; without it, what it gives beside the output is ignored.
         capabilities: what else is true of it, by fields of ``backends.kernel.Capabilities``. By default a single
-            ``cu_seqlens`` or ``qkv`` refuses documents with other numbers of keys than of queries, and ``qkv`` grouped
-            heads.
+            ``cu_seqlens`` or ``qkv`` refuses documents with other numbers of keys than of queries, ``qkv`` grouped
+            heads, and ``qkv`` and ``kv`` values of another head_dim.
 
     Raises:
         ValueError: for a name, layout or argument that there is not; one sentence.
@@ -129,6 +129,9 @@ def _defaults(given: set[str], lse: Lse | None) -> dict[str, Any]:
         found["causal_needs_equal_lengths"] = True
     if "qkv" in given:
         found["gqa"] = False
+    if given & {"qkv", "kv"}:
+        # One tensor has one number of channels.
+        found["head_dims_v"] = False
     return found
 
 

@@ -21,8 +21,8 @@ from attn_fuzz.execution.layer_tensors import LayerTensors
 from attn_fuzz.execution.poison import poisoned
 from attn_fuzz.execution.process import in_words, raise_lack_of_memory
 from attn_fuzz.execution.runner import LayerRun
-from attn_fuzz.generation.domain import Domain
-from attn_fuzz.generation.length_sweeps import USUAL_HEADS, draw_options, edge_lengths
+from attn_fuzz.generation.domain import USUAL_HEADS, Domain
+from attn_fuzz.generation.length_sweeps import draw_options, edge_lengths
 from attn_fuzz.oracle.deviations import LIMIT, deviations, limit
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.exact_layer import EXACT_TENSORS, exact_layer_answer
@@ -49,6 +49,7 @@ def draw_layer_case(random: Random, backend: Backend, domain: Domain, documents:
         documents: how many.
         longest: tokens of the longest document.
     """
+    domain = domain.for_layers
     for _ in range(_ATTEMPTS):
         options = draw_options(random, domain)
         width = int(options["heads"]) * int(options["head_dim"])  # type: ignore[call-overload]

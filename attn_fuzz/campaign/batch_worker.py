@@ -136,7 +136,7 @@ class BatchWorker(Triage, abc.ABC):
     def batch(self, level: str, place: int, question: Question) -> None:
         """One batch, judged, and triaged where a call fails."""
         # Calls may have shown more than was known of the backend.
-        self.domain = self.configurations.domain(self.turn)
+        self.domain = self.configurations.domain(self.turn, level)
         batch = self.draw(level, place)
         if batch is None:
             self.refuse("no call that was drawn is one that it declares to take")

@@ -14,7 +14,7 @@ _LEAST_SECONDS: Final = 1.0
 
 def _width(case: Case) -> int:
     """Channels of all heads of a token."""
-    return case.heads * case.head_dim
+    return case.heads * max(case.head_dim, case.value_dim)
 
 
 class CallTimes:

@@ -101,8 +101,8 @@ class ConfigurationPool:
         self._load(self.taken[0])
         self._began, self._before = self._growth.clock(), self.waited
 
-    def at(self, turn: int) -> Configuration:
-        """The configuration of a turn."""
+    def at(self, turn: int, level: str = "kernel") -> Configuration:
+        """The configuration of a turn; layers have only those whose values are as wide as their keys."""
         self._collect()
         if self._growth.by_turns:
             while len(self.taken) < _due(turn) and self._join():
@@ -110,11 +110,12 @@ class ConfigurationPool:
         elif self._has_time():
             self._join()
         self._hand_out()
-        return Random(f"{self._growth.seed} {turn}").choice(self.taken)
+        fitting = [each for each in self.taken if level == "kernel" or each.head_dim_v is None]
+        return Random(f"{self._growth.seed} {turn}").choice(fitting or self.taken)
 
-    def narrowed(self, domain: Domain, turn: int) -> Domain:
-        """What a turn draws from."""
-        chosen = self.at(turn)
+    def narrowed(self, domain: Domain, turn: int, level: str = "kernel") -> Domain:
+        """What a turn of a level draws from."""
+        chosen = self.at(turn, level)
         capabilities = dataclasses.replace(domain.capabilities, configurations=(chosen,))
         return dataclasses.replace(domain, capabilities=capabilities, dtypes=(chosen.dtype,))
 

@@ -45,7 +45,9 @@ class Configurations:
         # Ranks that share heads would have configurations of their own.
         if not stated.configurations and not (stated.compiles and max(assignment.tensor_ranks) == 1):
             return
-        order = in_order(Domain.of(stated, self._kind, assignment.dtypes), assignment.seed)
+        domain = Domain.of(stated, self._kind, assignment.dtypes)
+        kernels = "kernel" in assignment.levels and "kernel" in backend.levels
+        order = in_order(domain if kernels else domain.for_layers, assignment.seed)
         growth = Growth(load=self._load, seed=assignment.seed, by_turns=assignment.cases is not None)
         subject = Subject(assignment.backend, assignment.device, assignment.without)
         beside = 0 if growth.by_turns else assignment.compilers
@@ -58,11 +60,11 @@ class Configurations:
             self._pool.begin()
         return self._pool is not None
 
-    def domain(self, turn: int) -> Domain:
-        """What a turn draws from: everything, or one configuration."""
+    def domain(self, turn: int, level: str) -> Domain:
+        """What a turn of a level draws from: everything, or one configuration."""
         job, stated = self._job, self.backend.kernel.capabilities_on(self._kind)
         domain = Domain.of(stated, self._kind, job.dtypes, job.ranks, job.tensor_ranks, job.aim)
-        return domain if self._pool is None else self._pool.narrowed(domain, turn)
+        return domain if self._pool is None else self._pool.narrowed(domain, turn, level)
 
     def count(self, tally: Tally, case: Case, cases: int = 1) -> None:
         """Counts cases of a configuration, and what compiling has taken so far."""

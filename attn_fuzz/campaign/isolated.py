@@ -127,8 +127,9 @@ def _serve(subject: Subject, connection: Connection) -> None:
     connection.send(None)
     try:
         for number in itertools.count():
-            text, operators = connection.recv()
-            report = report_of(Case.from_json(text), subject, loaded, operators=operators)
+            text, operators, judged = connection.recv()
+            about = subject if judged is None else dataclasses.replace(subject, judged=judged)
+            report = report_of(Case.from_json(text), about, loaded, operators=operators)
             connection.send(report if number else dataclasses.replace(report, seconds=0.0))
     except EOFError:
         return
@@ -222,13 +223,16 @@ class Isolated:
             case _:
                 return report.message if report.symptom == KNOWN_ISSUE else f"wrong: {report.message}"
 
-    def report(self, case: Case, *, operators: bool = False, killed: bool = False) -> Report:
+    def report(
+        self, case: Case, *, operators: bool = False, killed: bool = False, judged: bool | None = None
+    ) -> Report:
         """What came of a case.
 
         Args:
             case: what to run.
             operators: tell the names of torch's operators that ran, which takes longer.
             killed: a process was killed before while it ran this case.
+            judged: whether results are judged, where that is not as the subject says.
 
         Raises:
             NoDevice: as ``symptom`` does.
@@ -241,7 +245,7 @@ class Isolated:
         try:
             if not self._is_ready():
                 return self._hung(_START_SECONDS)
-            self._connection.send((case.to_json(), operators))
+            self._connection.send((case.to_json(), operators, judged))
             if (silent := self._silent()) is not None:
                 return self._hung(silent)
             found: Report = self._connection.recv()
@@ -253,7 +257,7 @@ class Isolated:
             if exit_code == NO_DEVICE:
                 raise NoDevice(f"a new process cannot use {self._subject.device}, whatever it runs there") from None
             if killed_from_outside(exit_code) and not killed:
-                return self.report(case, operators=operators, killed=True)
+                return self.report(case, operators=operators, killed=True, judged=judged)
             how = cause_of_death(exit_code)
             return Report("Crashed", f"the process {how} while it ran this case", survived=False)
         if found.disagreement is not None:

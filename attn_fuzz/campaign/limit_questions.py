@@ -25,6 +25,9 @@ class Question:
     """Such as ``memory misaligned``."""
     case: Case
     """Small, and the plain case in all else."""
+    unpromised: bool = False
+    """Nothing is said of it, so that what comes back wrong is not taken, either; and it is asked although another
+    question of its axis has failed."""
 
 
 def plain_case(backend: Backend, domain: Domain, dtype: str) -> Case:
@@ -61,6 +64,8 @@ def _spread(case: Case, stated: Capabilities) -> Case:
     return in_multiples(case, stated.slice_multiple) or case
 
 
+OTHER_VALUES: Final = "values of another head_dim than keys"
+_VALUE_DIMS: Final = ((64, 32), (64, 128), (192, 128))
 _FLOOR: Final = (1, 8, 16)
 _OTHER_DIMS: Final = (5, 24, 36, 80, 256, 320, 192, 128)
 """One of each kind: odd, multiples of 4 and of 8, powers of two; and the largest."""
@@ -80,6 +85,10 @@ def _questions(base: Case, domain: Domain, dtypes: Sequence[str]) -> Iterator[Qu
         # Seen to give NaN, and no error, where others end in one.
         many = {"lengths": (1, 6, 1, 4, 1), "memory": "misaligned", "values": "ties", "seed": 4}
         yield Question("memory misaligned", base.replace(**many))
+    if base.level == "kernel" and stated.head_dims_v is not False:
+        for head_dim, head_dim_v in _value_dims(domain):
+            case = base.replace(head_dim=head_dim, head_dim_v=head_dim_v)
+            yield Question(OTHER_VALUES, case, unpromised=stated.head_dims_v is None)
     if stated.gqa:
         yield Question("grouped heads", base.replace(heads=4, kv_heads=2))
     if stated.window and stated.causal:
@@ -104,13 +113,22 @@ _MOST_DIMS: Final = 8
 """Of those that a kernel names so many are asked about."""
 
 
+def _value_dims(domain: Domain) -> Sequence[tuple[int, int]]:
+    """Pairs (head_dim, head_dim_v) that are asked about: those that are named, or one either way and a usual one."""
+    stated = domain.capabilities
+    if isinstance(stated.head_dims_v, tuple):
+        return stated.head_dims_v[:_MOST_DIMS]
+    free = dataclasses.replace(domain, capabilities=dataclasses.replace(stated, head_dims_v=True)).value_dims
+    return [pair for pair in _VALUE_DIMS if pair in free] or free[: len(_VALUE_DIMS)]
+
+
 def questions_of(base: Case, backend: Backend, domain: Domain, dtypes: Sequence[str]) -> list[Question]:
     """The questions that the declaration allows."""
     found = []
     for question in _questions(base, domain, dtypes):
         try:
             case = question.case
-            drawn = case.head_dim in domain.head_dims and case != base
+            drawn = case.head_dim_v is not None or (case.head_dim in domain.every_head_dim and case != base)
             if drawn and backend.refusal(case, domain.device) is None:
                 found.append(question)
         except CaseError:

@@ -22,7 +22,7 @@ from attn_fuzz.backends.registry import Backend, calls_of
 from attn_fuzz.campaign.compile_probe import AlsoFor, Noticed, also_for, together
 from attn_fuzz.campaign.crowds import takes_crowds
 from attn_fuzz.campaign.isolated import Isolated, Report, Subject
-from attn_fuzz.campaign.limit_questions import Question, plain_case, questions_of
+from attn_fuzz.campaign.limit_questions import OTHER_VALUES, Question, plain_case, questions_of
 from attn_fuzz.campaign.preflight import why_unusable
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.findings.finding import Finding
@@ -49,7 +49,8 @@ class Limit:
     axis: str
     """Such as ``memory misaligned``."""
     how: str
-    """``refused`` by a typed error or an ordinary one, ``crashed``, ``hung``, or ``wrong`` for a known fault below."""
+    """``refused`` by a typed error or an ordinary one, ``crashed``, ``hung``, or ``wrong`` for a known fault below,
+    and where nothing was promised."""
     message: str
     case: Case
     below: str | None = None
@@ -131,11 +132,13 @@ class _Children:
         failed: set[str] = set()
 
         def ask(question: Question) -> Report | None:
-            if question.axis in failed or time.monotonic() > deadline:
+            if (question.axis in failed and not question.unpromised) or time.monotonic() > deadline:
                 return None
             with self._child() as child:
                 if question.axis.startswith("memory"):
                     child.report(base.replace(dtype=question.case.dtype))
+                if question.unpromised:
+                    return child.report(question.case, judged=True)
                 report = self.noticed.note(question.case, child.report(question.case), child.report)
             if _how(report) is not None:
                 failed.add(question.axis)
@@ -202,7 +205,7 @@ def _limit(question: Question, report: Report | None, device: str, operators: Se
         (issue for issue in issues_below(device, question.case, calls_of(question.case)) if built_on(issue, operators)),
         None,
     )
-    if how is None and (report.symptom is None or below is None):
+    if how is None and (report.symptom is None or (below is None and not question.unpromised)):
         return None
     message = report.refusal or report.message
     return Limit(question.axis, how or "wrong", message, question.case, _cited(below))
@@ -264,14 +267,18 @@ def infer_limits(
         asking.close()
     limits: list[Limit] = []
     right: set[int] = {base.head_dim}
+    pairs: list[tuple[int, int]] = []
     for question, report in zip([*questions, *more], reports, strict=True):
         limit = _limit(question, report, kind, operators)
         if limit is None and report is not None and question.axis.startswith("head_dim"):
             right.add(question.case.head_dim)
+        if limit is None and report is not None and question.case.head_dim_v is not None:
+            pairs.append((question.case.head_dim, question.case.head_dim_v))
         if limit is not None and limit.axis not in {each.axis for each in limits}:
             limits.append(limit)
             tell(limit)
-    without = without_of(limits, right, domain) | ({"crowds": True} if crowds else {})
+    without = {**without_of(limits, right, domain), **values_of(limits, pairs, domain)}
+    without |= {"crowds": True} if crowds else {}
     return LimitsFound(tuple(limits), together(compiles, without))
 
 
@@ -291,7 +298,7 @@ def without_of(limits: Sequence[Limit], right: set[int], domain: Domain) -> dict
         for name in ("memories", "far_memories"):
             without[name] = tuple(memory for memory in getattr(stated, name) if memory not in memories)
     if dims := {int(axis.split()[1]) for axis in axes if axis.startswith("head_dim ")}:
-        without["head_dims"] = tuple(dim for dim in domain.head_dims if taken(dim, right, dims))
+        without["head_dims"] = tuple(dim for dim in domain.every_head_dim if taken(dim, right, dims))
     if "grouped heads" in axes:
         without["gqa"] = False
     if "loose max_seqlen" in axes:
@@ -303,6 +310,19 @@ def without_of(limits: Sequence[Limit], right: set[int], domain: Domain) -> dict
     elif "window, non-causal" in axes:
         without["window_needs_causal"] = True
     return without
+
+
+def values_of(limits: Sequence[Limit], pairs: Sequence[tuple[int, int]], domain: Domain) -> dict[str, Any]:
+    """Which numbers of channels values may have beside those of keys, as a capability.
+
+    Args:
+        limits: what was found.
+        pairs: (head_dim, head_dim_v) that were taken.
+        domain: of the declared capabilities.
+    """
+    if OTHER_VALUES in {limit.axis for limit in limits}:
+        return {"head_dims_v": tuple(pairs) or False}
+    return {"head_dims_v": True} if pairs and domain.capabilities.head_dims_v is None else {}
 
 
 def _kind_of(dim: int) -> str:

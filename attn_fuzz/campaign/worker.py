@@ -252,7 +252,7 @@ class Worker:
 
     def round(self, level: str, number: int) -> None:
         """One Hypothesis run of a level."""
-        job, domain = self.assignment, self.configurations.domain(number)
+        job, domain = self.assignment, self.configurations.domain(number, level)
         self.failure = self.original = None
         self.run_begins = True
         before = self.tally.cases + self.tally.refused

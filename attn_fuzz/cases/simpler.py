@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from attn_fuzz.cases.order import SIMPLEST, place
 from attn_fuzz.cases.repair import changed
@@ -20,14 +21,27 @@ def _fewer_heads(case: Case) -> Iterator[tuple[int, int]]:
         yield fewer * group, fewer
 
 
+_MANY_CHANNELS: Final = 64
+
+
+def _fewer_channels(dim: int) -> list[int]:
+    """Powers of two and the half; of many channels multiples of 8, too, and any number in a search for the fewest."""
+    fine = ((dim - 1) // 8 * 8, *below(dim)) if dim > _MANY_CHANNELS else ()
+    steps = (*(1 << power for power in range(7)), dim // 2, *fine)
+    return [fewer for fewer in dict.fromkeys(steps) if 0 < fewer < dim]
+
+
 def narrower(case: Case) -> Iterator[Case | None]:
     """With fewer heads or channels: what every later attempt costs less for."""
     for heads, kv_heads in _fewer_heads(case):
         if (heads, kv_heads) < (case.heads, case.kv_heads):
             yield changed(case, heads=heads, kv_heads=kv_heads)
-    for head_dim in (1, 2, 4, 8, 16, 32, 64, case.head_dim // 2):
-        if 0 < head_dim < case.head_dim:
-            yield changed(case, head_dim=head_dim)
+    for field, dim in (("head_dim", case.head_dim), ("head_dim_v", case.head_dim_v or 0)):
+        if field == "head_dim" and case.head_dim_v is not None:
+            yield changed(case, head_dim_v=None)
+            yield changed(case, head_dim=case.head_dim_v, head_dim_v=None)
+        for fewer in _fewer_channels(dim):
+            yield changed(case, **{field: fewer})
     if case.level == "layer":
         for hidden in (1, 2, 4, 8, case.hidden // 2):
             if 0 < hidden < case.hidden:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from attn_fuzz.backends.kernel import Capabilities, Configuration
-from attn_fuzz.coverage.axes import AXES, GAPS, OTHER, PLACES, VALUES, Value, group_of
+from attn_fuzz.coverage.axes import AXES, GAPS, PLACES, VALUES, Value, dim_of, group_of, value_channels_of
 from attn_fuzz.coverage.counts import Pair
 from attn_fuzz.coverage.places import Place, places
 from attn_fuzz.generation.domain import Domain
@@ -66,7 +66,7 @@ class Space:
 def _options_taken(space: Space, chosen: Chosen) -> bool:
     """Each option by itself."""
     c, domain = space.capabilities, space.domain
-    dims = {str(dim) if ("head_dim", str(dim)) in PLACES else OTHER for dim in domain.head_dims}
+    dims = {dim_of(dim) for dim in (*domain.every_head_dim, *(dim for dim, _ in domain.value_dims))}
     groups = {group_of(*pair) for pair in (*domain.head_groups, *domain.many_heads)}
     taken = {
         "dtype": set(domain.dtypes),
@@ -79,6 +79,7 @@ def _options_taken(space: Space, chosen: Chosen) -> bool:
         "memory": {*c.memories, *(() if c.layouts else c.far_memories)},
         "max_seqlen": {"tight", "loose"} if c.loose_max_seqlen and not c.layouts else {"tight"},
         "gaps": {"none", *(GAPS[each[0] > 0, each[1] > 0] for each in gaps_taken(c.gaps) if not c.layouts)},
+        "value channels": {"same", *(value_channels_of(*pair) for pair in domain.value_dims)},
     }
     return all(chosen[axis] in values for axis, values in taken.items() if axis in chosen)
 
@@ -100,11 +101,12 @@ def _compiled(space: Space, chosen: Chosen) -> bool:
 def _has(configuration: Configuration, chosen: Chosen) -> bool:
     mine = {
         "dtype": configuration.dtype,
-        "head_dim": str(configuration.head_dim),
+        "head_dim": dim_of(configuration.head_dim),
         "group": group_of(configuration.heads, configuration.kv_heads),
         "mask": "causal" if configuration.causal else "full",
         "window": configuration.window,
         "softcap": "on" if configuration.softcap else "off",
+        "value channels": value_channels_of(configuration.head_dim, configuration.head_dim_v),
     }
     return all(chosen.get(axis, value) == value for axis, value in mine.items())
 
@@ -133,6 +135,17 @@ def _a_call(space: Space, chosen: Chosen) -> bool:
     if all(chosen.get(axis, usual) == usual for axis, usual in _OF_LAYERS.items()):
         return True
     return any(place.level == "kernel" for place in space.places(*chosen.items()))
+
+
+def _values_as_wide(space: Space, chosen: Chosen) -> bool:
+    """Values of a layer are as wide as its keys; of a kernel, as wide as some that it takes."""
+    channels, head_dim = chosen.get("value channels", "same"), chosen.get("head_dim")
+    if channels == "same":
+        same = {dim_of(dim) for dim in space.domain.every_head_dim}
+        return head_dim is None or "value channels" not in chosen or head_dim in same
+    kernels = any(place.level == "kernel" for place in space.places(*chosen.items()))
+    pairs = {(dim_of(dim), value_channels_of(dim, other)) for dim, other in space.domain.value_dims}
+    return kernels and any(other == channels and head_dim in (None, dim) for dim, other in pairs)
 
 
 def _somewhere(space: Space, chosen: Chosen) -> bool:
@@ -195,6 +208,7 @@ RULES: Final[tuple[tuple[Callable[[Space, Chosen], bool], str], ...]] = (
     (_has_a_row_and_a_key, "a call has a query and a key"),
     (_somewhere, "it is not asked there"),
     (_a_call, "it is of kernel calls: a layer keeps its LSE to itself, and makes its calls as they are needed"),
+    (_values_as_wide, "layers have values as wide as their keys, and kernels some others"),
     (_drawn, "it is drawn nearly never"),
     (_shares_rows, "tensors whose rows are one, or far apart, are drawn for single kernel calls only"),
 )

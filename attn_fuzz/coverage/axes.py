@@ -33,7 +33,10 @@ GROUPS: Final = (1, 2, 3, 4, 5, 9)
 """Where classes of query heads per K/V head begin; groups above 8 are of many heads."""
 
 OTHER: Final = "other"
-"""A head dimension that only one backend's declarations name."""
+"""A head dimension that is none of the usual ones."""
+
+VALUE_CHANNELS: Final = ("same", "fewer", "more")
+"""Than queries and keys have."""
 
 
 def _classes(begins: tuple[int, ...]) -> tuple[str, ...]:
@@ -72,6 +75,7 @@ AXES: Final = (
     Axis("window", ("none", "left", "right", "both")),
     Axis("softcap", ("off", "on")),
     Axis("LSE gradient", ("off", "on")),
+    Axis("value channels", VALUE_CHANNELS),
     Axis("memory", (*MEMORIES, *FAR_MEMORIES)),
     Axis("max_seqlen", ("tight", "loose")),
     Axis("gaps", ("none", "queries", "keys", "both")),
@@ -106,18 +110,28 @@ GAPS: Final = {(False, False): "none", (True, False): "queries", (False, True): 
 """Names of where rows between documents are, by (of queries, of keys)."""
 
 
+def dim_of(head_dim: int) -> str:
+    """A head dimension by its name."""
+    return name if ("head_dim", name := str(head_dim)) in PLACES else OTHER
+
+
+def value_channels_of(head_dim: int, head_dim_v: int | None) -> str:
+    """Whether values have as many channels as queries and keys."""
+    return VALUE_CHANNELS[0 if head_dim_v is None else 1 if head_dim_v < head_dim else 2]
+
+
 def options_of(case: Case) -> dict[str, str]:
     """Values of the axes that a case says by itself, whatever documents it has, by axis."""
     chosen = Configuration.of(case)
-    head_dim = str(case.head_dim)
     return {
         "dtype": case.dtype,
-        "head_dim": head_dim if ("head_dim", head_dim) in PLACES else OTHER,
+        "head_dim": dim_of(case.head_dim),
         "group": group_of(case.heads, case.kv_heads),
         "mask": "causal" if case.causal else "full",
         "window": chosen.window,
         "softcap": "on" if case.softcap else "off",
         "LSE gradient": "on" if case.lse_gradient else "off",
+        "value channels": value_channels_of(case.head_dim, case.head_dim_v),
         "memory": case.memory,
         "max_seqlen": "tight" if case.loose_max_seqlen == (0, 0) else "loose",
         "gaps": GAPS[case.gaps[0] > 0, case.gaps[1] > 0],

@@ -15,7 +15,12 @@ from attn_fuzz.campaign.isolated import Isolated, Subject
 from attn_fuzz.reference.case import FAR_MEMORIES, MEMORIES, Case, CaseError
 
 LENGTHS: Final = (5, 33, 16)
-HEAD_DIMS: Final = (1, 5, 8, 16, 24, 32, 64, 80, 96, 128, 192, 256, 320)
+HEAD_DIMS: Final = (1, 5, 8, 16, 24, 32, 64, 80, 96, 128, 192, 256, 320, 512)
+VALUE_DIMS: Final = ((64, 32), (64, 128), (192, 128), (576, 512))
+"""(head_dim, head_dim_v)."""
+
+GROUPS: Final = ((16, 1), (71, 1), (128, 128))
+"""(heads, kv_heads)."""
 
 RIGHT: Final = "right"
 
@@ -50,9 +55,9 @@ class Answer:
 
 def base_case(capabilities: Capabilities) -> Case:
     """A case as plain as the backend allows."""
-    if capabilities.configurations:
+    if compiled := capabilities.configurations or capabilities.compiled_first:
         # Grouped heads are asked about apart.
-        chosen = capabilities.configurations[0]
+        chosen = compiled[0]
         options: dict[str, Any] = {**chosen._asdict(), "window": (-1, -1)}
     else:
         dims = capabilities.head_dims or tuple(
@@ -68,7 +73,7 @@ def base_case(capabilities: Capabilities) -> Case:
 def _questions(base: Case, stated: Capabilities) -> Iterator[tuple[str, bool, dict[str, Any]]]:
     """(name, whether it is declared, changes of the base case)."""
     left_window = stated.window and stated.causal
-    compiles = bool(stated.configurations)
+    compiles = bool(stated.configurations or stated.compiled_first)
     free = not stated.causal_needs_equal_lengths
     yield "plain", True, {}
     yield "layer", True, {"level": "layer", "hidden": 16, "cuts": (3, 20) if stated.causal and free else (5, 38)}
@@ -80,7 +85,13 @@ def _questions(base: Case, stated: Capabilities) -> Iterator[tuple[str, bool, di
         if not compiles or dim == base.head_dim:
             fits = dim <= stated.max_head_dim and dim % stated.head_dim_multiple == 0
             yield f"head_dim {dim}", fits and dim in (stated.head_dims or HEAD_DIMS), {"head_dim": dim}
+    for pair in VALUE_DIMS if not compiles else ():
+        changes = {"head_dim": pair[0], "head_dim_v": pair[1]}
+        yield f"head_dim {pair[0]}, values {pair[1]}", _takes_values(stated, *pair), changes
     yield "grouped heads", stated.gqa, {"heads": 4, "kv_heads": 2}
+    for heads, kv_heads in GROUPS if not compiles else ():
+        taken = stated.gqa or heads == kv_heads
+        yield f"{heads} heads over {kv_heads}", taken, {"heads": heads, "kv_heads": kv_heads}
     yield "causal", stated.causal, {"causal": True}
     yield "non-causal", stated.noncausal, {"causal": False}
     yield "causal, more keys than queries", stated.causal and free, {"causal": True, "key_lengths": (9, 40, 16)}
@@ -114,6 +125,12 @@ def _questions(base: Case, stated: Capabilities) -> Iterator[tuple[str, bool, di
         yield f"gaps between documents of {side}", side in stated.gaps, {"gaps": gaps}
 
 
+def _takes_values(stated: Capabilities, head_dim: int, head_dim_v: int) -> bool:
+    """Whether values of another head_dim than keys are declared."""
+    case = Case(level="kernel", lengths=LENGTHS, head_dim=head_dim, head_dim_v=head_dim_v)
+    return stated.head_dims_v is not None and stated.channels_refused(case) is None
+
+
 def probes(capabilities: Capabilities) -> list[Probe]:
     """All questions to a backend."""
     base = base_case(capabilities)
@@ -136,7 +153,7 @@ def probe_backend(name: str, device: str, tell: Callable[[str, Answer], None]) -
         tell: called with its name and each answer as it comes.
     """
     capabilities = registry.load(name).kernel.capabilities_on(device)
-    compiles = bool(capabilities.configurations or capabilities.layouts)
+    compiles = bool(capabilities.configurations or capabilities.compiles or capabilities.layouts)
     child = Isolated(Subject(registry.ANY + name, device), _COMPILING_SECONDS if compiles else _SECONDS)
     answers = []
     try:

@@ -11,6 +11,7 @@ from typing import Final
 import torch
 
 from attn_fuzz.backends.kernel import Attended, UnsupportedCase
+from attn_fuzz.backends.output import as_output
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.execution.batch_tensors import BatchTensors, side_of_result
 from attn_fuzz.execution.poison import filler, poisoned
@@ -63,11 +64,11 @@ class BatchResult:
     """Implementations that ran."""
 
 
-def _primed(like: torch.Tensor, keys: torch.Tensor, value: float) -> None:
+def _primed(like: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, value: float) -> None:
     """Leaves poison in the blocks that a GPU's next results will be given."""
     # The LSE of a row and a head takes 4 bytes, of which half of the dtypes hold two.
     lse = (*like.shape[:2], 4 // like.element_size())
-    shapes = (like.shape, like.shape, keys.shape, keys.shape, lse)
+    shapes = (as_output(like, values).shape, like.shape, keys.shape, values.shape, lse)
     blocks = [torch.empty(shape, dtype=like.dtype, device=like.device) for shape in shapes]
     # A launch or two for all of them, where filling takes one for each; whatever is there, NaN added to it is NaN.
     if not math.isnan(value):
@@ -174,9 +175,9 @@ class Call:
 
 def _whole(call: Call, poison: str, *, forward_only: bool) -> str:
     """Runs a call of a batch, and says by which implementation it ran."""
-    q, k = call.leaves["q"], call.leaves["k"]
+    q, k, v = call.leaves.values()
     if q.is_cuda and poison != "none":
-        _primed(q, k, filler(poison))
+        _primed(q, k, v, filler(poison))
     call.forward()
     if not forward_only:
         call.backward()
@@ -190,9 +191,10 @@ class _Collector:
     def __init__(self, tensors_of_calls: BatchTensors, names: Sequence[str]) -> None:
         self.tensors_of_calls, self.batch_result = tensors_of_calls, BatchResult()
         self.parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-        q, k = (tensors_of_calls.placed[name].tensor for name in ("q", "k"))
-        self.dtype = q.dtype
-        self.of_row = {name: (k if name in ("dk", "dv") else q).shape[1 : 2 if name == "lse" else 3] for name in names}
+        self.dtype = tensors_of_calls.placed["q"].tensor.dtype
+        like = {"out": "dout", "lse": "q", "dq": "q", "dk": "k", "dv": "v"}
+        shapes = {name: tensors_of_calls.placed[like[name]].tensor.shape for name in names}
+        self.of_row = {name: shape[1 : 2 if name == "lse" else 3] for name, shape in shapes.items()}
 
     def take(self, index: int, got: dict[str, torch.Tensor]) -> None:
         """Adds what a call gave, and zeros for what it did not."""

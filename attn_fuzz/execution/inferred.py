@@ -64,9 +64,9 @@ def _run(backend: Backend, case: Case, inputs: Inputs, device: torch.device) -> 
 def _plain(backend: Backend, device: str, lengths: tuple[int, ...], level: str = "kernel") -> Case:
     """A case of these lengths with nothing special about it."""
     stated = backend.kernel.capabilities_on(device)
-    if stated.configurations:
+    if compiled := stated.configurations or stated.compiled_first:
         # Another one would have to be compiled.
-        plain = options_within(stated.configurations[0], stated, stated.window_sizes or (_SIDE,), itemgetter(0))
+        plain = options_within(compiled[0], stated, stated.window_sizes or (_SIDE,), itemgetter(0))
         return Case(level=level, lengths=lengths, **plain)  # type: ignore[arg-type]
     head_dim = stated.head_dim_multiple * max(1, 16 // stated.head_dim_multiple)
     some = stated.head_dims or (min(head_dim, stated.max_head_dim),)

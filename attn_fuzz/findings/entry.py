@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from attn_fuzz.findings.signature import Signature
-from attn_fuzz.reference.case import Case, CaseError, NewerVersion
+from attn_fuzz.reference.case import Case, CaseError
+from attn_fuzz.reference.case_format import NewerVersion
 
 STATES: Final = ("new", "reduced", "reported", "confirmed", "fix pending", "fixed", "not a bug", "duplicate")
 FOUND_BY: Final = ("campaign unaided", "probe", "published report tried", "person", "not recorded")

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from attn_fuzz.oracle.examine import Verdict
-from attn_fuzz.reference.case import FORMAT, Case, CaseError, NewerVersion, require_format
+from attn_fuzz.reference.case import Case, CaseError
+from attn_fuzz.reference.case_format import FORMAT, NewerVersion, require_format
 
 
 class FindingError(ValueError):

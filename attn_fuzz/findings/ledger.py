@@ -19,7 +19,7 @@ from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.signature import Signature
 from attn_fuzz.findings.store import Store, StoreError, is_file, write_whole
 from attn_fuzz.oracle.known_issues import EFFECTS
-from attn_fuzz.reference.case import NewerVersion
+from attn_fuzz.reference.case_format import NewerVersion
 
 FOLDER: Final = "ledger"
 """Of a store."""

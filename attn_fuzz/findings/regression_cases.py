@@ -13,7 +13,8 @@ from attn_fuzz.backends.registry import found_from, users
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.store import Store, is_file
 from attn_fuzz.reduction.call_sequence import CallSequence, call_sequence_of
-from attn_fuzz.reference.case import FORMAT, Case, CaseError, NewerVersion, require_format
+from attn_fuzz.reference.case import Case, CaseError
+from attn_fuzz.reference.case_format import FORMAT, NewerVersion, require_format
 
 REGRESSIONS = Path("tests") / "regressions"
 """Regression cases of the project in whose folder the command runs."""

@@ -34,6 +34,7 @@ def needs(case: Case) -> dict[str, Any]:
         "gradient of the LSE": case.lse_gradient,
         "max_seqlen": case.loose_max_seqlen != (0, 0),
         "gaps": case.gaps != (0, 0),
+        "values of another head_dim": case.head_dim_v is not None,
     }
 
 

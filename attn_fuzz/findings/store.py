@@ -13,7 +13,7 @@ from pathlib import Path
 from attn_fuzz.backends.registry import users
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.same import first_of
-from attn_fuzz.reference.case import NewerVersion
+from attn_fuzz.reference.case_format import NewerVersion
 
 
 def is_file(path: Path) -> bool:

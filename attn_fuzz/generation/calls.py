@@ -43,10 +43,10 @@ _LONG_WORK: Final = {"cuda": LONG_WORK, "cpu": 1 << 19}
 
 def _affordable(case: Case, device: str) -> int:
     """How many of its documents, from the first on, the reference has time for: at least one."""
-    work = 0.0
+    work, channels = 0.0, (case.head_dim + case.value_dim) / 2
     for index, (queries, keys) in enumerate(zip(case.packed_lengths, case.packed_key_lengths, strict=True)):
-        of_head = queries * keys * (case.head_dim + _SCORE[device])
-        of_head += (queries + keys) * case.head_dim * _CHANNEL[device]
+        of_head = queries * keys * (channels + _SCORE[device])
+        of_head += (queries + keys) * channels * _CHANNEL[device]
         work += case.heads * of_head
         if index and work > _MOST_WORK[device]:
             return index

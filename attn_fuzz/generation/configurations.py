@@ -25,6 +25,13 @@ _USUAL_DIMS: Final = 6
 _WIDEST: Final = 512
 """Channels of all heads together: lengths are drawn without a look at them."""
 
+_WIDEST_OF_MANY: Final = 1152
+"""The same of many heads, beside which long documents are not drawn: 71 heads of 16 channels, or 128 of 8."""
+
+_MANY_HEADS_ONCE_IN: Final = 6
+_VALUE_DIMS_ONCE_IN: Final = 4
+"""Of what is drawn so many have many heads, or values of another head_dim than keys, where those are taken."""
+
 _CANDIDATES: Final = 48
 """So many are drawn, and the one that adds most is taken."""
 
@@ -48,12 +55,18 @@ def _drawn(random: Random, domain: Domain, dims: tuple[int, ...]) -> Iterator[Co
 
 def _any(random: Random, domain: Domain, dims: tuple[int, ...]) -> Configuration:
     """One that is taken, as narrow as it has to be."""
-    head_dim = random.choice(dims)
-    groups = [group for group in domain.head_groups if group[0] * head_dim <= _WIDEST]
-    heads, kv_heads = random.choice(groups or [domain.head_groups[0]])
+    head_dim, head_dim_v = random.choice(dims), None
+    if domain.value_dims and not random.randrange(_VALUE_DIMS_ONCE_IN):
+        usual = [pair for pair in domain.value_dims if pair[0] in dims]
+        head_dim, head_dim_v = random.choice(usual or domain.value_dims)
+    groups, most = domain.head_groups, _WIDEST
+    if not random.randrange(_MANY_HEADS_ONCE_IN):
+        groups, most = domain.many_heads, _WIDEST_OF_MANY
+    narrow = [group for group in groups if group[0] * max(head_dim, head_dim_v or 0) <= most]
+    heads = random.choice(narrow or [domain.head_groups[0]])
     causal, window = random.choice(masks(domain.capabilities))
     softcap = random.choice((0.0, 0.0, 20.0)) if domain.capabilities.softcap else 0.0
-    return Configuration(random.choice(domain.dtypes), head_dim, heads, kv_heads, causal, window, softcap)
+    return Configuration(random.choice(domain.dtypes), head_dim, *heads, causal, window, softcap, head_dim_v)
 
 
 def _traits(configuration: Configuration) -> Iterator[Hashable]:
@@ -93,6 +106,12 @@ def _rotated(some: list[Configuration], seed: int) -> Iterator[Configuration]:
     yield from (*some[turn:], *some[:turn])
 
 
+def _plain_first(some: list[Configuration]) -> list[Configuration]:
+    """With one in front that layers have, too, if there is any: they have to have something to draw from."""
+    place = next((place for place, each in enumerate(some) if each.head_dim_v is None), 0)
+    return [*some[place : place + 1], *some[:place], *some[place + 1 :]]
+
+
 def in_order(domain: Domain, seed: int) -> Iterator[Configuration]:
     """Configurations of a backend, up to ``MOST`` where it takes many.
 
@@ -113,6 +132,7 @@ def in_order(domain: Domain, seed: int) -> Iterator[Configuration]:
     while len(first) < max(FIRST, 2 * len(tried)):
         known = covered.best(tried) if len(first) % 2 == 0 else None
         first.append(known or covered.best(_drawn(always, domain, domain.head_dims[:_USUAL_DIMS])))
-    yield from _rotated([each for each in first if each is not None], seed)
-    while len(covered.taken) < MOST and (best := covered.best(_drawn(later, domain, domain.head_dims))) is not None:
+    yield from _plain_first(list(_rotated([each for each in first if each is not None], seed)))
+    dims = domain.every_head_dim
+    while len(covered.taken) < MOST and (best := covered.best(_drawn(later, domain, dims))) is not None:
         yield best

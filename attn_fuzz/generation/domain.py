@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from attn_fuzz.backends.kernel import Capabilities
+from attn_fuzz.reference.case import MAX_HEAD_DIM
 
 HEAD_GROUPS: tuple[tuple[int, int], ...] = (
     *((1, 1), (2, 1), (2, 2), (4, 2), (3, 1), (6, 2), (4, 1), (8, 8)),
@@ -21,10 +24,29 @@ MANY_HEADS: tuple[tuple[int, int], ...] = (
 """Drawn seldom, for short documents: groups above 8, as Gemma's, Llama's and Falcon's, and more heads than a warp has
 threads, as DeepSeek's."""
 
+USUAL_HEADS: Final = 16
+"""Of more heads fewer documents are drawn, or shorter ones."""
+
 HEAD_DIMS: tuple[int, ...] = (16, 8, 32, 64, 24, 5, 80, 96, 128, 192, 256, 1, 320, 48, 36, 40, 72, 100, 112, 160, 224)
+"""The usual ones, and one of each odd kind; drawn most often."""
+
+EVERY_HEAD_DIM: tuple[int, ...] = tuple(dict.fromkeys((*HEAD_DIMS, *range(8, 513, 8), MAX_HEAD_DIM)))
+"""The usual ones, and all else that kernels name: each multiple of 8."""
+
+VALUE_DIMS: tuple[tuple[int, int], ...] = (
+    *((16, 32), (32, 16), (192, 128), (64, 128), (8, 16), (16, 8), (64, 32), (128, 64), (24, 40), (96, 64), (5, 3)),
+    *((2, 9), (64, 256), (128, 96), (40, 24), (256, 128), (72, 128), (80, 48), (576, 512), (64, 512), (1, 8)),
+)
+"""(head_dim, head_dim_v): either may be larger; those of latent attention are 192 and 128, and 576 and 512."""
 
 
 _T = TypeVar("_T")
+
+
+@functools.lru_cache(maxsize=64)
+def _value_dims(dims: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Those pairs of which both are taken; where that is none, of all that are, simplest first."""
+    return tuple(pair for pair in VALUE_DIMS if set(pair) <= set(dims)) or tuple(itertools.permutations(dims[:4], 2))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,8 +61,8 @@ class Domain:
     tensor_ranks: tuple[int, ...] = (1,)
     """Over how many ranks each of those spreads its query heads; one of these."""
     aim: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict, hash=False)
-    """What draws are to have where they can: ``dtype``, ``head_dim``, ``heads`` (pairs of ``HEAD_GROUPS``), ``causal``
-    and ``memory``, by name; a campaign aims at what has had too few."""
+    """What draws are to have where they can: ``dtype``, ``head_dim``, ``heads`` (pairs of ``HEAD_GROUPS``), ``causal``,
+    ``memory`` and ``values`` (pairs of ``value_dims``), by name; a campaign aims at what has had too few."""
 
     def towards(self, name: str, choices: Sequence[_T]) -> list[_T]:
         """Those of some choices that are aimed at; all of them where none is."""
@@ -77,12 +99,38 @@ class Domain:
         )
 
     @property
+    def for_layers(self) -> Domain:
+        """The same for layers, whose values have as many channels as their keys."""
+        stated = self.capabilities
+        configurations = tuple(each._replace(head_dim_v=None) for each in stated.configurations)
+        narrow = dataclasses.replace(stated, head_dims_v=False, configurations=configurations)
+        return dataclasses.replace(self, capabilities=narrow)
+
+    @functools.cached_property
     def head_dims(self) -> tuple[int, ...]:
-        multiple = self.capabilities.head_dim_multiple
-        limit = self.capabilities.max_head_dim
-        some = self.capabilities.head_dims or HEAD_DIMS
-        dims = tuple(dim for dim in some if dim % multiple == 0 and dim <= limit)
-        return dims or (min(multiple, limit),)
+        """The usual ones that are taken, simplest first; where only a few are taken, those."""
+        stated = self.capabilities.head_dims
+        if len(stated) > len(HEAD_DIMS):
+            stated = tuple(dim for dim in stated if dim in HEAD_DIMS) or stated
+        return self._dims(stated or HEAD_DIMS)
+
+    @functools.cached_property
+    def every_head_dim(self) -> tuple[int, ...]:
+        """All that are taken, the usual ones first."""
+        return self._dims(self.capabilities.head_dims or EVERY_HEAD_DIM)
+
+    def _dims(self, some: Sequence[int]) -> tuple[int, ...]:
+        multiple, limit = self.capabilities.head_dim_multiple, self.capabilities.max_head_dim
+        return tuple(dim for dim in some if dim % multiple == 0 and dim <= limit) or (min(multiple, limit),)
+
+    @functools.cached_property
+    def value_dims(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of a head_dim and another one of values that are taken."""
+        pairs = self.capabilities.head_dims_v
+        if isinstance(pairs, tuple):
+            return pairs
+        # Not where it is not known: what a user's kernel takes is found out before.
+        return _value_dims(self.every_head_dim) if pairs else ()
 
     @property
     def head_groups(self) -> tuple[tuple[int, int], ...]:

@@ -73,7 +73,7 @@ def draw_fixed_calls(
         if call is None or backend.refusal(call, domain.device) is not None:
             continue
         pairs = zip(call.packed_lengths, call.packed_key_lengths, strict=True)
-        work += sum(queries * keys for queries, keys in pairs) * call.heads * call.head_dim
+        work += sum(queries * keys for queries, keys in pairs) * call.heads * max(call.head_dim, call.value_dim)
         if drawn and work > most_work:
             break
         drawn.append(call)

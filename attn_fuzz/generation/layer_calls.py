@@ -94,6 +94,7 @@ def draw_layer_batch(random: Random, backend: Backend, domain: Domain, calls: in
         calls: how many are drawn.
         longest: tokens of the longest document.
     """
+    domain = domain.for_layers
     for _ in range(_ATTEMPTS):
         every = random.random() < _ANY_OPTIONS
         options = draw_options(random, domain, every=every)

@@ -10,11 +10,11 @@ from typing import Final
 import torch
 
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.generation.domain import Domain
+from attn_fuzz.generation.domain import USUAL_HEADS, Domain
 from attn_fuzz.generation.layouts import FEW_KEYS, LONG_ROWS, TILE_EDGES, takes_few_keys
 from attn_fuzz.generation.options import options_within, usual_scales
 from attn_fuzz.generation.placement import placed_at_random
-from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.case import MAX_HEAD_DIM, Case
 
 LONGEST: Final = {"cuda": ((64, 128), (16, 32), (256, 400)), "cpu": ((16, 32), (16, 32), (64, 128))}
 """(queries, keys) of the longest documents of calls, in turn; (256, 400) has 103,057 different pairs."""
@@ -30,13 +30,16 @@ VALUES: Final = ("gaussian", "gaussian", "gaussian", "large", "offset")
 _MANY_HEADS: Final = 0.15
 """Share of calls with groups above 8, or more heads than 32."""
 
-USUAL_HEADS: Final = 16
-"""Of more heads fewer documents are drawn, or shorter ones."""
-
 _WIDEST: Final = 1024
 """Channels of so many heads together, where head dimensions that small are taken: a layer's weights take the square."""
 
-_LONG_ROWS: Final = 0.2
+_ANY_HEAD_DIM: Final = 0.4
+"""Share of calls from all options whose head dimension is any that is taken, usual or not."""
+
+_VALUE_DIMS: Final = 0.1
+"""Share of calls whose values have another number of channels than their keys, where those are taken."""
+
+_LONG_ROWS: Final = 0.35
 """Share of calls in which one document has thousands of queries, where it may."""
 
 LSE_GRADIENTS: Final = 0.25
@@ -117,11 +120,12 @@ def draw_options(random: Random, domain: Domain, *, every: bool = False) -> dict
     if capabilities.window and random.random() < 0.4:
         left = random.choice(WINDOW_SIDES)
         window = (left, -1) if causal else random.choice(_both_sides(left, random.choice(WINDOW_SIDES)))
-    heads, kv_heads, head_dim = _draw_heads(random, domain, some)
+    heads, kv_heads, head_dim, head_dim_v = _draw_heads(random, domain, some)
     return {
         "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
+        "head_dim_v": head_dim_v,
         "causal": causal,
         "window": window,
         "softcap": random.choice((0.0, 0.0, 0.0, 20.0)) if capabilities.softcap else 0.0,
@@ -155,21 +159,29 @@ def _both_sides(left: int, right: int) -> tuple[tuple[int, int], ...]:
     return (left, left), (left, right), (left, -1), (-1, right)
 
 
-def _draw_heads(random: Random, domain: Domain, some: int | None) -> tuple[int, int, int]:
-    """(heads, kv_heads, head_dim), of the first ``some`` of each; many heads now and then, as narrow as they may be.
+def _draw_heads(random: Random, domain: Domain, some: int | None) -> tuple[int, int, int, int | None]:
+    """(heads, kv_heads, head_dim, head_dim_v), of the first ``some`` of each; many heads now and then, narrow.
 
     What is aimed at is of all of them.
     """
     some_dims = None if "head_dim" in domain.aim else some
-    groups, dims = domain.head_groups[:some], domain.head_dims[:some_dims]
+    every = "head_dim" in domain.aim or (some is None and random.random() < _ANY_HEAD_DIM)
+    all_dims = domain.every_head_dim if every else domain.head_dims
+    groups, dims = domain.head_groups[:some], all_dims[:some_dims]
     if "heads" in domain.aim:
         groups = (*domain.head_groups, *domain.many_heads)
     elif domain.many_heads and random.random() < _MANY_HEADS:
         groups = domain.many_heads
     heads, kv_heads = random.choice(domain.towards("heads", groups))
     if heads > USUAL_HEADS or heads > 8 * kv_heads:
-        dims = tuple(dim for dim in domain.head_dims if heads * dim <= _WIDEST)[:some_dims] or (min(domain.head_dims),)
-    return heads, kv_heads, random.choice(domain.towards("head_dim", dims))
+        dims = tuple(dim for dim in all_dims if heads * dim <= _WIDEST)[:some_dims] or (min(domain.head_dims),)
+    values = "values" in domain.aim
+    pairs = domain.value_dims if values or "head_dim" not in domain.aim else ()
+    if pairs and (values or random.random() < _VALUE_DIMS):
+        most = _WIDEST if heads > USUAL_HEADS or heads > 8 * kv_heads or some is not None else heads * MAX_HEAD_DIM
+        if narrow := [pair for pair in pairs if heads * max(pair) <= most]:
+            return heads, kv_heads, *random.choice(domain.towards("values", narrow))
+    return heads, kv_heads, random.choice(domain.towards("head_dim", dims)), None
 
 
 def _with_long_row(
@@ -181,7 +193,7 @@ def _with_long_row(
     """
     lengths, keys = drawn
     rows, place = random.choice(LONG_ROWS), random.randrange(len(lengths))
-    width = int(options["heads"]) * int(options["head_dim"])  # type: ignore[call-overload]
+    width = int(options["heads"]) * max(int(options["head_dim"]), int(options["head_dim_v"] or 0))  # type: ignore[call-overload]
     most = min(FEW_KEYS, work // (rows * width))
     if not most or not takes_few_keys(domain.capabilities, causal=bool(options["causal"])):
         return lengths, keys

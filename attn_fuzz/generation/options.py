@@ -13,7 +13,9 @@ from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.layouts import MAX_PAIRS, among, seldom
 from attn_fuzz.reference.case import VALUES
 
-_MANY_HEADS_ONCE_IN = 16
+_MANY_HEADS_ONCE_IN = 12
+_ANY_HEAD_DIM_ONCE_IN = 4
+_VALUE_DIM_ONCE_IN = 12
 
 # A float64 reference keeps several [samples, heads, q, k] tensors: this bounds heads * longest^2 where it can.
 _MAX_SCORES = {"kernel": 1 << 17, "layer": 1 << 14}
@@ -121,6 +123,26 @@ def free_options(draw: st.DrawFn, domain: Domain, level: str) -> dict[str, objec
     }
 
 
+def channels(draw: st.DrawFn, domain: Domain, level: str, narrow: Callable[[int], bool]) -> tuple[int, int | None]:
+    """(head_dim, head_dim_v): the usual ones most often, then any that is taken, and two that differ.
+
+    Args:
+        draw: Hypothesis's.
+        domain: what to draw from.
+        level: ``kernel`` or ``layer``, whose values have as many channels as keys.
+        narrow: whether there is time for so many channels.
+    """
+    aimed, values = "head_dim" in domain.aim, "values" in domain.aim
+    if level == "kernel" and domain.value_dims and (values or not aimed):
+        differ: bool = values or draw(seldom(_VALUE_DIM_ONCE_IN))
+        if pairs := [pair for pair in domain.value_dims if narrow(max(pair))] if differ else []:
+            head_dim, head_dim_v = draw(among(domain.towards("values", pairs)))
+            return head_dim, head_dim_v
+    some = domain.every_head_dim if aimed or draw(seldom(_ANY_HEAD_DIM_ONCE_IN)) else domain.head_dims
+    dims = [dim for dim in some if narrow(dim)] or domain.head_dims[:1]
+    return draw(among(domain.towards("head_dim", dims))), None
+
+
 def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int], past: int = 0) -> dict[str, object]:
     """Everything that kernel and layer cases share.
 
@@ -154,18 +176,20 @@ def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int],
         groups = fitting((*domain.head_groups, *domain.many_heads))
     least = domain.head_groups[: 2 if pairs <= _MAX_SHARED_PAIRS else 1]
     heads, kv_heads = draw(among(domain.towards("heads", groups or least)))
-    dims = [
-        dim
-        for dim in domain.head_dims
-        if (tokens + past // 2) * heads * dim * share <= _MAX_CHANNELS[level]
-        and pairs * heads * dim * share <= _MAX_PRODUCTS
-        and (level == "kernel" or heads * dim <= _MAX_WIDTH)
-    ]
-    head_dim = draw(among(domain.towards("head_dim", dims or domain.head_dims[:1])))
+
+    def narrow(dim: int) -> bool:
+        return (
+            (tokens + past // 2) * heads * dim * share <= _MAX_CHANNELS[level]
+            and pairs * heads * dim * share <= _MAX_PRODUCTS
+            and (level == "kernel" or heads * dim <= _MAX_WIDTH)
+        )
+
+    head_dim, head_dim_v = channels(draw, domain, level, narrow)
     return {
         "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
+        "head_dim_v": head_dim_v,
         "causal": causal,
         "window": windows(draw, domain, causal=causal, longest=longest),
         "scale": draw(scales(capabilities, head_dim)),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from attn_fuzz.backends.kernel import Capabilities
 from attn_fuzz.cases.repair import fitted
 from attn_fuzz.cases.spread import in_multiples
-from attn_fuzz.generation.domain import Domain
+from attn_fuzz.generation.domain import USUAL_HEADS, Domain
 from attn_fuzz.generation.fixed_layouts import pooled_cuts, pooled_keys, pooled_lengths
 from attn_fuzz.generation.layouts import (
     CROWD,
@@ -74,10 +74,11 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
         if long is not None:
             return long
     if number is None:
-        lengths = draw(document_lengths(empty=capabilities.empty_documents, many=MANY, very_long=VERY_LONG))
+        very_long = longest_of(capabilities)
+        lengths = draw(document_lengths(empty=capabilities.empty_documents, many=MANY, very_long=very_long))
     else:
         lengths = pooled_lengths(number, capabilities)
-    straddling_one, past = long_pasts(draw, lengths) if number is None else (0, 0)
+    straddling_one, past = long_pasts(draw, lengths) if number is None and longest_of(capabilities) else (0, 0)
     chosen = options(draw, domain, "kernel", lengths, past)
     key_lengths = None
     if number is not None:
@@ -107,6 +108,12 @@ def crowd(draw: st.DrawFn, domain: Domain) -> Case:
     """A call of more documents than 16 bits count, of one token each."""
     lengths = [1] * CROWD
     return Case(level="kernel", lengths=tuple(lengths), **options(draw, domain, "kernel", lengths))  # type: ignore[arg-type]
+
+
+def longest_of(capabilities: Capabilities) -> tuple[int, ...]:
+    """Lengths that are drawn seldom; none where what is compiled has many heads, for what both cost together."""
+    many = any(configuration.heads > USUAL_HEADS for configuration in capabilities.configurations)
+    return () if many else VERY_LONG
 
 
 def capacities(capabilities: Capabilities) -> st.SearchStrategy[int]:
@@ -245,7 +252,7 @@ def rank_cases(draw: st.DrawFn, domain: Domain, ranks: int, tensor_ranks: int = 
 
 def cases(level: str, domain: Domain) -> st.SearchStrategy[Case]:
     """Cases of a level."""
-    return kernel_cases(domain) if level == "kernel" else layer_cases(domain)
+    return kernel_cases(domain) if level == "kernel" else layer_cases(domain.for_layers)
 
 
 def straddling(case: Case) -> bool:

@@ -7,11 +7,14 @@ from random import Random
 from typing import Any, Final
 
 from attn_fuzz.coverage.allowed import Space
-from attn_fuzz.coverage.axes import PLACES, Value, group_of
+from attn_fuzz.coverage.axes import PLACES, Value, dim_of, group_of, value_channels_of
 from attn_fuzz.coverage.counts import Pair
 from attn_fuzz.reference.case import Case
 
-AIMABLE: Final = {"dtype": "dtype", "head_dim": "head_dim", "group": "heads", "mask": "causal", "memory": "memory"}
+AIMABLE: Final = {
+    **{"dtype": "dtype", "head_dim": "head_dim", "group": "heads", "mask": "causal", "memory": "memory"},
+    "value channels": "values",
+}
 """Axes whose values a draw can be asked for, and by which name (``generation.domain.Domain.aim``). Of the others each
 value comes up in every few cases, or with the mode and level."""
 
@@ -26,9 +29,11 @@ def _raw(space: Space, value: Value) -> tuple[Any, ...]:
     axis, name = value
     domain = space.domain
     if axis == "head_dim":
-        return tuple(dim for dim in domain.head_dims if (axis, str(dim)) == value)
+        return tuple(dim for dim in domain.every_head_dim if dim_of(dim) == name)
     if axis == "group":
         return tuple(pair for pair in (*domain.head_groups, *domain.many_heads) if group_of(*pair) == name)
+    if axis == "value channels":
+        return tuple(pair for pair in domain.value_dims if value_channels_of(*pair) == name)
     return (name == "causal",) if axis == "mask" else (name,)
 
 
@@ -38,6 +43,8 @@ def aim_at(space: Space, *values: Value) -> dict[str, tuple[Any, ...]]:
     if ("window", "right") in values or ("window", "both") in values:
         # Causal attention has no such windows.
         found["causal"] = (False,)
+    if (pairs := found.get("values")) and (dims := found.pop("head_dim", ())):
+        found["values"] = tuple(pair for pair in pairs if pair[0] in dims)
     return {name: raw for name, raw in found.items() if raw}
 
 
@@ -49,6 +56,7 @@ def aim_at_case(case: Case) -> dict[str, tuple[Any, ...]]:
         "heads": ((case.heads, case.kv_heads),),
         "causal": (case.causal,),
         "memory": (case.memory,),
+        **({} if case.head_dim_v is None else {"values": ((case.head_dim, case.head_dim_v),)}),
     }
 
 

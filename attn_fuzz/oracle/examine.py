@@ -9,8 +9,9 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.backends.kernel import MisshapenResult, UnsupportedCase
+from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.known import KnownIssue, built_on, issues_below, issues_of
+from attn_fuzz.backends.output import MisshapenResult
 from attn_fuzz.backends.registry import Backend, calls_of
 from attn_fuzz.backends.user import InsideLayer, UserKernel
 from attn_fuzz.execution.observation import Observation

@@ -182,8 +182,20 @@ def _larger(case: Case, backend: Backend) -> Iterator[Case]:
     with contextlib.suppress(CaseError):
         if "kernel" in backend.levels:
             # What a layer adds is not what is asked for.
-            names = ("heads", "kv_heads", "head_dim", "causal", "window", "scale", "softcap", "dtype", "seed")
-            plain = Case(level="kernel", lengths=(5, 70), **{name: getattr(case, name) for name in names})
+            names = (
+                "heads",
+                "kv_heads",
+                "head_dim",
+                "head_dim_v",
+                "causal",
+                "window",
+                "scale",
+                "softcap",
+                "dtype",
+                "seed",
+            )
+            options = {name: getattr(case, name) for name in (*names, "seed")}
+            plain = Case(level="kernel", lengths=(5, 70), **options)
         else:
             plain = case.replace(**changes)
         yield plain.replace(values="gaussian")

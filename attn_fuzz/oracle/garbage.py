@@ -40,10 +40,9 @@ def _fits(case: Case, queries: float, keys: float, values: float, gradients: flo
 def kernel_garbage(case: Case) -> float:
     """A negative number for q, k, v and the output gradient of a kernel case: 96, or half of it so often as needed."""
     size = LARGEST
-    width = case.head_dim**0.5
+    channels = {"q": case.head_dim, "k": case.head_dim, "v": case.value_dim, "dout": case.value_dim}
     while size > _LEAST:
-        drawn = (largest_norm(case.values, name, case.head_dim) for name in ("q", "k", "v", "dout"))
-        rows = [max(width * size, norm) for norm in drawn]
+        rows = [max(dim**0.5 * size, largest_norm(case.values, name, dim)) for name, dim in channels.items()]
         if _fits(case, *rows):
             break
         size /= 2

@@ -47,7 +47,7 @@ def factors(dtype: str, got: torch.Tensor, expected: Expected, spans: Sequence[S
 
     Args:
         dtype: of the result; in ``fp32`` every element is told by itself, and no factor is wrong.
-        got: ``[tokens, heads, head_dim]``, finite.
+        got: ``[tokens, heads, channels]``, finite.
         expected: the answer, with its degrees of freedom.
         spans: where documents lie.
     """

@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 
 from attn_fuzz.backends.arithmetic import declared_facts
+from attn_fuzz.backends.output import as_output
 from attn_fuzz.backends.sdpa import as_flash_does
 from attn_fuzz.backends.user import UserKernel
 from attn_fuzz.oracle.deviations import deviations, limit
@@ -138,6 +139,7 @@ def _case(inputs: Inputs, lengths: tuple[int, ...], key_lengths: tuple[int, ...]
         heads=q.shape[1],
         kv_heads=k.shape[1],
         head_dim=q.shape[2],
+        head_dim_v=inputs.v.shape[2],
         dtype=_NAMES[q.dtype],
         causal=masking.causal,
         window=masking.window,
@@ -149,11 +151,13 @@ def _case(inputs: Inputs, lengths: tuple[int, ...], key_lengths: tuple[int, ...]
 
 def _require(results: Mapping[str, torch.Tensor], inputs: Inputs) -> None:
     """Raises ValueError for tensors that do not belong together."""
-    q, k = inputs.q, inputs.k
-    if q.dim() != 3 or k.dim() != 3 or q.dtype not in _NAMES:
+    q, k, v = inputs.q, inputs.k, inputs.v
+    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3 or q.dtype not in _NAMES:
         raise ValueError("q, k and v must be [tokens, heads, head_dim] in float32, bfloat16 or float16")
-    like = {"k": k, "v": k, "out": q, "dout": q, "dq": q, "dk": k, "dv": k}
-    for name, x in {"k": k, "v": inputs.v, "dout": inputs.dout, **results}.items():
+    # Values may have channels of their own, and so may the output then.
+    out, values = as_output(q, v), as_output(k, v)
+    like = {"k": as_output(k, q), "v": values, "out": out, "dout": out, "dq": q, "dk": k, "dv": values}
+    for name, x in {"k": k, "v": v, "dout": inputs.dout, **results}.items():
         shape = like[name].shape if name in like else q.shape[:2]
         if x.shape != shape:
             raise ValueError(f"{name} has shape {list(x.shape)}, but should have {list(shape)}")

@@ -16,7 +16,8 @@ from typing import Any, Final, NoReturn
 import torch
 import torch.distributed as dist
 
-from attn_fuzz.backends.kernel import MisshapenResult, UnsupportedCase
+from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.backends.output import MisshapenResult
 from attn_fuzz.ranks.client import Client, HostError
 from attn_fuzz.ranks.pickling import packed, unpacked
 from attn_fuzz.ranks.progress import Progress

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from attn_fuzz.backends.collectives import Collectives, Distributed
-from attn_fuzz.backends.kernel import MisshapenResult, UnsupportedCase
+from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.backends.output import MisshapenResult
 from attn_fuzz.execution.origin import place_of
 from attn_fuzz.execution.process import first_line, lacks_memory, set_up_process
 from attn_fuzz.ranks.pickling import packed, unpacked

@@ -59,6 +59,7 @@ def _changes(case: Case) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield "no softcap", {"softcap": 0.0}
     yield "the usual scale", {"scale": None}
     yield "no gradient of the LSE", {"lse_gradient": False}
+    yield "values as wide as keys", {"head_dim_v": None}
     yield "contiguous memory", {"memory": "contiguous"}
     yield "no rows behind the documents", {"capacity": 0}
     yield "no rows between documents", {"gaps": (0, 0)}

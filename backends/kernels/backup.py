@@ -15,7 +15,7 @@ class Backup(Kernel):
 
     name = "backup"
     paths = frozenset({"baddbmm"})
-    capabilities = Capabilities(capacity=False, isolates_nonfinite=False, graphs=None, traceable=None)
+    capabilities = Capabilities(capacity=False, isolates_nonfinite=False, head_dims_v=True, graphs=None, traceable=None)
     profile = Profile(
         scales_gradients=True,
         rounds_scores=True,
@@ -46,7 +46,8 @@ class Backup(Kernel):
         weights = torch.where(mask, weights, torch.finfo(torch.float32).min).softmax(-1)
         weights = torch.where(mask, weights, 0.0).to(q.dtype)
         out = torch.bmm(weights.flatten(1, 2), v.transpose(0, 1))
-        return Attended(out.view(kv_heads, tokens_q, group, head_dim).transpose(0, 1).flatten(1, 2), None, "baddbmm")
+        placed = out.view(kv_heads, tokens_q, group, v.shape[2]).transpose(0, 1).flatten(1, 2)
+        return Attended(placed, None, "baddbmm")
 
 
 KERNEL = Backup()

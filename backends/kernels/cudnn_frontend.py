@@ -30,7 +30,9 @@ class CudnnFrontend(Kernel):
     capabilities = Capabilities(
         devices=("cuda",),
         dtypes=HALF_DTYPES,
-        head_dims=(64, 128),
+        max_head_dim=128,
+        head_dim_multiple=8,
+        head_dims_v=True,
         softcap=False,
         scale=False,
         window_convention="left: keys with the row itself counted; right: not counted; -1 for no bound",
@@ -40,7 +42,8 @@ class CudnnFrontend(Kernel):
         capacity=False,
         repeatable_backward=False,
         covers_all_rows=False,
-        configurations=CONFIGURATIONS,
+        compiles=True,
+        compiled_first=CONFIGURATIONS,
         window_sizes=(7,),
         layouts=4,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 
@@ -11,6 +11,13 @@ from attn_fuzz.backends.flash2 import ALIGNED_MEMORIES
 from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.reference.case import FAR_MEMORIES
+
+VALUE_DIMS: Final = (
+    *((dim, other) for dim in range(8, 65, 8) for other in range(8, 257, 8) if dim != other),
+    *((dim, other) for dim in range(136, 193, 8) for other in range(104, 129, 8)),
+)
+"""(head_dim, head_dim_v) that its forward takes, as far as its backward goes: up to 64 beside up to 256, and up to 192
+beside up to 128. The forward alone takes 512."""
 
 
 class Flash3(Kernel):
@@ -23,6 +30,7 @@ class Flash3(Kernel):
         dtypes=HALF_DTYPES,
         max_head_dim=256,
         head_dim_multiple=8,
+        head_dims_v=VALUE_DIMS,
         softcap=False,
         memories=(*ALIGNED_MEMORIES, "strided", "broadcast"),
         isolates_nonfinite=False,

@@ -30,7 +30,10 @@ class Flash4(Kernel):
     capabilities = Capabilities(
         devices=("cuda",),
         dtypes=HALF_DTYPES,
-        head_dims=(64, 128),
+        # On Hopper: (8 to 256, 8 to 256), says its own check of both head dimensions.
+        max_head_dim=256,
+        head_dim_multiple=8,
+        head_dims_v=True,
         window_convention="(left, right), the row itself not counted, None for no bound",
         memories=MEMORIES,
         isolates_nonfinite=False,
@@ -41,7 +44,8 @@ class Flash4(Kernel):
         crowds=True,
         far_memories=FAR_MEMORIES,
         gaps=("q", "k"),
-        configurations=CONFIGURATIONS,
+        compiles=True,
+        compiled_first=CONFIGURATIONS,
     )
 
     # Softcap goes through the hardware's tanh, in its fast-math form.

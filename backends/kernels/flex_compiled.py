@@ -45,12 +45,15 @@ class FlexCompiled(Kernel):
     compiled = True
     capabilities = Capabilities(
         devices=("cuda",),
-        head_dims=(16, 32, 64),
+        # Below 16 it says that it does not; what is no power of two is padded.
+        head_dims=(16, 32, 64, *(dim for dim in range(24, 129, 8) if dim not in (32, 64))),
+        head_dims_v=True,
         scale=False,
         capacity=False,
         isolates_nonfinite=False,
         repeatable_backward=False,
-        configurations=CONFIGURATIONS,
+        compiles=True,
+        compiled_first=CONFIGURATIONS,
         # Lengths are data to it, but totals of one token, or of up to one block of 128, are compiled apart.
         layouts=12,
         # So is every pattern of strides, ten seconds each; the eager one takes all of them.

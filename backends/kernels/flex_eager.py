@@ -15,7 +15,9 @@ class FlexEager(Kernel):
 
     name = "flex_eager"
     paths = frozenset({"flex eager"})
-    capabilities = Capabilities(devices=("cuda",), capacity=False, isolates_nonfinite=False, repeatable_backward=False)
+    capabilities = Capabilities(
+        devices=("cuda",), head_dims_v=True, capacity=False, isolates_nonfinite=False, repeatable_backward=False
+    )
     profile = Profile(
         scales_gradients=True,
         rounds_scores=True,

@@ -20,6 +20,7 @@ class LoopKernel(Kernel):
     capabilities = Capabilities(
         covers_all_rows=False,
         lse_gradient=True,
+        head_dims_v=True,
         loose_max_seqlen=True,
         crowds=True,
         gaps=("q", "k"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from attn_fuzz.backends.flash2 import ALIGNED_MEMORIES
@@ -64,6 +66,10 @@ class SdpaDense(Kernel):
         *heads_first, attn_mask=mask.to(DEVICE)[None, None], scale=SCALE
     )
     return out[0].transpose(0, 1)"""
+
+    def capabilities_on(self, device: str) -> Capabilities:
+        # On CPU values of another head_dim would go to the unfused composition, which rounds elsewhere.
+        return dataclasses.replace(self.capabilities, head_dims_v=device == "cuda")
 
     def profile_on(self, device: str) -> Profile:
         return as_flash_does(self.profile, device)

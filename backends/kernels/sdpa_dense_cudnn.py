@@ -28,10 +28,13 @@ class SdpaDenseCudnn(ForcedDense):
         ForcedDense.capabilities,
         devices=("cuda",),
         dtypes=HALF_DTYPES,
-        head_dims=(8, 32, 64, 128),
+        max_head_dim=128,
+        head_dim_multiple=8,
+        head_dims_v=True,
         scale=False,
         memories=ALIKE_MEMORIES,
-        configurations=CONFIGURATIONS,
+        compiles=True,
+        compiled_first=CONFIGURATIONS,
         layouts=12,
     )
 

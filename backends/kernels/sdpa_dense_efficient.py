@@ -14,7 +14,7 @@ class SdpaDenseEfficient(ForcedDense):
     forced = "efficient"
     paths = frozenset({"dense efficient"})
     capabilities = dataclasses.replace(
-        ForcedDense.capabilities, devices=("cuda",), head_dim_multiple=8, queries_without_keys=True
+        ForcedDense.capabilities, devices=("cuda",), head_dim_multiple=8, head_dims_v=True, queries_without_keys=True
     )
 
 

@@ -36,7 +36,7 @@ class SdpaDenseMath(ForcedDense):
     forced = "math"
     paths = frozenset({"dense math"})
     capabilities = dataclasses.replace(
-        SdpaDense.capabilities, memories=MEMORIES, queries_without_keys=True, repeatable_backward=True
+        SdpaDense.capabilities, memories=MEMORIES, head_dims_v=True, queries_without_keys=True, repeatable_backward=True
     )
     profile = Profile(
         scales_inputs=True,

@@ -28,6 +28,7 @@ class TorchEfficient(Kernel):
     capabilities = Capabilities(
         devices=("cuda",),
         head_dim_multiple=8,
+        head_dims_v=True,
         gqa=False,
         window_needs_causal=True,
         window_convention="keys to the left, the row itself counted; causal only",

@@ -34,6 +34,8 @@ class Xformers(Kernel):
     capabilities = Capabilities(
         devices=("cuda",),
         head_dim_multiple=8,
+        # Both of its operators say SUPPORTS_DIFFERENT_VALUE_EMBED.
+        head_dims_v=True,
         # Grouped heads are a dimension of their own to it, and raise in the backward of block-diagonal masks.
         gqa=False,
         # Local masks have no backward in the CUTLASS kernel.

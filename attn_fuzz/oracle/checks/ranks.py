@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from attn_fuzz.backends.kernel import first_mismatch
+from attn_fuzz.backends.output import first_mismatch
 from attn_fuzz.oracle.symptoms import DeadRowsNotZero, Element, Place, RanksDiffer, Symptom
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.case import Case

@@ -94,14 +94,15 @@ class Census:
             device: where they are made.
             profile: how the backend computes.
         """
-        v, k = (signs(case, name, case.kv_heads, device, keys=True) for name in ("census", "probe keys"))
+        v = signs(case, "census", case.kv_heads, device, keys=True, values=True)
+        k = signs(case, "probe keys", case.kv_heads, device, keys=True)
         places = RowIndex(case, device)
         # Opposite neighbours: no run of keys can drift.
         v = places.paired(v, keys=True)
         row, head, channel = _hot(case, places)
         dout = _one_hot(case, places, row, head, channel)
         shift = equal_product(case, fp16=in_fp16(case, profile))
-        q = torch.zeros_like(dout)
+        q = dout.new_zeros(len(dout), case.heads, case.head_dim)
         q[..., 0] = shift
         k[..., 0] = 1.0
         inputs = Inputs(*(x.to(DTYPES[case.dtype]) for x in (q, k, v, dout)))
@@ -196,7 +197,7 @@ def _hot(case: Case, places: RowIndex) -> tuple[torch.Tensor, torch.Tensor, torc
     last = (places.lengths - 1).clamp_min(0)
     choices = torch.stack([torch.zeros_like(last), last, places.pick(every, 1, last + 1)])
     row = choices.gather(0, places.pick(every, 2, 3)[None])[0]
-    return row, places.pick(every, 3, case.heads), places.pick(every, 4, case.head_dim)
+    return row, places.pick(every, 3, case.heads), places.pick(every, 4, case.value_dim)
 
 
 def _one_hot(
@@ -204,6 +205,6 @@ def _one_hot(
 ) -> torch.Tensor:
     queries = sum(case.packed_lengths)
     # One row more, for documents without queries: to leave them out, the host would have to know which they are.
-    dout = torch.zeros(queries + 1, case.heads, case.head_dim, device=places.device)
+    dout = torch.zeros(queries + 1, case.heads, case.value_dim, device=places.device)
     dout[torch.where(places.lengths > 0, places.begins + row, queries), head, channel] = 1.0
     return dout[:queries]

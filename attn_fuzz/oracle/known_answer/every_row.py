@@ -57,13 +57,15 @@ class EveryRow:
             profile: how the backend computes.
         """
         places = RowIndex(case, device)
-        k, v = (signs(case, name, case.kv_heads, device, keys=True) for name in ("probe keys", "probe values"))
-        dout = places.paired(signs(case, "every row", case.heads, device, keys=False), keys=False)
+        k = signs(case, "probe keys", case.kv_heads, device, keys=True)
+        v = signs(case, "probe values", case.kv_heads, device, keys=True, values=True)
+        dout = places.paired(signs(case, "every row", case.heads, device, keys=False, values=True), keys=False)
         begin, end = places.seen
         # No whole number's logarithm lies half-way between two: every machine rounds it alike.
         power = (end - begin).clamp_min(1).double().log2().round().long()
         dout = dout * torch.bitwise_left_shift(torch.ones_like(power), power)[:, None, None]
-        return cls(case, profile, Inputs(*(x.to(DTYPES[case.dtype]) for x in (torch.zeros_like(dout), k, v, dout))))
+        q = dout.new_zeros(len(dout), case.heads, case.head_dim)
+        return cls(case, profile, Inputs(*(x.to(DTYPES[case.dtype]) for x in (q, k, v, dout))))
 
     def judge(self, results: Results) -> Iterator[Compared]:
         """dV, some documents at a time: what is beyond the budget by element or by row."""

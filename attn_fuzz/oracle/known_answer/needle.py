@@ -57,7 +57,8 @@ class Needle:
         picked = _picked(case, places)
         queries = gain * keys[picked.clamp_min(0), _kv_heads(case, device)]
         queries = torch.where((picked >= 0)[..., None], queries, 0.0)
-        inputs = Inputs(*(x.to(dtype) for x in (queries, keys, values, torch.zeros_like(queries))))
+        dout = queries.new_zeros(*queries.shape[:2], case.value_dim)
+        inputs = Inputs(*(x.to(dtype) for x in (queries, keys, values, dout)))
         return cls(case, slack, inputs, places, picked)
 
     def judge(self, results: Results) -> Iterator[Compared]:
@@ -71,7 +72,7 @@ class Needle:
         """The row of V that a row of the output is, if any.
 
         Args:
-            value: ``[head_dim]``.
+            value: ``[value_dim]``.
             head: of the output.
         """
         values = self.inputs.v[:, head // (self.case.heads // self.case.kv_heads)].double()
@@ -94,8 +95,8 @@ def _coded_keys(case: Case, places: RowIndex) -> torch.Tensor:
 
 def _values(case: Case, device: torch.device) -> torch.Tensor:
     """Signs with magnitudes in [1, 2)."""
-    sizes = 1 + drawn(case, "needle", case.kv_heads, device, keys=True).abs().clamp_max(7) / 8
-    return signs(case, "needle values", case.kv_heads, device, keys=True) * sizes
+    sizes = 1 + drawn(case, "needle", case.kv_heads, device, keys=True, values=True).abs().clamp_max(7) / 8
+    return signs(case, "needle values", case.kv_heads, device, keys=True, values=True) * sizes
 
 
 def _picked(case: Case, places: RowIndex) -> torch.Tensor:

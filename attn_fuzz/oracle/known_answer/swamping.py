@@ -52,7 +52,7 @@ _SCALES: Final = (2.0**-10, 4.0)
 def swamps(case: Case) -> bool:
     """Whether a kernel case has a channel to compare with, and gradients of scores that are everyday numbers."""
     low, high = _SCALES
-    fits = case.level == "kernel" and case.dtype in LARGE and case.head_dim > REFERENCE_CHANNEL
+    fits = case.level == "kernel" and case.dtype in LARGE and min(case.head_dim, case.value_dim) > REFERENCE_CHANNEL
     return fits and low * max(1.0, case.softcap) <= case.softmax_scale <= high
 
 
@@ -101,10 +101,13 @@ class Swamping:
         exponent = torch.frexp(counts.clamp_min(1).float()).exponent.clamp_max(16)
         gradient = torch.bitwise_left_shift(torch.ones_like(counts), exponent.long()).double() / 16
         k, v = _patterns(case, places, judged, large)
-        dout = torch.zeros(sum(case.packed_lengths), case.heads, case.head_dim, device=device)
+        q, dout = (
+            torch.zeros(sum(case.packed_lengths), case.heads, channels, device=device)
+            for channels in (case.head_dim, case.value_dim)
+        )
         last = judged[places.owner] & ((places.lengths - 1)[places.owner] == places.position)
         dout[:, :, 0] = torch.where(last, gradient[places.owner].float(), 0.0)[:, None]
-        inputs = Inputs(*(x.to(DTYPES[case.dtype]) for x in (torch.zeros_like(dout), k, v, dout)))
+        inputs = Inputs(*(x.to(DTYPES[case.dtype]) for x in (q, k, v, dout)))
         return cls(case, profile, inputs, places, judged, large, gradient)
 
     def judge(self, results: Results) -> Iterator[Compared]:
@@ -138,15 +141,15 @@ def _patterns(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V: +B, mostly +1, -B along the keys of the documents that are judged."""
     k, v = (
-        torch.where(drawn(case, name, case.kv_heads, places.device, keys=True) < _MOSTLY, 1.0, -1.0)
-        for name in ("swamped keys", "swamped values")
+        torch.where(drawn(case, name, case.kv_heads, places.device, keys=True, values=values) < _MOSTLY, 1.0, -1.0)
+        for name, values in (("swamped keys", False), ("swamped values", True))
     )
     owner, position, counts = places.key_owner, places.key_position, places.key_lengths
-    here, reference = judged[owner], torch.arange(case.head_dim, device=places.device) == REFERENCE_CHANNEL
+    here = judged[owner]
     first = here & (position < large[owner])
     last = here & (position >= counts[owner] - large[owner])
     for x in (k, v):
-        x.masked_fill_(here[:, None, None] & reference, 0.0)
+        x[..., REFERENCE_CHANNEL].masked_fill_(here[:, None], 0.0)
         x.masked_fill_(first[:, None, None], LARGE[case.dtype])
         x.masked_fill_(last[:, None, None], -LARGE[case.dtype])
     alternate = torch.where(here, _balanced(position, counts[owner]), 1.0)
@@ -165,7 +168,7 @@ def _balanced(position: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
 
 
 def beside(x: torch.Tensor) -> torch.Tensor:
-    """Differences to the reference channel, ``[..., head_dim]``."""
+    """Differences to the reference channel, ``[..., channels]``."""
     return x - x[..., [REFERENCE_CHANNEL]]
 
 
@@ -200,7 +203,7 @@ def swamped(
         name: ``out`` or ``dq``.
         sized: the documents.
         error: the largest relative error of a weight (``slack.weight_error``).
-        got: the result, float64 ``[..., heads, head_dim]``.
+        got: the result, float64 ``[..., heads, channels]``.
         expected: as ``got``, what it should be.
     """
     unit_roundoff, (count, large, unit) = UNIT_ROUNDOFF[case.dtype], sized

@@ -25,7 +25,7 @@ Answers = Sequence[Mapping[str, Expected]]
 
 
 class Partial(NamedTuple):
-    """What a part of the keys gives, float64: ``out [rows, heads, head_dim]``, ``lse [rows, heads]``."""
+    """What a part of the keys gives, float64: ``out [rows, heads, value_dim]``, ``lse [rows, heads]``."""
 
     out: torch.Tensor
     lse: torch.Tensor
