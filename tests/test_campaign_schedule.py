@@ -139,3 +139,14 @@ def test_what_cannot_run_rests_and_is_tried_again() -> None:
         standing.resting = 0
     assert "fast" in {target.backend for target in Round(standings, 10.0).slices(60)}
     assert Round({}, 10.0).slices(5) == []
+
+
+def test_what_is_silent_gets_no_more_of_a_round() -> None:
+    hanging, other = (Target(name, "cpu", "kernel", "batch") for name in ("hanging", "other"))
+    plan = Round({hanging: Standing(cases=1.0, seconds=9.0), other: Standing(cases=99.0, seconds=9.0)}, 8.0)
+    assert plan.slices(1) == [hanging]
+    plan.leave_out(hanging)
+    assert plan.slices(3) == [other] * 3
+    plan.leave_out(other)
+    # There is nothing else.
+    assert plan.slices(1) == [other]

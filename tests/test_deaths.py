@@ -28,10 +28,12 @@ class Process:
 
     alive = True
     asked: list[tuple[str, Case]] = []  # noqa: RUF012
+    subjects: list[Subject] = []  # noqa: RUF012
     slow = 0.0
 
     def __init__(self, subject: Subject, patience: float, soon: float) -> None:
         self.subject = subject
+        Process.subjects.append(subject)
 
     def begin(self) -> None:
         pass
@@ -57,6 +59,7 @@ class Process:
 def processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inquest, "Isolated", Process)
     monkeypatch.setattr(Process, "asked", [])
+    monkeypatch.setattr(Process, "subjects", [])
     monkeypatch.setattr(Process, "slow", 0.0)
 
 
@@ -87,6 +90,11 @@ def test_what_happens_again_is_found_and_shrunk(backend: str, symptom: str, sure
     assert finding.symptoms[0]["symptom"] == symptom
     assert finding.messages[0].startswith(f"{symptom} [runs] process:")
     assert Finding.from_dict(finding.to_dict()) == finding
+
+
+def test_what_allocates_without_end_is_refused_memory_and_does_not_fill_the_machine() -> None:
+    found(suspect("hangs", sure=False))
+    assert {subject.memory for subject in Process.subjects} == {4 << 30}
 
 
 def test_of_a_batch_it_is_the_call_that_does_it() -> None:

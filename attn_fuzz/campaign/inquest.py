@@ -44,6 +44,10 @@ SOON_SECONDS: Final = 40.0
 _MOST_SECONDS: Final = 180.0
 """Of silence, after which a machine is too busy for anybody to say who hangs."""
 
+_MEMORY: Final = 4 << 30
+"""Bytes that a process may have on a CPU, as a worker may in any case: a kernel that allocates without end is refused
+more, as it is in a worker, before it has been silent for long enough to be taken for one that hangs."""
+
 _CONTROL: Final = "loop"
 
 
@@ -162,7 +166,8 @@ class Inquest:
 
     def _isolated(self, patience: float, backend: str = "") -> Isolated:
         finding = self.suspect.finding
-        subject = Subject(backend or finding.backend, finding.device, judged=self._judged)
+        memory = _MEMORY if finding.device == "cpu" else 0
+        subject = Subject(backend or finding.backend, finding.device, judged=self._judged, memory=memory)
         self._open.append(Isolated(subject, patience, min(patience, SOON_SECONDS)))
         return self._open[-1]
 

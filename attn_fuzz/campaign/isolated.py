@@ -27,6 +27,7 @@ from attn_fuzz.execution.process import (
     DEAD_CONTEXT,
     NO_DEVICE,
     context_alive,
+    limit_memory,
     set_apart,
     set_up_process,
 )
@@ -54,6 +55,8 @@ class Subject:
     """Of a user's backend: capabilities as they were found out (``campaign.limits``)."""
     judged: bool = True
     """Whether results are judged, or only looked at for whether there are any (``examine.tried``)."""
+    memory: int = 0
+    """Bytes that the process may have: more is refused, instead of filling the machine; 0 for any."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +116,8 @@ def report_of(
 
 def _serve(subject: Subject, connection: Connection) -> None:
     set_apart()
+    if subject.memory:
+        limit_memory(subject.memory)
     try:
         set_up_process(subject.device)
         usable = context_alive(torch.device(subject.device))

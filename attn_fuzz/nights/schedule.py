@@ -136,6 +136,11 @@ class Round:
             of_compiled = int(self._time(compiled) < share * (self._time(compiled) + self._time(quick)))
         return self._shared(quick, count - of_compiled) + self._shared(compiled, of_compiled)
 
+    def leave_out(self, target: Target) -> None:
+        """No more slices of a target in this round, unless there is nothing else: one that is silent takes far longer
+        than it was planned to, and another of it would be silent, too."""
+        self._targets = [each for each in self._targets if each != target] or self._targets
+
     def _time(self, targets: Sequence[Target]) -> float:
         return sum(self._spent[target] for target in targets)
 

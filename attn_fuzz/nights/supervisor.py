@@ -162,6 +162,8 @@ class Supervisor:
         self.view.slices, self._new, self._failed = slices, {}, set()
 
         def more() -> Slice:
+            for silent in [each for each, piece in zip(chosen, slices, strict=True) if piece.silence]:
+                plan.leave_out(silent)
             (target,) = plan.slices(1)
             chosen.append(target)
             slices.append(self.record.begin(self._job(target, seconds)))
