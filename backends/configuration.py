@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from attn_fuzz.reference.case import Case
 
@@ -29,6 +29,10 @@ class Configuration(NamedTuple):
         window = sides[left >= 0, right >= 0 and not case.causal]
         heads = (case.heads, case.kv_heads)
         return cls(case.dtype, case.head_dim, *heads, case.causal, window, case.softcap, case.head_dim_v)
+
+    def place(self) -> tuple[Any, ...]:
+        """What configurations are put in order by."""
+        return tuple(0 if value is None else value for value in self)
 
     def words(self) -> str:
         """In one line, such as ``bf16 64 4/2 causal left``: dtype, head_dim (of values too, as in ``192-128``), heads,

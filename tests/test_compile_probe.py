@@ -62,6 +62,8 @@ def test_a_kernel_that_compiles_is_noticed_and_begins_with_what_was_called(notic
     first = {each.words() for each in found["compiled_first"]}
     assert first == {
         *(f"bf16 {head_dim} 2/2 causal" for head_dim in (8, 16, 32)),
+        # Values of another head_dim.
+        *(f"bf16 {head_dims} 2/2 causal" for head_dims in ("8-16", "16-32", "32-16")),
         "bf16 32 2/2 causal left",
         "bf16 32 2/2 full left right",
     }

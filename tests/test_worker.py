@@ -81,7 +81,11 @@ def test_memory_that_runs_out_accuses_nobody(tmp_path: Path) -> None:
 
 def test_a_backend_that_refuses_everything_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "REFUSALS", 20)
-    messages = said(kernel(tmp_path, "raise NotImplementedError('on Sundays')"))
+    assignment = kernel(tmp_path, "raise NotImplementedError('on Sundays')")
+    # Else nothing shows that it takes rows beyond the last document, and most are refused for those.
+    with (tmp_path / "kernel.py").open("a") as file:
+        file.write("\nkernel.capabilities = {**kernel.capabilities, 'capacity': True}\n")
+    messages = said(assignment)
     assert isinstance(messages[-1], Failed)
     assert "refused all" in messages[-1].reason
     assert "on Sundays" in messages[-1].reason

@@ -82,7 +82,10 @@ class Noticed:
     def found(self, stated: Capabilities, also: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         """Capabilities of one that compiles, and what it also compiles for: those come first that have been taken."""
         # Threads ask side by side, in whatever order.
-        found: dict[str, Any] = {"compiles": True, "compiled_first": tuple(sorted(self._taken))}
+        found: dict[str, Any] = {
+            "compiles": True,
+            "compiled_first": tuple(sorted(self._taken, key=Configuration.place)),
+        }
         if self._long:
             found["memories"] = tuple(memory for memory in stated.memories if memory in _FEW_MEMORIES)
         for each in also:

@@ -296,7 +296,9 @@ def without_of(limits: Sequence[Limit], right: set[int], domain: Domain) -> dict
         without["dtypes"] = tuple(dtype for dtype in stated.dtypes if dtype not in dtypes)
     if memories := {axis.split()[1] for axis in axes if axis.startswith("memory ")}:
         for name in ("memories", "far_memories"):
-            without[name] = tuple(memory for memory in getattr(stated, name) if memory not in memories)
+            before = getattr(stated, name)
+            if memories.intersection(before):
+                without[name] = tuple(memory for memory in before if memory not in memories)
     if dims := {int(axis.split()[1]) for axis in axes if axis.startswith("head_dim ")}:
         without["head_dims"] = tuple(dim for dim in domain.every_head_dim if taken(dim, right, dims))
     if "grouped heads" in axes:
