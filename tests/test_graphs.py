@@ -252,7 +252,7 @@ class ForgetsToRecord(OnDevice):
             late = copy.clone()
         del copy
         # Others are given its memory, and write there, before the copy of the copy is made.
-        blocks = [torch.full_like(k, torch.nan) for _ in range(8)]
+        blocks = [torch.full_like(k, torch.nan) for _ in range(200)]
         here.wait_stream(own)
         del blocks
         return super().attend(q, late, v, metadata, options)

@@ -73,7 +73,12 @@ def _sums(batch: CallBatch, device: torch.device) -> tuple[torch.Tensor, list[Va
 
 
 _FREE_FOR_FAR: Final = 16 << 30
-"""Bytes of a GPU's memory: 2^31 numbers of float32 are half of them, and others work there, too."""
+"""Bytes of a GPU's memory: 2^31 numbers of float32 are half of them."""
+
+
+def _needed_for_far(device: torch.device) -> int:
+    """Bytes that have to be free: as much as it takes, and half of the device, for others work there, too."""
+    return max(_FREE_FOR_FAR, torch.cuda.mem_get_info(device)[1] // 2)
 
 
 def _free_of_cuda(device: torch.device) -> int:
@@ -121,8 +126,8 @@ class BatchTensors:
             UnsupportedCase: where there is no room for it, which is this machine's limit.
         """
         memory, device = self.batch.case.memory, self.device
-        if device.type == "cuda" and (free := _free_of_cuda(device)) < _FREE_FOR_FAR:
-            raise UnsupportedCase(f"memory {memory} takes {_FREE_FOR_FAR >> 30} GiB, but {free >> 30} are free")
+        if device.type == "cuda" and (free := _free_of_cuda(device)) < (needed := _needed_for_far(device)):
+            raise UnsupportedCase(f"memory {memory} asks for {needed >> 30} GiB, but {free >> 30} are free")
         shapes = {
             name: (self.sides[_SIDES[name]].rows, *x.shape[1:]) for name, x in inputs.named.items() if name != "dlse"
         }

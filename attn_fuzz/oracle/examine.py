@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import zlib
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from attn_fuzz.oracle.second_opinion import confirm
 from attn_fuzz.oracle.symptoms import Crashed, Hung, InputsChanged, MissingResult, Symptom, wrong_tensor
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.ranks.rank_group import RanksHung
-from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.case import FAR_MEMORIES, Case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,26 @@ def examine(
         UnsupportedCase: when the backend declares that it does not take the case.
         ReferencesDisagree: when a second opinion has it that the mistake is the harness's.
     """
+    try:
+        return _examine(case, backend, device, poisons, probes=probes, hasty=hasty)
+    finally:
+        # Gigabytes of a GPU's memory go back to those who share it.
+        if case.memory in FAR_MEMORIES and torch.device(device).type == "cuda":
+            # Where a call has taken the context with it there is nothing to give back.
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.empty_cache()
+
+
+def _examine(
+    case: Case,
+    backend: Backend,
+    device: torch.device | str,
+    poisons: Sequence[str] = POISONS,
+    *,
+    probes: Sequence[Check] = PROBES,
+    hasty: bool = False,
+) -> Verdict:
+    """``examine``."""
     device = torch.device(device)
     require_support(backend, case, device)
     trial = Trial(case, backend, device, poisons, hasty=hasty)

@@ -41,7 +41,8 @@ class Flash3(Kernel):
         loose_max_seqlen=True,
         crowds=True,
         far_memories=FAR_MEMORIES,
-        gaps=("q", "k"),
+        # With seqused, whole tiles are read, and what lies between documents is multiplied by 0: NaN there comes out.
+        gaps=(),
     )
     deterministic: ClassVar[bool] = False
     """Whether the backward is asked to add up dQ in a fixed order."""

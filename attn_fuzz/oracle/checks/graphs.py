@@ -40,6 +40,9 @@ def replayed_alike(trial: Trial) -> Iterator[Symptom]:
     case, stated, recorder = trial.case, trial.stated, recorder_of(trial.device)
     if recorder is None or case.level != "kernel" or stated.graphs is False or case.memory == "broadcast":
         return
+    if case.gaps != (0, 0):
+        # Where a document's rows lie then depends on the lengths of those before it, and results are read by them.
+        return
     # What compiles for layouts compiles, and measures, when it likes; torch's compiler captures by itself.
     if trial.backend.kernel.compiled or stated.layouts or not _taken(trial, turned(case)):
         return
