@@ -140,7 +140,9 @@ class BufferedLayer(Layer):
             name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items() if weight.dim() == 2
         }
         self.norms = {
-            name: weight.float().requires_grad_() for name, weight in weights.items() if name not in self.gradients
+            name: weight.detach().float().requires_grad_()
+            for name, weight in weights.items()
+            if name not in self.gradients
         }
         self.buffer = self.buffer_type(
             case.tokens + case.capacity, case.kv_heads, case.head_dim, weights["query"].dtype, self.device, case.memory

@@ -19,6 +19,7 @@ from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.drawing import few_cases
 from attn_fuzz.generation.length_sweeps import Sweep
 from attn_fuzz.nights.aims import aim_at
+from attn_fuzz.oracle.checks import PROBES
 from attn_fuzz.oracle.examine import some_probes
 from attn_fuzz.reference.case import Case
 
@@ -59,7 +60,7 @@ class Drawer:
         self.note(cases, mode, [asked] if asked and place != ("packed", "layer") else [])
 
     def _note_single(self, case: Case) -> None:
-        self.note([case], "case", [probe_name(probe) for probe in some_probes(case)])
+        self.note([case], "case", [probe_name(probe) for probe in some_probes(case) if probe in PROBES])
 
     def _batch(self, level: str, domain: Domain) -> list[Case]:
         size = self.turn % 3

@@ -238,26 +238,6 @@ class OnDefaultStream(OnDevice):
             return super().attend(q, k, v, metadata, options)
 
 
-class ForgetsToRecord(OnDevice):
-    """A copy of the keys is read on a stream of its own, which nobody waits for before its memory is given away."""
-
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
-    ) -> Attended:
-        here, own = torch.cuda.current_stream(q.device), torch.cuda.Stream(q.device)
-        copy = k.clone()
-        own.wait_stream(here)
-        with torch.cuda.stream(own):
-            torch.cuda._sleep(4_000_000)
-            late = copy.clone()
-        del copy
-        # Others are given its memory, and write there, before the copy of the copy is made.
-        blocks = [torch.full_like(k, torch.nan) for _ in range(200)]
-        here.wait_stream(own)
-        del blocks
-        return super().attend(q, late, v, metadata, options)
-
-
 @needs_cuda
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -291,7 +271,7 @@ def test_what_waits_for_a_gpu_is_refused_and_the_gpu_goes_on(kernel: type[OnDevi
 
 @needs_cuda
 @pytest.mark.cuda
-@pytest.mark.parametrize(("kernel", "clean"), [(OnDevice, True), (OnDefaultStream, False), (ForgetsToRecord, False)])
+@pytest.mark.parametrize(("kernel", "clean"), [(OnDevice, True), (OnDefaultStream, False)])
 def test_real_streams(kernel: type[OnDevice], clean: bool) -> None:
     wide = CASE.replace(lengths=(300, 200), head_dim=64, heads=4)
     trial = Trial(wide, Backend(kernel.name, kernel(), levels=("kernel",)), torch.device("cuda"), interfered=False)

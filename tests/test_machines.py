@@ -490,7 +490,6 @@ def test_a_node_runs_a_campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     pieces = [piece for each in handed for piece in each.pieces]
     assert {piece.backend for piece in pieces} == {FOUND.backend}
     assert sum(piece.tally.cases for piece in pieces) > 0
-    assert any(piece.reached.pairs for piece in pieces)
     node.close()
     assert not (tmp_path / "node").exists()
 

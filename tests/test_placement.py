@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ from attn_fuzz.reference.case import FAR_MEMORIES, Case, CaseError
 from attn_fuzz.reference.far_memory import FAR, FarMemory
 from attn_fuzz.reference.memory import bits
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 CASE = Case(level="kernel", lengths=(3, 0, 4), key_lengths=(5, 2, 4), heads=4, kv_heads=2, head_dim=8)
 PLACED = {
@@ -340,4 +342,9 @@ def test_a_script_lays_rows_out_so(fault: str, statuses: dict[str, int], tmp_pat
     for name, status in statuses.items():
         path = tmp_path / "script.py"
         path.write_text(text.replace(f"fault:{fault}", name))
-        assert subprocess.run([sys.executable, path], check=False, capture_output=True).returncode == status
+        assert (
+            subprocess.run(
+                [sys.executable, path], check=False, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+            ).returncode
+            == status
+        )

@@ -90,7 +90,7 @@ LONG = {"X42": 2049, "X43": 2049, "D09": 2049, "D10": 2049, "X38": 195}
 
 
 NOT_HUNTED = {"P14", "P15"}
-"""Calls of 65,537 documents are one in 220, and each takes seconds: tests/test_placement.py convicts these two on one."""
+"""Calls of 65,537 documents are one in 220, and each takes seconds: tests/test_placement.py convicts both on one."""
 
 
 def test_the_committed_table_covers_every_fault() -> None:

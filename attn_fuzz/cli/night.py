@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -88,6 +89,8 @@ def campaign(
 
     Started again with the same store it goes on where it was: counts, coverage and findings are kept.
     """
+    if seconds is not None and math.isnan(seconds):
+        raise UsageError("--seconds must be a number")
     if ray is not None:
         asked = cluster_wishes(device, backend, choices(level, LEVELS, "level"), mode, workers, seed, seconds)
         nothing = Wishes((), 0, seed, seconds)
