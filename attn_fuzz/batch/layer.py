@@ -123,7 +123,7 @@ def judge_layer(case: Case, backend: Backend, device: torch.device, *, first_loo
     # Products in TF32 would be as coarse as half precision.
     if first_look and torch.get_float32_matmul_precision() == "highest":
         z = _largest(case, inputs, results, profile, torch.float32)
-        _look_again(case, device, results, profile, z)
+        _look_again(case, inputs, results, profile, z)
     else:
         z = _largest(case, inputs, results, profile, torch.float64)
     return dataclasses.replace(judged, z=z.cpu() * (LIMIT / limit(case)), touched=bool(run.changed()))
@@ -160,7 +160,7 @@ def _largest(
 
 
 def _look_again(
-    case: Case, device: torch.device, results: Mapping[str, torch.Tensor], profile: Profile, z: torch.Tensor
+    case: Case, inputs: LayerInputs, results: Mapping[str, torch.Tensor], profile: Profile, z: torch.Tensor
 ) -> None:
     """Judges those documents by the float64 answer that float32 leaves a doubt about; writes over their ``z``."""
     # NaN is a doubt, too.
@@ -168,9 +168,9 @@ def _look_again(
     places = doubtful.tolist()
     if not places:
         return
-    small = None if case.padding else subset(case, places)
+    small, device = None if case.padding else subset(case, places), inputs.x.device
     if small is None:
-        z.copy_(_largest(case, layer_inputs(case, device), results, profile, torch.float64))
+        z.copy_(_largest(case, inputs, results, profile, torch.float64))
         return
     spans = document_spans(case.packed_lengths)
     rows = torch.cat([torch.arange(*spans[place], device=device) for place in places])

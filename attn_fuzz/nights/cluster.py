@@ -94,11 +94,6 @@ class Cluster:
         self._told_to_end, self._until = False, 0.0
         self._unwritten: list[tuple[Record, list[Slice]]] = []
 
-    @property
-    def left(self) -> float:
-        """Seconds."""
-        return float("inf") if self.view.ends is None else self.view.ends - time.monotonic()
-
     def run(self) -> bool:
         """Rounds everywhere, until time is up, no place is left, or somebody says so.
 
@@ -132,7 +127,7 @@ class Cluster:
     @property
     def _ending(self) -> bool:
         """Whether nothing begins any more."""
-        return self._told_to_end or self.left < LEAST_SECONDS
+        return self._told_to_end or self.view.left < LEAST_SECONDS
 
     def _going_on(self) -> bool:
         if self._ending:
@@ -217,7 +212,7 @@ class Cluster:
         if self._ending:
             self._close(work)
             return
-        seed, seconds = self._random.getrandbits(40), min(ROUND_SECONDS, self.left)
+        seed, seconds = self._random.getrandbits(40), min(ROUND_SECONDS, self.view.left)
         environment = {**about, "machine": work.place.host, "node": work.place.machine}
         work.record, work.cases = Record(self.database, seed, seconds, environment), 0
         wishes = self.wishes
@@ -243,7 +238,7 @@ class Cluster:
             self.view.done.setdefault((piece.backend, kind_of(piece.device)), Tally()).add(piece.tally)
         self._write()
         if handed.running:
-            hurry = self._told_to_end or self.left < -PATIENCE
+            hurry = self._told_to_end or self.view.left < -PATIENCE
             self._ask(work, "end" if hurry else "take")
             return
         if handed.status == _BAD or not work.cases:

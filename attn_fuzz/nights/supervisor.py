@@ -101,11 +101,6 @@ class Supervisor:
                 found[target] = Standing(cases=row.cases, seconds=row.seconds, slices=row.slices)
         return found
 
-    @property
-    def left(self) -> float:
-        """Seconds."""
-        return float("inf") if self.view.ends is None else self.view.ends - time.monotonic()
-
     def run(self) -> bool:
         """Rounds, until time is up, nothing is left to test, or somebody says so.
 
@@ -114,11 +109,11 @@ class Supervisor:
         """
         interrupted = False
         try:
-            while not interrupted and self._hopeful() and (not self.view.rounds or self.left > LEAST_SECONDS / 2):
+            while not interrupted and self._hopeful() and (not self.view.rounds or self.view.left > LEAST_SECONDS / 2):
                 interrupted = self._round()
         except KeyboardInterrupt:
             interrupted = True
-        for finding in self.deaths.close(0.0 if interrupted else min(self.left, 0.0) + OVER_SECONDS):
+        for finding in self.deaths.close(0.0 if interrupted else min(self.view.left, 0.0) + OVER_SECONDS):
             self._found(finding, None)
         self._hear_of_deaths()
         self._write(now=True)
@@ -141,13 +136,13 @@ class Supervisor:
         """Of a slice: shorter where not every target would have its turn."""
         kinds = {target.subject[1] for target in self.standings}
         usual = max(SLICE_SECONDS[kind] for kind in kinds)
-        turns = self.left * self.wishes.workers / len(self.standings)
-        return min(max(LEAST_SECONDS, min(usual, turns)), self.left)
+        turns = self.view.left * self.wishes.workers / len(self.standings)
+        return min(max(LEAST_SECONDS, min(usual, turns)), self.view.left)
 
     def _round(self) -> bool:
         """One round; whether it was interrupted."""
         seconds = self._seconds()
-        in_time = max(1, int(self.left / seconds)) if self.view.ends is not None else SLICES_A_PLACE
+        in_time = max(1, int(self.view.left / seconds)) if self.view.ends is not None else SLICES_A_PLACE
         count = self.wishes.workers * min(SLICES_A_PLACE, in_time)
         for standing in self.standings.values():
             standing.resting = max(0, standing.resting - 1)
@@ -156,7 +151,7 @@ class Supervisor:
         if not chosen:
             # All of them rest; what they failed for may pass.
             self._hear_of_deaths()
-            time.sleep(min(1.0, max(self.left, 0.0)))
+            time.sleep(min(1.0, max(self.view.left, 0.0)))
             return False
         slices = [self.record.begin(self._job(target, seconds)) for target in chosen]
         self.view.slices, self._new, self._failed = slices, {}, set()
@@ -170,7 +165,7 @@ class Supervisor:
             return slices[-1]
 
         listener = self._listener(more)
-        outcome = RoundPool(slices, self.wishes.workers, listener, self.left, self.kept.fatal()).run()
+        outcome = RoundPool(slices, self.wishes.workers, listener, self.view.left, self.kept.fatal()).run()
         for trouble in outcome.troubles:
             self.view.remark(trouble)
         self._note_standings(chosen, slices)
@@ -194,7 +189,7 @@ class Supervisor:
             # Never the seed of another slice, in this campaign or another.
             seed=self._random.getrandbits(40),
             levels=(target.level,),
-            seconds=min(seconds * times, self.left),
+            seconds=min(seconds * times, self.view.left),
             mode=target.mode,
             aim=self._aim(target, standing.slices),
             found=self.kept.often(target.backend, target.level, turn),

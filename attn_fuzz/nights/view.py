@@ -36,6 +36,11 @@ class View:
     remarks: list[str] = dataclasses.field(default_factory=list)
     """What one slice or another could not do, and what happened to workers, in sentences."""
 
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return float("inf") if self.ends is None else self.ends - time.monotonic()
+
     def tallies(self) -> dict[tuple[str, str], Tally]:
         """What was done until now, by backend and device kind."""
         found: dict[tuple[str, str], Tally] = {}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Concatenate, Final, ParamSpec
 
 import torch
 
@@ -71,6 +72,26 @@ _RARELY: Final = 1024
 """One case in so many is asked what takes seconds."""
 
 
+P = ParamSpec("P")
+
+
+def _giving_back(judge: Callable[Concatenate[Case, P], Verdict]) -> Callable[Concatenate[Case, P], Verdict]:
+    """Gigabytes of a GPU's memory go back to those who share it, once nothing refers to the case's tensors."""
+
+    @functools.wraps(judge)
+    def judged(case: Case, *args: P.args, **options: P.kwargs) -> Verdict:
+        try:
+            return judge(case, *args, **options)
+        finally:
+            if case.memory in FAR_MEMORIES and torch.cuda.is_initialized():
+                # Where a call has taken the context with it there is nothing to give back.
+                with contextlib.suppress(RuntimeError):
+                    torch.cuda.empty_cache()
+
+    return judged
+
+
+@_giving_back
 def examine(
     case: Case,
     backend: Backend,
@@ -94,26 +115,6 @@ def examine(
         UnsupportedCase: when the backend declares that it does not take the case.
         ReferencesDisagree: when a second opinion has it that the mistake is the harness's.
     """
-    try:
-        return _examine(case, backend, device, poisons, probes=probes, hasty=hasty)
-    finally:
-        # Gigabytes of a GPU's memory go back to those who share it.
-        if case.memory in FAR_MEMORIES and torch.device(device).type == "cuda":
-            # Where a call has taken the context with it there is nothing to give back.
-            with contextlib.suppress(RuntimeError):
-                torch.cuda.empty_cache()
-
-
-def _examine(
-    case: Case,
-    backend: Backend,
-    device: torch.device | str,
-    poisons: Sequence[str] = POISONS,
-    *,
-    probes: Sequence[Check] = PROBES,
-    hasty: bool = False,
-) -> Verdict:
-    """``examine``."""
     device = torch.device(device)
     require_support(backend, case, device)
     trial = Trial(case, backend, device, poisons, hasty=hasty)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from attn_fuzz.backends.faults.fault import KernelFault
+from attn_fuzz.backends.faults.sizes import GroupBeyondTile
 from attn_fuzz.backends.kernel import Capabilities
 from attn_fuzz.backends.loop import Call, Document, Gradients
 
@@ -105,15 +106,10 @@ class HalfVectorLost(KernelFault):
         super().write(result, rows, value, name)
 
 
-class GroupInFourBits(KernelFault):
+class GroupInFourBits(GroupBeyondTile):
     """A query head's place in its group is kept in 4 bits: the 17th is given the probabilities of the first."""
 
-    id = "D07"
-
-    def weighted(self, call: Call, document: Document, probabilities: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        head = torch.arange(len(probabilities))
-        of_group = head % call.group
-        return super().weighted(call, document, probabilities[head - of_group + of_group % _FOUR_BITS], v)
+    id, reports, counted = "D07", (), _FOUR_BITS
 
 
 class LateHeadsWithoutDelta(KernelFault):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from attn_fuzz.backends.faults.fault import KernelFault
@@ -16,12 +18,14 @@ class GroupBeyondTile(KernelFault):
     """A tile has room for eight query heads of a group: those beyond are given the first ones' probabilities."""
 
     id = "X40"
-    reports = ("the class of hpc-ops#58", "the class of vllm-xpu-kernels#409")
+    reports: ClassVar[tuple[str, ...]] = ("the class of hpc-ops#58", "the class of vllm-xpu-kernels#409")
+    counted: ClassVar[int] = _TILE
+    """Query heads of a group that are told apart."""
 
     def weighted(self, call: Call, document: Document, probabilities: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         head = torch.arange(len(probabilities))
         of_group = head % call.group
-        return super().weighted(call, document, probabilities[head - of_group + of_group % _TILE], v)
+        return super().weighted(call, document, probabilities[head - of_group + of_group % self.counted], v)
 
 
 class HeadsBeyondWarp(KernelFault):
