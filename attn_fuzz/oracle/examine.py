@@ -91,6 +91,19 @@ def _giving_back(judge: Callable[Concatenate[Case, P], Verdict]) -> Callable[Con
     return judged
 
 
+def _symptoms(trial: Trial, probes: Sequence[Check]) -> Iterator[Symptom]:
+    """What the checks say, and the probes where those say nothing."""
+    seen = False
+    for check in CHECKS:
+        for symptom in check(trial):
+            seen = True
+            yield symptom
+    for probe in probes if not seen else ():
+        for symptom in _asked(probe, trial):
+            symptom.probe = probe
+            yield symptom
+
+
 @_giving_back
 def examine(
     case: Case,
@@ -124,19 +137,8 @@ def examine(
     if isinstance(observations, Symptom):
         return Verdict((observations,), {}, frozenset())
 
-    def symptoms() -> Iterator[Symptom]:
-        seen = False
-        for check in CHECKS:
-            for symptom in check(trial):
-                seen = True
-                yield symptom
-        for probe in probes if not seen else ():
-            for symptom in _asked(probe, trial):
-                symptom.probe = probe
-                yield symptom
-
     try:
-        found = sorted(symptoms(), key=lambda symptom: symptom.rank)
+        found = sorted(_symptoms(trial, probes), key=lambda symptom: symptom.rank)
     except (Symptom, UnsupportedCase):
         raise
     except Exception as error:
