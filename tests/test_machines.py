@@ -482,7 +482,7 @@ def test_a_node_runs_a_campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     node = Node("node")
     node.begin(Orders("cpu", 1, 3, 100.0, (FOUND.backend,), ("kernel",), "case"), copy)
     handed: list[Handed] = []
-    while not any(each.findings for each in handed):
+    while not any(each.findings for each in handed) or not any(p.reached.pairs for each in handed for p in each.pieces):
         handed.append(node.take())
         assert handed[-1].running, handed[-1]
     handed.append(node.end())
