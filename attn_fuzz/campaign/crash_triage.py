@@ -9,6 +9,8 @@ from typing import Final
 from attn_fuzz.campaign.isolated import Isolated, Subject
 from attn_fuzz.campaign.messages import Assignment, Trying
 from attn_fuzz.cases.call_batch import CallBatch
+from attn_fuzz.execution.environment import environment
+from attn_fuzz.findings.finding import Finding
 from attn_fuzz.reduction.minimise import minimise
 from attn_fuzz.reference.case import Case
 
@@ -28,6 +30,35 @@ class Death:
     """A smaller one that ends a process as well."""
     again: bool
     """Whether it happened again."""
+
+
+def finding_of_death(backend: str, device: str, trying: Trying, symptom: str, message: str) -> Finding:
+    """The finding that a worker's last case is, where the worker ended or went silent.
+
+    Args:
+        backend: of the worker.
+        device: of the worker.
+        trying: what it had announced last.
+        symptom: ``Crashed`` or ``Hung``.
+        message: of the finding.
+
+    Raises:
+        CaseError: when what it had announced is no case.
+    """
+    case = Case.from_json(trying.case)
+    return Finding(
+        backend=backend,
+        device=device,
+        symptom=symptom,
+        checks=("runs",),
+        messages=(message,),
+        symptoms=({"symptom": symptom, "check": "runs", "tensor": "process"},),
+        case=case,
+        original_case=case,
+        cases_to_find=0,
+        seconds_to_find=0.0,
+        environment=environment("cpu"),
+    )
 
 
 def crash_triage_of(job: Assignment, trying: Trying, patience: float) -> Death:

@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Final
 
-from attn_fuzz.campaign.crash_triage import NOT_AGAIN, SHRINK_CRASH_SECONDS
+from attn_fuzz.campaign.crash_triage import NOT_AGAIN, SHRINK_CRASH_SECONDS, finding_of_death
 from attn_fuzz.campaign.isolated import Isolated, NoDevice, Report, Subject
 from attn_fuzz.campaign.messages import Trying
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.order import simplicity
-from attn_fuzz.execution.environment import environment
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.oracle.second_opinion import ReferencesDisagree
 from attn_fuzz.reduction.minimise import minimise
@@ -98,20 +97,8 @@ def suspect_of(backend: str, device: str, trying: Trying, silence: float) -> Sus
     Raises:
         CaseError: when it is no case.
     """
-    case = Case.from_json(trying.case)
-    finding = Finding(
-        backend=backend,
-        device=device,
-        symptom="Crashed",
-        checks=("runs",),
-        messages=("Crashed [runs] process: a campaign ended while it ran this case, which ends another process too",),
-        symptoms=({"symptom": "Crashed", "check": "runs", "tensor": "process"},),
-        case=case,
-        original_case=case,
-        cases_to_find=0,
-        seconds_to_find=0.0,
-        environment=environment("cpu"),
-    )
+    message = "Crashed [runs] process: a campaign ended while it ran this case, which ends another process too"
+    finding = finding_of_death(backend, device, trying, "Crashed", message)
     return Suspect(finding, trying, sure=False, silence=silence)
 
 

@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from typing import Final
 
 from attn_fuzz.campaign import new_process
-from attn_fuzz.campaign.crash_triage import NOT_AGAIN, crash_triage_of
+from attn_fuzz.campaign.crash_triage import NOT_AGAIN, crash_triage_of, finding_of_death
 from attn_fuzz.campaign.isolated import NoDevice, cause_of_death, killed_from_outside
 from attn_fuzz.campaign.messages import (
     Assignment,
@@ -31,11 +31,9 @@ from attn_fuzz.campaign.messages import (
 from attn_fuzz.campaign.plan import share_of_time
 from attn_fuzz.campaign.serve import serve
 from attn_fuzz.campaign.watch import Watch
-from attn_fuzz.execution.environment import environment
 from attn_fuzz.execution.process import killed_for_memory, largest_memory, share_of_processors
 from attn_fuzz.execution.signals import interrupt_once
 from attn_fuzz.findings.finding import Finding
-from attn_fuzz.reference.case import Case
 
 HANG_SECONDS: Final = 180.0
 """Silence after which a worker counts as hung in any case: compilers of JIT backends take up to half a minute for one
@@ -222,19 +220,11 @@ class Pool:
         if killed_for_memory(worker.process.exitcode if symptom == "Crashed" else None, worker.memory):
             self._troubles.append(f"the worker for {job.backend} was killed, and had filled the memory: no finding")
             return
-        original = Case.from_json(trying.case)
-        finding = Finding(
-            backend=job.backend,
-            device=job.device,
-            symptom=symptom,
-            checks=("runs",),
-            messages=(worker.last_words or f"{symptom} [runs] process: the process {how} while it ran this case",),
-            symptoms=({"symptom": symptom, "check": "runs", "tensor": "process"},),
-            case=original,
-            original_case=original,
+        message = worker.last_words or f"{symptom} [runs] process: the process {how} while it ran this case"
+        finding = dataclasses.replace(
+            finding_of_death(job.backend, job.device, trying, symptom, message),
             cases_to_find=worker.tally.cases,
             seconds_to_find=round(time.monotonic() - worker.started, 3),
-            environment=environment("cpu"),
         )
         killed = symptom == "Crashed" and killed_from_outside(worker.process.exitcode)
         self._look_into(worker, finding, how, killed=killed)
