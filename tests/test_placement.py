@@ -326,6 +326,17 @@ def test_crowds_are_for_kernels_that_are_quick() -> None:
     assert not takes_crowds(CASE, Domain.of(Capabilities(), "cpu"), lambda case: 0.0)
 
 
+def test_thousands_are_not_waited_for_where_hundreds_tell() -> None:
+    asked = []
+
+    def seconds(case: Case) -> float:
+        asked.append(len(case.lengths))
+        return 0.05 + 1e-3 * len(case.lengths)
+
+    assert not takes_crowds(CASE, Domain.of(Capabilities(crowds=None), "cpu"), seconds)
+    assert max(asked) < 1000
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["P14", "P15"])
 def test_65537_documents_are_counted(fault: str) -> None:

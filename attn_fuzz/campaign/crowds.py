@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Final
 
@@ -12,16 +13,19 @@ from attn_fuzz.reference.case import Case
 _SECONDS: Final = 5.0
 """Most that a call of 65,537 documents may take on a GPU, its tensors included."""
 
-_FEW: Final = 1024
-_MANY: Final = 4096
+_FEWEST, _FEWER, _FEW, _MANY = 16, 256, 1024, 4096
 _SECONDS_OF_MANY: Final = 0.5
 """The same on a CPU of a sixteenth of them."""
+
+_BEYOND: Final = 2.0
+"""Times that: what few documents foretell for many is not asked for any more."""
 
 
 def takes_crowds(base: Case, domain: Domain, seconds: Callable[[Case], float]) -> bool:
     """Whether it does; False where it says so itself, and campaigns know.
 
-    A CPU is asked for fewer documents, twice: what masks the whole pack, or takes them one by one, shows by then.
+    A CPU is asked for fewer documents: what masks the whole pack, or takes them one by one, shows by then. Of these
+    last, a few hundred tell how long thousands would take, and spare everybody the seconds.
 
     Args:
         base: a plain case that it takes.
@@ -34,5 +38,8 @@ def takes_crowds(base: Case, domain: Domain, seconds: Callable[[Case], float]) -
     plain = base.replace(heads=1, kv_heads=1, key_lengths=None)
     if domain.device == "cuda":
         return seconds(plain.replace(lengths=(1,) * CROWD)) < _SECONDS
+    fewest, fewer = (seconds(plain.replace(lengths=(1,) * documents)) for documents in (_FEWEST, _FEWER))
+    if fewer == math.inf or fewer + (fewer - fewest) * (_MANY - _FEWER) / (_FEWER - _FEWEST) > _BEYOND * _SECONDS_OF_MANY:
+        return False
     few, many = (seconds(plain.replace(lengths=(1,) * documents)) for documents in (_FEW, _MANY))
     return many < _SECONDS_OF_MANY and many < 2 * _MANY / _FEW * few
