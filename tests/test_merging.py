@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from attn_fuzz.backends import registry
+from attn_fuzz.backends import known, registry
 from attn_fuzz.backends.kernel import Attended, AttentionOptions
 from attn_fuzz.backends.kernels.loop import LoopKernel
 from attn_fuzz.backends.metadata import VarlenMetadata
@@ -214,3 +214,22 @@ def test_what_the_backend_does_not_take_is_not_asked() -> None:
     backend.kernel.capabilities = stated  # type: ignore[misc]
     assert not list(parts_merge(Trial(PAST, backend, CPU)))
     assert not judge(CallBatch.of_one(PAST.replace(key_lengths=(7, 8, 4, 9))), backend, CPU, MERGING).failing()
+
+
+@pytest.mark.parametrize("known_of", ["altered", "another"])
+def test_parts_that_meet_a_known_issue_are_not_asked(known_of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Causal documents of no more keys than queries have none in the first part; some kernels leave those unwritten."""
+
+    def unwritten(metadata: VarlenMetadata, attended: Attended) -> Attended:
+        lengths = metadata.cu_seqlens_k.diff().repeat_interleave(metadata.cu_seqlens_q.diff())
+        assert attended.lse is not None
+        return attended._replace(lse=attended.lse.masked_fill(lengths == 0, 7.0))
+
+    (issue,) = (issue for issue in known.KNOWN if issue.id == "cudnn-frontend-no-keys")
+    issue = dataclasses.replace(issue, backends=(known_of,), device="cpu", present=lambda: True)
+    monkeypatch.setattr(known, "KNOWN", (issue,))
+    case = Case(level="kernel", lengths=(3, 2), key_lengths=(5, 2), heads=2, head_dim=8, causal=True)
+    backend = altered(unwritten)
+    found = [type(symptom) for symptom in parts_merge(Trial(case, backend, CPU))]
+    failing = judge(CallBatch(case, (2,)), backend, CPU, MERGING).failing()
+    assert (bool(found), bool(failing)) == ((known_of == "another"),) * 2

@@ -22,7 +22,7 @@ _COLUMNS: Final = dict(zip(KERNEL_TENSORS, PROBED, strict=True))
 
 def merging(batch_run: BatchRun) -> None:
     """Of calls whose keys come apart, each part is run; what both gave is merged, and held to its budgets."""
-    if "lse" not in batch_run.first or batch_run.backend.kernel.compiled:
+    if "lse" not in batch_run.first:
         return
     apart = _apart(batch_run)
     if not apart:
@@ -57,11 +57,5 @@ def merging(batch_run: BatchRun) -> None:
 
 def _apart(batch_run: BatchRun) -> dict[int, Parts]:
     """Calls both of whose parts the backend takes, by number."""
-    kind = batch_run.device.type
-    blind = batch_run.backend.kernel.capabilities_on(kind).queries_without_keys
-    found: dict[int, Parts] = {}
-    for index, call in enumerate(batch_run.batch.calls):
-        parts = Parts.of(call, blind=blind)
-        if parts is not None and all(batch_run.backend.refusal(case, kind) is None for case in parts.cases):
-            found[index] = parts
-    return found
+    parts = (Parts.taken(call, batch_run.backend, batch_run.device.type) for call in batch_run.batch.calls)
+    return {index: each for index, each in enumerate(parts) if each is not None}

@@ -39,7 +39,10 @@ def takes_crowds(base: Case, domain: Domain, seconds: Callable[[Case], float]) -
     if domain.device == "cuda":
         return seconds(plain.replace(lengths=(1,) * CROWD)) < _SECONDS
     fewest, fewer = (seconds(plain.replace(lengths=(1,) * documents)) for documents in (_FEWEST, _FEWER))
-    if fewer == math.inf or fewer + (fewer - fewest) * (_MANY - _FEWER) / (_FEWER - _FEWEST) > _BEYOND * _SECONDS_OF_MANY:
+    if (
+        fewer == math.inf
+        or fewer + (fewer - fewest) * (_MANY - _FEWER) / (_FEWER - _FEWEST) > _BEYOND * _SECONDS_OF_MANY
+    ):
         return False
     few, many = (seconds(plain.replace(lengths=(1,) * documents)) for documents in (_FEW, _MANY))
     return many < _SECONDS_OF_MANY and many < 2 * _MANY / _FEW * few

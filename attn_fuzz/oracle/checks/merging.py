@@ -7,8 +7,6 @@ from collections.abc import Iterator
 
 import torch
 
-from attn_fuzz.backends.kernel import UnsupportedCase
-from attn_fuzz.execution.runner import require_support
 from attn_fuzz.oracle.known_answer.compared import Compared
 from attn_fuzz.oracle.relations.autograd import INFERENCE
 from attn_fuzz.oracle.relations.merged import PART_RESULTS, Parts
@@ -47,19 +45,9 @@ def parts_merge(trial: Trial) -> Iterator[Symptom]:
 
 def parts_of(trial: Trial) -> Parts | None:
     """The parts of a trial's keys, where the backend gives an LSE and takes both."""
-    kernel, case = trial.backend.kernel, trial.case
-    # What is compiled would be compiled once more for each part.
-    if case.level != "kernel" or kernel.compiled or trial.stated.layouts or trial.stated.configurations:
-        return None
     if "lse" not in trial.observations[0].results:
         return None
-    parts = Parts.of(case, blind=trial.stated.queries_without_keys)
-    try:
-        for each in parts.cases if parts is not None else ():
-            require_support(trial.backend, each, trial.device)
-    except UnsupportedCase:
-        return None
-    return parts
+    return Parts.taken(trial.case, trial.backend, trial.device.type)
 
 
 def _wrong(trial: Trial, parts: Parts) -> dict[str, Compared]:

@@ -13,9 +13,13 @@ from typing import Final, NamedTuple
 
 import torch
 
+from attn_fuzz.backends.known import issues_below, issues_of
+from attn_fuzz.backends.registry import Backend, calls_of
+from attn_fuzz.backends.user import UserKernel
 from attn_fuzz.oracle.deviations import LIMIT, deviations, limit
 from attn_fuzz.oracle.known_answer.compared import Compared
 from attn_fuzz.oracle.known_answer.row_index import RowIndex
+from attn_fuzz.oracle.known_issues import EFFECTS
 from attn_fuzz.reference.answer import Expected, Inputs
 from attn_fuzz.reference.case import Case
 
@@ -122,6 +126,24 @@ class Parts:
         cuts = cuts_of(case, blind=blind)
         return None if cuts is None else cls(case, cuts)
 
+    @classmethod
+    def taken(cls, case: Case, backend: Backend, device: str) -> Parts | None:
+        """The parts of a case that a backend takes both of, and is known to be wrong on neither.
+
+        Args:
+            case: whose keys come apart.
+            backend: that is asked for both parts.
+            device: its kind, ``cpu`` or ``cuda``.
+        """
+        stated = backend.kernel.capabilities_on(device)
+        # What is compiled would be compiled once more for each part.
+        if case.level != "kernel" or backend.kernel.compiled or stated.layouts or stated.configurations:
+            return None
+        parts = cls.of(case, blind=stated.queries_without_keys)
+        if parts is None or any(backend.refusal(each, device) is not None for each in parts.cases):
+            return None
+        return None if any(_known(each, backend, device) for each in parts.cases) else parts
+
     @property
     def cases(self) -> tuple[Case, Case]:
         """Both parts: the second is causal where the whole is, which has the last query on the last key as before."""
@@ -164,3 +186,11 @@ class Parts:
         none = (cuts == 0)[places.owner], (cuts == places.key_lengths)[places.owner]
         first, second = ((out != results[other]["out"]) & here[:, None, None] for other, here in zip((1, 0), none))
         return first | second
+
+
+def _known(case: Case, backend: Backend, device: str) -> bool:
+    """Whether a known issue makes a part's results wrong, as queries without keys do that the whole has not."""
+    calls = calls_of(case)
+    below = issues_below(device, case, calls) if isinstance(backend.kernel, UserKernel) else ()
+    issues = (*issues_of(backend.name, device, case, calls), *below)
+    return any(not EFFECTS[issue.id].tensors.isdisjoint(PART_RESULTS) for issue in issues)
