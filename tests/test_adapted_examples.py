@@ -226,6 +226,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], str]:
     return put
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", STAND_INS)
 def test_the_adapters_of_others_fit_functions_of_those_shapes(
     stem: str, stand_in: Callable[[str, Path], str], tmp_path: Path

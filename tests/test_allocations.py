@@ -113,6 +113,7 @@ def test_modes_see_what_they_would_see(filled: torch.device) -> None:
     assert has(x, FINITE_BYTE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compilers_do_not_notice(backend: str, filled: torch.device) -> None:
     @torch.compile(fullgraph=True, backend=backend)

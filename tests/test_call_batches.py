@@ -182,6 +182,7 @@ NARROWER: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NARROWER)
 def test_many_heads_and_long_rows_are_drawn_where_they_are_taken(name: str) -> None:
     capabilities = Capabilities(**NARROWER[name])  # type: ignore[arg-type]

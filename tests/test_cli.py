@@ -147,6 +147,7 @@ def test_cuda_without_a_gpu_is_one_sentence(
 LIGHT = "import sys; from attn_fuzz.cli.app import main\ntry: main()\nfinally: print('torch' in sys.modules)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], []])
 def test_help_and_version_need_no_torch(arguments: list[str]) -> None:
     done = subprocess.run(
@@ -175,6 +176,7 @@ def test_version(attn_fuzz: Run) -> None:
     assert said.startswith(f"attn-fuzz {package.__version__}, torch {torch.__version__.partition('+')[0]}")
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_nothing_heavy() -> None:
     program = "import sys, attn_fuzz; print([name for name in ('torch', 'typer', 'hypothesis') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -82,6 +82,7 @@ KEYS: dict[str, tuple[Key, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", KEYS)
 def test_what_else_it_compiles_for_is_found_out(what: str, noticed: Found) -> None:
     key, wanted = KEYS[what]

@@ -190,6 +190,7 @@ def test_either_alone_hides_behind_the_other() -> None:
     assert examine(case, of_function(kernel(how, both)), CPU, probes=()).symptoms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", STEEP, ids=lambda case: f"{case.dtype}-{case.causal}")
 def test_what_keeps_to_a_strict_profile_is_clean(case: Case) -> None:
     backend = of_function(kernel(How(by_head=lambda x: x), STRICT))

@@ -107,6 +107,7 @@ OF_VALUES: dict[str, tuple[str, str, str, object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("kind", OF_VALUES)
 def test_values_of_another_head_dim_are_nobodys_promise(kind: str, tmp_path: Path) -> None:
@@ -120,6 +121,7 @@ def test_values_of_another_head_dim_are_nobodys_promise(kind: str, tmp_path: Pat
     assert limit.case.head_dim_v is not None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_values_of_another_head_dim_that_are_declared_are_a_promise(tmp_path: Path) -> None:
     """Then what comes back wrong is for the campaign to find."""
@@ -131,6 +133,7 @@ def test_values_of_another_head_dim_that_are_declared_are_a_promise(tmp_path: Pa
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_what_a_kernel_keeps_of_the_plain_layout_shows(tmp_path: Path) -> None:
     """A launcher that keeps what was compiled for aligned addresses, and gives it others: right if those come first."""
@@ -141,6 +144,7 @@ def test_what_a_kernel_keeps_of_the_plain_layout_shows(tmp_path: Path) -> None:
     assert [limit.axis for limit in result.limits] == ["memory misaligned"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_floors_of_head_dim_are_found(tmp_path: Path) -> None:
     """As of Triton's products: at least 16, and a power of two."""
@@ -150,6 +154,7 @@ def test_floors_of_head_dim_are_found(tmp_path: Path) -> None:
     assert {"head_dim 1", "head_dim 8", "head_dim 24"} <= {limit.axis for limit in result.limits}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_windows_are_asked_about_where_the_signature_has_them(tmp_path: Path) -> None:
     name = written(tmp_path, "assert window_size == (-1, -1)", head_dims=(16,), dtypes=("fp32",))
@@ -398,6 +403,7 @@ def torch_is_at_fault(monkeypatch: pytest.MonkeyPatch) -> KnownIssue:
     return issue
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_a_limit_names_the_known_fault_below_it(tmp_path: Path, torch_is_at_fault: KnownIssue) -> None:
     result = found(written(tmp_path, "assert q.storage_offset() % 2 == 0", head_dims=(16,), dtypes=("bf16",)))

@@ -331,6 +331,7 @@ def test_a_machine_that_never_answers_keeps_nobody_from_the_end(
     assert "did not answer at the end" in remark
 
 
+@pytest.mark.slow
 def test_time_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "PATIENCE", 0.2)
     machines = FakeMachines(tmp_path, "a")
@@ -422,6 +423,7 @@ def test_what_machines_cannot_do_is_one_sentence(words: tuple[str, ...], said: s
     assert said in sentence(attn_fuzz("campaign", "--ray", "auto", *words))
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_campaigns_print(
     attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -362,6 +362,7 @@ def campaign(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
 ARGUMENTS = ("--device", "cpu", "--level", "kernel", "--mode", "case", "--workers", "1", "--seconds", "1")
 
 
+@pytest.mark.slow
 def test_a_campaign_goes_on_where_the_last_one_was(campaign: Run) -> None:
     # Its second is one of cases: what a process imports for its first one takes as long.
     for case in drawn(registry.load("loop"), seed=0, count=1):

@@ -286,6 +286,7 @@ def test_simpler_ones_come_first() -> None:
         assert any(all(getattr(each, name) == value for name, value in changes.items()) for each in offered if each)
 
 
+@pytest.mark.slow
 def test_only_what_is_taken_is_drawn() -> None:
     def drawn(capabilities: Capabilities) -> list[Case]:
         found: list[Case] = []

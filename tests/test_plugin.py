@@ -391,6 +391,7 @@ def test_marked_tests_and_saved_cases_change_nothing_for_others(
     assert printed(result) == [f"(True, True) {settings.default.max_examples} []", "3"]
 
 
+@pytest.mark.slow
 def test_loading_it_imports_nothing_heavy() -> None:
     program = "import sys, attn_fuzz.pytest_plugin; print('torch' in sys.modules, 'hypothesis' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=HERE.parent, capture_output=True, text=True, check=True)

@@ -308,6 +308,7 @@ def test_correct_tensor_parallel_ranks_are_clean(dtype: str, ranks: int, tensor_
     clean(case.replace(dtype=dtype, ranks=ranks, tensor_ranks=tensor_ranks))
 
 
+@pytest.mark.slow
 def test_tensor_parallel_budgets_are_near_those_of_one_rank() -> None:
     """The same values; two halves stored and added have about the variance of one sum stored, if a little more."""
     case = Case(lengths=(12,), heads=4, head_dim=8, dtype="bf16")
@@ -326,23 +327,27 @@ def test_tensor_parallelism_needs_one_key_head_and_equal_shares(heads: int, kv_h
         Case(lengths=(4,), heads=heads, kv_heads=kv_heads, tensor_ranks=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["fused", "head_major", "sliced", "strided", "misaligned"])
 def test_buffers_of_any_layout_are_gathered(memory: str) -> None:
     clean(ACROSS.replace(memory=memory, ranks=2, key_norm="rms", shared_key_value=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["backup", "sdpa_dense", "sdpa_nested"])
 def test_other_kernels_run_on_ranks(backend: str) -> None:
     case = Case(lengths=(3, 5), cuts=(4,), ranks=2)
     assert examine(case, load(backend), "cpu").symptoms == ()
 
 
+@pytest.mark.slow
 def test_ranks_are_processes_of_their_own() -> None:
     one, other = rank_groups().call(2, CPU, os.getpid, ())
     assert len({one, other, os.getpid()}) == 3
     assert [one, other] == rank_groups().call(2, CPU, os.getpid, ())
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_named_and_the_team_replaced() -> None:
     before = rank_groups().call(2, CPU, os.getpid, ())
     os.kill(before[1], signal.SIGKILL)
@@ -353,11 +358,13 @@ def test_a_rank_that_dies_is_named_and_the_team_replaced() -> None:
     clean(ACROSS.replace(ranks=2))
 
 
+@pytest.mark.slow
 def test_ranks_that_end_within_a_call_are_named() -> None:
     with pytest.raises(RankFailed, match="rank 0 of 2 died with exit code 3"):
         rank_groups().call(2, CPU, os._exit, (3,))
 
 
+@pytest.mark.slow
 def test_ranks_that_block_are_given_up_and_replaced() -> None:
     before = rank_groups().call(2, CPU, os.getpid, ())
     with pytest.raises(RanksHung, match=r"of 2 ranks, 0, 1 did not answer within 0\.05 seconds"):
@@ -366,6 +373,7 @@ def test_ranks_that_block_are_given_up_and_replaced() -> None:
     clean(ACROSS.replace(ranks=2))
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_one_that_came_back_is_given_up_at_once() -> None:
     before = rank_groups().call(2, CPU, gathers, ((2, 2),))
     with pytest.raises(RanksHung, match="of 2 ranks, 1 came back without taking part in the last 1 collective calls"):
@@ -374,6 +382,7 @@ def test_a_rank_that_waits_for_one_that_came_back_is_given_up_at_once() -> None:
     assert not set(before) & set(rank_groups().call(2, CPU, gathers, ((4, 4),)))
 
 
+@pytest.mark.slow
 def test_ranks_that_come_back_out_of_step_are_replaced() -> None:
     """A collective that no rank waited for would be met by the next case."""
     before = rank_groups().call(2, CPU, os.getpid, ())
@@ -382,6 +391,7 @@ def test_ranks_that_come_back_out_of_step_are_replaced() -> None:
     assert not set(before) & set(rank_groups().call(2, CPU, gathers, ((1, 1),)))
 
 
+@pytest.mark.slow
 def test_ranks_that_meet_in_different_collectives_are_given_up_at_once() -> None:
     """Neither comes back, so that no count would ever say it."""
     before = rank_groups().call(2, CPU, os.getpid, ())
@@ -435,6 +445,7 @@ def test_teams_whose_host_has_died_can_be_closed() -> None:
     mine.close()
 
 
+@pytest.mark.slow
 def test_what_a_rank_raises_comes_back() -> None:
     with pytest.raises(RankFailed, match="rank 0 of 2 raised ValueError: invalid literal"):
         rank_groups().call(2, CPU, int, ("x",))
@@ -468,6 +479,7 @@ def test_a_users_layer_and_the_legacy_one_take_no_ranks() -> None:
     assert load("fault:R01").refusal(Case(lengths=(4,), heads=2, tensor_ranks=2), "cpu") == "tensor parallelism"
 
 
+@pytest.mark.slow
 def test_noncausal_documents_are_not_spread() -> None:
     case = Case(lengths=(4, 4), causal=False, ranks=2)
     assert load("loop").refusal(case, "cpu") is None
@@ -478,6 +490,7 @@ def test_noncausal_documents_are_not_spread() -> None:
 # Checks and faults.
 
 
+@pytest.mark.slow
 def test_one_ranks_buffers_are_looked_at() -> None:
     """A change on rank 1 alone, in rows whose values come from rank 0, is seen by the checks of ranks and no other."""
     case = ACROSS.replace(ranks=2)

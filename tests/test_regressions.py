@@ -37,6 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("each_backend", but_forced_slow(suite_backends(metafunc.config)))
 
 
+@pytest.mark.slow
 def test_saved_cases_are_clean(each_backend: str, attn_device: str) -> None:
     backend = available(each_backend, attn_device)
     found = {saved.name: symptoms_of(saved, backend, attn_device) for saved in SAVED}

@@ -194,6 +194,7 @@ def found_on_cuda() -> Finding:
     return finding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "status", "said"),
     [
@@ -224,6 +225,7 @@ def test_a_finding_is_sanitized(how: str, status: int, said: str, fake: Path, at
     assert said.partition(": ")[2].rpartition(": ")[2].split(" of size")[0] in page
 
 
+@pytest.mark.slow
 def test_a_tool_that_takes_too_long_is_ended_with_all_that_it_started(fake: Path) -> None:
     (fake / "memcheck.how").write_text("hang")
     begun = time.monotonic()
@@ -234,6 +236,7 @@ def test_a_tool_that_takes_too_long_is_ended_with_all_that_it_started(fake: Path
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+@pytest.mark.slow
 def test_tools_are_chosen_and_older_verdicts_stay(fake: Path, attn_fuzz: Run) -> None:
     finding = found_on_cuda()
     (fake / "initcheck.how").write_text(INITCHECK)

@@ -68,7 +68,14 @@ def failing(fault: str, case: Case) -> list[Symptom]:
     return [symptom for check in (*CHECKS, *PROBES) for symptom in check(trial)]
 
 
-@pytest.mark.parametrize(("check", "fault", "text"), [(check, *rest) for check, rest in WITNESSES.items()])
+@pytest.mark.parametrize(
+    ("check", "fault", "text"),
+    # Ranks are processes.
+    [
+        pytest.param(check, *rest, marks=[pytest.mark.slow] if '"ranks"' in rest[1] else [])
+        for check, rest in WITNESSES.items()
+    ],
+)
 def test_a_check_has_a_fault_that_it_alone_sees(check: str, fault: str, text: str) -> None:
     if check == "unwritten" and not fills_all(poison.FINITE_BYTE):
         pytest.skip("needs a C library that fills what it hands out, as campaigns have it do")

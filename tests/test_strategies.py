@@ -311,12 +311,14 @@ def test_what_a_backend_does_not_take_is_not_drawn(name: str, level: str) -> Non
     assert [case for case in narrow if not holds(case)] == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("many_heads", "long_rows")
 @pytest.mark.parametrize(("name", "level"), AT_LEVELS)
 def test_nor_is_it_with_many_heads_or_long_rows(name: str, level: str) -> None:
     test_what_a_backend_does_not_take_is_not_drawn(name, level)
 
 
+@pytest.mark.slow
 def test_several_limits_at_once_leave_cases_that_are_taken() -> None:
     capabilities = Capabilities(
         dtypes=("fp16", "bf16"),

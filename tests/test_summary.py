@@ -191,6 +191,7 @@ esac
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ends", "answer", "status", "said"),
     [

@@ -58,6 +58,7 @@ def test_a_script_without_its_package_says_so(
     assert capsys.readouterr().out.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "answer"),
     [

@@ -174,6 +174,7 @@ def said_of_example(case: Case) -> list[str]:
     return said(case, loaded(EXAMPLE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_broken_line_shows_in_a_small_case(name: str, tmp_path: Path) -> None:
     symptom, check, layout = EXPECTED[name]
@@ -230,6 +231,7 @@ def test_a_rank_that_falls_is_named(how: str, tmp_path: Path, monkeypatch: pytes
     assert said(ACROSS, loaded(EXAMPLE)) == []
 
 
+@pytest.mark.slow
 def test_a_result_of_another_shape_on_one_rank_is_named(tmp_path: Path) -> None:
     path = written(tmp_path, "        return out.detach()\n", "        return out.detach()[self.rank :]\n")
     (symptom,) = examine(ACROSS, loaded(path), CPU).symptoms
@@ -237,6 +239,7 @@ def test_a_result_of_another_shape_on_one_rank_is_named(tmp_path: Path) -> None:
     assert "on rank 1 of 2, the shape of what forward gives is [3, 16], but should be [4, 16]" in symptom.message
 
 
+@pytest.mark.slow
 def test_a_collective_that_is_left_over_does_not_meet_the_next_case(tmp_path: Path) -> None:
     """Of the last call of a case, so that everybody comes back; another layer has other ranks."""
     ends = "        return self.gradients\n"
@@ -443,6 +446,7 @@ def test_a_plain_case_is_on_as_few_ranks_as_are_taken(noncausal: bool, tmp_path:
     assert noncausal or len(micro_sequences(case)) == 2
 
 
+@pytest.mark.slow
 def test_a_plain_case_of_tensor_parallel_ranks() -> None:
     backend = loaded(TENSOR)
     case = plain_case(backend, Domain.of(backend.kernel.capabilities, "cpu"), "fp32")
