@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-from typing import Final
-
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
@@ -53,45 +49,3 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """
     if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
         config.option.dist = "worksteal"
-
-
-LONGEST: Final = (
-    "test_backend_agrees_with_reference[flex_compiled",
-    "test_nor_are_they_on_a_gpu[",
-    "test_wheel.py",
-    "test_triton_example.py",
-    "test_every_backend_that_takes_them_is_right_on_a_gpu",
-    "test_saved_cases_are_clean[flex_compiled",
-    "test_backend_agrees_with_reference[",
-)
-"""Words in the names of tests that take a minute and more, on GPUs most of them, where compilers do."""
-
-
-def longest_first(names: list[str], workers: int) -> list[int]:
-    """An order of tests in which each worker's share, one after another and of even size, begins with long ones.
-
-    Args:
-        names: of the tests.
-        workers: how many share them.
-    """
-
-    def rank(name: str) -> int:
-        return next((place for place, word in enumerate(LONGEST) if word in name), len(LONGEST))
-
-    ranks = [rank(name) for name in names]
-    long = sorted((index for index in range(len(names)) if ranks[index] < len(LONGEST)), key=lambda i: ranks[i])
-    rest = (index for index in range(len(names)) if ranks[index] == len(LONGEST))
-    order: list[int] = []
-    for worker in range(workers):
-        share = (len(names) - len(order)) // (workers - worker)
-        own = long[worker::workers][:share]
-        order += [*own, *itertools.islice(rest, share - len(own))]
-    # Where some share is full of long ones others are left.
-    return [*order, *sorted({*range(len(names))} - {*order})]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """None of the longest tests is left for the end, when the other workers have nothing to do any more."""
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if workers > 1:
-        items[:] = [items[index] for index in longest_first([item.nodeid for item in items], workers)]
