@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -182,7 +184,16 @@ def test_batches_have_gaps_in_every_call(device: str) -> None:
         assert torch.allclose(x.cpu(), together[name], atol=1e-5), name
 
 
+@pytest.fixture
+def gigabytes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One test at a time has half of a GPU's memory, whichever workers share it."""
+    with (tmp_path_factory.getbasetemp().parent / "gigabytes.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @on_every_device
+@pytest.mark.usefixtures("gigabytes")
 @pytest.mark.parametrize("changes", PLACED.values(), ids=PLACED)
 def test_the_loop_is_clean_wherever_rows_lie(changes: dict[str, object], device: str) -> None:
     assert examine(CASE.replace(**changes), registry.load("loop"), device).symptoms == ()
@@ -241,6 +252,7 @@ def test_who_does_not_look_reads_rows_of_nobody(kernels: str) -> None:
 
 
 @on_every_device
+@pytest.mark.usefixtures("gigabytes")
 @pytest.mark.parametrize("memory", FAR_MEMORIES)
 def test_far_memory_is_far_and_watched(memory: str, device: str) -> None:
     shapes = {"q": (5, 3, 8), "k": (4, 2, 8)}
