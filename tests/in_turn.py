@@ -38,3 +38,6 @@ class InThisProcess:
 
     def close(self) -> None:
         pass
+
+    def end(self) -> None:
+        pass

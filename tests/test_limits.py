@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import dataclasses
+import itertools
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from attn_fuzz.backends import known, registry
 from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities
 from attn_fuzz.backends.known import KnownIssue, built_on
 from attn_fuzz.campaign import limits
-from attn_fuzz.campaign.isolated import Isolated, Report, Subject, cause_of_death
+from attn_fuzz.campaign.isolated import Ended, Isolated, Report, Subject, cause_of_death
 from attn_fuzz.campaign.limit_questions import LENGTHS, OTHER_VALUES
 from attn_fuzz.campaign.limits import Limit, LimitsFound, infer_limits, taken, without_of
 from attn_fuzz.generation.domain import Domain
@@ -274,6 +277,39 @@ def test_a_kernel_that_never_returns_is_a_finding_and_is_not_tried_again(
     assert fatal is not None
     assert limits.finding_of(fatal, "mine", "cpu").symptom == "Hung"
     assert limits.SOON_SECONDS < 60
+
+
+def test_an_interruption_while_a_kernel_is_asked_begins_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Case] = []
+    plain = itertools.repeat(Report(), 1)
+
+    class Waits(InThisProcess):
+        over = threading.Event()
+
+        def report(self, case: Case, *, operators: bool = False, judged: bool | None = None) -> Report:
+            if (answer := next(plain, None)) is not None:
+                return answer
+            begun.append(case)
+            _thread.interrupt_main()
+            assert self.over.wait(60)
+            raise Ended
+
+        def end(self) -> None:
+            self.over.set()
+
+    monkeypatch.setattr(limits, "Isolated", Waits)
+    with pytest.raises(KeyboardInterrupt):
+        found(written(tmp_path, dtypes=("fp32",)))
+    assert len(begun) == 1
+
+
+def test_who_has_been_ended_starts_no_process(tmp_path: Path) -> None:
+    child = Isolated(Subject(written(tmp_path), "cpu"), 60.0)
+    child.end()
+    with pytest.raises(Ended):
+        child.report(Case(level="kernel", lengths=(1,)))
 
 
 def test_such_a_kernel_has_no_campaign(tmp_path: Path, attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -339,15 +339,17 @@ def test_crowds_are_for_kernels_that_are_quick() -> None:
     assert not takes_crowds(CASE, Domain.of(Capabilities(), "cpu"), lambda case: 0.0)
 
 
-def test_thousands_are_not_waited_for_where_hundreds_tell() -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_thousands_are_not_waited_for_where_hundreds_tell(device: str) -> None:
     asked = []
 
     def seconds(case: Case) -> float:
         asked.append(len(case.lengths))
         return 0.05 + 1e-3 * len(case.lengths)
 
-    assert not takes_crowds(CASE, Domain.of(Capabilities(crowds=None), "cpu"), seconds)
+    assert not takes_crowds(CASE, Domain.of(Capabilities(crowds=None), device), seconds)
     assert max(asked) < 1000
+    assert takes_crowds(CASE, Domain.of(Capabilities(crowds=None), device), lambda case: 0.05)
 
 
 @pytest.mark.slow

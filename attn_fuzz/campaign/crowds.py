@@ -25,7 +25,7 @@ def takes_crowds(base: Case, domain: Domain, seconds: Callable[[Case], float]) -
     """Whether it does; False where it says so itself, and campaigns know.
 
     A CPU is asked for fewer documents: what masks the whole pack, or takes them one by one, shows by then. Of these
-    last, a few hundred tell how long thousands would take, and spare everybody the seconds.
+    last a few hundred tell, on either device, how long thousands would take.
 
     Args:
         base: a plain case that it takes.
@@ -36,13 +36,16 @@ def takes_crowds(base: Case, domain: Domain, seconds: Callable[[Case], float]) -
     if base.level != "kernel" or stated.crowds is not None or stated.layouts or stated.configurations:
         return False
     plain = base.replace(heads=1, kv_heads=1, key_lengths=None)
-    if domain.device == "cuda":
-        return seconds(plain.replace(lengths=(1,) * CROWD)) < _SECONDS
-    fewest, fewer = (seconds(plain.replace(lengths=(1,) * documents)) for documents in (_FEWEST, _FEWER))
-    if (
-        fewer == math.inf
-        or fewer + (fewer - fewest) * (_MANY - _FEWER) / (_FEWER - _FEWEST) > _BEYOND * _SECONDS_OF_MANY
-    ):
+
+    def taken(documents: int) -> float:
+        return seconds(plain.replace(lengths=(1,) * documents))
+
+    most, bound = (CROWD, _SECONDS) if domain.device == "cuda" else (_MANY, _SECONDS_OF_MANY)
+    fewest, fewer = taken(_FEWEST), taken(_FEWER)
+    each = (fewer - fewest) / (_FEWER - _FEWEST)
+    if math.isinf(fewer) or fewer + each * (most - _FEWER) > _BEYOND * bound:
         return False
-    few, many = (seconds(plain.replace(lengths=(1,) * documents)) for documents in (_FEW, _MANY))
+    if domain.device == "cuda":
+        return taken(CROWD) < _SECONDS
+    few, many = taken(_FEW), taken(_MANY)
     return many < _SECONDS_OF_MANY and many < 2 * _MANY / _FEW * few

@@ -182,6 +182,10 @@ FATAL: Final = ("Crashed", "Hung")
 """Symptoms of cases that are not safe to run in a process with anything else to do."""
 
 
+class Ended(Exception):
+    """There are to be no more answers."""
+
+
 class Isolated:
     """Runs cases of one backend in a child process.
 
@@ -197,6 +201,7 @@ class Isolated:
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
         self._ready = False
+        self._ended = False
 
     def symptom(self, case: Case) -> str | None:
         """Name of the case's first symptom, if any.
@@ -242,7 +247,10 @@ class Isolated:
         Raises:
             NoDevice: as ``symptom`` does.
             ReferencesDisagree: as ``examine`` does.
+            Ended: where another thread has called ``end``.
         """
+        if self._ended:
+            raise Ended
         if self._process is None:
             self._start()
         assert self._process is not None
@@ -256,6 +264,8 @@ class Isolated:
             found: Report = self._connection.recv()
         except (EOFError, OSError):
             # OSError: it died before it had read the case, or in the middle of its answer.
+            if self._ended:
+                raise Ended from None
             self._process.join()
             exit_code = self._process.exitcode
             self.close()
@@ -308,6 +318,11 @@ class Isolated:
         """Ends a child that has said nothing for so long."""
         self.close()
         return Report("Hung", f"the process was silent for {seconds:.0f} seconds", survived=False)
+
+    def end(self) -> None:
+        """Ends the child for good: a thread that waits for its answer starts no other."""
+        self._ended = True
+        self.close()
 
     def close(self) -> None:
         """Ends the child."""

@@ -21,7 +21,7 @@ from attn_fuzz.backends.known import KnownIssue, built_on, issues_below
 from attn_fuzz.backends.registry import Backend, calls_of
 from attn_fuzz.campaign.compile_probe import AlsoFor, Noticed, also_for, together
 from attn_fuzz.campaign.crowds import takes_crowds
-from attn_fuzz.campaign.isolated import Isolated, Report, Subject
+from attn_fuzz.campaign.isolated import Ended, Isolated, Report, Subject
 from attn_fuzz.campaign.limit_questions import OTHER_VALUES, Question, plain_case, questions_of
 from attn_fuzz.campaign.preflight import why_unusable
 from attn_fuzz.execution.environment import environment
@@ -102,16 +102,22 @@ class _Children:
         self._subject, self._children = subject, children
         self._made: list[Isolated] = []
         self._idle: list[Isolated] = []
+        self._over = False
         self.noticed = Noticed()
 
     @contextlib.contextmanager
     def _child(self) -> Iterator[Isolated]:
         """One that nobody else asks meanwhile."""
+        if self._over:
+            raise Ended
         try:
             child = self._idle.pop()
         except IndexError:
             child = Isolated(self._subject, ANSWER_SECONDS[self._subject.device.partition(":")[0]], SOON_SECONDS)
             self._made.append(child)
+            if self._over:
+                child.end()
+                raise Ended from None
         yield child
         self._idle.append(child)
 
@@ -174,14 +180,16 @@ class _Children:
             try:
                 return list(pool.map(work, items))
             except BaseException:
-                # Ctrl-C comes to this thread: what the others wait for ends with their children.
+                # Ctrl-C comes to this thread: what the others wait for ends with their children, and nothing is begun.
+                self._over = True
+                pool.shutdown(wait=False, cancel_futures=True)
                 self.close()
                 raise
 
     def close(self) -> None:
         """Ends all of them."""
         for child in self._made:
-            child.close()
+            child.end()
         self._made.clear()
         self._idle.clear()
 
