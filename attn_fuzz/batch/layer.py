@@ -15,6 +15,7 @@ import torch
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.judged import Judged, Question
+from attn_fuzz.batch.verdicts import OFF
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.execution.layer_tensors import LayerTensors
@@ -137,11 +138,6 @@ _SHAPES: Final[dict[str, Callable[[Case], tuple[int, ...]]]] = {
 }
 """Of a token's results."""
 
-_OFF: Final = 3.0
-"""Standard deviations by which float32 may be off, and by far more than it is: budgets are of half precision, and of
-float32 sums."""
-
-
 def _largest(
     case: Case, inputs: LayerInputs, results: Mapping[str, torch.Tensor], profile: Profile, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -164,7 +160,7 @@ def _look_again(
 ) -> None:
     """Judges those documents by the float64 answer that float32 leaves a doubt about; writes over their ``z``."""
     # NaN is a doubt, too.
-    doubtful = (~(z < LIMIT - _OFF).all(1)).nonzero()[:, 0]
+    doubtful = (~(z < LIMIT - OFF).all(1)).nonzero()[:, 0]
     places = doubtful.tolist()
     if not places:
         return
