@@ -23,7 +23,7 @@ from attn_fuzz.batch.batch_run import NAMES
 from attn_fuzz.batch.judge import SCHEDULE, judge, usually_asked
 from attn_fuzz.batch.judged import Question
 from attn_fuzz.batch.questions import QUESTIONS
-from attn_fuzz.campaign import crash_triage, pool
+from attn_fuzz.campaign import inquest, pool
 from attn_fuzz.campaign.calls_worker import CallsWorker, work_on_batches
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message, Tally
 from attn_fuzz.campaign.plan import CampaignOptions, available_backends, plan, takes_batches
@@ -816,7 +816,7 @@ def test_batches_of_what_compiles_for_shapes_are_of_its_layouts_and_one_configur
 @pytest.mark.slow
 def test_a_call_that_ends_its_process_is_told_from_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As it was drawn it ends a process; each attempt at a smaller one would be another.
-    monkeypatch.setattr(crash_triage, "minimise", lambda case, *_: case)
+    monkeypatch.setattr(inquest, "minimise", lambda case, *_: case)
     monkeypatch.setattr(pool, "RESTARTS", 0)
     deed = "    if len(q) == 7:\n        import os\n\n        os._exit(9)\n"
     path = tmp_path / "kernel.py"

@@ -11,8 +11,7 @@ import pytest
 from commandline import FOUND as STORED
 
 from attn_fuzz.campaign import inquest
-from attn_fuzz.campaign.crash_triage import NOT_AGAIN
-from attn_fuzz.campaign.inquest import Inquest, Suspect, look_into, suspect_of
+from attn_fuzz.campaign.inquest import NOT_AGAIN, Inquest, Suspect, look_into, suspect_of
 from attn_fuzz.campaign.isolated import NoDevice, Report, Subject
 from attn_fuzz.campaign.messages import Trying
 from attn_fuzz.findings.finding import Finding

@@ -15,8 +15,8 @@ import torch
 from hunts import finding_of
 
 from attn_fuzz.backends import registry
-from attn_fuzz.campaign import crash_triage, pool, watch
-from attn_fuzz.campaign.isolated import Isolated, NoDevice, Subject
+from attn_fuzz.campaign import inquest, pool, watch
+from attn_fuzz.campaign.isolated import Isolated, NoDevice, Report, Subject
 from attn_fuzz.campaign.messages import Assignment, Candidate, Finished, Found, Message, Tally, Trying
 from attn_fuzz.campaign.plan import CampaignOptions, plan, share_of_time
 from attn_fuzz.campaign.pool import CampaignError, Outcome, Pool
@@ -94,7 +94,7 @@ def test_a_worker_that_dies_is_a_finding_and_the_campaign_goes_on(kernel: Callab
     (finding,) = outcome.findings
     assert (finding.backend, finding.symptom, finding.checks) == (backend, "Crashed", ("runs",))
     assert "died with exit code 9" in finding.messages[0]
-    assert finding.messages[-1] == crash_triage.NOT_AGAIN
+    assert finding.messages[-1] == inquest.NOT_AGAIN
     assert finding.case == finding.original_case
     assert finding.case.level == "kernel"
     assert outcome.tallies[backend].cases == 2
@@ -107,8 +107,8 @@ class InThisProcess:
     def __init__(self, *_: object) -> None:
         pass
 
-    def symptom(self, case: Case) -> str | None:
-        return "Crashed" if case.tokens >= 3 else None
+    def report(self, case: Case) -> Report:
+        return Report("Crashed", "it died", survived=False) if case.tokens >= 3 else Report()
 
     close = nothing
 
@@ -125,7 +125,7 @@ def test_what_the_system_kills_for_its_memory_accuses_nobody(
     (trouble,) = outcome.troubles
     assert "was killed, and had filled the memory" in trouble
     # A death of another kind is the kernel's, however large its process.
-    monkeypatch.setattr(crash_triage, "SHRINK_CRASH_SECONDS", -1.0)
+    monkeypatch.setattr(inquest, "SHRINK_CRASH_SECONDS", -1.0)
     (finding,) = campaign(kernel(DIES_SPEAKING), cases=2).findings
     assert finding.symptom == "Crashed"
 
@@ -148,10 +148,10 @@ def test_where_no_process_can_use_the_device_no_kernel_is_accused(
     kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Deviceless(InThisProcess):
-        def symptom(self, case: Case) -> str | None:
+        def report(self, case: Case) -> Report:
             raise NoDevice("a new process cannot use cuda:0, whatever it runs there")
 
-    monkeypatch.setattr(crash_triage, "Isolated", Deviceless)
+    monkeypatch.setattr(inquest, "Isolated", Deviceless)
     monkeypatch.setattr(pool, "RESTARTS", 0)
     outcome = campaign(kernel(DIES_FROM_THREE), cases=200)
     assert outcome.findings == []
@@ -168,8 +168,8 @@ def test_the_case_that_kills_is_shrunk(kernel: Callable[..., str], monkeypatch: 
         clocks.append(clock)
         return minimise(case, fails, seconds)
 
-    monkeypatch.setattr(crash_triage, "minimise", shrink)
-    monkeypatch.setattr(crash_triage, "Isolated", InThisProcess)
+    monkeypatch.setattr(inquest, "minimise", shrink)
+    monkeypatch.setattr(inquest, "Isolated", InThisProcess)
     monkeypatch.setattr(pool, "RESTARTS", 0)
     (finding,) = campaign(kernel(DIES_FROM_THREE), cases=200).findings
     assert finding.original_case.tokens >= 3
@@ -287,10 +287,10 @@ def test_an_interruption_while_a_crash_is_shrunk_keeps_it(
     kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupted(InThisProcess):
-        def symptom(self, case: Case) -> str | None:
+        def report(self, case: Case) -> Report:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(crash_triage, "Isolated", Interrupted)
+    monkeypatch.setattr(inquest, "Isolated", Interrupted)
     outcome = campaign(kernel(DIES_FROM_THREE), cases=200)
     assert outcome.interrupted
     (finding,) = outcome.findings

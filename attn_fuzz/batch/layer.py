@@ -138,6 +138,7 @@ _SHAPES: Final[dict[str, Callable[[Case], tuple[int, ...]]]] = {
 }
 """Of a token's results."""
 
+
 def _largest(
     case: Case, inputs: LayerInputs, results: Mapping[str, torch.Tensor], profile: Profile, dtype: torch.dtype
 ) -> torch.Tensor:

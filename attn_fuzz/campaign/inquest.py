@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
-from attn_fuzz.campaign.crash_triage import NOT_AGAIN, SHRINK_CRASH_SECONDS, finding_of_death
 from attn_fuzz.campaign.isolated import Isolated, NoDevice, Report, Subject
 from attn_fuzz.campaign.messages import Trying
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.order import simplicity
+from attn_fuzz.execution.environment import environment
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.oracle.second_opinion import ReferencesDisagree
 from attn_fuzz.reduction.minimise import minimise
@@ -23,6 +24,9 @@ from attn_fuzz.reference.case import Case
 
 ASK_SECONDS: Final = 45.0
 """For asking again, one call after another, what a worker was at: a batch has hundreds."""
+
+SHRINK_CRASH_SECONDS: Final = 45.0
+"""For cases that kill their process: each failing candidate costs a new one, several seconds on a GPU."""
 
 SHRINK_HANG_SECONDS: Final = 120.0
 """For cases that hang: each smaller one that hangs, too, costs ``_BRIEF`` and a new process."""
@@ -48,6 +52,37 @@ _MEMORY: Final = 4 << 30
 more, as it is in a worker, before it has been silent for long enough to be taken for one that hangs."""
 
 _CONTROL: Final = "loop"
+
+NOT_AGAIN: Final = "It did not happen again in a process of its own."
+
+
+def finding_of_death(backend: str, device: str, trying: Trying, symptom: str, message: str) -> Finding:
+    """The finding that a worker's last case is, where the worker ended or went silent.
+
+    Args:
+        backend: of the worker.
+        device: of the worker.
+        trying: what it had announced last.
+        symptom: ``Crashed`` or ``Hung``.
+        message: of the finding.
+
+    Raises:
+        CaseError: when what it had announced is no case.
+    """
+    case = Case.from_json(trying.case)
+    return Finding(
+        backend=backend,
+        device=device,
+        symptom=symptom,
+        checks=("runs",),
+        messages=(message,),
+        symptoms=({"symptom": symptom, "check": "runs", "tensor": "process"},),
+        case=case,
+        original_case=case,
+        cases_to_find=0,
+        seconds_to_find=0.0,
+        environment=environment("cpu"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,16 +145,19 @@ class Inquest:
         patience: seconds of silence after which a case counts as hung.
         note: told of the suspect whenever more is known of it.
         known: symptoms of its backend that need no other finding.
+        without: capabilities of a user's backend as they were found out.
     """
 
     def __init__(
         self,
         suspect: Suspect,
         patience: float,
-        note: Callable[[Suspect], None],
+        note: Callable[[Suspect], None] = lambda suspect: None,
         known: Collection[str] = (),
+        without: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.suspect, self.patience, self._note, self._known = suspect, patience, note, known
+        self._without = without
         self._open: list[Isolated] = []
         self._judged = False
 
@@ -154,7 +192,8 @@ class Inquest:
     def _isolated(self, patience: float, backend: str = "") -> Isolated:
         finding = self.suspect.finding
         memory = _MEMORY if finding.device == "cpu" else 0
-        subject = Subject(backend or finding.backend, finding.device, judged=self._judged, memory=memory)
+        without = {} if backend else dict(self._without)
+        subject = Subject(backend or finding.backend, finding.device, without, judged=self._judged, memory=memory)
         self._open.append(Isolated(subject, patience, min(patience, SOON_SECONDS)))
         return self._open[-1]
 

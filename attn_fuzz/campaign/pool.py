@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from typing import Final
 
 from attn_fuzz.campaign import new_process
-from attn_fuzz.campaign.crash_triage import NOT_AGAIN, crash_triage_of, finding_of_death
+from attn_fuzz.campaign.inquest import Inquest, Suspect, finding_of_death
 from attn_fuzz.campaign.isolated import NoDevice, cause_of_death, killed_from_outside
 from attn_fuzz.campaign.messages import (
     Assignment,
@@ -249,21 +249,21 @@ class Pool:
         """
         job, trying, symptom = worker.assignment, worker.trying, finding.symptom
         assert trying is not None
+        said = f"the worker for {job.backend} was killed from outside: no finding"
+        suspect = Suspect(finding, trying, sure=not killed, how=said)
+        inquest = Inquest(suspect, KILLED_SECONDS if killed else HANG_SECONDS, without=job.without)
         try:
-            # Hangs are too slow to shrink.
-            if symptom == "Crashed" and (killed or (job.backend, symptom) not in self._findings):
-                death = crash_triage_of(job, trying, KILLED_SECONDS if killed else HANG_SECONDS)
-                messages = finding.messages if death.again else (*finding.messages, NOT_AGAIN)
-                finding = dataclasses.replace(finding, case=death.case, original_case=death.original, messages=messages)
-                killed = killed and not death.again
-            if killed:
-                self._troubles.append(f"the worker for {job.backend} was killed from outside: no finding")
+            # Hangs are too slow to shrink while others wait.
+            looked_into = symptom == "Crashed" and (killed or (job.backend, symptom) not in self._findings)
+            found = inquest.finding() if looked_into else finding
+            if isinstance(found, str):
+                self._troubles.append(found)
             else:
-                self._keep(finding)
+                self._keep(found)
         except NoDevice as trouble:
             self._troubles.append(f"the worker for {job.backend} {how}, but {trouble}: no finding")
         except KeyboardInterrupt:
-            self._keep(finding)
+            self._keep(finding if killed else inquest.suspect.finding)
             raise
 
     def _step(self) -> None:
