@@ -16,7 +16,7 @@ from hunts import finding_of
 
 from attn_fuzz.backends import registry
 from attn_fuzz.campaign import inquest, pool, watch
-from attn_fuzz.campaign.isolated import Isolated, NoDevice, Report, Subject
+from attn_fuzz.campaign.isolated import Isolated, NoDevice, Report, Subject, report_of
 from attn_fuzz.campaign.messages import Assignment, Candidate, Finished, Found, Message, Tally, Trying
 from attn_fuzz.campaign.plan import CampaignOptions, plan, share_of_time
 from attn_fuzz.campaign.pool import CampaignError, Outcome, Pool
@@ -334,6 +334,16 @@ def test_isolated_cases_name_their_symptom_and_outlive_deaths(kernel: Callable[.
         assert [isolated.symptom(case) for case in (CASE, SMALL)] == ["Crashed", "WrongOutput"]
     finally:
         isolated.close()
+
+
+@pytest.mark.parametrize("judged", [True, False])
+@pytest.mark.parametrize("case", [SMALL, Case(lengths=(3,), head_dim=1, hidden=1)], ids=["kernel", "layer"])
+def test_memory_that_runs_out_ends_no_process_and_accuses_nobody(
+    kernel: Callable[..., str], case: Case, judged: bool
+) -> None:
+    name = kernel("    torch.empty(1 << 50)\n")
+    report = report_of(case, Subject(name, "cpu", judged=judged), registry.load(name))
+    assert (report.refusal, report.symptom, report.survived) == ("memory ran out", None, True)
 
 
 @pytest.mark.slow

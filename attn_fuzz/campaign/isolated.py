@@ -102,6 +102,9 @@ def report_of(
         return Report(refusal=str(error))
     except ReferencesDisagree as error:
         return Report(disagreement=str(error))
+    except (torch.OutOfMemoryError, MemoryError):
+        # Of memory that there is not a kernel is not accused, nor is its process ended.
+        return Report(refusal="memory ran out")
     first = verdict.first
     if isinstance(first, Crashed) and not context_alive(place):
         raise SystemExit(DEAD_CONTEXT)
