@@ -39,7 +39,7 @@ def noticed(monkeypatch: pytest.MonkeyPatch) -> Found:
                     asked.append(case)
                 return report_of(case, self.subject, backend, operators=operators, clock=kernel.clock)
 
-            def close(self) -> None: ...
+            def end(self) -> None: ...
 
         monkeypatch.setattr(registry, "load", lambda name: backend)
         monkeypatch.setattr(limits, "Isolated", Here)
