@@ -15,7 +15,7 @@ import torch
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.judged import Judged, Question
-from attn_fuzz.batch.verdicts import OFF
+from attn_fuzz.batch.verdicts import OFF, float32_is_plain, look_pays
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.execution.layer_tensors import LayerTensors
@@ -120,9 +120,8 @@ def judge_layer(case: Case, backend: Backend, device: torch.device, *, first_loo
             return dataclasses.replace(judged, broken={0: f"{name} is of another shape"})
     profile = backend.kernel.profile_on(device.type)
     if first_look is None:
-        first_look = device.type != "cpu" and case.dtype != "fp32"
-    # Products in TF32 would be as coarse as half precision.
-    if first_look and torch.get_float32_matmul_precision() == "highest":
+        first_look = look_pays(case, device)
+    if first_look and float32_is_plain():
         z = _largest(case, inputs, results, profile, torch.float32)
         _look_again(case, inputs, results, profile, z)
     else:

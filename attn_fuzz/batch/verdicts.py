@@ -67,10 +67,9 @@ def largest_z(
     count = len(case.packed_lengths)
     z = torch.zeros(len(results), count, len(COLUMNS), dtype=torch.float64, device=inputs.q.device)
     if first_look is None:
-        first_look = z.is_cuda and case.dtype != "fp32" and count >= _MANY
+        first_look = count >= _MANY and look_pays(case, z.device)
     doubtful = None
-    # Products in TF32 would be as coarse as half precision.
-    if first_look and torch.get_float32_matmul_precision() == "highest":
+    if first_look and float32_is_plain():
         for chunk in answers(case, inputs, profile, degrees=_by_rows(case), dtype=torch.float32):
             _judge(case, chunk, results, z)
         # NaN is a doubt, too.
@@ -80,6 +79,16 @@ def largest_z(
     for chunk in answers(case, inputs, profile, degrees=_by_rows(case), documents=doubtful):
         _judge(case, chunk, results, z)
     return z
+
+
+def look_pays(case: Case, device: torch.device) -> bool:
+    """Whether a first look in float32 pays, of much: on a GPU, for half precision."""
+    return device.type != "cpu" and case.dtype != "fp32"
+
+
+def float32_is_plain() -> bool:
+    """Whether products of float32 are: in TF32 they would be as coarse as half precision."""
+    return torch.get_float32_matmul_precision() == "highest"
 
 
 def _by_rows(case: Case) -> bool:
@@ -110,9 +119,8 @@ def _by_row(case: Case, got: torch.Tensor, expected: Expected) -> tuple[torch.Te
 
     Padding is 0, as its answer is. ``got`` is written over.
     """
-    variance, single = expected.variance, got.dtype == torch.float32
-    doubtful = _doubtful(got, expected) if single else None
-    z2 = got.sub_(expected.value).square_().div_(variance.clamp_min(_OWED[got.dtype]))
+    doubtful = _doubtful(got, expected) if got.dtype == torch.float32 else None
+    z2 = got.sub_(expected.value).square_().div_(expected.variance.clamp_min(_OWED[got.dtype]))
     if case.dtype == "fp16":
         # Others hold whatever the modes of values drawn here can sum up to.
         z2.masked_fill_(expected.value.abs() > 0.5 * _LARGEST_FP16, 0.0)
@@ -122,7 +130,7 @@ def _by_row(case: Case, got: torch.Tensor, expected: Expected) -> tuple[torch.Te
         worst.masked_fill_(doubtful, torch.inf)
     if expected.degrees is None:
         return worst, torch.zeros_like(worst)
-    owing = variance.amin(-1) > 0
+    owing = expected.variance.amin(-1) > 0
     mean = (z2.mean(-1) / row_bound(expected.degrees)).sqrt_().nan_to_num_(torch.inf)
     return worst, torch.where(owing, mean, 0.0)
 
