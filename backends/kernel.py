@@ -19,6 +19,9 @@ from attn_fuzz.reference.profile import Profile
 FLOAT_DTYPES: Final = ("fp32", "bf16", "fp16")
 HALF_DTYPES: Final = ("bf16", "fp16")
 
+MOST_DOCUMENTS: Final = (1 << 16) - 1
+"""Of a call: CUDA takes no more blocks than that along the second and third sides of a grid."""
+
 PLACEMENTS: Final = ("max_seqlen", "gaps", "far")
 """What may differ where values do not: how loose bounds are, whether rows lie between documents, or far apart."""
 
@@ -86,7 +89,9 @@ class Capabilities:
     gaps: tuple[str, ...] = ()
     """Sides, of ``q`` and ``k``, on which rows between documents may be nobody's."""
     crowds: bool | None = False
-    """Takes 65,537 documents in one call, in a second or two; None: found out by trying."""
+    """Takes 65,537 documents in one call, in a second or two; None: found out by trying. False: 65,535 at most."""
+    most_scores: int = 0
+    """Of a mask over a whole call, its queries by its keys, the most entries that it may have; 0 for any number."""
     placement_keeps_bits: tuple[str, ...] = ()
     """Of ``PLACEMENTS``, those that move no bit of what comes out; others may decide in which order it adds up, and
     only budgets hold."""
@@ -195,7 +200,13 @@ class Capabilities:
 
     def _rules_of_placement(self, case: Case) -> tuple[tuple[bool, str], ...]:
         """What must hold of where a case's rows lie, with what it is about."""
+        lengths, key_lengths = case.packed_lengths, case.packed_key_lengths
         return (
+            (self.crowds is not False or len(lengths) <= MOST_DOCUMENTS, f"more than {MOST_DOCUMENTS:,} documents"),
+            (
+                not self.most_scores or sum(lengths) * sum(key_lengths) <= self.most_scores,
+                f"more than {self.most_scores:,} entries of a mask",
+            ),
             (case.memory in (*self.memories, *self.far_memories), f"memory layout {case.memory}"),
             (
                 self.capacity is not False or case.level == "layer" or not case.capacity,

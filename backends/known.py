@@ -247,6 +247,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         reference=f"facebookexperimental/triton#2767; {_TORCH} on an H200, 2026-11-29: sums over 33,156, 33,160 and "
         "33,164 rows into 80 to 96 x 136 to 152, bf16 and fp16",
         found_by="campaign unaided",
+        script="triton_2767.py",
         present=_cublas_drops_the_rest,
         covers=_long_sums,
         minimal=Case.from_json(

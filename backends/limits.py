@@ -118,6 +118,32 @@ LIMITS: Final[tuple[DeclaredLimit, ...]] = (
             '{"level": "kernel", "lengths": [1], "heads": 4, "kv_heads": 2, "head_dim": 64, "dtype": "bf16"}'
         ),
     ),
+    DeclaredLimit(
+        id="limit-flash3-documents",
+        backend="unrestricted:flash3",
+        device="cuda",
+        symptom="PoisonLeaked",
+        about="of 65,536 documents and more the backward leaves all gradients unwritten and says nothing: CUDA takes "
+        "no such grid, and that a launch fails is not looked at",
+        reference="flash-attn-3 built for torch 2.11.0+cu130 on an H200, 2026-11-29; mended in a descendant of it "
+        "(SandAI-org/MagiAttention#40)",
+        found_by=_RAN,
+        minimal=Case(level="kernel", lengths=(1,) * 65536, head_dim=8, dtype="bf16"),
+    ),
+    *(
+        DeclaredLimit(
+            id=f"limit-{backend.replace('_', '-')}-mask",
+            backend=f"unrestricted:{backend}",
+            device="cuda",
+            symptom="WrongKeys",
+            about="of a mask of more than 2^32 entries the memory-efficient kernel reads the wrong rows",
+            reference="pytorch#187227; torch 2.11.0+cu130 on an H200, 2026-11-29",
+            found_by=_RAN,
+            script="pytorch_187227.py",
+            minimal=Case(level="kernel", lengths=(4096,) * 17, head_dim=8),
+        )
+        for backend in ("sdpa_dense", "sdpa_dense_efficient")
+    ),
 )
 """Of docs/oracle.md three of the table, and of docs/backends.md what is refused since campaigns found it wrong, each by
 backend. The others there are conventions (the LSE of rows without keys), refused by the backend itself (head dimensions

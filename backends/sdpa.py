@@ -19,6 +19,9 @@ BACKENDS: Final = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 
+MOST_MASKED: Final = 1 << 32
+"""Entries of a mask beyond which torch's memory-efficient kernel reads the wrong ones (pytorch#187227)."""
+
 CPU_EXP_ERROR: Final = 20 * 2.0**-23
 """torch's flash attention for CPUs uses a vectorised exponential good to 20 units in the last place."""
 

@@ -51,6 +51,7 @@ _UNDECLARED: Final = {
     "head_dims_v": True,
     "loose_max_seqlen": True,
     "gaps": ("q", "k"),
+    "crowds": True,
     "far_memories": FAR_MEMORIES,
 }
 """What few kernels declare, and any may be asked for."""

@@ -7,7 +7,16 @@ from collections import Counter
 
 import pytest
 
-from attn_fuzz.nights.schedule import COMPILED_SHARE, MODE_SHARES, Round, Standing, Target, is_near_miss
+from attn_fuzz.nights.schedule import (
+    COMPILED_SHARE,
+    COMPILED_TIMES,
+    MODE_SHARES,
+    NEGLECTED,
+    Round,
+    Standing,
+    Target,
+    is_near_miss,
+)
 
 RATES = {"fast": 400.0, "usual": 150.0, "other": 120.0, "steady": 100.0, "slow": 20.0}
 """Cases a second of a batch of kernel calls."""
@@ -36,8 +45,8 @@ def night(standings: dict[Target, Standing], rounds: int, count: int = 32, secon
     for _ in range(rounds):
         for target in Round(standings, seconds).slices(count):
             chosen.append(target)
-            cases = int(rate_of(target) * seconds)
-            standings[target].note(cases, seconds, findings=0, fresh=0, worst_z=3.0)
+            taken = seconds * (COMPILED_TIMES if target.compiled else 1.0)
+            standings[target].note(int(rate_of(target) * taken), taken, findings=0, fresh=0, worst_z=3.0)
     return chosen
 
 
@@ -53,6 +62,37 @@ def test_no_backend_is_far_behind_however_slow() -> None:
     for mode in MODE_SHARES:
         cases = [sum(each.cases for each in of(standings, backend=name, mode=mode)) for name in RATES]
         assert min(cases) >= statistics.median(cases) / 5, mode
+
+
+def test_what_is_slow_in_all_modes_catches_up_once_it_is_known_to_be() -> None:
+    """By what gives it most verdicts, while everything else has its first turns."""
+    slow = [Target("slow", "cuda", "kernel", mode) for mode in MODE_SHARES]
+    standings = {target: Standing(cases=cases, seconds=10.0) for target, cases in zip(slow, (30, 5, 1), strict=True)}
+    for name in ("fast", "usual", "other", "steady"):
+        standings |= {Target(name, "cuda", "kernel", mode): Standing(cases=900.0, seconds=10.0) for mode in MODE_SHARES}
+        # Without a turn so far.
+        standings |= {Target(name, "cuda", "layer", mode): Standing() for mode in MODE_SHARES}
+    chosen = Round(standings, 10.0).slices(12)
+    assert chosen.count(slow[0]) == 6
+    assert sum(target.level == "layer" for target in chosen) == 6
+    # Not for ever: it has four times an equal share at most, and rests once it is no longer far behind.
+    for target in slow:
+        standings[target].seconds = 400.0
+    assert not set(slow) & set(Round(standings, 10.0).slices(12))
+    for target in slow:
+        standings[target] = Standing(cases=2 * NEGLECTED * 900.0, seconds=10.0)
+    assert not set(slow) & set(Round(standings, 10.0).slices(12))
+
+
+def test_more_time_is_no_help_to_what_comes_to_no_verdict() -> None:
+    stuck, slow, quick = (Target(name, "cuda", "kernel", "case") for name in ("stuck", "slow", "quick"))
+    new = Target("quick", "cuda", "layer", "case")
+    standings = {stuck: Standing(seconds=10.0), slow: Standing(cases=10.0, seconds=10.0)}
+    standings |= {quick: Standing(cases=900.0, seconds=10.0), new: Standing()}
+    # The median is that of `slow`; so one more that is fast.
+    standings |= {Target("other", "cuda", "kernel", "case"): Standing(cases=900.0, seconds=10.0)}
+    standings |= {Target("usual", "cuda", "kernel", "case"): Standing(cases=900.0, seconds=10.0)}
+    assert Round(standings, 10.0).slices(2) == [slow, new]
 
 
 def test_everything_has_its_turn_before_anything_has_two() -> None:

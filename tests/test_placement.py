@@ -222,6 +222,26 @@ def test_what_no_backend_declares_is_refused() -> None:
     assert plain.refusal(CASE.replace(memory="far_base"), "cpu", pairs) == "memory layout far_base"
 
 
+def test_more_documents_than_a_grid_takes_are_refused_by_who_takes_no_crowds() -> None:
+    crowded = Case(level="kernel", lengths=(1,) * 65536, head_dim=8)
+    fits = crowded.replace(lengths=(1,) * 65535)
+    for takes in (True, None, False):
+        said = Capabilities(crowds=takes).refusal(crowded, "cpu", [(1, 1)])
+        assert said == ("more than 65,535 documents" if takes is False else None)
+        assert Capabilities(crowds=takes).refusal(fits, "cpu", [(1, 1)]) is None
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sdpa_dense_efficient", "cuda"), ("sdpa_dense", "cuda")])
+def test_masks_of_more_entries_than_32_bits_count_are_refused(name: str, kind: str) -> None:
+    capabilities = registry.load(name).kernel.capabilities_on(kind)
+    long = Case(level="kernel", lengths=(1 << 16,), head_dim=8)
+    assert capabilities.refusal(long, kind, [(1 << 16, 1 << 16)]) is None
+    longer = long.replace(lengths=((1 << 16) + 1,))
+    assert capabilities.refusal(longer, kind, [((1 << 16) + 1,) * 2]) == "more than 4,294,967,296 entries of a mask"  # type: ignore[list-item]
+    # Of all kernels of a CPU no such thing is known.
+    assert registry.load("sdpa_dense").kernel.capabilities_on("cpu").refusal(longer, "cpu", [(1, 1)]) is None
+
+
 def test_a_signature_tells_of_gaps(kernels: str) -> None:
     sides = {
         name: registry.load(f"{kernels}:{name}").kernel.capabilities.gaps for name in ("used", "padded", "anything")

@@ -22,8 +22,14 @@ behind: to give it as many verdicts as the fastest has would leave nothing for a
 MOST_SHARE: Final = 0.35
 """And at most this share of a mode's time, where there are few backends."""
 
+NEGLECTED: Final = 0.4
+"""Of the median of all backends: one with fewer verdicts than that gets every other slice, of what gives it most."""
+
 COMPILED_SHARE: Final = 1 / 3
-"""At most, of the slices: for backends that compile for what they are handed, and are behind whatever they get."""
+"""At most, of the time: for backends that compile for what they are handed, and are behind whatever they get."""
+
+COMPILED_TIMES: Final = 3.0
+"""Slices of compiling backends are so many times as long."""
 
 _FORGOTTEN: Final = 0.5
 """What is left of interest after a slice that showed nothing new."""
@@ -124,14 +130,17 @@ class Round:
         self._rates = {target: standing.rate for target, standing in standings.items()}
         self._interest = {target: standing.interest for target, standing in standings.items()}
         self._on_device: Counter[str] = Counter()
+        self._taken = 0
         self._targets = [target for target, standing in standings.items() if not standing.resting]
 
     def slices(self, count: int) -> list[Target]:
         """The targets of so many slices, in the order in which they start."""
         quick, compiled = ([t for t in self._targets if t.compiled is kind] for kind in (False, True))
         share = min(len(compiled) / max(len(self._targets), 1), COMPILED_SHARE) if quick else 1.0
+        # Of the time; of the slices it is less, since theirs are longer.
+        by_slices = share / (share + COMPILED_TIMES * (1 - share))
         # One at least, once in a while where a round has few.
-        of_compiled = min(count, math.ceil(count * share)) if compiled else 0
+        of_compiled = min(count, math.ceil(count * by_slices)) if compiled else 0
         if compiled and quick and count == 1:
             of_compiled = int(self._time(compiled) < share * (self._time(compiled) + self._time(quick)))
         return self._shared(quick, count - of_compiled) + self._shared(compiled, of_compiled)
@@ -150,7 +159,32 @@ class Round:
         curious = interesting[: int(count * CURIOUS)]
         for target in curious:
             self._take(target)
-        return [self._take(self._most_behind(targets)) for _ in range(count - len(curious)) if targets] + curious
+        return [self._take(self._next(targets)) for _ in range(count - len(curious)) if targets] + curious
+
+    def _next(self, targets: Sequence[Target]) -> Target:
+        """What is behind in its mode, and every other time what is far behind in all modes together, if anything is."""
+        self._taken += 1
+        return (self._neglected(targets) if self._taken % 2 else None) or self._most_behind(targets)
+
+    def _neglected(self, targets: Sequence[Target]) -> Target | None:
+        """Of the backend that is furthest behind what gives it most verdicts a second; None where none is far behind.
+
+        Modes and levels have their turns by ``_most_behind``; these are for backends that are slow in all of them.
+        """
+        cases, spent = (Counter[tuple[str, str]]() for _ in range(2))
+        for target in targets:
+            cases[target.subject] += self._cases[target]
+            spent[target.subject] += self._spent[target]
+        enough, most = NEGLECTED * statistics.median(cases.values()), MOST_TIMES / len(cases) * spent.total()
+        # Nothing is gained by more time for what has come to no verdict in the time it had.
+        mine = [each for each in targets if self._rates[each] and cases[each.subject] < enough]
+        behind = [each for each in mine if spent[each.subject] < most]
+        # Of several GPUs the one that has the fewest slices of the round.
+        return min(
+            behind,
+            key=lambda each: (cases[each.subject], -(self._rates[each] or 0.0), self._on_device[each.device]),
+            default=None,
+        )
 
     def _take(self, target: Target) -> Target:
         """Counts a slice as if it were done."""

@@ -20,7 +20,7 @@ from attn_fuzz.nights.kept import Kept
 from attn_fuzz.nights.leftovers import NotesFolder
 from attn_fuzz.nights.pool import OVER_SECONDS, Listener, RoundPool
 from attn_fuzz.nights.record import Record, Slice, kind_of
-from attn_fuzz.nights.schedule import Round, Standing, Target
+from attn_fuzz.nights.schedule import COMPILED_TIMES, Round, Standing, Target
 from attn_fuzz.nights.spaces import space_of
 from attn_fuzz.nights.totals import verdicts
 from attn_fuzz.nights.view import View
@@ -29,11 +29,11 @@ from attn_fuzz.reference.case import Case
 SLICE_SECONDS: Final = {"cpu": 8.0, "cuda": 15.0}
 """Of one worker on one target. A process takes a tenth of it to begin on a CPU, and a fifth on a GPU."""
 
-COMPILED_TIMES: Final = 3.0
-"""Slices of compiling backends are so many times as long."""
+TURNS: Final = 2
+"""Of every target, for which there is to be time: in the second it is known what is slow."""
 
 LEAST_SECONDS: Final = 4.0
-"""Of a slice, where there is too little time for every target."""
+"""Of a slice, where there is too little time for every target to have its turns."""
 
 SHOW_SECONDS: Final = 0.5
 """Between looks at what workers have told."""
@@ -133,10 +133,10 @@ class Supervisor:
     # A round.
 
     def _seconds(self) -> float:
-        """Of a slice: shorter where not every target would have its turn."""
+        """Of a slice: shorter where not every target would have its turns."""
         kinds = {target.subject[1] for target in self.standings}
         usual = max(SLICE_SECONDS[kind] for kind in kinds)
-        turns = self.view.left * self.wishes.workers / len(self.standings)
+        turns = self.view.left * self.wishes.workers / (TURNS * len(self.standings))
         return min(max(LEAST_SECONDS, min(usual, turns)), self.view.left)
 
     def _round(self) -> bool:

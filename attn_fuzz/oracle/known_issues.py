@@ -12,10 +12,16 @@ from typing import Final
 from attn_fuzz.backends.known import KnownIssue
 from attn_fuzz.oracle.symptoms import (
     DeadRowsNotZero,
+    MovedByPlacement,
+    NotBatchInvariant,
+    NotCompiled,
     NotExact,
     NotIsolated,
+    NotMerged,
+    NotOrdered,
     NotRegrouped,
     NotRepeatable,
+    NotReplayed,
     PoisonLeaked,
     Symptom,
     WrongGradK,
@@ -28,6 +34,7 @@ from attn_fuzz.oracle.symptoms import (
     WrongOutput,
     WrongParameterGradient,
     WrongSpread,
+    WrongWhenAsked,
 )
 
 Symptoms = frozenset[type[Symptom]]
@@ -51,7 +58,11 @@ _BACKWARD: Final = frozenset({"dq", "dk", "dv"})
 _NORMS: Final = frozenset({"d_query_norm", "d_key_norm", "d_value_norm"})
 _PARAMETERS: Final = frozenset({"d_query", "d_key", "d_value", "d_key_value", "d_dense", *_NORMS})
 _LAYER_BACKWARD: Final = _BACKWARD | _PARAMETERS | {"dx"}
-_SPOILT: Final[Symptoms] = frozenset({PoisonLeaked, DeadRowsNotZero, NotIsolated, NotExact, NotRegrouped})
+# What is wrong is wrong in another call, too, and otherwise: in other company, in a replay, on another stream.
+_RELATED: Final[Symptoms] = frozenset(
+    {NotRegrouped, NotMerged, NotBatchInvariant, NotReplayed, NotOrdered, NotCompiled, MovedByPlacement, WrongWhenAsked}
+)
+_SPOILT: Final[Symptoms] = frozenset({PoisonLeaked, DeadRowsNotZero, NotIsolated, NotExact}) | _RELATED
 _WRONG_GRADIENTS: Final[Symptoms] = frozenset(
     {WrongGradQ, WrongGradK, WrongGradV, WrongInputGradient, WrongParameterGradient}
 )

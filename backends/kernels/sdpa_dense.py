@@ -9,7 +9,7 @@ import torch
 from attn_fuzz.backends.flash2 import ALIGNED_MEMORIES
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata
-from attn_fuzz.backends.sdpa import CPU_EXP_ERROR, as_flash_does
+from attn_fuzz.backends.sdpa import CPU_EXP_ERROR, MOST_MASKED, as_flash_does
 from attn_fuzz.reference.profile import Profile
 
 
@@ -69,7 +69,9 @@ class SdpaDense(Kernel):
 
     def capabilities_on(self, device: str) -> Capabilities:
         # On CPU values of another head_dim would go to the unfused composition, which rounds elsewhere.
-        return dataclasses.replace(self.capabilities, head_dims_v=device == "cuda")
+        # Of CUDA's kernels the memory-efficient one may be picked.
+        cuda = device == "cuda"
+        return dataclasses.replace(self.capabilities, head_dims_v=cuda, most_scores=MOST_MASKED if cuda else 0)
 
     def profile_on(self, device: str) -> Profile:
         return as_flash_does(self.profile, device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from attn_fuzz.backends.kernels.sdpa_dense_math import ForcedDense
+from attn_fuzz.backends.sdpa import MOST_MASKED
 
 
 class SdpaDenseEfficient(ForcedDense):
@@ -14,7 +15,12 @@ class SdpaDenseEfficient(ForcedDense):
     forced = "efficient"
     paths = frozenset({"dense efficient"})
     capabilities = dataclasses.replace(
-        ForcedDense.capabilities, devices=("cuda",), head_dim_multiple=8, head_dims_v=True, queries_without_keys=True
+        ForcedDense.capabilities,
+        devices=("cuda",),
+        head_dim_multiple=8,
+        head_dims_v=True,
+        queries_without_keys=True,
+        most_scores=MOST_MASKED,
     )
 
 
