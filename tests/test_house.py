@@ -20,6 +20,11 @@ EXCUSED = {
     "attn_fuzz/cli/fuzz.py check_layer": "a typer command",
     "attn_fuzz/cli/ledger.py ledger": "a typer command",
     "attn_fuzz/nights/soak_kernels.py kernel": "the signature that varlen kernels have",
+    "reference/fused_answer_kernels.py compare_kernel": "a Triton kernel",
+    "reference/fused_answer_kernels.py rows_kernel": "a Triton kernel",
+    "reference/fused_answer_kernels.py keys_kernel": "a Triton kernel",
+    "reference/fused_answer_kernels.py _scores": "a Triton kernel",
+    "reference/fused_answer_kernels.py _ds": "a Triton kernel",
     "reference/fused_values.py draw": "tensors and keys of a stream, handed to a Triton kernel one by one",
     "reference/fused_values.py draw_kernel": "a Triton kernel",
 }

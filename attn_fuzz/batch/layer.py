@@ -14,6 +14,7 @@ import torch
 
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.registry import Backend
+from attn_fuzz.batch import fused_look
 from attn_fuzz.batch.judged import Judged, Question
 from attn_fuzz.batch.verdicts import OFF, float32_is_plain, look_pays
 from attn_fuzz.cases.call_batch import CallBatch
@@ -25,6 +26,7 @@ from attn_fuzz.execution.runner import LayerRun
 from attn_fuzz.generation.domain import USUAL_HEADS, Domain
 from attn_fuzz.generation.length_sweeps import draw_options, edge_lengths
 from attn_fuzz.oracle.deviations import LIMIT, deviations, limit
+from attn_fuzz.reference.answer import Expected, Inputs
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.exact_layer import EXACT_TENSORS, exact_layer_answer
 from attn_fuzz.reference.layer import LayerInputs, layer_inputs
@@ -142,7 +144,8 @@ def _largest(
     case: Case, inputs: LayerInputs, results: Mapping[str, torch.Tensor], profile: Profile, dtype: torch.dtype
 ) -> torch.Tensor:
     """The largest deviation of each document, float64 ``[documents, tensors]``, by an answer in this dtype."""
-    expected = exact_layer_answer(case, inputs, profile, dtype)
+    fused = _fused if dtype == torch.float32 else lambda case, inputs, profile: None
+    expected = exact_layer_answer(case, inputs, profile, dtype, fused)
     owner = packed(case.packed_lengths, inputs.x.device).owner
     z = torch.zeros(len(case.packed_lengths), len(EXACT_TENSORS), dtype=torch.float64, device=inputs.x.device)
     for column, name in enumerate(EXACT_TENSORS):
@@ -153,6 +156,14 @@ def _largest(
                 worst.fill_(torch.inf)
             z[:, column].scatter_reduce_(0, owner, worst.double(), "amax")
     return z
+
+
+def _fused(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Expected] | None:
+    """A fused answer to one call of a layer, where there is one."""
+    found = fused_look.look(case, inputs, profile)
+    if found is None:
+        return None
+    return {name: Expected(each.value, each.inverse.pow(-2)) for name, each in found.items()}
 
 
 def _look_again(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
 
+from attn_fuzz.batch import fused_look
 from attn_fuzz.oracle.deviations import CONTINUOUS, LIMIT, deviations, limit, row_bound
 from attn_fuzz.oracle.known_answer.compared import largest
 from attn_fuzz.reference.answer import KERNEL_TENSORS, Expected, Inputs
 from attn_fuzz.reference.batched import Chunk, answers
 from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.fused_answer import Fused, rows_of
 from attn_fuzz.reference.memory import bits
 from attn_fuzz.reference.packed import packed
 from attn_fuzz.reference.profile import Profile
@@ -57,8 +59,9 @@ def largest_z(
         inputs: its tensors, on the device.
         profile: the roundings of what ran.
         results: of each run, on the device, complete.
-        first_look: whether answers are computed in float32 at first, and in float64 for those documents alone that this
-            leaves a doubt about; None where it pays: on a GPU, for half precision and thousands of documents.
+        first_look: whether answers are computed in float32 at first, by fused kernels where those are compiled
+            (``fused_look``), and in float64 for those documents alone that this leaves a doubt about; None where it
+            pays: on a GPU, for half precision and thousands of documents.
 
     Returns:
         float64 ``[runs, documents of the call, columns]`` on the device, in the order of ``COLUMNS``; 0 where
@@ -70,8 +73,11 @@ def largest_z(
         first_look = count >= _MANY and look_pays(case, z.device)
     doubtful = None
     if first_look and float32_is_plain():
-        for chunk in answers(case, inputs, profile, degrees=_by_rows(case), dtype=torch.float32):
-            _judge(case, chunk, results, z)
+        if (fused := fused_look.look(case, inputs, profile)) is not None:
+            _judge_fused(case, fused, results, z)
+        else:
+            for chunk in answers(case, inputs, profile, degrees=_by_rows(case), dtype=torch.float32):
+                _judge(case, chunk, results, z)
         # NaN is a doubt, too.
         doubtful = (~(z < LIMIT - OFF).all(2)).any(0).nonzero()[:, 0].tolist()
         if not doubtful:
@@ -112,6 +118,27 @@ def _judge(case: Case, chunk: Chunk, results: Sequence[dict[str, torch.Tensor]],
             z[run, chunk.documents, column] = worst.amax((1, 2)).double()
             if expected.degrees is not None:
                 z[run, chunk.documents, COLUMNS.index(f"{name}-rows")] = LIMIT * mean.amax((1, 2)).double()
+
+
+def _judge_fused(
+    case: Case, fused: Mapping[str, Fused], results: Sequence[dict[str, torch.Tensor]], z: torch.Tensor
+) -> None:
+    """Writes down what of each document is wrong by a fused answer.
+
+    Rows are held to the bound of as many independent errors as they have channels, which is the strictest.
+    """
+    sides = {"q": packed(case.packed_lengths, z.device).owner, "k": packed(case.packed_key_lengths, z.device).owner}
+    bound = row_bound(torch.tensor(float(case.head_dim))).item()
+    for column, name in enumerate(KERNEL_TENSORS):
+        owner = sides["k" if name in ("dk", "dv") else "q"]
+        for run, found in enumerate(results):
+            if name not in found:
+                continue
+            worst, mean = rows_of(found[name], fused[name])
+            z[run, :, column].scatter_reduce_(0, owner, worst.double(), "amax")
+            if name in ROWS and _by_rows(case):
+                of_rows = LIMIT * (mean / bound).sqrt()
+                z[run, :, COLUMNS.index(f"{name}-rows")].scatter_reduce_(0, owner, of_rows.double(), "amax")
 
 
 def _by_row(case: Case, got: torch.Tensor, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
