@@ -43,6 +43,8 @@ class Fused(NamedTuple):
     value: torch.Tensor
     inverse: torch.Tensor
     """1 / standard deviation, inf where equality is owed."""
+    degrees: torch.Tensor | None = None
+    """Independent errors of each row ``[tokens, heads]``; None of ``lse``."""
 
 
 def unsupported_reason(case: Case, profile: Profile) -> str | None:
@@ -141,16 +143,18 @@ def fused_answer(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Fuse
     tokens, heads, dim = q.shape
 
     def like(x: torch.Tensor) -> Fused:
-        return Fused(*(torch.empty(x.shape, dtype=torch.float32, device=device) for _ in range(2)))
+        shapes = (x.shape, x.shape, x.shape[:2])
+        return Fused(*(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes))
 
-    found = {"out": like(q), "lse": like(q[..., 0]), "dq": like(q), "dk": like(k), "dv": like(v)}
-    per_row = torch.empty(3, tokens, heads, device=device).unbind()
+    found = {"out": like(q), "lse": like(q[..., 0])._replace(degrees=None), "dq": like(q), "dk": like(k), "dv": like(v)}
+    # Each by itself: what begins elsewhere than at multiples of 16 bytes is compiled for anew.
+    per_row = tuple(torch.empty(tokens, heads, device=device) for _ in range(3))
     queries, keys = (packed(lengths, device) for lengths in (case.packed_lengths, case.packed_key_lengths))
     documents, kind = len(case.packed_lengths), Kind.of(case)
     places = (q, k, v, dout, queries.bounds, keys.bounds)
     strides = tuple(stride for x in (q, k, v, dout) for stride in x.stride())
     scalars, shapes = _scalars(case, profile), (*case.effective_window, heads, heads // case.kv_heads, dim)
-    by_row = [x for name in ("out", "dq", "lse") for x in found[name]]
+    by_row = [x for name in ("out", "dq", "lse") for x in found[name] if x is not None]
     by_key = [x for name in ("dk", "dv") for x in found[name]]
     kernels.rows_kernel[(documents, heads, -(-queries.longest // kind.block_m))](
         *places, *by_row, *per_row, *strides, *scalars, float(profile.normalises_by_lse), *shapes, **kind.constants
@@ -179,7 +183,7 @@ def compile_kind(kind: Kind, device: torch.device) -> None:
     )
     places, scalars = (*(stored,) * 4, *(torch.int32,) * 2), (1.0,) * _SCALARS
     shapes = (-1, 0, kind.heads, kind.heads // kind.kv_heads, kind.head_dim)
-    for kernel, outputs in ((kernels.rows_kernel, 9), (kernels.keys_kernel, 8)):
+    for kernel, outputs in ((kernels.rows_kernel, 11), (kernels.keys_kernel, 10)):
         kernel.warmup(*places, *(number,) * outputs, *strides, *scalars, *shapes, grid=(1,), **kind.constants)
 
 
@@ -189,25 +193,25 @@ def _packed(kind: Kind, heads: int) -> tuple[int, int, int]:
 
 
 def rows_of(got: torch.Tensor, found: Fused) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each token of a result the largest deviation, and the largest mean of their squares over a head's channels.
+    """The largest deviation of each row of a result, and the mean of their squares.
 
     Args:
         got: ``[tokens, heads, d]``, or ``[tokens, heads]`` of ``lse``.
         found: what it is held to.
 
     Returns:
-        float32 ``[tokens]`` each; inf for NaN, and where equality was owed.
+        float32 ``[tokens, heads]`` each; inf for NaN, and where equality was owed.
     """
     from attn_fuzz.reference import fused_answer_kernels as kernels
 
     got = got.contiguous()
     tokens, heads = got.shape[:2]
     rows, columns = tokens * heads, 1 if got.dim() == 2 else got.shape[2]
-    worst, mean = torch.empty(2, tokens, heads, dtype=torch.float32, device=got.device).unbind()
+    worst, mean = (torch.empty(tokens, heads, dtype=torch.float32, device=got.device) for _ in range(2))
     block = _power(columns, 1, 1 << 30)
     count = max(1, 2048 // block)
     if rows:
         kernels.compare_kernel[(-(-rows // count),)](
             got, found.value, found.inverse, worst, mean, rows, columns, BR=count, BC=block, num_warps=4
         )
-    return worst.amax(1), mean.amax(1)
+    return worst, mean

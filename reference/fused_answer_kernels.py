@@ -25,6 +25,15 @@ def _inverse(value, variance):
 
 
 @triton.jit
+def _degrees(sources, stored, variance, width):
+    """budget.degrees_of_freedom of rows; all channels where float32 has no squares of their variances."""
+    total = tl.sum(variance, 1)
+    concentration = (sources + tl.sum(stored * stored, 1)) / tl.maximum(total * total, 1e-36)
+    concentration = tl.minimum(tl.where(total > 1e-15, concentration, 0.0), 1.0)
+    return 1.0 / (1.0 / width + concentration)
+
+
+@triton.jit
 def _tanh(x):
     # exp overflows to inf and gives the right limit.
     return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
@@ -69,7 +78,7 @@ def _ds(
 @triton.jit(do_not_specialize=["left", "right", "heads", "group"])
 def rows_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, cu_q_ptr, cu_k_ptr,
-    out_ptr, out_inverse_ptr, dq_ptr, dq_inverse_ptr, lse_ptr, lse_inverse_ptr,
+    out_ptr, out_inverse_ptr, out_degrees_ptr, dq_ptr, dq_inverse_ptr, dq_degrees_ptr, lse_ptr, lse_inverse_ptr,
     delta_ptr, delta_variance_ptr, shared_ptr,
     q_row, q_head, q_channel, k_row, k_head, k_channel, v_row, v_head, v_channel, do_row, do_head, do_channel,
     scale, softcap, factor, exp_variance, tanh_variance, relative, smallest, subnormal, stores_p, by_lse,
@@ -135,6 +144,7 @@ def rows_kernel(
     out = tl.zeros([BM, BD], tl.float32)
     spread = tl.zeros([BM, BD], tl.float32)
     shared = tl.zeros([BM], tl.float32)
+    out_sources = tl.zeros([BM], tl.float32)
     for start in range(low, high, BN):
         key = start + tl.arange(0, BN)
         seen = (row < queries)[:, None] & (key < keys)[None, :]
@@ -160,8 +170,12 @@ def rows_kernel(
         shared += tl.sum(w, 1)
         out += tl.dot(p, v_wide, input_precision="tf32x3")
         weight = _rvar(p, relative, smallest, subnormal) + A2 * p + w
-        spread += tl.dot(weight, v_wide * v_wide, input_precision="tf32")
-    out_variance = spread + out * out * shared[:, None] + _rvar(out, relative, smallest, subnormal)
+        v2 = v_wide * v_wide
+        spread += tl.dot(weight, v2, input_precision="tf32")
+        share = weight * tl.sum(v2, 1)[None, :]
+        out_sources += tl.sum(share * share, 1)
+    out_stored = _rvar(out, relative, smallest, subnormal)
+    out_variance = spread + out * out * shared[:, None] + out_stored
     stored_lse = A2 * lse * lse * 0.0625
     out_variance += by_lse * stored_lse[:, None] * out * out
     shared += stored_lse
@@ -172,6 +186,7 @@ def rows_kernel(
     dq = tl.zeros([BM, BD], tl.float32)
     dq_spread = tl.zeros([BM, BD], tl.float32)
     pk = tl.zeros([BM, BD], tl.float32)
+    dq_sources = tl.zeros([BM], tl.float32)
     for start in range(low, high, BN):
         key = start + tl.arange(0, BN)
         seen = (row < queries)[:, None] & (key < keys)[None, :]
@@ -200,11 +215,18 @@ def rows_kernel(
             relative, smallest, subnormal, stores_p, A2, SOFTCAP,
         )  # fmt: skip
         dq += tl.dot(ds, tl.trans(k_wide), input_precision="tf32x3")
-        dq_spread += tl.dot(var_ds + A2 * ds * ds, tl.trans(k2), input_precision="tf32")
+        by_query = var_ds + A2 * ds * ds
+        dq_spread += tl.dot(by_query, tl.trans(k2), input_precision="tf32")
+        share = by_query * (scale * scale * tl.sum(k2, 0))[None, :]
+        dq_sources += tl.sum(share * share, 1)
         pk += tl.dot(p * slope, tl.trans(k_wide), input_precision="tf32")
     dq = scale * dq
     dq_variance = scale * scale * (dq_spread + delta_variance[:, None] * pk * pk) + shared[:, None] * dq * dq
-    dq_variance += _rvar(dq, relative, smallest, subnormal)
+    dq_stored = _rvar(dq, relative, smallest, subnormal)
+    dq_variance += dq_stored
+    of_delta = delta_variance * scale * scale * tl.sum(pk * pk, 1)
+    of_row = shared * tl.sum(dq * dq, 1)
+    dq_sources += of_delta * of_delta + of_row * of_row
     place = (token[:, None] * heads + head) * D + channel[None, :]
     tl.store(out_ptr + place, out, mask=there)
     tl.store(out_inverse_ptr + place, _inverse(out, out_variance), mask=there)
@@ -217,12 +239,15 @@ def rows_kernel(
     tl.store(delta_ptr + each, delta, mask=real)
     tl.store(delta_variance_ptr + each, delta_variance, mask=real)
     tl.store(shared_ptr + each, shared, mask=real)
+    tl.store(out_degrees_ptr + each, _degrees(out_sources, out_stored, out_variance, D), mask=real)
+    tl.store(dq_degrees_ptr + each, _degrees(dq_sources, dq_stored, dq_variance, D), mask=real)
 
 
 @triton.jit(do_not_specialize=["left", "right", "heads", "group"])
 def keys_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, cu_q_ptr, cu_k_ptr,
-    dk_ptr, dk_inverse_ptr, dv_ptr, dv_inverse_ptr, lse_ptr, delta_ptr, delta_variance_ptr, shared_ptr,
+    dk_ptr, dk_inverse_ptr, dk_degrees_ptr, dv_ptr, dv_inverse_ptr, dv_degrees_ptr,
+    lse_ptr, delta_ptr, delta_variance_ptr, shared_ptr,
     q_row, q_head, q_channel, k_row, k_head, k_channel, v_row, v_head, v_channel, do_row, do_head, do_channel,
     scale, softcap, factor, exp_variance, tanh_variance, relative, smallest, subnormal, stores_p, expands,
     left, right, heads, group, D,
@@ -266,6 +291,8 @@ def keys_kernel(
     dk_variance = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BD], tl.float32)
     dv_variance = tl.zeros([BN, BD], tl.float32)
+    dk_sources = tl.zeros([BN], tl.float32)
+    dv_sources = tl.zeros([BN], tl.float32)
     for member in range(0, group):
         head = kv_head * group + member
         dk_head = tl.zeros([BN, BD], tl.float32)
@@ -314,18 +341,27 @@ def keys_kernel(
             dk_variance += scale * scale * tl.dot(tl.trans(by_key), q2, input_precision="tf32")
             dv_head += tl.dot(tl.trans(p), do_wide, input_precision="tf32x3")
             dv_variance += tl.dot(tl.trans(by_key_dv), do2, input_precision="tf32")
+            share = by_key * (scale * scale * tl.sum(q2, 1))[:, None]
+            dk_sources += tl.sum(share * share, 0)
+            share = by_key_dv * tl.sum(do2, 1)[:, None]
+            dv_sources += tl.sum(share * share, 0)
         dk_head = scale * dk_head
         dk_variance += expands * _rvar(dk_head, relative, smallest, subnormal)
         dv_variance += expands * _rvar(dv_head, relative, smallest, subnormal)
         dk += dk_head
         dv += dv_head
-    dk_variance += _rvar(dk, relative, smallest, subnormal)
-    dv_variance += _rvar(dv, relative, smallest, subnormal)
+    dk_stored = _rvar(dk, relative, smallest, subnormal)
+    dv_stored = _rvar(dv, relative, smallest, subnormal)
+    dk_variance += dk_stored
+    dv_variance += dv_stored
     result = (place[:, None] * (heads // group) + kv_head) * D + channel[None, :]
     tl.store(dk_ptr + result, dk, mask=there)
     tl.store(dk_inverse_ptr + result, _inverse(dk, dk_variance), mask=there)
     tl.store(dv_ptr + result, dv, mask=there)
     tl.store(dv_inverse_ptr + result, _inverse(dv, dv_variance), mask=there)
+    each = place * (heads // group) + kv_head
+    tl.store(dk_degrees_ptr + each, _degrees(dk_sources, dk_stored, dk_variance, D), mask=key < keys)
+    tl.store(dv_degrees_ptr + each, _degrees(dv_sources, dv_stored, dv_variance, D), mask=key < keys)
 
 
 @triton.jit

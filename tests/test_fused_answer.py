@@ -13,9 +13,10 @@ import torch
 
 from attn_fuzz.backends import registry
 from attn_fuzz.batch import fused_look
-from attn_fuzz.batch.fused_look import disagreement
+from attn_fuzz.batch.batch_run import BatchRun
+from attn_fuzz.batch.fused_look import disagreement, distances
 from attn_fuzz.batch.verdicts import COLUMNS, OFF, largest_z
-from attn_fuzz.execution.runner import run_kernel
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.oracle.deviations import LIMIT
 from attn_fuzz.reference import batched
 from attn_fuzz.reference.answer import kernel_inputs
@@ -76,7 +77,14 @@ def test_answers_are_within_hundredths_of_a_standard_deviation(
         assert z[~owed].max() < (1.5 if name == "lse" else 0.05), name
         ratio = fused[name].inverse.double() * deviation
         assert (ratio[~owed] - 1).abs().max() < 0.01, name
-    assert disagreement(fused, exact) is None
+        if (degrees := fused[name].degrees) is not None:
+            # Of smaller variances float32 has no squares, and then the strictest bound is taken.
+            rows, squared = ~owed.any(-1), expected.variance.sum(-1) > 1e-14
+            assert expected.degrees is not None
+            more = degrees / expected.degrees - 1
+            assert more[rows & squared].abs().max() < 0.03, name
+            assert more[rows].min() > -0.03, name
+    assert disagreement(distances(fused, exact)) is None
 
 
 def test_rows_have_their_largest_deviation_and_their_mean() -> None:
@@ -87,9 +95,9 @@ def test_rows_have_their_largest_deviation_and_their_mean() -> None:
     got[3, 1, 2] = torch.nan
     got[5, 0, 0] += 20 / dq.inverse[5, 0, 0]
     worst, mean = rows_of(got, dq)
-    assert worst[3].isinf()
-    assert worst[5].item() == pytest.approx(20, rel=1e-2)
-    assert mean[5].item() == pytest.approx(400 / BASE.head_dim, rel=2e-2)
+    assert worst[3, 1].isinf()
+    assert worst[5, 0].item() == pytest.approx(20, rel=1e-2)
+    assert mean[5, 0].item() == pytest.approx(400 / BASE.head_dim, rel=2e-2)
     assert worst.count_nonzero() == mean.count_nonzero() == 2
 
 
@@ -99,19 +107,19 @@ def test_verdicts_are_those_of_the_exact_answer(name: str) -> None:
     """As a campaign meets them: the kind is compiled when it is met again, then compared, then used."""
     case = BASE.replace(lengths=BASE.lengths * 210, key_lengths=BASE.key_lengths * 210, head_dim=64, heads=4)
     backend = registry.load(name)
-    inputs = kernel_inputs(case, DEVICE)
+    ran = BatchRun(CallBatch.of_one(case), backend, DEVICE, "nan", 1, lambda: None)
+    inputs, results = ran.drawn, ran.first
     profile = backend.kernel.profile_on("cuda")
     if unsupported_reason(case, profile) is not None:
         pytest.skip("its profile has terms of its own")
     for _ in range(2):
         fused_look.look(case, inputs, profile)
         fused_look.settle()
-    assert fused_look.look(case, inputs, profile) is not None
-    results = run_kernel(case, inputs, backend, "nan").results()
+    assert fused_look.look(case, inputs, profile) is not None, fused_look.state(case, inputs.q.device)
     exact, looked = (largest_z(case, inputs, profile, [results], first_look=each)[0] for each in (False, True))
     assert torch.equal(exact > LIMIT, looked > LIMIT)
     sure = (looked < LIMIT - OFF).all(1)
-    by_element = [index for index, column in enumerate(COLUMNS) if not column.endswith("-rows")]
-    assert (exact - looked)[sure][:, by_element].abs().max() < 2.0
-    # The strictest bound of rows is never below a row's own.
-    assert (looked - exact)[sure].min() > -0.5
+    off = (exact - looked)[sure].abs().amax(0)
+    assert off[COLUMNS.index("lse")] < 4.0
+    assert (off < 0.5).sum() >= len(COLUMNS) - 1
+    assert sure.sum() >= 0.9 * ((exact < LIMIT - OFF).all(1)).sum()

@@ -160,10 +160,10 @@ def _largest(
 
 def _fused(case: Case, inputs: Inputs, profile: Profile) -> dict[str, Expected] | None:
     """A fused answer to one call of a layer, where there is one."""
-    found = fused_look.look(case, inputs, profile)
-    if found is None:
+    look = fused_look.look(case, inputs, profile)
+    if look is None:
         return None
-    return {name: Expected(each.value, each.inverse.pow(-2)) for name, each in found.items()}
+    return {name: Expected(each.value, each.inverse.pow(-2)) for name, each in look.found.items()}
 
 
 def _look_again(

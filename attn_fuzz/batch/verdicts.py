@@ -73,13 +73,15 @@ def largest_z(
         first_look = count >= _MANY and look_pays(case, z.device)
     doubtful = None
     if first_look and float32_is_plain():
+        sure = z.new_full((len(COLUMNS),), LIMIT - OFF)
         if (fused := fused_look.look(case, inputs, profile)) is not None:
-            _judge_fused(case, fused, results, z)
+            _judge_fused(case, fused.found, results, z)
+            sure.clamp_(max=z.new_tensor([fused.sure(name, LIMIT) for name in COLUMNS]))
         else:
             for chunk in answers(case, inputs, profile, degrees=_by_rows(case), dtype=torch.float32):
                 _judge(case, chunk, results, z)
         # NaN is a doubt, too.
-        doubtful = (~(z < LIMIT - OFF).all(2)).any(0).nonzero()[:, 0].tolist()
+        doubtful = (~(z < sure).all(2)).any(0).nonzero()[:, 0].tolist()
         if not doubtful:
             return z
     for chunk in answers(case, inputs, profile, degrees=_by_rows(case), documents=doubtful):
@@ -123,21 +125,18 @@ def _judge(case: Case, chunk: Chunk, results: Sequence[dict[str, torch.Tensor]],
 def _judge_fused(
     case: Case, fused: Mapping[str, Fused], results: Sequence[dict[str, torch.Tensor]], z: torch.Tensor
 ) -> None:
-    """Writes down what of each document is wrong by a fused answer.
-
-    Rows are held to the bound of as many independent errors as they have channels, which is the strictest.
-    """
+    """Writes down what of each document is wrong by a fused answer."""
     sides = {"q": packed(case.packed_lengths, z.device).owner, "k": packed(case.packed_key_lengths, z.device).owner}
-    bound = row_bound(torch.tensor(float(case.head_dim))).item()
     for column, name in enumerate(KERNEL_TENSORS):
         owner = sides["k" if name in ("dk", "dv") else "q"]
         for run, found in enumerate(results):
             if name not in found:
                 continue
             worst, mean = rows_of(found[name], fused[name])
-            z[run, :, column].scatter_reduce_(0, owner, worst.double(), "amax")
-            if name in ROWS and _by_rows(case):
-                of_rows = LIMIT * (mean / bound).sqrt()
+            z[run, :, column].scatter_reduce_(0, owner, worst.amax(1).double(), "amax")
+            degrees = fused[name].degrees
+            if degrees is not None and _by_rows(case):
+                of_rows = LIMIT * (mean / row_bound(degrees)).sqrt().amax(1)
                 z[run, :, COLUMNS.index(f"{name}-rows")].scatter_reduce_(0, owner, of_rows.double(), "amax")
 
 

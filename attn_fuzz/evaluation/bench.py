@@ -89,6 +89,7 @@ def packed_of(case: Case, backend: Backend, device: torch.device) -> dict[str, A
         "documents": count,
         "seconds": whole,
         "documents_per_s": count / whole,
+        "fused_answer": fused_look.state(case, inputs.q.device),
         "parts": {
             "values": values,
             "kernels": kernels,

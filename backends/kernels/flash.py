@@ -31,7 +31,8 @@ class Flash(Kernel):
         traceable=None,
         covers_all_rows=False,
         loose_max_seqlen=True,
-        crowds=True,
+        # 65,536 documents and more are more than its grids take, which is an error ("invalid argument").
+        crowds=False,
         far_memories=FAR_MEMORIES,
     )
     profile = FLASH2_PROFILE

@@ -41,7 +41,8 @@ class TorchEfficient(Kernel):
         covers_all_rows=False,
         # The operator refuses bounds beyond the rows that there are ("Invalid max_seqlen_k").
         loose_max_seqlen=False,
-        crowds=True,
+        # 65,536 documents and more are more than its grids take, which is an error ("invalid argument").
+        crowds=False,
         # Rows, heads and bases beyond 2^31 elements ended in NaN and illegal accesses on an H200 (2026-11-29), which
         # has not been looked into.
         far_memories=(),
