@@ -87,12 +87,12 @@ class Kind(NamedTuple):
     @classmethod
     def of(cls, case: Case) -> Kind:
         """That of a case."""
-        tiles = (
+        block_m, block_n = (
             _power(max(lengths, default=1), _LEAST_TILE, _LARGEST_TILE)
             for lengths in (case.packed_lengths, case.packed_key_lengths)
         )
         # Heads and channels by the strides that they make, which are compiled for.
-        return cls(case.dtype, case.heads, case.kv_heads, case.head_dim, *tiles, bool(case.softcap))
+        return cls(case.dtype, case.heads, case.kv_heads, case.head_dim, block_m, block_n, bool(case.softcap))
 
     @property
     def constants(self) -> dict[str, Any]:

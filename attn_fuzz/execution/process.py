@@ -26,6 +26,16 @@ NO_DEVICE: Final = 78
 _LACKING: Final = ("out of memory", "out_of_memory", "alloc_failed", "can't allocate memory")
 """What CUDA, its libraries, JAX and torch on a CPU say, in small letters, where there is too little memory."""
 
+_PERHAPS_LACKING: Final = (
+    "cublas_status_internal_error",
+    "cublas_status_not_initialized",
+    "cudnn_status_internal_error",
+)
+"""What CUDA's libraries say, in small letters, where a GPU's memory is full; and of mistakes, too."""
+
+_FULL: Final = 1 << 29
+"""Bytes free of a GPU below which its memory is full: a library's code and workspace take some hundred megabytes."""
+
 _DEVICE_FAILED: Final = ("CUDA error", "CUDA driver", "[CUDA]", "CUDA_ERROR", "cudaError")
 """What torch, Triton, CUDA's driver and its runtime say where a call on the device came to nothing."""
 
@@ -49,9 +59,20 @@ _OF_MEMORY: Final = 0.5
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error is this machine's lack of memory, and no fault of what ran."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _LACKING)
-    )
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    said = str(error).lower()
+    return any(words in said for words in _LACKING) or (any(words in said for words in _PERHAPS_LACKING) and _is_full())
+
+
+def _is_full() -> bool:
+    """Whether the current GPU has hardly any memory left, as while another process takes all of it."""
+    try:
+        return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < _FULL
+    except RuntimeError:
+        return False
 
 
 def raise_lack_of_memory(error: Exception) -> None:

@@ -171,11 +171,11 @@ class Round:
 
         Modes and levels have their turns by ``_most_behind``; these are for backends that are slow in all of them.
         """
-        cases, spent = (Counter[tuple[str, str]]() for _ in range(2))
+        cases, spent = ({target.subject: 0.0 for target in targets} for _ in range(2))
         for target in targets:
             cases[target.subject] += self._cases[target]
             spent[target.subject] += self._spent[target]
-        enough, most = NEGLECTED * statistics.median(cases.values()), MOST_TIMES / len(cases) * spent.total()
+        enough, most = NEGLECTED * statistics.median(cases.values()), MOST_TIMES / len(cases) * sum(spent.values())
         # Nothing is gained by more time for what has come to no verdict in the time it had.
         mine = [each for each in targets if self._rates[each] and cases[each.subject] < enough]
         behind = [each for each in mine if spent[each.subject] < most]

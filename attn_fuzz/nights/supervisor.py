@@ -29,8 +29,8 @@ from attn_fuzz.reference.case import Case
 SLICE_SECONDS: Final = {"cpu": 8.0, "cuda": 15.0}
 """Of one worker on one target. A process takes a tenth of it to begin on a CPU, and a fifth on a GPU."""
 
-TURNS: Final = 2
-"""Of every target, for which there is to be time: in the second it is known what is slow."""
+TURNS: Final = 3
+"""Of every target, for which there is to be time: after the first it is known what is slow."""
 
 LEAST_SECONDS: Final = 4.0
 """Of a slice, where there is too little time for every target to have its turns."""
