@@ -10,69 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _rvar(x, relative, smallest, subnormal):
-    """rounding.rounding_variance."""
-    stored = tl.where(tl.abs(x) >= smallest, relative * x * x, subnormal)
-    return tl.where(x == 0.0, 0.0, stored)
-
-
-@triton.jit
-def _inverse(value, variance):
-    """1 / standard deviation; inf where equality is owed. The floor keeps float32's subnormals out of the square."""
-    return tl.where((variance == 0.0) & (value == 0.0), float("inf"), 1.0 / tl.sqrt(tl.maximum(variance, 1e-36)))
-
-
-@triton.jit
-def _degrees(sources, stored, variance, width):
-    """budget.degrees_of_freedom of rows; all channels where float32 has no squares of their variances."""
-    total = tl.sum(variance, 1)
-    concentration = (sources + tl.sum(stored * stored, 1)) / tl.maximum(total * total, 1e-36)
-    concentration = tl.minimum(tl.where(total > 1e-15, concentration, 0.0), 1.0)
-    return 1.0 / (1.0 / width + concentration)
-
-
-@triton.jit
-def _tanh(x):
-    # exp overflows to inf and gives the right limit.
-    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
-
-
-@triton.jit
-def _scores(q, k, q2, k2, seen, scale, softcap, exp_variance, tanh_variance, A2: tl.constexpr, SOFTCAP: tl.constexpr):
-    """(masked scores, slope, score variance with the slope, without it)."""
-    # Half precision is exact in TF32.
-    s = tl.dot(q, k, input_precision="tf32") * scale
-    products = scale * scale * tl.dot(q2, k2, input_precision="tf32")
-    raw = A2 * (products + 1.0 + s * s * 0.0625) + exp_variance
-    slope = tl.full(s.shape, 1.0, tl.float32)
-    vs = raw
-    if SOFTCAP:
-        t = _tanh(s / softcap)
-        s = softcap * t
-        slope = 1.0 - t * t
-        vs = slope * slope * raw + (A2 + tanh_variance) * softcap * softcap * (1.0 - slope)
-    return tl.where(seen, s, float("-inf")), slope, vs, raw
-
-
-@triton.jit
-def _ds(
-    p, slope, vs, raw, dp, delta, var_dp, scale, softcap, factor, tanh_variance,
-    relative, smallest, subnormal, stores_p, A2: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """(dS, its variance)."""
-    difference = dp - delta
-    p2 = p * p
-    ds = p * difference * slope
-    per_p2 = vs * difference * difference + var_dp + A2 * (dp * dp + delta * delta)
-    variance = _rvar(factor * ds, relative, smallest, subnormal) / (factor * factor)
-    variance += slope * slope * p2 * per_p2
-    variance += stores_p * slope * slope * _rvar(p, relative, smallest, subnormal) * difference * difference
-    if SOFTCAP:
-        bent = 4.0 * (1.0 - slope) * (slope * slope * raw / (softcap * softcap) + (A2 + tanh_variance) * (1.0 - slope))
-        variance += p2 * difference * difference * bent
-    return ds, variance
+from attn_fuzz.reference.fused_answer_terms import degrees_of, ds_of, inverse_deviation, rvar, scores_of, tanh
 
 
 @triton.jit(do_not_specialize=["left", "right", "heads", "group"])
@@ -133,7 +71,7 @@ def rows_kernel(
         )
         s = tl.dot(q_wide, k.to(tl.float32), input_precision="tf32") * scale
         if SOFTCAP:
-            s = softcap * _tanh(s / softcap)
+            s = softcap * tanh(s / softcap)
         s = tl.where(seen, s, float("-inf"))
         larger = tl.maximum(m, tl.max(s, 1))
         anchor = tl.where(larger == float("-inf"), 0.0, larger)
@@ -162,19 +100,19 @@ def rows_kernel(
             v_ptr + place[:, None] * v_row + kv_head * v_head + channel[None, :] * v_channel, mask=within, other=0.0
         )
         k_wide, v_wide = k.to(tl.float32), v.to(tl.float32)
-        s, slope, vs, raw = _scores(
+        s, slope, vs, raw = scores_of(
             q_wide, k_wide, q2, k_wide * k_wide, seen, scale, softcap, exp_variance, tanh_variance, A2, SOFTCAP
         )
         p = tl.exp(s - lse[:, None])
         w = p * p * vs
         shared += tl.sum(w, 1)
         out += tl.dot(p, v_wide, input_precision="tf32x3")
-        weight = _rvar(p, relative, smallest, subnormal) + A2 * p + w
+        weight = rvar(p, relative, smallest, subnormal) + A2 * p + w
         v2 = v_wide * v_wide
         spread += tl.dot(weight, v2, input_precision="tf32")
         share = weight * tl.sum(v2, 1)[None, :]
         out_sources += tl.sum(share * share, 1)
-    out_stored = _rvar(out, relative, smallest, subnormal)
+    out_stored = rvar(out, relative, smallest, subnormal)
     out_variance = spread + out * out * shared[:, None] + out_stored
     stored_lse = A2 * lse * lse * 0.0625
     out_variance += by_lse * stored_lse[:, None] * out * out
@@ -204,13 +142,13 @@ def rows_kernel(
         )
         k_wide, v_wide = k.to(tl.float32), v.to(tl.float32)
         k2 = k_wide * k_wide
-        s, slope, vs, raw = _scores(
+        s, slope, vs, raw = scores_of(
             q_wide, k_wide, q2, k2, seen, scale, softcap, exp_variance, tanh_variance, A2, SOFTCAP
         )
         p = tl.exp(s - lse[:, None])
         dp = tl.dot(do_wide, v_wide, input_precision="tf32")
         var_dp = A2 * tl.dot(do2, v_wide * v_wide, input_precision="tf32")
-        ds, var_ds = _ds(
+        ds, var_ds = ds_of(
             p, slope, vs, raw, dp, delta[:, None], var_dp, scale, softcap, factor, tanh_variance,
             relative, smallest, subnormal, stores_p, A2, SOFTCAP,
         )  # fmt: skip
@@ -222,16 +160,16 @@ def rows_kernel(
         pk += tl.dot(p * slope, tl.trans(k_wide), input_precision="tf32")
     dq = scale * dq
     dq_variance = scale * scale * (dq_spread + delta_variance[:, None] * pk * pk) + shared[:, None] * dq * dq
-    dq_stored = _rvar(dq, relative, smallest, subnormal)
+    dq_stored = rvar(dq, relative, smallest, subnormal)
     dq_variance += dq_stored
     of_delta = delta_variance * scale * scale * tl.sum(pk * pk, 1)
     of_row = shared * tl.sum(dq * dq, 1)
     dq_sources += of_delta * of_delta + of_row * of_row
     place = (token[:, None] * heads + head) * D + channel[None, :]
     tl.store(out_ptr + place, out, mask=there)
-    tl.store(out_inverse_ptr + place, _inverse(out, out_variance), mask=there)
+    tl.store(out_inverse_ptr + place, inverse_deviation(out, out_variance), mask=there)
     tl.store(dq_ptr + place, dq, mask=there)
-    tl.store(dq_inverse_ptr + place, _inverse(dq, dq_variance), mask=there)
+    tl.store(dq_inverse_ptr + place, inverse_deviation(dq, dq_variance), mask=there)
     real = row < queries
     each = token * heads + head
     tl.store(lse_ptr + each, tl.where(blind, float("-inf"), lse), mask=real)
@@ -239,8 +177,8 @@ def rows_kernel(
     tl.store(delta_ptr + each, delta, mask=real)
     tl.store(delta_variance_ptr + each, delta_variance, mask=real)
     tl.store(shared_ptr + each, shared, mask=real)
-    tl.store(out_degrees_ptr + each, _degrees(out_sources, out_stored, out_variance, D), mask=real)
-    tl.store(dq_degrees_ptr + each, _degrees(dq_sources, dq_stored, dq_variance, D), mask=real)
+    tl.store(out_degrees_ptr + each, degrees_of(out_sources, out_stored, out_variance, D), mask=real)
+    tl.store(dq_degrees_ptr + each, degrees_of(dq_sources, dq_stored, dq_variance, D), mask=real)
 
 
 @triton.jit(do_not_specialize=["left", "right", "heads", "group"])
@@ -324,19 +262,19 @@ def keys_kernel(
             delta = tl.load(delta_ptr + each, mask=real, other=0.0)
             delta_variance = tl.load(delta_variance_ptr + each, mask=real, other=0.0)
             shared = tl.load(shared_ptr + each, mask=real, other=0.0)
-            s, slope, vs, raw = _scores(
+            s, slope, vs, raw = scores_of(
                 q_wide, k_wide, q2, k2, seen, scale, softcap, exp_variance, tanh_variance, A2, SOFTCAP
             )
             p = tl.exp(s - lse[:, None])
             dp = tl.dot(do_wide, v_wide, input_precision="tf32")
             var_dp = A2 * tl.dot(do2, v2, input_precision="tf32")
-            ds, var_ds = _ds(
+            ds, var_ds = ds_of(
                 p, slope, vs, raw, dp, delta[:, None], var_dp, scale, softcap, factor, tanh_variance,
                 relative, smallest, subnormal, stores_p, A2, SOFTCAP,
             )  # fmt: skip
             p2 = p * p
             by_key = var_ds + p2 * slope * slope * delta_variance[:, None] + (A2 + shared[:, None]) * ds * ds
-            by_key_dv = _rvar(p, relative, smallest, subnormal) + p2 * (vs + A2 + shared[:, None])
+            by_key_dv = rvar(p, relative, smallest, subnormal) + p2 * (vs + A2 + shared[:, None])
             dk_head += tl.dot(tl.trans(ds), q_wide, input_precision="tf32x3")
             dk_variance += scale * scale * tl.dot(tl.trans(by_key), q2, input_precision="tf32")
             dv_head += tl.dot(tl.trans(p), do_wide, input_precision="tf32x3")
@@ -346,22 +284,22 @@ def keys_kernel(
             share = by_key_dv * tl.sum(do2, 1)[:, None]
             dv_sources += tl.sum(share * share, 0)
         dk_head = scale * dk_head
-        dk_variance += expands * _rvar(dk_head, relative, smallest, subnormal)
-        dv_variance += expands * _rvar(dv_head, relative, smallest, subnormal)
+        dk_variance += expands * rvar(dk_head, relative, smallest, subnormal)
+        dv_variance += expands * rvar(dv_head, relative, smallest, subnormal)
         dk += dk_head
         dv += dv_head
-    dk_stored = _rvar(dk, relative, smallest, subnormal)
-    dv_stored = _rvar(dv, relative, smallest, subnormal)
+    dk_stored = rvar(dk, relative, smallest, subnormal)
+    dv_stored = rvar(dv, relative, smallest, subnormal)
     dk_variance += dk_stored
     dv_variance += dv_stored
     result = (place[:, None] * (heads // group) + kv_head) * D + channel[None, :]
     tl.store(dk_ptr + result, dk, mask=there)
-    tl.store(dk_inverse_ptr + result, _inverse(dk, dk_variance), mask=there)
+    tl.store(dk_inverse_ptr + result, inverse_deviation(dk, dk_variance), mask=there)
     tl.store(dv_ptr + result, dv, mask=there)
-    tl.store(dv_inverse_ptr + result, _inverse(dv, dv_variance), mask=there)
+    tl.store(dv_inverse_ptr + result, inverse_deviation(dv, dv_variance), mask=there)
     each = place * (heads // group) + kv_head
-    tl.store(dk_degrees_ptr + each, _degrees(dk_sources, dk_stored, dk_variance, D), mask=key < keys)
-    tl.store(dv_degrees_ptr + each, _degrees(dv_sources, dv_stored, dv_variance, D), mask=key < keys)
+    tl.store(dk_degrees_ptr + each, degrees_of(dk_sources, dk_stored, dk_variance, D), mask=key < keys)
+    tl.store(dv_degrees_ptr + each, degrees_of(dv_sources, dv_stored, dv_variance, D), mask=key < keys)
 
 
 @triton.jit

@@ -143,6 +143,19 @@ def test_a_kill_loses_one_step() -> None:
     assert CASE not in [case for name, case in Process.asked if name == "hangs"]
 
 
+def test_what_killed_campaigns_have_spent_on_a_case_is_not_spent_again() -> None:
+    """Where one is killed each minute, two minutes of shrinking would begin anew each time."""
+    steps: list[Suspect] = []
+    look_into(Inquest(suspect("hangs", sure=False), 30.0, steps.append))
+    assert [step.spent for step in steps] == sorted(step.spent for step in steps)
+    assert steps[-1].spent > 0
+    # The call that hangs is confirmed, and all time for making it smaller has gone by.
+    late = dataclasses.replace(steps[0], spent=inquest.SHRINK_HANG_SECONDS)
+    Process.asked.clear()
+    assert found(late).case == CASE
+    assert [case for name, case in Process.asked if name == "hangs"] == [CASE]
+
+
 def test_slowness_that_was_taken_for_silence_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     patiences: dict[int, float] = {}
 

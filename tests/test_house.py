@@ -23,8 +23,8 @@ EXCUSED = {
     "reference/fused_answer_kernels.py compare_kernel": "a Triton kernel",
     "reference/fused_answer_kernels.py rows_kernel": "a Triton kernel",
     "reference/fused_answer_kernels.py keys_kernel": "a Triton kernel",
-    "reference/fused_answer_kernels.py _scores": "a Triton kernel",
-    "reference/fused_answer_kernels.py _ds": "a Triton kernel",
+    "reference/fused_answer_terms.py scores_of": "a Triton kernel",
+    "reference/fused_answer_terms.py ds_of": "a Triton kernel",
     "reference/fused_values.py draw": "tensors and keys of a stream, handed to a Triton kernel one by one",
     "reference/fused_values.py draw_kernel": "a Triton kernel",
 }

@@ -101,10 +101,12 @@ class Suspect:
     """Seconds in which the worker had said nothing, as far as that is known."""
     how: str = ""
     """What is said where it does not happen again, and nobody is accused; empty for nothing."""
+    spent: float = 0.0
+    """Seconds in which its case has been made smaller, by this process and those that were killed over it."""
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        fields = {name: getattr(self, name) for name in ("sure", "confirmed", "silence", "how")}
+        fields = {name: getattr(self, name) for name in ("sure", "confirmed", "silence", "how", "spent")}
         return {"finding": self.finding.to_dict(), "case": self.trying.case, "ends": self.trying.ends, **fields}
 
     @classmethod
@@ -117,7 +119,8 @@ class Suspect:
         trying = Trying(str(data["case"]), tuple(data["ends"]))
         finding = Finding.from_dict(data["finding"])
         sure, confirmed = bool(data["sure"]), bool(data["confirmed"])
-        return cls(finding, trying, sure, confirmed, float(data["silence"]), str(data["how"]))
+        seconds = float(data["silence"]), float(data.get("spent", 0.0))
+        return cls(finding, trying, sure, confirmed, seconds[0], str(data["how"]), seconds[1])
 
 
 def suspect_of(backend: str, device: str, trying: Trying, silence: float) -> Suspect:
@@ -269,17 +272,22 @@ class Inquest:
         finding = self.suspect.finding
         hangs = finding.symptom == "Hung"
         patience = (hangs and self._patience_for(finding.original_case)) or self.patience
-        seconds = SHRINK_HANG_SECONDS if hangs else SHRINK_CRASH_SECONDS
+        # A campaign that is killed again and again would never come to an end of it otherwise.
+        begun, before = time.monotonic(), self.suspect.spent
+        seconds = (SHRINK_HANG_SECONDS if hangs else SHRINK_CRASH_SECONDS) - before
         asked = self._isolated(patience)
 
         def again(case: Case) -> bool:
-            if _report(asked, case).symptom != finding.symptom:
+            symptom = _report(asked, case).symptom
+            self._note_more(spent=before + time.monotonic() - begun)
+            if symptom != finding.symptom:
                 return False
             if simplicity(case) < simplicity(self.suspect.finding.case):
                 self._note_more(finding=dataclasses.replace(self.suspect.finding, case=case))
             return True
 
-        minimise(finding.case, again, seconds, time.monotonic)
+        if seconds > 0:
+            minimise(finding.case, again, seconds, time.monotonic)
 
     def _with_all_patience(self) -> Finding | None:
         """The finding with the smallest case, asked again in a new process; with the call that was drawn where that
