@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import subprocess
 import sys
@@ -190,6 +191,10 @@ def gigabytes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with (tmp_path_factory.getbasetemp().parent / "gigabytes.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+        if torch.cuda.is_available():
+            # What this process has freed it keeps, and the next one may be another.
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 @on_every_device

@@ -140,6 +140,26 @@ def test_the_outer_poison_is_back_after_an_inner_one() -> None:
         assert has(torch.empty(5000), FINITE_BYTE)
 
 
+@pytest.mark.parametrize("library", [True, False], ids=["by the library", "by the allocator"])
+def test_threads_leave_no_poison_behind_in_any_order(library: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a kernel is asked several things at once in one process: the one that began last ends last."""
+    if not library:
+        monkeypatch.setattr(heap, "_library_fills", lambda byte, sizes: False)
+        if not all(heap._allocator_fills(kind) for kind in heap._FILLS):
+            pytest.skip("needs an allocator that can be told to fill")
+    elif not heap.fills_all(NAN_BYTE):
+        pytest.skip("needs a C library that fills")
+    first, second = poisoned("nan", CPU), poisoned("nan", CPU)
+    for context in (first, second):
+        context.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.empty(5000).isnan().all()
+    second.__exit__(None, None, None)
+    blocks = [torch.zeros(5000) for _ in range(3)]
+    del blocks
+    assert not torch.empty(5000).isnan().any()
+
+
 # Where the C library cannot fill, or not the small blocks that it keeps in a cache.
 
 

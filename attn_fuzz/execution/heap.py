@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 import torch
 
@@ -24,8 +25,38 @@ _SMALL: Final = (4, 60, 200, 900)
 _LARGE: Final = (2_000, 100_000, 3_000_000)
 """Bytes: glibc caches freed blocks of up to a kilobyte."""
 
-_perturbed_by: list[int] = []
-"""The bytes of the contexts that this process is in, the innermost one last."""
+T = TypeVar("T")
+
+
+class _Contexts(Generic[T]):
+    """Those that this process is in, of one way to fill, the one that counts last.
+
+    Threads share the allocator: theirs may end in any order, and what is left when all have ended is what was there
+    before them.
+
+    Args:
+        use: has memory filled as the context says, or with None as before all of them.
+    """
+
+    def __init__(self, use: Callable[[T | None], object]) -> None:
+        self._use = use
+        self._open: list[list[T]] = []
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def one(self, how: T) -> Iterator[None]:
+        """One more of them."""
+        # A list of one thing is itself and no other that is like it.
+        entry = [how]
+        with self._lock:
+            self._open.append(entry)
+            self._use(how)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open[:] = [other for other in self._open if other is not entry]
+                self._use(self._open[-1][0] if self._open else None)
 
 
 @functools.cache
@@ -44,16 +75,12 @@ def _perturb(byte: int | None) -> bool:
     return bool(_mallopt()(_M_PERTURB, 0 if byte is None else (byte ^ 0xFF) | 0x100))
 
 
-@contextlib.contextmanager
-def _perturbed(byte: int) -> Iterator[None]:
+_perturbing: Final[_Contexts[int]] = _Contexts(lambda byte: _perturb(byte))
+
+
+def _perturbed(byte: int) -> contextlib.AbstractContextManager[None]:
     """The C library fills."""
-    _perturbed_by.append(byte)
-    try:
-        _perturb(byte)
-        yield
-    finally:
-        _perturbed_by.pop()
-        _perturb(_perturbed_by[-1] if _perturbed_by else None)
+    return _perturbing.one(byte)
 
 
 def _filled(size: int, byte: int) -> bool:
@@ -85,20 +112,29 @@ def _flag(kind: str) -> ctypes.c_bool | None:
         return None
 
 
-@contextlib.contextmanager
-def _allocator_filling(kind: str) -> Iterator[None]:
+_as_before: dict[str, bool] = {}
+"""The allocator's variables before this process was in any of the contexts."""
+
+
+def _fill_by_allocator(kind: str | None) -> None:
+    """Has torch's allocator fill, or with None do what it did before."""
+    flags = {name: flag for name in _FILLS if (flag := _flag(name)) is not None}
+    if not _as_before:
+        _as_before.update({name: flag.value for name, flag in flags.items()})
+    wanted = _as_before if kind is None else {name: name == kind for name in flags}
+    # Never both: torch refuses to allocate then.
+    for name, value in sorted(wanted.items(), key=lambda item: item[1]):
+        flags[name].value = value
+    if kind is None:
+        _as_before.clear()
+
+
+_allocating: Final[_Contexts[str]] = _Contexts(_fill_by_allocator)
+
+
+def _allocator_filling(kind: str) -> contextlib.AbstractContextManager[None]:
     """torch's allocator fills, with ``junk`` or ``zero``: any block of any C library, but not with a byte of choice."""
-    flags = {name: _flag(name) for name in _FILLS}
-    before = {name: flag.value for name, flag in flags.items() if flag is not None}
-    try:
-        # Never both: torch refuses to allocate then.
-        for name, flag in sorted(flags.items(), key=lambda item: item[0] == kind):
-            if flag is not None:
-                flag.value = name == kind
-        yield
-    finally:
-        for name, value in sorted(before.items(), key=lambda item: item[1]):
-            flags[name].value = value  # type: ignore[union-attr]
+    return _allocating.one(kind)
 
 
 @functools.cache
