@@ -10,6 +10,7 @@ import random
 import signal
 import sqlite3
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -234,6 +235,35 @@ def test_nobody_waits_for_a_slice_that_is_late() -> None:
         pool._waiting.clear()
         pool._refill()
     # A round has to come to its end, too.
+    assert not pool._waiting
+
+
+def test_nobody_waits_for_a_slice_that_is_long() -> None:
+    """As those of backends that compile are; what comes meanwhile ends with it, and keeps no round going."""
+    from attn_fuzz.campaign.pool import _Worker
+
+    def jobs(seconds: float) -> Iterator[Assignment]:
+        for number in range(99):
+            yield Assignment(backend="loop", device="cuda", seed=0, seconds=seconds, notes=f"{seconds} {number}")
+
+    more = jobs(15.0)
+    listener = Listener(*(lambda *_: None,) * 5, lambda: Slice(next(more)), lambda suspect: None)
+    pool = RoundPool([Slice(next(jobs(45.0)))], 2, listener, 1000.0)
+    now = time.monotonic()
+    long = _Worker(pool._waiting.popleft()[0], None, None, None, 0, 0, started=now - 35.0)  # type: ignore[arg-type]
+    pool._running.append(long)
+    pool._refill()
+    ((job, _),) = pool._waiting
+    assert job.notes == "15.0 0"
+    assert job.seconds == pytest.approx(10.0, abs=1.0)
+    pool._waiting.clear()
+    # With little of its time left there is nothing to begin.
+    long.started = now - 41.0
+    pool._refill()
+    assert not pool._waiting
+    # Nor for one that was begun meanwhile.
+    pool._running[:] = [_Worker(job, None, None, None, 0, 0, started=now)]  # type: ignore[arg-type]
+    pool._refill()
     assert not pool._waiting
 
 

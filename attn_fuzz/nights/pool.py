@@ -18,6 +18,10 @@ from attn_fuzz.nights.record import Slice
 _LATE: Final = 20.0
 """Seconds after its time at which a slice is one that others do not wait for: it hangs, or shrinks what it found."""
 
+_WORTH: Final = 6.0
+"""Seconds that a slice which was planned has left, for which a place that is idle is given another slice: those of
+backends that compile are three times as long as others."""
+
 _REFILLS: Final = 8
 """Slices of a round and place beyond those that were planned, after which it ends as soon as it can."""
 
@@ -72,6 +76,7 @@ class RoundPool(Pool):
         super().__init__([each.job for each in slices], workers, lambda tallies: None, self._tell_found, seconds)
         self._listener = listener
         self._slices = {each.job.notes: each for each in slices}
+        self._planned = frozenset(self._slices)
         self._tallies_of: dict[str, dict[int, Tally]] = {}
         self._heard_of, self._refills = slices[0], 0
         self._lost: dict[str, float] = {}
@@ -163,16 +168,29 @@ class RoundPool(Pool):
     def _is_late(self, worker: Any) -> bool:
         return time.monotonic() - worker.started > (worker.assignment.seconds or 0.0) + _LATE
 
+    def _left(self, worker: Any) -> float:
+        """Seconds that a slice which was planned has left; 0 for others, so that a round comes to its end."""
+        if worker.assignment.notes not in self._planned:
+            return 0.0
+        return (worker.assignment.seconds or 0.0) - (time.monotonic() - worker.started)
+
     def _refill(self) -> None:
-        """Gives a place that is idle another slice, where a late one would have it wait."""
+        """Gives a place that is idle another slice, where it would have to wait for a late one, or for a long one."""
         assert self._seconds is not None
         idle = not self._waiting and len(self._running) < self._limit
         in_time = time.monotonic() - self._started < self._seconds - _LATE
-        if idle and in_time and self._refills < _REFILLS * self._limit and any(map(self._is_late, self._running)):
-            self._refills += 1
-            piece = self._listener.more()
-            self._slices[piece.job.notes] = piece
-            self._waiting.append((piece.job, 0))
+        if not idle or not in_time or self._refills >= _REFILLS * self._limit:
+            return
+        late, left = any(map(self._is_late, self._running)), max(map(self._left, self._running), default=0.0)
+        if not late and left < _WORTH:
+            return
+        self._refills += 1
+        piece = self._listener.more()
+        if not late:
+            # What it is begun for ends then, and so does the round.
+            piece.job = dataclasses.replace(piece.job, seconds=min(piece.job.seconds or left, left))
+        self._slices[piece.job.notes] = piece
+        self._waiting.append((piece.job, 0))
 
     def _stop_late_ones(self) -> None:
         """Ends what goes on after all time is over; counts stay, and what was being shrunk is kept as it is."""
