@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attn_fuzz.reference.fused_answer_terms import degrees_of, ds_of, inverse_deviation, rvar, scores_of, tanh
+from attn_fuzz.reference.fused_answer_terms import degrees_of, ds_of, inverse_deviation, rvar, scores_of, seen_by, tanh
 
 
 @triton.jit(do_not_specialize=["left", "right", "heads", "group"])
@@ -59,11 +59,7 @@ def rows_kernel(
     total = tl.zeros([BM], tl.float32)
     for start in range(low, high, BN):
         key = start + tl.arange(0, BN)
-        seen = (row < queries)[:, None] & (key < keys)[None, :]
-        if left >= 0:
-            seen = seen & (key[None, :] >= own[:, None] - left)
-        if right >= 0:
-            seen = seen & (key[None, :] <= own[:, None] + right)
+        seen = seen_by(row < queries, key, keys, own, left, right)
         place = (k_begin + key).to(tl.int64)
         inside = (channel < width)[:, None] & (key < keys)[None, :]
         k = tl.load(
@@ -85,11 +81,7 @@ def rows_kernel(
     out_sources = tl.zeros([BM], tl.float32)
     for start in range(low, high, BN):
         key = start + tl.arange(0, BN)
-        seen = (row < queries)[:, None] & (key < keys)[None, :]
-        if left >= 0:
-            seen = seen & (key[None, :] >= own[:, None] - left)
-        if right >= 0:
-            seen = seen & (key[None, :] <= own[:, None] + right)
+        seen = seen_by(row < queries, key, keys, own, left, right)
         place = (k_begin + key).to(tl.int64)
         inside = (channel < width)[:, None] & (key < keys)[None, :]
         k = tl.load(
@@ -127,11 +119,7 @@ def rows_kernel(
     dq_sources = tl.zeros([BM], tl.float32)
     for start in range(low, high, BN):
         key = start + tl.arange(0, BN)
-        seen = (row < queries)[:, None] & (key < keys)[None, :]
-        if left >= 0:
-            seen = seen & (key[None, :] >= own[:, None] - left)
-        if right >= 0:
-            seen = seen & (key[None, :] <= own[:, None] + right)
+        seen = seen_by(row < queries, key, keys, own, left, right)
         place = (k_begin + key).to(tl.int64)
         inside = (channel < width)[:, None] & (key < keys)[None, :]
         k = tl.load(
@@ -239,11 +227,7 @@ def keys_kernel(
             row = start + tl.arange(0, BM)
             own = row + keys - queries
             real = row < queries
-            seen = real[:, None] & (key < keys)[None, :]
-            if left >= 0:
-                seen = seen & (key[None, :] >= own[:, None] - left)
-            if right >= 0:
-                seen = seen & (key[None, :] <= own[:, None] + right)
+            seen = seen_by(real, key, keys, own, left, right)
             token = (q_begin + row).to(tl.int64)
             within = real[:, None] & (channel < width)[None, :]
             q = tl.load(

@@ -7,6 +7,17 @@ import triton.language as tl
 
 
 @triton.jit
+def seen_by(real, key, keys, own, left, right):
+    """attention.allowed_keys of a tile: rows that are there, on the keys that they stand on, and keys that are."""
+    seen = real[:, None] & (key < keys)[None, :]
+    if left >= 0:
+        seen = seen & (key[None, :] >= own[:, None] - left)
+    if right >= 0:
+        seen = seen & (key[None, :] <= own[:, None] + right)
+    return seen
+
+
+@triton.jit
 def rvar(x, relative, smallest, subnormal):
     """rounding.rounding_variance."""
     stored = tl.where(tl.abs(x) >= smallest, relative * x * x, subnormal)
