@@ -247,3 +247,9 @@ def test_a_store_becomes_a_page(tmp_path: Path, attn_fuzz: Run, monkeypatch: pyt
     assert "runs</span>" not in Path("page.html").read_text()
     assert "no verdict" in sentence(attn_fuzz("report", "--verdict", "kernel.py", "--store", "store"))
     assert "cannot be written" in sentence(attn_fuzz("report", "--store", "none", "--output", "no/page.html"))
+
+
+def test_what_has_just_begun_when_all_ends_is_in_the_picture() -> None:
+    """As of a campaign that is killed: such a piece lies behind the last bin."""
+    pieces = [Piece(0.0, 60.0, "loop", 600), Piece(60.0, 0.0, "loop", 5)]
+    assert "10" in pictures.throughput(pieces, ["loop"])

@@ -189,9 +189,10 @@ def throughput(pieces: Sequence[Piece], backends: Sequence[str]) -> str:
     ends = max((piece.begin + piece.seconds for piece in pieces), default=1.0)
     rates = {name: [0.0] * _BINS for name in backends}
     for piece in pieces:
-        first, last = (int(_BINS * t / ends) for t in (piece.begin, piece.begin + piece.seconds))
-        share = piece.cases / (min(last, _BINS - 1) - first + 1) / (ends / _BINS)
-        for at in range(first, min(last, _BINS - 1) + 1):
+        # One that has just begun when all end lies in the last bin, too.
+        first, last = (min(int(_BINS * t / ends), _BINS - 1) for t in (piece.begin, piece.begin + piece.seconds))
+        share = piece.cases / (last - first + 1) / (ends / _BINS)
+        for at in range(first, last + 1):
             rates[piece.backend][at] += share
     figure = Figure(720, 240, "Cases per second over time")
     most = max([*(rate for line in rates.values() for rate in line), 1e-9])
