@@ -105,7 +105,7 @@ class Verdict:
     def raise_if_found(self) -> None:
         """Raises FoundError for findings, and where nothing was tested."""
         if found := self.findings:
-            lines = [f"{finding.messages[0]}\n    {finding.case.to_json()}" for finding in found]
+            lines = [f"{finding.messages[0]}\n    {finding.case.in_short()}" for finding in found]
             from attn_fuzz.findings.same import count_bugs
 
             raise FoundError(f"{count_bugs(found)} findings in {self.cases} cases:\n" + "\n".join(lines), self)

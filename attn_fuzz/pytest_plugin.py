@@ -257,7 +257,7 @@ class SavedCase(pytest.Item):
             pytest.skip(verdict)
         if verdict.symptoms:
             lines = [str(symptom) for symptom in verdict.symptoms]
-            raise StillFails("\n".join([f"{saved.backend} still fails {saved.case.to_json()}", *lines]))
+            raise StillFails("\n".join([f"{saved.backend} still fails {saved.case.in_short()}", *lines]))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """The message alone where the case fails or cannot be run: its traceback is this plugin's."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from attn_fuzz.reference.case_format import CaseError as CaseError
-from attn_fuzz.reference.case_format import NewerVersion, require_format
+from attn_fuzz.reference.case_format import NewerVersion, counted, require_format
 from attn_fuzz.reference.case_types import DTYPES as DTYPES
 from attn_fuzz.reference.case_types import FAR_MEMORIES as FAR_MEMORIES
 from attn_fuzz.reference.case_types import INTEGER_LISTS, check_types
@@ -178,6 +178,10 @@ class Case:
     def to_json(self) -> str:
         """One line of JSON."""
         return json.dumps(self.to_dict())
+
+    def in_short(self) -> str:
+        """``to_json`` for people: lists of hundreds of documents are counted, and that cannot be read back."""
+        return json.dumps({name: counted(value) for name, value in self.to_dict().items()})
 
     @classmethod
     def from_dict(cls, data: Any) -> Case:

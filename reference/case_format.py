@@ -17,6 +17,18 @@ class NewerVersion(CaseError):
     """What was written by a newer version, which this one cannot read; the message is one sentence."""
 
 
+LISTED: Final = 64
+"""Numbers that people are shown one by one."""
+
+
+def counted(value: object) -> object:
+    """A list of many numbers in a few words; anything else as it is."""
+    if not isinstance(value, list) or len(value) <= LISTED:
+        return value
+    least, most = min(value), max(value)
+    return f"{len(value):,} times {least}" if least == most else f"{len(value):,} of {least:,} to {most:,}"
+
+
 def require_format(data: Mapping[str, Any], what: str) -> None:
     """Sees that saved data is in a format that this version reads.
 

@@ -246,3 +246,12 @@ def test_junk_in_a_field_is_refused_or_makes_a_case(case: Case, name: str, junk:
 def test_changes_are_validated_again() -> None:
     with pytest.raises(CaseError, match="strictly"):
         LAYER.replace(lengths=(1,), padding=0, document_ids=None)
+
+
+def test_of_many_documents_people_are_told_how_many() -> None:
+    few = Case(level="kernel", lengths=(3, 1), key_lengths=(4, 2), head_dim=8)
+    assert few.in_short() == few.to_json()
+    many = Case(level="kernel", lengths=(1,) * 65537, key_lengths=(2,) * 65536 + (9,), head_dim=8)
+    assert many.in_short() == (
+        '{"level": "kernel", "lengths": "65,537 times 1", "key_lengths": "65,537 of 2 to 9", "head_dim": 8}'
+    )

@@ -62,7 +62,7 @@ class NightScreen:
         """Shows what was done so far, and a finding that is new."""
         if finding is not None:
             self._console.print(
-                f"{finding.symptom} on {finding.backend}: {finding.case.to_json()}", markup=False, soft_wrap=True
+                f"{finding.symptom} on {finding.backend}: {finding.case.in_short()}", markup=False, soft_wrap=True
             )
         self._live.update(self.drawn(view))
 

@@ -71,8 +71,8 @@ def print_findings_table(console: Console, findings: Sequence[Finding]) -> None:
 
 
 def describe(case: Case) -> str:
-    """A case in one line of JSON."""
-    return case.to_json()
+    """A case in one line."""
+    return case.in_short()
 
 
 def print_findings(console: Console, findings: Iterable[Finding], stored: str | None) -> None:

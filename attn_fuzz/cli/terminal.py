@@ -97,5 +97,5 @@ class Screen:
         self._found[finding.backend].add(finding.symptom)
         self._progress.update(self._tasks[finding.backend], findings=len(self._found[finding.backend]))
         self._progress.console.print(
-            f"{finding.symptom} on {finding.backend}: {finding.case.to_json()}", markup=False, soft_wrap=True
+            f"{finding.symptom} on {finding.backend}: {finding.case.in_short()}", markup=False, soft_wrap=True
         )

@@ -9,6 +9,7 @@ from typing import Any, Final
 from attn_fuzz.execution.environment import versions_of
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.same import count_bugs
+from attn_fuzz.reference.case_format import LISTED
 
 MOST_ROWS: Final = 20
 """Findings that are listed: a comment on GitHub may have 65,536 characters."""
@@ -56,8 +57,8 @@ def _table(found: Sequence[Finding]) -> Iterator[str]:
 
 
 def replay_command(finding: Finding) -> str:
-    """How to run a finding again: by its case, which is all it takes, or by its id where it takes more calls."""
-    if finding.sequence is not None:
+    """How to run a finding again: by its case, or by its id where it takes more calls, or is too long to be copied."""
+    if finding.sequence is not None or len(finding.case.lengths) > LISTED:
         return f"python -m attn_fuzz replay {finding.id} --store FOLDER"
     device = finding.device.partition(":")[0]
     words = ["replay", finding.case.to_json(), "--backend", finding.backend, "--device", device]
@@ -67,7 +68,7 @@ def replay_command(finding: Finding) -> str:
 def _smallest(found: Sequence[Finding]) -> Iterator[str]:
     least = min(found, key=lambda finding: finding.case.tokens)
     yield f"\nThe smallest case, of {_counted(least.case.tokens, 'token')}, shows {least.symptom}:\n"
-    yield from ("```", *(message[:MOST_CHARACTERS] for message in least.messages[:2]), least.case.to_json(), "```")
+    yield from ("```", *(message[:MOST_CHARACTERS] for message in least.messages[:2]), least.case.in_short(), "```")
     yield "\nReplay it:\n"
     yield from ("```", replay_command(least), "```")
 

@@ -165,6 +165,6 @@ def _require_none(case: Case, what: str, wrong: torch.Tensor, numbers: tuple[tor
     quick, pure = (each.flatten()[place].item() for each in numbers)
     index = [int(i) for i in torch.unravel_index(torch.tensor(place), wrong.shape)]
     raise ReferencesDisagree(
-        f"the harness's two references disagree, so that no backend is accused: of {case.to_json()} {what} at {index} "
+        f"the harness's two references disagree, so that no backend is accused: of {case.in_short()} {what} at {index} "
         f"is {pure:.17g} one document at a time, and {quick:.17g} in the vectorised reference"
     )

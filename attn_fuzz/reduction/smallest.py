@@ -69,7 +69,10 @@ class Smallest:
         if self.first is None:
             return found
         name, case = self.first
-        return (*found, f"First seen as {name}, whose smallest case is {case.to_json()}; this far smaller one came up.")
+        return (
+            *found,
+            f"First seen as {name}, whose smallest case is {case.in_short()}; this far smaller one came up.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

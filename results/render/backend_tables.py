@@ -15,7 +15,6 @@ from attn_fuzz.backends.known import KNOWN
 from attn_fuzz.backends.limits import LIMITS
 from attn_fuzz.evaluation.capability_probe import RIGHT
 from attn_fuzz.execution.environment import versions_of
-from attn_fuzz.reference.case import Case
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 FOLDER: Final = ROOT / "results" / "backends"
@@ -24,9 +23,6 @@ PAGE: Final = ROOT / "docs" / "backends.md"
 _BEGIN: Final = "<!-- tables: python -m results.render.backend_tables -->"
 
 Result = dict[str, Any]
-
-_MANY: Final = 16
-"""Documents of one length that are counted rather than listed."""
 
 _COLUMNS: Final = {
     "GQA": ("grouped heads",),
@@ -118,7 +114,7 @@ def issue_lines() -> list[str]:
         names = ", ".join(f"`{name}`" for name in issue.backends) or "all on torch's operators"
         about = issue.about + (" Runs in processes of its own." if issue.crashes else "")
         cells = (issue.id, names, about, issue.reference, issue.found_by, _script(issue.script))
-        lines.append(f"| {' | '.join(cells)} | `{_case(issue.minimal)}` |")
+        lines.append(f"| {' | '.join(cells)} | `{issue.minimal.in_short()}` |")
     return lines
 
 
@@ -131,17 +127,8 @@ def limit_lines() -> list[str]:
     for limit in LIMITS:
         name = f"`{limit.backend.removeprefix('unrestricted:')}`"
         cells = (limit.id, name, limit.about, limit.reference, limit.found_by, _script(limit.script))
-        lines.append(f"| {' | '.join(cells)} | `{_case(limit.minimal)}` |")
+        lines.append(f"| {' | '.join(cells)} | `{limit.minimal.in_short()}` |")
     return lines
-
-
-def _case(case: Case) -> str:
-    """As JSON; documents that are all alike and many are not listed."""
-    count, lengths = len(case.lengths), set(case.lengths)
-    if count < _MANY or len(lengths) > 1:
-        return case.to_json()
-    listed = json.dumps(list(case.lengths))
-    return case.to_json().replace(listed, f"[{lengths.pop()}] * {count}")
 
 
 def _script(name: str) -> str:
