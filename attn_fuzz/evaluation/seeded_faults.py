@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Sequence
 from typing import Any, Final
@@ -89,6 +90,10 @@ def find_fault(fault: str, seed: int, max_cases: int = MAX_CASES, mode: str = "c
     return MutantResult(fault, seed, finding, finding.cases_to_find, finding.seconds_to_find, is_minimal(finding))
 
 
+_MOST_SMALLER: Final = 500
+"""Smaller cases that are asked of each kind: of thousands of documents there would be as many, of minutes each."""
+
+
 def is_minimal(finding: Finding) -> bool:
     """Whether every case with a document less, or one token less in a document, no longer shows the symptom."""
     backend = registry.load(finding.backend)
@@ -100,8 +105,13 @@ def is_minimal(finding: Finding) -> bool:
             return False
         return first is not None and type(first).__name__ == finding.symptom
 
-    smaller = [case for step in (fewer_documents, one_shorter) for case in step(finding.case) if case is not None]
-    return not any(fails(case) for case in dict.fromkeys(smaller))
+    smaller = dict.fromkeys(
+        case
+        for step in (fewer_documents, one_shorter)
+        for case in itertools.islice(step(finding.case), _MOST_SMALLER)
+        if case is not None
+    )
+    return not any(fails(case) for case in smaller)
 
 
 def drawn(backend: registry.Backend, seed: int, count: int, spread: Spread = ALONE, device: str = "cpu") -> list[Case]:

@@ -25,6 +25,8 @@ class Fault:
     id: ClassVar[str]
     reports: ClassVar[tuple[str, ...]] = ()
     """Public reports of this class of bug; none for classes that were added here."""
+    why_not_hunted: ClassVar[str] = ""
+    """Why nobody hunts it who does not name it; empty for nearly all."""
 
     @classmethod
     def about(cls) -> str:
