@@ -127,8 +127,8 @@ def free_bytes() -> int:
         return sys.maxsize
 
 
-def _memory(device: torch.device) -> int:
-    """Bytes that one chunk may take."""
+def chunk_bytes(device: torch.device) -> int:
+    """Bytes that one chunk of an answer may take on a device, beside other processes that share it."""
     if device.type != "cuda":
         return min(_CPU_BYTES, int(free_bytes() * _CPU_SHARE))
     free, whole = torch.cuda.mem_get_info(device)
@@ -259,7 +259,7 @@ def answers(
         bounded = bounded_scores(inputs.q, inputs.k, max(case.packed_key_lengths), how)
     planned = plan_chunks(
         case,
-        _memory(device) if memory is None else memory,
+        chunk_bytes(device) if memory is None else memory,
         documents,
         overhead=_CPU_OVERHEAD if device.type == "cpu" else _CUDA_OVERHEAD,
     )

@@ -42,7 +42,7 @@ class Fused(NamedTuple):
 
     value: torch.Tensor
     inverse: torch.Tensor
-    """1 / standard deviation, inf where equality is owed."""
+    """1 / standard deviation, inf where equality is owed, and where float32 does not hold the variance."""
     degrees: torch.Tensor | None = None
     """Independent errors of each row ``[tokens, heads]``; None of ``lse``."""
 
@@ -71,6 +71,12 @@ def unsupported_reason(case: Case, profile: Profile) -> str | None:
 
 def _power(length: int, least: int, most: int) -> int:
     return max(least, min(most, 1 << (length - 1).bit_length()))
+
+
+def bytes_of(case: Case) -> int:
+    """What an answer takes: a value and an inverse in float32 of each element."""
+    rows = case.heads * sum(case.packed_lengths) + case.kv_heads * sum(case.packed_key_lengths)
+    return 2 * 2 * 4 * rows * case.head_dim
 
 
 class Kind(NamedTuple):
@@ -200,7 +206,7 @@ def rows_of(got: torch.Tensor, found: Fused) -> tuple[torch.Tensor, torch.Tensor
         found: what it is held to.
 
     Returns:
-        float32 ``[tokens, heads]`` each; inf for NaN, and where equality was owed.
+        float32 ``[tokens, heads]`` each; inf for NaN, and for other numbers where the inverse is inf.
     """
     from attn_fuzz.reference import fused_answer_kernels as kernels
 

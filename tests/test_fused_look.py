@@ -118,6 +118,17 @@ def test_what_is_off_is_a_doubt() -> None:
     assert Look({}, {"lse": 2.0}).sure("lse", 10.0) == pytest.approx(7.0 / 1.1)
 
 
+def test_an_answer_that_would_fill_the_device_is_left_to_chunks(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler.done.set()
+    monkeypatch.setattr(fused_look, "chunk_bytes", lambda device: 1000)
+    for _ in range(4):
+        assert look() is None
+        fused_look.settle()
+    assert compiler.asked == []
+
+
 def test_a_compiler_that_fails_is_asked_once(compiler: Compiler) -> None:
     compiler.done.set()
     compiler.error = RuntimeError("no such instruction")

@@ -14,9 +14,9 @@ from typing import Final, NamedTuple
 import torch
 
 from attn_fuzz.reference.answer import Expected, Inputs
-from attn_fuzz.reference.batched import kernel_answer
+from attn_fuzz.reference.batched import chunk_bytes, kernel_answer
 from attn_fuzz.reference.case import Case
-from attn_fuzz.reference.fused_answer import Fused, Kind, compile_kind, fused_answer, unsupported_reason
+from attn_fuzz.reference.fused_answer import Fused, Kind, bytes_of, compile_kind, fused_answer, unsupported_reason
 from attn_fuzz.reference.profile import Profile
 
 _DEVICES: Final = ("cuda",)
@@ -69,11 +69,16 @@ def look(case: Case, inputs: Inputs, profile: Profile) -> Look | None:
         inputs: its tensors, on a GPU.
         profile: the roundings of what ran.
     """
-    if inputs.q.device.type not in _DEVICES or unsupported_reason(case, profile) is not None:
+    device = inputs.q.device
+    if device.type not in _DEVICES or unsupported_reason(case, profile) is not None:
         return None
-    known = _KINDS.setdefault((Kind.of(case), inputs.q.device), _Known())
+    if bytes_of(case) > chunk_bytes(device):
+        # An answer in chunks never holds more than one of them.
+        return None
+    kind = Kind.of(case)
+    known = _KINDS.setdefault((kind, device), _Known())
     known.met += 1
-    if not _compiled(known, Kind.of(case), inputs.q.device):
+    if not _compiled(known, kind, device):
         return None
     found = fused_answer(case, inputs, profile)
     if known.off is None:
@@ -133,8 +138,11 @@ def distances(found: Mapping[str, Fused], exact: Mapping[str, Expected]) -> dict
         off = (value - expected.value).abs() / deviation
         # Equal infinities: the LSE of rows that see no key.
         off = torch.where(value == expected.value, 0.0, off)
-        off = torch.where(owed, torch.where(value == expected.value, 0.0, torch.inf), off)
-        budget = torch.where(owed, 0.0, (ratio - 1).abs())
+        # Where the inverse is inf nothing but this very number passes, and all others are a doubt.
+        strict = found[name].inverse.isinf()
+        off = torch.where(owed, torch.where(strict & (value == expected.value), 0.0, torch.inf), off)
+        off = torch.where(strict & ~owed, 0.0, off)
+        budget = torch.where(owed | strict, 0.0, (ratio - 1).abs())
         shares = [off, budget]
         if (degrees := found[name].degrees) is not None and expected.degrees is not None:
             # Where bits are owed there are no errors to be counted; and more of them make a bound that is stricter.
