@@ -57,6 +57,8 @@ class Call:
     """Which of q, k and v need a gradient."""
     dlse: torch.Tensor | None = None
     """The LSE's gradient in a backward, float32 ``[heads, tokens_q]``; None where it has none."""
+    kept: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    """What belongs to the graph from its forward on, for one backward after another."""
 
 
 @functools.lru_cache(maxsize=1024)

@@ -118,5 +118,7 @@ class ScratchOfTheGraph(KernelFault):
 
     def handed_back(self, call: Call, gradients: Gradients) -> Gradients:
         dq, dk, dv = gradients
-        dq = vars(call)["scratch"] = dq + vars(call).get("scratch", 0)
+        if "scratch" in call.kept:
+            dq = dq + call.kept["scratch"]
+        call.kept["scratch"] = dq
         return dq, dk, dv
