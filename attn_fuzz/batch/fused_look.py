@@ -30,6 +30,9 @@ _MOST_OFF_HALF: Final = 0.5
 _OFF_BUDGET: Final = 0.1
 """Share by which a standard deviation may be off."""
 
+_EXACT_TIMES: Final = 2
+"""The float64 answer to a whole call takes so many times the memory."""
+
 _OF_OTHERS: Final = 1.5
 """What is off by so much in the first call may be off by so many times as much in others."""
 
@@ -72,7 +75,7 @@ def look(case: Case, inputs: Inputs, profile: Profile) -> Look | None:
     device = inputs.q.device
     if device.type not in _DEVICES or unsupported_reason(case, profile) is not None:
         return None
-    if bytes_of(case) > chunk_bytes(device):
+    if _EXACT_TIMES * bytes_of(case) > chunk_bytes(device):
         # An answer in chunks never holds more than one of them.
         return None
     kind = Kind.of(case)
