@@ -19,8 +19,23 @@ from attn_fuzz.campaign.isolated import KNOWN_ISSUE, Isolated, Subject
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message
 from attn_fuzz.oracle import known_issues
 from attn_fuzz.oracle.examine import examine
-from attn_fuzz.oracle.known_issues import EFFECTS, Effect
-from attn_fuzz.oracle.symptoms import PoisonLeaked, WrongGradK, WrongGradQ, WrongGradV, WrongOutput
+from attn_fuzz.oracle.known_issues import EFFECTS, Effect, explains
+from attn_fuzz.oracle.symptoms import (
+    MovedByPlacement,
+    NotBatchInvariant,
+    NotCompiled,
+    NotMerged,
+    NotOrdered,
+    NotRegrouped,
+    NotReplayed,
+    PoisonLeaked,
+    Symptom,
+    WrongGradK,
+    WrongGradQ,
+    WrongGradV,
+    WrongOutput,
+    WrongWhenAsked,
+)
 from attn_fuzz.reference.case import Case
 
 LAYOUT = Case(level="kernel", lengths=(2, 3))
@@ -186,6 +201,17 @@ ALSO = [
     for entry in KNOWN
     if entry.id == issue_id
 ]
+
+
+RELATIONS = (MovedByPlacement, NotBatchInvariant, NotCompiled, NotMerged, NotOrdered, NotRegrouped, NotReplayed)
+
+
+@pytest.mark.parametrize("symptom", [*RELATIONS, WrongWhenAsked])
+@pytest.mark.parametrize("entry", KNOWN, ids=lambda entry: entry.id)
+def test_what_spoils_results_spoils_what_is_compared_with_them(entry: KnownIssue, symptom: type[Symptom]) -> None:
+    """Rows behind documents were known to hold NaN, and a campaign was told of it by another company of documents."""
+    assert explains(entry, symptom("company", next(iter(EFFECTS[entry.id].tensors)), "got nan", nan=True))
+    assert not explains(entry, symptom("company", "another result", "got nan", nan=True))
 
 
 @pytest.mark.parametrize(("entry", "name", "case"), ALSO)

@@ -74,7 +74,7 @@ EFFECTS: Final[dict[str, Effect]] = {
         tensors=_LAYER_BACKWARD - {"d_dense"},
         symptoms=frozenset({PoisonLeaked, WrongKeysBackward, NotIsolated, NotExact}),
         # Drawn values do that too, where a window hides keys of much larger scores.
-        nan_symptoms=_WRONG_GRADIENTS,
+        nan_symptoms=_WRONG_GRADIENTS | _RELATED,
     ),
     "sdpa-16-byte-rows": Effect(tensors=_FORWARD | _LAYER_BACKWARD, symptoms=_SPOILT_FORWARD | _SPOILT_BACKWARD),
     "efficient-window-backward": Effect(tensors=_LAYER_BACKWARD - {"d_dense"}, symptoms=_SPOILT_BACKWARD),
