@@ -96,7 +96,7 @@ Answer = Callable[[Case, Inputs, Profile], Mapping[str, Expected] | None]
 
 
 def _attended(
-    case: Case, inner: _Inner, profile: Profile, dtype: torch.dtype, answer: Answer
+    case: Case, inner: _Inner, profile: Profile, dtype: torch.dtype, answer: Answer | None
 ) -> tuple[_Tensors, _Tensors]:
     """(values, variances) of attention's results, those of keys and values added up over the micro-sequences."""
     names = {"out": inner.q, "dq": inner.q, "dk": inner.k, "dv": inner.v}
@@ -106,7 +106,9 @@ def _attended(
         rows, extents = (_places(spans, inner.q.device) for spans in zip(*parts, strict=True))
         inputs = Inputs(inner.q[rows], inner.k[extents], inner.v[extents], inner.dout[rows])
         call = _call(case, [part for part, _ in parts])
-        given = answer(call, inputs, profile) or kernel_answer(call, inputs, profile, degrees=False, dtype=dtype)
+        given = None if answer is None else answer(call, inputs, profile)
+        if given is None:
+            given = kernel_answer(call, inputs, profile, degrees=False, dtype=dtype)
         for name, found in given.items():
             if name in values:
                 place = extents if name in ("dk", "dv") else rows
@@ -150,7 +152,7 @@ def exact_layer_answer(
     inputs: LayerInputs,
     profile: Profile,
     dtype: torch.dtype = torch.float64,
-    answer: Answer = lambda case, inputs, profile: None,
+    answer: Answer | None = None,
 ) -> dict[str, Expected]:
     """Expected ``out`` and ``dx`` (``[tokens, hidden]``), and ``dk`` and ``dv`` as the buffer holds them at last.
 
@@ -159,7 +161,7 @@ def exact_layer_answer(
         inputs: its tensors.
         profile: the roundings of the backend's kernel.
         dtype: that it is computed in (``batched.answers``).
-        answer: asked first for that to each call, in the same dtype.
+        answer: asked first for that to each call, in the same dtype; None for nothing.
     """
     weights = {name: weight.to(dtype) for name, weight in inputs.weights.items()}
     layer = _Projections(weights, case.dtype, Narrow.projecting(case.dtype, profile))

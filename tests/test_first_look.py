@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from answered import answers_asked
 
 from attn_fuzz.backends import registry
-from attn_fuzz.batch import verdicts
 from attn_fuzz.batch.batch_run import BatchRun
 from attn_fuzz.batch.verdicts import COLUMNS, OFF, largest_z
 from attn_fuzz.cases.call_batch import CallBatch
@@ -75,14 +75,7 @@ def test_what_differs_where_bits_are_owed_is_seen(wrong: float) -> None:
 def test_only_documents_in_doubt_are_answered_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, results = run(CASE, "loop")
     results["out"][3:5] += 1.0
-    asked: list[object] = []
-    plain = verdicts.answers
-
-    def answers(*given: object, **options: object) -> object:
-        asked.append((options.get("dtype", torch.float64), options.get("documents")))
-        return plain(*given, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(verdicts, "answers", answers)
+    asked = answers_asked(monkeypatch)
     z = largest_z(CASE, inputs, registry.load("loop").kernel.profile_on("cpu"), [results], first_look=True)
     assert asked == [(torch.float32, None), (torch.float64, [1])]
     assert (z[0] > LIMIT).any(1).nonzero()[:, 0].tolist() == [1]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from answered import answers_asked
 
 from attn_fuzz.backends import registry
 from attn_fuzz.batch import fused_look, verdicts
@@ -150,14 +151,7 @@ def test_verdicts_by_a_fused_answer(compiler: Compiler, monkeypatch: pytest.Monk
     ran = BatchRun(CallBatch.of_one(CASE), registry.load("loop"), CPU, "nan", 1, lambda: None)
     ran.first["out"][3] += wrong
     monkeypatch.setattr(verdicts, "rows_of", _rows_of)
-    asked: list[object] = []
-    plain = verdicts.answers
-
-    def answers(*given: object, **options: object) -> object:
-        asked.append((options.get("dtype", torch.float64), options.get("documents")))
-        return plain(*given, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(verdicts, "answers", answers)
+    asked = answers_asked(monkeypatch)
     z = largest_z(CASE, ran.drawn, PLAIN, [ran.first], first_look=True)
     assert asked == ([(torch.float64, [1])] if wrong else [])
     exact = largest_z(CASE, ran.drawn, PLAIN, [ran.first], first_look=False)

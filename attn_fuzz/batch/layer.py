@@ -144,8 +144,7 @@ def _largest(
     case: Case, inputs: LayerInputs, results: Mapping[str, torch.Tensor], profile: Profile, dtype: torch.dtype
 ) -> torch.Tensor:
     """The largest deviation of each document, float64 ``[documents, tensors]``, by an answer in this dtype."""
-    fused = _fused if dtype == torch.float32 else lambda case, inputs, profile: None
-    expected = exact_layer_answer(case, inputs, profile, dtype, fused)
+    expected = exact_layer_answer(case, inputs, profile, dtype, _fused if dtype == torch.float32 else None)
     owner = packed(case.packed_lengths, inputs.x.device).owner
     z = torch.zeros(len(case.packed_lengths), len(EXACT_TENSORS), dtype=torch.float64, device=inputs.x.device)
     for column, name in enumerate(EXACT_TENSORS):

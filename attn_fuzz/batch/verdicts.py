@@ -73,15 +73,15 @@ def largest_z(
         first_look = count >= _MANY and look_pays(case, z.device)
     doubtful = None
     if first_look and float32_is_plain():
-        sure = z.new_full((len(COLUMNS),), LIMIT - OFF)
+        sure = [LIMIT - OFF] * len(COLUMNS)
         if (fused := fused_look.look(case, inputs, profile)) is not None:
             _judge_fused(case, fused.found, results, z)
-            sure.clamp_(max=z.new_tensor([fused.sure(name, LIMIT) for name in COLUMNS]))
+            sure = [min(LIMIT - OFF, fused.sure(name, LIMIT)) for name in COLUMNS]
         else:
             for chunk in answers(case, inputs, profile, degrees=_by_rows(case), dtype=torch.float32):
                 _judge(case, chunk, results, z)
         # NaN is a doubt, too.
-        doubtful = (~(z < sure).all(2)).any(0).nonzero()[:, 0].tolist()
+        doubtful = (~(z < z.new_tensor(sure)).all(2)).any(0).nonzero()[:, 0].tolist()
         if not doubtful:
             return z
     for chunk in answers(case, inputs, profile, degrees=_by_rows(case), documents=doubtful):

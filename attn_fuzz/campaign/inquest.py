@@ -119,8 +119,8 @@ class Suspect:
         trying = Trying(str(data["case"]), tuple(data["ends"]))
         finding = Finding.from_dict(data["finding"])
         sure, confirmed = bool(data["sure"]), bool(data["confirmed"])
-        seconds = float(data["silence"]), float(data.get("spent", 0.0))
-        return cls(finding, trying, sure, confirmed, seconds[0], str(data["how"]), seconds[1])
+        silence, spent = float(data["silence"]), float(data.get("spent", 0.0))
+        return cls(finding, trying, sure, confirmed, silence, str(data["how"]), spent)
 
 
 def suspect_of(backend: str, device: str, trying: Trying, silence: float) -> Suspect:
@@ -271,11 +271,13 @@ class Inquest:
         """Makes the case smaller, as long as it ends another process, or is silent for a while."""
         finding = self.suspect.finding
         hangs = finding.symptom == "Hung"
-        patience = (hangs and self._patience_for(finding.original_case)) or self.patience
         # A campaign that is killed again and again would never come to an end of it otherwise.
-        begun, before = time.monotonic(), self.suspect.spent
+        before = self.suspect.spent
         seconds = (SHRINK_HANG_SECONDS if hangs else SHRINK_CRASH_SECONDS) - before
-        asked = self._isolated(patience)
+        if seconds <= 0:
+            return
+        patience = (hangs and self._patience_for(finding.original_case)) or self.patience
+        asked, begun = self._isolated(patience), time.monotonic()
 
         def again(case: Case) -> bool:
             symptom = _report(asked, case).symptom
@@ -286,8 +288,7 @@ class Inquest:
                 self._note_more(finding=dataclasses.replace(self.suspect.finding, case=case))
             return True
 
-        if seconds > 0:
-            minimise(finding.case, again, seconds, time.monotonic)
+        minimise(finding.case, again, seconds, time.monotonic)
 
     def _with_all_patience(self) -> Finding | None:
         """The finding with the smallest case, asked again in a new process; with the call that was drawn where that

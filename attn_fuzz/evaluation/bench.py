@@ -70,12 +70,16 @@ def fitting(plan: Plan, backend: Backend, device: torch.device) -> tuple[Case, f
     return best
 
 
+def _compiled(judged: Callable[[], object]) -> None:
+    """Has compiled what is compiled for cases that are met again, which is not part of what they take."""
+    for _ in range(2):
+        judged()
+    fused_look.settle()
+
+
 def packed_of(case: Case, backend: Backend, device: torch.device) -> dict[str, Any]:
     """The whole verification of a backend on a packed case, and where its time goes, in seconds."""
-    for _ in range(2):
-        judge_packed(case, backend, device)
-    # What is compiled for cases that are met again is not part of what they take.
-    fused_look.settle()
+    _compiled(lambda: judge_packed(case, backend, device))
     whole = median(lambda: judge_packed(case, backend, device), device)
     batch, inputs = CallBatch.of_one(case), kernel_inputs(case, device)
     tensors = BatchTensors(batch, inputs, device)
@@ -116,9 +120,7 @@ def layer_of(plan: Plan, backend: Backend, device: torch.device, documents: int)
     if backend.refusal(case, device.type) is not None:
         return None
     inputs = layer_inputs(case, device)
-    for _ in range(2):
-        judge_layer(case, backend, device)
-    fused_look.settle()
+    _compiled(lambda: judge_layer(case, backend, device))
     whole = median(lambda: judge_layer(case, backend, device), device)
     alone = median(lambda: run_through(case, inputs, backend), device)
     return {"documents": documents, "seconds": whole, "documents_per_s": documents / whole, "bare_layer_s": alone}
