@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -177,8 +178,7 @@ def test_slowness_that_was_taken_for_silence_is_given_up(monkeypatch: pytest.Mon
 
 
 def finished(looking: Deaths) -> list[Finding | str]:
-    thread = looking._thread
-    if thread is not None:
+    for thread in looking._threads:
         thread.join(20.0)
     assert not looking.pending
     return list(looking.news())
@@ -203,7 +203,7 @@ def test_all_suspects_are_looked_into_and_their_notes_taken_away(tmp_path: Path)
 def test_what_has_come_out_is_noted_until_it_is_stored(tmp_path: Path) -> None:
     looking = Deaths(tmp_path)
     looking.add(suspect("crashes", sure=True))
-    looking._thread and looking._thread.join(20.0)
+    looking._threads[0].join(20.0)
     (path,) = tmp_path.iterdir()
     for what in looking.news():
         assert Finding.from_dict(json.loads(path.read_text())) == what
@@ -219,7 +219,7 @@ def test_what_is_cut_short_is_kept_as_it_is(tmp_path: Path, monkeypatch: pytest.
         return asked.suspect.finding
 
     monkeypatch.setattr(deaths, "look_into", waits)
-    looking = Deaths(tmp_path)
+    looking = Deaths(tmp_path, at_once=1)
     first, second = suspect("crashes", sure=True), suspect("hangs", sure=False)
     looking.add(first)
     looking.add(first)
@@ -231,6 +231,48 @@ def test_what_is_cut_short_is_kept_as_it_is(tmp_path: Path, monkeypatch: pytest.
     # The next campaign looks into what is not sure.
     assert second in left_behind(tmp_path)
     assert list(looking.news()) == []
+
+
+def test_each_backend_has_one_looked_into_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hang takes minutes of waiting: meanwhile others are looked into, and no second one of the same backend."""
+    two, busy, most = threading.Barrier(2), Counter[str](), Counter[str]()
+
+    def waits(asked: Inquest) -> Finding | str:
+        name = asked.suspect.finding.backend
+        busy[name] += 1
+        most[name] = max(most[name], busy[name])
+        two.wait(20.0)
+        busy[name] -= 1
+        return name
+
+    monkeypatch.setattr(deaths, "look_into", waits)
+    looking = Deaths(tmp_path, at_once=2)
+    for name in ("crashes", "hangs"):
+        looking.add(suspect(name, sure=True))
+        looking.add(dataclasses.replace(suspect(name, sure=False), trying=Trying(CASE.to_json(), (1, 3))))
+    assert sorted(map(str, finished(looking))) == ["crashes", "crashes", "hangs", "hangs"]
+    assert most == {"crashes": 1, "hangs": 1}
+
+
+def test_what_is_silent_again_and_again_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, order = threading.Event(), []
+
+    def waits(asked: Inquest) -> Finding | str:
+        go_on.wait(20.0)
+        order.append(asked.suspect.finding.backend)
+        return ""
+
+    monkeypatch.setattr(deaths, "look_into", waits)
+    looking = Deaths(tmp_path, known=[("hung", "Hung")], at_once=1)
+    looking.add(suspect("first", sure=False))
+    silent = [("slow", 30.0), ("hangs", 20.0), ("hangs", 20.0), ("hung", 40.0), ("hung", 40.0)]
+    for number, (name, silence) in enumerate(silent):
+        trying = Trying(CASE.to_json(), tuple(range(number)))
+        looking.add(dataclasses.replace(suspect(name, sure=False), silence=silence, trying=trying))
+    looking.add(suspect("crashes", sure=True))
+    go_on.set()
+    finished(looking)
+    assert order == ["first", "crashes", "hangs", "slow", "hangs", "hung", "hung"]
 
 
 def test_notes_that_are_damaged_are_left_out(tmp_path: Path) -> None:

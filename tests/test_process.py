@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -12,10 +13,12 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from attn_fuzz.campaign import new_process
+from attn_fuzz.campaign import new_process, serve
 from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.campaign.pool import Pool
+from attn_fuzz.execution import process
 from attn_fuzz.execution.process import (
+    UNEXPLAINED,
     beyond_its_call,
     device_failed,
     in_words,
@@ -84,6 +87,49 @@ def test_what_a_library_says_of_a_full_gpu(monkeypatch: pytest.MonkeyPatch, free
     )
     assert lacks_memory(error) is lacking
     assert not lacks_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+FULL = RuntimeError("CUDA error: out of memory")
+BROKEN = RuntimeError("CUDA error: invalid device ordinal")
+
+
+@pytest.mark.parametrize(("errors", "raised"), [([FULL] * 3, None), ([FULL] * 99, FULL), ([FULL, BROKEN], BROKEN)])
+def test_a_process_waits_for_a_gpu_that_others_have_filled(
+    monkeypatch: pytest.MonkeyPatch, errors: list[RuntimeError], raised: RuntimeError | None
+) -> None:
+    left, pauses = list(errors), []
+
+    def set_device(index: int) -> None:
+        if left:
+            raise left.pop(0)
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    with contextlib.nullcontext() if raised is None else pytest.raises(RuntimeError, match=str(raised)):
+        process._enter(0, pauses.append)
+    assert 0 < len(pauses) < 20
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        # As torch's own operations failed in the soak, on a GPU that a kernel beside them had filled.
+        (RuntimeError("CUDA error: unknown error\nSearch for `cudaErrorUnknown' in ..."), UNEXPLAINED),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
+    ],
+)
+def test_a_worker_that_its_device_fails_without_a_cause_says_so(
+    monkeypatch: pytest.MonkeyPatch, error: RuntimeError, status: int | None
+) -> None:
+    def fails(assignment: Assignment, send: object) -> None:
+        raise error
+
+    monkeypatch.setattr(serve, "set_apart", lambda: None)
+    monkeypatch.setitem(serve.WORK, "case", fails)
+    ours, theirs = multiprocessing.Pipe()
+    with pytest.raises((SystemExit, RuntimeError)) as raised:
+        serve.serve(Assignment(backend="loop", device="cpu", seed=0, mode="case"), theirs, None)
+    assert (raised.value.code if isinstance(raised.value, SystemExit) else None) == status
+    ours.close()
 
 
 def tell(connection: Connection) -> None:

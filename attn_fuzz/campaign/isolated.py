@@ -26,10 +26,12 @@ from attn_fuzz.execution.operators import operators_of
 from attn_fuzz.execution.process import (
     DEAD_CONTEXT,
     NO_DEVICE,
+    UNEXPLAINED,
     context_alive,
     limit_memory,
     set_apart,
     set_up_process,
+    unexplained,
 )
 from attn_fuzz.execution.timing import processor_seconds
 from attn_fuzz.oracle.examine import examine, tried
@@ -107,7 +109,7 @@ def report_of(
         return Report(refusal="memory ran out")
     first = verdict.first
     if isinstance(first, Crashed) and not context_alive(place):
-        raise SystemExit(DEAD_CONTEXT)
+        raise SystemExit(UNEXPLAINED if unexplained(str(first)) else DEAD_CONTEXT)
     if first is not None:
         error_type = first.error if isinstance(first, Crashed) else ""
         return Report(type(first).__name__, str(first), first.message, error_type, operators=ran)
@@ -144,6 +146,10 @@ def _serve(subject: Subject, connection: Connection) -> None:
     except KeyboardInterrupt:
         # The parent says it in a sentence, or has been interrupted itself: a traceback says nothing more.
         raise SystemExit(INTERRUPTED) from None
+    except RuntimeError as error:
+        if not unexplained(str(error)):
+            raise
+        raise SystemExit(UNEXPLAINED) from error
 
 
 AWAY_FROM_OTHERS: Final = {"CUDA_MPS_PIPE_DIRECTORY": os.devnull}
@@ -160,6 +166,8 @@ def cause_of_death(exit_code: int | None) -> str:
         return "died"
     if exit_code == INTERRUPTED:
         return "ended with KeyboardInterrupt"
+    if exit_code == UNEXPLAINED:
+        return "ended with a CUDA error that gives no cause"
     if exit_code < 0:
         names = {int(each): each.name for each in signal.Signals}
         return f"was ended by {names.get(-exit_code, f'signal {-exit_code}')}"
@@ -173,6 +181,20 @@ _FORKER_GONE: Final = 255
 def killed_from_outside(exit_code: int | None) -> bool:
     """Whether the system or a person ended a process, most likely: no fault in code sends that signal."""
     return exit_code in (-signal.SIGKILL, _FORKER_GONE)
+
+
+def excuse(exit_code: int | None, last_words: str = "") -> str:
+    """What a process ended with that is nobody's fault, most likely, in words; empty where there is no such thing.
+
+    Args:
+        exit_code: of the process.
+        last_words: what it said at its end.
+    """
+    if killed_from_outside(exit_code):
+        return "was killed from outside"
+    if exit_code == UNEXPLAINED or unexplained(last_words):
+        return f"{cause_of_death(UNEXPLAINED)}, as on a GPU whose memory others have filled"
+    return ""
 
 
 _START_SECONDS: Final = 120.0
@@ -236,15 +258,13 @@ class Isolated:
             case _:
                 return report.message if report.symptom == KNOWN_ISSUE else f"wrong: {report.message}"
 
-    def report(
-        self, case: Case, *, operators: bool = False, killed: bool = False, judged: bool | None = None
-    ) -> Report:
+    def report(self, case: Case, *, operators: bool = False, again: bool = False, judged: bool | None = None) -> Report:
         """What came of a case.
 
         Args:
             case: what to run.
             operators: tell the names of torch's operators that ran, which takes longer.
-            killed: a process was killed before while it ran this case.
+            again: a process ended before while it ran this case, and that was excused.
             judged: whether results are judged, where that is not as the subject says.
 
         Raises:
@@ -274,8 +294,8 @@ class Isolated:
             self.close()
             if exit_code == NO_DEVICE:
                 raise NoDevice(f"a new process cannot use {self._subject.device}, whatever it runs there") from None
-            if killed_from_outside(exit_code) and not killed:
-                return self.report(case, operators=operators, killed=True, judged=judged)
+            if excuse(exit_code) and not again:
+                return self.report(case, operators=operators, again=True, judged=judged)
             how = cause_of_death(exit_code)
             return Report("Crashed", f"the process {how} while it ran this case", survived=False)
         if found.disagreement is not None:

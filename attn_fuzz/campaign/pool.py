@@ -14,7 +14,7 @@ from typing import Final
 
 from attn_fuzz.campaign import new_process
 from attn_fuzz.campaign.inquest import Inquest, Suspect, finding_of_death
-from attn_fuzz.campaign.isolated import NoDevice, cause_of_death, killed_from_outside
+from attn_fuzz.campaign.isolated import NoDevice, cause_of_death, excuse
 from attn_fuzz.campaign.messages import (
     Assignment,
     CampaignError,
@@ -226,8 +226,8 @@ class Pool:
             cases_to_find=worker.tally.cases,
             seconds_to_find=round(time.monotonic() - worker.started, 3),
         )
-        killed = symptom == "Crashed" and killed_from_outside(worker.process.exitcode)
-        self._look_into(worker, finding, how, killed=killed)
+        excused = excuse(worker.process.exitcode, worker.last_words or "") if symptom == "Crashed" else ""
+        self._look_into(worker, finding, how, excused)
         if job.stop_at_first and (job.backend, symptom) in self._findings:
             self._end_others(worker)
         elif worker.restarts < RESTARTS:
@@ -238,23 +238,24 @@ class Pool:
                 again = dataclasses.replace(job, seconds=seconds, cases=cases, seed=job.seed + 7919)
                 self._waiting.append((again, worker.restarts + 1))
 
-    def _look_into(self, worker: _Worker, finding: Finding, how: str, *, killed: bool) -> None:
+    def _look_into(self, worker: _Worker, finding: Finding, how: str, excused: str) -> None:
         """Keeps what a dead worker ran, if it was the cause; a crash is shrunk.
 
         Args:
             worker: that died.
             finding: of the case that it had announced.
             how: in words, it died.
-            killed: from outside: its case is at fault only if it ends another process, too.
+            excused: what it ended with, if that is nobody's fault, most likely (``isolated.excuse``): its case is at
+                fault only if it ends another process, too.
         """
         job, trying, symptom = worker.assignment, worker.trying, finding.symptom
         assert trying is not None
-        said = f"the worker for {job.backend} was killed from outside: no finding"
-        suspect = Suspect(finding, trying, sure=not killed, how=said)
-        inquest = Inquest(suspect, KILLED_SECONDS if killed else HANG_SECONDS, without=job.without)
+        said = f"the worker for {job.backend} {excused}: no finding"
+        suspect = Suspect(finding, trying, sure=not excused, how=said)
+        inquest = Inquest(suspect, KILLED_SECONDS if excused else HANG_SECONDS, without=job.without)
         try:
             # Hangs are too slow to shrink while others wait.
-            looked_into = symptom == "Crashed" and (killed or (job.backend, symptom) not in self._findings)
+            looked_into = symptom == "Crashed" and (excused or (job.backend, symptom) not in self._findings)
             found = inquest.finding() if looked_into else finding
             if isinstance(found, str):
                 self._troubles.append(found)
@@ -263,7 +264,7 @@ class Pool:
         except NoDevice as trouble:
             self._troubles.append(f"the worker for {job.backend} {how}, but {trouble}: no finding")
         except KeyboardInterrupt:
-            self._keep(finding if killed else inquest.suspect.finding)
+            self._keep(finding if excused else inquest.suspect.finding)
             raise
 
     def _step(self) -> None:

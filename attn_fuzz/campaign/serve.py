@@ -11,7 +11,7 @@ from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.campaign.notes import noting
 from attn_fuzz.campaign.packed_worker import work_on_packed
 from attn_fuzz.campaign.worker import work
-from attn_fuzz.execution.process import limit_memory, set_apart, stay_on
+from attn_fuzz.execution.process import UNEXPLAINED, limit_memory, set_apart, stay_on, unexplained
 
 WORK: Final = {"case": work, "batch": work_on_batches, "packed": work_on_packed}
 """What each mode does with an assignment."""
@@ -36,6 +36,10 @@ def serve(assignment: Assignment, connection: Connection, processors: frozenset[
     except KeyboardInterrupt:
         # Of Ctrl-C the parent hears, too; of a kernel that raises it, by this alone.
         raise SystemExit(INTERRUPTED) from None
+    except RuntimeError as error:
+        if not unexplained(str(error)):
+            raise
+        raise SystemExit(UNEXPLAINED) from error
     except BrokenPipeError:
         # The parent is gone; so is anybody who could read this.
         pass

@@ -8,8 +8,10 @@ import os
 import re
 import resource
 import signal
+import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +24,13 @@ DEAD_CONTEXT: Final = 77
 
 NO_DEVICE: Final = 78
 """Exit status of a process that could not use its device from the beginning."""
+
+UNEXPLAINED: Final = 79
+"""Exit status of a process whose device failed without a cause that anybody could be told (``unexplained``)."""
+
+_SAYS_NOTHING: Final = ("CUDA error: unknown error", "cudaErrorUnknown", "CUDA_ERROR_UNKNOWN")
+"""What CUDA says of kernels, those of torch, too, that it could not load on a GPU whose memory others had filled; and
+of much else."""
 
 _LACKING: Final = ("out of memory", "out_of_memory", "alloc_failed", "can't allocate memory")
 """What CUDA, its libraries, JAX and torch on a CPU say, in small letters, where there is too little memory."""
@@ -86,6 +95,11 @@ def raise_lack_of_memory(error: Exception) -> None:
 def device_failed(error: BaseException) -> bool:
     """Whether an error is the device's or its driver's: what comes after it on the device may fail for it, too."""
     return any(words in str(error) for words in _DEVICE_FAILED)
+
+
+def unexplained(said: str) -> bool:
+    """Whether what an error says of the device's failure is no cause: as likely another process's doing."""
+    return any(words in said for words in _SAYS_NOTHING)
 
 
 def beyond_its_call(error: BaseException) -> bool:
@@ -212,6 +226,27 @@ def stay_on(processors: frozenset[int]) -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
+_TRIES: Final = 8
+_WAIT_SECONDS: Final = 2.0
+
+
+def _enter(index: int, pause: Callable[[float], object] = time.sleep) -> None:
+    """Makes a GPU the current one, once there is memory for this process's context: others may have filled it, for a
+    while.
+
+    Raises:
+        RuntimeError: where it cannot be used.
+    """
+    for left in reversed(range(_TRIES)):
+        try:
+            torch.cuda.set_device(index)
+            return
+        except RuntimeError as error:
+            if not left or not lacks_memory(error):
+                raise
+            pause(_WAIT_SECONDS)
+
+
 def set_up_process(device: str) -> None:
     """What every process that runs cases sets once: one CPU thread, plain float32, repeatable matrix products."""
     torch.set_num_threads(1)
@@ -226,4 +261,4 @@ def set_up_process(device: str) -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if device.startswith("cuda"):
-        torch.cuda.set_device(torch.device(device).index or 0)
+        _enter(torch.device(device).index or 0)

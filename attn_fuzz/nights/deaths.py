@@ -1,4 +1,4 @@
-"""Deaths and silences of workers, looked into beside the campaign: one at a time, none forgotten when it is killed.
+"""Deaths and silences of workers, looked into beside the campaign, and none forgotten when it is killed.
 
 A round does not wait for it. What is known of a suspect is a file in the campaign's folder of notes, written anew
 whenever an inquest has come a step further: a campaign that is killed loses one step, and the next one goes on there.
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import threading
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from attn_fuzz.campaign import notes
 from attn_fuzz.campaign.inquest import Inquest, Suspect, look_into
+from attn_fuzz.campaign.isolated import FATAL
 from attn_fuzz.campaign.pool import HANG_SECONDS
 from attn_fuzz.findings.finding import Finding
 
@@ -28,6 +31,10 @@ everything before."""
 _KNOWN_PATIENCE: Final = 5.0
 """The same where it is known that the backend hangs, and nothing would come of it but that."""
 
+AT_ONCE: Final = max(1, min(4, (os.cpu_count() or 1) // 4))
+"""Suspects that are looked into at a time, each of another backend: most of it is waiting for what says nothing. On a
+machine of few processors it would slow down what others are timed by."""
+
 
 class Deaths:
     """Looks into suspects.
@@ -36,14 +43,24 @@ class Deaths:
         folder: of the campaign's notes.
         compiled: backends that may compile for minutes.
         known: (backend, symptom) of what needs no other finding.
+        at_once: how many suspects are looked into at a time.
     """
 
-    def __init__(self, folder: Path, compiled: Collection[str] = (), known: Collection[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        compiled: Collection[str] = (),
+        known: Collection[tuple[str, str]] = (),
+        at_once: int = AT_ONCE,
+    ) -> None:
         self._folder, self._compiled, self._known = folder, frozenset(compiled), set(known)
         self._pending: dict[Path, Suspect] = {}
         self._news: list[tuple[Finding | str, Path]] = []
         self._lock, self._numbers = threading.Lock(), itertools.count()
-        self._thread: threading.Thread | None = None
+        self._at_once = at_once
+        self._threads: list[threading.Thread] = []
+        self._at: set[str] = set()
+        """Backends of which a suspect is being looked into."""
         self._ended = False
 
     def add(self, suspect: Suspect) -> None:
@@ -54,9 +71,10 @@ class Deaths:
             path = self._folder / f"{SUSPECT}{next(self._numbers)}"
             _write(path, suspect.to_dict())
             self._pending[path] = suspect
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._work, daemon=True, name="deaths")
-                self._thread.start()
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
+            if len(self._at) < self._at_once and (found := self._next()) is not None:
+                self._threads.append(threading.Thread(target=self._work, args=found, daemon=True, name="deaths"))
+                self._threads[-1].start()
 
     @property
     def pending(self) -> int:
@@ -82,8 +100,9 @@ class Deaths:
         Returns:
             What is sure of what was not looked into to the end.
         """
-        if self._thread is not None:
-            self._thread.join(max(seconds, 0.0))
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0.0))
         with self._lock:
             self._ended = True
             sure = {path: suspect for path, suspect in self._pending.items() if suspect.sure}
@@ -91,19 +110,41 @@ class Deaths:
                 del self._pending[path]
         return [suspect.finding for suspect in sure.values()]
 
-    # In a thread of its own.
+    # In threads of their own.
 
     def _next(self) -> tuple[Path, Suspect] | None:
-        """What most is known against; None where there is nothing more, and the thread ends."""
-        with self._lock:
-            if self._ended or not self._pending:
-                self._thread = None
-                return None
-            return max(self._pending.items(), key=lambda item: (item[1].confirmed, item[1].sure, item[1].silence))
+        """What most is known against, of a backend that nobody else is at; None where there is nothing. The lock is
+        held."""
+        waiting = {path: each for path, each in self._pending.items() if each.finding.backend not in self._at}
+        if self._ended or not waiting:
+            return None
+        path = max(waiting, key=lambda each: self._weight(waiting[each]))
+        self._at.add(waiting[path].finding.backend)
+        return path, waiting[path]
 
-    def _work(self) -> None:
-        while (found := self._next()) is not None:
-            self._tell(found[0], self._looked_into(*found))
+    def _weight(self, suspect: Suspect) -> tuple[Any, ...]:
+        """The larger, the sooner it is looked into.
+
+        A backend that is silent again and again hangs more likely than one that was so once, for longer; and of one
+        that is known to crash or to hang there is less to find out.
+        """
+        name = suspect.finding.backend
+        silence = sum(each.silence for each in self._pending.values() if each.finding.backend == name)
+        unknown = not any((name, symptom) in self._known for symptom in FATAL)
+        return suspect.confirmed, suspect.sure, unknown, silence, suspect.silence
+
+    def _work(self, path: Path, suspect: Suspect) -> None:
+        """Looks into a suspect, and into what is next after it."""
+        found: tuple[Path, Suspect] | None = (path, suspect)
+        while found is not None:
+            path, suspect = found
+            try:
+                self._tell(path, self._looked_into(path, suspect))
+            finally:
+                with self._lock:
+                    self._at.discard(suspect.finding.backend)
+            with self._lock:
+                found = self._next()
 
     def _looked_into(self, path: Path, suspect: Suspect) -> Finding | str:
         backend, device = suspect.finding.backend, suspect.finding.device

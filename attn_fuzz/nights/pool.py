@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 from attn_fuzz.campaign.inquest import Suspect, suspect_of
-from attn_fuzz.campaign.isolated import killed_from_outside
+from attn_fuzz.campaign.isolated import excuse
 from attn_fuzz.campaign.messages import Assignment, Covered, Failed, Finished, Message, Progress, Tally, Trying
 from attn_fuzz.campaign.pool import RESTARTS, Pool
 from attn_fuzz.coverage.counts import Reached
@@ -139,19 +139,19 @@ class RoundPool(Pool):
         worker.process.join()
         self._running.remove(worker)
         self._done.append(worker)
-        if symptom == "Crashed" and killed_from_outside(worker.process.exitcode) and worker.restarts < RESTARTS:
+        if symptom == "Crashed" and excuse(worker.process.exitcode) and worker.restarts < RESTARTS:
             # Nobody's fault.
             self._waiting.append((worker.assignment, worker.restarts + 1))
             return
         self._listener.failed(piece, f"a worker for {worker.assignment.backend} {how} before its first case")
 
-    def _look_into(self, worker: Any, finding: Finding, how: str, *, killed: bool) -> None:
+    def _look_into(self, worker: Any, finding: Finding, how: str, excused: str) -> None:
         """Has others do it, beside the round; what is known well enough counts once more."""
-        if not killed and (finding.backend, finding.symptom) in self._findings:
+        if not excused and (finding.backend, finding.symptom) in self._findings:
             self._keep(finding)
             return
-        said = f"the worker for {finding.backend} was killed from outside: no finding" if killed else ""
-        self._listener.suspect(Suspect(finding, worker.trying, sure=not killed, silence=_silence(worker), how=said))
+        said = f"the worker for {finding.backend} {excused}: no finding" if excused else ""
+        self._listener.suspect(Suspect(finding, worker.trying, sure=not excused, silence=_silence(worker), how=said))
 
     def _note_silence(self) -> None:
         """What silence takes of a slice's time counts, too: nothing else tells of those that hang."""
