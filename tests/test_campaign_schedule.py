@@ -181,6 +181,37 @@ def test_what_cannot_run_rests_and_is_tried_again() -> None:
     assert Round({}, 10.0).slices(5) == []
 
 
+def test_a_round_that_goes_on_is_planned_anew_by_what_came_of_its_slices() -> None:
+    """A slice that hangs or compiles keeps a round going for minutes: what is slow is not known before its first."""
+    slow, quick, other = (Target(name, "cuda", "kernel", "batch") for name in ("slow", "quick", "other"))
+    standings = {slow: Standing(), quick: Standing(), other: Standing()}
+    begun = Round(standings, 10.0).slices(3)
+    assert set(begun) == set(standings)
+    # By the first plan all of them are alike; by what came of five seconds of each, one is far behind.
+    known = {target: standings[target].foreseen(cases, 5.0, 10.0) for target, cases in ((slow, 4), (quick, 800))}
+    known[other] = standings[other].foreseen(700, 20.0, 10.0)
+    assert (known[slow].cases, known[slow].seconds) == (8.0, 10.0)
+    assert (known[other].cases, known[other].seconds) == (700.0, 20.0)
+    assert Round(known, 10.0, begun=begun).slices(1) == [slow]
+    # What waits for a place counts as done.
+    assert Round(known, 10.0, begun=begun, waiting=[slow] * 90).slices(1) == [other]
+
+
+def test_where_there_is_little_time_nothing_that_compiles_begins() -> None:
+    standings = everything()
+    night(standings, 1, count=len(standings))
+    for target in of_compiled(standings):
+        standings[target] = Standing()
+    assert any(target.compiled for target in Round(standings, 10.0).slices(9))
+    assert not any(target.compiled for target in Round(standings, 10.0).slices(9, quick_only=True))
+    only = {target: standings[target] for target in of_compiled(standings)}
+    assert Round(only, 10.0).slices(1, quick_only=True)
+
+
+def of_compiled(standings: dict[Target, Standing]) -> list[Target]:
+    return [target for target in standings if target.compiled]
+
+
 def test_what_is_silent_gets_no_more_of_a_round() -> None:
     hanging, other = (Target(name, "cpu", "kernel", "batch") for name in ("hanging", "other"))
     plan = Round({hanging: Standing(cases=1.0, seconds=9.0), other: Standing(cases=99.0, seconds=9.0)}, 8.0)

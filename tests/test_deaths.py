@@ -13,7 +13,7 @@ from commandline import FOUND as STORED
 
 from attn_fuzz.campaign import inquest
 from attn_fuzz.campaign.inquest import NOT_AGAIN, Inquest, Suspect, look_into, suspect_of
-from attn_fuzz.campaign.isolated import NoDevice, Report, Subject
+from attn_fuzz.campaign.isolated import NO_MEMORY, NoDevice, Report, Subject
 from attn_fuzz.campaign.messages import Trying
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.nights import deaths
@@ -172,6 +172,20 @@ def test_slowness_that_was_taken_for_silence_is_given_up(monkeypatch: pytest.Mon
     monkeypatch.setattr(Process, "report", report)
     assert found(suspect("hangs", sure=False)).case == CASE
     assert result(suspect("slow", sure=False)) == "it was killed from outside"
+
+
+def test_where_memory_is_full_for_a_while_a_case_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    answers = [Report(refusal=NO_MEMORY)] * 2
+
+    class Full(Process):
+        def report(self, case: Case) -> Report:
+            return answers.pop() if answers else super().report(case)
+
+    assert inquest._report(Full(Subject("crashes", "cpu"), 30.0, 30.0), CASE, pauses.append).symptom == "Crashed"
+    assert len(pauses) == 2
+    answers[:] = [Report(refusal=NO_MEMORY)] * 9
+    assert inquest._report(Full(Subject("crashes", "cpu"), 30.0, 30.0), CASE, pauses.append).refusal == NO_MEMORY
 
 
 # Beside a campaign.

@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from attn_fuzz.campaign import new_process, serve
+from attn_fuzz.campaign.isolated import excuse
 from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.campaign.pool import Pool
 from attn_fuzz.execution import process
 from attn_fuzz.execution.process import (
-    UNEXPLAINED,
+    DEAD_CONTEXT,
+    NOT_RAISED,
     beyond_its_call,
     device_failed,
     in_words,
@@ -112,13 +114,18 @@ def test_a_process_waits_for_a_gpu_that_others_have_filled(
 @pytest.mark.parametrize(
     ("error", "status"),
     [
+        (KeyError("a mistake of the harness"), NOT_RAISED),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasDgemmStridedBatched`"),
+            NOT_RAISED,
+        ),
         # As torch's own operations failed in the soak, on a GPU that a kernel beside them had filled.
-        (RuntimeError("CUDA error: unknown error\nSearch for `cudaErrorUnknown' in ..."), UNEXPLAINED),
+        (RuntimeError("CUDA error: unknown error\nSearch for `cudaErrorUnknown' in ..."), NOT_RAISED),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
     ],
 )
-def test_a_worker_that_its_device_fails_without_a_cause_says_so(
-    monkeypatch: pytest.MonkeyPatch, error: RuntimeError, status: int | None
+def test_a_worker_that_ends_with_an_error_of_nobodys_says_so(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, status: int | None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fails(assignment: Assignment, send: object) -> None:
         raise error
@@ -130,6 +137,24 @@ def test_a_worker_that_its_device_fails_without_a_cause_says_so(
         serve.serve(Assignment(backend="loop", device="cpu", seed=0, mode="case"), theirs, None)
     assert (raised.value.code if isinstance(raised.value, SystemExit) else None) == status
     ours.close()
+    assert status is None or type(error).__name__ in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "last_words", "excused"),
+    [
+        (-signal.SIGSEGV, "", ""),
+        (1, "", ""),
+        (-signal.SIGKILL, "", "was killed from outside"),
+        (NOT_RAISED, "", "did not raise"),
+        (DEAD_CONTEXT, "Crashed [runs] out: CUDA error: an illegal memory access was encountered", ""),
+        (DEAD_CONTEXT, "Crashed [runs] out: CUDA_ERROR_ILLEGAL_ADDRESS", ""),
+        (DEAD_CONTEXT, "Crashed [runs] out: CUDA error: unknown error", "no fault of a kernel"),
+    ],
+)
+def test_whose_doing_an_end_is(status: int, last_words: str, excused: str) -> None:
+    found = excuse(status, last_words)
+    assert (excused in found) if excused else not found
 
 
 def tell(connection: Connection) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.oracle.checks import PROBES, Check
 from attn_fuzz.oracle.examine import Verdict, some_probes
 from attn_fuzz.oracle.symptoms import NotExact, Symptom, WrongOutput
@@ -123,6 +124,23 @@ def test_a_case_that_is_hardly_smaller_keeps_the_symptom_that_was_seen() -> None
     small = smallest(trial(), wrong(1e6), Asked(answer))
     assert (small.symptom, small.case.tokens, small.first) == (WrongOutput, 5, None)
     assert small.notes() == ()
+
+
+def test_what_fails_is_a_finding_though_it_is_refused_when_it_is_asked_again() -> None:
+    """As of memory that another process has taken meanwhile: a worker died of that in the soak, its kernel accused."""
+
+    def answer(case: Case, probes: Sequence[Check], hasty: bool) -> Verdict:
+        if case.tokens >= 20:
+            raise UnsupportedCase("memory far_rows asks for 69 GiB, but 12 are free")
+        return wrong(1e6) if case.tokens >= 4 else CLEAN
+
+    small = smallest(trial(), wrong(1e6), Asked(answer))
+    assert small.case.tokens == 4
+    assert smallest(trial(), wrong(1e6), Asked(refuses)).case == CASE
+
+
+def refuses(case: Case, probes: Sequence[Check], hasty: bool) -> Verdict:
+    raise UnsupportedCase("memory far_rows asks for 69 GiB, but 12 are free")
 
 
 def test_what_comes_and_goes_is_tried_several_times() -> None:

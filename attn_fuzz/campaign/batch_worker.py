@@ -18,7 +18,7 @@ from attn_fuzz.campaign.triage import Triage
 from attn_fuzz.campaign.worker import Send
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.coverage.counts import Counts
-from attn_fuzz.execution.process import DEAD_CONTEXT, context_alive, lacks_memory, leave_memory
+from attn_fuzz.execution.process import DEAD_CONTEXT, context_alive, lacks_memory, leave_all_memory, leave_memory
 from attn_fuzz.execution.timing import now
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import Sweep
@@ -151,6 +151,7 @@ class BatchWorker(Triage, abc.ABC):
             if not lacks_memory(error):
                 raise
             # This machine's limit, and no fault of the backend.
+            leave_all_memory(self.device)
             self.sizes[level, place] = max(size // 2, 1)
             self.refuse(f"memory ran out: {error}")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-from attn_fuzz.campaign.isolated import Isolated, NoDevice, Report, Subject
+from attn_fuzz.campaign.isolated import NO_MEMORY, Isolated, NoDevice, Report, Subject
 from attn_fuzz.campaign.messages import Trying
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.order import simplicity
@@ -50,6 +50,10 @@ _MOST_SECONDS: Final = 180.0
 _MEMORY: Final = 4 << 30
 """Bytes that a process may have on a CPU, as a worker may in any case: a kernel that allocates without end is refused
 more, as it is in a worker, before it has been silent for long enough to be taken for one that hangs."""
+
+_PAUSES: Final = 3
+_PAUSE_SECONDS: Final = 3.0
+"""Of waiting for memory that others have taken."""
 
 _CONTROL: Final = "loop"
 
@@ -307,9 +311,17 @@ class Inquest:
         return None
 
 
-def _report(asked: Isolated, case: Case) -> Report:
-    """What comes of a case; what the harness can say nothing of has come back."""
+def _report(asked: Isolated, case: Case, pause: Callable[[float], object] = time.sleep) -> Report:
+    """What comes of a case; what the harness can say nothing of has come back.
+
+    Where others have filled the memory it is asked again a little later, a few times.
+    """
     try:
+        for _ in range(_PAUSES):
+            report = asked.report(case)
+            if report.refusal != NO_MEMORY:
+                return report
+            pause(_PAUSE_SECONDS)
         return asked.report(case)
     except ReferencesDisagree:
         return Report()

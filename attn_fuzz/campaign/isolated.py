@@ -26,12 +26,14 @@ from attn_fuzz.execution.operators import operators_of
 from attn_fuzz.execution.process import (
     DEAD_CONTEXT,
     NO_DEVICE,
-    UNEXPLAINED,
+    NOT_RAISED,
     context_alive,
+    is_fault,
+    leave_all_memory,
     limit_memory,
+    not_its_doing,
     set_apart,
     set_up_process,
-    unexplained,
 )
 from attn_fuzz.execution.timing import processor_seconds
 from attn_fuzz.oracle.examine import examine, tried
@@ -41,6 +43,10 @@ from attn_fuzz.reference.case import Case
 
 KNOWN_ISSUE: Final = "KnownIssue"
 """Stands for a symptom that a known issue explains."""
+
+
+NO_MEMORY: Final = "memory ran out"
+"""Why a case is refused that there was too little memory for."""
 
 
 class NoDevice(BackendUnavailable):
@@ -106,10 +112,11 @@ def report_of(
         return Report(disagreement=str(error))
     except (torch.OutOfMemoryError, MemoryError):
         # Of memory that there is not a kernel is not accused, nor is its process ended.
-        return Report(refusal="memory ran out")
+        leave_all_memory(place)
+        return Report(refusal=NO_MEMORY)
     first = verdict.first
     if isinstance(first, Crashed) and not context_alive(place):
-        raise SystemExit(UNEXPLAINED if unexplained(str(first)) else DEAD_CONTEXT)
+        raise SystemExit(DEAD_CONTEXT if is_fault(str(first)) else NOT_RAISED)
     if first is not None:
         error_type = first.error if isinstance(first, Crashed) else ""
         return Report(type(first).__name__, str(first), first.message, error_type, operators=ran)
@@ -139,17 +146,14 @@ def _serve(subject: Subject, connection: Connection) -> None:
         for number in itertools.count():
             text, operators, judged = connection.recv()
             about = subject if judged is None else dataclasses.replace(subject, judged=judged)
-            report = report_of(Case.from_json(text), about, loaded, operators=operators)
+            with not_its_doing():
+                report = report_of(Case.from_json(text), about, loaded, operators=operators)
             connection.send(report if number else dataclasses.replace(report, seconds=0.0))
     except EOFError:
         return
     except KeyboardInterrupt:
         # The parent says it in a sentence, or has been interrupted itself: a traceback says nothing more.
         raise SystemExit(INTERRUPTED) from None
-    except RuntimeError as error:
-        if not unexplained(str(error)):
-            raise
-        raise SystemExit(UNEXPLAINED) from error
 
 
 AWAY_FROM_OTHERS: Final = {"CUDA_MPS_PIPE_DIRECTORY": os.devnull}
@@ -166,8 +170,8 @@ def cause_of_death(exit_code: int | None) -> str:
         return "died"
     if exit_code == INTERRUPTED:
         return "ended with KeyboardInterrupt"
-    if exit_code == UNEXPLAINED:
-        return "ended with a CUDA error that gives no cause"
+    if exit_code == NOT_RAISED:
+        return "ended with an error that the code under test did not raise"
     if exit_code < 0:
         names = {int(each): each.name for each in signal.Signals}
         return f"was ended by {names.get(-exit_code, f'signal {-exit_code}')}"
@@ -192,8 +196,10 @@ def excuse(exit_code: int | None, last_words: str = "") -> str:
     """
     if killed_from_outside(exit_code):
         return "was killed from outside"
-    if exit_code == UNEXPLAINED or unexplained(last_words):
-        return f"{cause_of_death(UNEXPLAINED)}, as on a GPU whose memory others have filled"
+    if exit_code == NOT_RAISED:
+        return cause_of_death(exit_code)
+    if exit_code == DEAD_CONTEXT and not is_fault(last_words):
+        return "ended with a CUDA error that is no fault of a kernel, as on a GPU whose memory others have filled"
     return ""
 
 

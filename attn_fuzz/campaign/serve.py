@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from multiprocessing.connection import Connection
 from typing import Final
 
@@ -11,7 +12,7 @@ from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.campaign.notes import noting
 from attn_fuzz.campaign.packed_worker import work_on_packed
 from attn_fuzz.campaign.worker import work
-from attn_fuzz.execution.process import UNEXPLAINED, limit_memory, set_apart, stay_on, unexplained
+from attn_fuzz.execution.process import limit_memory, not_its_doing, set_apart, stay_on
 
 WORK: Final = {"case": work, "batch": work_on_batches, "packed": work_on_packed}
 """What each mode does with an assignment."""
@@ -32,16 +33,11 @@ def serve(assignment: Assignment, connection: Connection, processors: frozenset[
         stay_on(processors)
     send = noting(assignment, connection.send) if assignment.notes else connection.send
     try:
-        WORK[assignment.mode](assignment, send)
+        # Of a broken pipe the parent is gone, and so is anybody who could read this.
+        with not_its_doing(), contextlib.suppress(BrokenPipeError):
+            WORK[assignment.mode](assignment, send)
     except KeyboardInterrupt:
         # Of Ctrl-C the parent hears, too; of a kernel that raises it, by this alone.
         raise SystemExit(INTERRUPTED) from None
-    except RuntimeError as error:
-        if not unexplained(str(error)):
-            raise
-        raise SystemExit(UNEXPLAINED) from error
-    except BrokenPipeError:
-        # The parent is gone; so is anybody who could read this.
-        pass
     finally:
         connection.close()

@@ -34,7 +34,7 @@ from attn_fuzz.campaign.messages import (
 from attn_fuzz.coverage.axes import probe_name
 from attn_fuzz.coverage.counts import Counts
 from attn_fuzz.execution.environment import environment
-from attn_fuzz.execution.process import DEAD_CONTEXT, context_alive, set_up_process
+from attn_fuzz.execution.process import DEAD_CONTEXT, context_alive, leave_all_memory, set_up_process
 from attn_fuzz.findings.finding import Finding, summarise
 from attn_fuzz.generation.drawing import few_cases
 from attn_fuzz.generation.strategies import straddling
@@ -120,6 +120,7 @@ class Worker:
             verdict = judge()
         except (torch.OutOfMemoryError, MemoryError) as error:
             # This machine's limit, and no fault of the backend.
+            leave_all_memory(self.device)
             raise UnsupportedCase(f"memory ran out: {error}") from None
         if isinstance(verdict.first, Crashed) and not context_alive(self.device):
             # Everything after this would fail too. The parent makes a finding of the case that was announced last.

@@ -11,7 +11,7 @@ import signal
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -25,12 +25,29 @@ DEAD_CONTEXT: Final = 77
 NO_DEVICE: Final = 78
 """Exit status of a process that could not use its device from the beginning."""
 
-UNEXPLAINED: Final = 79
-"""Exit status of a process whose device failed without a cause that anybody could be told (``unexplained``)."""
+NOT_RAISED: Final = 79
+"""Exit status of a process that ended with an error which the code under test did not raise, and need not have caused:
+on a GPU that others have filled, libraries fail of no stated cause."""
 
-_SAYS_NOTHING: Final = ("CUDA error: unknown error", "cudaErrorUnknown", "CUDA_ERROR_UNKNOWN")
-"""What CUDA says of kernels, those of torch, too, that it could not load on a GPU whose memory others had filled; and
-of much else."""
+_FAULTS: Final = (
+    "illegal memory access",
+    "illegal address",
+    "illegal_address",
+    "misaligned address",
+    "misaligned_address",
+    "illegal instruction",
+    "illegal_instruction",
+    "invalid program counter",
+    "invalid_pc",
+    "hardware stack error",
+    "launch failure",
+    "launch_failed",
+    "launch timed out",
+    "launch_timeout",
+    "device-side assert",
+    "cuda_error_assert",
+)
+"""What CUDA says, in small letters, of kernels that did what they must not: later calls hear of it, too."""
 
 _LACKING: Final = ("out of memory", "out_of_memory", "alloc_failed", "can't allocate memory")
 """What CUDA, its libraries, JAX and torch on a CPU say, in small letters, where there is too little memory."""
@@ -97,9 +114,24 @@ def device_failed(error: BaseException) -> bool:
     return any(words in str(error) for words in _DEVICE_FAILED)
 
 
-def unexplained(said: str) -> bool:
-    """Whether what an error says of the device's failure is no cause: as likely another process's doing."""
-    return any(words in said for words in _SAYS_NOTHING)
+def is_fault(said: str) -> bool:
+    """Whether what an error says is that a kernel on the device did what it must not, whoever hears of it."""
+    return any(words in said.lower() for words in _FAULTS)
+
+
+@contextlib.contextmanager
+def not_its_doing() -> Iterator[None]:
+    """Around all that a worker does: ends it with ``NOT_RAISED`` where an error comes out that accuses nobody.
+
+    What code under test raises is caught, and judged, where it is called.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_fault(str(error)):
+            raise
+        traceback.print_exc()
+        raise SystemExit(NOT_RAISED) from error
 
 
 def beyond_its_call(error: BaseException) -> bool:
@@ -191,6 +223,12 @@ def leave_memory(device: torch.device) -> None:
         free, total = torch.cuda.mem_get_info(device)
         if free * _SCARCE < total:
             torch.cuda.empty_cache()
+
+
+def leave_all_memory(device: torch.device) -> None:
+    """Gives all cached memory of a GPU back: what has run out is not there for others either, who are then refused."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def set_apart() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
@@ -19,8 +20,8 @@ _LATE: Final = 20.0
 """Seconds after its time at which a slice is one that others do not wait for: it hangs, or shrinks what it found."""
 
 _WORTH: Final = 6.0
-"""Seconds that a slice which was planned has left, for which a place that is idle is given another slice: those of
-backends that compile are three times as long as others."""
+"""Seconds that a slice has left, for which a place that is idle is given another slice: those of backends that compile
+are three times as long as others."""
 
 _REFILLS: Final = 8
 """Slices of a round and place beyond those that were planned, after which it ends as soon as it can."""
@@ -48,8 +49,8 @@ class Listener(NamedTuple):
     """Something that was to run could not; a sentence."""
     step: Callable[[Sequence[Slice]], None]
     """Called about once a second, and more often where there is news, with the slices that have a worker."""
-    more: Callable[[], Slice]
-    """Begins another slice, while one that takes far longer than it should keeps the round from its end."""
+    more: Callable[[float], Slice]
+    """Begins another slice, of so many seconds at most, while one that takes longer keeps the round from its end."""
     suspect: Callable[[Suspect], None]
     """Has what a worker died of, or fell silent for, looked into."""
 
@@ -76,7 +77,6 @@ class RoundPool(Pool):
         super().__init__([each.job for each in slices], workers, lambda tallies: None, self._tell_found, seconds)
         self._listener = listener
         self._slices = {each.job.notes: each for each in slices}
-        self._planned = frozenset(self._slices)
         self._tallies_of: dict[str, dict[int, Tally]] = {}
         self._heard_of, self._refills = slices[0], 0
         self._lost: dict[str, float] = {}
@@ -169,9 +169,7 @@ class RoundPool(Pool):
         return time.monotonic() - worker.started > (worker.assignment.seconds or 0.0) + _LATE
 
     def _left(self, worker: Any) -> float:
-        """Seconds that a slice which was planned has left; 0 for others, so that a round comes to its end."""
-        if worker.assignment.notes not in self._planned:
-            return 0.0
+        """Seconds that a slice has left."""
         return (worker.assignment.seconds or 0.0) - (time.monotonic() - worker.started)
 
     def _refill(self) -> None:
@@ -185,7 +183,7 @@ class RoundPool(Pool):
         if not late and left < _WORTH:
             return
         self._refills += 1
-        piece = self._listener.more()
+        piece = self._listener.more(math.inf if late else left)
         if not late:
             # What it is begun for ends then, and so does the round.
             piece.job = dataclasses.replace(piece.job, seconds=min(piece.job.seconds or left, left))

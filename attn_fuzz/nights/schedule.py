@@ -72,6 +72,17 @@ class Standing:
         """Cases a second; None before there was a slice."""
         return self.cases / self.seconds if self.seconds else None
 
+    def foreseen(self, cases: float, seconds: float, planned: float) -> Standing:
+        """What it will be once a slice that goes on is done, at the rate that it has had until now.
+
+        Args:
+            cases: judged in it until now.
+            seconds: that it has taken, more than 0.
+            planned: seconds that it is to take.
+        """
+        lasts = max(seconds, planned)
+        return dataclasses.replace(self, cases=self.cases + cases / seconds * lasts, seconds=self.seconds + lasts)
+
     def failed(self) -> None:
         """A slice could not run: the more often, the longer it rests."""
         self.failures += 1
@@ -121,21 +132,39 @@ class Round:
     Args:
         standings: of all targets.
         seconds: of a slice.
+        begun: targets of slices of the round that are counted in the standings.
+        waiting: targets of those that are not.
     """
 
-    def __init__(self, standings: Mapping[Target, Standing], seconds: float) -> None:
+    def __init__(
+        self,
+        standings: Mapping[Target, Standing],
+        seconds: float,
+        *,
+        begun: Sequence[Target] = (),
+        waiting: Sequence[Target] = (),
+    ) -> None:
         self._seconds = seconds
         self._cases = {target: standing.cases for target, standing in standings.items()}
         self._spent = {target: standing.seconds for target, standing in standings.items()}
         self._rates = {target: standing.rate for target, standing in standings.items()}
         self._interest = {target: standing.interest for target, standing in standings.items()}
-        self._on_device: Counter[str] = Counter()
-        self._taken = 0
+        self._on_device = Counter(target.device for target in begun)
+        self._taken = len(begun) + len(waiting)
         self._targets = [target for target, standing in standings.items() if not standing.resting]
+        for target in waiting:
+            self._take(target)
 
-    def slices(self, count: int) -> list[Target]:
-        """The targets of so many slices, in the order in which they start."""
+    def slices(self, count: int, *, quick_only: bool = False) -> list[Target]:
+        """The targets of so many slices, in the order in which they start.
+
+        Args:
+            count: of slices.
+            quick_only: nothing that compiles, if there is anything else: there is no time for it.
+        """
         quick, compiled = ([t for t in self._targets if t.compiled is kind] for kind in (False, True))
+        if quick and quick_only:
+            compiled = []
         share = min(len(compiled) / max(len(self._targets), 1), COMPILED_SHARE) if quick else 1.0
         # Of the time; of the slices it is less, since theirs are longer.
         by_slices = share / (share + COMPILED_TIMES * (1 - share))
@@ -189,9 +218,9 @@ class Round:
     def _take(self, target: Target) -> Target:
         """Counts a slice as if it were done."""
         rates = [rate for other, rate in self._rates.items() if rate is not None and other.mode == target.mode]
-        rate = self._rates[target]
-        self._cases[target] += self._seconds * (rate if rate is not None else statistics.median(rates or [1.0]))
-        self._spent[target] += self._seconds
+        rate, seconds = self._rates[target], self._seconds * (COMPILED_TIMES if target.compiled else 1.0)
+        self._cases[target] += seconds * (rate if rate is not None else statistics.median(rates or [1.0]))
+        self._spent[target] += seconds
         self._on_device[target.device] += 1
         return target
 

@@ -146,8 +146,7 @@ class Supervisor:
         count = self.wishes.workers * min(SLICES_A_PLACE, in_time)
         for standing in self.standings.values():
             standing.resting = max(0, standing.resting - 1)
-        plan = Round(self.standings, seconds)
-        chosen = plan.slices(count)
+        chosen = Round(self.standings, seconds).slices(count)
         if not chosen:
             # All of them rest; what they failed for may pass.
             self._hear_of_deaths()
@@ -156,10 +155,9 @@ class Supervisor:
         slices = [self.record.begin(self._job(target, seconds)) for target in chosen]
         self.view.slices, self._new, self._failed = slices, {}, set()
 
-        def more() -> Slice:
-            for silent in [each for each, piece in zip(chosen, slices, strict=True) if piece.silence]:
-                plan.leave_out(silent)
-            (target,) = plan.slices(1)
+        def more(left: float) -> Slice:
+            plan = self._plan_anew(chosen, slices, seconds)
+            (target,) = plan.slices(1, quick_only=left < COMPILED_TIMES * seconds)
             chosen.append(target)
             slices.append(self.record.begin(self._job(target, seconds)))
             return slices[-1]
@@ -176,6 +174,26 @@ class Supervisor:
         self.view.slices, self.view.rounds = (), self.view.rounds + 1
         self.view.alive.clear()
         return outcome.interrupted
+
+    def _plan_anew(self, chosen: Sequence[Target], slices: Sequence[Slice], seconds: float) -> Round:
+        """The plan of a round that has begun, from what came of its slices until now: rates are known that were not."""
+        standings, begun, waiting, silent = dict(self.standings), [], [], []
+        for target, piece in zip(chosen, slices, strict=True):
+            standing = standings[target]
+            if piece.job.notes in self._failed and not piece.tally.cases:
+                standings[target] = dataclasses.replace(standing)
+                standings[target].failed()
+            elif piece.seconds:
+                standings[target] = standing.foreseen(piece.tally.cases, piece.seconds, piece.job.seconds or seconds)
+                begun.append(target)
+            else:
+                waiting.append(target)
+            if piece.silence:
+                silent.append(target)
+        plan = Round(standings, seconds, begun=begun, waiting=waiting)
+        for target in silent:
+            plan.leave_out(target)
+        return plan
 
     def _job(self, target: Target, seconds: float) -> Assignment:
         """What a worker is told of a slice."""
@@ -210,7 +228,7 @@ class Supervisor:
 
     # What is told of it.
 
-    def _listener(self, more: Callable[[], Slice]) -> Listener:
+    def _listener(self, more: Callable[[float], Slice]) -> Listener:
         told = self.record.progress, self.record.reach, self._found, self._note_failure, self._step
         return Listener(*told, more, self.deaths.add)
 

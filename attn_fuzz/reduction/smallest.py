@@ -91,7 +91,10 @@ def _rounds_sums(trial: Trial, symptom: Symptom) -> bool:
     """Whether a small excess over the budget comes with sums of whole numbers that are no longer whole."""
     if trial.case.level != "layer" or symptom.z is None or symptom.z > _SMALL_EXCESS * LIMIT:
         return False
-    return any(True for _ in exact_accumulation(trial))
+    try:
+        return any(True for _ in exact_accumulation(trial))
+    except UnsupportedCase:
+        return False
 
 
 def _same(trial: Trial, first: Symptom, probes: Sequence[Check]) -> _Same:
@@ -142,6 +145,20 @@ def _again(case: Case, verdict: Verdict, examine: Examine) -> _Again:
     return _Again(verdict, _alone(verdict), _ATTEMPTS, False)
 
 
+def _nothing_where_refused(examine: Examine) -> Examine:
+    """Refused is what a backend does not take, and what there is too little memory for by now, though it has failed."""
+
+    def asked(
+        case: Case, poisons: Sequence[str] | None = None, probes: Sequence[Check] = PROBES, *, hasty: bool = False
+    ) -> Verdict:
+        try:
+            return examine(case, poisons, probes, hasty=hasty)
+        except UnsupportedCase:
+            return Verdict((), {}, frozenset())
+
+    return asked
+
+
 FAR: Final = 2
 """A case with so many times fewer tokens that fails in another way is what people would rather read."""
 
@@ -158,6 +175,7 @@ def smallest(trial: Trial, verdict: Verdict, examine: Examine) -> Smallest:
         examine: gives further verdicts.
     """
     others: list[Case] = []
+    examine = _nothing_where_refused(examine)
     found = _alike(trial, verdict, examine, others)
     for other in sorted(set(others), key=lambda each: (tokens(each), simplicity(each)))[:1]:
         if FAR * tokens(other) > tokens(found.case):
@@ -186,10 +204,7 @@ def _alike(trial: Trial, verdict: Verdict, examine: Examine, others: list[Case])
 
     def fails_once(candidate: Case, *, hasty: bool) -> bool:
         nonlocal best
-        try:
-            found = examine(candidate, same.poisons, same.probes, hasty=hasty)
-        except UnsupportedCase:
-            return False
+        found = examine(candidate, same.poisons, same.probes, hasty=hasty)
         if type(found.first) not in same.faces:
             if found.first is not None:
                 others.append(candidate)
