@@ -33,6 +33,9 @@ _SUPPORTED: Final = Profile(stores_probabilities=True, expands_kv=True, normalis
 _MAX_HEAD_DIM: Final = 128
 _LARGEST_TILE: Final = 32
 _LEAST_TILE: Final = 16
+_SHORT: Final = 64
+"""Queries up to which rows come in the least tiles: of documents of 1 to 64 larger ones are half empty, and take a
+tenth longer (H200, docs/results.md)."""
 _SCALARS: Final = 10
 """Numbers that a kernel is told, one by one."""
 
@@ -93,10 +96,9 @@ class Kind(NamedTuple):
     @classmethod
     def of(cls, case: Case) -> Kind:
         """That of a case."""
-        block_m, block_n = (
-            _power(max(lengths, default=1), _LEAST_TILE, _LARGEST_TILE)
-            for lengths in (case.packed_lengths, case.packed_key_lengths)
-        )
+        queries, keys = (max(lengths, default=1) for lengths in (case.packed_lengths, case.packed_key_lengths))
+        block_m = _LEAST_TILE if queries <= _SHORT else _LARGEST_TILE
+        block_n = _power(keys, _LEAST_TILE, _LARGEST_TILE)
         # Heads and channels by the strides that they make, which are compiled for.
         return cls(case.dtype, case.heads, case.kv_heads, case.head_dim, block_m, block_n, bool(case.softcap))
 
@@ -113,6 +115,8 @@ class Kind(NamedTuple):
             "SOFTCAP": self.softcap,
             # Accumulators of more channels spill out of four warps.
             "num_warps": 8 if self.head_dim > 64 else 4,
+            # What is loaded ahead takes registers and shared memory that other programs could use.
+            "num_stages": 1,
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ from multiprocessing.connection import Connection
 
 import pytest
 import torch
+from devices import needs_cuda
 
 from attn_fuzz.campaign import new_process, serve
 from attn_fuzz.campaign.isolated import excuse
@@ -155,6 +157,59 @@ def test_a_worker_that_ends_with_an_error_of_nobodys_says_so(
 def test_whose_doing_an_end_is(status: int, last_words: str, excused: str) -> None:
     found = excuse(status, last_words)
     assert (excused in found) if excused else not found
+
+
+def in_c(name: str) -> bytes | None:
+    """A variable as the C library has it, which torch asks."""
+    get = ctypes.CDLL(None).getenv
+    get.restype = ctypes.c_char_p
+    value: bytes | None = get(name.encode())
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "forgets", "left"), [(":4096:8", True, None), (":16:8", True, b":16:8"), (":4096:8", False, b":4096:8")]
+)
+def test_no_product_reads_the_size_of_its_workspace_anew(
+    monkeypatch: pytest.MonkeyPatch, value: str, forgets: bool, left: bytes | None
+) -> None:
+    """What others have set stays; and where workspaces of two sizes could meet, all of it does."""
+    done: list[str] = []
+    ones, mm = torch.ones, torch.mm
+    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
+    monkeypatch.setattr(torch, "mm", lambda a, b: done.append(str(in_c("CUBLAS_WORKSPACE_CONFIG"))) or mm(a, b))
+    if forgets:
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: done.append("cleared"), raising=False)
+    else:
+        monkeypatch.delattr(torch._C, "_cuda_clearCublasWorkspaces", raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", value)
+    process._settle_workspace()
+    assert in_c("CUBLAS_WORKSPACE_CONFIG") == left
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == value
+    assert done == (["b':4096:8'", "cleared"] if left is None else [])
+
+
+_DETERMINISTIC = """
+import sys
+sys.path[:0] = {path!r}
+import torch
+from attn_fuzz.execution.process import set_up_process
+
+set_up_process("cuda")
+torch.use_deterministic_algorithms(True)
+x = torch.ones(8, 8, device="cuda")
+print((x @ x).sum().item())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.cuda
+@needs_cuda
+def test_code_may_still_ask_for_deterministic_algorithms() -> None:
+    """Which torch refuses to products without the variable."""
+    code = _DETERMINISTIC.format(path=sys.path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "512.0"
 
 
 def tell(connection: Connection) -> None:

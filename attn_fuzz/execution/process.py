@@ -264,6 +264,29 @@ def stay_on(processors: frozenset[int]) -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
+_WORKSPACE_VARIABLE: Final = "CUBLAS_WORKSPACE_CONFIG"
+_WORKSPACE: Final = ":4096:8"
+"""Without it torch refuses deterministic algorithms to code that asks for them."""
+
+
+def _settle_workspace() -> None:
+    """Has torch learn of the variable now, and takes it out of its sight again.
+
+    Whether products are deterministic it decides at the first of a process; the size of their workspace it reads anew
+    for each of them, with regular expressions: 64 of the 86 microseconds that a small product takes on the host, where
+    22 are its own (H200, torch 2.11). Without the variable the size is its own, on that GPU the same.
+    """
+    forget = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if forget is None or os.environ.get(_WORKSPACE_VARIABLE) != _WORKSPACE:
+        return
+    numbers = torch.ones(8, 8, device="cuda")
+    torch.mm(numbers, numbers)
+    # What was taken by the one size is not used by the other.
+    forget()
+    # Of the C library's environment, which torch reads; Python's, and that of new processes, keep it.
+    os.unsetenv(_WORKSPACE_VARIABLE)
+
+
 _TRIES: Final = 8
 _WAIT_SECONDS: Final = 2.0
 
@@ -278,6 +301,7 @@ def _enter(index: int, pause: Callable[[float], object] = time.sleep) -> None:
     for left in reversed(range(_TRIES)):
         try:
             torch.cuda.set_device(index)
+            _settle_workspace()
             return
         except RuntimeError as error:
             if not left or not lacks_memory(error):
@@ -289,7 +313,7 @@ def set_up_process(device: str) -> None:
     """What every process that runs cases sets once: one CPU thread, plain float32, repeatable matrix products."""
     torch.set_num_threads(1)
     keep_compiled()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault(_WORKSPACE_VARIABLE, _WORKSPACE)
     # oneDNN's bf16 products on AMX read up to 31 elements past the end of a row (docs/oracle.md): NaN behind a slice
     # then comes out of a projection, whatever kernel is under test. Set the variable yourself to test AMX.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
