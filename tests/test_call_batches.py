@@ -37,7 +37,7 @@ from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import Sweep
 from attn_fuzz.oracle.deviations import LIMIT, deviations
 from attn_fuzz.oracle.examine import examine
-from attn_fuzz.oracle.symptoms import DeadRowsNotZero, NotExact, WrongKeys, WrongKeysBackward
+from attn_fuzz.oracle.symptoms import Crashed, DeadRowsNotZero, MissingResult, NotExact, WrongKeys, WrongKeysBackward
 from attn_fuzz.reduction.call_sequence import CallSequence, smallest, verdict_among
 from attn_fuzz.reference.answer import KERNEL_TENSORS, kernel_answer, kernel_inputs
 from attn_fuzz.reference.case import MEMORIES, Case, CaseError
@@ -552,6 +552,7 @@ def test_a_call_that_raises_or_refuses_spoils_no_other() -> None:
 
     judged = judge(BATCH, altered(deed), CPU)
     assert judged.broken == {1: "RuntimeError: two documents"}
+    assert judged.fallen(1) is Crashed
     assert judged.refused == {3: "more than three"}
     assert judged.failing() == [1]
     assert all(z <= LIMIT for z, _ in judged.largest().values())
@@ -570,7 +571,9 @@ def test_results_of_another_shape_or_dtype_are_none() -> None:
         out = attended.out
         return attended._replace(out=out.float() if metadata.lengths_q == (3,) else out)
 
-    assert judge(BATCH, altered(deed), CPU).broken == {0: "out of another shape or dtype"}
+    judged = judge(BATCH, altered(deed), CPU)
+    assert judged.broken == {0: "out of another shape or dtype"}
+    assert judged.fallen(0) is MissingResult
 
 
 # What becomes of it.

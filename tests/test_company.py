@@ -14,6 +14,7 @@ from attn_fuzz.backends.kernel import Attended, AttentionOptions
 from attn_fuzz.backends.kernels.loop import LoopKernel
 from attn_fuzz.backends.loop import Loop, attend
 from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.output import MisshapenResult
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.batch_run import COMPANY
 from attn_fuzz.batch.judge import judge
@@ -23,7 +24,7 @@ from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cli.counted import counted_lines
 from attn_fuzz.oracle.checks.company import same_in_company
 from attn_fuzz.oracle.relations.company import alone, chosen, counted, packs
-from attn_fuzz.oracle.symptoms import NotBatchInvariant, Symptom
+from attn_fuzz.oracle.symptoms import MissingResult, NotBatchInvariant, Symptom
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.case import Case
 
@@ -184,6 +185,14 @@ def test_a_call_that_falls_over_other_company_is_told_by_its_number() -> None:
         return out
 
     assert judged(Invariant(deed)).broken == dict.fromkeys(range(4), "RuntimeError: four")
+
+    def misshapen(metadata: VarlenMetadata, out: torch.Tensor) -> torch.Tensor:
+        if len(metadata.lengths_q) == 4:
+            raise MisshapenResult("four")
+        return out
+
+    told = judged(Invariant(misshapen))
+    assert {told.fallen(index) for index in range(4)} == {MissingResult}
 
 
 # Counts.

@@ -30,7 +30,7 @@ from attn_fuzz.findings.finding import Finding
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.layer_calls import LONGEST, draw_layer_batch
 from attn_fuzz.oracle.examine import examine
-from attn_fuzz.oracle.symptoms import NotExact, NotIsolated, PoisonLeaked, WroteOutside
+from attn_fuzz.oracle.symptoms import Crashed, MissingResult, NotExact, NotIsolated, PoisonLeaked, WroteOutside
 from attn_fuzz.reduction.call_sequence import CallSequence
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import layer_answer, layer_inputs
@@ -325,6 +325,7 @@ def test_calls_that_raise_are_told_from_the_others() -> None:
     judged = asked(layered(Raises), "again")
     assert [*judged.broken] == [1]
     assert "no padding, please" in judged.broken[1]
+    assert judged.fallen(1) is Crashed
     assert judged.failing() == [1]
 
 
@@ -339,6 +340,7 @@ def test_missing_and_misshapen_results_are_told() -> None:
     judged = asked(layered(Missing), "")
     assert len(judged.broken) == 3
     assert "out, d_dense" in judged.broken[0]
+    assert judged.fallen(0) is MissingResult
 
 
 def test_a_layer_that_shows_no_buffer_is_judged_by_the_rest() -> None:

@@ -12,6 +12,7 @@ from attn_fuzz.backends import known, registry
 from attn_fuzz.backends.kernel import Attended, AttentionOptions
 from attn_fuzz.backends.kernels.loop import LoopKernel
 from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.output import MisshapenResult
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.batch_run import PROBED
 from attn_fuzz.batch.judge import judge
@@ -19,7 +20,7 @@ from attn_fuzz.batch.judged import Question
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.oracle.checks.merging import parts_merge
 from attn_fuzz.oracle.relations.merged import Partial, Parts, merged, merged_answer
-from attn_fuzz.oracle.symptoms import NotMerged
+from attn_fuzz.oracle.symptoms import Crashed, MissingResult, NotMerged
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference import attention
 from attn_fuzz.reference.answer import kernel_inputs
@@ -206,6 +207,14 @@ def test_a_call_that_falls_over_a_part_is_told_by_its_number() -> None:
 
     judged = judge(BATCH, altered(deed), CPU, MERGING)
     assert judged.broken == {2: "RuntimeError: two documents"}
+    assert judged.fallen(2) is Crashed
+
+    def misshapen(metadata: VarlenMetadata, attended: Attended) -> Attended:
+        if len(metadata.lengths_q) == 2 and tuple(metadata.lengths_k) not in whole:
+            raise MisshapenResult("two documents")
+        return attended
+
+    assert judge(BATCH, altered(misshapen), CPU, MERGING).fallen(2) is MissingResult
 
 
 def test_what_the_backend_does_not_take_is_not_asked() -> None:

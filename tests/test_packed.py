@@ -16,6 +16,7 @@ from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Attended, AttentionOptions
 from attn_fuzz.backends.kernels.loop import LoopKernel
 from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.backends.output import require_output
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch import batch_size
 from attn_fuzz.batch.batch_run import NAMES
@@ -34,7 +35,7 @@ from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import LONGEST, Sweep, draw_case
 from attn_fuzz.oracle.deviations import LIMIT, row_spreads
 from attn_fuzz.oracle.examine import examine
-from attn_fuzz.oracle.symptoms import Crashed, InputsChanged, PoisonLeaked, WrongSpread
+from attn_fuzz.oracle.symptoms import Crashed, InputsChanged, MissingResult, PoisonLeaked, WrongSpread
 from attn_fuzz.reduction.packed import ENOUGH, bisected, candidates, plainer
 from attn_fuzz.reference.answer import kernel_answer, kernel_inputs
 from attn_fuzz.reference.case import Case
@@ -233,6 +234,7 @@ def test_a_call_that_raises_or_changes_its_inputs_fails_as_a_whole() -> None:
     case = drawn("loop", 1, 10)
     for kernel, symptom, words in (
         (Raising(), Crashed, "RuntimeError: too many documents"),
+        (Shortened(), MissingResult, "the output's shape is"),
         (Scribbling(), InputsChanged, "changed"),
     ):
         found = packed_failure(case, Backend("broken", kernel), CPU)
@@ -240,6 +242,17 @@ def test_a_call_that_raises_or_changes_its_inputs_fails_as_a_whole() -> None:
         assert found.symptom is symptom
         assert words in found.message
         assert len(found.documents) == len(case.lengths)
+
+
+class Shortened(LoopKernel):
+    """Leaves the last row out, which is seen as it is of a user's kernel."""
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        attended = super().attend(q, k, v, metadata, options)
+        require_output(attended.out[:-1], q, v)
+        return attended
 
 
 class Refusing(LoopKernel):

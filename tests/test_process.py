@@ -95,9 +95,14 @@ def test_what_a_library_says_of_a_full_gpu(monkeypatch: pytest.MonkeyPatch, free
 
 FULL = RuntimeError("CUDA error: out of memory")
 BROKEN = RuntimeError("CUDA error: invalid device ordinal")
+BUSY = RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
+HINT = "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."
+"""Which torch adds to every error of CUDA."""
 
 
-@pytest.mark.parametrize(("errors", "raised"), [([FULL] * 3, None), ([FULL] * 99, FULL), ([FULL, BROKEN], BROKEN)])
+@pytest.mark.parametrize(
+    ("errors", "raised"), [([FULL] * 3, None), ([FULL, BUSY], None), ([FULL] * 99, FULL), ([FULL, BROKEN], BROKEN)]
+)
 def test_a_process_waits_for_a_gpu_that_others_have_filled(
     monkeypatch: pytest.MonkeyPatch, errors: list[RuntimeError], raised: RuntimeError | None
 ) -> None:
@@ -123,7 +128,9 @@ def test_a_process_waits_for_a_gpu_that_others_have_filled(
         ),
         # As torch's own operations failed in the soak, on a GPU that a kernel beside them had filled.
         (RuntimeError("CUDA error: unknown error\nSearch for `cudaErrorUnknown' in ..."), NOT_RAISED),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
+        (RuntimeError(f"CUDA error: unknown error\n{HINT}"), NOT_RAISED),
+        (RuntimeError(f"CUDA error: an illegal memory access was encountered\n{HINT}"), None),
+        (RuntimeError(f"CUDA error: device-side assert triggered\n{HINT}"), None),
     ],
 )
 def test_a_worker_that_ends_with_an_error_of_nobodys_says_so(

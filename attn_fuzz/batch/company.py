@@ -118,6 +118,7 @@ class _Chosen:
         # Calls are told by their numbers in the batch that was drawn.
         broken = found.broken.items()
         found.broken = {self.calls[of]: words for index, words in broken for of in range(*batch.spans[index])}
+        found.incomplete = {self.calls[of] for index in found.incomplete for of in range(*batch.spans[index])}
         found.refused = {}
         return results
 

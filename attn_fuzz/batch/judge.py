@@ -110,6 +110,7 @@ def judge(
         symptoms=batch_run.symptoms,
         counted={name: int(count) for name, count in zip(batch_run.counted, numbers[1:], strict=True)},
         missing=frozenset(KERNEL_TENSORS) - first.results.keys(),
+        incomplete=frozenset().union(*(batch_result.incomplete for batch_result in batch_run.runs)),
     )
 
 

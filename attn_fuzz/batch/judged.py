@@ -13,7 +13,9 @@ from attn_fuzz.batch.layer_columns import HALVES, LAYER_TENSORS, STEPS, WHOLE
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.oracle.deviations import LIMIT
 from attn_fuzz.oracle.symptoms import (
+    Crashed,
     DeadRowsNotZero,
+    MissingResult,
     NotBatchInvariant,
     NotExact,
     NotIsolated,
@@ -86,6 +88,8 @@ class Judged:
     """How often something was asked of which there is a count, and how it went."""
     missing: frozenset[str] = frozenset()
     """Results that the backend does not give, such as an LSE: nothing is known of their deviations."""
+    incomplete: frozenset[int] = frozenset()
+    """Calls of ``broken`` that raised nothing, but gave no such result, or one of another shape or dtype."""
 
     def call(self, index: int) -> Case:
         """One of the calls as a case of its own, such as the case mode may show to fail."""
@@ -95,6 +99,10 @@ class Judged:
     def call_of(self, document: int) -> int:
         """The call that a document is in."""
         return next(index for index, end in enumerate(self.batch.ends) if document < end)
+
+    def fallen(self, index: int) -> type[Symptom]:
+        """What a call is accused of that is broken."""
+        return MissingResult if index in self.incomplete else Crashed
 
     def symptom(self, name: str) -> type[Symptom]:
         """What a call is accused of whose largest deviation is in that column."""

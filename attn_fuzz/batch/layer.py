@@ -13,6 +13,7 @@ from typing import Final
 import torch
 
 from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.backends.output import MisshapenResult
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch import fused_look
 from attn_fuzz.batch.judged import Judged, Question
@@ -115,11 +116,12 @@ def judge_layer(case: Case, backend: Backend, device: torch.device, *, first_loo
         return dataclasses.replace(judged, refused={0: str(refusal)})
     except Exception as error:
         raise_lack_of_memory(error)
-        return dataclasses.replace(judged, broken={0: in_words(error)})
+        incomplete = frozenset({0} if isinstance(error, MisshapenResult) else ())
+        return dataclasses.replace(judged, broken={0: in_words(error)}, incomplete=incomplete)
     results = {name: results[name] for name in EXACT_TENSORS if name in results}
     for name, got in results.items():
         if got.shape != (case.tokens, *_SHAPES[name](case)):
-            return dataclasses.replace(judged, broken={0: f"{name} is of another shape"})
+            return dataclasses.replace(judged, broken={0: f"{name} is of another shape"}, incomplete=frozenset({0}))
     profile = backend.kernel.profile_on(device.type)
     if first_look is None:
         first_look = look_pays(case, device)

@@ -81,6 +81,7 @@ def judge_layer_calls(
         paths=frozenset().union(*(found.paths for found in run.runs)),
         asked=asked,
         names=LAYER_NAMES,
+        incomplete=frozenset().union(*(found.incomplete for found in run.runs)),
     )
 
 

@@ -43,6 +43,7 @@ def merging(batch_run: BatchRun) -> None:
         found.broken, found.refused = (
             {numbers[index]: words for index, words in each.items()} for each in (found.broken, found.refused)
         )
+        found.incomplete = {numbers[index] for index in found.incomplete}
         results.append(found.results)
         answers.append(kernel_answer(case, inputs, batch_run.profile, degrees=False))
     if any(name not in got for got in results for name in PART_RESULTS):

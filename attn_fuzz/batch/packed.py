@@ -14,7 +14,7 @@ from attn_fuzz.batch.judge import judge, moving
 from attn_fuzz.batch.judged import BY_BITS, Judged, Question, tensor_of
 from attn_fuzz.batch.layer import judge_layer
 from attn_fuzz.cases.call_batch import CallBatch
-from attn_fuzz.oracle.symptoms import Crashed, InputsChanged, PoisonLeaked, Symptom, WrongSpread
+from attn_fuzz.oracle.symptoms import InputsChanged, PoisonLeaked, Symptom, WrongSpread
 from attn_fuzz.oracle.trial import SECOND_SEED
 from attn_fuzz.reference.case import Case
 
@@ -117,7 +117,8 @@ def _named(judged: Judged, failing: torch.Tensor, documents: Sequence[int]) -> t
     """The symptom of a failing case, one sentence on it, and the result that it is about."""
     case, count = judged.batch.case, len(judged.batch.case.packed_lengths)
     if (whole := _whole(judged)) is not None:
-        return Crashed if judged.broken else InputsChanged, f"a call of {count} documents: {whole}", ""
+        symptom = judged.fallen(next(iter(judged.broken))) if judged.broken else InputsChanged
+        return symptom, f"a call of {count} documents: {whole}", ""
     first = documents[0]
     # What a probe says is exact, and an element outside its budget says more than its row does.
     column = min(

@@ -19,7 +19,7 @@ from attn_fuzz.generation.layer_calls import LONGEST as LAYER_LONGEST
 from attn_fuzz.generation.layer_calls import MOST, draw_layer_batch
 from attn_fuzz.generation.strategies import straddling
 from attn_fuzz.oracle.deviations import beyond_doubt
-from attn_fuzz.oracle.symptoms import Crashed, InputsChanged
+from attn_fuzz.oracle.symptoms import InputsChanged
 from attn_fuzz.oracle.trial import SECOND_SEED
 from attn_fuzz.reduction.call_sequence import CallSequence, smallest
 from attn_fuzz.reference.case import Case
@@ -153,7 +153,7 @@ class CallsWorker(BatchWorker):
         if small != sequence and (fewer := small.words(small.judged(self.backend, self.device))) is not None:
             words, sequence = fewer, small
         self.report_as_seen(
-            Crashed if index in judged.broken else judged.symptom(name),
+            judged.fallen(index) if index in judged.broken else judged.symptom(name),
             "batch",
             f"{words}; seen {seen}, and not where the call runs by itself",
             sequence.batch.call(sequence.index),

@@ -11,7 +11,7 @@ from typing import Final
 import torch
 
 from attn_fuzz.backends.kernel import Attended, UnsupportedCase
-from attn_fuzz.backends.output import as_output
+from attn_fuzz.backends.output import MisshapenResult, as_output
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.execution.batch_tensors import BatchTensors, side_of_result
 from attn_fuzz.execution.poison import filler, poisoned
@@ -54,6 +54,8 @@ class BatchResult:
     """As those of the packed case, on the device; rows of calls that brought nothing are 0."""
     broken: dict[int, str] = dataclasses.field(default_factory=dict)
     """Calls that raised, or gave something else than was asked for, in words."""
+    incomplete: set[int] = dataclasses.field(default_factory=set)
+    """Those of them that raised nothing, but gave no such result, or one of another shape or dtype."""
     refused: dict[int, str] = dataclasses.field(default_factory=dict)
     """Calls that the backend refused, in words."""
     spent: set[int] = dataclasses.field(default_factory=set)
@@ -217,6 +219,7 @@ class _Collector:
                 )
         if wrong:
             self.batch_result.broken[index] = f"{', '.join(wrong)} of another shape or dtype"
+            self.batch_result.incomplete.add(index)
 
     def done(self, calls: int, *, backwards: bool) -> BatchResult:
         """All of it; the LSE only where every call has one."""
@@ -274,5 +277,7 @@ def run_batch(
             except Exception as error:
                 raise_lack_of_memory(error)
                 batch_result.broken[index] = in_words(error)
+                if isinstance(error, MisshapenResult):
+                    batch_result.incomplete.add(index)
             collector.take(index, got)
     return collector.done(len(order), backwards=how.backwards)

@@ -9,6 +9,7 @@ from typing import Final
 import torch
 
 from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.backends.output import MisshapenResult
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.cases.interfering import crossing, interfering_call
 from attn_fuzz.execution.layer_tensors import LayerTensors
@@ -49,6 +50,8 @@ class LayerResults:
     brought nothing."""
     broken: dict[int, str] = dataclasses.field(default_factory=dict)
     """Calls that raised, or gave something else than was asked for, in words."""
+    incomplete: set[int] = dataclasses.field(default_factory=set)
+    """Those of them that raised nothing, but gave no such result, or one of another shape or dtype."""
     refused: dict[int, str] = dataclasses.field(default_factory=dict)
     """Calls that the backend refused, in words."""
     strayed: dict[int, str] = dataclasses.field(default_factory=dict)
@@ -100,6 +103,8 @@ def run_layer_calls(
             except Exception as error:
                 raise_lack_of_memory(error)
                 found.broken[index] = in_words(error)
+                if isinstance(error, MisshapenResult):
+                    found.incomplete.add(index)
     _collect(found, got, cases, tensors)
     return found
 
@@ -139,6 +144,7 @@ def _collect(
         wrong = [name for name, shape in wanted[index].items() if not _fits(case, name, got[index].get(name), shape)]
         if wrong:
             found.broken[index] = f"{', '.join(wrong)}: missing, or of another shape or dtype"
+            found.incomplete.add(index)
     right = [index for index in there if index not in found.broken]
     if not right:
         return

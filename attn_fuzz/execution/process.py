@@ -44,13 +44,17 @@ _FAULTS: Final = (
     "launch_failed",
     "launch timed out",
     "launch_timeout",
-    "device-side assert",
+    # Not the words of a hint that is added to every error.
+    "assert triggered",
     "cuda_error_assert",
 )
 """What CUDA says, in small letters, of kernels that did what they must not: later calls hear of it, too."""
 
 _LACKING: Final = ("out of memory", "out_of_memory", "alloc_failed", "can't allocate memory")
 """What CUDA, its libraries, JAX and torch on a CPU say, in small letters, where there is too little memory."""
+
+_UNAVAILABLE: Final = "busy or unavailable"
+"""What CUDA says of a GPU, too, that had no memory for a context."""
 
 _PERHAPS_LACKING: Final = (
     "cublas_status_internal_error",
@@ -304,7 +308,7 @@ def _enter(index: int, pause: Callable[[float], object] = time.sleep) -> None:
             _settle_workspace()
             return
         except RuntimeError as error:
-            if not left or not lacks_memory(error):
+            if not left or not (lacks_memory(error) or _UNAVAILABLE in str(error)):
                 raise
             pause(_WAIT_SECONDS)
 

@@ -24,7 +24,7 @@ from attn_fuzz.execution.poison import POISONS
 from attn_fuzz.execution.process import lacks_memory
 from attn_fuzz.oracle.deviations import LIMIT
 from attn_fuzz.oracle.examine import Verdict
-from attn_fuzz.oracle.symptoms import Crashed, Symptom
+from attn_fuzz.oracle.symptoms import Symptom
 from attn_fuzz.reduction.packed import CLIPS
 from attn_fuzz.reduction.reduce import Deadline, Pass, reduce
 from attn_fuzz.reference.case import Case, CaseError
@@ -92,7 +92,9 @@ class CallSequence:
 
     def symptom(self, judged: Judged) -> type[Symptom]:
         """What the call is accused of."""
-        return Crashed if self.index in judged.broken else judged.symptom(judged.worst()[self.index][1])
+        if self.index in judged.broken:
+            return judged.fallen(self.index)
+        return judged.symptom(judged.worst()[self.index][1])
 
     def of(self, documents: Sequence[Sequence[int]], index: int) -> CallSequence | None:
         """Some documents of some calls, the failing one among them; all of them are asked."""
