@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from commandline import FOUND as STORED
 
-from attn_fuzz.campaign import inquest
+from attn_fuzz.campaign import inquest, witnesses
 from attn_fuzz.campaign.inquest import NOT_AGAIN, Inquest, Suspect, look_into, suspect_of
 from attn_fuzz.campaign.isolated import NO_MEMORY, NoDevice, Report, Subject
 from attn_fuzz.campaign.messages import Trying
+from attn_fuzz.campaign.witnesses import Witnesses
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.nights import deaths
 from attn_fuzz.nights.deaths import Deaths, left_behind
@@ -32,13 +33,18 @@ class Process:
     slow = 0.0
 
     def __init__(self, subject: Subject, patience: float, soon: float) -> None:
-        self.subject = subject
+        self.subject, self.patience = subject, patience
         Process.subjects.append(subject)
 
     def begin(self) -> None:
         pass
 
-    def report(self, case: Case) -> Report:
+    prepare = begin
+
+    def be_patient(self, patience: float, soon: float) -> None:
+        self.patience = patience
+
+    def report(self, case: Case, *, judged: bool | None = None) -> Report:
         Process.asked.append((self.subject.backend, case))
         name = self.subject.backend
         if name == "gone":
@@ -57,7 +63,7 @@ class Process:
 
 @pytest.fixture(autouse=True)
 def processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inquest, "Isolated", Process)
+    monkeypatch.setattr(witnesses, "Isolated", Process)
     monkeypatch.setattr(Process, "asked", [])
     monkeypatch.setattr(Process, "subjects", [])
     monkeypatch.setattr(Process, "slow", 0.0)
@@ -158,17 +164,11 @@ def test_what_killed_campaigns_have_spent_on_a_case_is_not_spent_again() -> None
 
 
 def test_slowness_that_was_taken_for_silence_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    patiences: dict[int, float] = {}
-
-    def begun(self: Process, subject: Subject, patience: float, soon: float) -> None:
-        self.subject, patiences[id(self)] = subject, patience
-
-    def report(self: Process, case: Case) -> Report:
+    def report(self: Process, case: Case, *, judged: bool | None = None) -> Report:
         # Slow for all cases, and never to come back for the one that was drawn.
-        silent = patiences[id(self)] < 30.0 or (case == CASE and self.subject.backend == "hangs")
+        silent = self.patience < 30.0 or (case == CASE and self.subject.backend == "hangs")
         return Report("Hung", "as it does", survived=False) if silent and self.subject.backend != "loop" else Report()
 
-    monkeypatch.setattr(Process, "__init__", begun)
     monkeypatch.setattr(Process, "report", report)
     assert found(suspect("hangs", sure=False)).case == CASE
     assert result(suspect("slow", sure=False)) == "it was killed from outside"
@@ -179,13 +179,27 @@ def test_where_memory_is_full_for_a_while_a_case_is_asked_again(monkeypatch: pyt
     answers = [Report(refusal=NO_MEMORY)] * 2
 
     class Full(Process):
-        def report(self, case: Case) -> Report:
+        def report(self, case: Case, *, judged: bool | None = None) -> Report:
             return answers.pop() if answers else super().report(case)
 
-    assert inquest._report(Full(Subject("crashes", "cpu"), 30.0, 30.0), CASE, pauses.append).symptom == "Crashed"
+    monkeypatch.setattr(witnesses, "Isolated", Full)
+    asked = Witnesses("crashes", "cpu", {})
+    assert asked.report(asked.another(30.0), CASE, pauses.append).symptom == "Crashed"
     assert len(pauses) == 2
     answers[:] = [Report(refusal=NO_MEMORY)] * 9
-    assert inquest._report(Full(Subject("crashes", "cpu"), 30.0, 30.0), CASE, pauses.append).refusal == NO_MEMORY
+    assert asked.report(asked.another(30.0), CASE, pauses.append).refusal == NO_MEMORY
+
+
+def test_the_next_process_starts_while_one_is_asked() -> None:
+    asked = Witnesses("hangs", "cpu", {})
+    first = asked.another(8.0)
+    assert len(Process.subjects) == 2
+    second = asked.another(40.0)
+    assert second is not first
+    # It is the one that was started before, with the patience that is wanted now.
+    assert (len(Process.subjects), second.patience) == (3, 40.0)
+    assert asked.loop() is asked.loop()
+    assert [subject.backend for subject in Process.subjects] == ["hangs"] * 3 + ["loop"]
 
 
 # Beside a campaign.

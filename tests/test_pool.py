@@ -15,7 +15,7 @@ import torch
 from hunts import finding_of
 
 from attn_fuzz.backends import registry
-from attn_fuzz.campaign import inquest, pool, watch
+from attn_fuzz.campaign import inquest, pool, watch, witnesses
 from attn_fuzz.campaign.isolated import Isolated, NoDevice, Report, Subject, report_of
 from attn_fuzz.campaign.messages import Assignment, Candidate, Finished, Found, Message, Tally, Trying
 from attn_fuzz.campaign.plan import CampaignOptions, plan, share_of_time
@@ -107,10 +107,10 @@ class InThisProcess:
     def __init__(self, *_: object) -> None:
         pass
 
-    def report(self, case: Case) -> Report:
+    def report(self, case: Case, *, judged: bool | None = None) -> Report:
         return Report("Crashed", "it died", survived=False) if case.tokens >= 3 else Report()
 
-    close = nothing
+    close = prepare = begin = be_patient = nothing
 
 
 @pytest.mark.slow
@@ -148,10 +148,10 @@ def test_where_no_process_can_use_the_device_no_kernel_is_accused(
     kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Deviceless(InThisProcess):
-        def report(self, case: Case) -> Report:
+        def report(self, case: Case, *, judged: bool | None = None) -> Report:
             raise NoDevice("a new process cannot use cuda:0, whatever it runs there")
 
-    monkeypatch.setattr(inquest, "Isolated", Deviceless)
+    monkeypatch.setattr(witnesses, "Isolated", Deviceless)
     monkeypatch.setattr(pool, "RESTARTS", 0)
     outcome = campaign(kernel(DIES_FROM_THREE), cases=200)
     assert outcome.findings == []
@@ -169,7 +169,7 @@ def test_the_case_that_kills_is_shrunk(kernel: Callable[..., str], monkeypatch: 
         return minimise(case, fails, seconds)
 
     monkeypatch.setattr(inquest, "minimise", shrink)
-    monkeypatch.setattr(inquest, "Isolated", InThisProcess)
+    monkeypatch.setattr(witnesses, "Isolated", InThisProcess)
     monkeypatch.setattr(pool, "RESTARTS", 0)
     (finding,) = campaign(kernel(DIES_FROM_THREE), cases=200).findings
     assert finding.original_case.tokens >= 3
@@ -287,10 +287,10 @@ def test_an_interruption_while_a_crash_is_shrunk_keeps_it(
     kernel: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupted(InThisProcess):
-        def report(self, case: Case) -> Report:
+        def report(self, case: Case, *, judged: bool | None = None) -> Report:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(inquest, "Isolated", Interrupted)
+    monkeypatch.setattr(witnesses, "Isolated", Interrupted)
     outcome = campaign(kernel(DIES_FROM_THREE), cases=200)
     assert outcome.interrupted
     (finding,) = outcome.findings

@@ -12,13 +12,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-from attn_fuzz.campaign.isolated import NO_MEMORY, Isolated, NoDevice, Report, Subject
+from attn_fuzz.campaign.isolated import NoDevice, Report
 from attn_fuzz.campaign.messages import Trying
+from attn_fuzz.campaign.witnesses import BRIEF, Witnesses
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.order import simplicity
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.findings.finding import Finding
-from attn_fuzz.oracle.second_opinion import ReferencesDisagree
 from attn_fuzz.reduction.minimise import minimise
 from attn_fuzz.reference.case import Case
 
@@ -29,33 +29,7 @@ SHRINK_CRASH_SECONDS: Final = 45.0
 """For cases that kill their process: each failing candidate costs a new one, several seconds on a GPU."""
 
 SHRINK_HANG_SECONDS: Final = 120.0
-"""For cases that hang: each smaller one that hangs, too, costs ``_BRIEF`` and a new process."""
-
-_BRIEF: Final = 8.0
-"""Seconds of silence after which a case is taken to hang, until the smallest is asked with all patience."""
-
-_TIMES: Final = 20.0
-"""Silence of so many times what the loop takes for the same case, at the same time on the same machine, is no
-slowness."""
-
-_TIMES_AT_FIRST: Final = 4.0
-"""The same of the first case of a process, which loads libraries."""
-
-SOON_SECONDS: Final = 40.0
-"""The patience with a process in which nothing is compiled or imported (watch.py)."""
-
-_MOST_SECONDS: Final = 180.0
-"""Of silence, after which a machine is too busy for anybody to say who hangs."""
-
-_MEMORY: Final = 4 << 30
-"""Bytes that a process may have on a CPU, as a worker may in any case: a kernel that allocates without end is refused
-more, as it is in a worker, before it has been silent for long enough to be taken for one that hangs."""
-
-_PAUSES: Final = 3
-_PAUSE_SECONDS: Final = 3.0
-"""Of waiting for memory that others have taken."""
-
-_CONTROL: Final = "loop"
+"""For cases that hang: each smaller one that hangs, too, costs ``BRIEF`` and a new process."""
 
 NOT_AGAIN: Final = "It did not happen again in a process of its own."
 
@@ -164,14 +138,11 @@ class Inquest:
         without: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.suspect, self.patience, self._note, self._known = suspect, patience, note, known
-        self._without = without
-        self._open: list[Isolated] = []
-        self._judged = False
+        self._witnesses = Witnesses(suspect.finding.backend, suspect.finding.device, without)
 
     def close(self) -> None:
         """Ends its processes."""
-        while self._open:
-            self._open.pop().close()
+        self._witnesses.close()
 
     def finding(self) -> Finding | str:
         """The shrunk finding, or why there is none, in a sentence; empty where there is nothing to say.
@@ -196,14 +167,6 @@ class Inquest:
 
     # Whether it happens again.
 
-    def _isolated(self, patience: float, backend: str = "") -> Isolated:
-        finding = self.suspect.finding
-        memory = _MEMORY if finding.device == "cpu" else 0
-        without = {} if backend else dict(self._without)
-        subject = Subject(backend or finding.backend, finding.device, without, judged=self._judged, memory=memory)
-        self._open.append(Isolated(subject, patience, min(patience, SOON_SECONDS)))
-        return self._open[-1]
-
     def _calls(self) -> Iterator[Case]:
         whole = Case.from_json(self.suspect.trying.case)
         if not self.suspect.trying.ends:
@@ -219,39 +182,33 @@ class Inquest:
         Of calls of a batch nothing else was asked; so many are asked it only where it is sure that one of them did it.
         """
         both = self.suspect.sure or not self.suspect.trying.ends
+        if not self.suspect.sure or self.suspect.finding.symptom == "Hung":
+            # It starts meanwhile.
+            self._witnesses.loop()
         for judged in (False, True) if both else (False,):
-            self._judged = judged
-            asked, deadline = self._isolated(min(_BRIEF, self.patience)), time.monotonic() + ASK_SECONDS
+            self._witnesses.judged = judged
+            asked, deadline = self._witnesses.another(min(BRIEF, self.patience)), time.monotonic() + ASK_SECONDS
             for call in self._calls():
-                report = _report(asked, call)
+                report = self._witnesses.report(asked, call)
                 if not report.survived and (report.symptom != "Hung" or self._is_hang(call)):
                     self._learn(call, report)
                     return True
                 if time.monotonic() > deadline:
                     break
+            asked.close()
         return False
 
     def _is_hang(self, call: Case) -> bool:
         """Whether a case that was silent for a while is so for longer than any slowness: on a busy machine, and of a
         large case, the loop says how long that is."""
-        patience = self._patience_for(call)
-        if patience is None or patience <= _BRIEF:
+        patience = self._witnesses.patience_for(call)
+        if patience is None or patience <= BRIEF:
             return patience is not None
-        return _report(self._isolated(patience), call).symptom == "Hung"
-
-    def _patience_for(self, call: Case) -> float | None:
-        """Seconds of silence that are no slowness: many times what the loop takes; None where that is too long."""
-        control = self._isolated(_MOST_SECONDS, _CONTROL)
+        asked = self._witnesses.another(patience)
         try:
-            # Its start is no part of what a case takes.
-            control.begin()
-            took = [seconds for seconds in (_seconds_of(control, call), _seconds_of(control, call)) if seconds]
+            return self._witnesses.report(asked, call).symptom == "Hung"
         finally:
-            control.close()
-        if len(took) < 2:
-            return None
-        patience = max(_BRIEF, _TIMES_AT_FIRST * took[0], _TIMES * took[1])
-        return patience if patience <= _MOST_SECONDS else None
+            asked.close()
 
     def _learn(self, call: Case, report: Report) -> None:
         """Notes that it has happened again."""
@@ -280,11 +237,16 @@ class Inquest:
         seconds = (SHRINK_HANG_SECONDS if hangs else SHRINK_CRASH_SECONDS) - before
         if seconds <= 0:
             return
-        patience = (hangs and self._patience_for(finding.original_case)) or self.patience
-        asked, begun = self._isolated(patience), time.monotonic()
+        patience = (hangs and self._witnesses.patience_for(finding.original_case)) or self.patience
+        asked, begun = self._witnesses.another(patience), time.monotonic()
 
         def again(case: Case) -> bool:
-            symptom = _report(asked, case).symptom
+            nonlocal asked
+            report = self._witnesses.report(asked, case)
+            if not report.survived:
+                asked.close()
+                asked = self._witnesses.another(patience)
+            symptom = report.symptom
             self._note_more(spent=before + time.monotonic() - begun)
             if symptom != finding.symptom:
                 return False
@@ -293,6 +255,7 @@ class Inquest:
             return True
 
         minimise(finding.case, again, seconds, time.monotonic)
+        asked.close()
 
     def _with_all_patience(self) -> Finding | None:
         """The finding with the smallest case, asked again in a new process; with the call that was drawn where that
@@ -300,37 +263,16 @@ class Inquest:
         finding = self.suspect.finding
         hangs = finding.symptom == "Hung"
         for case in dict.fromkeys((finding.case, finding.original_case)):
-            self.close()
-            patience = self._patience_for(case) if hangs else self.patience
+            patience = self._witnesses.patience_for(case) if hangs else self.patience
             if patience is None:
                 continue
-            report = _report(self._isolated(max(patience, self.patience)), case)
+            asked = self._witnesses.another(max(patience, self.patience))
+            report = self._witnesses.report(asked, case)
+            asked.close()
             if report.symptom == finding.symptom:
                 said = f"Hung [runs] process: {report.message}" if hangs else finding.messages[0]
                 return dataclasses.replace(finding, case=case, messages=(said, *finding.messages[1:]))
         return None
-
-
-def _report(asked: Isolated, case: Case, pause: Callable[[float], object] = time.sleep) -> Report:
-    """What comes of a case; what the harness can say nothing of has come back.
-
-    Where others have filled the memory it is asked again a little later, a few times.
-    """
-    try:
-        for _ in range(_PAUSES):
-            report = asked.report(case)
-            if report.refusal != NO_MEMORY:
-                return report
-            pause(_PAUSE_SECONDS)
-        return asked.report(case)
-    except ReferencesDisagree:
-        return Report()
-
-
-def _seconds_of(asked: Isolated, case: Case) -> float | None:
-    """What a case takes; None where it does not come back."""
-    begun = time.monotonic()
-    return time.monotonic() - begun if _report(asked, case).survived else None
 
 
 def look_into(inquest: Inquest) -> Finding | str:

@@ -227,7 +227,8 @@ class Isolated:
     """
 
     def __init__(self, subject: Subject, timeout: float, soon: float | None = None) -> None:
-        self._subject, self._timeout, self._soon = subject, timeout, timeout if soon is None else soon
+        self._subject = subject
+        self.be_patient(timeout, soon)
         self._watch: Watch | None = None
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
@@ -308,10 +309,18 @@ class Isolated:
             raise ReferencesDisagree(found.disagreement)
         return found
 
-    def begin(self) -> None:
-        """Starts the child and waits until it can run cases, so that the first takes no longer than it has to."""
+    def prepare(self) -> None:
+        """Starts the child, and waits for nothing."""
         if self._process is None:
             self._start()
+
+    def be_patient(self, timeout: float, soon: float | None = None) -> None:
+        """Has a case count as hung after so many seconds from now on, as it was made for."""
+        self._timeout, self._soon = timeout, timeout if soon is None else soon
+
+    def begin(self) -> None:
+        """Starts the child and waits until it can run cases, so that the first takes no longer than it has to."""
+        self.prepare()
         # That it has ended, the first case tells.
         with contextlib.suppress(EOFError, OSError):
             self._is_ready()
