@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import threading
 from collections import Counter
 from pathlib import Path
@@ -33,7 +34,8 @@ class Process:
     slow = 0.0
 
     def __init__(self, subject: Subject, patience: float, soon: float) -> None:
-        self.subject, self.patience = subject, patience
+        # It is handed to a process that is started.
+        self.subject, self.patience = pickle.loads(pickle.dumps(subject)), patience
         Process.subjects.append(subject)
 
     def begin(self) -> None:
@@ -259,6 +261,21 @@ def test_what_is_cut_short_is_kept_as_it_is(tmp_path: Path, monkeypatch: pytest.
     # The next campaign looks into what is not sure.
     assert second in left_behind(tmp_path)
     assert list(looking.news()) == []
+
+
+def test_what_cannot_be_looked_into_is_told_and_nothing_that_is_sure_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(asked: Inquest) -> Finding | str:
+        raise TypeError("cannot pickle it")
+
+    monkeypatch.setattr(deaths, "look_into", fails)
+    looking = Deaths(tmp_path)
+    looking.add(suspect("hangs", sure=False))
+    looking.add(suspect("crashes", sure=True))
+    told = finished(looking)
+    assert [each.symptom for each in told if isinstance(each, Finding)] == ["Crashed"]
+    assert [each for each in told if isinstance(each, str) and "TypeError: cannot pickle it" in each]
 
 
 def test_each_backend_has_one_looked_into_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

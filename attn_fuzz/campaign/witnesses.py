@@ -47,7 +47,8 @@ class Witnesses:
     """
 
     def __init__(self, backend: str, device: str, without: Mapping[str, Any]) -> None:
-        self._backend, self._device, self._without = backend, device, without
+        # A plain dictionary: it is handed to new processes.
+        self._backend, self._device, self._without = backend, device, dict(without)
         self.judged = False
         """Whether results are judged, or only looked at for whether there are any."""
         self._open: list[Isolated] = []

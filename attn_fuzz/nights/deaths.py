@@ -19,6 +19,7 @@ from attn_fuzz.campaign import notes
 from attn_fuzz.campaign.inquest import Inquest, Suspect, look_into
 from attn_fuzz.campaign.isolated import FATAL
 from attn_fuzz.campaign.pool import HANG_SECONDS
+from attn_fuzz.execution.process import in_words
 from attn_fuzz.findings.finding import Finding
 
 SUSPECT: Final = "suspect-"
@@ -152,7 +153,13 @@ class Deaths:
         patience = HANG_SECONDS if device != "cpu" or backend in self._compiled else PATIENCE
         if "Hung" in known and not suspect.sure:
             patience = _KNOWN_PATIENCE
-        return look_into(Inquest(suspect, patience, lambda more: self._learn(path, more), known))
+        inquest = Inquest(suspect, patience, lambda more: self._learn(path, more), known)
+        try:
+            return look_into(inquest)
+        except Exception as error:
+            # A mistake of the harness, or a machine without processes: nothing that is sure is lost by it.
+            said = f"what a worker for {backend} ended or was silent over could not be looked into: {in_words(error)}"
+            return inquest.suspect.finding if inquest.suspect.sure else said
 
     def _learn(self, path: Path, suspect: Suspect) -> None:
         """Notes what is known of a suspect now."""
