@@ -841,7 +841,7 @@ def test_the_command_has_the_mode(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatc
     done = attn_fuzz("run", "--mode", "batch", "-b", "loop", "--cases", "20", "--device", "cpu", "--level", "kernel")
     assert done.status == 0, done.err
     assert "batch" in done.out
-    options = ("-b", "loop", "--cases", "4", "--device", "cpu", "--level", "layer", "--ranks", "2")
+    options = ("-b", "legacy:loop", "--cases", "4", "--device", "cpu", "--level", "layer", "--ranks", "2")
     done = attn_fuzz("run", "--mode", "batch", *options)
     assert done.status == 2
     assert "batches are of kernel calls" in done.err
@@ -872,11 +872,12 @@ def test_faults_of_kernels_are_found_by_batches_too(attn_fuzz: Run) -> None:
 
 
 def test_all_modes_leave_batches_out_where_there_is_nothing_to_call() -> None:
-    def modes(levels: tuple[str, ...], ranks: tuple[int, ...] = (1,)) -> set[str]:
+    def modes(levels: tuple[str, ...], ranks: tuple[int, ...] = (1,), name: str = "loop") -> set[str]:
         every = ("case", "batch", "packed")
         options = CampaignOptions(device="cpu", workers=3, seconds=1.0, levels=levels, modes=every, ranks=ranks)
-        return {job.mode for job in plan(("loop",), options)}
+        return {job.mode for job in plan((name,), options)}
 
-    assert modes(("layer",), (1, 2)) == {"case", "packed"}
+    assert "batch" not in modes(("layer",), (1, 2), "legacy:loop")
+    assert modes(("layer",), (1, 2)) == {"case", "batch", "packed"}
     assert modes(("layer",)) == {"case", "batch", "packed"}
     assert modes(("layer", "kernel")) == {"case", "batch", "packed"}

@@ -432,14 +432,6 @@ def test_what_fails_after_other_calls_only_is_kept_with_them() -> None:
     assert fewer.words(fewer.judged(backend, CPU)) is not None
 
 
-def test_ranks_have_no_layer_batches(attn_fuzz: Run) -> None:
-    done = attn_fuzz(
-        "run", "--mode", "batch", "-b", "loop", "--ranks", "2", "--level", "layer", "--device", "cpu", "--cases", "4"
-    )
-    assert done.status == 2
-    assert "layer calls on one rank" in done.err
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_the_commands_take_layers_in_batches(attn_fuzz: Run, tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ COMMANDS: Final = (
     wrong("run --ranks 0"),
     wrong("run --backend loop --ranks 8 --tensor-ranks 64"),
     wrong("run --ranks 2 --level kernel"),
-    wrong("run --backend loop --mode batch --level layer --ranks 2"),
+    wrong("run --backend legacy:loop --mode batch --level layer --ranks 2"),
     wrong("run --backend legacy:loop --level kernel"),
     wrong("faults --only M999"),
     wrong("backends --device tpu"),

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 import torch
 
 from attn_fuzz.batch.batch_run import APART, COMPANY, NAMES, PROBED, TAILS
-from attn_fuzz.batch.layer_columns import HALVES, LAYER_TENSORS, STEPS, WHOLE
+from attn_fuzz.batch.layer_columns import HALVES, LAYER_TENSORS, OF_RANK, REPLICAS, STEPS, WHOLE
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.oracle.deviations import LIMIT
 from attn_fuzz.oracle.symptoms import (
@@ -20,6 +20,7 @@ from attn_fuzz.oracle.symptoms import (
     NotExact,
     NotIsolated,
     PoisonLeaked,
+    RanksDiffer,
     Symptom,
     WrongSpread,
     WroteOutside,
@@ -39,6 +40,8 @@ _EXACT: Final[dict[str, type[Symptom]]] = {
     STEPS: WroteOutside,
     WHOLE: NotExact,
     HALVES: NotExact,
+    REPLICAS: RanksDiffer,
+    OF_RANK: DeadRowsNotZero,
 }
 """Columns that are 0 or inf, and what a document is accused of in them."""
 

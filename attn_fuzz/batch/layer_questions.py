@@ -46,7 +46,13 @@ def documents_apart(run: LayerBatchRun) -> None:
 
 
 def cut_elsewhere(run: LayerBatchRun) -> None:
-    """Every call without its cuts, or cut in the middle, where the layer takes it so: within the same budgets."""
+    """Every call without its cuts, or cut in the middle, where the layer takes it so; or on one rank where it was on
+    several: within the same budgets."""
+    if run.case.all_ranks > 1:
+        alone = CallBatch(run.case.replace(ranks=1, tensor_ranks=1), run.batch.ends)
+        if _taken(run, alone):
+            run.hold(run.run(run.load(alone, run.drawn), run.other_poison))
+        return
     cuts, begin = set[int](), 0
     for call in run.batch.calls:
         other = recut(call)

@@ -14,7 +14,8 @@ from typing import Final
 import torch
 
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.batch.layer_columns import LAYER_NAMES, STEPS
+from attn_fuzz.batch.layer_columns import LAYER_NAMES, OF_RANK, REPLICAS, STEPS
+from attn_fuzz.batch.layer_ranks import CallsOnRanks, run_on_ranks
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.inferred import inferred
 from attn_fuzz.execution.layer_calls import OF_TOKENS, LayerHow, LayerResults, run_layer_calls
@@ -31,6 +32,9 @@ SAMPLES: Final = 16
 as many as some thousand calls have; what does is looked at again by the case mode, with more samples."""
 
 Results = Mapping[str, torch.Tensor]
+
+Tensors = LayerTensors | CallsOnRanks
+"""Of calls on one rank, or on several."""
 
 _OTHER: Final = {"nan": "finite", "finite": "nan"}
 
@@ -69,7 +73,7 @@ class LayerBatchRun:
         """Of the calls that are asked."""
         self._everything = everything
         self.runs: list[LayerResults] = []
-        self.placed: list[LayerTensors] = []
+        self.placed: list[Tensors] = []
         self.tensors = self.load(batch, everything)
         self.z = torch.zeros(len(batch.case.packed_lengths), len(LAYER_NAMES), dtype=torch.float64, device=device)
         self.all_first: dict[str, torch.Tensor] = {}
@@ -117,20 +121,26 @@ class LayerBatchRun:
         """Whether a result has the same bits every time, as the backend promises or a few runs have told."""
         return inferred(self.backend, str(self.device)).repeats(name)
 
-    def load(self, batch: CallBatch, inputs: LayerInputs) -> LayerTensors:
+    def load(self, batch: CallBatch, inputs: LayerInputs) -> Tensors:
         """Tensors in their places, which are looked at again in the end."""
-        self.placed.append(LayerTensors(batch, inputs, self.device, self.poison))
+        kind = CallsOnRanks if batch.case.all_ranks > 1 else LayerTensors
+        self.placed.append(kind(batch, inputs, self.device, self.poison))
         return self.placed[-1]
 
     def run(
-        self, tensors: LayerTensors, poison: str, how: LayerHow | None = None, *, every: bool = False
+        self, tensors: Tensors, poison: str, how: LayerHow | None = None, *, every: bool = False
     ) -> dict[str, torch.Tensor]:
         """The results of a run of the calls that are asked, or of every one; who strayed in it is accused."""
         calls = tensors.batch.calls if every else tensors.batch.calls[: len(self.batch.ends)]
-        found = run_layer_calls(tensors, self.backend, calls, poison, how or LayerHow(watched=False), self.beat)
+        how = how or LayerHow(watched=False)
+        if isinstance(tensors, CallsOnRanks):
+            found = run_on_ranks(tensors, self.backend, calls, poison, how, self.beat)
+        else:
+            found = run_layer_calls(tensors, self.backend, calls, poison, how, self.beat)
         self.runs.append(found)
-        for index in found.strayed:
-            self.z[self.all.spans[index][0], LAYER_NAMES.index(STEPS)] = torch.inf
+        for column, wrong in ((STEPS, found.strayed), (REPLICAS, found.unlike), (OF_RANK, found.alive)):
+            for index in wrong:
+                self.z[self.all.spans[index][0], LAYER_NAMES.index(column)] = torch.inf
         return found.results
 
     def hold(self, results: Results) -> None:

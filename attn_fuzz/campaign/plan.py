@@ -74,14 +74,15 @@ def require_available(names: Sequence[str], device: str, dtypes: Sequence[str] =
 def batched_levels(
     backend: Backend, levels: Sequence[str], ranks: Sequence[int] = (1,), tensor_ranks: Sequence[int] = (1,)
 ) -> list[str]:
-    """The levels of a campaign at which a backend's calls come in batches: what is spread over ranks does not.
+    """The levels of a campaign at which a backend's calls come in batches, of layers on one rank or over several.
 
-    Nor do layers without a backward, or whose gradient rows say nothing of other cuts, or which leave out the padding
+    Layers do not without a backward, or whose gradient rows say nothing of other cuts, or which leave out the padding
     that calls of a batch end in, or around a kernel that compiles for shapes.
     """
     alone, stated = max(ranks) * max(tensor_ranks) == 1, backend.kernel.capabilities
+    spread = alone or backend.rank_layer is not None
     whole = stated.backward and stated.gradient_rows == "kept" and stated.padding == "computed"
-    layers = alone and whole and not stated.layouts
+    layers = spread and whole and not stated.layouts
     return [level for level in levels if level in backend.levels and (layers or level == "kernel")]
 
 

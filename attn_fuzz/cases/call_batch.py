@@ -46,9 +46,12 @@ class CallBatch:
             stops = [rows[end] for end in ends]
             if any(begin == end for begin, end in itertools.pairwise((0, *stops))):
                 return None
-            case = case.replace(cuts=tuple(sorted({*case.cuts, *stops[:-1]})))
+            cuts = tuple(sorted({*case.cuts, *stops[:-1]}))
+        else:
+            cuts = case.cuts
         try:
-            return cls(case, ends)
+            # Ranks cannot share what ends anywhere.
+            return cls(case.replace(cuts=cuts), ends)
         except ValueError:
             return None
 

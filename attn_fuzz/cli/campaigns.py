@@ -110,7 +110,8 @@ def _that_take_batches(names: tuple[str, ...], options: CampaignOptions, *, name
     kept = names if named else taking
     if not kept or taking != kept:
         raise UsageError(
-            "batches are of kernel calls, and of layer calls on one rank: they need a backend that has such a level"
+            "batches are of kernel calls, and of calls of layers with a backward (docs/modes.md): they need a backend "
+            "that has such a level"
         )
     return kept
 

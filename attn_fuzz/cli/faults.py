@@ -56,7 +56,7 @@ def faults(
         int, typer.Option(min=1, help="Cases after which a fault counts as missed.")
     ] = seeded_faults.MAX_CASES,
     rules: Annotated[bool, typer.Option(help="Try published tolerance rules on the same faults.")] = True,
-    mode: Annotated[str, typer.Option(help="What hunts: case, or batch, which hunts on one rank only.")] = "case",
+    mode: Annotated[str, typer.Option(help="What hunts: case or batch.")] = "case",
     workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -71,9 +71,7 @@ def faults(
     if mode not in ("case", "batch"):
         raise UsageError(f"unknown mode {mode!r}; faults are hunted by case or batch")
     hunted = [name for name, fault in known.items() if not fault.why_not_hunted]
-    names = list(dict.fromkeys(only or (name for name in hunted if mode == "case" or seeded_faults.alone(name))))
-    if spread := [name for name in names if mode == "batch" and not seeded_faults.alone(name)]:
-        raise UsageError(f"{spread[0]} is a fault of ranks, and batches are of calls on one")
+    names = list(dict.fromkeys(only or hunted))
     marks: dict[str, list[seeded_faults.MutantResult]] = {name: [] for name in names}
     caught_by: dict[str, set[str] | None] = dict.fromkeys(names)
     work = [(name, seed) for seed in [*range(seeds), *([None] if rules else [])] for name in names]

@@ -58,11 +58,6 @@ def _spread(fault: str) -> Spread:
     return planted.ranks, planted.tensor_ranks
 
 
-def alone(fault: str) -> bool:
-    """Whether it is one of a kernel or a layer on one rank, whose calls come in batches."""
-    return _spread(fault) == ALONE
-
-
 def find_fault(fault: str, seed: int, max_cases: int = MAX_CASES, mode: str = "case") -> MutantResult:
     """Hunts one fault on the CPU until it is found, by the case mode or by batches."""
     messages: list[Message] = []

@@ -56,6 +56,10 @@ class LayerResults:
     """Calls that the backend refused, in words."""
     strayed: dict[int, str] = dataclasses.field(default_factory=dict)
     """Calls that wrote where nothing may be written, in words."""
+    unlike: set[int] = dataclasses.field(default_factory=set)
+    """Calls on ranks that have other bits in what each of them has whole."""
+    alive: set[int] = dataclasses.field(default_factory=set)
+    """Calls on ranks one of which has a gradient where it has attended to nothing."""
     paths: set[str] = dataclasses.field(default_factory=set)
     """Implementations that ran."""
 
@@ -105,7 +109,7 @@ def run_layer_calls(
                 found.broken[index] = in_words(error)
                 if isinstance(error, MisshapenResult):
                     found.incomplete.add(index)
-    _collect(found, got, cases, tensors)
+    collect(found, got, cases, tensors.batch.case, tensors.weights)
     return found
 
 
@@ -124,11 +128,23 @@ def _through(run: LayerRun, poison: str, *, interfered: bool) -> None:
     run.backward()
 
 
-def _collect(
-    found: LayerResults, got: Sequence[dict[str, torch.Tensor]], cases: Sequence[Case], tensors: LayerTensors
+def collect(
+    found: LayerResults,
+    got: Sequence[dict[str, torch.Tensor]],
+    cases: Sequence[Case],
+    case: Case,
+    weights: Mapping[str, torch.Tensor],
 ) -> None:
-    """Puts the calls' results one behind another, zeros for what a call did not give."""
-    case, weights = tensors.batch.case, tensors.weights
+    """Puts the calls' results one behind another, zeros for what a call did not give.
+
+    Args:
+        found: gets them.
+        got: what each call gave, on the device of the weights.
+        cases: each of the calls.
+        case: all of them.
+        weights: by name.
+    """
+    device = next(iter(weights.values())).device
     there = [index for index in range(len(cases)) if index not in found.broken and index not in found.refused]
     shown = {name for name in _OPTIONAL if any(name in got[index] for index in there)}
     heads = (case.kv_heads, case.head_dim)
@@ -153,7 +169,7 @@ def _collect(
         of_calls = [
             got[index][name].to(dtype)
             if index in right
-            else torch.zeros(wanted[index][name], dtype=dtype, device=tensors.device)
+            else torch.zeros(wanted[index][name], dtype=dtype, device=device)
             for index in range(len(cases))
         ]
         found.results[name] = torch.cat(of_calls) if name in rows else torch.stack(of_calls)

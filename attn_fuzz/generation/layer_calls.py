@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from random import Random
-from typing import Final
+from typing import Any, Final
 
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.cases.call_batch import PADDING, CallBatch
+from attn_fuzz.cases.repair import fitted
 from attn_fuzz.cases.spread import in_multiples
 from attn_fuzz.generation.calls import VALUES
 from attn_fuzz.generation.domain import Domain
@@ -49,7 +50,7 @@ _ROTARY_FRACTIONS: Final = (0.25, 0.5, 0.75, 1.0)
 _ATTEMPTS: Final = 20
 
 
-def _layer_options(random: Random, domain: Domain, width: int, head_dim: int) -> dict[str, object]:
+def _layer_options(random: Random, domain: Domain, width: int, head_dim: int) -> dict[str, Any]:
     """What layer cases alone have: norms, rotary, projections, rows of the buffer behind the last token."""
     capabilities, pairs = domain.capabilities, head_dim // 2
     norms = ("none", "rms") if capabilities.norms else ("none",)
@@ -66,6 +67,40 @@ def _layer_options(random: Random, domain: Domain, width: int, head_dim: int) ->
         "rotary_fraction": random.choice(fractions) if rotary == "proportional" else 0.5,
         "capacity": random.choice((0, 0, 1, 17)),
     }
+
+
+def _spread(random: Random, domain: Domain) -> dict[str, Any]:
+    """Over how many ranks; tensor-parallel ones share the query heads of one K/V head."""
+    if max(domain.ranks) * max(domain.tensor_ranks) == 1:
+        return {}
+    ranks, tensor_ranks = random.choice(domain.ranks), random.choice(domain.tensor_ranks)
+    if ranks * tensor_ranks == 1:
+        return {}
+    heads = {"heads": tensor_ranks * random.choice((1, 2)), "kv_heads": 1} if tensor_ranks > 1 else {}
+    return {"ranks": ranks, "tensor_ranks": tensor_ranks, **heads}
+
+
+def _on_ranks(
+    random: Random, lengths: tuple[int, ...], padding: int, *, causal: bool, ranks: int, multiple: int
+) -> tuple[tuple[int, ...], int]:
+    """(lengths, padding) of documents that ranks share: as often without more padding as with it.
+
+    Non-causal ones cannot be spread, so there every rank has its own.
+
+    Args:
+        random: decides.
+        lengths: of documents.
+        padding: behind them.
+        causal: whether they are.
+        ranks: that share them, in all.
+        multiple: of which a rank's tokens have to be one.
+    """
+    *others, last = lengths
+    if not causal:
+        return (*others, last + -sum(lengths) % multiple) * ranks, 0
+    if random.random() < 0.5:
+        return (*others, last + -(sum(lengths) + padding) % (ranks * multiple)), padding
+    return lengths, padding
 
 
 def _cuts(random: Random, lengths: tuple[int, ...], *, causal: bool) -> list[int]:
@@ -97,8 +132,8 @@ def draw_layer_batch(random: Random, backend: Backend, domain: Domain, calls: in
     domain = domain.for_layers
     for _ in range(_ATTEMPTS):
         every = random.random() < _ANY_OPTIONS
-        options = draw_options(random, domain, every=every)
-        heads, head_dim = int(options["heads"]), int(options["head_dim"])  # type: ignore[call-overload]
+        options: dict[str, Any] = draw_options(random, domain, every=every) | _spread(random, domain)
+        heads, head_dim = options["heads"], options["head_dim"]
         if options["memory"] == "broadcast" or heads * head_dim > MOST_WIDTH[domain.device]:
             continue
         options |= {"values": random.choice(VALUES), **_layer_options(random, domain, heads * head_dim, head_dim)}
@@ -109,11 +144,13 @@ def draw_layer_batch(random: Random, backend: Backend, domain: Domain, calls: in
 
 
 def _drawn(
-    random: Random, backend: Backend, domain: Domain, calls: int, longest: int, options: dict[str, object]
+    random: Random, backend: Backend, domain: Domain, calls: int, longest: int, options: dict[str, Any]
 ) -> CallBatch | None:
     """Those of one configuration."""
     lengths, ids, cuts, ends = list[int](), list[int](), list[int](), list[int]()
-    heads, width = int(options["heads"]), int(options["heads"]) * int(options["head_dim"])  # type: ignore[call-overload]
+    heads, width = options["heads"], options["heads"] * options["head_dim"]
+    ranks = options.get("ranks", 1) * options.get("tensor_ranks", 1)
+    multiple = domain.capabilities.slice_multiple
     work, tokens = 0.0, 0
     for _ in range(calls):
         edges = edge_lengths(random, random.choice(_DOCUMENTS), longest).tolist()
@@ -123,17 +160,22 @@ def _drawn(
             own = tuple(length for length in own if length)
         if not sum(own):
             continue
-        padding = random.choice(_PADDINGS)
+        padding, causal = random.choice(_PADDINGS), options["causal"]
+        if ranks > 1:
+            own, padding = _on_ranks(random, own, padding, causal=causal, ranks=ranks, multiple=multiple)
         packed = (*own, padding) if padding else own
-        at = _cuts(random, packed, causal=bool(options["causal"]))
-        drawn = Case(lengths=own, padding=padding, cuts=tuple(at), **options)  # type: ignore[arg-type]
+        at = _cuts(random, packed, causal=causal)
+        if ranks > 1:
+            padding, fitting = fitted(ranks * multiple, own, padding, at if causal else ())
+            at = list(fitting)
+        drawn = Case(lengths=own, padding=padding, cuts=tuple(at), **options)
         small = in_multiples(drawn, domain.capabilities.slice_multiple)
         if small is None or backend.refusal(small, domain.device) is not None:
             continue
         packed, padding, at = small.packed_lengths, small.padding, list(small.cuts)
         # Of a score as of so many channels more: the reference rounds it in some sixty places.
         work += sum(length**2 for length in packed) * (width + _PLACES * heads)
-        work += sum(packed) * width * (int(options["hidden"]) + _PLACES)  # type: ignore[call-overload]
+        work += sum(packed) * width * (options["hidden"] + _PLACES)
         if ends and work > _MOST_WORK[domain.device]:
             break
         cuts += [tokens, *(tokens + place for place in at)] if tokens else at
@@ -148,6 +190,6 @@ def _drawn(
         lengths=tuple(lengths),
         document_ids=tuple(ids),
         cuts=tuple(cuts),
-        **options,  # type: ignore[arg-type]
+        **options,
     )
     return CallBatch(whole, tuple(ends))

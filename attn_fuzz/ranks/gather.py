@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,7 +12,7 @@ from attn_fuzz.backends.registry import Backend
 from attn_fuzz.backends.user import InsideLayer
 from attn_fuzz.execution.observation import Observation
 from attn_fuzz.ranks.rank_group import PATIENCE, QUICK_PATIENCE, RankGroup, RankGroups, rank_groups
-from attn_fuzz.ranks.rank_run import load, run_slice
+from attn_fuzz.ranks.rank_run import Ran, load, run_slices, run_under
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import LayerInputs, layer_inputs
 from attn_fuzz.reference.layout import Span, micro_sequences, rank_slice
@@ -52,16 +53,51 @@ def run_ranks(
         interfering,
         interfering and layer_inputs(interfering, "cpu"),
     )
+    by_rank = [ran for (ran,) in _ask(backend, case.all_ranks, device, run_under, arguments)]
+    runs = [ran.observations for ran in by_rank]
+    return [assembled(case, poison, observed) for poison, *observed in zip(poisons, *runs, strict=True)]
+
+
+class RankCall(NamedTuple):
+    """One of several cases of one configuration that ranks are asked for together."""
+
+    case: Case
+    inputs: LayerInputs
+    interfering: Case | None = None
+    """Around whose own call it runs, if around one."""
+
+
+def run_calls(backend: Backend, calls: Sequence[RankCall], poison: str, device: torch.device) -> list[Observation]:
+    """Each of several packed sequences through the backend's layer, on as many ranks each, one after another.
+
+    Raises:
+        As ``run_ranks`` does, for any of them.
+    """
+    handed = [(*call, call.interfering and layer_inputs(call.interfering, "cpu")) for call in calls]
+    by_rank = _ask(backend, calls[0].case.all_ranks, device, run_slices, (backend.name, poison, handed))
+    return [
+        assembled(call.case, poison, [ran.observations[0] for ran in of_ranks])
+        for call, *of_ranks in zip(calls, *by_rank, strict=True)
+    ]
+
+
+def _ask(
+    backend: Backend,
+    ranks: int,
+    device: torch.device,
+    function: Callable[..., list[Ran]],
+    arguments: tuple[Any, ...],
+) -> list[list[Ran]]:
+    """What a function gives on each rank of a group that has imported the backend."""
     quick = device.type == "cpu" and not backend.kernel.compiled
     # A user's layer may compile something all the same.
     patience = QUICK_PATIENCE if quick and not isinstance(backend.kernel, InsideLayer) else PATIENCE
     groups = rank_groups()
-    group = _ready(groups, backend.name, case.all_ranks, device)
-    by_rank = groups.call(case.all_ranks, device, run_slice, arguments, patience, awake=quick)
-    if len({ran.messages for ran in by_rank}) > 1:
+    group = _ready(groups, backend.name, ranks, device)
+    by_rank: list[list[Ran]] = groups.call(ranks, device, function, arguments, patience, awake=quick)
+    if len({of_rank[-1].messages for of_rank in by_rank}) > 1:
         group.uneven = backend.name
-    runs = [ran.observations for ran in by_rank]
-    return [assembled(case, poison, observed) for poison, *observed in zip(poisons, *runs, strict=True)]
+    return by_rank
 
 
 def _ready(groups: RankGroups, backend: str, ranks: int, device: torch.device) -> RankGroup:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -59,6 +60,19 @@ class Ran:
     """One under each poison."""
     messages: int
     """How many its process group has begun so far, where torch tells it: as many on each rank that uses collectives."""
+
+
+def run_under(*arguments: Any) -> list[Ran]:
+    """``run_slice`` by itself."""
+    return [run_slice(*arguments)]
+
+
+def run_slices(backend: str, poison: str, calls: Sequence[tuple[Any, ...]]) -> list[Ran]:
+    """The same of several calls, one after another, under one poison; each of case, inputs, interfering call and its
+    inputs."""
+    return [
+        run_slice(backend, case, inputs, (poison,), interfering, others) for case, inputs, interfering, others in calls
+    ]
 
 
 def run_slice(
