@@ -1,6 +1,6 @@
 """Machines of a Ray cluster: an actor at each place, with one GPU, or with cores only."""
 
-from __future__ import annotations
+from __future__ import logging
 
 import signal
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ class RayMachines:
         self._ray, self._kinds = ray, tuple(kinds)
         before = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=True)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
         except (ConnectionError, RuntimeError, ValueError) as error:
             said = " ".join(str(error).split()).rstrip(".")
             raise ClusterError(f"there is no Ray cluster at {address} that can be joined: {said}") from None
