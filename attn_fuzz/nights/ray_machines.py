@@ -1,7 +1,8 @@
 """Machines of a Ray cluster: an actor at each place, with one GPU, or with cores only."""
 
-from __future__ import logging
+from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Sequence
 from typing import Any, Final
