@@ -22,12 +22,13 @@ from attn_fuzz.batch.layer_questions import LAYER_QUESTIONS
 from attn_fuzz.batch.layer_ranks import NOT_RUN
 from attn_fuzz.campaign.plan import batched_levels
 from attn_fuzz.cases.call_batch import CallBatch
+from attn_fuzz.execution.layer_calls import LayerHow
 from attn_fuzz.execution.observation import Observation
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.layer_calls import draw_layer_batch
 from attn_fuzz.oracle.symptoms import Crashed, DeadRowsNotZero, MissingResult, RanksDiffer
 from attn_fuzz.ranks.gather import RankCall, run_ranks
-from attn_fuzz.ranks.rank_group import RanksHung
+from attn_fuzz.ranks.rank_group import RankFailed, RanksHung
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import layer_inputs
 
@@ -121,7 +122,7 @@ def test_correct_ranks_are_left_alone(ranks: Sequence[int], tensor_ranks: Sequen
 def test_a_call_gives_what_it_gives_by_itself() -> None:
     run = layer_ranks.CallsOnRanks(BATCH, layer_inputs(WHOLE, CPU), CPU, "nan")
     backend = registry.load("loop")
-    found = layer_ranks.run_on_ranks(run, backend, BATCH.calls, "nan", layer_ranks.LayerHow(watched=False))
+    found = layer_ranks.run_on_ranks(run, backend, BATCH.calls, "nan", LayerHow(watched=False))
     assert not found.broken
     for index, call in enumerate(BATCH.calls):
         (alone,) = run_ranks(backend, call, run.of_call(index), ("nan",), CPU)
@@ -215,6 +216,27 @@ def test_where_ranks_hang_the_calls_behind_are_not_run(falling: Callable[[dict[i
     assert judged.refused == {2: NOT_RUN}
     assert judged.fallen(1) is Crashed
     assert "RanksHung" in judged.broken[1]
+
+
+def test_what_ranks_raise_after_other_calls_only_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error, broken in ((RankFailed("rank 1 of 2 raised"), {2}), (RanksHung("of 2 ranks, 1 wait"), set[int]())):
+
+        def together(
+            backend: Backend,
+            calls: Sequence[RankCall],
+            poison: str,
+            device: torch.device,
+            error: Exception = error,
+        ) -> list[Observation]:
+            if len(calls) > 1:
+                raise error
+            return [Observation(poison, {}) for _ in calls]
+
+        monkeypatch.setattr(layer_ranks, "run_calls", together)
+        monkeypatch.setattr(layer_ranks, "collect", lambda *_: None)
+        run = layer_ranks.CallsOnRanks(BATCH, layer_inputs(WHOLE, CPU), CPU, "nan")
+        found = layer_ranks.run_on_ranks(run, registry.load("loop"), BATCH.calls, "nan", LayerHow(watched=False))
+        assert set(found.broken) == broken
 
 
 def test_a_lack_of_memory_is_nobodys(falling: Callable[[dict[int, Exception]], list[int]]) -> None:

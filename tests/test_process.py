@@ -22,7 +22,7 @@ from attn_fuzz.campaign.pool import Pool
 from attn_fuzz.execution import process
 from attn_fuzz.execution.process import (
     DEAD_CONTEXT,
-    NOT_RAISED,
+    NOT_OURS,
     beyond_its_call,
     device_failed,
     in_words,
@@ -121,14 +121,14 @@ def test_a_process_waits_for_a_gpu_that_others_have_filled(
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (KeyError("a mistake of the harness"), NOT_RAISED),
+        (KeyError("a mistake of the harness"), NOT_OURS),
         (
             RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasDgemmStridedBatched`"),
-            NOT_RAISED,
+            NOT_OURS,
         ),
         # As torch's own operations failed in the soak, on a GPU that a kernel beside them had filled.
-        (RuntimeError("CUDA error: unknown error\nSearch for `cudaErrorUnknown' in ..."), NOT_RAISED),
-        (RuntimeError(f"CUDA error: unknown error\n{HINT}"), NOT_RAISED),
+        (RuntimeError("CUDA error: unknown error\nSearch for `cudaErrorUnknown' in ..."), NOT_OURS),
+        (RuntimeError(f"CUDA error: unknown error\n{HINT}"), NOT_OURS),
         (RuntimeError(f"CUDA error: an illegal memory access was encountered\n{HINT}"), None),
         (RuntimeError(f"CUDA error: device-side assert triggered\n{HINT}"), None),
     ],
@@ -155,7 +155,7 @@ def test_a_worker_that_ends_with_an_error_of_nobodys_says_so(
         (-signal.SIGSEGV, "", ""),
         (1, "", ""),
         (-signal.SIGKILL, "", "was killed from outside"),
-        (NOT_RAISED, "", "did not raise"),
+        (NOT_OURS, "", "need not be its kernel's"),
         (DEAD_CONTEXT, "Crashed [runs] out: CUDA error: an illegal memory access was encountered", ""),
         (DEAD_CONTEXT, "Crashed [runs] out: CUDA_ERROR_ILLEGAL_ADDRESS", ""),
         (DEAD_CONTEXT, "Crashed [runs] out: CUDA error: unknown error", "no fault of a kernel"),

@@ -17,9 +17,9 @@ from attn_fuzz.cases.interfering import interfering_call
 from attn_fuzz.execution.layer_calls import LayerHow, LayerResults, collect
 from attn_fuzz.execution.observation import Observation
 from attn_fuzz.execution.process import in_words, raise_lack_of_memory
-from attn_fuzz.oracle.checks.ranks import attended
+from attn_fuzz.oracle.checks.ranks import alive_rows, attended
 from attn_fuzz.ranks.gather import RankCall, run_calls
-from attn_fuzz.ranks.rank_group import RanksHung
+from attn_fuzz.ranks.rank_group import RankFailed, RanksHung
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import LayerInputs
 from attn_fuzz.reference.memory import bits
@@ -65,7 +65,8 @@ def run_on_ranks(
 ) -> LayerResults:
     """Forward and backward of every call, one after another, on all ranks; as ``run_layer_calls`` does on one.
 
-    Where something goes wrong in a call, they are asked for one by one: whose doing it is tells that.
+    Where something goes wrong in a call, they are asked for one by one: whose doing it is tells that. What ranks have
+    raised after other calls only is the last call's.
 
     Raises:
         torch.OutOfMemoryError: as it comes.
@@ -87,6 +88,9 @@ def run_on_ranks(
     except Exception as error:
         raise_lack_of_memory(error)
         _one_by_one(found, observed, calls, lambda call: run_calls(backend, [call], poison, device)[0], beat)
+        if len(observed) == len(calls) and isinstance(error, RankFailed):
+            # Not silence: on a busy machine all calls together may take too long.
+            found.broken[order[-1]] = in_words(error)
     got: list[dict[str, torch.Tensor]] = [{} for _ in cases]
     meant = backend.kernel.paths_on(device.type)
     for index, one in observed.items():
@@ -157,6 +161,6 @@ def _alive(case: Case, one: Observation) -> bool:
             got = buffers.get(name)
             if got is None or len(got) != case.tokens:
                 continue
-            if bool(((got != 0).flatten(1).any(1) & ~seen & ~owned).any()):
+            if bool(alive_rows(got, seen, owned).any()):
                 return True
     return False

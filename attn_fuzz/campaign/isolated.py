@@ -26,7 +26,7 @@ from attn_fuzz.execution.operators import operators_of
 from attn_fuzz.execution.process import (
     DEAD_CONTEXT,
     NO_DEVICE,
-    NOT_RAISED,
+    NOT_OURS,
     context_alive,
     is_fault,
     leave_all_memory,
@@ -116,7 +116,7 @@ def report_of(
         return Report(refusal=NO_MEMORY)
     first = verdict.first
     if isinstance(first, Crashed) and not context_alive(place):
-        raise SystemExit(DEAD_CONTEXT if is_fault(str(first)) else NOT_RAISED)
+        raise SystemExit(DEAD_CONTEXT if is_fault(str(first)) else NOT_OURS)
     if first is not None:
         error_type = first.error if isinstance(first, Crashed) else ""
         return Report(type(first).__name__, str(first), first.message, error_type, operators=ran)
@@ -170,8 +170,8 @@ def cause_of_death(exit_code: int | None) -> str:
         return "died"
     if exit_code == INTERRUPTED:
         return "ended with KeyboardInterrupt"
-    if exit_code == NOT_RAISED:
-        return "ended with an error that the code under test did not raise"
+    if exit_code == NOT_OURS:
+        return "ended with an error that need not be its kernel's"
     if exit_code < 0:
         names = {int(each): each.name for each in signal.Signals}
         return f"was ended by {names.get(-exit_code, f'signal {-exit_code}')}"
@@ -196,7 +196,7 @@ def excuse(exit_code: int | None, last_words: str = "") -> str:
     """
     if killed_from_outside(exit_code):
         return "was killed from outside"
-    if exit_code == NOT_RAISED:
+    if exit_code == NOT_OURS:
         return cause_of_death(exit_code)
     if exit_code == DEAD_CONTEXT and not is_fault(last_words):
         return "ended with a CUDA error that is no fault of a kernel, as on a GPU whose memory others have filled"

@@ -25,9 +25,9 @@ DEAD_CONTEXT: Final = 77
 NO_DEVICE: Final = 78
 """Exit status of a process that could not use its device from the beginning."""
 
-NOT_RAISED: Final = 79
-"""Exit status of a process that ended with an error which the code under test did not raise, and need not have caused:
-on a GPU that others have filled, libraries fail of no stated cause."""
+NOT_OURS: Final = 79
+"""Exit status of a process that ended with an error which need not be the doing of the code under test: on a GPU that
+others have filled, libraries fail of no stated cause."""
 
 _FAULTS: Final = (
     "illegal memory access",
@@ -125,7 +125,7 @@ def is_fault(said: str) -> bool:
 
 @contextlib.contextmanager
 def not_its_doing() -> Iterator[None]:
-    """Around all that a worker does: ends it with ``NOT_RAISED`` where an error comes out that accuses nobody.
+    """Around all that a worker does: ends it with ``NOT_OURS`` where an error comes out that accuses nobody.
 
     What code under test raises is caught, and judged, where it is called.
     """
@@ -135,7 +135,7 @@ def not_its_doing() -> Iterator[None]:
         if is_fault(str(error)):
             raise
         traceback.print_exc()
-        raise SystemExit(NOT_RAISED) from error
+        raise SystemExit(NOT_OURS) from error
 
 
 def beyond_its_call(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from attn_fuzz.backends.registry import Backend
 from attn_fuzz.backends.user import InsideLayer
 from attn_fuzz.execution.observation import Observation
 from attn_fuzz.ranks.rank_group import PATIENCE, QUICK_PATIENCE, RankGroup, RankGroups, rank_groups
-from attn_fuzz.ranks.rank_run import Ran, load, run_slices, run_under
+from attn_fuzz.ranks.rank_run import Ran, load, run_one, run_slices
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import LayerInputs, layer_inputs
 from attn_fuzz.reference.layout import Span, micro_sequences, rank_slice
@@ -53,7 +53,7 @@ def run_ranks(
         interfering,
         interfering and layer_inputs(interfering, "cpu"),
     )
-    by_rank = [ran for (ran,) in _ask(backend, case.all_ranks, device, run_under, arguments)]
+    by_rank = [ran for (ran,) in _ask(backend, case.all_ranks, device, run_one, arguments)]
     runs = [ran.observations for ran in by_rank]
     return [assembled(case, poison, observed) for poison, *observed in zip(poisons, *runs, strict=True)]
 

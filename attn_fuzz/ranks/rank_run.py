@@ -62,7 +62,7 @@ class Ran:
     """How many its process group has begun so far, where torch tells it: as many on each rank that uses collectives."""
 
 
-def run_under(*arguments: Any) -> list[Ran]:
+def run_one(*arguments: Any) -> list[Ran]:
     """``run_slice`` by itself."""
     return [run_slice(*arguments)]
 

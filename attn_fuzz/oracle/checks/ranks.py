@@ -53,6 +53,12 @@ def attended(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     return seen, owned
 
 
+def alive_rows(got: torch.Tensor, seen: torch.Tensor, owned: torch.Tensor) -> torch.Tensor:
+    """Rows of a rank's gradient ``[tokens, kv_heads, head_dim]`` that hold something, though none of its queries attended
+    to them and it does not own them; bool ``[tokens]``."""
+    return (got != 0).flatten(1).any(1) & ~seen & ~owned
+
+
 def dead_rows_zero_by_rank(trial: Trial) -> Iterator[Symptom]:
     """Rows that none of a rank's queries attended to are 0 in its gradient buffer, but for those it owns.
 
@@ -67,7 +73,7 @@ def dead_rows_zero_by_rank(trial: Trial) -> Iterator[Symptom]:
             for name in ("dk", "dv"):
                 if (got := buffers.get(name)) is None or len(got) != case.tokens:
                     continue
-                alive = (got != 0).flatten(1).any(1) & ~seen & ~owned
+                alive = alive_rows(got, seen, owned)
                 if rows := alive.nonzero()[:, 0].tolist():
                     document, row = trial.document_of(name, rows[0])
                     value = got[rows[0]].flatten()
