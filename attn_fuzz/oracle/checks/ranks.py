@@ -54,8 +54,8 @@ def attended(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def alive_rows(got: torch.Tensor, seen: torch.Tensor, owned: torch.Tensor) -> torch.Tensor:
-    """Rows of a rank's gradient ``[tokens, kv_heads, head_dim]`` that hold something, though none of its queries attended
-    to them and it does not own them; bool ``[tokens]``."""
+    """bool ``[tokens]``: rows of a rank's gradient ``[tokens, kv_heads, head_dim]`` that hold something, though none of
+    its queries attended to them and it does not own them."""
     return (got != 0).flatten(1).any(1) & ~seen & ~owned
 
 
