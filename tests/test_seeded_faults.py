@@ -81,6 +81,17 @@ def test_the_command_prints_one_object(attn_fuzz: Run) -> None:
     assert (row["id"], row["caught"], row["rules"]) == ("M51-swapped", True, None)
 
 
+def test_what_is_not_hunted_is_told(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    hunted: list[str] = []
+    monkeypatch.setattr(
+        "attn_fuzz.cli.faults._done", lambda work, *_: iter(hunted.extend(name for name, _ in work) or ())
+    )
+    done = attn_fuzz("faults", "--no-rules", "--workers", "1")
+    assert "P14 is hunted with --only: of cases one in 220" in " ".join(done.err.split())
+    assert {"P14", "P15"} & set(hunted) == set()
+    assert {"P13", "R02"} <= set(hunted)
+
+
 def test_an_unknown_fault_is_one_sentence(attn_fuzz: Run) -> None:
     assert "unknown fault 'nothing'" in sentence(attn_fuzz("faults", "--only", "nothing"))
 

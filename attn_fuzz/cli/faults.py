@@ -72,6 +72,9 @@ def faults(
         raise UsageError(f"unknown mode {mode!r}; faults are hunted by case or batch")
     hunted = [name for name, fault in known.items() if not fault.why_not_hunted]
     names = list(dict.fromkeys(only or hunted))
+    for name, planted in known.items():
+        if not only and planted.why_not_hunted:
+            progress_console.print(f"{name} is hunted with --only: {planted.why_not_hunted}")
     marks: dict[str, list[seeded_faults.MutantResult]] = {name: [] for name in names}
     caught_by: dict[str, set[str] | None] = dict.fromkeys(names)
     work = [(name, seed) for seed in [*range(seeds), *([None] if rules else [])] for name in names]
