@@ -185,8 +185,13 @@ def test_where_memory_is_full_for_a_while_a_case_is_asked_again(monkeypatch: pyt
             return answers.pop() if answers else super().report(case)
 
     monkeypatch.setattr(witnesses, "Isolated", Full)
-    asked = Witnesses("crashes", "cpu", {})
+    asked = Witnesses("crashes", "cuda", {})
     assert asked.report(asked.another(30.0), CASE, pauses.append).symptom == "Crashed"
+    assert len(pauses) == 2
+    # Of a process that has a share of its own nothing will be free later.
+    answers[:] = [Report(refusal=NO_MEMORY)]
+    of_cpu = Witnesses("crashes", "cpu", {})
+    assert of_cpu.report(of_cpu.another(30.0), CASE, pauses.append).refusal == NO_MEMORY
     assert len(pauses) == 2
     answers[:] = [Report(refusal=NO_MEMORY)] * 9
     assert asked.report(asked.another(30.0), CASE, pauses.append).refusal == NO_MEMORY
