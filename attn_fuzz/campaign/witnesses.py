@@ -103,7 +103,7 @@ class Witnesses:
     def report(self, asked: Isolated, case: Case, pause: Callable[[float], object] = time.sleep) -> Report:
         """What comes of a case in one of them; what the harness can say nothing of has come back.
 
-        Where others have filled a GPU it is asked again a little later, a few times. On a CPU each has memory of its own.
+        Where others have filled a GPU it is asked again a little later, a few times; on a CPU each has its own share.
         """
         try:
             for _ in range(_PAUSES if self._device != "cpu" else 0):
