@@ -18,7 +18,8 @@ from attn_fuzz.backends import known, registry
 from attn_fuzz.backends.kernel import BackendUnavailable, Capabilities
 from attn_fuzz.backends.known import KnownIssue, built_on
 from attn_fuzz.campaign import limits
-from attn_fuzz.campaign.isolated import Ended, Isolated, Report, Subject, cause_of_death
+from attn_fuzz.campaign.endings import cause_of_death
+from attn_fuzz.campaign.isolated import Ended, Isolated, Report, Subject
 from attn_fuzz.campaign.limit_questions import LENGTHS, OTHER_VALUES
 from attn_fuzz.campaign.limits import Limit, LimitsFound, infer_limits, taken, without_of
 from attn_fuzz.generation.domain import Domain

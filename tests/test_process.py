@@ -16,7 +16,7 @@ import torch
 from devices import needs_cuda
 
 from attn_fuzz.campaign import new_process, serve
-from attn_fuzz.campaign.isolated import excuse
+from attn_fuzz.campaign.endings import excuse
 from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.campaign.pool import Pool
 from attn_fuzz.execution import process

@@ -13,8 +13,9 @@ from multiprocessing.process import BaseProcess
 from typing import Final
 
 from attn_fuzz.campaign import new_process
+from attn_fuzz.campaign.endings import cause_of_death, excuse
 from attn_fuzz.campaign.inquest import Inquest, Suspect, finding_of_death
-from attn_fuzz.campaign.isolated import NoDevice, cause_of_death, excuse
+from attn_fuzz.campaign.isolated import NoDevice
 from attn_fuzz.campaign.messages import (
     Assignment,
     CampaignError,

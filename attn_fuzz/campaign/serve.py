@@ -7,7 +7,7 @@ from multiprocessing.connection import Connection
 from typing import Final
 
 from attn_fuzz.campaign.calls_worker import work_on_batches
-from attn_fuzz.campaign.isolated import INTERRUPTED
+from attn_fuzz.campaign.endings import INTERRUPTED
 from attn_fuzz.campaign.messages import Assignment
 from attn_fuzz.campaign.notes import noting
 from attn_fuzz.campaign.packed_worker import work_on_packed

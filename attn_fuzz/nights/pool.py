@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
+from attn_fuzz.campaign.endings import excuse
 from attn_fuzz.campaign.inquest import Suspect, suspect_of
-from attn_fuzz.campaign.isolated import excuse
 from attn_fuzz.campaign.messages import Assignment, Covered, Failed, Finished, Message, Progress, Tally, Trying
 from attn_fuzz.campaign.pool import RESTARTS, Pool
 from attn_fuzz.coverage.counts import Reached
