@@ -605,8 +605,9 @@ def test_a_campaign_over_ranks_runs_layers_only(attn_fuzz: Run) -> None:
     done = attn_fuzz("run", *options, "--workers", "1")
     assert done.status == 0, done.err
     told = done.json["backends"]["sdpa_dense"]
-    assert told["cases"] == 5
-    assert all(kind.startswith("layer ") for kind in told["by_kind"])
+    # Five in each mode.
+    assert told["cases"] == 10
+    assert {kind.split()[0] for kind in told["by_kind"]} == {"layer", "batch-layer"}
 
 
 @pytest.mark.parametrize(
