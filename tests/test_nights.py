@@ -36,6 +36,7 @@ from attn_fuzz.nights.kept import LOOK_AGAIN, OFTEN, Kept
 from attn_fuzz.nights.leftovers import NotesFolder, recover
 from attn_fuzz.nights.pool import Listener, RoundPool
 from attn_fuzz.nights.record import Record, Slice
+from attn_fuzz.nights.schedule import Standing, Target
 from attn_fuzz.nights.spaces import targets
 from attn_fuzz.nights.view import View
 from attn_fuzz.oracle.examine import examine
@@ -267,6 +268,24 @@ def test_nobody_waits_for_a_slice_that_is_long() -> None:
     pool._refill()
     ((job, _),) = pool._waiting
     assert job.seconds == pytest.approx(10.0, abs=1.0)
+
+
+def test_a_round_goes_on_where_nothing_that_it_has_could_run() -> None:
+    """What failed or is silent gets no further slice of the round, unless there is nothing else."""
+    first, second = (Target(name, "cpu", "kernel", "batch") for name in ("loop", "backup"))
+    standings = {first: Standing(), second: Standing()}
+
+    def piece(notes: str, **changes: Any) -> Slice:
+        return Slice(Assignment(backend="loop", device="cpu", seed=0, seconds=8.0, notes=notes), **changes)
+
+    failed, running = piece("1"), piece("2", tally=Tally(cases=4, seconds=2.0))
+    assert supervisor.planned_anew({first: Standing()}, [(first, failed)], {"1"}, 8.0).slices(1) == [first]
+    plan = supervisor.planned_anew(standings, [(first, failed), (second, running)], {"1"}, 8.0)
+    assert plan.slices(3) == [second] * 3
+    silent = piece("3", silence=30.0)
+    assert supervisor.planned_anew(standings, [(first, silent)], (), 8.0).slices(2) == [second] * 2
+    # Nothing of it is kept: the round tells what came of it at its end.
+    assert standings == {first: Standing(), second: Standing()}
 
 
 class Ended:

@@ -156,6 +156,8 @@ def test_a_worker_that_ends_with_an_error_of_nobodys_says_so(
         (1, "", ""),
         (-signal.SIGKILL, "", "was killed from outside"),
         (NOT_OURS, "", "need not be its kernel's"),
+        # Of a process that looks into a case: it has another status where the words are no fault.
+        (DEAD_CONTEXT, "", ""),
         (DEAD_CONTEXT, "Crashed [runs] out: CUDA error: an illegal memory access was encountered", ""),
         (DEAD_CONTEXT, "Crashed [runs] out: CUDA_ERROR_ILLEGAL_ADDRESS", ""),
         (DEAD_CONTEXT, "Crashed [runs] out: CUDA error: unknown error", "no fault of a kernel"),

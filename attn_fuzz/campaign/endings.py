@@ -39,12 +39,12 @@ def excuse(exit_code: int | None, last_words: str = "") -> str:
 
     Args:
         exit_code: of the process.
-        last_words: what it said at its end.
+        last_words: what it said at its end; empty where nothing is known of that, and the status says it all.
     """
     if killed_from_outside(exit_code):
         return "was killed from outside"
     if exit_code == NOT_OURS:
         return cause_of_death(exit_code)
-    if exit_code == DEAD_CONTEXT and not is_fault(last_words):
+    if exit_code == DEAD_CONTEXT and last_words and not is_fault(last_words):
         return "ended with a CUDA error that is no fault of a kernel, as on a GPU whose memory others have filled"
     return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from random import Random
 from typing import Any, Final
 
@@ -55,6 +55,37 @@ class Wishes:
     seed: int
     seconds: float | None
     """None: until it is told to end."""
+
+
+def planned_anew(
+    standings: Mapping[Target, Standing], begun: Iterable[tuple[Target, Slice]], failed: Collection[str], seconds: float
+) -> Round:
+    """The plan of a round that has begun, from what came of its slices until now: rates are known that were not.
+
+    Args:
+        standings: before the round.
+        begun: its targets and slices.
+        failed: notes of slices that could not run.
+        seconds: of a slice.
+    """
+    foreseen, counted, waiting, left_out = dict(standings), [], [], []
+    for target, piece in begun:
+        could_not = piece.job.notes in failed and not piece.tally.cases
+        if could_not or piece.silence:
+            # Another of them would not either, or be silent, too.
+            left_out.append(target)
+        if could_not:
+            continue
+        if piece.seconds:
+            planned = piece.job.seconds or seconds
+            foreseen[target] = foreseen[target].foreseen(piece.tally.cases, piece.seconds, planned)
+            counted.append(target)
+        else:
+            waiting.append(target)
+    plan = Round(foreseen, seconds, begun=counted, waiting=waiting)
+    for target in left_out:
+        plan.leave_out(target)
+    return plan
 
 
 class Supervisor:
@@ -156,7 +187,7 @@ class Supervisor:
         self.view.slices, self._new, self._failed = slices, {}, set()
 
         def more(left: float) -> Slice:
-            plan = self._plan_anew(chosen, slices, seconds)
+            plan = planned_anew(self.standings, zip(chosen, slices, strict=True), self._failed, seconds)
             (target,) = plan.slices(1, quick_only=left < COMPILED_TIMES * seconds)
             chosen.append(target)
             slices.append(self.record.begin(self._job(target, seconds)))
@@ -174,26 +205,6 @@ class Supervisor:
         self.view.slices, self.view.rounds = (), self.view.rounds + 1
         self.view.alive.clear()
         return outcome.interrupted
-
-    def _plan_anew(self, chosen: Sequence[Target], slices: Sequence[Slice], seconds: float) -> Round:
-        """The plan of a round that has begun, from what came of its slices until now: rates are known that were not."""
-        standings, begun, waiting, silent = dict(self.standings), [], [], []
-        for target, piece in zip(chosen, slices, strict=True):
-            standing = standings[target]
-            if piece.job.notes in self._failed and not piece.tally.cases:
-                standings[target] = dataclasses.replace(standing)
-                standings[target].failed()
-            elif piece.seconds:
-                standings[target] = standing.foreseen(piece.tally.cases, piece.seconds, piece.job.seconds or seconds)
-                begun.append(target)
-            else:
-                waiting.append(target)
-            if piece.silence:
-                silent.append(target)
-        plan = Round(standings, seconds, begun=begun, waiting=waiting)
-        for target in silent:
-            plan.leave_out(target)
-        return plan
 
     def _job(self, target: Target, seconds: float) -> Assignment:
         """What a worker is told of a slice."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -12,7 +12,7 @@ from attn_fuzz.backends.registry import Backend
 from attn_fuzz.backends.user import InsideLayer
 from attn_fuzz.execution.observation import Observation
 from attn_fuzz.ranks.rank_group import PATIENCE, QUICK_PATIENCE, RankGroup, RankGroups, rank_groups
-from attn_fuzz.ranks.rank_run import Ran, load, run_one, run_slices
+from attn_fuzz.ranks.rank_run import Ran, load, run_slices
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import LayerInputs, layer_inputs
 from attn_fuzz.reference.layout import Span, micro_sequences, rank_slice
@@ -44,17 +44,8 @@ def run_ranks(
         MisshapenResult: when a rank's layer returned something else than it should.
         UnsupportedCase: when the backend itself refuses.
     """
-    # Drawn here once, and not on every rank.
-    arguments = (
-        backend.name,
-        case,
-        inputs,
-        tuple(poisons),
-        interfering,
-        interfering and layer_inputs(interfering, "cpu"),
-    )
-    by_rank = [ran for (ran,) in _ask(backend, case.all_ranks, device, run_one, arguments)]
-    runs = [ran.observations for ran in by_rank]
+    by_rank = _ask(backend, [RankCall(case, inputs, interfering)], poisons, device)
+    runs = [ran.observations for (ran,) in by_rank]
     return [assembled(case, poison, observed) for poison, *observed in zip(poisons, *runs, strict=True)]
 
 
@@ -73,28 +64,24 @@ def run_calls(backend: Backend, calls: Sequence[RankCall], poison: str, device: 
     Raises:
         As ``run_ranks`` does, for any of them.
     """
-    handed = [(*call, call.interfering and layer_inputs(call.interfering, "cpu")) for call in calls]
-    by_rank = _ask(backend, calls[0].case.all_ranks, device, run_slices, (backend.name, poison, handed))
+    by_rank = _ask(backend, calls, (poison,), device)
     return [
         assembled(call.case, poison, [ran.observations[0] for ran in of_ranks])
         for call, *of_ranks in zip(calls, *by_rank, strict=True)
     ]
 
 
-def _ask(
-    backend: Backend,
-    ranks: int,
-    device: torch.device,
-    function: Callable[..., list[Ran]],
-    arguments: tuple[Any, ...],
-) -> list[list[Ran]]:
-    """What a function gives on each rank of a group that has imported the backend."""
+def _ask(backend: Backend, calls: Sequence[RankCall], poisons: Sequence[str], device: torch.device) -> list[list[Ran]]:
+    """What came of each call on each rank of a group that has imported the backend."""
+    # Drawn here once, and not on every rank.
+    handed = [(*call, call.interfering and layer_inputs(call.interfering, "cpu")) for call in calls]
+    arguments, ranks = (backend.name, tuple(poisons), handed), calls[0].case.all_ranks
     quick = device.type == "cpu" and not backend.kernel.compiled
     # A user's layer may compile something all the same.
     patience = QUICK_PATIENCE if quick and not isinstance(backend.kernel, InsideLayer) else PATIENCE
     groups = rank_groups()
     group = _ready(groups, backend.name, ranks, device)
-    by_rank: list[list[Ran]] = groups.call(ranks, device, function, arguments, patience, awake=quick)
+    by_rank: list[list[Ran]] = groups.call(ranks, device, run_slices, arguments, patience, awake=quick)
     if len({of_rank[-1].messages for of_rank in by_rank}) > 1:
         group.uneven = backend.name
     return by_rank

@@ -62,17 +62,9 @@ class Ran:
     """How many its process group has begun so far, where torch tells it: as many on each rank that uses collectives."""
 
 
-def run_one(*arguments: Any) -> list[Ran]:
-    """``run_slice`` by itself."""
-    return [run_slice(*arguments)]
-
-
-def run_slices(backend: str, poison: str, calls: Sequence[tuple[Any, ...]]) -> list[Ran]:
-    """The same of several calls, one after another, under one poison; each of case, inputs, interfering call and its
-    inputs."""
-    return [
-        run_slice(backend, case, inputs, (poison,), interfering, others) for case, inputs, interfering, others in calls
-    ]
+def run_slices(backend: str, poisons: Sequence[str], calls: Sequence[tuple[Any, ...]]) -> list[Ran]:
+    """``run_slice`` of several calls, one after another: each a case, its inputs, an interfering call, its inputs."""
+    return [run_slice(backend, case, inputs, poisons, *interfering) for case, inputs, *interfering in calls]
 
 
 def run_slice(
