@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -220,6 +221,21 @@ def test_where_nothing_fills_memory_is_as_it_comes(poison: str, monkeypatch: pyt
     monkeypatch.setattr(heap, "_perturb", lambda byte: False)
     with poisoned(poison, CPU):
         assert torch.equal(torch.empty(3).fill_(2) + 1, torch.full((3,), 3.0))
+
+
+@needs_glibc
+def test_a_cached_block_now_and_then_does_not_change_how_memory_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried out once holds for the whole process: it may not hang on what glibc's cache held that moment."""
+    filled, calls = heap._filled, itertools.count()
+    monkeypatch.setattr(heap, "_filled", lambda size, byte: next(calls) % 3 > 0 and filled(size, byte))
+    heap._library_fills.cache_clear()
+    assert heap.fills_all(NAN_BYTE)
+    assert next(calls) > 0
+    # As where the library caches small blocks and fills none of them.
+    monkeypatch.setattr(heap, "_filled", lambda size, byte: size > 1000 and filled(size, byte))
+    heap._library_fills.cache_clear()
+    assert not heap.fills_all(NAN_BYTE)
+    heap._library_fills.cache_clear()
 
 
 def test_what_is_tried_out_is_out_of_sight() -> None:
