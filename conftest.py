@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, Phase, settings
+
+from attn_fuzz.execution.child_memory import fill_in_children
 
 # Where the package is installed its entry point has loaded the plugin, under the same name.
 pytest_plugins = ["attn_fuzz.pytest_plugin"]
@@ -30,7 +34,9 @@ register_profiles()
 def pytest_configure(config: pytest.Config) -> None:
     """The profile ``dev`` unless another is asked for; one thread, plain float32, one GPU per xdist worker, in turn."""
     if getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput"):
-        # It hands out tests and runs none: torch, which takes seconds to import, is the workers' matter.
+        # It hands out tests and runs none: torch, which takes seconds to import, is the workers' matter. These have
+        # memory filled for certain, as campaigns' processes have.
+        os.environ.update(fill_in_children(os.environ))
         return
     # Not before pytest has loaded the plugin, whose assertions it rewrites.
     from attn_fuzz.execution.process import set_up_process

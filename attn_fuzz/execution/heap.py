@@ -22,12 +22,8 @@ _M_PERTURB: Final = -6
 """glibc's mallopt parameter: memory is handed out filled with the complement of a byte, and is filled when freed."""
 
 _SMALL: Final = (4, 60, 200, 900)
-_LARGE: Final = (2_000, 100_000, 400_000)
+_LARGE: Final = (2_000, 100_000, 3_000_000)
 """Bytes: glibc caches freed blocks of up to a kilobyte."""
-
-_TRIES: Final = 9
-"""Blocks of each size. glibc hands out one from its cache now and then, unfilled, and some of a size in a row: that
-says nothing of what it does as a rule. A library that never fills what it caches fills none of them."""
 
 T = TypeVar("T")
 
@@ -96,11 +92,11 @@ def _filled(size: int, byte: int) -> bool:
 
 @functools.cache
 def _library_fills(byte: int, sizes: Sequence[int]) -> bool:
-    """Whether most of what torch allocates on the CPU comes filled by the C library, of every size."""
+    """Whether what torch allocates on the CPU comes filled by the C library."""
     if not _perturb(None):
         return False
     with _perturbed(byte):
-        return all(2 * sum(_filled(size, byte) for _ in range(_TRIES)) > _TRIES for size in sizes)
+        return all(_filled(size, byte) for size in sizes for _ in range(3))
 
 
 _FILLS: Final = {"junk": "FLAGS_caffe2_cpu_allocator_do_junk_fill", "zero": "FLAGS_caffe2_cpu_allocator_do_zero_fill"}
