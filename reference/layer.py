@@ -103,7 +103,7 @@ class _Layer:
         y = self.multiplied(x @ weight.transpose(-1, -2), x, weight)
         if self.case.weights == "selection":
             return y
-        return self.arithmetic.accumulate(y, x[0].square() @ weight[0].square().T)
+        return self.arithmetic.accumulate_(y, x[0].square() @ weight[0].square().T)
 
     def multiplied(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``y``, which is ``x @ weight.T``, with the roundings of its operands to the format of projections."""
@@ -114,8 +114,10 @@ class _Layer:
 
     def stored_projection(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """A projection's output in the dtype; a selection of stored values needs no rounding."""
-        y = self.project(x, weight)
-        return y if self.case.weights == "selection" else self.arithmetic.store(y)
+        y = self.multiplied(x @ weight.transpose(-1, -2), x, weight)
+        if self.case.weights == "selection":
+            return y
+        return self.arithmetic.store_sum_(y, x[0].square() @ weight[0].square().T)
 
     def project_by_share(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """A projection of the heads' channels, not yet stored: of each share of them stored, then added up."""
@@ -134,7 +136,7 @@ class _Layer:
     def project_back(self, dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``dy @ weight``, not yet stored."""
         dx = self.multiplied(dy @ weight, dy, weight.transpose(-1, -2))
-        return self.arithmetic.accumulate(dx, dy[0].square() @ weight[0].square())
+        return self.arithmetic.accumulate_(dx, dy[0].square() @ weight[0].square())
 
     def sum_over_parts(self, name: str, sums: Sums) -> None:
         """A parameter gradient: each micro-sequence's is stored, their sum is float32 unless the profile knows better.
@@ -169,7 +171,7 @@ class _Layer:
         r = (x.square().mean(-1, keepdim=True) + NORM_EPSILON).rsqrt()
         normed = self.arithmetic.store(x * r) if self.profile.norms_in_dtype else x * r
         y = normed * self.weights[name]
-        return self.arithmetic.store(self.arithmetic.accumulate(y, y[0].square()))
+        return self.arithmetic.store_sum_(y, y[0].square())
 
     def norm_back(self, name: str, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
         if name not in self.weights:
@@ -187,7 +189,7 @@ class _Layer:
             g = self.arithmetic.store(g)
         dx = r * (g - normed * (g * normed).mean(-1, keepdim=True))
         # The two terms may cancel; each carries float32's relative error.
-        return self.arithmetic.store(self.arithmetic.accumulate(dx, (r * g)[0].square()))
+        return self.arithmetic.store_sum_(dx, (r * g)[0].square())
 
     # Rotary.
 
@@ -220,11 +222,11 @@ class _Layer:
             by_cos, by_sin = torch.cat([real, imaginary], -1), torch.cat([imaginary, real], -1)
             products = by_cos * self.cos[0].repeat(1, 1, 2), by_sin * self.sin[0].repeat(1, 1, 2)
             roundings = [rounding_variance(product, self.case.dtype) for product in products]
-            y = self.arithmetic.perturb(y, roundings[0] + roundings[1])
+            y = self.arithmetic.perturb_(y, roundings[0] + roundings[1])
         # cos and sin are float32; each output mixes both channels of a pair.
         pair = x[0].square()
         mixed = pair + torch.cat(pair.chunk(2, -1)[::-1], -1)
-        return self.arithmetic.store(self.arithmetic.accumulate(y, mixed))
+        return self.arithmetic.store_sum_(y, mixed)
 
     # Padding.
 
@@ -252,7 +254,7 @@ class _Layer:
             for spans in groups_of(self.spans)
         ]
         by_token = Packed(groups, x.device)
-        context = arithmetic.store(by_token([group.forward() for group in groups]))
+        context = by_token([group.forward() for group in groups])
         flat = context.flatten(-2)
         out = self.project_by_share(flat, self.weights["dense"])
 

@@ -68,32 +68,52 @@ class Arithmetic:
         made[0] = x[0]
         return made, x[1:] if x.shape[0] > 1 else x
 
-    def _noise(self, x: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    def _noisy(self, x: torch.Tensor, errors: torch.Tensor, normals: Sequence[int], *, fresh: bool) -> torch.Tensor:
+        """``x`` whose samples have ``errors`` times normal numbers of such a shape; ``fresh`` may be overwritten."""
         if not self._samples:
             return x
+        if fresh and x.shape[0] > 1:
+            x[1:].addcmul_(self._normals(normals), errors)
+            return x
         noisy, samples = self._beside(x)
-        torch.addcmul(samples, self._normals(x.shape[1:]), variance.sqrt(), out=noisy[1:])
+        torch.addcmul(samples, self._normals(normals), errors, out=noisy[1:])
         return noisy
+
+    def rounding(self, x: torch.Tensor) -> torch.Tensor:
+        """The error variance of storing a tensor in the storage dtype (without samples)."""
+        return rounding_variance(x[0], self._dtype)
 
     def store(self, x: torch.Tensor) -> torch.Tensor:
         """Rounds to the storage dtype."""
-        return self._noise(x, rounding_variance(x[0], self._dtype))
+        return self.perturb(x, self.rounding(x))
+
+    def store_sum_(self, x: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+        """A float32 sum whose terms' squares add up to ``squares`` (without samples), stored; as ``perturb_``."""
+        return self.perturb_(x, ACCUMULATION**2 * squares + self.rounding(x))
 
     def accumulate(self, x: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
         """The error of a float32 sum whose terms' squares add up to ``squares`` (without samples)."""
-        return self._noise(x, ACCUMULATION**2 * squares)
+        return self.perturb(x, ACCUMULATION**2 * squares)
+
+    def accumulate_(self, x: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+        """The same, of a tensor that nothing else is made of."""
+        return self.perturb_(x, ACCUMULATION**2 * squares)
 
     def perturb(self, x: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
         """Noise of a given variance (without samples)."""
-        return self._noise(x, variance)
+        return self._noisy(x, variance.sqrt(), x.shape[1:], fresh=False)
+
+    def perturb_(self, x: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+        """The same, of a tensor that nothing else is made of: it is overwritten where it has samples."""
+        return self._noisy(x, variance.sqrt(), x.shape[1:], fresh=True)
 
     def agree(self, x: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
         """Noise that a row's elements have together: each row of ``errors`` (without samples) times a normal number."""
-        if not self._samples:
-            return x
-        noisy, samples = self._beside(x)
-        torch.addcmul(samples, self._normals((*x.shape[1:-1], 1)), errors, out=noisy[1:])
-        return noisy
+        return self._noisy(x, errors, (*x.shape[1:-1], 1), fresh=False)
+
+    def agree_(self, x: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
+        """The same, of a tensor that nothing else is made of."""
+        return self._noisy(x, errors, (*x.shape[1:-1], 1), fresh=True)
 
     def shrink(self, x: torch.Tensor, most: float) -> torch.Tensor:
         """Noise that everything has together: all of ``x`` times 1 plus ``ALIKE`` of an error that agrees everywhere.

@@ -83,7 +83,7 @@ def _products(dy: torch.Tensor, x: torch.Tensor, spans: Sequence[Span]) -> Itera
     samples, rows, channels = max(len(dy), len(x)), dy.shape[-1], x.shape[-1]
     most = _MOST.get(dy.device.type, _MOST["cuda"]) // samples
     for some in _chunks(spans, rows, channels, most):
-        left, right = (_padded(each, some) for each in (dy, x))
+        left, right = _padded(dy, x, some)
         if len(left) == len(right):
             yield left.transpose(-1, -2) @ right
         elif len(right) == 1:
@@ -107,13 +107,16 @@ def _chunks(spans: Sequence[Span], rows: int, channels: int, most: int) -> Itera
     yield spans[begin:]
 
 
-def _padded(x: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
-    """The tokens of some spans, ``[samples, spans, longest, channels]``, with zeros behind each."""
+def _padded(dy: torch.Tensor, x: torch.Tensor, spans: Sequence[Span]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of some spans, ``[samples, spans, longest, channels]``, of both sides of a product.
+
+    Behind each span's tokens the side that is the smaller one has zeros, and the other one tokens of that span.
+    """
     if len(spans) == 1:
-        return x[:, None, slice(*spans[0])]
-    first, lengths = torch.tensor([(span.begin, span.length) for span in spans], device=x.device).unbind(1)
+        return dy[:, None, slice(*spans[0])], x[:, None, slice(*spans[0])]
+    first, lengths = torch.tensor([(span.begin, span.length) for span in spans], device=x.device)[..., None].unbind(1)
     row = torch.arange(max(span.length for span in spans), device=x.device)
-    there = row < lengths[:, None]
-    places = torch.where(there, first[:, None] + row, 0)
-    taken = x.index_select(1, places.flatten()).unflatten(1, places.shape)
-    return taken * there[..., None]
+    places = first + torch.minimum(row, (lengths - 1).clamp_min_(0))
+    left, right = (each.index_select(1, places.flatten()).unflatten(1, places.shape) for each in (dy, x))
+    (left if left.numel() < right.numel() else right).mul_((row < lengths)[..., None])
+    return left, right

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from attn_fuzz.reference import attention
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.computation import Computation
-from attn_fuzz.reference.layout import Span, meeting
+from attn_fuzz.reference.layout import Span
 from attn_fuzz.reference.monte_carlo import Arithmetic
 from attn_fuzz.reference.narrow import Narrow, operand_variance
 from attn_fuzz.reference.profile import ACCUMULATION, ALIKE, ROUNDING_SECOND_MOMENT, UNIT_ROUNDOFF, Profile
 from attn_fuzz.reference.rounding import ds_factor, flush_variance, rounded_alike, rounding_variance, stored_ds_variance
+from attn_fuzz.reference.shares import Shares, product
 from attn_fuzz.reference.sums import atomic_variance, sums_of, walk_variance
 from attn_fuzz.reference.values import DTYPES
+
+
+class _KeySum(NamedTuple):
+    """A gradient of keys or values before the shares of micro-sequences are added up."""
+
+    name: str
+    scale: float
+    weights: torch.Tensor
+    """``[samples, documents, heads, rows, rows]``"""
+    x: torch.Tensor
+    """``[samples, documents, heads, rows, d]``; the gradient is ``scale * weights.T @ x``."""
+    terms: torch.Tensor
+    """``[shares, kv_heads, rows, d]``: what each share comes to; without samples."""
+    variance: torch.Tensor
+    """As ``terms``: of their errors."""
 
 
 class SimulatedAttention:
@@ -50,23 +67,18 @@ class SimulatedAttention:
         self.index = torch.tensor(
             [min(span.begin + row, span.end - 1) for span in spans for row in range(self.rows)], device=q.device
         )
-        # The share of each document that each micro-sequence has, a document's one after another.
-        self.shares = [
-            (document, Span(max(part.begin, span.begin) - span.begin, min(part.end, span.end) - span.begin))
-            for document, span in enumerate(spans)
-            for part in meeting(span, parts)
-        ]
+        self.shares = Shares(spans, parts, self.rows, q.device)
         self.narrow = Narrow.of(case.dtype, profile)
-        self.q = self._taken(q)
+        self.q = self._taken(q).contiguous()
         self.k, self.v = (attention.expand_heads(self._taken(x), self.group) for x in (k, v))
         if self.narrow:
             # Inputs of products: rounded once, and met alike by every row.
             self.q = self._operand(self.q)
             self.k, self.v = (attention.expand_heads(self._operand(self._taken(x)), self.group) for x in (k, v))
         scores, self.slope = self._scores()
-        probabilities, lse = attention.softmax_rows(scores, self._mask(q.device))
+        probabilities, lse = self._softmax(scores)
         # The float32 LSE that rows are normalised by, at least in the backward.
-        finite = lse[0].masked_fill(~lse[0].isfinite(), 0.0)
+        finite = lse[0].masked_fill(lse[0] == -torch.inf, 0.0)
         ones = torch.ones_like(lse[:1])
         scaled = probabilities * arithmetic.perturb(ones, ACCUMULATION**2 * finite.square() / 16)[..., None]
         self.rounds_p = Computation.of(case, profile).rounds_p
@@ -77,7 +89,7 @@ class SimulatedAttention:
             self.stored_forward = arithmetic.agree(self.stored_forward, errors)
         # A backward recomputes scores and exponentials, and nothing normalises them again.
         recomputed = ACCUMULATION**2 * scores[0].square() / 16 + profile.exp_error**2
-        self.probabilities = scaled * arithmetic.perturb(torch.ones_like(scaled[:1]), recomputed)
+        self.probabilities = arithmetic.perturb(torch.ones_like(scaled[:1]), recomputed).mul_(scaled)
         self.kept = self._kept(self.probabilities) if self.narrow else self.probabilities
         self.stored = self.stored_forward if profile.normalises_by_lse else self._stored(self.kept)
         if self.narrow and not profile.normalises_by_lse:
@@ -125,7 +137,7 @@ class SimulatedAttention:
     def _scores(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Capped scores and their slope where it is not 1; forward and backward compute the same, errors included."""
         case, profile, arithmetic = self.case, self.profile, self.arithmetic
-        scores = case.softmax_scale * (self.q @ self.k.transpose(-1, -2))
+        scores = (self.q @ self.k.transpose(-1, -2)).mul_(case.softmax_scale)
         products = case.softmax_scale**2 * (self.q[0].square() @ self.k[0].square().transpose(-1, -2))
         variance = ACCUMULATION**2 * (products + 1 + scores[0].square() / 16) + profile.exp_error**2
         if profile.scales_inputs:
@@ -134,12 +146,21 @@ class SimulatedAttention:
             variance = variance + rounding_variance(scores[0], case.dtype)
         if self.narrow and self.narrow.scores:
             variance = variance + operand_variance(scores[0], self.narrow.scores)
-        scores = arithmetic.perturb(scores, variance)
+        scores = arithmetic.perturb_(scores, variance)
         if not case.softcap:
             return scores, None
         tanh = torch.tanh(scores / case.softcap)
         tanh = arithmetic.perturb(tanh, (profile.tanh_error**2 + ACCUMULATION**2) * tanh[0].square())
         return case.softcap * tanh, 1 - tanh.square()
+
+    def _softmax(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``attention.softmax_rows``, in the memory of one tensor: these are among the largest that there are."""
+        masked = scores.masked_fill(~self._mask(scores.device), -torch.inf)
+        largest = masked.amax(-1, keepdim=True)
+        probabilities = masked.sub_(largest.masked_fill(largest == -torch.inf, 0.0)).exp_()
+        total = probabilities.sum(-1, keepdim=True)
+        # At least 1, but where no key is seen.
+        return probabilities.div_(total.clamp_min(1.0)), (largest + total.log()).squeeze(-1)
 
     def _rounded_alike(self, probabilities: torch.Tensor) -> list[torch.Tensor]:
         """What storing does to a row's weights as a whole, for each way in which they may be stored.
@@ -160,10 +181,9 @@ class SimulatedAttention:
         return found
 
     def forward(self) -> torch.Tensor:
-        """Output, not yet stored."""
-        out = self.stored_forward @ self.v
+        """Output, stored."""
         squares = self.probabilities[0] @ self.v[0].square()
-        return self.arithmetic.accumulate(out, squares)
+        return self.arithmetic.store_sum_(self.stored_forward @ self.v, squares)
 
     def _ds(self, out: torch.Tensor, dout: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
         """Gradient of the uncapped, unscaled scores, stored; ``operand`` is ``dout`` as products have it."""
@@ -174,7 +194,7 @@ class SimulatedAttention:
             variance = variance + rounding_variance(dp[0], self.case.dtype)
         if self.narrow and self.narrow.scores:
             variance = variance + operand_variance(dp[0], self.narrow.scores)
-        dp = arithmetic.perturb(dp, variance)
+        dp = arithmetic.perturb_(dp, variance)
         p = self.kept
         if profile.stores_probabilities:
             p = self.stored if self.rounds_p else arithmetic.store(p)
@@ -187,26 +207,29 @@ class SimulatedAttention:
             either = torch.arange(len(summed), device=dp.device)[:, None, None, None, None] % 2 == 0
             delta = torch.where(either, delta, summed) if profile.delta_from_output else summed
         delta = arithmetic.accumulate(delta, terms[0].square().sum(-1, keepdim=True))
-        difference = arithmetic.accumulate(dp - delta, dp[0].square() + delta[0].square())
-        p = arithmetic.perturb(p, flush_variance(p[0]))
+        difference = arithmetic.accumulate_(dp - delta, dp[0].square() + delta[0].square())
+        flushed = flush_variance(p[0])
+        # Next to never anywhere; a GPU would have to be waited for to know.
+        if p.is_cuda or flushed.any():
+            p = arithmetic.perturb(p, flushed)
         ds = p * difference
         alike = rounded_alike(p[0], dp[0], delta[0], self.case.dtype, profile)
         if profile.stores_products:
-            ds = arithmetic.perturb(ds, rounding_variance(p[0] * dp[0], self.case.dtype))
+            ds = arithmetic.perturb_(ds, rounding_variance(p[0] * dp[0], self.case.dtype))
         if alike is not None:
             # All one way, or one way for the larger weights of the row and the other for the lesser ones.
             alike = ALIKE**0.5 * alike
             seen = (p[0] > 0).sum(-1, keepdim=True).clamp_min(1)
             lesser = p[0] * seen < p[0].sum(-1, keepdim=True)
             for errors in (alike, torch.where(lesser, -alike, alike)):
-                ds = arithmetic.agree(ds, errors)
+                ds = arithmetic.agree_(ds, errors)
         if self.slope is not None:
             ds = ds * self.slope
         case = self.case
         if Computation.of(case, profile).rounds_ds:
-            ds = arithmetic.perturb(ds, stored_ds_variance(ds[0], case.softmax_scale, case.softcap, case.dtype))
+            ds = arithmetic.perturb_(ds, stored_ds_variance(ds[0], case.softmax_scale, case.softcap, case.dtype))
         if self.narrow:
-            ds = arithmetic.perturb(ds, self.narrow.of_ds(ds[0], ds_factor(case.softmax_scale, case.softcap)))
+            ds = arithmetic.perturb_(ds, self.narrow.of_ds(ds[0], ds_factor(case.softmax_scale, case.softcap)))
             ds = arithmetic.shrink(ds, self.narrow.cut)
         return ds
 
@@ -218,96 +241,67 @@ class SimulatedAttention:
             dout: its gradient.
         """
         arithmetic, scale = self.arithmetic, self.case.softmax_scale
-        dout = self._taken(dout)
+        dout = self._taken(dout).contiguous()
         operand = self._operand(dout) if self.narrow else dout
         ds = self._ds(self._taken(out), dout, operand)
         squares = scale**2 * (ds[0].square() @ self.k[0].square())
-        dq = arithmetic.accumulate(scale * (ds @ self.k), squares)
+        dq = (ds @ self.k).mul_(scale)
         sums = sums_of(self.rows, self.rows, self.profile, self.group)
-        if times := sums.stored_dq + sums.atomic_dq:
-            walks = walk_variance(sums.stored_dq, self.case.dtype) + atomic_variance(sums.atomic_dq, self.case.dtype)
-            dq = arithmetic.perturb(dq, walks * squares + times * rounding_variance(dq[0], self.case.dtype))
-        if self.profile.scales_gradients:
-            dq = arithmetic.store(dq)
-        self.terms: dict[str, torch.Tensor] = {}
-        dk = self._shares("dk", self._reduced(scale, ds, self.q, self.profile.scales_gradients, sums.atomic_dk))
-        dv = self._shares("dv", self._reduced(1.0, self.stored, operand, False, sums.atomic_dv))
-        return arithmetic.store(dq), dk, dv
+        walks = walk_variance(sums.stored_dq, self.case.dtype) + atomic_variance(sums.atomic_dq, self.case.dtype)
+        # How often it is stored: as a running sum, before it is scaled, and in the end.
+        times = sums.stored_dq + sums.atomic_dq + self.profile.scales_gradients + 1
+        dq = arithmetic.perturb_(dq, (ACCUMULATION**2 + walks) * squares + times * arithmetic.rounding(dq))
+        self.key_sums = [
+            self._key_sum("dk", scale, ds, self.q, self.profile.scales_gradients, sums.atomic_dk),
+            self._key_sum("dv", 1.0, self.stored, operand, False, sums.atomic_dv),
+        ]
+        dk, dv = (self._added(of_keys, before_own=False) for of_keys in self.key_sums)
+        return dq, dk, dv
 
     def before_own(self) -> list[torch.Tensor]:
         """(dk, dv) as they are when each key's own micro-sequence begins its backward, after ``backward``.
 
         What is left out is the share of the queries beside the key; those before it have not seen it.
         """
-        own = torch.zeros(len(self.shares), self.rows, dtype=torch.bool, device=self.q.device)
-        for index, (_, rows) in enumerate(self.shares):
-            own[index, slice(*rows)] = True
-        return [self._summed(name, terms.masked_fill(own[:, None, :, None], 0)) for name, terms in self.terms.items()]
+        return [self._added(of_keys, before_own=True) for of_keys in self.key_sums]
 
-    def _shares(self, name: str, terms: torch.Tensor) -> torch.Tensor:
-        """Shares of micro-sequences, kept for ``before_own``, and added up."""
-        self.terms[name] = terms
-        return self._summed(name, terms)
+    def _key_sum(
+        self, name: str, scale: float, weights: torch.Tensor, x: torch.Tensor, scaled_after: bool, atomic: int
+    ) -> _KeySum:
+        """``scale * weights.T @ x``, per K/V head; what each rank makes of its query heads in a share is stored.
 
-    def _summed(self, name: str, terms: torch.Tensor) -> torch.Tensor:
-        """Shares of micro-sequences added up, the last first; in the dtype where each running sum is stored in it."""
-        if len(self.shares) == len(self.spans):
-            return terms
-        if name not in self.profile.stored_sums:
-            if len(self.spans) == 1:
-                return terms.sum(1, keepdim=True)
-            documents = torch.tensor([document for document, _ in self.shares], device=terms.device)
-            total = terms.new_zeros(len(terms), len(self.spans), *terms.shape[2:])
-            return total.index_add_(1, documents, terms)
-        by_document: list[list[int]] = [[] for _ in self.spans]
-        for index, (document, _) in enumerate(self.shares):
-            by_document[document].insert(0, index)
-        total = terms[:, [indices[0] for indices in by_document]]
-        for turn in range(1, max(map(len, by_document))):
-            having = [document for document, indices in enumerate(by_document) if turn < len(indices)]
-            term = terms[:, [by_document[document][turn] for document in having]]
-            running = total[:, having] + term
-            # Adding nothing rounds nothing: earlier micro-sequences have not met later keys.
-            rounding = torch.where(term[0] == 0, 0.0, rounding_variance(running[0], self.case.dtype))
-            total[:, having] = self.arithmetic.perturb(running, rounding)
-        return total
+        Errors of sums are sums of errors: what each step does is added up, and met once.
 
-    def _by_share(self, weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """``weights.T @ x`` over the query rows of each share, ``[samples, shares, heads, rows, d]``."""
-        if len(self.shares) == len(self.spans):
-            return weights.transpose(-1, -2) @ x
-        if len(self.spans) == 1:
-            rows = [slice(*rows) for _, rows in self.shares]
-            return torch.cat([weights[..., own, :].transpose(-1, -2) @ x[..., own, :] for own in rows], 1)
-        documents = torch.tensor([document for document, _ in self.shares], device=x.device)
-        bounds = torch.tensor([rows for _, rows in self.shares], device=x.device)
-        row = torch.arange(self.rows, device=x.device)
-        own = (row >= bounds[:, :1]) & (row < bounds[:, 1:])
-        masked = weights.index_select(1, documents) * own[:, None, :, None]
-        return masked.transpose(-1, -2) @ x.index_select(1, documents)
-
-    def _reduced(
-        self, scale: float, weights: torch.Tensor, x: torch.Tensor, scaled_after: bool, atomic: int
-    ) -> torch.Tensor:
-        """Each share's ``scale * weights.T @ x``, per K/V head; what each rank makes of its query heads is stored.
-
-        ``atomic`` is how often the query heads of a group add to it in the dtype.
+        Args:
+            name: of the gradient.
+            scale: of it.
+            weights: ``[samples, documents, heads, rows, rows]``.
+            x: ``[samples, documents, heads, rows, d]``.
+            scaled_after: whether it is stored before it is scaled.
+            atomic: how often the query heads of a group add to it in the dtype.
         """
-        arithmetic = self.arithmetic
-        squares = self._by_share(weights[:1].square(), x[:1].square())[0]
-        product = arithmetic.accumulate(scale * self._by_share(weights, x), scale**2 * squares)
-        if times := sums_of(self.rows, self.rows, self.profile).stored:
-            dtype = self.case.dtype
-            walks = scale**2 * walk_variance(times, dtype) * squares
-            product = arithmetic.perturb(product, walks + times * rounding_variance(product[0], dtype))
-        if atomic:
-            product = arithmetic.perturb(product, scale**2 * atomic_variance(atomic, self.case.dtype) * squares)
-        if scaled_after:
-            product = arithmetic.store(product)
-        if self.profile.expands_kv and self.group > 1:
-            product = arithmetic.store(product)
-        shares = self.case.tensor_ranks
-        summed = attention.sum_groups(product, self.group // shares)
-        if atomic:
-            summed = arithmetic.perturb(summed, atomic * rounding_variance(summed[0], self.case.dtype))
-        return attention.sum_groups(arithmetic.store(summed), shares)
+        dtype, ranks = self.case.dtype, self.case.tensor_ranks
+        times = sums_of(self.rows, self.rows, self.profile).stored
+        walks = ACCUMULATION**2 + walk_variance(times, dtype) + atomic_variance(atomic, dtype)
+        variance = self.shares.products(weights[0].square(), x[0].square()).mul_(scale**2 * walks)
+        if stored := times + scaled_after + (self.profile.expands_kv and self.group > 1):
+            of_heads = self.shares.products(weights[0], x[0]).mul_(scale)
+            variance += stored * rounding_variance(of_heads, dtype)
+        # The query heads of a group, or a rank's of them.
+        together = self.group // ranks
+        terms = self.shares.products(weights[0], x[0], together).mul_(scale)
+        variance = attention.sum_groups(variance, together) + (atomic + 1) * rounding_variance(terms, dtype)
+        of_ranks = (attention.sum_groups(each, ranks) for each in (terms, variance))
+        return _KeySum(name, scale, weights, x, *of_ranks)
+
+    def _added(self, of_keys: _KeySum, *, before_own: bool) -> torch.Tensor:
+        """``[samples, documents, kv_heads, rows, d]``: shares of micro-sequences added up, the last first."""
+        name, scale, weights, x, terms, variance = of_keys
+        if before_own:
+            own = self.shares.own[:, None, :, None]
+            terms, variance = terms.masked_fill(own, 0.0), variance.masked_fill(own, 0.0)
+            weights = weights.masked_fill(self.shares.beside[:, None], 0.0)
+        errors = self.shares.added(variance)
+        if name in self.profile.stored_sums and not self.shares.whole:
+            errors = errors + self.shares.stored_variance(terms, self.case.dtype)
+        return self.arithmetic.perturb_(product(weights, x, self.group).mul_(scale), errors)

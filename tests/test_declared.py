@@ -198,6 +198,7 @@ def test_a_layer_is_held_to_what_it_promises_not_to_round() -> None:
 
 
 def test_a_layers_gradients_may_be_added_up_in_the_dtype() -> None:
-    before, after = layer_budget(), layer_budget(atomic_sums=frozenset({"dk"}))
-    assert after["dk"] > 1.01 * before["dk"]
+    before, after = layer_budget("bf16"), layer_budget("bf16", atomic_sums=frozenset({"dk"}))
+    assert after["dk"] > 1.3 * before["dk"]
+    assert after["dv"] == before["dv"]
     assert after["out"] == before["out"]

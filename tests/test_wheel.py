@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -79,7 +80,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("setuptools here is too old to build the wheel, and another one would have to be fetched")
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder)]
-    done = subprocess.run([*command, str(ROOT)], capture_output=True, text=True, check=False)
+    # Of a copy: it is built within its folder, and other workers build one at the same time.
+    source = folder / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "results"))
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (wheel,) = folder.glob("attn_fuzz-*.whl")
     zipfile.ZipFile(wheel).extractall(folder / "site")

@@ -1,0 +1,93 @@
+"""Sums over the query rows of documents side by side, which micro-sequences share: one sum in each of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from attn_fuzz.reference.layout import Span, meeting
+from attn_fuzz.reference.rounding import rounding_variance
+
+
+class Shares:
+    """The share of each document that each micro-sequence has, a document's one after another.
+
+    Args:
+        spans: where the documents lie in the packed sequence; none is empty.
+        parts: micro-sequences.
+        rows: of every document's tensors, at least as many as the longest has.
+        device: of the tensors.
+    """
+
+    def __init__(self, spans: Sequence[Span], parts: Sequence[Span], rows: int, device: torch.device) -> None:
+        self.documents, self.rows, self.device = len(spans), rows, device
+        self._shares = [
+            (document, Span(max(part.begin, span.begin) - span.begin, min(part.end, span.end) - span.begin))
+            for document, span in enumerate(spans)
+            for part in meeting(span, parts)
+        ]
+        self.whole = len(self._shares) == self.documents
+        """Whether no document is shared."""
+
+    @functools.cached_property
+    def owner(self) -> torch.Tensor:
+        """int64 ``[shares]``: the document of each."""
+        return torch.tensor([document for document, _ in self._shares], device=self.device)
+
+    @functools.cached_property
+    def own(self) -> torch.Tensor:
+        """bool ``[shares, rows]``: the rows of each."""
+        bounds = torch.tensor([tuple(rows) for _, rows in self._shares], device=self.device)
+        row = torch.arange(self.rows, device=self.device)
+        return (row >= bounds[:, :1]) & (row < bounds[:, 1:])
+
+    @functools.cached_property
+    def beside(self) -> torch.Tensor:
+        """bool ``[documents, rows, rows]``: whether two rows are of one share."""
+        pairs = self.own[:, :, None] & self.own[:, None, :]
+        return pairs.new_zeros(self.documents, self.rows, self.rows).index_put_((self.owner,), pairs, accumulate=True)
+
+    def products(self, weights: torch.Tensor, x: torch.Tensor, heads: int = 1) -> torch.Tensor:
+        """``weights.T @ x`` over the query rows of each share, and so many heads: ``[shares, ..., rows, d]``.
+
+        Args:
+            weights: ``[documents, heads, rows, rows]``.
+            x: ``[documents, heads, rows, d]``.
+            heads: those that follow one another are added up.
+        """
+        if self.whole:
+            return product(weights, x, heads)
+        if self.documents == 1:
+            rows = [slice(*rows) for _, rows in self._shares]
+            return torch.cat([product(weights[..., own, :], x[..., own, :], heads) for own in rows])
+        masked = weights.index_select(0, self.owner).mul_(self.own[:, None, :, None])
+        return product(masked, x.index_select(0, self.owner), heads)
+
+    def added(self, terms: torch.Tensor) -> torch.Tensor:
+        """``[shares, ...]`` to the sums over each document's, ``[documents, ...]``."""
+        if self.whole:
+            return terms
+        return terms.new_zeros(self.documents, *terms.shape[1:]).index_add_(0, self.owner, terms)
+
+    def stored_variance(self, terms: torch.Tensor, dtype: str) -> torch.Tensor:
+        """What storing each running sum of ``[shares, ...]`` in a dtype does to each document's sum, the last first."""
+        by_document: list[list[int]] = [[] for _ in range(self.documents)]
+        for index, (document, _) in enumerate(self._shares):
+            by_document[document].insert(0, index)
+        running = terms[[indices[0] for indices in by_document]]
+        variance = torch.zeros_like(running)
+        for turn in range(1, max(map(len, by_document))):
+            having = [document for document, indices in enumerate(by_document) if turn < len(indices)]
+            term = terms[[by_document[document][turn] for document in having]]
+            running[having] += term
+            # Adding nothing rounds nothing: earlier micro-sequences have not met later keys.
+            variance[having] += torch.where(term == 0, 0.0, rounding_variance(running[having], dtype))
+        return variance
+
+
+def product(weights: torch.Tensor, x: torch.Tensor, heads: int) -> torch.Tensor:
+    """``weights.T @ x`` of ``[..., heads, rows, ...]`` over the rows of so many heads, which follow one another."""
+    left, right = (each.unflatten(-3, (-1, heads)).flatten(-3, -2) for each in (weights, x))
+    return left.transpose(-1, -2) @ right
