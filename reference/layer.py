@@ -100,7 +100,8 @@ class _Layer:
 
     def project(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``x @ weight.T``, not yet stored."""
-        y = self.multiplied(x @ weight.transpose(-1, -2), x, weight)
+        # One product with a matrix, all samples' rows one behind another.
+        y = self.multiplied(x @ weight[0].T, x, weight)
         if self.case.weights == "selection":
             return y
         return self.arithmetic.accumulate_(y, x[0].square() @ weight[0].square().T)
@@ -114,7 +115,7 @@ class _Layer:
 
     def stored_projection(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """A projection's output in the dtype; a selection of stored values needs no rounding."""
-        y = self.multiplied(x @ weight.transpose(-1, -2), x, weight)
+        y = self.multiplied(x @ weight[0].T, x, weight)
         if self.case.weights == "selection":
             return y
         return self.arithmetic.store_sum_(y, x[0].square() @ weight[0].square().T)
@@ -135,7 +136,7 @@ class _Layer:
 
     def project_back(self, dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``dy @ weight``, not yet stored."""
-        dx = self.multiplied(dy @ weight, dy, weight.transpose(-1, -2))
+        dx = self.multiplied(dy @ weight[0], dy, weight.transpose(-1, -2))
         return self.arithmetic.accumulate_(dx, dy[0].square() @ weight[0].square())
 
     def sum_over_parts(self, name: str, sums: Sums) -> None:

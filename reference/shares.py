@@ -49,6 +49,16 @@ class Shares:
         pairs = self.own[:, :, None] & self.own[:, None, :]
         return pairs.new_zeros(self.documents, self.rows, self.rows).index_put_((self.owner,), pairs, accumulate=True)
 
+    @functools.cached_property
+    def _turns(self) -> torch.Tensor:
+        """int64 ``[documents, turns]``: the shares of each document, the last first; behind them what is none."""
+        by_document: list[list[int]] = [[] for _ in range(self.documents)]
+        for index, (document, _) in enumerate(self._shares):
+            by_document[document].insert(0, index)
+        turns = max(map(len, by_document))
+        none = len(self._shares)
+        return torch.tensor([own + [none] * (turns - len(own)) for own in by_document], device=self.device)
+
     def products(self, weights: torch.Tensor, x: torch.Tensor, heads: int = 1) -> torch.Tensor:
         """``weights.T @ x`` over the query rows of each share, and so many heads: ``[shares, ..., rows, d]``.
 
@@ -73,18 +83,10 @@ class Shares:
 
     def stored_variance(self, terms: torch.Tensor, dtype: str) -> torch.Tensor:
         """What storing each running sum of ``[shares, ...]`` in a dtype does to each document's sum, the last first."""
-        by_document: list[list[int]] = [[] for _ in range(self.documents)]
-        for index, (document, _) in enumerate(self._shares):
-            by_document[document].insert(0, index)
-        running = terms[[indices[0] for indices in by_document]]
-        variance = torch.zeros_like(running)
-        for turn in range(1, max(map(len, by_document))):
-            having = [document for document, indices in enumerate(by_document) if turn < len(indices)]
-            term = terms[[by_document[document][turn] for document in having]]
-            running[having] += term
-            # Adding nothing rounds nothing: earlier micro-sequences have not met later keys.
-            variance[having] += torch.where(term == 0, 0.0, rounding_variance(running[having], dtype))
-        return variance
+        in_turn = torch.cat([terms, terms.new_zeros(1, *terms.shape[1:])])[self._turns]
+        running = in_turn.cumsum(1)[:, 1:]
+        # Adding nothing rounds nothing: earlier micro-sequences have not met later keys.
+        return torch.where(in_turn[:, 1:] == 0, 0.0, rounding_variance(running, dtype)).sum(1)
 
 
 def product(weights: torch.Tensor, x: torch.Tensor, heads: int) -> torch.Tensor:

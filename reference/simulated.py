@@ -76,7 +76,9 @@ class SimulatedAttention:
             self.q = self._operand(self.q)
             self.k, self.v = (attention.expand_heads(self._operand(self._taken(x)), self.group) for x in (k, v))
         scores, self.slope = self._scores()
-        probabilities, lse = self._softmax(scores)
+        # A backward recomputes scores and exponentials, and nothing normalises them again.
+        recomputed = ACCUMULATION**2 * scores[0].square() / 16 + profile.exp_error**2
+        probabilities, lse = self._softmax_(scores)
         # The float32 LSE that rows are normalised by, at least in the backward.
         finite = lse[0].masked_fill(lse[0] == -torch.inf, 0.0)
         ones = torch.ones_like(lse[:1])
@@ -87,8 +89,6 @@ class SimulatedAttention:
             self.stored_forward = self._narrowed(self.stored_forward)
         for errors in self._rounded_alike(probabilities[0]):
             self.stored_forward = arithmetic.agree(self.stored_forward, errors)
-        # A backward recomputes scores and exponentials, and nothing normalises them again.
-        recomputed = ACCUMULATION**2 * scores[0].square() / 16 + profile.exp_error**2
         self.probabilities = arithmetic.perturb(torch.ones_like(scaled[:1]), recomputed).mul_(scaled)
         self.kept = self._kept(self.probabilities) if self.narrow else self.probabilities
         self.stored = self.stored_forward if profile.normalises_by_lse else self._stored(self.kept)
@@ -153,9 +153,9 @@ class SimulatedAttention:
         tanh = arithmetic.perturb(tanh, (profile.tanh_error**2 + ACCUMULATION**2) * tanh[0].square())
         return case.softcap * tanh, 1 - tanh.square()
 
-    def _softmax(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As ``attention.softmax_rows``, in the memory of one tensor: these are among the largest that there are."""
-        masked = scores.masked_fill(~self._mask(scores.device), -torch.inf)
+    def _softmax_(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``attention.softmax_rows``, in the scores' memory: of all tensors these are among the largest."""
+        masked = scores.masked_fill_(~self._mask(scores.device), -torch.inf)
         largest = masked.amax(-1, keepdim=True)
         probabilities = masked.sub_(largest.masked_fill(largest == -torch.inf, 0.0)).exp_()
         total = probabilities.sum(-1, keepdim=True)
@@ -284,12 +284,12 @@ class SimulatedAttention:
         times = sums_of(self.rows, self.rows, self.profile).stored
         walks = ACCUMULATION**2 + walk_variance(times, dtype) + atomic_variance(atomic, dtype)
         variance = self.shares.products(weights[0].square(), x[0].square()).mul_(scale**2 * walks)
+        terms = self.shares.products(weights[0], x[0]).mul_(scale)
         if stored := times + scaled_after + (self.profile.expands_kv and self.group > 1):
-            of_heads = self.shares.products(weights[0], x[0]).mul_(scale)
-            variance += stored * rounding_variance(of_heads, dtype)
+            variance += stored * rounding_variance(terms, dtype)
         # The query heads of a group, or a rank's of them.
         together = self.group // ranks
-        terms = self.shares.products(weights[0], x[0], together).mul_(scale)
+        terms = attention.sum_groups(terms, together)
         variance = attention.sum_groups(variance, together) + (atomic + 1) * rounding_variance(terms, dtype)
         of_ranks = (attention.sum_groups(each, ranks) for each in (terms, variance))
         return _KeySum(name, scale, weights, x, *of_ranks)

@@ -21,8 +21,8 @@ from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.layer_calls import LONGEST, draw_layer_batch
 from attn_fuzz.reference.layer import layer_inputs
 
-CALLS: Final = 32
-"""Of a batch: as many as a CPU's campaigns come to, and an eighth of a GPU's."""
+CALLS: Final = 48
+"""Of a batch: as many as a CPU's campaigns come to, and a fifth of a GPU's."""
 
 _BATCHES: Final = 11
 """Different ones; sizes and questions have no divisor in common with their number, or are as many."""

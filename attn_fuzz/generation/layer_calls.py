@@ -19,7 +19,7 @@ LONGEST: Final = {"cuda": (32, 128, 16), "cpu": (9, 33, 9)}
 """Tokens of the longest documents of batches, in turn: what a layer's step costs hardly depends on them on a GPU, and
 the budgets, whose roundings are simulated, do."""
 
-MOST: Final = {"cuda": 256, "cpu": 32}
+MOST: Final = {"cuda": 256, "cpu": 48}
 """Calls of a batch: a layer's takes a CPU as long as some five of its kernel's, and questions have to come round."""
 
 _DOCUMENTS: Final = (1, 1, 1, 2, 2, 3, 4, 7)
