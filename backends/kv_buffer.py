@@ -113,8 +113,9 @@ class KeyValueBuffer:
 
     def accumulate(self, begin: int, end: int, dk: torch.Tensor, dv: torch.Tensor) -> None:
         """Adds a micro-sequence's gradients over the extent that it attended to."""
-        self.dk[begin:end] += dk
-        self.dv[begin:end] += dv
+        # Not `+=`, which would copy each sum to itself.
+        self.dk[begin:end].add_(dk)
+        self.dv[begin:end].add_(dv)
 
     def gradients(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Accumulated gradients of rows ``[begin, end)`` in the storage dtype."""

@@ -1,4 +1,4 @@
-"""Where documents lie in a varlen call, computed on the device from host lengths, without host syncs."""
+"""Where documents lie in a varlen call, made of host lengths, without host syncs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 
 
-def prefix_sums(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    """int32 ``[len(lengths) + 1]`` starting at 0."""
-    sums = list(itertools.accumulate(lengths, initial=0))
+def prefix_sums(lengths: Sequence[int], device: torch.device, first: int = 0) -> torch.Tensor:
+    """int32 ``[len(lengths) + 1]`` starting at ``first``."""
+    sums = list(itertools.accumulate(lengths, initial=first))
     return torch.tensor(sums, dtype=torch.int32).to(device, non_blocking=True)
 
 
@@ -52,7 +52,7 @@ class VarlenMetadata:
     @functools.cached_property
     def cu_seqlens_k(self) -> torch.Tensor:
         """int32 ``[documents + 1]``; starts at ``first_key_row``."""
-        return prefix_sums(slots(self.lengths_k, self.gaps[1]), self.device) + self.first_key_row
+        return prefix_sums(slots(self.lengths_k, self.gaps[1]), self.device, self.first_key_row)
 
     @functools.cached_property
     def seqused_q(self) -> torch.Tensor | None:
@@ -157,10 +157,12 @@ class MicroSequenceMetadata:
     @functools.cached_property
     def position_index(self) -> torch.Tensor:
         """int32 ``[end - begin]``: position of every query token within its document."""
-        device = self.varlen.device
-        rows = torch.arange(self.past_length, self.end, dtype=torch.int32, device=device) - self.first_document_begin
-        documents = self.varlen.document_index_k[rows.long()].long()
-        return rows - self.varlen.cu_seqlens_k[documents - 1]
+        # On the host, and one transfer: a device would be launched nine times.
+        lengths = torch.tensor(self.varlen.lengths_k, device="cpu")
+        starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+        rows = torch.arange(len(starts), device="cpu")
+        positions = (rows - starts)[self.past_length - self.first_document_begin :]
+        return positions.to(torch.int32).to(self.varlen.device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=16)

@@ -188,11 +188,11 @@ def test_noncausal_windows_must_end_where_a_document_ends(window: tuple[list[int
 
 
 @bounded
-@given(st.lists(st.integers(0, 9), max_size=6))
-def test_prefix_sums(lengths: list[int]) -> None:
-    sums = prefix_sums(lengths, CPU)
+@given(st.lists(st.integers(0, 9), max_size=6), st.sampled_from([0, 3]))
+def test_prefix_sums(lengths: list[int], first: int) -> None:
+    sums = prefix_sums(lengths, CPU, first)
     assert sums.dtype == torch.int32
-    assert sums.tolist() == [sum(lengths[:count]) for count in range(len(lengths) + 1)]
+    assert sums.tolist() == [first + sum(lengths[:count]) for count in range(len(lengths) + 1)]
 
 
 pairs_strategy = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7)), min_size=1, max_size=5)

@@ -51,6 +51,15 @@ def test_a_buffer_of_another_width_is_not_compared_row_by_row() -> None:
     assert watch.compare("forward", 0, 0) == []
 
 
+def test_a_buffer_that_is_not_watched_is_not_looked_at() -> None:
+    def shown() -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("looked at")
+
+    watch = Watch(("k", "v"), shown, watched=False)
+    assert watch.compare("forward", 0, 0) == []
+    assert watch.settle() == []
+
+
 def test_what_was_handed_back_is_as_it_was_and_its_change_is_told() -> None:
     given, memory = HandedBack("out"), torch.zeros(3, 2)
     given.add("forward of [0, 3]", memory)

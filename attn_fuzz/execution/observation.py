@@ -191,10 +191,17 @@ class Watch:
     Args:
         names: of the two tensors watched.
         look: gives them as they are now, or None where there are none to see.
+        watched: whether it is looked at all: each look copies the buffer.
     """
 
-    def __init__(self, names: tuple[str, str], look: Callable[[], tuple[torch.Tensor, torch.Tensor] | None]) -> None:
-        self._names, self._look = names, look
+    def __init__(
+        self,
+        names: tuple[str, str],
+        look: Callable[[], tuple[torch.Tensor, torch.Tensor] | None],
+        *,
+        watched: bool = True,
+    ) -> None:
+        self._names, self._look = names, look if watched else lambda: None
         self._watched: list[_Watched] = []
         self._past: list[_Watched] = []
         self.compare("", 0, 0)

@@ -213,8 +213,8 @@ class LayerRun:
     def forward(self) -> None:
         # Tensors of its own, in memory that is shared: gradients that autograd leaves on them are this layer's.
         self.layer = self.make_layer({name: weight.detach() for name, weight in self.tensors.weights.items()})
-        self.buffer = Watch(("k", "v"), self.layer.key_value)
-        self.buffer_gradient = Watch(("dk", "dv"), self.key_value_gradients)
+        self.buffer = Watch(("k", "v"), self.layer.key_value, watched=self.watched)
+        self.buffer_gradient = Watch(("dk", "dv"), self.key_value_gradients, watched=self.watched)
         for part in self.parts:
             step = f"forward of {list(part)}"
             with without_autograd(self.case) if self.evaluation else contextlib.nullcontext():
