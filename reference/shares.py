@@ -46,8 +46,8 @@ class Shares:
     @functools.cached_property
     def beside(self) -> torch.Tensor:
         """bool ``[documents, rows, rows]``: whether two rows are of one share."""
-        pairs = self.own[:, :, None] & self.own[:, None, :]
-        return pairs.new_zeros(self.documents, self.rows, self.rows).index_put_((self.owner,), pairs, accumulate=True)
+        pairs = (self.own[:, :, None] & self.own[:, None, :]).int()
+        return pairs.new_zeros(self.documents, self.rows, self.rows).index_add_(0, self.owner, pairs) > 0
 
     @functools.cached_property
     def _turns(self) -> torch.Tensor:
@@ -84,9 +84,13 @@ class Shares:
     def stored_variance(self, terms: torch.Tensor, dtype: str) -> torch.Tensor:
         """What storing each running sum of ``[shares, ...]`` in a dtype does to each document's sum, the last first."""
         in_turn = torch.cat([terms, terms.new_zeros(1, *terms.shape[1:])])[self._turns]
-        running = in_turn.cumsum(1)[:, 1:]
-        # Adding nothing rounds nothing: earlier micro-sequences have not met later keys.
-        return torch.where(in_turn[:, 1:] == 0, 0.0, rounding_variance(running, dtype)).sum(1)
+        running, *later = in_turn.unbind(1)
+        variance = torch.zeros_like(running)
+        for term in later:
+            running = running + term
+            # Adding nothing rounds nothing: earlier micro-sequences have not met later keys.
+            variance += torch.where(term == 0, 0.0, rounding_variance(running, dtype))
+        return variance
 
 
 def product(weights: torch.Tensor, x: torch.Tensor, heads: int) -> torch.Tensor:
