@@ -34,7 +34,7 @@ class Parts:
 
     Args:
         calls: the tokens of each sequence, one behind another.
-        parts: the tokens of each part, one behind another; each lies in one sequence.
+        parts: the tokens of each part, one behind another; each lies in one sequence, and none is empty.
         device: of the tensors.
     """
 
@@ -116,7 +116,7 @@ def _padded(dy: torch.Tensor, x: torch.Tensor, spans: Sequence[Span]) -> tuple[t
         return dy[:, None, slice(*spans[0])], x[:, None, slice(*spans[0])]
     first, lengths = torch.tensor([(span.begin, span.length) for span in spans], device=x.device)[..., None].unbind(1)
     row = torch.arange(max(span.length for span in spans), device=x.device)
-    places = first + torch.minimum(row, (lengths - 1).clamp_min_(0))
+    places = first + torch.minimum(row, lengths - 1)
     left, right = (each.index_select(1, places.flatten()).unflatten(1, places.shape) for each in (dy, x))
     (left if left.numel() < right.numel() else right).mul_((row < lengths)[..., None])
     return left, right

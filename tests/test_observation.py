@@ -51,13 +51,14 @@ def test_a_buffer_of_another_width_is_not_compared_row_by_row() -> None:
     assert watch.compare("forward", 0, 0) == []
 
 
-def test_a_buffer_that_is_not_watched_is_not_looked_at() -> None:
-    def shown() -> tuple[torch.Tensor, torch.Tensor]:
-        raise AssertionError("looked at")
-
+def test_a_buffer_that_is_not_watched_is_checked_and_not_compared() -> None:
+    shown = Shown(pair(3))
     watch = Watch(("k", "v"), shown, watched=False)
-    assert watch.compare("forward", 0, 0) == []
-    assert watch.settle() == []
+    k, _ = shown.now or pair(3)
+    k[1] = 7.0
+    assert watch.compare("forward", 0, 0) == watch.settle() == []
+    with pytest.raises(TypeError, match="should be two tensors"):
+        Watch(("dk", "dv"), lambda: torch.zeros(2, 1, 2), watched=False)  # type: ignore[arg-type, return-value]
 
 
 def test_what_was_handed_back_is_as_it_was_and_its_change_is_told() -> None:

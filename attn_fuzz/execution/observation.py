@@ -191,7 +191,7 @@ class Watch:
     Args:
         names: of the two tensors watched.
         look: gives them as they are now, or None where there are none to see.
-        watched: whether it is looked at all: each look copies the buffer.
+        watched: whether it is compared at all, which copies the buffer each time; what is shown is checked in any case.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class Watch:
         *,
         watched: bool = True,
     ) -> None:
-        self._names, self._look = names, look if watched else lambda: None
+        self._names, self._look, self._compares = names, look, watched
         self._watched: list[_Watched] = []
         self._past: list[_Watched] = []
         self.compare("", 0, 0)
@@ -211,6 +211,8 @@ class Watch:
         tensors = self._look()
         if tensors is not None and (not isinstance(tensors, (tuple, list)) or len(tensors) != len(self._names)):
             raise TypeError(f"a buffer should be two tensors, {' and '.join(self._names)}, or None")
+        if not self._compares:
+            return []
         if tensors is None or not self._watched:
             self._past += self._watched
             self._watched = [_Watched(*pair) for pair in zip(self._names, tensors or (), strict=False)]
