@@ -98,13 +98,14 @@ class _Layer:
 
     # Projections.
 
-    def project(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """``x @ weight.T``, not yet stored."""
+    def project(self, x: torch.Tensor, weight: torch.Tensor, *, stored: bool = False) -> torch.Tensor:
+        """``x @ weight.T``, stored or not yet; a selection of stored values needs no rounding."""
         # One product with a matrix, all samples' rows one behind another.
         y = self.multiplied(x @ weight[0].T, x, weight)
         if self.case.weights == "selection":
             return y
-        return self.arithmetic.accumulate_(y, x[0].square() @ weight[0].square().T)
+        squares = x[0].square() @ weight[0].square().T
+        return self.arithmetic.store_sum_(y, squares) if stored else self.arithmetic.accumulate_(y, squares)
 
     def multiplied(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``y``, which is ``x @ weight.T``, with the roundings of its operands to the format of projections."""
@@ -113,19 +114,12 @@ class _Layer:
         y = self.arithmetic.perturb(y, self.narrow.product_variance(x[0], weight[0]))
         return self.arithmetic.shrink(y, 2 * self.narrow.cut)
 
-    def stored_projection(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """A projection's output in the dtype; a selection of stored values needs no rounding."""
-        y = self.multiplied(x @ weight[0].T, x, weight)
-        if self.case.weights == "selection":
-            return y
-        return self.arithmetic.store_sum_(y, x[0].square() @ weight[0].square().T)
-
     def project_by_share(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """A projection of the heads' channels, not yet stored: of each share of them stored, then added up."""
         if self.shares == 1:
             return self.project(x, weight)
         pairs = zip(x.chunk(self.shares, -1), weight.chunk(self.shares, -1), strict=True)
-        return sum_of([self.stored_projection(*pair) for pair in pairs])
+        return sum_of([self.project(*pair, stored=True) for pair in pairs])
 
     def project_back_by_share(self, dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The gradient of a projection to the heads' channels, stored."""
@@ -244,8 +238,8 @@ class _Layer:
     def evaluate(self, inputs: LayerInputs) -> dict[str, Expected]:
         case, arithmetic = self.case, self.arithmetic
         x, dout = arithmetic.exact(inputs.x), self.with_computed_rows(arithmetic.exact(inputs.dout))
-        q0 = self.stored_projection(x, self.weights["query"]).unflatten(-1, (case.heads, case.head_dim))
-        kv0 = self.stored_projection(x, self.weights["key_value"]).unflatten(-1, (-1, case.head_dim))
+        q0 = self.project(x, self.weights["query"], stored=True).unflatten(-1, (case.heads, case.head_dim))
+        kv0 = self.project(x, self.weights["key_value"], stored=True).unflatten(-1, (-1, case.head_dim))
         k0, v0 = (kv0, kv0) if case.shared_key_value else kv0.chunk(2, -2)
         q = self.rotary(self.norm("query_norm", q0))
         k = self.rotary(self.norm("key_norm", k0))

@@ -91,12 +91,8 @@ class Arithmetic:
         """A float32 sum whose terms' squares add up to ``squares`` (without samples), stored; as ``perturb_``."""
         return self.perturb_(x, ACCUMULATION**2 * squares + self.rounding(x))
 
-    def accumulate(self, x: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-        """The error of a float32 sum whose terms' squares add up to ``squares`` (without samples)."""
-        return self.perturb(x, ACCUMULATION**2 * squares)
-
     def accumulate_(self, x: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-        """The same, of a tensor that nothing else is made of."""
+        """The error of a float32 sum whose terms' squares add up to ``squares`` (without samples); as ``perturb_``."""
         return self.perturb_(x, ACCUMULATION**2 * squares)
 
     def perturb(self, x: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:

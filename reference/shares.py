@@ -59,21 +59,20 @@ class Shares:
         none = len(self._shares)
         return torch.tensor([own + [none] * (turns - len(own)) for own in by_document], device=self.device)
 
-    def products(self, weights: torch.Tensor, x: torch.Tensor, heads: int = 1) -> torch.Tensor:
-        """``weights.T @ x`` over the query rows of each share, and so many heads: ``[shares, ..., rows, d]``.
+    def products(self, weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """``weights.T @ x`` over the query rows of each share, ``[shares, heads, rows, d]``.
 
         Args:
             weights: ``[documents, heads, rows, rows]``.
             x: ``[documents, heads, rows, d]``.
-            heads: those that follow one another are added up.
         """
         if self.whole:
-            return product(weights, x, heads)
+            return product(weights, x)
         if self.documents == 1:
             rows = [slice(*rows) for _, rows in self._shares]
-            return torch.cat([product(weights[..., own, :], x[..., own, :], heads) for own in rows])
+            return torch.cat([product(weights[..., own, :], x[..., own, :]) for own in rows])
         masked = weights.index_select(0, self.owner).mul_(self.own[:, None, :, None])
-        return product(masked, x.index_select(0, self.owner), heads)
+        return product(masked, x.index_select(0, self.owner))
 
     def added(self, terms: torch.Tensor) -> torch.Tensor:
         """``[shares, ...]`` to the sums over each document's, ``[documents, ...]``."""
@@ -93,7 +92,7 @@ class Shares:
         return variance
 
 
-def product(weights: torch.Tensor, x: torch.Tensor, heads: int) -> torch.Tensor:
+def product(weights: torch.Tensor, x: torch.Tensor, heads: int = 1) -> torch.Tensor:
     """``weights.T @ x`` of ``[..., heads, rows, ...]`` over the rows of so many heads, which follow one another."""
     left, right = (each.unflatten(-3, (-1, heads)).flatten(-3, -2) for each in (weights, x))
     return left.transpose(-1, -2) @ right

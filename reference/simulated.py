@@ -206,7 +206,7 @@ class SimulatedAttention:
             # noise has the same source, and added up could cancel what P itself carries of it.
             either = torch.arange(len(summed), device=dp.device)[:, None, None, None, None] % 2 == 0
             delta = torch.where(either, delta, summed) if profile.delta_from_output else summed
-        delta = arithmetic.accumulate(delta, terms[0].square().sum(-1, keepdim=True))
+        delta = arithmetic.accumulate_(delta, terms[0].square().sum(-1, keepdim=True))
         difference = arithmetic.accumulate_(dp - delta, dp[0].square() + delta[0].square())
         flushed = flush_variance(p[0])
         # Next to never anywhere; a GPU would have to be waited for to know.

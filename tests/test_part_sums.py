@@ -16,7 +16,7 @@ SAMPLES = {"on both sides": (4, 4), "of the gradient": (4, 1), "of the input": (
 
 
 def drawn(samples: int, channels: int, seed: int) -> torch.Tensor:
-    """Samples that stray a little from the exact ones, ``[1 + samples, 13, channels]``."""
+    """``[samples, 13, channels]``: the first is exact, the others stray a little from it."""
     generator = torch.Generator().manual_seed(seed)
     exact = torch.randn(1, 13, channels, dtype=torch.float64, generator=generator)
     noise = 1e-3 * torch.randn(samples - 1, 13, channels, dtype=torch.float64, generator=generator)
