@@ -25,6 +25,11 @@ from attn_fuzz.reference.case import Case
 CASE = Case(level="kernel", lengths=(3, 2, 9), head_dim=2)
 
 
+NO_CAUSE = "RuntimeError: CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(handle)`"
+NO_CAUSE_IN = {"fails": 99, "failed once": 1}
+"""Backends that say this, in how many of the processes that are asked."""
+
+
 class Process:
     """Stands for ``Isolated``: what its backend's name says it does with documents of nine queries or more."""
 
@@ -36,6 +41,7 @@ class Process:
     def __init__(self, subject: Subject, patience: float, soon: float) -> None:
         # It is handed to a process that is started.
         self.subject, self.patience = pickle.loads(pickle.dumps(subject)), patience
+        self.number = sum(other.backend == subject.backend for other in Process.subjects)
         Process.subjects.append(subject)
 
     def begin(self) -> None:
@@ -57,6 +63,8 @@ class Process:
             return Report("Hung", survived=False)
         if max(case.packed_lengths) >= 9 and name in ("crashes", "hangs"):
             return Report("Crashed" if name == "crashes" else "Hung", "as it does", survived=False)
+        if max(case.packed_lengths) >= 9 and name in NO_CAUSE_IN and NO_CAUSE_IN[name] > self.number:
+            return Report("Crashed", f"Crashed [runs] call: {NO_CAUSE}", said=NO_CAUSE)
         return Report("WrongOutput") if name == "wrong" else Report()
 
     def close(self) -> None:
@@ -116,6 +124,15 @@ def test_what_does_not_happen_again_accuses_nobody_unless_it_is_sure() -> None:
     assert result(suspect("wrong", sure=False)) == "it was killed from outside"
     finding = found(suspect("wrong", sure=True, symptom="Hung"))
     assert (finding.symptom, finding.case, finding.messages[-1]) == ("Hung", CASE, NOT_AGAIN)
+
+
+def test_a_failure_of_no_stated_cause_is_the_backends_where_two_processes_have_it() -> None:
+    """As cuBLAS fails on a GPU that others have filled: in the soak `sdpa_dense_efficient` was accused of that."""
+    finding = found(suspect("fails", sure=False))
+    assert (finding.symptom, finding.case) == ("Crashed", Case(level="kernel", lengths=(9,), head_dim=1))
+    assert finding.messages == (f"Crashed [runs] call: {NO_CAUSE}",)
+    assert finding.symptoms[0]["tensor"] == "call"
+    assert result(suspect("failed once", sure=False)) == "it was killed from outside"
 
 
 def test_nobody_hangs_on_a_machine_that_is_as_slow_for_the_loop() -> None:

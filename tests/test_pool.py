@@ -131,6 +131,31 @@ def test_what_the_system_kills_for_its_memory_accuses_nobody(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["case", "batch"])
+@pytest.mark.parametrize("always", [False, True])
+def test_a_failure_of_no_stated_cause_is_looked_into_by_others(
+    kernel: Callable[..., str], mode: str, always: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As cuBLAS fails on a GPU that others have filled, in calls of the code under test, too."""
+    monkeypatch.setattr(inquest, "SHRINK_CRASH_SECONDS", 20.0)
+    # Not in the first calls: what a kernel takes is found out in them, whatever comes of it.
+    condition = "len(q) >= 3" if always else 'len(CALLS) == 30 and not (HERE / "failed").exists()'
+    said = "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx( handle, opa)`"
+    deed = f'    CALLS.append(1)\n    if {condition}:\n        (HERE / "failed").touch()\n        raise RuntimeError("{said}")\n'
+    backend = kernel(deed)
+    outcome = campaign(backend, cases=40, mode=mode)
+    if not always:
+        assert outcome.findings == []
+        assert outcome.tallies[backend].cases >= 40
+        (trouble,) = outcome.troubles
+        assert "no fault of a kernel" in trouble
+        return
+    (finding,) = outcome.findings
+    assert (finding.symptom, finding.case.lengths) == ("Crashed", (3,))
+    assert said in finding.messages[0]
+
+
+@pytest.mark.slow
 def test_a_worker_that_is_killed_once_accuses_nobody_and_the_campaign_goes_on(kernel: Callable[..., str]) -> None:
     # As a person does it: its case ends no other process.
     backend = kernel(

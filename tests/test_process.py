@@ -81,14 +81,15 @@ def test_what_is_a_lack_of_memory(error: Exception, lacking: bool) -> None:
         assert beyond_its_call(error)
 
 
+@pytest.mark.parametrize("status", ["CUBLAS_STATUS_INTERNAL_ERROR", "CUBLAS_STATUS_EXECUTION_FAILED"])
 @pytest.mark.parametrize(("free", "lacking"), [(1 << 20, True), (1 << 34, False)])
-def test_what_a_library_says_of_a_full_gpu(monkeypatch: pytest.MonkeyPatch, free: int, lacking: bool) -> None:
+def test_what_a_library_says_of_a_full_gpu(
+    monkeypatch: pytest.MonkeyPatch, free: int, lacking: bool, status: str
+) -> None:
     """As cuBLAS did in the soak while a kernel beside it had taken all memory: `loop` is not accused of that."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 1 << 37))
-    error = RuntimeError(
-        "CUDA error: CUBLAS_STATUS_INTERNAL_ERROR when calling `cublasGemmEx( handle, opa, opb, m, n)`"
-    )
+    error = RuntimeError(f"CUDA error: {status} when calling `cublasGemmEx( handle, opa, opb, m, n)`")
     assert lacks_memory(error) is lacking
     assert not lacks_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 

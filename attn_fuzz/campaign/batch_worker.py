@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import copy
 import dataclasses
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -13,12 +12,12 @@ from random import Random
 from typing import Final
 
 from attn_fuzz.batch.judged import Judged, Question
-from attn_fuzz.campaign.messages import Assignment, Died, Progress, Trying
+from attn_fuzz.campaign.messages import Assignment, Progress, Trying
 from attn_fuzz.campaign.triage import Triage
 from attn_fuzz.campaign.worker import Send
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.coverage.counts import Counts
-from attn_fuzz.execution.process import DEAD_CONTEXT, context_alive, lacks_memory, leave_all_memory, leave_memory
+from attn_fuzz.execution.process import lacks_memory, leave_all_memory, leave_memory
 from attn_fuzz.execution.timing import now
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import Sweep
@@ -112,9 +111,8 @@ class BatchWorker(Triage, abc.ABC):
         # A single call is the case itself.
         self.send(Trying(batch.case.to_json(), batch.ends if len(batch.ends) > 1 else ()))
         judged = self.judge(batch, question)
-        if judged.broken and not context_alive(self.device):
-            self.send(Died(next(iter(judged.broken.values()))))
-            os._exit(DEAD_CONTEXT)
+        for said in list(judged.broken.values())[:1]:
+            self.end_if_in_doubt(said)
         return judged
 
     def beat(self) -> None:

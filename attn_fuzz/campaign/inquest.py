@@ -18,6 +18,7 @@ from attn_fuzz.campaign.witnesses import BRIEF, Witnesses
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.order import simplicity
 from attn_fuzz.execution.environment import environment
+from attn_fuzz.execution.process import states_no_cause
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.reduction.minimise import minimise
 from attn_fuzz.reference.case import Case
@@ -190,13 +191,29 @@ class Inquest:
             asked, deadline = self._witnesses.another(min(BRIEF, self.patience)), time.monotonic() + ASK_SECONDS
             for call in self._calls():
                 report = self._witnesses.report(asked, call)
-                if not report.survived and (report.symptom != "Hung" or self._is_hang(call)):
+                if self._accuses(report, call):
                     self._learn(call, report)
                     return True
                 if time.monotonic() > deadline:
                     break
             asked.close()
         return False
+
+    def _accuses(self, report: Report, call: Case) -> bool:
+        """Whether what came of a call in one other process is the backend's doing."""
+        if report.symptom == "Hung":
+            return self._is_hang(call)
+        return not report.survived or (_states_no_cause(report) and self._fails_alike(call))
+
+    def _fails_alike(self, call: Case) -> bool:
+        """Whether a call for whose failure no cause is stated fails so in one more process: others may fill a GPU
+        twice, but not whenever it is asked."""
+        asked = self._witnesses.another(self.patience)
+        try:
+            report = self._witnesses.report(asked, call)
+            return not report.survived or _states_no_cause(report)
+        finally:
+            asked.close()
 
     def _is_hang(self, call: Case) -> bool:
         """Whether a case that was silent for a while is so for longer than any slowness: on a busy machine, and of a
@@ -213,10 +230,11 @@ class Inquest:
     def _learn(self, call: Case, report: Report) -> None:
         """Notes that it has happened again."""
         finding, symptom = self.suspect.finding, str(report.symptom)
+        where, said = ("call", report.said) if report.survived else ("process", report.message)
         messages = finding.messages
         if not self.suspect.sure or symptom != finding.symptom:
-            messages = (f"{symptom} [runs] process: {report.message}", *(messages if self.suspect.sure else ()))
-        told = ({"symptom": symptom, "check": "runs", "tensor": "process"},)
+            messages = (f"{symptom} [runs] {where}: {said}", *(messages if self.suspect.sure else ()))
+        told = ({"symptom": symptom, "check": "runs", "tensor": where},)
         found = dataclasses.replace(
             finding, symptom=symptom, messages=messages, symptoms=told, case=call, original_case=call
         )
@@ -273,6 +291,11 @@ class Inquest:
                 said = f"Hung [runs] process: {report.message}" if hangs else finding.messages[0]
                 return dataclasses.replace(finding, case=case, messages=(said, *finding.messages[1:]))
         return None
+
+
+def _states_no_cause(report: Report) -> bool:
+    """Whether a call failed in a process that is still there, and what it said of that names no cause."""
+    return report.symptom == "Crashed" and report.survived and states_no_cause(report.message)
 
 
 def look_into(inquest: Inquest) -> Finding | str:

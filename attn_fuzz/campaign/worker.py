@@ -34,7 +34,13 @@ from attn_fuzz.campaign.messages import (
 from attn_fuzz.coverage.axes import probe_name
 from attn_fuzz.coverage.counts import Counts
 from attn_fuzz.execution.environment import environment
-from attn_fuzz.execution.process import DEAD_CONTEXT, context_alive, leave_all_memory, set_up_process
+from attn_fuzz.execution.process import (
+    DEAD_CONTEXT,
+    context_alive,
+    leave_all_memory,
+    set_up_process,
+    states_no_cause,
+)
 from attn_fuzz.findings.finding import Finding, summarise
 from attn_fuzz.generation.drawing import few_cases
 from attn_fuzz.generation.strategies import straddling
@@ -122,11 +128,20 @@ class Worker:
             # This machine's limit, and no fault of the backend.
             leave_all_memory(self.device)
             raise UnsupportedCase(f"memory ran out: {error}") from None
-        if isinstance(verdict.first, Crashed) and not context_alive(self.device):
-            # Everything after this would fail too. The parent makes a finding of the case that was announced last.
-            self.send(Died(str(verdict.first)))
-            os._exit(DEAD_CONTEXT)
+        if isinstance(verdict.first, Crashed):
+            self.end_if_in_doubt(str(verdict.first))
         return verdict
+
+    def end_if_in_doubt(self, said: str) -> None:
+        """Ends this process where a call failed and others would fail after it, whatever they are.
+
+        The parent looks into what was announced last: it makes a finding of it, or asks other processes first where no
+        cause was stated. What they have found once is the backend's doing.
+        """
+        doubtful = states_no_cause(said) and Crashed.__name__ not in self.found
+        if doubtful or not context_alive(self.device):
+            self.send(Died(said))
+            os._exit(DEAD_CONTEXT)
 
     def over(self) -> bool:
         """Whether time or number is used up."""

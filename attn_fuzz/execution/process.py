@@ -56,12 +56,15 @@ _LACKING: Final = ("out of memory", "out_of_memory", "alloc_failed", "can't allo
 _UNAVAILABLE: Final = "busy or unavailable"
 """What CUDA says of a GPU, too, that had no memory for a context."""
 
-_PERHAPS_LACKING: Final = (
+_NO_CAUSE: Final = (
+    "cublas_status_execution_failed",
     "cublas_status_internal_error",
     "cublas_status_not_initialized",
+    "cudnn_status_execution_failed",
     "cudnn_status_internal_error",
+    "cuda error: unknown error",
 )
-"""What CUDA's libraries say, in small letters, where a GPU's memory is full; and of mistakes, too."""
+"""What CUDA and its libraries say, in small letters, where a GPU's memory is full; and of mistakes, too."""
 
 _FULL: Final = 1 << 29
 """Bytes free of a GPU below which its memory is full: a library's code and workspace take some hundred megabytes."""
@@ -94,7 +97,7 @@ def lacks_memory(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError):
         return False
     said = str(error).lower()
-    return any(words in said for words in _LACKING) or (any(words in said for words in _PERHAPS_LACKING) and _is_full())
+    return any(words in said for words in _LACKING) or (states_no_cause(said) and _is_full())
 
 
 def _is_full() -> bool:
@@ -103,6 +106,14 @@ def _is_full() -> bool:
         return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < _FULL
     except RuntimeError:
         return False
+
+
+def states_no_cause(said: str) -> bool:
+    """Whether what an error says is what CUDA's libraries say of mistakes, and on a GPU that others have filled.
+
+    By the time it is asked for, a GPU may be full no more: only another process can tell whose doing it is.
+    """
+    return any(words in said.lower() for words in _NO_CAUSE)
 
 
 def raise_lack_of_memory(error: Exception) -> None:
