@@ -141,7 +141,8 @@ def test_a_failure_of_no_stated_cause_is_looked_into_by_others(
     # Not in the first calls: what a kernel takes is found out in them, whatever comes of it.
     condition = "len(q) >= 3" if always else 'len(CALLS) == 30 and not (HERE / "failed").exists()'
     said = "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx( handle, opa)`"
-    deed = f'    CALLS.append(1)\n    if {condition}:\n        (HERE / "failed").touch()\n        raise RuntimeError("{said}")\n'
+    raised = f'        (HERE / "failed").touch()\n        raise RuntimeError("{said}")\n'
+    deed = f"    CALLS.append(1)\n    if {condition}:\n{raised}"
     backend = kernel(deed)
     outcome = campaign(backend, cases=40, mode=mode)
     if not always:
