@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import sqlite3
+import statistics
 import subprocess
 import sys
 import time
@@ -34,6 +35,9 @@ _GONE_SECONDS: Final = 60.0
 from once it has imported what it was importing."""
 
 _SAMPLE_SECONDS: Final = 5.0
+
+_OLD: Final = 10.0
+"""Seconds after which a worker has loaded what it needs."""
 
 _ALIVE_SECONDS: Final = 120.0
 """In which all workers have to be at work at the end, and to have judged something more: a campaign that has just been
@@ -70,6 +74,8 @@ class Soak:
     found: set[str] = dataclasses.field(default_factory=set)
     starts: list[float] = dataclasses.field(default_factory=list)
     """When campaigns began."""
+    seen: dict[int, float] = dataclasses.field(default_factory=dict)
+    """Processes that there are, and since when."""
     alive: int = 0
     """Workers at the end."""
 
@@ -172,9 +178,18 @@ class Soak:
             if self.process.poll() is not None:
                 self.complain(f"the campaign ended by itself with status {self.process.returncode}")
                 self.process = self.start()
-            pids = processes(self.token)
-            every = sum(map(memory_of, pids))
-            self.memory.append(Sample(self.now(), memory_of(self.process.pid), every, len(pids)))
+            self.memory.append(self.sample())
+
+    def sample(self) -> Sample:
+        """The memory of all processes now."""
+        parents, now, own = processes(self.token), self.now(), self.process.pid
+        self.seen = {pid: self.seen.get(pid, now) for pid in parents}
+        memory = {pid: memory_of(pid) for pid in parents}
+        servers = {pid for pid, parent in parents.items() if parent == own}
+        old = [memory[pid] for pid, parent in parents.items() if parent in servers and now - self.seen[pid] >= _OLD]
+        worker = statistics.median_low(old) if old else 0
+        held = sum(memory[pid] for pid in servers)
+        return Sample(now, memory.get(own, 0), sum(memory.values()), len(parents), held, worker)
 
     def require_workers(self) -> None:
         """At the end all workers are alive, and at work."""
@@ -237,6 +252,7 @@ class Soak:
             "evenness": evenness.of_store(self.store),
             "picture": "memory.png" if drawn else None,
             "killed_at": self.kills,
+            "started_at": self.starts,
             "samples": self.memory,
         }
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 RULE: Final = (
-    "Over the last two thirds of the time, the median slope between any two points, times that time, is below a tenth "
-    "of their median: of the supervisor's memory, and of the least memory that all processes together had in each "
-    "minute, which is what stays when no kernel fills it; both while there are workers, and half a minute and more "
-    "after each start of a supervisor."
+    "Over the last two thirds of the time, a slope times that time is below a tenth of the median. Of what lives as "
+    "long as the campaign, the supervisor's memory and that of the process that workers are forked from, and of the "
+    "most processes that there were in each minute, it is the median slope between any two points. Of the least that "
+    "workers had in each minute (of those ten seconds old and older, the one in the middle) it is the least slope that "
+    "is likely (Sen's lower bound of 95 percent): workers come and go, and what they have depends on what they were "
+    "given. All while there are workers, and half a minute and more after each start of a supervisor."
 )
 
 _RISE: Final = 0.1
 """Of the median."""
+
+_LIKELY: Final = 1.645
+"""Standard deviations of Kendall's statistic beyond which it is by chance once in twenty times."""
 
 _SETTLED: Final = 30.0
 """Seconds after its start in which a supervisor imports what it needs."""
@@ -24,6 +30,10 @@ _MINUTE: Final = 60.0
 
 _AT_WORK: Final = 5
 """Processes: the supervisor, two of multiprocessing's own, and workers."""
+
+
+Points = Sequence[tuple[float, float]]
+"""Moments, in seconds, and what there was at each."""
 
 
 class Sample(NamedTuple):
@@ -36,6 +46,10 @@ class Sample(NamedTuple):
     every: int
     """Bytes of all processes in memory; what they share is counted in each."""
     processes: int
+    servers: int
+    """Bytes of what the supervisor has started: the process that workers are forked from, most of all."""
+    worker: int
+    """Bytes of the worker in the middle, of those that have been there for a while; 0 where there is none."""
 
 
 class Kill(NamedTuple):
@@ -45,25 +59,43 @@ class Kill(NamedTuple):
     supervisor: bool
 
 
-def slope(points: Sequence[tuple[float, float]]) -> float:
-    """The median slope between any two points (Theil 1950), which outliers do not move; 0 where there are fewer."""
-    found = [
+def _slopes(points: Points) -> list[float]:
+    """Between any two points, the least first."""
+    return sorted(
         (later - earlier) / (end - begin)
         for index, (begin, earlier) in enumerate(points)
         for end, later in points[index + 1 :]
         if end > begin
-    ]
+    )
+
+
+def slope(points: Points) -> float:
+    """The median slope between any two points (Theil 1950), which outliers do not move; 0 where there are fewer."""
+    found = _slopes(points)
     return statistics.median(found) if found else 0.0
 
 
-def rise(points: Sequence[tuple[float, float]]) -> float:
-    """By what share of their median points rise over the last two thirds of their time; negative where they fall."""
+def least_slope(points: Points) -> float:
+    """The least slope that is likely of points that are scattered: with 95 percent it is larger (Sen 1968)."""
+    found, number = _slopes(points), len(points)
+    deviation = math.sqrt(number * (number - 1) * (2 * number + 5) / 18)
+    below = round((len(found) - _LIKELY * deviation) / 2)
+    return found[max(below, 0)] if found else 0.0
+
+
+def rise(points: Points, slope_of: Callable[[Points], float] = slope) -> float:
+    """By what share of their median points rise over the last two thirds of their time; negative where they fall.
+
+    Args:
+        points: in order of time.
+        slope_of: such points.
+    """
     if not points:
         return 0.0
     begin, end = points[0][0], points[-1][0]
     last = [point for point in points if point[0] >= begin + (end - begin) / 3]
     median = statistics.median(value for _, value in last)
-    return slope(last) * (last[-1][0] - last[0][0]) / median if median else 0.0
+    return slope_of(last) * (last[-1][0] - last[0][0]) / median if median else 0.0
 
 
 def settled(samples: Sequence[Sample], starts: Sequence[float]) -> list[Sample]:
@@ -82,13 +114,17 @@ def settled(samples: Sequence[Sample], starts: Sequence[float]) -> list[Sample]:
     ]
 
 
+def by_minute(points: Points, choose: Callable[[Sequence[float]], float]) -> list[tuple[float, float]]:
+    """The least, or the most, of each minute, at the minute's middle."""
+    minutes: dict[int, list[float]] = {}
+    for at, value in points:
+        minutes.setdefault(int(at // _MINUTE), []).append(value)
+    return [((minute + 0.5) * _MINUTE, choose(values)) for minute, values in sorted(minutes.items())]
+
+
 def floors(samples: Sequence[Sample]) -> list[tuple[float, float]]:
-    """The least memory of all processes in each minute, at the minute's middle."""
-    least: dict[int, int] = {}
-    for sample in samples:
-        minute = int(sample.at // _MINUTE)
-        least[minute] = min(least.get(minute, sample.every), sample.every)
-    return [((minute + 0.5) * _MINUTE, float(value)) for minute, value in sorted(least.items())]
+    """The least bytes in each minute of the worker in the middle."""
+    return by_minute([(sample.at, float(sample.worker)) for sample in samples if sample.worker], min)
 
 
 def flatness(samples: Sequence[Sample], starts: Sequence[float]) -> dict[str, Any]:
@@ -99,18 +135,26 @@ def flatness(samples: Sequence[Sample], starts: Sequence[float]) -> dict[str, An
         starts: when supervisors started, in seconds.
     """
     counted = settled(samples, starts)
-    own, least = [(each.at, float(each.supervisor)) for each in counted], floors(counted)
-    rises = {"supervisor": rise(own), "all_processes": rise(least)}
+    own = [(each.at, float(each.supervisor)) for each in counted]
+    servers = [(each.at, float(each.servers)) for each in counted]
+    worker, most = floors(counted), by_minute([(each.at, float(each.processes)) for each in counted], max)
+    rises = {
+        "supervisor": rise(own),
+        "servers": rise(servers),
+        "worker": rise(worker, least_slope),
+        "processes": rise(most),
+    }
 
-    def megabytes(values: Sequence[float]) -> float:
-        return round(statistics.median(values) / 1e6, 1) if values else 0.0
+    def megabytes(points: Points) -> float:
+        return round(statistics.median(value for _, value in points) / 1e6, 1) if points else 0.0
 
     return {
         "flat": all(each < _RISE for each in rises.values()),
         "rule": RULE,
         "rise": {name: round(each, 4) for name, each in rises.items()},
-        "supervisor_megabytes": megabytes([value for _, value in own]),
-        "least_megabytes_of_a_minute": megabytes([value for _, value in least]),
+        "supervisor_megabytes": megabytes(own),
+        "servers_megabytes": megabytes(servers),
+        "worker_megabytes": megabytes(worker),
         "most_megabytes": round(max((sample.every for sample in samples), default=0) / 1e6, 1),
         "most_processes": max((sample.processes for sample in samples), default=0),
     }
@@ -129,24 +173,26 @@ def draw(path: Path, samples: Sequence[Sample], starts: Sequence[float], kills: 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, (above, below) = pyplot.subplots(
-        2, 1, sharex=True, figsize=(9, 5.2), height_ratios=(6, 1), constrained_layout=True
+    figure, (above, middle, below) = pyplot.subplots(
+        3, 1, sharex=True, figsize=(9, 6.4), height_ratios=(5, 3, 1), constrained_layout=True
     )
     minutes = [sample.at / _MINUTE for sample in samples]
-    above.fill_between(minutes, [each.every / 1e9 for each in samples], color="#9ec9e2", lw=0, label="all processes")
+    above.fill_between(minutes, [each.every / 1e9 for each in samples], color="#9ec9e2", lw=0)
+    above.set_ylabel("all processes, GB")
+    above.set_title(f"{title}; resident memory", loc="left", fontsize=10)
     least = floors(settled(samples, starts))
-    above.step(
+    middle.step(
         [at / _MINUTE for at, _ in least],
-        [value / 1e9 for _, value in least],
+        [value / 1e6 for _, value in least],
         where="mid",
         color="#08519c",
-        label="least of each minute",
+        label="the worker in the middle, least of each minute",
     )
-    own = [sample.supervisor / 1e9 if sample.supervisor else float("nan") for sample in samples]
-    above.plot(minutes, own, color="#d94801", label="supervisor")
-    above.set_ylabel("resident memory, GB")
-    above.set_ylim(bottom=0)
-    above.set_title(title, loc="left", fontsize=10)
+    for column, name, colour in ((1, "supervisor", "#d94801"), (4, "what workers are forked from", "#238b45")):
+        middle.plot(minutes, [each[column] / 1e6 or float("nan") for each in samples], color=colour, label=name)
+    middle.set_ylabel("one process, MB")
+    for axes in (above, middle):
+        axes.set_ylim(bottom=0)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     for name, which, place in (("worker", False, 0.0), ("supervisor", True, 1.0)):
         below.plot(
@@ -160,7 +206,7 @@ def draw(path: Path, samples: Sequence[Sample], starts: Sequence[float], kills: 
     below.set_yticks((0.0, 1.0), ("worker killed", "supervisor killed"))
     below.set_ylim(-0.7, 1.7)
     below.set_xlabel("minutes")
-    for axes in (above, below):
+    for axes in (above, middle, below):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
