@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -31,6 +33,22 @@ def attn_fuzz(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
         return Done(int(ended.value.code or 0), *capfd.readouterr())
 
     return run
+
+
+_KEPT: Final = 1 << 30
+"""Bytes of a GPU that torch may hold on to from one test to the next."""
+
+
+@pytest.fixture(autouse=True)
+def memory_is_left_to_others() -> Iterator[None]:
+    """A worker of pytest keeps no gigabytes that its tests have freed: sixteen share a GPU, and some tests ask for half
+    of it."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        device = torch.cuda.current_device()
+        if torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) > _KEPT:
+            torch.cuda.empty_cache()
 
 
 @pytest.fixture

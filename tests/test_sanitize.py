@@ -226,6 +226,15 @@ def test_a_finding_is_sanitized(how: str, status: int, said: str, fake: Path, at
 
 
 @pytest.mark.slow
+def test_a_finding_that_comes_from_another_machine_is_sanitized_here(fake: Path, attn_fuzz: Run) -> None:
+    finding = found_on_cuda()
+    (entry,) = Path(".attn-fuzz/findings/ledger").glob("*.json")
+    entry.write_text(json.dumps({**json.loads(entry.read_text()), "root": "../../../their/work"}))
+    done = attn_fuzz("sanitize", finding.id, "--tool", "memcheck")
+    assert (done.status, "memcheck: clean" in done.out) == (0, True), done
+
+
+@pytest.mark.slow
 def test_a_tool_that_takes_too_long_is_ended_with_all_that_it_started(fake: Path) -> None:
     (fake / "memcheck.how").write_text("hang")
     begun = time.monotonic()

@@ -36,6 +36,17 @@ def backends_of(entry: Entry, store: Path) -> tuple[str, ...]:
     return tuple(registry.found_from(name, folder) for name in named)
 
 
+def folder_of(entry: Entry, store: Path) -> Path | None:
+    """The folder in which an entry's script runs; None for this one, as where a store has come from another machine.
+
+    Args:
+        entry: whose kernel is named from it.
+        store: the folder of findings.
+    """
+    folder = store / entry.root
+    return folder if entry.root and folder.is_dir() else None
+
+
 def retested(entry: Entry, store: Path, device: str) -> Answer:
     """What comes of an entry's case here.
 
@@ -156,5 +167,5 @@ def _with_script(entry: Entry, store: Path, device: str, found: Answer) -> Answe
         path = keep_script(entry, store, device) if found.answer == "wrong" else None
     if path is None:
         return found
-    folder = store / entry.root if entry.root else None
-    return dataclasses.replace(found, script=run_script(path.read_text(), SCRIPT_SECONDS, folder).answer)
+    said = run_script(path.read_text(), SCRIPT_SECONDS, folder_of(entry, store))
+    return dataclasses.replace(found, script=said.answer)

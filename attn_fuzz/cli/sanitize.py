@@ -11,7 +11,7 @@ import torch
 import typer
 
 from attn_fuzz.campaign.plan import require_available
-from attn_fuzz.campaign.retest import backends_of, keep_script, script_of
+from attn_fuzz.campaign.retest import backends_of, folder_of, keep_script, script_of
 from attn_fuzz.cli.arguments import DEFAULT_STORE, JsonOption, StoreOption, UsageError, choices, device_of
 from attn_fuzz.cli.store import existing
 from attn_fuzz.cli.terminal import progress_console, results_console
@@ -54,7 +54,7 @@ def sanitize(
         raise UsageError(_MISSING)
     entry = Ledger(store).note(found)
     script = _script(entry, found, store)
-    folder = store / entry.root if entry.root else None
+    folder = folder_of(entry, store)
     verdicts = []
     for each in tools:
         progress_console.print(f"{each} ...", markup=False)
