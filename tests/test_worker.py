@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 from attn_fuzz.campaign import worker
 from attn_fuzz.campaign.messages import Assignment, Candidate, Failed, Finished, Found, Message, Trying
 from attn_fuzz.campaign.worker import work
-from attn_fuzz.oracle.examine import Verdict
+from attn_fuzz.coverage.axes import probe_name
+from attn_fuzz.oracle.checks import Check
+from attn_fuzz.oracle.examine import Verdict, examine
 from attn_fuzz.reference.case import Case
 
 EXAMPLE = (Path(__file__).resolve().parent.parent / "examples" / "my_kernel.py").read_text()
@@ -56,6 +59,34 @@ def test_the_same_seed_draws_the_same_cases() -> None:
     first = tried(1)
     assert first == tried(1)
     assert first != tried(2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [(), ("same in company", "compiled alike")])
+def test_every_case_is_asked_what_is_named(asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, ...]] = []
+
+    def recorded(case: Case, *rest: Any, probes: Sequence[Check], **options: Any) -> Verdict:
+        seen.append(tuple(map(probe_name, probes)))
+        return examine(case, *rest, probes=() if asked else probes, **options)
+
+    monkeypatch.setattr(worker, "examine", recorded)
+    said(Assignment(backend="loop", device="cpu", seed=5, cases=6, levels=("kernel",), dtypes=("fp32",), asked=asked))
+    assert len(seen) >= 6
+    assert set(seen) == {asked} if asked else len(set(seen)) > 1
+
+
+@pytest.mark.slow
+def test_what_is_named_is_found_by_it() -> None:
+    """A batch-dependent kernel, asked for it and for something else."""
+    job = Assignment(backend="fault:C01", device="cpu", seed=2, cases=40, levels=("kernel",), stop_at_first=True)
+
+    def found(*asked: str) -> list[str]:
+        messages = said(dataclasses.replace(job, asked=asked))
+        return [each.finding.symptom for each in messages if isinstance(each, Found)]
+
+    assert found("same in company") == ["NotBatchInvariant"]
+    assert found("sums not swamped") == []
 
 
 @pytest.mark.slow

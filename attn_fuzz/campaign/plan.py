@@ -140,6 +140,8 @@ class CampaignOptions:
     modes: tuple[str, ...] = ("case",)
     """``case``, ``batch``, ``packed``; each backend has workers of its own for each, batches only where it takes any
     drawn call."""
+    asked: tuple[str, ...] = ()
+    """What every single case is asked beside its budgets; none for some of all, in turn."""
     stop_at_first: bool = False
     """End each assignment with its first finding."""
     ranks: tuple[int, ...] = (1,)
@@ -182,6 +184,7 @@ def plan(names: Sequence[str], options: CampaignOptions, without: Mapping[str, A
             seconds=None if o.seconds is None else o.seconds * min(1.0, places[name, mode] / count),
             poisons=o.poisons,
             mode=mode,
+            asked=o.asked,
             stop_at_first=o.stop_at_first,
             ranks=o.ranks,
             tensor_ranks=o.tensor_ranks,

@@ -31,7 +31,7 @@ from attn_fuzz.campaign.messages import (
     Tally,
     Trying,
 )
-from attn_fuzz.coverage.axes import probe_name
+from attn_fuzz.coverage.axes import ASKED, probe_name
 from attn_fuzz.coverage.counts import Counts
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.execution.process import (
@@ -89,6 +89,7 @@ class Worker:
         self.started = time.monotonic()
         self.tally = Tally()
         self.found = set(assignment.found)
+        self.only = tuple(ASKED[name] for name in assignment.asked)
         self.last_sent = 0.0
         self.counts = Counts() if assignment.counts else None
         self.last_told = time.monotonic()
@@ -174,8 +175,8 @@ class Worker:
         self.configurations.count(tally, case)
         if self.counts is not None:
             # A case that fails at once is asked nothing more.
-            asked = [] if verdict.symptoms else [probe_name(probe) for probe in some_probes(case) if probe in PROBES]
-            self.counts.count([case], "case", asked)
+            probes = () if verdict.symptoms else some_probes(case, self.only)
+            self.counts.count([case], "case", [probe_name(probe) for probe in probes if probe in PROBES])
         if time.monotonic() - self.last_sent > _PROGRESS_EVERY:
             self.last_sent = time.monotonic()
             self.send(Progress(copy.deepcopy(tally)))
@@ -204,7 +205,7 @@ class Worker:
         if not shrinking and self.begun_before(case):
             return
         try:
-            verdict = self.examine(case, probes=PROBES if shrinking else some_probes(case))
+            verdict = self.examine(case, probes=PROBES if shrinking else some_probes(case, self.only))
         except UnsupportedCase as refusal:
             if not shrinking and (issue := self.only_isolated(case)) is not None:
                 self.try_isolated(case, issue)

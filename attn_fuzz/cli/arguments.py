@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import torch
 import typer
 
 from attn_fuzz.campaign.plan import default_device
+from attn_fuzz.coverage.axes import ASKED
 
 DEFAULT_STORE = Path(".attn-fuzz") / "findings"
 DEFAULT_SECONDS = 60.0
@@ -55,6 +56,13 @@ ModeOption = Annotated[
     ),
 ]
 DEFAULT_MODE = "case+batch"
+AskOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Ask this of every case beside its budgets, and nothing else, in --mode case; repeat for several. Such as "
+        "replayed-alike (CUDA graphs), ordered-by-streams, same-in-company; a name that is none lists all.",
+    ),
+]
 FirstOption = Annotated[bool, typer.Option("--first", help="Stop each backend at its first finding.")]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes at a time.")]
 StrictOption = Annotated[
@@ -90,6 +98,20 @@ def modes_of(name: str) -> tuple[str, ...]:
         known = f"{', '.join(MODES)}, several with + between them, both or all"
         raise UsageError(f"unknown mode {unknown[0]!r}; use {known}")
     return chosen
+
+
+_NEED_A_GPU: Final = ("replayed alike", "ordered by streams")
+
+
+def asked_of(ask: list[str] | None, mode: str, device: str) -> dict[str, tuple[str, ...]]:
+    """Options of a campaign: its modes, and what single cases are asked."""
+    names = {name.replace(" ", "-"): name for name in ASKED}
+    asked = tuple(dict.fromkeys(names[each] for each in choices(ask, tuple(names), "question")))
+    if asked and mode not in (DEFAULT_MODE, "case"):
+        raise UsageError("--ask is about single cases: use it with --mode case")
+    if device == "cpu" and (without := [name for name in asked if name in _NEED_A_GPU]):
+        raise UsageError(f"--ask {without[0].replace(' ', '-')} asks nothing on a CPU; use --device cuda")
+    return {"modes": ("case",) if asked else modes_of(mode), "asked": asked}
 
 
 def choices(given: list[str] | None, allowed: tuple[str, ...], what: str) -> tuple[str, ...]:

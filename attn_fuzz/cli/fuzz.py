@@ -15,6 +15,7 @@ from attn_fuzz.campaign.plan import (
 from attn_fuzz.cli.arguments import (
     DEFAULT_MODE,
     DEFAULT_STORE,
+    AskOption,
     BackendOption,
     CasesOption,
     DeviceOption,
@@ -32,9 +33,9 @@ from attn_fuzz.cli.arguments import (
     TensorRanksOption,
     UsageError,
     WorkersOption,
+    asked_of,
     choices,
     device_of,
-    modes_of,
 )
 from attn_fuzz.cli.campaigns import Told, fuzz
 from attn_fuzz.cli.set_option import SetOption, with_arguments
@@ -74,6 +75,7 @@ def run(
         list[str] | None, typer.Option(help="nan, finite, or none for memory as it comes. Default: nan and finite.")
     ] = None,
     mode: ModeOption = DEFAULT_MODE,
+    ask: AskOption = None,
     first: FirstOption = False,
     workers: WorkersOption = None,
     min_cases: MinCasesOption = 1,
@@ -92,7 +94,7 @@ def run(
         levels=_levels(level, [*(ranks or ()), *(tensor_ranks or ())]),
         dtypes=dtypes,
         poisons=choices(poison, (*POISONS, "none"), "poison") or POISONS,
-        modes=modes_of(mode),
+        **asked_of(ask, mode, where),
         stop_at_first=first,
     )
     names = tuple(dict.fromkeys(backend or available_backends(where, dtypes)))
@@ -116,6 +118,7 @@ def check(
     ranks: RanksOption = None,
     tensor_ranks: TensorRanksOption = None,
     mode: ModeOption = DEFAULT_MODE,
+    ask: AskOption = None,
     first: FirstOption = False,
     workers: WorkersOption = None,
     min_cases: MinCasesOption = 1,
@@ -138,7 +141,7 @@ def check(
         cases=cases,
         levels=_levels(level, [*(ranks or ()), *(tensor_ranks or ())]),
         dtypes=choices(dtype, DTYPES, "dtype"),
-        modes=modes_of(mode),
+        **asked_of(ask, mode, where),
         stop_at_first=first,
     )
     fuzz((_user_object(kernel, "FUNCTION"),), options, Told(store, as_json, min_cases, strict))
@@ -155,6 +158,7 @@ def check_layer(
     ranks: RanksOption = None,
     tensor_ranks: TensorRanksOption = None,
     mode: ModeOption = DEFAULT_MODE,
+    ask: AskOption = None,
     first: FirstOption = False,
     workers: WorkersOption = None,
     min_cases: MinCasesOption = 1,
@@ -175,7 +179,7 @@ def check_layer(
         cases=cases,
         levels=("layer",),
         dtypes=choices(dtype, DTYPES, "dtype"),
-        modes=modes_of(mode),
+        **asked_of(ask, mode, where),
         stop_at_first=first,
     )
     name = with_arguments(_user_object(layer, "CLASS"), set_)

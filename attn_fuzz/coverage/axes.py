@@ -15,7 +15,7 @@ from attn_fuzz.batch.judge import SCHEDULE
 from attn_fuzz.batch.layer_judge import LAYER_SCHEDULE
 from attn_fuzz.batch.packed import PACKED_SCHEDULE
 from attn_fuzz.generation.domain import HEAD_DIMS
-from attn_fuzz.oracle.checks import PROBES, Check
+from attn_fuzz.oracle.checks import PROBES, RARE, Check
 from attn_fuzz.reference.case import DTYPES, FAR_MEMORIES, LEVELS, MEMORIES, Case
 
 MODES: Final = ("case", "batch", "packed")
@@ -48,6 +48,10 @@ def _classes(begins: tuple[int, ...]) -> tuple[str, ...]:
 def probe_name(probe: Check) -> str:
     """A probe of the case mode in words, as batches name theirs."""
     return probe.__name__.replace("_", " ")
+
+
+ASKED: Final = {probe_name(probe): probe for probe in (*PROBES, *RARE)}
+"""What a case can be asked beside its budgets, by name."""
 
 
 class Axis(NamedTuple):
