@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import torch
 import typer
@@ -103,7 +103,7 @@ def modes_of(name: str) -> tuple[str, ...]:
 _NEED_A_GPU: Final = ("replayed alike", "ordered by streams")
 
 
-def asked_of(ask: list[str] | None, mode: str, device: str) -> dict[str, tuple[str, ...]]:
+def asked_of(ask: list[str] | None, mode: str, device: str) -> dict[str, Any]:
     """Options of a campaign: its modes, and what single cases are asked."""
     names = {name.replace(" ", "-"): name for name in ASKED}
     asked = tuple(dict.fromkeys(names[each] for each in choices(ask, tuple(names), "question")))
