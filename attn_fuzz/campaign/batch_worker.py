@@ -17,7 +17,7 @@ from attn_fuzz.campaign.triage import Triage
 from attn_fuzz.campaign.worker import Send
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.coverage.counts import Counts
-from attn_fuzz.execution.process import lacks_memory, leave_all_memory, leave_memory
+from attn_fuzz.execution.process import context_alive, lacks_memory, leave_all_memory, leave_memory
 from attn_fuzz.execution.timing import now
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import Sweep
@@ -111,8 +111,8 @@ class BatchWorker(Triage, abc.ABC):
         # A single call is the case itself.
         self.send(Trying(batch.case.to_json(), batch.ends if len(batch.ends) > 1 else ()))
         judged = self.judge(batch, question)
-        for said in list(judged.broken.values())[:1]:
-            self.end_if_in_doubt(said)
+        if judged.broken and not context_alive(self.device):
+            self.end(next(iter(judged.broken.values())))
         return judged
 
     def beat(self) -> None:

@@ -13,7 +13,7 @@ from attn_fuzz.execution.environment import environment
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.oracle.examine import Verdict
 from attn_fuzz.oracle.second_opinion import confirm_call
-from attn_fuzz.oracle.symptoms import Symptom
+from attn_fuzz.oracle.symptoms import Crashed, Symptom
 from attn_fuzz.reference.case import Case
 
 
@@ -67,6 +67,8 @@ class Triage(Worker):
         if name in self.found:
             self.tally.repeated += 1
             return
+        if symptom is Crashed and self.doubts(message):
+            self.end(message)
         confirm_call(case, symptom, self.backend.kernel.profile_on(self.device.type), self.device)
         self.found.add(name)
         assert self.original is not None

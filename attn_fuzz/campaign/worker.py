@@ -8,7 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, NoReturn
 
 import torch
 from hypothesis.errors import Flaky, HypothesisException
@@ -129,20 +129,19 @@ class Worker:
             # This machine's limit, and no fault of the backend.
             leave_all_memory(self.device)
             raise UnsupportedCase(f"memory ran out: {error}") from None
-        if isinstance(verdict.first, Crashed):
-            self.end_if_in_doubt(str(verdict.first))
+        if isinstance(first := verdict.first, Crashed) and (self.doubts(str(first)) or not context_alive(self.device)):
+            # Everything after this would fail too, or might.
+            self.end(str(first))
         return verdict
 
-    def end_if_in_doubt(self, said: str) -> None:
-        """Ends this process where a call failed and others would fail after it, whatever they are.
+    def doubts(self, said: str) -> bool:
+        """Whether a call may have failed for what others do to the device; not once other processes have found it."""
+        return states_no_cause(said) and Crashed.__name__ not in self.found
 
-        The parent looks into what was announced last: it makes a finding of it, or asks other processes first where no
-        cause was stated. What they have found once is the backend's doing.
-        """
-        doubtful = states_no_cause(said) and Crashed.__name__ not in self.found
-        if doubtful or not context_alive(self.device):
-            self.send(Died(said))
-            os._exit(DEAD_CONTEXT)
+    def end(self, said: str) -> NoReturn:
+        """Ends this process; the parent looks into what was announced last, and asks others first where in doubt."""
+        self.send(Died(said))
+        os._exit(DEAD_CONTEXT)
 
     def over(self) -> bool:
         """Whether time or number is used up."""
