@@ -287,3 +287,13 @@ def test_an_interrupted_campaign_is_no_pass(attn_fuzz: Run, monkeypatch: pytest.
     done = attn_fuzz("run", "-b", "loop", "--cases", "9", *QUICK, "--json")
     assert done.status == 3
     assert done.err.splitlines()[-1] == "attn-fuzz: interrupted after 7 cases, so the campaign is no pass"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
+def test_what_was_named_and_could_not_be_asked_is_no_pass(attn_fuzz: Run) -> None:
+    kernels = ("--cases", "12", *QUICK)
+    done = attn_fuzz("run", "-b", "loop", "--ask", "compiled-alike", *kernels)
+    assert done.status == 3
+    assert "no case that was drawn could be asked compiled-alike" in done.err
+    assert attn_fuzz("run", "-b", "loop", "--ask", "same-in-company", "--ask", "rows-counted", *kernels).status == 0

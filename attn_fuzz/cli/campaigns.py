@@ -26,6 +26,7 @@ from attn_fuzz.cli.arguments import (
     DEFAULT_SECONDS,
     UsageError,
 )
+from attn_fuzz.cli.counted import never_asked
 from attn_fuzz.cli.terminal import Screen, progress_console, results_console
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.findings.finding import Finding
@@ -194,6 +195,8 @@ def fuzz(names: tuple[str, ...], options: CampaignOptions, told: Told, *, named:
     outcome.findings[:] = [keeper.as_kept(finding) for finding in (*forbidden, *outcome.findings)]
     outcome.troubles = (*(str(error) for error in unstored), *outcome.troubles)
     untested = _untested(outcome, told.min_cases)
+    if not outcome.findings:
+        untested += never_asked(options.asked, [tally.counted for tally in outcome.tallies.values()])
     status = 2 if outcome.troubles else 1 if outcome.findings else UNTESTED if untested else 0
     if told.as_json:
         data = campaign_dict(outcome, options.device, options.seed, options.poisons)
