@@ -188,8 +188,12 @@ def draw(path: Path, samples: Sequence[Sample], starts: Sequence[float], kills: 
         color="#08519c",
         label="the worker in the middle, least of each minute",
     )
-    for column, name, colour in ((1, "supervisor", "#d94801"), (4, "what workers are forked from", "#238b45")):
-        middle.plot(minutes, [each[column] / 1e6 or float("nan") for each in samples], color=colour, label=name)
+    lasting = (
+        ("supervisor", "#d94801", [each.supervisor for each in samples]),
+        ("what workers are forked from", "#238b45", [each.servers for each in samples]),
+    )
+    for name, colour, values in lasting:
+        middle.plot(minutes, [value / 1e6 or float("nan") for value in values], color=colour, label=name)
     middle.set_ylabel("one process, MB")
     for axes in (above, middle):
         axes.set_ylim(bottom=0)
