@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.batch.judge import SCHEDULE
+from attn_fuzz.batch.judge import schedule_on
 from attn_fuzz.batch.layer import draw_layer_case
 from attn_fuzz.batch.layer_judge import LAYER_SCHEDULE
 from attn_fuzz.batch.packed import PACKED_SCHEDULE
@@ -54,7 +54,7 @@ class Drawer:
         if mode == "case":
             few_cases(level, domain, self.random.randrange(1 << 30), self._note_single, 2)
             return
-        schedule = PACKED_SCHEDULE if mode == "packed" else SCHEDULE if level == "kernel" else LAYER_SCHEDULE
+        schedule = PACKED_SCHEDULE if mode == "packed" else schedule_on("cpu") if level == "kernel" else LAYER_SCHEDULE
         asked = question if question is not None else schedule[self.turn % len(schedule)].asked
         cases = self._packed(level, domain) if mode == "packed" else self._batch(level, domain)
         self.note(cases, mode, [asked] if asked and place != ("packed", "layer") else [])

@@ -74,7 +74,7 @@ class FakeStreams(Streams):
         while self._late:
             self._late.pop()()
 
-    def late(self, produce: Callable[[], None]) -> None:
+    def late(self, produce: Callable[[], None], calls: int = 1) -> None:
         self._late.append(produce)
 
     def call(self, function: Callable[[], None]) -> None:

@@ -20,7 +20,7 @@ from attn_fuzz.backends.kernels.loop import LoopKernel
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.batch_run import NAMES
-from attn_fuzz.batch.judge import SCHEDULE, judge, usually_asked
+from attn_fuzz.batch.judge import LAUNCHED, SCHEDULE, judge, schedule_on, usually_asked
 from attn_fuzz.batch.judged import Question
 from attn_fuzz.batch.questions import QUESTIONS
 from attn_fuzz.campaign import inquest, pool
@@ -233,7 +233,7 @@ def test_nor_are_they_on_a_gpu(name: str) -> None:
     drawn = (draw_batch(Random(seed), Sweep((64, 128), 1), backend, domain, 40) for seed in range(20))
     # Known issues that end the process leave nothing of some.
     batch = next(each for each in drawn if each is not None)
-    for turn in dict.fromkeys(SCHEDULE):
+    for turn in dict.fromkeys(schedule_on("cuda")):
         judged = judge(batch, backend, torch.device("cuda"), turn)
         assert not judged.touched
         for index in judged.failing():
@@ -243,7 +243,8 @@ def test_nor_are_they_on_a_gpu(name: str) -> None:
 
 
 def test_everything_has_its_turn() -> None:
-    assert {turn.asked for turn in SCHEDULE} == {name for name in QUESTIONS if name}
+    assert {turn.asked for turn in schedule_on("cuda")} == {name for name in QUESTIONS if name}
+    assert {*schedule_on("cpu")} == {*schedule_on("cuda")} - {*LAUNCHED}
     assert {turn.poison for turn in SCHEDULE} == {"nan", "finite"}
 
 

@@ -246,6 +246,7 @@ COMMANDS: Final = (
     wrong("run --level model"),
     wrong("run --mode fast"),
     wrong("run --ask graphs"),
+    wrong("run --ask same-in-company --mode packed"),
     wrong("run --ask same-in-company --mode batch"),
     wrong("run --ask replayed-alike --device cpu"),
     wrong("run --poison arsenic"),

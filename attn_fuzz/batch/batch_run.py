@@ -22,9 +22,11 @@ PROBED: Final = tuple(f"{name} of the probe" for name in KERNEL_TENSORS)
 APART: Final = "isolation"
 TAILS: Final = "tails"
 COMPANY: Final = "company"
-NAMES: Final = (*COLUMNS, APART, TAILS, COMPANY, *PROBED)
+STREAMS: Final = "streams"
+GRAPHS: Final = "graphs"
+NAMES: Final = (*COLUMNS, APART, TAILS, COMPANY, STREAMS, GRAPHS, *PROBED)
 """What is judged of each document: its budgets; then isolation, rows behind the last document, other bits in
-other company, and a probe."""
+other company, between streams or of a captured graph, and a probe."""
 
 Results = dict[str, torch.Tensor]
 

@@ -43,6 +43,15 @@ SCHEDULE: Final = (
 )
 """Of every campaign, in turn."""
 
+LAUNCHED: Final = (Question("nan", "ordered by streams"), Question("finite", "replayed alike"))
+"""The same, where there are streams and graphs."""
+
+
+def schedule_on(kind: str) -> tuple[Question, ...]:
+    """What is asked of kernel calls on a kind of device, ``cpu`` or ``cuda``, in turn."""
+    return (*SCHEDULE, *LAUNCHED) if kind == "cuda" else SCHEDULE
+
+
 SHARE: Final = 0.5
 """Of a batch's calls that are asked more than the budgets. A further run costs as much as the drawn values' own, and
 more calls of other kinds are worth more."""

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 import torch
 
-from attn_fuzz.batch.batch_run import APART, COMPANY, NAMES, PROBED, TAILS
+from attn_fuzz.batch.batch_run import APART, COMPANY, GRAPHS, NAMES, PROBED, STREAMS, TAILS
 from attn_fuzz.batch.layer_columns import HALVES, LAYER_TENSORS, OF_RANK, REPLICAS, STEPS, WHOLE
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.oracle.deviations import LIMIT
@@ -19,6 +19,8 @@ from attn_fuzz.oracle.symptoms import (
     NotBatchInvariant,
     NotExact,
     NotIsolated,
+    NotOrdered,
+    NotReplayed,
     PoisonLeaked,
     RanksDiffer,
     Symptom,
@@ -29,7 +31,7 @@ from attn_fuzz.oracle.symptoms import (
 from attn_fuzz.reference.answer import KERNEL_TENSORS
 from attn_fuzz.reference.case import Case
 
-BY_BITS: Final = ("bits", APART, COMPANY)
+BY_BITS: Final = ("bits", APART, COMPANY, STREAMS, GRAPHS)
 """Columns that are about bits which must not move."""
 
 _EXACT: Final[dict[str, type[Symptom]]] = {
@@ -37,6 +39,8 @@ _EXACT: Final[dict[str, type[Symptom]]] = {
     APART: NotIsolated,
     TAILS: DeadRowsNotZero,
     COMPANY: NotBatchInvariant,
+    STREAMS: NotOrdered,
+    GRAPHS: NotReplayed,
     STEPS: WroteOutside,
     WHOLE: NotExact,
     HALVES: NotExact,

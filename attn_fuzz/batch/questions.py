@@ -13,6 +13,7 @@ import torch
 
 from attn_fuzz.batch.batch_run import APART, PROBED, TAILS, BatchRun
 from attn_fuzz.batch.company import company
+from attn_fuzz.batch.launched import ordered_by_streams, replayed_alike
 from attn_fuzz.batch.merging import merging
 from attn_fuzz.batch.probes import PROBES
 from attn_fuzz.batch.verdicts import largest_z, other_bits
@@ -170,4 +171,6 @@ QUESTIONS: Final[dict[str, Callable[[BatchRun], None]]] = {
     "capacity": capacity,
     "merging": merging,
     "company": company,
+    "ordered by streams": ordered_by_streams,
+    "replayed alike": replayed_alike,
 }

@@ -101,6 +101,11 @@ class BatchWorker(Triage, abc.ABC):
         """What is asked of batches of a level, in turn."""
         return self.schedule
 
+    def asked_of(self, level: str) -> Sequence[Question]:
+        """The same, or of that what the assignment names."""
+        schedule, only = self.schedule_of(level), self.assignment.asked
+        return [question for question in schedule if question.asked in only] if only else schedule
+
     def refused_all(self) -> None:
         """Says that nothing was taken, where the tally is not enough."""
 
@@ -208,13 +213,17 @@ class BatchWorker(Triage, abc.ABC):
 
     def run(self) -> None:
         """Levels, sizes and questions in turn."""
-        levels, numbers = self.levels(), Counter[str]()
+        levels, numbers = [level for level in self.levels() if self.asked_of(level)], Counter[str]()
+        if not levels:
+            raise ValueError(f"no batch of {self.backend.name} is asked {' or '.join(self.assignment.asked)} here")
         self.warm_up()
         while not self.turn or not self.over():
             level = levels[self.turn % len(levels)]
-            number, schedule = numbers[level], self.schedule_of(level)
+            number, schedule = numbers[level], self.asked_of(level)
             numbers[level] += 1
-            self.batch(level, number % len(self.sweeps), schedule[number % len(schedule)])
+            # Whole schedules have no divisor in common with the sweeps; a few questions may.
+            turn = number // len(self.sweeps) if self.assignment.asked else number
+            self.batch(level, number % len(self.sweeps), schedule[turn % len(schedule)])
             self.turn += 1
             if not self.tally.cases and self.tally.refused > REFUSED_BATCHES:
                 self.refused_all()

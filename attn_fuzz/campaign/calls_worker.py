@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
-from attn_fuzz.batch.judge import SCHEDULE, judge, moving, usually_asked
+from attn_fuzz.batch.judge import judge, moving, schedule_on, usually_asked
 from attn_fuzz.batch.judged import BY_BITS, Judged, Question, tensor_of
 from attn_fuzz.batch.layer_judge import LAYER_SCHEDULE
 from attn_fuzz.campaign.batch_worker import BatchWorker, Sizing
@@ -40,6 +41,10 @@ _CANDIDATES: Final = 3
 SHRINK_SECONDS: Final = 20.0
 """How long calls are left out of a batch that fails after other calls only."""
 
+_LOOKED_AGAIN: Final = 3
+"""So often the case mode looks into batches that are accused of something, and finds what it has found before: a kernel
+that is wrong in most calls would have no time for others."""
+
 _TOUCHED: Final = 64
 """Calls that are looked at on their own where something was written that may not be."""
 
@@ -49,7 +54,8 @@ class CallsWorker(BatchWorker):
 
     def __init__(self, assignment: Assignment, send: Send) -> None:
         kind = assignment.device.partition(":")[0]
-        super().__init__(assignment, send, LONGEST[kind], SIZING[kind], SCHEDULE)
+        super().__init__(assignment, send, LONGEST[kind], SIZING[kind], schedule_on(kind))
+        self.looked_again = Counter[str]()
 
     def levels(self) -> list[str]:
         """Those that the backend has; of layers on one rank."""
@@ -128,7 +134,14 @@ class CallsWorker(BatchWorker):
 
     def triage(self, judged: Judged, failing: list[int]) -> None:
         """Hands failing calls to the case mode; what only a batch shows is held against other values of it."""
+        accused = self.accused(judged, failing)
+        if all(self.looked_again[name] >= _LOOKED_AGAIN for name in accused):
+            self.tally.repeated += 1
+            return
+        repeated = self.tally.repeated
         if self.handed_over(judged, failing[:_CANDIDATES]):
+            if self.tally.repeated > repeated:
+                self.looked_again.update(accused)
             return
         batch, worst = judged.batch, judged.worst()
         again = set(self.judged(batch.other(batch.case.seed ^ SECOND_SEED), judged.question).failing())
@@ -160,6 +173,12 @@ class CallsWorker(BatchWorker):
             tensor=tensor_of(name),
             sequence=sequence.to_dict(),
         )
+
+    def accused(self, judged: Judged, failing: list[int]) -> set[str]:
+        """What failing calls are accused of, each by its worst."""
+        worst = judged.worst()
+        found = (judged.fallen(i) if i in judged.broken else judged.symptom(worst[i][1]) for i in failing)
+        return {symptom.__name__ for symptom in found}
 
     def moves(self, judged: Judged, index: int) -> bool:
         """Whether a call's results have other bits from one run to the next, which are promised by no statement."""

@@ -38,7 +38,8 @@ class Assignment:
     """``case``: one drawn case after another; ``packed``: cases of thousands of documents; ``batch``: hundreds of
     small calls at a time."""
     asked: tuple[str, ...] = ()
-    """What every case is asked beside its budgets, of ``coverage.axes.ASKED``; none for some of all, in turn."""
+    """What every case is asked beside its budgets, of ``coverage.axes.ASKED``, or every batch, of its schedules; none
+    for some of all, in turn."""
     stop_at_first: bool = False
     """End the assignment with the first finding."""
     compilers: int = 1

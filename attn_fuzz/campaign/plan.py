@@ -141,7 +141,7 @@ class CampaignOptions:
     """``case``, ``batch``, ``packed``; each backend has workers of its own for each, batches only where it takes any
     drawn call."""
     asked: tuple[str, ...] = ()
-    """What every single case is asked beside its budgets; none for some of all, in turn."""
+    """What every single case is asked beside its budgets, or every batch; none for some of all, in turn."""
     stop_at_first: bool = False
     """End each assignment with its first finding."""
     ranks: tuple[int, ...] = (1,)

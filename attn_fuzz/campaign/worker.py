@@ -89,7 +89,7 @@ class Worker:
         self.started = time.monotonic()
         self.tally = Tally()
         self.found = set(assignment.found)
-        self.only = tuple(ASKED[name] for name in assignment.asked)
+        self.only = tuple(ASKED[name] for name in assignment.asked if assignment.mode == "case")
         self.last_sent = 0.0
         self.counts = Counts() if assignment.counts else None
         self.last_told = time.monotonic()

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Final
 import torch
 import typer
 
+from attn_fuzz.batch.judge import LAUNCHED, SCHEDULE
+from attn_fuzz.batch.layer_judge import LAYER_SCHEDULE
 from attn_fuzz.campaign.plan import default_device
 from attn_fuzz.coverage.axes import ASKED
 
@@ -59,8 +61,9 @@ DEFAULT_MODE = "case+batch"
 AskOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Ask this of every case beside its budgets, and nothing else, in --mode case; repeat for several. Such as "
-        "replayed-alike (CUDA graphs), ordered-by-streams, same-in-company; a name that is none lists all.",
+        help="Ask this of every case beside its budgets, and nothing else, in --mode case, or of every batch in --mode "
+        "batch; repeat for several. Such as replayed-alike (CUDA graphs), ordered-by-streams, same-in-company (of "
+        "batches: company); a name that is none lists all.",
     ),
 ]
 FirstOption = Annotated[bool, typer.Option("--first", help="Stop each backend at its first finding.")]
@@ -104,14 +107,15 @@ _NEED_A_GPU: Final = ("replayed alike", "ordered by streams")
 
 
 def asked_of(ask: list[str] | None, mode: str, device: str) -> dict[str, Any]:
-    """Options of a campaign: its modes, and what single cases are asked."""
-    names = {name.replace(" ", "-"): name for name in ASKED}
+    """Options of a campaign: its modes, and what single cases are asked, or batches."""
+    if ask and mode not in (DEFAULT_MODE, "case", "batch"):
+        raise UsageError("--ask is about single cases or batches: use it with --mode case or --mode batch")
+    known = [each.asked for each in (*SCHEDULE, *LAUNCHED, *LAYER_SCHEDULE)] if mode == "batch" else list(ASKED)
+    names = {name.replace(" ", "-"): name for name in known if name}
     asked = tuple(dict.fromkeys(names[each] for each in choices(ask, tuple(names), "question")))
-    if asked and mode not in (DEFAULT_MODE, "case"):
-        raise UsageError("--ask is about single cases: use it with --mode case")
     if device == "cpu" and (without := [name for name in asked if name in _NEED_A_GPU]):
         raise UsageError(f"--ask {without[0].replace(' ', '-')} asks nothing on a CPU; use --device cuda")
-    return {"modes": ("case",) if asked else modes_of(mode), "asked": asked}
+    return {"modes": ("case",) if asked and mode == DEFAULT_MODE else modes_of(mode), "asked": asked}
 
 
 def choices(given: list[str] | None, allowed: tuple[str, ...], what: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from attn_fuzz.oracle.relations.company import PASSES, counted
 
 _COUNTED: Final = {
     "same in company": tuple(map(counted, PASSES)),
+    "company": tuple(map(counted, PASSES)),
     "replayed alike": (graphs.REPLAYED, graphs.REFUSED),
     "ordered by streams": (streams.ORDERED,),
     "compiled alike": (compiled.COMPILED, compiled.REFUSED),

@@ -11,7 +11,7 @@ import itertools
 from typing import Final, NamedTuple
 
 from attn_fuzz.backends.kernel import Configuration
-from attn_fuzz.batch.judge import SCHEDULE
+from attn_fuzz.batch.judge import LAUNCHED, SCHEDULE
 from attn_fuzz.batch.layer_judge import LAYER_SCHEDULE
 from attn_fuzz.batch.packed import PACKED_SCHEDULE
 from attn_fuzz.generation.domain import HEAD_DIMS
@@ -65,7 +65,7 @@ QUESTIONS: Final = tuple(
     dict.fromkeys(
         (
             *map(probe_name, PROBES),
-            *(each.asked for each in (*SCHEDULE, *LAYER_SCHEDULE, *PACKED_SCHEDULE) if each.asked),
+            *(each.asked for each in (*SCHEDULE, *LAUNCHED, *LAYER_SCHEDULE, *PACKED_SCHEDULE) if each.asked),
         )
     )
 )

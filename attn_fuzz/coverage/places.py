@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from attn_fuzz.batch.judge import SCHEDULE
+from attn_fuzz.batch.judge import schedule_on
 from attn_fuzz.batch.layer_judge import LAYER_SCHEDULE
 from attn_fuzz.batch.packed import PACKED_SCHEDULE
 from attn_fuzz.coverage.axes import AXES, DOCUMENTS, LENGTHS, class_of, probe_name
@@ -93,7 +93,7 @@ def places(device: str) -> tuple[Place, ...]:
     probes = frozenset(map(probe_name, PROBES))
     of_calls, of_layers, of_packed = (
         frozenset(question.asked for question in schedule if question.asked)
-        for schedule in (SCHEDULE, LAYER_SCHEDULE, PACKED_SCHEDULE)
+        for schedule in (schedule_on(device), LAYER_SCHEDULE, PACKED_SCHEDULE)
     )
     most = 1 << 14
     return (

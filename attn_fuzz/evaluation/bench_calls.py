@@ -11,7 +11,7 @@ from typing import Final
 import torch
 
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.batch.judge import SCHEDULE, judge, usually_asked
+from attn_fuzz.batch.judge import judge, schedule_on, usually_asked
 from attn_fuzz.batch.judged import Question
 from attn_fuzz.batch.verdicts import largest_z
 from attn_fuzz.campaign.messages import Assignment, Tally
@@ -58,13 +58,14 @@ def batch_of(case: Case, backend: Backend, device: torch.device) -> dict[str, fl
     batch, kind = cut_up(case), device.type
     count = len(batch.ends)
     # What is asked of a batch changes from one to the next.
-    times_of = Counter(SCHEDULE)
+    schedule = schedule_on(kind)
+    times_of = Counter(schedule)
 
     def judged(asks: Question) -> Callable[[], object]:
         return lambda: judge(batch, backend, device, asks, asked=usually_asked(batch))
 
     each = {asks: median(judged(asks), device, enough=_ENOUGH) for asks in times_of}
-    checked = sum(times * each[asks] for asks, times in times_of.items()) / len(SCHEDULE)
+    checked = sum(times * each[asks] for asks, times in times_of.items()) / len(schedule)
     inputs = kernel_inputs(batch.case, device)
     tensors_of_calls = BatchTensors(batch, inputs, device)
     bare = median(lambda: run_batch(tensors_of_calls, backend, "none"), device)

@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 
 from attn_fuzz.backends import registry
-from attn_fuzz.batch.judge import SCHEDULE, judge, usually_asked
+from attn_fuzz.batch.judge import judge, schedule_on, usually_asked
 from attn_fuzz.campaign import new_process
 from attn_fuzz.evaluation.bench_calls import cut_up
 from attn_fuzz.evaluation.bench_layers import LayerBench
@@ -72,10 +72,13 @@ def _works(name: str, level: str, job: Job, index: int) -> tuple[Work, Work]:
         layers = LayerBench(backend, device, index)
         return layers.judged, layers.bare
     batch = cut_up(layout(job.plan, job.plan.batch_documents, seed=index), seed=index)
-    tensors_of_calls = BatchTensors(batch, kernel_inputs(batch.case, device), device)
+    tensors_of_calls, schedule = (
+        BatchTensors(batch, kernel_inputs(batch.case, device), device),
+        schedule_on(device.type),
+    )
 
     def judged(turn: int) -> int:
-        judge(batch, backend, device, SCHEDULE[turn % len(SCHEDULE)], asked=usually_asked(batch))
+        judge(batch, backend, device, schedule[turn % len(schedule)], asked=usually_asked(batch))
         return len(batch.ends)
 
     def bare(turn: int) -> int:

@@ -181,6 +181,12 @@ class BatchTensors:
         places = zip(self.sides["q"].begins, self.sides["q"].counts, self.spares, strict=True)
         return [placed.tensor.narrow(1, begin, count + spare) for begin, count, spare in places]
 
+    def copy_in(self, other: BatchTensors) -> None:
+        """Copies values and prefix sums of calls of the same sizes to where these lie, on the current stream."""
+        for name, placed in self.placed.items():
+            placed.tensor.copy_(other.placed[name].tensor)
+        self.sums.copy_(other.sums)
+
     def changed(self) -> torch.Tensor:
         """Whether any input, gap, guard margin or prefix sum has lost its bits: bool scalar on the device."""
         moved = [(bits(item.storage) != item.before).any() for item in self.placed.values()]

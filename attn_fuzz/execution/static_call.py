@@ -16,9 +16,7 @@ class StaticCall(KernelCall):
 
     def load(self, other: BatchTensors) -> None:
         """Copies another layout and its values in, on the current stream."""
-        for name, placed in self.placed.items():
-            placed.tensor.copy_(other.placed[name].tensor)
-        self.tensors.sums.copy_(other.sums)
+        self.tensors.copy_in(other)
 
     def run(self) -> None:
         """Forward, and backward where one is asked for, on the current stream.

@@ -11,6 +11,9 @@ import torch
 _CYCLES: Final = 4_000_000
 """Of a clock of about 2 GHz, two milliseconds: ten times as long as a host takes to launch a call."""
 
+_MOST_CALLS: Final = 16
+"""Calls that a host is given the time to launch: 32 milliseconds are much beside what else is asked of a batch."""
+
 Result = TypeVar("Result")
 
 
@@ -18,8 +21,8 @@ class Streams(abc.ABC):
     """Three streams, each of which waits for the one before it."""
 
     @abc.abstractmethod
-    def late(self, produce: Callable[[], None]) -> None:
-        """Has something done on the first, but not for a while."""
+    def late(self, produce: Callable[[], None], calls: int = 1) -> None:
+        """Has something done on the first, but not for a while: the first of so many calls are launched before."""
 
     @abc.abstractmethod
     def call(self, function: Callable[[], None]) -> None:
@@ -38,9 +41,9 @@ class CudaStreams(Streams):
         # What made the tensors is over.
         torch.cuda.synchronize(device)
 
-    def late(self, produce: Callable[[], None]) -> None:
+    def late(self, produce: Callable[[], None], calls: int = 1) -> None:
         with torch.cuda.stream(self._producer):
-            torch.cuda._sleep(_CYCLES)
+            torch.cuda._sleep(_CYCLES * min(calls, _MOST_CALLS))
             produce()
 
     def call(self, function: Callable[[], None]) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from attn_fuzz.backends.kernel import UnsupportedCase
+import torch
+
+from attn_fuzz.backends.registry import Backend
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.interfering import turned
 from attn_fuzz.cases.smaller import fewer_documents
@@ -15,7 +17,6 @@ from attn_fuzz.execution.batch_tensors import BatchTensors
 from attn_fuzz.execution.calls import EVERYTHING, Asked
 from attn_fuzz.execution.graphs import NotCapturable, Recorder, Replay, recorder_of
 from attn_fuzz.execution.observation import Observation
-from attn_fuzz.execution.runner import require_support
 from attn_fuzz.execution.static_call import StaticCall
 from attn_fuzz.oracle.relations.autograd import INFERENCE
 from attn_fuzz.oracle.relations.launched import unlike
@@ -31,45 +32,71 @@ REFUSED: Final = "not captured in a CUDA graph"
 _ENOUGH: Final = 3
 """Captures that failed, after which a backend is asked no more in this process: each leaves something behind."""
 
+_Got = TypeVar("_Got")
+
 _failed: dict[tuple[str, str, Asked], list[str]] = {}
 """Why captures failed, by backend, device and what was asked."""
 
 
 def replayed_alike(trial: Trial) -> Iterator[Symptom]:
     """A graph that was captured with another layout of the same size gives the case's bits when it is replayed."""
-    case, stated, recorder = trial.case, trial.stated, recorder_of(trial.device)
-    if recorder is None or case.level != "kernel" or stated.graphs is False or case.memory == "broadcast":
+    case, recorder = trial.case, recorder_of(trial.device)
+    if recorder is None or not capturable(case, trial.backend, trial.device):
         return
+    try:
+        asked, found = attempted(trial.backend, trial.device, lambda asked: list(_replayed(trial, recorder, asked)))
+    except NotCapturable as refusal:
+        if trial.stated.graphs:
+            yield NotReplayed("graphs", "call", f"it cannot be captured in a CUDA graph: {refusal}")
+        else:
+            trial.counted[f"{REFUSED} ({refusal})"] += 1
+        return
+    trial.counted[REPLAYED] += 1
+    trial.counted[BACKWARD] += bool(asked.gradients)
+    yield from found
+
+
+def capturable(case: Case, backend: Backend, device: torch.device) -> bool:
+    """Whether a case is one that may be captured with another layout of its size.
+
+    Args:
+        case: that is taken.
+        backend: what would run it.
+        device: where.
+    """
+    stated = backend.kernel.capabilities_on(device.type)
+    if case.level != "kernel" or stated.graphs is False or case.memory == "broadcast":
+        return False
     if case.gaps != (0, 0):
         # Where a document's rows lie then depends on the lengths of those before it, and results are read by them.
-        return
+        return False
     # What compiles for layouts compiles, and measures, when it likes; torch's compiler captures by itself.
-    if trial.backend.kernel.compiled or stated.layouts or not _taken(trial, turned(case)):
-        return
+    compiles = backend.kernel.compiled or bool(stated.layouts)
+    return not compiles and backend.refusal(turned(case), device.type) is None
+
+
+def attempted(backend: Backend, device: torch.device, capture: Callable[[Asked], _Got]) -> tuple[Asked, _Got]:
+    """(what was asked of autograd, what a capture then gave): with a backward, or without where that cannot be.
+
+    Args:
+        backend: what is captured.
+        device: where.
+        capture: asks that of autograd.
+
+    Raises:
+        NotCapturable: where neither can be, or not all that is promised. Nobody is asked again after a few times.
+    """
+    stated = backend.kernel.capabilities_on(device.type)
     for asked in (EVERYTHING, INFERENCE) if stated.backward else (INFERENCE,):
-        failed = _failed.setdefault((trial.backend.name, str(trial.device), asked), [])
+        failed = _failed.setdefault((backend.name, str(device), asked), [])
         if len(failed) < _ENOUGH:
             try:
-                found = list(_replayed(trial, recorder, asked))
+                return asked, capture(asked)
             except NotCapturable as refusal:
                 failed.append(str(refusal))
-            else:
-                trial.counted[REPLAYED] += 1
-                trial.counted[BACKWARD] += bool(asked.gradients)
-                yield from found
-                return
         if stated.graphs:
-            yield NotReplayed("graphs", "call", f"it cannot be captured in a CUDA graph: {failed[-1]}")
-            return
-    trial.counted[f"{REFUSED} ({failed[-1]})"] += 1
-
-
-def _taken(trial: Trial, case: Case) -> bool:
-    try:
-        require_support(trial.backend, case, trial.device)
-    except UnsupportedCase:
-        return False
-    return True
+            break
+    raise NotCapturable(failed[-1])
 
 
 @dataclasses.dataclass
@@ -136,7 +163,8 @@ def _replayed(trial: Trial, recorder: Recorder, asked: Asked) -> Iterator[Sympto
 
 
 def _fits(trial: Trial, case: Case) -> bool:
-    return _taken(trial, case) and _taken(trial, turned(case))
+    taken = trial.backend.refusal(case, trial.device.type) is None
+    return taken and capturable(case, trial.backend, trial.device)
 
 
 def _told(replays: list[tuple[_Captured, Replay]]) -> Iterator[Symptom]:

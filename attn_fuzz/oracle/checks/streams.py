@@ -8,14 +8,16 @@ from typing import Final
 import torch
 
 from attn_fuzz.cases.call_batch import CallBatch
+from attn_fuzz.cases.interfering import turned
 from attn_fuzz.execution.batch_tensors import BatchTensors
 from attn_fuzz.execution.observation import Observation
+from attn_fuzz.execution.process import beyond_its_call
 from attn_fuzz.execution.static_call import StaticCall
 from attn_fuzz.execution.streams import Streams, streams_of
-from attn_fuzz.oracle.relations.launched import unlike
+from attn_fuzz.oracle.relations.launched import spoiled, unlike
 from attn_fuzz.oracle.symptoms import NotOrdered, Symptom
 from attn_fuzz.oracle.trial import Trial
-from attn_fuzz.reference.answer import Inputs
+from attn_fuzz.reference.answer import Inputs, kernel_inputs
 
 ORDERED: Final = "calls on a stream of their own, between two others"
 
@@ -37,29 +39,39 @@ def ordered_by_streams(trial: Trial) -> Iterator[Symptom]:
         yield NotOrdered("streams", tensor, message, z=z, element=element)
 
 
+def _whatever_comes(call: StaticCall) -> None:
+    """Runs a call that is a case of its own, some other time, where it fails."""
+    try:
+        call.run()
+    except Exception as error:
+        if beyond_its_call(error):
+            raise
+
+
 def _run(trial: Trial, streams: Streams) -> Observation:
     case, poison, device = trial.case, trial.poisons[0], trial.device
     assert isinstance(trial.inputs, Inputs)
     batch = CallBatch.of_one(case)
     # Of the same layout: host and device agree at all times, but for the values.
-    call = StaticCall(trial.backend, case, _spoiled(trial.inputs), poison, device)
-    drawn, spoiled = (
+    call = StaticCall(trial.backend, case, spoiled(trial.inputs), poison, device)
+    drawn, after = (
         BatchTensors(batch, inputs, device, (case.capacity,), poison)
-        for inputs in (trial.inputs, _spoiled(trial.inputs))
+        for inputs in (trial.inputs, spoiled(trial.inputs))
     )
+    other = turned(case)
+    taken = trial.backend.refusal(other, device.type) is None
+    next_call = StaticCall(trial.backend, other, kernel_inputs(other, "cpu"), poison, device) if taken else None
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    streams.late(lambda: call.load(drawn))
+    streams.late(lambda: call.load(drawn), 2)
 
     def whole() -> None:
         call.run()
         # Nothing of the call may still read these.
-        call.load(spoiled)
+        call.load(after)
+        if next_call is not None:
+            # Nor does what the next call keeps anywhere reach this one, which may not have begun yet.
+            _whatever_comes(next_call)
 
     streams.call(whole)
     return streams.take(call.observe)
-
-
-def _spoiled(drawn: Inputs) -> Inputs:
-    """What lies there before the inputs come, and after the call: numbers, but other ones."""
-    return Inputs(**{name: torch.ones_like(x) for name, x in drawn.named.items()})

@@ -13,7 +13,14 @@ from attn_fuzz.oracle.checks.budget import place_of
 from attn_fuzz.oracle.deviations import deviations, limit
 from attn_fuzz.oracle.symptoms import Element
 from attn_fuzz.oracle.trial import Trial
+from attn_fuzz.reference.answer import Inputs
 from attn_fuzz.reference.memory import bits, same_bits
+
+
+def spoiled(drawn: Inputs) -> Inputs:
+    """What lies there before the inputs come, and after the call: numbers, but other ones."""
+    return Inputs(**{name: torch.ones_like(x) for name, x in drawn.named.items()})
+
 
 _TIMES: Final = 3
 """Further runs that have to agree where nobody has promised the same bits."""
