@@ -7,7 +7,7 @@ import dataclasses
 from attn_fuzz.backends import registry
 from attn_fuzz.campaign.isolated import Report, Subject, report_of
 from attn_fuzz.campaign.messages import Message
-from attn_fuzz.campaign.pool import Pool, _Worker
+from attn_fuzz.campaign.pool import Pool, Worker
 from attn_fuzz.campaign.serve import WORK
 from attn_fuzz.reference.case import Case
 
@@ -17,7 +17,7 @@ class InTurn(Pool):
 
     def _step(self) -> None:
         assignment, restarts = self._waiting.popleft()
-        worker = _Worker(assignment, None, None, None, restarts, 0)  # type: ignore[arg-type]
+        worker = Worker(assignment, None, None, None, restarts, 0)  # type: ignore[arg-type]
 
         def take(message: Message) -> None:
             self._take(worker, message)

@@ -11,6 +11,7 @@ from attn_fuzz.batch.judge import schedule_on
 from attn_fuzz.batch.layer import draw_layer_case
 from attn_fuzz.batch.layer_judge import LAYER_SCHEDULE
 from attn_fuzz.batch.packed import PACKED_SCHEDULE
+from attn_fuzz.coverage.aims import aim_at
 from attn_fuzz.coverage.allowed import Space
 from attn_fuzz.coverage.axes import probe_name
 from attn_fuzz.coverage.counts import Counts, Pair
@@ -18,7 +19,6 @@ from attn_fuzz.generation import calls, layer_calls, length_sweeps
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.drawing import few_cases
 from attn_fuzz.generation.length_sweeps import Sweep
-from attn_fuzz.nights.aims import aim_at
 from attn_fuzz.oracle.checks import PROBES
 from attn_fuzz.oracle.examine import some_probes
 from attn_fuzz.reference.case import Case

@@ -77,7 +77,7 @@ class FakeStreams(Streams):
     def late(self, produce: Callable[[], None], calls: int = 1) -> None:
         self._late.append(produce)
 
-    def call(self, function: Callable[[], None]) -> None:
+    def call(self, function: Callable[[], object]) -> None:
         FakeStreams.current = self
         try:
             function()

@@ -22,12 +22,12 @@ from attn_fuzz.batch.judge import judge
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.order import simplicity
 from attn_fuzz.cases.simpler import narrower
+from attn_fuzz.coverage.aims import aim_at
 from attn_fuzz.coverage.allowed import Space
 from attn_fuzz.generation.configurations import in_order
 from attn_fuzz.generation.domain import EVERY_HEAD_DIM, MANY_HEADS, Domain
 from attn_fuzz.generation.drawing import few_cases
 from attn_fuzz.generation.length_sweeps import Sweep, draw_case, draw_options
-from attn_fuzz.nights.aims import aim_at
 from attn_fuzz.oracle.examine import examine
 from attn_fuzz.reference.answer import kernel_answer, kernel_inputs
 from attn_fuzz.reference.case import Case

@@ -42,6 +42,23 @@ def asked(kernel: Backup, case: Case = CASE, device: str = "cpu", **stated: Any)
     return list(compiled.compiled_alike(trial)), trial
 
 
+class ByStrides(Backup):
+    """Other last bits of outputs where queries lie close together."""
+
+    name = "by_strides"
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        attended = super().attend(q, k, v, metadata, options)
+        return attended._replace(out=attended.out * (1.0 + 2.0**-22 * q.is_contiguous()))
+
+
+@pytest.mark.slow
+def test_a_module_that_lays_its_inputs_out_otherwise_is_no_fault() -> None:
+    assert asked(ByStrides(), CASE.replace(memory="strided", seed=1))[0] == []
+
+
 @pytest.mark.slow
 def test_what_only_compiled_calls_do_is_seen() -> None:
     right, trial = asked(Backup(), CASE.replace(seed=1))

@@ -13,11 +13,12 @@ from reach import Drawer
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Capabilities, Configuration
 from attn_fuzz.backends.loop import Loop
+from attn_fuzz.coverage.aims import aim_at
 from attn_fuzz.coverage.allowed import LEFT_OUT, Space
 from attn_fuzz.coverage.axes import AXES, PLACES, VALUES, Value, options_of
 from attn_fuzz.coverage.counts import Counts, Reached, lengths_of
 from attn_fuzz.generation.domain import Domain
-from attn_fuzz.nights.aims import aim_at, rarest
+from attn_fuzz.nights.aims import rarest
 from attn_fuzz.nights.holes import Coverage
 from attn_fuzz.reference.case import Case
 

@@ -187,10 +187,10 @@ class Scripted(RoundPool):
     script: tuple[Message, ...] = ()
 
     def _step(self) -> None:
-        from attn_fuzz.campaign.pool import _Worker
+        from attn_fuzz.campaign.pool import Worker
 
         assignment, restarts = self._waiting.popleft()
-        worker = _Worker(assignment, None, None, None, restarts, 0)  # type: ignore[arg-type]
+        worker = Worker(assignment, None, None, None, restarts, 0)  # type: ignore[arg-type]
         for message in self.script:
             self._take(worker, message)
         self._done.append(worker)
@@ -217,14 +217,14 @@ def test_a_slice_that_cannot_run_ends_no_round() -> None:
 
 
 def test_nobody_waits_for_a_slice_that_is_late() -> None:
-    from attn_fuzz.campaign.pool import _Worker
+    from attn_fuzz.campaign.pool import Worker
 
     jobs = (Assignment(backend="loop", device="cpu", seed=0, seconds=5.0, notes=str(number)) for number in range(99))
     listener = Listener(*(lambda *_: None,) * 5, lambda left: Slice(next(jobs)), lambda suspect: None)
     pool = RoundPool([Slice(next(jobs))], 2, listener, 1000.0)
     job, _ = pool._waiting.popleft()
     now = time.monotonic()
-    hangs = _Worker(job, None, None, None, 0, 0, started=now)  # type: ignore[arg-type]
+    hangs = Worker(job, None, None, None, 0, 0, started=now)  # type: ignore[arg-type]
     pool._running.append(hangs)
     pool._refill()
     assert not pool._waiting
@@ -242,7 +242,7 @@ def test_nobody_waits_for_a_slice_that_is_late() -> None:
 
 def test_nobody_waits_for_a_slice_that_is_long() -> None:
     """As those of backends that compile are; what comes meanwhile ends with it, and keeps no round going."""
-    from attn_fuzz.campaign.pool import _Worker
+    from attn_fuzz.campaign.pool import Worker
 
     def jobs(seconds: float) -> Iterator[Assignment]:
         for number in range(99):
@@ -252,7 +252,7 @@ def test_nobody_waits_for_a_slice_that_is_long() -> None:
     listener = Listener(*(lambda *_: None,) * 5, lambda left: Slice(next(more)), lambda suspect: None)
     pool = RoundPool([Slice(next(jobs(45.0)))], 2, listener, 1000.0)
     now = time.monotonic()
-    long = _Worker(pool._waiting.popleft()[0], None, None, None, 0, 0, started=now - 35.0)  # type: ignore[arg-type]
+    long = Worker(pool._waiting.popleft()[0], None, None, None, 0, 0, started=now - 35.0)  # type: ignore[arg-type]
     pool._running.append(long)
     pool._refill()
     ((job, _),) = pool._waiting
@@ -264,7 +264,7 @@ def test_nobody_waits_for_a_slice_that_is_long() -> None:
     pool._refill()
     assert not pool._waiting
     # What is begun for one that was begun meanwhile ends no later.
-    pool._running[:] = [_Worker(job, None, None, None, 0, 0, started=now)]  # type: ignore[arg-type]
+    pool._running[:] = [Worker(job, None, None, None, 0, 0, started=now)]  # type: ignore[arg-type]
     pool._refill()
     ((job, _),) = pool._waiting
     assert job.seconds == pytest.approx(10.0, abs=1.0)
@@ -310,9 +310,9 @@ class Deathbed(NamedTuple):
 
     def bury(self, exitcode: int | None, trying: Trying | None, silent: float = 0.0) -> None:
         """One worker dies of this, or hangs where there is no exit status."""
-        from attn_fuzz.campaign.pool import _Worker
+        from attn_fuzz.campaign.pool import Worker
 
-        worker = _Worker(self.piece.job, Ended(exitcode), None, None, 0, 0)  # type: ignore[arg-type]
+        worker = Worker(self.piece.job, Ended(exitcode), None, None, 0, 0)  # type: ignore[arg-type]
         worker.trying, worker.heard = trying, worker.heard - silent
         self.pool._running.append(worker)
         self.pool._note_silence()

@@ -13,7 +13,7 @@ import pytest
 from commandline import Run
 
 from attn_fuzz.campaign.messages import Assignment, Candidate, Found, Tally
-from attn_fuzz.campaign.pool import Outcome, Pool, _Worker
+from attn_fuzz.campaign.pool import Outcome, Pool, Worker
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.same import count_bugs, is_same
 from attn_fuzz.findings.store import Store
@@ -166,7 +166,7 @@ def test_the_first_finding_ends_all_that_test_its_backend(shrinking: bool) -> No
     found: list[Finding] = []
     pool = Pool(jobs, 2, lambda tallies: None, found.append)
     workers = [
-        _Worker(job, SimpleNamespace(kill=lambda place=place: killed.append(place)), None, None, 0, place)  # type: ignore[arg-type]
+        Worker(job, SimpleNamespace(kill=lambda place=place: killed.append(place)), None, None, 0, place)  # type: ignore[arg-type]
         for place, job in enumerate(jobs[:2])
     ]
     pool._running[:] = workers

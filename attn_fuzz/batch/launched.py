@@ -24,8 +24,8 @@ from attn_fuzz.oracle.deviations import limit
 from attn_fuzz.oracle.relations.launched import spoiled
 from attn_fuzz.reference.answer import kernel_inputs
 
-_CAPTURED: Final = 8
-"""Calls of a batch that are captured: each takes four runs, and some milliseconds of its own."""
+CAPTURED: Final = 32
+"""Calls of a batch that are captured at most: each takes four runs, and some milliseconds of its own."""
 
 
 def ordered_by_streams(batch_run: BatchRun) -> None:
@@ -36,9 +36,6 @@ def ordered_by_streams(batch_run: BatchRun) -> None:
         return
     drawn = batch_run.inputs()
     static, before, after = (BatchTensors(batch, each, device) for each in (spoiled(drawn), drawn, spoiled(drawn)))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    streams.late(lambda: static.copy_in(before), len(batch.ends))
     got = Results()
 
     def calls() -> None:
@@ -46,6 +43,11 @@ def ordered_by_streams(batch_run: BatchRun) -> None:
         # Nothing of the calls may still read these.
         static.copy_in(after)
 
+    streams.warm_up(calls)
+    # Its memory is given to the calls again.
+    batch_run.runs.pop()
+    got.clear()
+    streams.late(lambda: static.copy_in(before), len(batch.ends))
     streams.call(calls)
     results = streams.take(lambda: {name: x.clone() for name, x in got.items()})
     batch_run.counted[ORDERED] = torch.tensor(len(batch.ends))
@@ -60,7 +62,7 @@ def replayed_alike(batch_run: BatchRun) -> None:
     if recorder is None:
         return
     calls = enumerate(batch_run.batch.calls)
-    few = list(itertools.islice((i for i, call in calls if capturable(call, backend, device)), _CAPTURED))
+    few = list(itertools.islice((i for i, call in calls if capturable(call, backend, device)), CAPTURED))
     if not few:
         return
     captured = _Captured(batch_run, recorder, few)

@@ -12,7 +12,7 @@ from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.execution.calls import How
 from attn_fuzz.oracle.relations.autograd import INFERENCE
-from attn_fuzz.oracle.relations.merged import PART_RESULTS, Parts
+from attn_fuzz.oracle.relations.merged import MERGED, PART_RESULTS, Parts
 from attn_fuzz.oracle.symptoms import NotMerged
 from attn_fuzz.reference.answer import KERNEL_TENSORS, Expected, kernel_inputs
 from attn_fuzz.reference.batched import kernel_answer
@@ -48,6 +48,7 @@ def merging(batch_run: BatchRun) -> None:
         answers.append(kernel_answer(case, inputs, batch_run.profile, degrees=False))
     if any(name not in got for got in results for name in PART_RESULTS):
         return
+    batch_run.counted[MERGED] = torch.tensor(len(apart))
     batch_run.symptoms = dict.fromkeys(PART_RESULTS, NotMerged)
     places = torch.tensor(documents).to(device)
     for compared in parts.compared(results, answers):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Final
 
+from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.batch.judged import Judged, Question
 from attn_fuzz.campaign.messages import Assignment, Progress, Trying
 from attn_fuzz.campaign.triage import Triage
@@ -150,6 +151,9 @@ class BatchWorker(Triage, abc.ABC):
             leave_memory(self.device)
             self.learn(level, place, self.grown(size, now(self.device) - started))
             self.take(judged)
+        except UnsupportedCase as refusal:
+            # Rows far apart take more memory than there is just now.
+            self.refuse(str(refusal))
         except Exception as error:
             if not lacks_memory(error):
                 raise

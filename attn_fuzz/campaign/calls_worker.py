@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
 from attn_fuzz.batch.judge import judge, moving, schedule_on, usually_asked
 from attn_fuzz.batch.judged import BY_BITS, Judged, Question, tensor_of
+from attn_fuzz.batch.launched import CAPTURED
 from attn_fuzz.batch.layer_judge import LAYER_SCHEDULE
 from attn_fuzz.campaign.batch_worker import BatchWorker, Sizing
 from attn_fuzz.campaign.messages import Assignment
@@ -56,6 +58,9 @@ class CallsWorker(BatchWorker):
         kind = assignment.device.partition(":")[0]
         super().__init__(assignment, send, LONGEST[kind], SIZING[kind], schedule_on(kind))
         self.looked_again = Counter[str]()
+        if assignment.asked == ("replayed alike",):
+            # Of the half that is asked no more are captured.
+            self.sizing = dataclasses.replace(self.sizing, most=2 * CAPTURED)
 
     def levels(self) -> list[str]:
         """Those that the backend has; of layers on one rank."""

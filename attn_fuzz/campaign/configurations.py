@@ -45,7 +45,8 @@ class Configurations:
         # Ranks that share heads would have configurations of their own.
         if not stated.configurations and not (stated.compiles and max(assignment.tensor_ranks) == 1):
             return
-        domain = Domain.of(stated, self._kind, assignment.dtypes)
+        aim = assignment.aim if assignment.compile_aimed else {}
+        domain = Domain.of(stated, self._kind, assignment.dtypes, aim=aim)
         kernels = "kernel" in assignment.levels and "kernel" in backend.levels
         order = in_order(domain if kernels else domain.for_layers, assignment.seed)
         growth = Growth(load=self._load, seed=assignment.seed, by_turns=assignment.cases is not None)

@@ -50,6 +50,8 @@ class Assignment:
     """Symptoms that have been found often enough: cases that show one are counted, and not shrunk again."""
     aim: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     """What draws are to have where they can (``generation.domain.Domain.aim``)."""
+    compile_aimed: bool = False
+    """Of a backend that compiles, configurations that have it are compiled, instead of those that cover most."""
     memory: int = 0
     """Bytes that the process may have: what asks for more is refused, instead of filling the machine; 0 for any."""
     counts: bool = False
@@ -57,6 +59,8 @@ class Assignment:
     notes: str = ""
     """Beginning of the names of files in which is written what runs and what was found, before it is told
     (``campaign.notes``); empty for none."""
+    label: str = ""
+    """What it is done for, in the words of whoever wants it."""
 
 
 @dataclasses.dataclass

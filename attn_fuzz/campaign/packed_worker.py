@@ -15,7 +15,8 @@ from attn_fuzz.campaign.messages import Assignment, Trying
 from attn_fuzz.campaign.worker import Send, work
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
-from attn_fuzz.generation.length_sweeps import LONG_WORK, LONGEST, draw_case
+from attn_fuzz.generation.length_sweeps import LONGEST, draw_case
+from attn_fuzz.generation.long_rows import LONG_WORK
 from attn_fuzz.oracle.examine import USUAL_MEMORIES
 from attn_fuzz.reduction.packed import bisected, candidates, plainer
 from attn_fuzz.reference.case import Case
@@ -31,6 +32,9 @@ levels, sizes and questions in turn, it comes to all of them."""
 
 CROWD: Final = 1100
 """Documents of a call now and then, beyond the time for one: more than 2^10, with 2^13 to 2^15 queries in them."""
+
+_WITH_LONG_ROWS: Final = 16
+"""Documents of a call where they take minutes, and one of thousands of queries is aimed at."""
 
 # With sizes and questions in turn, crowds of all sizes come to be asked all of them.
 _CROWDED, _FIRST_CROWDED = 7, 3
@@ -88,7 +92,10 @@ class PackedWorker(BatchWorker):
             longest = self.sweeps[place].longest[0]
             return draw_layer_case(self.random, self.backend, self.domain, documents, longest)
         # Where thousands of rows are masked over the whole pack, or every document is given them, it takes minutes.
-        long = 0 if self.masks_all or self.pads else LONG_WORK
+        slow = self.masks_all or self.pads
+        if slow and self.domain.decided("long_rows"):
+            documents, slow = min(documents, _WITH_LONG_ROWS), False
+        long = 0 if slow else LONG_WORK
         return draw_case(self.random, self.sweeps[place], self.backend, self.domain, documents, long=long)
 
     @property

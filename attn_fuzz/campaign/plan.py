@@ -13,7 +13,10 @@ import torch
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import BackendUnavailable
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.campaign.messages import Assignment
+from attn_fuzz.campaign.messages import Assignment, CampaignError
+from attn_fuzz.coverage.aims import Aims
+from attn_fuzz.coverage.allowed import Space
+from attn_fuzz.coverage.axes import Value
 from attn_fuzz.execution.poison import POISONS
 
 MAX_CUDA_WORKERS = 16
@@ -148,6 +151,22 @@ class CampaignOptions:
     """To draw layer cases for."""
     tensor_ranks: tuple[int, ...] = (1,)
     """That share the query heads of each of them."""
+    aim: tuple[Value, ...] = ()
+    """What all draws are to have, of several values of one axis any."""
+
+
+def aims_of(name: str, options: CampaignOptions, without: Mapping[str, Any] | None = None) -> Aims:
+    """What a campaign's draws of a backend are to have.
+
+    Args:
+        name: of the backend.
+        options: what is asked for.
+        without: of a user's backend: capabilities as they were found out.
+    """
+    o, backend = options, registry.narrowed(registry.load(name), without or {})
+    batched = batched_levels(backend, o.levels, o.ranks, o.tensor_ranks)
+    space = Space.of(backend, kind_of(o.device), batched, o.dtypes)
+    return Aims(space, o.aim, tuple(level for level in o.levels if level in backend.levels))
 
 
 def plan(names: Sequence[str], options: CampaignOptions, without: Mapping[str, Any] | None = None) -> list[Assignment]:
@@ -157,14 +176,21 @@ def plan(names: Sequence[str], options: CampaignOptions, without: Mapping[str, A
         names: backends.
         options: what is asked for.
         without: of a user's backend: capabilities as they were found out.
+
+    Raises:
+        CampaignError: where no backend has a case with what is aimed at.
     """
     o = options
+    aims = {name: aims_of(name, o, without) for name in names} if o.aim else {}
     jobs = [
         (name, mode)
         for mode in o.modes
         for name in names
         if mode != "batch" or takes_batches(name, o.levels, o.ranks, o.tensor_ranks, without)
+        if not aims or aims[name].levels_in(mode)
     ]
+    if aims and not jobs:
+        raise CampaignError("no backend has a case with what is aimed at")
     places = {job: o.workers / len(names) * share for job, share in _shares(jobs).items()}
     shards = _shards(places, o)
     # Groups of ranks that have a GPU each begin where others end.
@@ -178,7 +204,7 @@ def plan(names: Sequence[str], options: CampaignOptions, without: Mapping[str, A
             backend=name,
             device=devices[(shard * len(jobs) + index) % len(devices)],
             seed=o.seed * 1009 + shard * len(jobs) + index,
-            levels=o.levels,
+            levels=aims[name].levels_in(mode) if aims else o.levels,
             dtypes=o.dtypes,
             cases=None if o.cases is None else o.cases // count + (shard < o.cases % count),
             seconds=None if o.seconds is None else o.seconds * min(1.0, places[name, mode] / count),
@@ -190,6 +216,8 @@ def plan(names: Sequence[str], options: CampaignOptions, without: Mapping[str, A
             tensor_ranks=o.tensor_ranks,
             compilers=compilers,
             without=dict(without or {}),
+            aim=aims[name].raw if aims else {},
+            compile_aimed=bool(aims),
         )
         for shard in range(max(shards.values()))
         for index, (name, mode) in enumerate(jobs)

@@ -63,10 +63,14 @@ class Outcome:
     interrupted: bool = False
     troubles: tuple[str, ...] = ()
     """What was wrong with this machine, in sentences."""
+    of_assignments: tuple[tuple[Assignment, Tally], ...] = ()
+    """What each brought; one that was begun again is there more than once."""
 
 
 @dataclasses.dataclass
-class _Worker:
+class Worker:
+    """A process at work."""
+
     assignment: Assignment
     process: BaseProcess
     connection: Connection
@@ -127,10 +131,10 @@ class Pool:
         self._limit = workers
         self._on_progress, self._on_finding, self._on_end = on_progress, on_finding, on_end
         self._seconds, self._started = seconds, time.monotonic()
-        self._running: list[_Worker] = []
-        self._done: list[_Worker] = []
+        self._running: list[Worker] = []
+        self._done: list[Worker] = []
         self._findings: dict[tuple[str, str], Finding] = {}
-        self._troubles: list[str] = []
+        self.troubles: list[str] = []
         self._names = tuple(dict.fromkeys(assignment.backend for assignment in assignments))
         self._at_work = set(self._names)
         self._looked = -math.inf
@@ -157,7 +161,7 @@ class Pool:
         watch = Watch(new_process.context())
         process = new_process.start(serve, (assignment, theirs, processors), {}, watch=watch)
         theirs.close()
-        self._running.append(_Worker(assignment, process, ours, watch, restarts, place))
+        self._running.append(Worker(assignment, process, ours, watch, restarts, place))
 
     def _tallies(self) -> dict[str, Tally]:
         totals = {name: Tally() for name in self._names}
@@ -173,12 +177,12 @@ class Pool:
             self._findings[key] = finding
             self._on_finding(finding)
 
-    def _keep_candidate(self, worker: _Worker) -> None:
+    def _keep_candidate(self, worker: Worker) -> None:
         """What a worker will not shrink any more is kept as it was drawn."""
         if worker.candidate is not None and (worker.candidate.backend, worker.candidate.symptom) not in self._findings:
             self._keep(worker.candidate)
 
-    def _take(self, worker: _Worker, message: Message) -> None:
+    def _take(self, worker: Worker, message: Message) -> None:
         worker.spoke = worker.spoke or worker.heard
         match message:
             case Trying():
@@ -197,9 +201,13 @@ class Pool:
             case Died(last_words):
                 worker.last_words = last_words
             case Failed(reason):
-                raise CampaignError(reason)
+                self.cannot(worker, reason)
 
-    def _end_others(self, worker: _Worker) -> None:
+    def cannot(self, worker: Worker, reason: str) -> None:
+        """An assignment cannot be done, and so neither can the campaign."""
+        raise CampaignError(reason)
+
+    def _end_others(self, worker: Worker) -> None:
         """Ends what else tests a backend of which one finding is enough."""
         name = worker.assignment.backend
         self._waiting = deque(each for each in self._waiting if each[0].backend != name)
@@ -208,7 +216,7 @@ class Pool:
             self._running.remove(other)
             self._done.append(other)
 
-    def _bury(self, worker: _Worker, symptom: str, how: str) -> None:
+    def _bury(self, worker: Worker, symptom: str, how: str) -> None:
         """Turns a dead worker's last case into a finding and starts another in its place."""
         worker.process.kill()
         worker.process.join()
@@ -219,7 +227,7 @@ class Pool:
             raise CampaignError(f"the worker for {job.backend} {how} before its first case")
         self._keep_candidate(worker)
         if killed_for_memory(worker.process.exitcode if symptom == "Crashed" else None, worker.memory):
-            self._troubles.append(f"the worker for {job.backend} was killed, and had filled the memory: no finding")
+            self.troubles.append(f"the worker for {job.backend} was killed, and had filled the memory: no finding")
             return
         message = worker.last_words or f"{symptom} [runs] process: the process {how} while it ran this case"
         finding = dataclasses.replace(
@@ -239,7 +247,7 @@ class Pool:
                 again = dataclasses.replace(job, seconds=seconds, cases=cases, seed=job.seed + 7919)
                 self._waiting.append((again, worker.restarts + 1))
 
-    def _look_into(self, worker: _Worker, finding: Finding, how: str, excused: str) -> None:
+    def _look_into(self, worker: Worker, finding: Finding, how: str, excused: str) -> None:
         """Keeps what a dead worker ran, if it was the cause; a crash is shrunk.
 
         Args:
@@ -259,11 +267,11 @@ class Pool:
             looked_into = symptom == "Crashed" and (excused or (job.backend, symptom) not in self._findings)
             found = inquest.finding() if looked_into else finding
             if isinstance(found, str):
-                self._troubles.append(found)
+                self.troubles.append(found)
             else:
                 self._keep(found)
         except NoDevice as trouble:
-            self._troubles.append(f"the worker for {job.backend} {how}, but {trouble}: no finding")
+            self.troubles.append(f"the worker for {job.backend} {how}, but {trouble}: no finding")
         except KeyboardInterrupt:
             self._keep(finding if excused else inquest.suspect.finding)
             raise
@@ -308,7 +316,7 @@ class Pool:
         for worker in self._running:
             worker.memory = max(worker.memory, largest_memory(worker.process.pid))
 
-    def _drain(self, worker: _Worker) -> None:
+    def _drain(self, worker: Worker) -> None:
         """Takes what a worker had said before it was ended."""
         try:
             while worker.connection.poll():
@@ -344,4 +352,5 @@ class Pool:
             signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
         tallies = self._tallies()
         seconds = time.monotonic() - started
-        return Outcome(tallies, list(self._findings.values()), seconds, interrupted, tuple(self._troubles))
+        each = tuple((worker.assignment, worker.tally) for worker in (*self._done, *self._running))
+        return Outcome(tallies, list(self._findings.values()), seconds, interrupted, tuple(self.troubles), each)

@@ -11,7 +11,8 @@ import typer
 from attn_fuzz.batch.judge import LAUNCHED, SCHEDULE
 from attn_fuzz.batch.layer_judge import LAYER_SCHEDULE
 from attn_fuzz.campaign.plan import default_device
-from attn_fuzz.coverage.axes import ASKED
+from attn_fuzz.coverage.aims import AIMS
+from attn_fuzz.coverage.axes import ASKED, AXES, Value
 
 DEFAULT_STORE = Path(".attn-fuzz") / "findings"
 DEFAULT_SECONDS = 60.0
@@ -66,6 +67,14 @@ AskOption = Annotated[
         "batches: company); a name that is none lists all.",
     ),
 ]
+AimOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="AXIS=VALUE",
+        help="Draw only cases with this value of an axis, in every mode, such as gaps=both, max_seqlen=loose or "
+        "memory=far_rows; repeat for several, of which those of one axis are alternatives.",
+    ),
+]
 FirstOption = Annotated[bool, typer.Option("--first", help="Stop each backend at its first finding.")]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes at a time.")]
 StrictOption = Annotated[
@@ -116,6 +125,24 @@ def asked_of(ask: list[str] | None, mode: str, device: str) -> dict[str, Any]:
     if device == "cpu" and (without := [name for name in asked if name in _NEED_A_GPU]):
         raise UsageError(f"--ask {without[0].replace(' ', '-')} asks nothing on a CPU; use --device cuda")
     return {"modes": ("case",) if asked and mode == DEFAULT_MODE else modes_of(mode), "asked": asked}
+
+
+def aim_of(given: list[str] | None) -> tuple[Value, ...]:
+    """Values of axes that draws are to have, as they are named on the command line: with dashes for spaces."""
+    axes = {name.replace(" ", "-"): name for name in AIMS}
+    found: list[Value] = []
+    for each in given or ():
+        dashed, sign, value = each.partition("=")
+        if not sign:
+            raise UsageError(f"--aim takes AXIS=VALUE, such as gaps=both, not {each!r}; axes are {', '.join(axes)}")
+        if dashed not in axes:
+            there = dashed in {axis.name.replace(" ", "-") for axis in AXES}
+            why = f"no draw can be aimed at a {dashed}" if there else f"unknown axis {dashed!r}"
+            raise UsageError(f"{why}; use {', '.join(axes)}")
+        if value not in AIMS[axes[dashed]]:
+            raise UsageError(f"no draw can be aimed at {each}; of {dashed} use {', '.join(AIMS[axes[dashed]])}")
+        found.append((axes[dashed], value))
+    return tuple(dict.fromkeys(found))
 
 
 def choices(given: list[str] | None, allowed: tuple[str, ...], what: str) -> tuple[str, ...]:

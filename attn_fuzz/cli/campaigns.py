@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from attn_fuzz.campaign.limits import Limit, LimitsFound, finding_of, infer_limi
 from attn_fuzz.campaign.messages import Tally
 from attn_fuzz.campaign.plan import (
     CampaignOptions,
+    aims_of,
     plan,
     require_available,
     takes_batches,
@@ -117,6 +119,27 @@ def _that_take_batches(names: tuple[str, ...], options: CampaignOptions, *, name
     return kept
 
 
+def _that_have_aims(
+    names: tuple[str, ...], options: CampaignOptions, without: Mapping[str, Any], *, named: bool
+) -> tuple[str, ...]:
+    """The backends of a campaign without those that have no case with what is aimed at, which is said of each.
+
+    Raises:
+        UsageError: when one that was asked for has none, or none is left.
+    """
+    if not options.aim:
+        return names
+    if max(options.tensor_ranks) > 1 and any(axis == "group" for axis, _ in options.aim):
+        raise UsageError("--tensor-ranks decide about heads: leave --aim group out")
+    whys = {name: aims_of(name, options, without).why_not(options.modes) for name in names}
+    sentences = [f"backend {name} has no case with {why}" for name, why in whys.items() if why is not None]
+    if sentences and (named or len(sentences) == len(names)):
+        raise UsageError(sentences[0])
+    for sentence in sentences:
+        typer.echo(f"attn-fuzz: {sentence}, so it is left out", err=True)
+    return tuple(name for name, why in whys.items() if why is None)
+
+
 class Keeper:
     """Writes the findings of a campaign to a store, linked to those that are the same bug.
 
@@ -166,10 +189,14 @@ def fuzz(names: tuple[str, ...], options: CampaignOptions, told: Told, *, named:
     """
     _require_sense(names, options)
     names = _that_take_batches(names, options, named=named)
+    if told.strict is None:
+        names = _that_have_aims(names, options, {}, named=named)
     keeper = Keeper(Store(told.store))
     if options.cases is None and options.seconds is None:
         options = dataclasses.replace(options, seconds=DEFAULT_SECONDS)
     found_out = LimitsFound() if told.strict is None else _found_out(names[0], options)
+    if told.strict is not None and found_out.fatal is None:
+        names = _that_have_aims(names, options, found_out.without, named=named)
     # Of a kernel that no process survives there is nothing more to say.
     assignments = plan(names, options, found_out.without) if found_out.fatal is None else []
     unstored: list[StoreError] = []

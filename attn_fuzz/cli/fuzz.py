@@ -15,6 +15,7 @@ from attn_fuzz.campaign.plan import (
 from attn_fuzz.cli.arguments import (
     DEFAULT_MODE,
     DEFAULT_STORE,
+    AimOption,
     AskOption,
     BackendOption,
     CasesOption,
@@ -33,6 +34,7 @@ from attn_fuzz.cli.arguments import (
     TensorRanksOption,
     UsageError,
     WorkersOption,
+    aim_of,
     asked_of,
     choices,
     device_of,
@@ -76,6 +78,7 @@ def run(
     ] = None,
     mode: ModeOption = DEFAULT_MODE,
     ask: AskOption = None,
+    aim: AimOption = None,
     first: FirstOption = False,
     workers: WorkersOption = None,
     min_cases: MinCasesOption = 1,
@@ -95,6 +98,7 @@ def run(
         dtypes=dtypes,
         poisons=choices(poison, (*POISONS, "none"), "poison") or POISONS,
         **asked_of(ask, mode, where),
+        aim=aim_of(aim),
         stop_at_first=first,
     )
     names = tuple(dict.fromkeys(backend or available_backends(where, dtypes)))
@@ -119,6 +123,7 @@ def check(
     tensor_ranks: TensorRanksOption = None,
     mode: ModeOption = DEFAULT_MODE,
     ask: AskOption = None,
+    aim: AimOption = None,
     first: FirstOption = False,
     workers: WorkersOption = None,
     min_cases: MinCasesOption = 1,
@@ -142,6 +147,7 @@ def check(
         levels=_levels(level, [*(ranks or ()), *(tensor_ranks or ())]),
         dtypes=choices(dtype, DTYPES, "dtype"),
         **asked_of(ask, mode, where),
+        aim=aim_of(aim),
         stop_at_first=first,
     )
     fuzz((_user_object(kernel, "FUNCTION"),), options, Told(store, as_json, min_cases, strict))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from attn_fuzz.backends.kernel import Capabilities, Configuration
+from attn_fuzz.backends.registry import Backend
 from attn_fuzz.coverage.axes import AXES, GAPS, PLACES, VALUES, Value, dim_of, group_of, value_channels_of
 from attn_fuzz.coverage.counts import Pair
 from attn_fuzz.coverage.places import Place, places
@@ -31,6 +32,20 @@ class Space:
     levels: tuple[str, ...]
     batched: tuple[str, ...]
     """The levels at which its calls come in batches."""
+
+    @classmethod
+    def of(cls, backend: Backend, kind: str, batched: Sequence[str], dtypes: Sequence[str] = ()) -> Space:
+        """That of a backend.
+
+        Args:
+            backend: as it was declared and found out to be.
+            kind: of device, ``cpu`` or ``cuda``.
+            batched: the levels at which its calls come in batches.
+            dtypes: to draw from; none for all.
+        """
+        stated = backend.kernel.capabilities_on(kind)
+        taken = tuple(dtype for dtype in stated.dtypes if not dtypes or dtype in dtypes)
+        return cls(dataclasses.replace(stated, dtypes=taken), kind, backend.levels, tuple(batched))
 
     @functools.cached_property
     def domain(self) -> Domain:
@@ -61,6 +76,11 @@ class Space:
             return "a case has one value of an axis"
         chosen = dict((one, other))
         return next((why for holds, why in RULES if not holds(self, chosen)), None)
+
+    def why_never(self, *values: Value) -> str | None:
+        """Why values of different axes do not go together even where all of them are aimed at; None where they may."""
+        chosen = dict(values)
+        return next((why for holds, why in _ALWAYS if not holds(self, chosen)), None)
 
 
 def _options_taken(space: Space, chosen: Chosen) -> bool:
@@ -213,3 +233,17 @@ RULES: Final[tuple[tuple[Callable[[Space, Chosen], bool], str], ...]] = (
     (_shares_rows, "tensors whose rows are one, or far apart, are drawn for single kernel calls only"),
 )
 """What must hold, and why not where it does not."""
+
+
+def _shares_rows_aimed_at(space: Space, chosen: Chosen) -> bool:
+    """Rows that are far apart are in every mode's kernel calls where they are aimed at."""
+    if chosen.get("memory") not in FAR_MEMORIES:
+        return _shares_rows(space, chosen)
+    return any(place.level == "kernel" for place in space.places(*chosen.items()))
+
+
+_ALWAYS: Final = (
+    *((holds, why) for holds, why in RULES if holds not in (_drawn, _shares_rows)),
+    (_shares_rows_aimed_at, "tensors whose rows are one are drawn for single kernel calls only, others for kernels"),
+)
+"""The same where values are aimed at: then they are drawn, however seldom that is otherwise."""

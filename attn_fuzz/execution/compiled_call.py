@@ -53,7 +53,8 @@ class CompiledCall(KernelCall):
 
     module = False
     """Whether it is part of a module."""
-    compiler = TRACED
+    compiler: str | None = TRACED
+    """None: nothing is compiled."""
 
     def forward(self) -> None:
         """Raises NotTraceable where torch's compiler does not take it, else what the backend does."""
@@ -67,8 +68,10 @@ class CompiledCall(KernelCall):
 
         torch._dynamo.reset()
         called: Any = _Module(attention) if self.module else attention
+        if self.compiler is not None:
+            called = torch.compile(called, backend=self.compiler)
         with torch.set_grad_enabled(bool(self.asked.gradients)), _compiling():
-            out, lse = torch.compile(called, backend=self.compiler)(*self.leaves.values())
+            out, lse = called(*self.leaves.values())
         self.attended = Attended(out, lse, path)
 
     def backward(self) -> None:

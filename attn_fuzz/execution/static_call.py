@@ -29,6 +29,10 @@ class StaticCall(KernelCall):
         self.forward()
         self.backward()
 
+    def forget(self) -> None:
+        """Gives back the memory of what it gave."""
+        self.attended, self.gradients = None, {}
+
     def changed(self) -> list[str]:
         """Nothing: what the tensors hold is changed on purpose."""
         return []

@@ -24,8 +24,17 @@ class Streams(abc.ABC):
     def late(self, produce: Callable[[], None], calls: int = 1) -> None:
         """Has something done on the first, but not for a while: the first of so many calls are launched before."""
 
+    def warm_up(self, function: Callable[[], object]) -> None:
+        """Runs something on the second as ``call`` does, and waits for it.
+
+        Memory that a stream has been given once it is given again. New memory is asked of the driver, which waits for
+        the device: nothing would come late any more.
+        """
+        self.call(function)
+        self.take(lambda: None)
+
     @abc.abstractmethod
-    def call(self, function: Callable[[], None]) -> None:
+    def call(self, function: Callable[[], object]) -> None:
         """Runs something on the second, once the first is done."""
 
     @abc.abstractmethod
@@ -46,7 +55,7 @@ class CudaStreams(Streams):
             torch.cuda._sleep(_CYCLES * min(calls, _MOST_CALLS))
             produce()
 
-    def call(self, function: Callable[[], None]) -> None:
+    def call(self, function: Callable[[], object]) -> None:
         self._caller.wait_stream(self._producer)
         with torch.cuda.stream(self._caller):
             function()

@@ -10,7 +10,8 @@ from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.fixed_calls import draw_fixed_calls
-from attn_fuzz.generation.length_sweeps import LONG_WORK, Sweep, draw_case
+from attn_fuzz.generation.length_sweeps import Sweep, draw_case
+from attn_fuzz.generation.long_rows import LONG_WORK, long_places, with_many_long_rows
 from attn_fuzz.reference.case import Case
 
 LONGEST: Final = {"cuda": ((64, 128), (256, 400), (16, 32)), "cpu": ((16, 32), (64, 128), (16, 32))}
@@ -66,15 +67,26 @@ def draw_batch(random: Random, sweep: Sweep, backend: Backend, domain: Domain, c
     if domain.capabilities.layouts:
         return draw_fixed_calls(random, backend, domain, calls, _MOST_WORK[domain.device])
     every, long = random.random() < _ANY_OPTIONS, _LONG_WORK[domain.device]
+    long_in_all = domain.decided("long_rows")
+    # A CPU takes seconds for thousands of rows of wide heads.
+    every = every and not (long_in_all and domain.device == "cpu")
     case = draw_case(random, sweep, backend, domain, max(2, round(calls * _MEAN)), every=every, long=long)
     if case is None:
         return None
     case = case.replace(values=random.choice(VALUES))
+    if long_in_all:
+        case = with_many_long_rows(random, case, domain, round(_MEAN), long)
+    places = long_places(case) if long_in_all else []
     count, begin = _affordable(case, domain.device), 0
     kept: list[int] = []
     ends: list[int] = []
     while begin < count:
         end = min(begin + random.choice(DOCUMENTS), count)
+        if places:
+            # Each call has one, as far as there are some; what follows the last is left out.
+            end = max(end, next((place + 1 for place in places if place >= begin), count + 1))
+            if end > count:
+                break
         small = subset(case, range(begin, end))
         # What a call of all documents may be is not always what a few of them may be: one without any query, say.
         if small is not None and any(small.packed_lengths) and backend.refusal(small, domain.device) is None:

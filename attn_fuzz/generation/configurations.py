@@ -55,18 +55,31 @@ def _drawn(random: Random, domain: Domain, dims: tuple[int, ...]) -> Iterator[Co
 
 def _any(random: Random, domain: Domain, dims: tuple[int, ...]) -> Configuration:
     """One that is taken, as narrow as it has to be."""
-    head_dim, head_dim_v = random.choice(dims), None
-    if domain.value_dims and not random.randrange(_VALUE_DIMS_ONCE_IN):
-        usual = [pair for pair in domain.value_dims if pair[0] in dims]
-        head_dim, head_dim_v = random.choice(usual or domain.value_dims)
+    aims, differ = domain.aim, domain.differing
+    every = sorted(domain.every_head_dim) if "head_dim" in aims else ()
+    head_dim, head_dim_v = random.choice(domain.towards("head_dim", dims, every)), None
+    if domain.value_dims and differ is not False and (differ or not random.randrange(_VALUE_DIMS_ONCE_IN)):
+        usual = [pair for pair in domain.value_dims if pair[0] in dims] or list(domain.value_dims)
+        head_dim, head_dim_v = random.choice(domain.towards("values", usual, sorted(domain.value_dims, key=max)))
     groups, most = domain.head_groups, _WIDEST
-    if not random.randrange(_MANY_HEADS_ONCE_IN):
+    if "heads" in aims or not random.randrange(_MANY_HEADS_ONCE_IN):
         groups, most = domain.many_heads, _WIDEST_OF_MANY
+    if "heads" in aims:
+        groups = (*domain.head_groups, *groups)
     narrow = [group for group in groups if group[0] * max(head_dim, head_dim_v or 0) <= most]
-    heads = random.choice(narrow or [domain.head_groups[0]])
-    causal, window = random.choice(masks(domain.capabilities))
-    softcap = random.choice((0.0, 0.0, 20.0)) if domain.capabilities.softcap else 0.0
-    return Configuration(random.choice(domain.dtypes), head_dim, *heads, causal, window, softcap, head_dim_v)
+    heads = random.choice(domain.towards("heads", narrow or [domain.head_groups[0]], sorted(groups)))
+    causal, window = random.choice(_masks_towards(domain))
+    softcaps = domain.towards("softcap", (0.0, 0.0, 20.0), of=bool)
+    softcap = random.choice(softcaps) if domain.capabilities.softcap else 0.0
+    dtype = random.choice(domain.towards("dtype", domain.dtypes))
+    return Configuration(dtype, head_dim, *heads, causal, window, softcap, head_dim_v)
+
+
+def _masks_towards(domain: Domain) -> list[tuple[bool, str]]:
+    """Masks that are taken and aimed at."""
+    taken = masks(domain.capabilities)
+    causal, windows = domain.aim.get("causal", (True, False)), domain.aim.get("window")
+    return [mask for mask in taken if mask[0] in causal and (windows is None or mask[1] in windows)] or taken
 
 
 def _traits(configuration: Configuration) -> Iterator[Hashable]:
@@ -119,15 +132,15 @@ def in_order(domain: Domain, seed: int) -> Iterator[Configuration]:
     that calls have found to be taken, which may be on disk, and as many that cover much; then the seed decides.
 
     Args:
-        domain: what is taken.
+        domain: what is taken, and aimed at.
         seed: of the worker.
     """
     stated = domain.capabilities
     if declared := [each for each in stated.configurations if each.dtype in domain.dtypes]:
-        yield from _rotated(declared, seed)
+        yield from _rotated(domain.aimed(declared), seed)
         return
     covered, always, later = _Covered(), Random("first configurations"), Random(seed)
-    tried = [each for each in stated.compiled_first if each.dtype in domain.dtypes]
+    tried = [each for each in stated.compiled_first if each.dtype in domain.dtypes and domain.hits(each)]
     first: list[Configuration | None] = []
     while len(first) < max(FIRST, 2 * len(tried)):
         known = covered.best(tried) if len(first) % 2 == 0 else None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
-from attn_fuzz.backends.kernel import Capabilities
+from attn_fuzz.backends.kernel import Capabilities, Configuration
 from attn_fuzz.reference.case import MAX_HEAD_DIM
 
 HEAD_GROUPS: tuple[tuple[int, int], ...] = (
@@ -61,13 +61,71 @@ class Domain:
     tensor_ranks: tuple[int, ...] = (1,)
     """Over how many ranks each of those spreads its query heads; one of these."""
     aim: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict, hash=False)
-    """What draws are to have where they can: ``dtype``, ``head_dim``, ``heads`` (pairs of ``HEAD_GROUPS``), ``causal``,
-    ``memory`` and ``values`` (pairs of ``value_dims``), by name; a campaign aims at what has had too few."""
+    """What draws are to have where they can, by name; one of several.
 
-    def towards(self, name: str, choices: Sequence[_T]) -> list[_T]:
-        """Those of some choices that are aimed at; all of them where none is."""
-        wanted = self.aim.get(name)
-        return [choice for choice in choices if wanted is not None and choice in wanted] or list(choices)
+    ``dtype``, ``head_dim``, ``causal`` and ``memory`` are as in a case, ``heads`` pairs of ``HEAD_GROUPS``, and
+    ``window`` the bounded sides as ``Configuration`` has them. ``values`` are pairs of ``value_dims``, or None for as
+    many channels as keys have. ``softcap``, ``lse_gradient`` and ``max_seqlen`` are whether there is one, and whether
+    bounds are loose; ``gaps`` is whether there are some, (of queries, of keys). ``long_rows`` is True for a document of
+    thousands of queries in every kernel call, which backends that compile for shapes have in none.
+    """
+
+    def towards(
+        self,
+        name: str,
+        choices: Sequence[_T],
+        every: Iterable[_T] = (),
+        of: Callable[[_T], Any] = lambda choice: choice,
+    ) -> list[_T]:
+        """Those of some choices that are aimed at; all of them where nothing is.
+
+        Args:
+            name: in ``aim``.
+            choices: that would be drawn from.
+            every: what there is beside them, cheapest first: where no choice is aimed at, the first of these that is.
+            of: what ``aim`` says of a choice.
+        """
+        if (wanted := self.aim.get(name)) is None:
+            return list(choices)
+        found = [choice for choice in choices if of(choice) in wanted]
+        return found or [choice for choice in every if of(choice) in wanted][:1] or list(choices)
+
+    def decided(self, name: str) -> bool | None:
+        """Of what there is or is not: which of both is aimed at; None where neither is, or both are."""
+        wanted = set(self.aim.get(name, ()))
+        return bool(wanted.pop()) if len(wanted) == 1 else None
+
+    @property
+    def differing(self) -> bool | None:
+        """Whether values have another number of channels than keys: always, never, or now and then (None)."""
+        wanted = self.aim.get("values")
+        if wanted is None:
+            return False if "head_dim" in self.aim else None
+        return None if None in wanted and len(wanted) > 1 else None not in wanted
+
+    @property
+    def narrowest(self) -> int:
+        """Channels of the narrowest head that is aimed at; 0 where none is."""
+        pairs = (pair for pair in self.aim.get("values", ()) if pair is not None)
+        return min((*self.aim.get("head_dim", ()), *map(max, pairs)), default=0)
+
+    def aimed(self, configurations: Sequence[Configuration]) -> list[Configuration]:
+        """Those that have all that is aimed at; all of them where none has."""
+        return [each for each in configurations if self.hits(each)] or list(configurations)
+
+    def hits(self, configuration: Configuration) -> bool:
+        """Whether a configuration has all that is aimed at, as far as it says."""
+        c = configuration
+        mine = {
+            "dtype": c.dtype,
+            "head_dim": c.head_dim,
+            "heads": (c.heads, c.kv_heads),
+            "causal": c.causal,
+            "window": c.window,
+            "softcap": bool(c.softcap),
+            "values": None if c.head_dim_v is None else (c.head_dim, c.head_dim_v),
+        }
+        return all(value in self.aim.get(name, (value,)) for name, value in mine.items())
 
     @classmethod
     def of(
@@ -100,10 +158,10 @@ class Domain:
 
     @property
     def for_layers(self) -> Domain:
-        """The same for layers, whose values have as many channels as their keys."""
+        """The same for layers, whose values have as many channels as their keys, and whose rows lie side by side."""
         stated = self.capabilities
         configurations = tuple(each._replace(head_dim_v=None) for each in stated.configurations)
-        narrow = dataclasses.replace(stated, head_dims_v=False, configurations=configurations)
+        narrow = dataclasses.replace(stated, head_dims_v=False, far_memories=(), configurations=configurations)
         return dataclasses.replace(self, capabilities=narrow)
 
     @functools.cached_property

@@ -130,11 +130,13 @@ def draw_layer_batch(random: Random, backend: Backend, domain: Domain, calls: in
         longest: tokens of the longest document.
     """
     domain = domain.for_layers
-    for _ in range(_ATTEMPTS):
+    for attempt in range(_ATTEMPTS):
         every = random.random() < _ANY_OPTIONS
         options: dict[str, Any] = draw_options(random, domain, every=every) | _spread(random, domain)
         heads, head_dim = options["heads"], options["head_dim"]
-        if options["memory"] == "broadcast" or heads * head_dim > MOST_WIDTH[domain.device]:
+        wide = heads * head_dim > MOST_WIDTH[domain.device]
+        # What is aimed at may all be wide.
+        if options["memory"] == "broadcast" or (wide and not (domain.aim and attempt >= _ATTEMPTS // 2)):
             continue
         options |= {"values": random.choice(VALUES), **_layer_options(random, domain, heads * head_dim, head_dim)}
         batch = _drawn(random, backend, domain, calls, longest, options)

@@ -11,8 +11,9 @@ import torch
 
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.generation.domain import USUAL_HEADS, Domain
-from attn_fuzz.generation.layouts import FEW_KEYS, LONG_ROWS, TILE_EDGES, takes_few_keys
-from attn_fuzz.generation.options import options_within, usual_scales
+from attn_fuzz.generation.layouts import TILE_EDGES
+from attn_fuzz.generation.long_rows import LONG_WORK, with_long_row
+from attn_fuzz.generation.options import options_within, usual_scales, window_towards
 from attn_fuzz.generation.placement import placed_at_random
 from attn_fuzz.reference.case import MAX_HEAD_DIM, Case
 
@@ -44,9 +45,6 @@ _LONG_ROWS: Final = 0.35
 
 LSE_GRADIENTS: Final = 0.25
 """Share of calls whose LSE has a gradient, where it takes one."""
-
-LONG_WORK: Final = 1 << 23
-"""Products of a query's and a key's channels in that document."""
 
 _ATTEMPTS: Final = 50
 
@@ -116,10 +114,7 @@ def draw_options(random: Random, domain: Domain, *, every: bool = False) -> dict
     some = None if every else _OPTIONS[domain.device]
     masks = [choice for choice in (True, True, False) if (capabilities.causal if choice else capabilities.noncausal)]
     causal = random.choice(domain.towards("causal", masks))
-    window = (-1, -1)
-    if capabilities.window and random.random() < 0.4:
-        left = random.choice(WINDOW_SIDES)
-        window = (left, -1) if causal else random.choice(_both_sides(left, random.choice(WINDOW_SIDES)))
+    window = _window(random, domain, causal=causal)
     heads, kv_heads, head_dim, head_dim_v = _draw_heads(random, domain, some)
     return {
         "heads": heads,
@@ -128,7 +123,7 @@ def draw_options(random: Random, domain: Domain, *, every: bool = False) -> dict
         "head_dim_v": head_dim_v,
         "causal": causal,
         "window": window,
-        "softcap": random.choice((0.0, 0.0, 0.0, 20.0)) if capabilities.softcap else 0.0,
+        "softcap": _softcap(random, domain),
         "dtype": random.choice(domain.towards("dtype", domain.dtypes)),
         **_values(random),
         "scale": random.choice(usual_scales(capabilities, head_dim)) if every else None,
@@ -136,10 +131,33 @@ def draw_options(random: Random, domain: Domain, *, every: bool = False) -> dict
     }
 
 
+def _window(random: Random, domain: Domain, *, causal: bool) -> tuple[int, int]:
+    aimed = window_towards(domain, domain.capabilities.window_sizes or WINDOW_SIDES, random.choice, causal=causal)
+    if aimed is not None:
+        return aimed
+    if not domain.capabilities.window or random.random() >= 0.4:
+        return (-1, -1)
+    left = random.choice(WINDOW_SIDES)
+    return (left, -1) if causal else random.choice(_both_sides(left, random.choice(WINDOW_SIDES)))
+
+
+def _softcap(random: Random, domain: Domain) -> float:
+    choices = (0.0, 0.0, 0.0, 20.0)
+    return random.choice(domain.towards("softcap", choices, of=bool)) if domain.capabilities.softcap else 0.0
+
+
+def _lse_gradient(random: Random, domain: Domain) -> bool:
+    if not domain.capabilities.lse_gradient:
+        return False
+    aimed = domain.decided("lse_gradient")
+    return random.random() < LSE_GRADIENTS if aimed is None else aimed
+
+
 def _compiled(random: Random, domain: Domain, *, every: bool) -> dict[str, object]:
     """Options that a compiling backend has compiled."""
     capabilities = domain.capabilities
-    chosen = random.choice([each for each in capabilities.configurations if each.dtype in domain.dtypes])
+    configurations = [each for each in capabilities.configurations if each.dtype in domain.dtypes]
+    chosen = random.choice(domain.aimed(configurations))
     options = options_within(chosen, capabilities, capabilities.window_sizes or WINDOW_SIDES, random.choice)
     free = {**_values(random), "memory": _memory(random, domain)}
     return {**options, **free} if every else {**options, **free, "scale": None}
@@ -150,7 +168,12 @@ def _values(random: Random) -> dict[str, object]:
 
 
 def _memory(random: Random, domain: Domain) -> str:
+    """Rows that are far apart only where they are aimed at: they take gigabytes of a GPU's memory."""
     memories = ("contiguous", *(m for m in domain.capabilities.memories if m != "broadcast"))
+    if "memory" in domain.aim:
+        memories = (*memories, *domain.capabilities.far_memories)
+        if not set(memories) & set(domain.aim["memory"]):
+            memories = tuple(m for m in memories if m not in domain.capabilities.far_memories)
     return random.choice(domain.towards("memory", memories))
 
 
@@ -168,38 +191,28 @@ def _draw_heads(random: Random, domain: Domain, some: int | None) -> tuple[int, 
     every = "head_dim" in domain.aim or (some is None and random.random() < _ANY_HEAD_DIM)
     all_dims = domain.every_head_dim if every else domain.head_dims
     groups, dims = domain.head_groups[:some], all_dims[:some_dims]
+    some_groups = groups
     if "heads" in domain.aim:
         groups = (*domain.head_groups, *domain.many_heads)
     elif domain.many_heads and random.random() < _MANY_HEADS:
         groups = domain.many_heads
-    heads, kv_heads = random.choice(domain.towards("heads", groups))
-    if heads > USUAL_HEADS or heads > 8 * kv_heads:
+    # Many heads are narrow, unless nothing that is aimed at is.
+    narrow_groups = [pair for pair in groups if not _many(*pair) or pair[0] * domain.narrowest <= _WIDEST]
+    every_group = sorted(groups) if "heads" in domain.aim else ()
+    heads, kv_heads = random.choice(domain.towards("heads", narrow_groups or some_groups, every_group))
+    if _many(heads, kv_heads):
         dims = tuple(dim for dim in all_dims if heads * dim <= _WIDEST)[:some_dims] or (min(domain.head_dims),)
-    values = "values" in domain.aim
-    pairs = domain.value_dims if values or "head_dim" not in domain.aim else ()
-    if pairs and (values or random.random() < _VALUE_DIMS):
-        most = _WIDEST if heads > USUAL_HEADS or heads > 8 * kv_heads or some is not None else heads * MAX_HEAD_DIM
-        if narrow := [pair for pair in pairs if heads * max(pair) <= most]:
-            return heads, kv_heads, *random.choice(domain.towards("values", narrow))
-    return heads, kv_heads, random.choice(domain.towards("head_dim", dims)), None
+    pairs = domain.value_dims if domain.differing is not False else ()
+    if pairs and (domain.differing or random.random() < _VALUE_DIMS):
+        most = _WIDEST if _many(heads, kv_heads) or some is not None else heads * MAX_HEAD_DIM
+        narrow = [pair for pair in pairs if heads * max(pair) <= most]
+        if narrow := domain.towards("values", narrow, sorted(pairs, key=max)):
+            return heads, kv_heads, *random.choice(narrow)
+    return heads, kv_heads, random.choice(domain.towards("head_dim", dims, sorted(all_dims))), None
 
 
-def _with_long_row(
-    random: Random, drawn: tuple[torch.Tensor, torch.Tensor], options: dict[str, object], domain: Domain, work: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(queries, keys) with a document of thousands of queries and few keys in place of another, where those are taken.
-
-    Fewer keys the more channels there are, and no such document where even one key takes too long.
-    """
-    lengths, keys = drawn
-    rows, place = random.choice(LONG_ROWS), random.randrange(len(lengths))
-    width = int(options["heads"]) * max(int(options["head_dim"]), int(options["head_dim_v"] or 0))  # type: ignore[call-overload]
-    most = min(FEW_KEYS, work // (rows * width))
-    if not most or not takes_few_keys(domain.capabilities, causal=bool(options["causal"])):
-        return lengths, keys
-    lengths, keys = lengths.clone(), keys.clone()
-    lengths[place], keys[place] = rows, random.randint(1, most)
-    return lengths, keys
+def _many(heads: int, kv_heads: int) -> bool:
+    return heads > USUAL_HEADS or heads > 8 * kv_heads
 
 
 def draw_case(
@@ -223,13 +236,14 @@ def draw_case(
         every: from all options, rather than those that cost least.
         long: the most work of a document of thousands of queries, which there may be; 0 for none.
     """
-    with_long = long and random.random() < _LONG_ROWS
+    aimed = domain.decided("long_rows")
+    with_long = long and (random.random() < _LONG_ROWS if aimed is None else aimed)
     for attempt in range(_ATTEMPTS):
         options = draw_options(random, domain, every=every)
         fewer = max(1, min(documents, documents * USUAL_HEADS // int(options["heads"])))  # type: ignore[call-overload]
         lengths, keys = draw_lengths(random, dataclasses.replace(sweep), fewer)
         # Some limits concern certain pairs of lengths under all options: later draws are plainer.
-        if attempt > 10 and not domain.capabilities.configurations:
+        if attempt > 10 and not domain.capabilities.configurations and "window" not in domain.aim:
             options["window"] = (-1, -1)
         keys = _tamed(lengths, keys, domain, causal=bool(options["causal"]), equal=attempt > 30)
         if not domain.capabilities.empty_documents:
@@ -237,15 +251,15 @@ def draw_case(
             lengths, keys = lengths[there], keys[there]
         if attempt > 5:
             keys = torch.maximum(keys, lengths)
-        if with_long and len(lengths) and attempt <= 5:
-            lengths, keys = _with_long_row(random, (lengths, keys), options, domain, long)
+        if with_long and len(lengths) and (aimed or attempt <= 5):
+            lengths, keys = with_long_row(random, (lengths, keys), options, domain, long)
         if not lengths.sum() or not keys.sum():
             continue
         case = Case(
             level="kernel",
             lengths=tuple(lengths.tolist()),
             key_lengths=tuple(keys.tolist()),
-            lse_gradient=bool(domain.capabilities.lse_gradient) and random.random() < LSE_GRADIENTS,
+            lse_gradient=_lse_gradient(random, domain),
             **placed_at_random(random, domain, len(lengths), int(lengths.sum() + keys.sum())),
             **options,  # type: ignore[arg-type]
         )

@@ -35,17 +35,47 @@ def _usual_sides(longest: int) -> set[int]:
     return {0, 1, 2, 7, 15, 16, 31, 63, 64, max(longest - 1, 0), longest, longest + 5}
 
 
-def window_sides(capabilities: Capabilities, longest: int) -> st.SearchStrategy[int]:
-    """Sizes of one side of a window, about documents of up to ``longest`` tokens."""
-    return among(sorted(capabilities.window_sizes or _usual_sides(longest)))
+def sides_of(window: str, sides: Sequence[int], choose: Callable[[Sequence[Any]], Any]) -> tuple[int, int]:
+    """(left, right) of a window that is bounded on these sides (``Configuration.window``).
+
+    Args:
+        window: which are.
+        sides: sizes that one may have.
+        choose: one of several.
+    """
+    left = choose(sides) if window in ("left", "both") else -1
+    return left, choose(sides) if window in ("right", "both") else -1
+
+
+def window_towards(
+    domain: Domain, sides: Sequence[int], choose: Callable[[Sequence[Any]], Any], *, causal: bool
+) -> tuple[int, int] | None:
+    """A window that is aimed at, where such attention has one; None where none is aimed at.
+
+    Args:
+        domain: what is aimed at.
+        sides: sizes that one side may have.
+        choose: one of several.
+        causal: whether the attention is.
+    """
+    if (wanted := domain.aim.get("window")) is None:
+        return None
+    capabilities = domain.capabilities
+    narrow = not capabilities.window or (capabilities.window_needs_causal and not causal)
+    there = ("none",) if narrow else ("none", "left") if causal else ("none", "left", "right", "both")
+    return sides_of(choose([name for name in there if name in wanted] or ["none"]), sides, choose)
 
 
 def windows(draw: st.DrawFn, domain: Domain, *, causal: bool, longest: int) -> tuple[int, int]:
     """None most often; otherwise from the row alone to wider than any document."""
     capabilities = domain.capabilities
+    sizes = sorted(capabilities.window_sizes or _usual_sides(longest))
+    aimed = window_towards(domain, sizes, lambda some: draw(among(some)), causal=causal)
+    if aimed is not None:
+        return aimed
     if not capabilities.window or (capabilities.window_needs_causal and not causal) or not draw(st.booleans()):
         return (-1, -1)
-    side = window_sides(capabilities, longest)
+    side = among(sizes)
     left = draw(side)
     if causal:
         # No bound on the right, and none beyond the row itself, mean the same.
@@ -82,23 +112,23 @@ def options_within(
         sides: sizes that one side of a window may have.
         choose: one of several.
     """
-    left = choose(sides) if configuration.window in ("left", "both") else -1
-    right = choose(sides) if configuration.window in ("right", "both") else -1
+    window = sides_of(configuration.window, sides, choose)
     scale = choose(usual_scales(capabilities, configuration.head_dim))
-    return {**configuration._asdict(), "window": (left, right), "scale": scale}
+    return {**configuration._asdict(), "window": window, "scale": scale}
 
 
 def compiled(draw: st.DrawFn, domain: Domain, longest: int) -> dict[str, object]:
     """Options that a compiling backend has compiled."""
     capabilities = domain.capabilities
-    chosen = draw(among([c for c in capabilities.configurations if c.dtype in domain.dtypes]))
+    chosen = draw(among(domain.aimed([c for c in capabilities.configurations if c.dtype in domain.dtypes])))
     sides = sorted(capabilities.window_sizes or _usual_sides(longest))
     return options_within(chosen, capabilities, sides, lambda some: draw(among(some)))
 
 
-def lse_gradients(capabilities: Capabilities) -> st.SearchStrategy[bool]:
+def lse_gradients(domain: Domain) -> st.SearchStrategy[bool]:
     """Whether the LSE of a kernel case has a gradient, where it is known to take one."""
-    return among([False, False, False, True] if capabilities.lse_gradient else [False])
+    choices = [False, False, False, True] if domain.capabilities.lse_gradient else [False]
+    return among(domain.towards("lse_gradient", choices))
 
 
 _FAR_ONCE_IN = 48
@@ -108,10 +138,11 @@ _FAR_ONCE_IN = 48
 def memories(draw: st.DrawFn, domain: Domain, level: str) -> st.SearchStrategy[str]:
     """Memory layouts that are taken at a level."""
     usual, far = domain.capabilities.memories, domain.capabilities.far_memories if level == "kernel" else ()
-    wanted = domain.aim.get("memory", ())
-    if far and (not set(wanted).isdisjoint(far) or draw(seldom(_FAR_ONCE_IN))):
-        return among(domain.towards("memory", far))
-    return among(domain.towards("memory", [each for each in usual if level == "kernel" or each != "broadcast"]))
+    near = [each for each in usual if level == "kernel" or each != "broadcast"]
+    if (wanted := domain.aim.get("memory")) is not None and not set(wanted).isdisjoint((*near, *far)):
+        return among(domain.towards("memory", (*near, *far)))
+    seldom_far: bool = bool(far) and draw(seldom(_FAR_ONCE_IN))
+    return among(far if seldom_far else near)
 
 
 def free_options(draw: st.DrawFn, domain: Domain, level: str) -> dict[str, object]:
@@ -132,15 +163,16 @@ def channels(draw: st.DrawFn, domain: Domain, level: str, narrow: Callable[[int]
         level: ``kernel`` or ``layer``, whose values have as many channels as keys.
         narrow: whether there is time for so many channels.
     """
-    aimed, values = "head_dim" in domain.aim, "values" in domain.aim
-    if level == "kernel" and domain.value_dims and (values or not aimed):
-        differ: bool = values or draw(seldom(_VALUE_DIM_ONCE_IN))
-        if pairs := [pair for pair in domain.value_dims if narrow(max(pair))] if differ else []:
-            head_dim, head_dim_v = draw(among(domain.towards("values", pairs)))
+    if level == "kernel" and domain.value_dims and domain.differing is not False:
+        differ: bool = domain.differing or draw(seldom(_VALUE_DIM_ONCE_IN))
+        pairs = [pair for pair in domain.value_dims if narrow(max(pair))] if differ else []
+        if pairs := domain.towards("values", pairs, sorted(domain.value_dims, key=max) if differ else ()):
+            head_dim, head_dim_v = draw(among(pairs))
             return head_dim, head_dim_v
+    aimed = "head_dim" in domain.aim
     some = domain.every_head_dim if aimed or draw(seldom(_ANY_HEAD_DIM_ONCE_IN)) else domain.head_dims
     dims = [dim for dim in some if narrow(dim)] or domain.head_dims[:1]
-    return draw(among(domain.towards("head_dim", dims))), None
+    return draw(among(domain.towards("head_dim", dims, sorted(some) if aimed else ()))), None
 
 
 def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int], past: int = 0) -> dict[str, object]:
@@ -167,24 +199,25 @@ def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int],
     sparing = level == "kernel" and not many and past >= 0 and not domain.aim
     share = draw(among(_SHARES)) if sparing else 1
 
-    def fitting(groups: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        limit = min(_MAX_SCORES[level] / scores, MAX_PAIRS / pairs) / share
-        return [group for group in groups if group[0] <= limit]
-
-    groups = (fitting(domain.many_heads) if many else []) or fitting(domain.head_groups)
-    if "heads" in domain.aim:
-        groups = fitting((*domain.head_groups, *domain.many_heads))
-    least = domain.head_groups[: 2 if pairs <= _MAX_SHARED_PAIRS else 1]
-    heads, kv_heads = draw(among(domain.towards("heads", groups or least)))
-
-    def narrow(dim: int) -> bool:
+    def narrow(heads: int, dim: int) -> bool:
         return (
             (tokens + past // 2) * heads * dim * share <= _MAX_CHANNELS[level]
             and pairs * heads * dim * share <= _MAX_PRODUCTS
             and (level == "kernel" or heads * dim <= _MAX_WIDTH)
         )
 
-    head_dim, head_dim_v = channels(draw, domain, level, narrow)
+    def fitting(groups: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        limit = min(_MAX_SCORES[level] / scores, MAX_PAIRS / pairs) / share
+        return [group for group in groups if group[0] <= limit and narrow(group[0], domain.narrowest)]
+
+    groups = (fitting(domain.many_heads) if many else []) or fitting(domain.head_groups)
+    every = sorted((*domain.head_groups, *domain.many_heads)) if "heads" in domain.aim else []
+    if every:
+        groups = fitting((*domain.head_groups, *domain.many_heads))
+    least = domain.head_groups[: 2 if pairs <= _MAX_SHARED_PAIRS else 1]
+    heads, kv_heads = draw(among(domain.towards("heads", groups or least, every)))
+    head_dim, head_dim_v = channels(draw, domain, level, lambda dim: narrow(heads, dim))
+    softcaps = domain.towards("softcap", [0.0, 0.0, 20.0, 2.5], of=bool)
     return {
         "heads": heads,
         "kv_heads": kv_heads,
@@ -193,7 +226,7 @@ def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int],
         "causal": causal,
         "window": windows(draw, domain, causal=causal, longest=longest),
         "scale": draw(scales(capabilities, head_dim)),
-        "softcap": draw(among([0.0, 0.0, 20.0, 2.5])) if capabilities.softcap else 0.0,
+        "softcap": draw(among(softcaps)) if capabilities.softcap else 0.0,
         "dtype": draw(among(domain.towards("dtype", domain.dtypes))),
         **free_options(draw, domain, level),
     }

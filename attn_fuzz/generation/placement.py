@@ -37,6 +37,18 @@ def gaps_taken(sides: tuple[str, ...]) -> tuple[Sides, ...]:
     return tuple(dict.fromkeys(each for each in taken if any(each)))
 
 
+def _gaps_aimed_at(domain: Domain, documents: int, rows: int) -> list[Sides] | None:
+    """Those that are aimed at, of so many documents and with at most so many rows; where none has so few, the smallest.
+
+    None where no gaps are aimed at.
+    """
+    if (wanted := domain.aim.get("gaps")) is None:
+        return None
+    taken = ((0, 0), *gaps_taken(domain.capabilities.gaps))
+    aimed = [each for each in taken if (each[0] > 0, each[1] > 0) in wanted]
+    return [each for each in aimed if sum(each) * documents <= rows] or sorted(aimed, key=sum)[:1] or [(0, 0)]
+
+
 def placed_at_random(random: Random, domain: Domain, documents: int, rows: int) -> dict[str, Any]:
     """The same for the calls of a batch.
 
@@ -49,8 +61,11 @@ def placed_at_random(random: Random, domain: Domain, documents: int, rows: int) 
     capabilities, found = domain.capabilities, dict[str, Any]()
     if capabilities.layouts:
         return found
-    if capabilities.loose_max_seqlen and not random.randrange(_ONCE_IN):
+    loose = domain.decided("max_seqlen")
+    if capabilities.loose_max_seqlen and (not random.randrange(_ONCE_IN) if loose is None else loose):
         found["loose_max_seqlen"] = random.choice(LOOSE[domain.device])
+    if (aimed := _gaps_aimed_at(domain, documents, rows)) is not None:
+        return {**found, "gaps": random.choice(aimed)}
     gaps = [each for each in gaps_taken(capabilities.gaps) if sum(each) * documents <= rows]
     if gaps and not random.randrange(_ONCE_IN):
         found["gaps"] = random.choice(gaps)
@@ -60,8 +75,11 @@ def placed_at_random(random: Random, domain: Domain, documents: int, rows: int) 
 def placed(draw: st.DrawFn, domain: Domain, documents: int) -> dict[str, Any]:
     """Fields of a kernel case of so many documents, of what its backend takes."""
     capabilities, found = domain.capabilities, dict[str, Any]()
-    if capabilities.loose_max_seqlen and draw(seldom(_ONCE_IN)):
+    loose = domain.decided("max_seqlen")
+    if capabilities.loose_max_seqlen and (draw(seldom(_ONCE_IN)) if loose is None else loose):
         found["loose_max_seqlen"] = draw(among(LOOSE[domain.device]))
+    if (aimed := _gaps_aimed_at(domain, documents, _MOST_BETWEEN)) is not None:
+        return {**found, "gaps": draw(among(aimed))}
     fitting = [each for each in gaps_taken(capabilities.gaps) if sum(each) * documents <= _MOST_BETWEEN]
     between = draw(seldom(_ONCE_IN)) if fitting else False
     if between:

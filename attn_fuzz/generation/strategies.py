@@ -48,6 +48,9 @@ _CROWD_ONCE_IN = (16, 14)
 """And of those once more: a call of a crowd takes as long as some fifty others. Of larger ranges Hypothesis takes the
 ends far more often than once in so many times."""
 
+_MANY_HEADS = 8
+"""Beyond which there are no very long documents, where more are aimed at."""
+
 _LONG_ROWS_ONCE_IN = 48
 _LONG_SQUARE_ONCE_IN = 32
 """Of long rows; one takes as long as fifteen other cases do."""
@@ -67,18 +70,20 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
     """A single varlen call."""
     capabilities = domain.capabilities
     number = draw(layout_numbers(capabilities))
-    if number is None and capabilities.crowds and draw(seldom(_CROWD_ONCE_IN[0])) and draw(seldom(_CROWD_ONCE_IN[1])):
+    # A crowd has little else, and what is aimed at may make it slow.
+    crowds = number is None and capabilities.crowds and not domain.aim
+    if crowds and draw(seldom(_CROWD_ONCE_IN[0])) and draw(seldom(_CROWD_ONCE_IN[1])):
         return crowd(draw, domain)
-    if number is None and not capabilities.configurations and draw(seldom(_LONG_ROWS_ONCE_IN)):
+    if number is None and draws_long_rows(draw, domain):
         long = long_rows(draw, domain)
         if long is not None:
             return long
     if number is None:
-        very_long = longest_of(capabilities)
+        very_long = longest_of(domain)
         lengths = draw(document_lengths(empty=capabilities.empty_documents, many=MANY, very_long=very_long))
     else:
         lengths = pooled_lengths(number, capabilities)
-    straddling_one, past = long_pasts(draw, lengths) if number is None and longest_of(capabilities) else (0, 0)
+    straddling_one, past = long_pasts(draw, lengths) if number is None and longest_of(domain) else (0, 0)
     chosen = options(draw, domain, "kernel", lengths, past)
     key_lengths = None
     if number is not None:
@@ -98,7 +103,7 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
         lengths=tuple(lengths),
         key_lengths=key_lengths,
         capacity=draw(capacities(capabilities)) if number is None else 0,
-        lse_gradient=draw(lse_gradients(capabilities)),
+        lse_gradient=draw(lse_gradients(domain)),
         **(placed(draw, domain, len(lengths)) if number is None else {}),
         **chosen,  # type: ignore[arg-type]
     )
@@ -110,15 +115,24 @@ def crowd(draw: st.DrawFn, domain: Domain) -> Case:
     return Case(level="kernel", lengths=tuple(lengths), **options(draw, domain, "kernel", lengths))  # type: ignore[arg-type]
 
 
-def longest_of(capabilities: Capabilities) -> tuple[int, ...]:
-    """Lengths that are drawn seldom; none where what is compiled has many heads, for what both cost together."""
-    many = any(configuration.heads > USUAL_HEADS for configuration in capabilities.configurations)
-    return () if many else VERY_LONG
+def longest_of(domain: Domain) -> tuple[int, ...]:
+    """Lengths that are drawn seldom; none where what is compiled, or aimed at, has many heads, for what both cost
+    together."""
+    compiled = any(configuration.heads > USUAL_HEADS for configuration in domain.capabilities.configurations)
+    aimed = min((heads for heads, _ in domain.aim.get("heads", ())), default=0) > _MANY_HEADS
+    return () if compiled or aimed else VERY_LONG
 
 
 def capacities(capabilities: Capabilities) -> st.SearchStrategy[int]:
     """How many rows lie behind a call's last document."""
     return among([0, 0, 0, 1, 17] if capabilities.capacity is not False else [0])
+
+
+def draws_long_rows(draw: st.DrawFn, domain: Domain) -> bool:
+    """Whether a call is one of long rows: all of them where that is aimed at, seldom where nothing is compiled."""
+    if (aimed := domain.decided("long_rows")) is not None:
+        return aimed
+    return not domain.capabilities.configurations and draw(seldom(_LONG_ROWS_ONCE_IN))
 
 
 def long_rows(draw: st.DrawFn, domain: Domain) -> Case | None:
@@ -127,19 +141,22 @@ def long_rows(draw: st.DrawFn, domain: Domain) -> Case | None:
     They have few keys; once in a while as many as there are queries, causal.
     """
     capabilities = domain.capabilities
-    square = draw(seldom(_LONG_SQUARE_ONCE_IN))
+    square = draw(seldom(_LONG_SQUARE_ONCE_IN)) and True in domain.towards("causal", (True, False))
     ways = [causal for causal in (False, True) if takes_few_keys(capabilities, causal=causal)]
     if square:
         ways = [True] if capabilities.causal else []
+    if compiled := capabilities.configurations:
+        ways = [causal for causal in ways if any(each.causal == causal for each in compiled)]
     if not ways:
         return None
-    causal = draw(among(ways))
+    causal = draw(among(domain.towards("causal", ways)))
     rows = draw(among(LONG_SQUARES[domain.device] if square else LONG_ROWS))
     keys = rows if square else draw(st.integers(1, FEW_KEYS))
     others = draw(_few_tiny(0 if capabilities.empty_documents else 1))
-    masked = dataclasses.replace(capabilities, causal=causal, noncausal=not causal)
+    compiled = tuple(each for each in compiled if each.causal == causal)
+    masked = dataclasses.replace(capabilities, causal=causal, noncausal=not causal, configurations=compiled)
     narrow = dataclasses.replace(domain, capabilities=masked)
-    if square and domain.device == "cpu" and "fp32" in domain.dtypes:
+    if square and domain.device == "cpu" and "fp32" in domain.towards("dtype", domain.dtypes):
         # Budgets of the others take three times as long there; which row it is does not depend on them.
         narrow = dataclasses.replace(narrow, dtypes=("fp32",))
     chosen = options(draw, narrow, "kernel", [*others, rows], keys - rows)
@@ -148,7 +165,7 @@ def long_rows(draw: st.DrawFn, domain: Domain) -> Case | None:
         lengths=(*others, rows),
         key_lengths=None if square else (*others, keys),
         capacity=draw(capacities(capabilities)),
-        lse_gradient=draw(lse_gradients(capabilities)),
+        lse_gradient=draw(lse_gradients(domain)),
         **placed(draw, domain, len(others) + 1),
         **chosen,  # type: ignore[arg-type]
     )
@@ -235,7 +252,8 @@ def rank_cases(draw: st.DrawFn, domain: Domain, ranks: int, tensor_ranks: int = 
     padding = draw(among([0, 0, 1, 5]))
     if draw(st.booleans()):
         lengths[-1] += -(sum(lengths) + padding) % (together * capabilities.slice_multiple)
-    widest = max(capabilities.head_dim_multiple, min(capabilities.max_head_dim, _MAX_RANK_HEAD_DIM))
+    least = max(capabilities.head_dim_multiple, domain.narrowest)
+    widest = max(least, min(capabilities.max_head_dim, _MAX_RANK_HEAD_DIM))
     narrow = dataclasses.replace(domain, capabilities=dataclasses.replace(capabilities, max_head_dim=widest))
     case = layers(draw, narrow, lengths, padding)
     if tensor_ranks > 1:

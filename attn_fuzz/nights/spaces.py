@@ -31,8 +31,7 @@ def space_of(backend: str, kind: str) -> Space:
         BackendUnavailable: when it cannot be imported.
     """
     loaded = registry.load(backend)
-    batched = tuple(batched_levels(loaded, loaded.levels))
-    return Space(loaded.kernel.capabilities_on(kind), kind, loaded.levels, batched)
+    return Space.of(loaded, kind, batched_levels(loaded, loaded.levels))
 
 
 def is_compiled(backend: str, kind: str) -> bool:

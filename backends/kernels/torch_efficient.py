@@ -43,9 +43,9 @@ class TorchEfficient(Kernel):
         loose_max_seqlen=False,
         # 65,536 documents and more are more than its grids take, which is an error ("invalid argument").
         crowds=False,
-        # Rows, heads and bases beyond 2^31 elements ended in NaN and illegal accesses on an H200 (2026-11-29), which
-        # has not been looked into.
-        far_memories=(),
+        # Keys are found by 32 bits from their document's first one (backends/limits.py), and the operator refuses
+        # strides of heads beyond that ("query.stride(2) overflows").
+        far_memories=("far_base",),
     )
     # The backward forms dS from P as its tiles keep it, in the storage dtype.
     profile = Profile(stores_probabilities=True)

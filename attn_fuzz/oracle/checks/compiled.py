@@ -43,8 +43,10 @@ def compiled_alike(trial: Trial) -> Iterator[Symptom]:
         else:
             trial.counted[COMPILED] += 1
             where = f"{'in a module ' if module else ''}compiled by torch ({GENERATED if generated else TRACED})"
+            # What stands before it in a module may lay its inputs out otherwise, which may round otherwise.
+            usual = _run(trial, module=True, compiler=None) if module else trial.observations[-1]
             # Code of its own may keep in float32 what a kernel written in Python rounds.
-            for tensor, words, z, element in unlike(trial, trial.observations[-1], got, once, exact=not generated):
+            for tensor, words, z, element in unlike(trial, usual, got, once, exact=not generated):
                 yield NotCompiled("compiled", tensor, f"{where}: {words}", z=z, element=element)
             return
     if stated.traceable:
@@ -53,7 +55,7 @@ def compiled_alike(trial: Trial) -> Iterator[Symptom]:
         trial.counted[f"{REFUSED} ({failed[-1]})"] += 1
 
 
-def _run(trial: Trial, *, module: bool, compiler: str) -> Observation:
+def _run(trial: Trial, *, module: bool, compiler: str | None) -> Observation:
     assert isinstance(trial.inputs, Inputs)
     call = CompiledCall(trial.backend, trial.case, trial.inputs, trial.poisons[0], trial.device)
     call.module, call.compiler = module, compiler

@@ -9,7 +9,7 @@ import torch
 
 from attn_fuzz.oracle.known_answer.compared import Compared
 from attn_fuzz.oracle.relations.autograd import INFERENCE
-from attn_fuzz.oracle.relations.merged import PART_RESULTS, Parts
+from attn_fuzz.oracle.relations.merged import MERGED, PART_RESULTS, Parts
 from attn_fuzz.oracle.symptoms import NotMerged, Symptom
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.answer import Expected, Inputs
@@ -22,6 +22,7 @@ def parts_merge(trial: Trial) -> Iterator[Symptom]:
     if parts is None:
         return
     found = _wrong(trial, parts)
+    trial.counted[MERGED] += 1
     if not found:
         return
     second = trial.second

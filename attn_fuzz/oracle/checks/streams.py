@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-import torch
-
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.interfering import turned
 from attn_fuzz.execution.batch_tensors import BatchTensors
@@ -61,9 +59,6 @@ def _run(trial: Trial, streams: Streams) -> Observation:
     other = turned(case)
     taken = trial.backend.refusal(other, device.type) is None
     next_call = StaticCall(trial.backend, other, kernel_inputs(other, "cpu"), poison, device) if taken else None
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    streams.late(lambda: call.load(drawn), 2)
 
     def whole() -> None:
         call.run()
@@ -73,5 +68,9 @@ def _run(trial: Trial, streams: Streams) -> Observation:
             # Nor does what the next call keeps anywhere reach this one, which may not have begun yet.
             _whatever_comes(next_call)
 
+    streams.warm_up(whole)
+    for each in filter(None, (call, next_call)):
+        each.forget()
+    streams.late(lambda: call.load(drawn), 2)
     streams.call(whole)
     return streams.take(call.observe)

@@ -25,6 +25,9 @@ from attn_fuzz.reference.case import Case
 
 PART_RESULTS: Final = ("out", "lse")
 
+MERGED: Final = "calls whose keys came in two parts, merged by their LSEs"
+"""Of which there is a count."""
+
 Answers = Sequence[Mapping[str, Expected]]
 
 

@@ -1,0 +1,204 @@
+"""How many cases each axis of a case has had on each backend that takes it, what came of them, and the largest z.
+
+    python -m attn_fuzz.evaluation.axes --cases 2000 > axes.json
+
+runs kernel calls in batches, forward and backward, in which every call has the value of an axis that the row is about,
+or is asked what the row is about; what torch compiles is asked of single cases, each of which takes seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Final
+
+import typer
+
+from attn_fuzz.batch.judge import schedule_on
+from attn_fuzz.campaign.messages import Assignment, CampaignError, Tally
+from attn_fuzz.campaign.plan import (
+    CampaignOptions,
+    aims_of,
+    available_backends,
+    default_device,
+    default_workers,
+    kind_of,
+    plan,
+)
+from attn_fuzz.campaign.pool import Pool, Worker
+from attn_fuzz.coverage.axes import Value
+from attn_fuzz.execution.environment import environment
+from attn_fuzz.findings.finding import Finding
+from attn_fuzz.oracle.checks import compiled, graphs, streams
+from attn_fuzz.oracle.relations.company import PASSES, counted
+from attn_fuzz.oracle.relations.merged import MERGED
+from attn_fuzz.reference.case import FAR_MEMORIES
+
+
+def _cases(tally: Tally) -> int:
+    return tally.cases
+
+
+def _number_of(*keys: str) -> Callable[[Tally], int]:
+    """Of what is counted, the largest: not every backend has a backward that can be asked."""
+    return lambda tally: max(tally.counted.get(key, 0) for key in keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An axis of AXES.md, or one of its values."""
+
+    name: str
+    aim: tuple[Value, ...] = ()
+    """What every call has; of several values of an axis any."""
+    asked: str = ""
+    """What every batch is asked."""
+    mode: str = "batch"
+    count: Callable[[Tally], int] = _cases
+    """How many calls were asked it."""
+
+
+ROWS: Final = (
+    Row("gradient through the LSE", (("LSE gradient", "on"),)),
+    Row("parts merged by LSE", asked="merging", count=_number_of(MERGED)),
+    Row("head_dim that is none of the usual ones", (("head_dim", "other"),)),
+    Row("values of fewer channels than keys", (("value channels", "fewer"),)),
+    Row("values of more channels than keys", (("value channels", "more"),)),
+    Row("groups above 8", (("group", "9-"),)),
+    Row("a document of thousands of queries", (("queries", "256-"),)),
+    Row("rows, heads or bases beyond 2^31 elements", tuple(("memory", name) for name in FAR_MEMORIES)),
+    Row("max_seqlen above the longest document", (("max_seqlen", "loose"),)),
+    Row("gaps between documents", (("gaps", "queries"), ("gaps", "keys"), ("gaps", "both"))),
+    Row("alone and in company", asked="company", count=_number_of(*map(counted, PASSES))),
+    Row("CUDA graphs", asked="replayed alike", count=_number_of(graphs.REPLAYED)),
+    Row("streams", asked="ordered by streams", count=_number_of(streams.ORDERED)),
+    Row("torch.compile", asked="compiled alike", mode="case", count=_number_of(compiled.COMPILED)),
+)
+"""In the order in which docs/results.md has them."""
+
+_OF_BATCH: Final = 3.0
+"""So many calls are drawn for one that is asked: half of a batch's are, and not all of those can be."""
+
+_SLOW: Final = ("nested", "cudnn", "flex", "loop")
+"""What is in the names of backends whose calls take milliseconds: they begin first."""
+
+JobOf = tuple[str, str]
+"""(name of the row, backend)."""
+
+
+class _Table(Pool):
+    """One that goes on where an assignment cannot be done."""
+
+    def cannot(self, worker: Worker, reason: str) -> None:
+        self.troubles.append(f"{worker.assignment.backend}, {worker.assignment.label}: {reason}")
+        worker.finished = True
+
+
+def _options(row: Row, device: str, workers: int, cases: int, seed: int) -> CampaignOptions:
+    drawn = cases if row.count is _cases or row.mode == "case" else round(_OF_BATCH * cases)
+    return CampaignOptions(
+        device=device,
+        workers=workers,
+        seed=seed,
+        cases=drawn,
+        levels=("kernel",),
+        modes=(row.mode,),
+        asked=(row.asked,) if row.asked else (),
+        aim=row.aim,
+    )
+
+
+def jobs(
+    rows: Sequence[Row], names: Sequence[str], device: str, workers: int, cases: int, seconds: float
+) -> tuple[list[Assignment], dict[JobOf, str]]:
+    """(an assignment for each row and backend that takes it, why the others do not).
+
+    Args:
+        rows: which.
+        names: backends.
+        device: ``cpu`` or ``cuda``.
+        workers: processes at a time.
+        cases: of each.
+        seconds: after which one is ended however many it has had.
+    """
+    found: list[Assignment] = []
+    refused: dict[JobOf, str] = {}
+    asked = {question.asked for question in schedule_on(kind_of(device))}
+    for number, row in enumerate(rows):
+        if row.mode == "batch" and row.asked and row.asked not in asked:
+            refused |= {(row.name, name): "it is not asked on this device" for name in names}
+            continue
+        options = _options(row, device, workers, cases, seed=31 + number)
+        for name in names:
+            if row.aim and (why := aims_of(name, options).why_not(options.modes)) is not None:
+                refused[row.name, name] = why
+                continue
+            try:
+                made = plan((name,), options)
+            except CampaignError as reason:
+                refused[row.name, name] = str(reason)
+                continue
+            # One process each: there are more of these than places.
+            of_row = {"cases": options.cases, "seconds": seconds, "label": row.name}
+            found += [dataclasses.replace(job, **of_row) for job in made[:1]]  # type: ignore[arg-type]
+    # Those that take longest first.
+    return sorted(found, key=lambda job: not any(part in job.backend for part in _SLOW)), refused
+
+
+def measured(row: Row, tally: Tally) -> dict[str, Any]:
+    """What a row of the table says of a backend, ready for JSON."""
+    return {
+        "asked": row.count(tally),
+        "cases": tally.cases,
+        "documents": tally.documents,
+        "seconds": round(tally.seconds, 1),
+        "largest_z": round(max(tally.worst_z.values(), default=0.0), 2),
+        "known": tally.known,
+        "counted": dict(sorted(tally.counted.items())),
+    }
+
+
+def main(
+    backend: Annotated[list[str] | None, typer.Option("--backend", "-b", help="Default: all available.")] = None,
+    named: Annotated[list[str] | None, typer.Option("--row", help="Name of a row. Default: all.")] = None,
+    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
+    cases: Annotated[int, typer.Option(min=1, help="Of each row and backend.")] = 2000,
+    seconds: Annotated[float, typer.Option(min=1.0, help="For each at most.")] = 60.0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes at a time.")] = None,
+) -> None:
+    """Prints the table of axes as JSON; what it is at goes to standard error."""
+    where = device or default_device()
+    rows = [each for each in ROWS if not named or each.name in named]
+    if not rows:
+        raise SystemExit(f"no such row; there are: {'; '.join(each.name for each in ROWS)}")
+    names = tuple(backend or available_backends(where))
+    places = workers or default_workers(where)
+    found, refused = jobs(rows, names, where, places, cases, seconds)
+    findings: list[Finding] = []
+
+    def note(finding: Finding) -> None:
+        findings.append(finding)
+        print(f"{finding.backend}: {finding.messages[0]}", file=sys.stderr)
+
+    outcome = _Table(found, places, lambda tallies: None, note).run()
+    table: dict[str, dict[str, Tally]] = {each.name: {} for each in rows}
+    for job, tally in outcome.of_assignments:
+        table[job.label].setdefault(job.backend, Tally()).add(tally)
+    told = {
+        "axes": {row.name: {name: measured(row, tally) for name, tally in table[row.name].items()} for row in rows},
+        "not_taken": [{"row": name, "backend": kernel, "why": why} for (name, kernel), why in refused.items()],
+        "findings": [finding.to_dict() for finding in outcome.findings],
+        "troubles": list(outcome.troubles),
+        "interrupted": outcome.interrupted,
+        "seconds": round(outcome.seconds, 1),
+        "cases_wanted": cases,
+        "environment": environment(where),
+    }
+    print(json.dumps(told))
+    sys.exit(bool(outcome.findings))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,66 @@
+"""The table of axes: each row is a question or a value that some backend takes, and what cannot be done is said."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.batch.judge import schedule_on
+from attn_fuzz.campaign.calls_worker import CallsWorker
+from attn_fuzz.campaign.messages import Assignment, Finished, Message
+from attn_fuzz.coverage.axes import ASKED, PLACES
+from attn_fuzz.evaluation import axes
+from attn_fuzz.evaluation.axes import ROWS, jobs
+
+
+def test_rows_are_of_values_and_questions_that_there_are() -> None:
+    questions = {question.asked for question in schedule_on("cuda")}
+    for row in ROWS:
+        assert row.aim or row.asked
+        assert all(value in PLACES for value in row.aim)
+        assert row.asked in ({*ASKED} if row.mode == "case" else {*questions, ""})
+
+
+def test_each_backend_is_asked_what_it_takes_or_it_is_said_why_not() -> None:
+    names = ("loop", "backup", "sdpa_dense")
+    found, refused = jobs(ROWS, names, "cpu", 2, cases=50, seconds=5.0)
+    told = {(job.label, job.backend) for job in found} | {*refused}
+    assert told == {(row.name, name) for row in ROWS for name in names}
+    assert len(found) + len(refused) == len(told)
+    assert {name for name, _ in refused} >= {"CUDA graphs", "streams"}
+    assert "it is not declared" in refused["gradient through the LSE", "backup"]
+    assert {job.cases for job in found if not job.asked} == {50}
+    assert all(job.aim for job in found if not job.asked)
+
+
+@pytest.mark.slow
+def test_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [ROWS[0].name, "gaps between documents", "alone and in company"]
+    with pytest.raises(SystemExit) as ended:
+        axes.main(["loop"], rows, "cpu", 40, 30.0, 2)
+    assert ended.value.code == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(told["axes"]) == set(rows)
+    for row in told["axes"].values():
+        assert row["loop"]["asked"] >= 25
+        assert 0.0 < row["loop"]["largest_z"] < 10.0
+
+
+def test_no_such_row() -> None:
+    with pytest.raises(SystemExit, match="no such row; there are: gradient through the LSE"):
+        axes.main(None, ["gradients"], "cpu", 40, 30.0, 2)
+
+
+def test_a_batch_that_there_is_no_memory_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(worker: CallsWorker, *rest: object) -> None:
+        raise UnsupportedCase("memory far_rows asks for 69 GiB, but 12 are free")
+
+    monkeypatch.setattr(CallsWorker, "judge", none)
+    messages: list[Message] = []
+    job = Assignment(backend="loop", device="cpu", seed=0, levels=("kernel",), cases=8, mode="batch")
+    CallsWorker(job, messages.append).run()
+    assert isinstance(messages[-1], Finished)
+    assert messages[-1].tally.cases == 0
+    assert messages[-1].tally.refused > 50
