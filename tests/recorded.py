@@ -74,6 +74,9 @@ class FakeStreams(Streams):
         while self._late:
             self._late.pop()()
 
+    def settle(self) -> None:
+        self.wait()
+
     def late(self, produce: Callable[[], None], calls: int = 1) -> None:
         self._late.append(produce)
 

@@ -32,6 +32,7 @@ def test_each_backend_is_asked_what_it_takes_or_it_is_said_why_not() -> None:
     assert {name for name, _ in refused} >= {"CUDA graphs", "streams"}
     assert "it is not declared" in refused["gradient through the LSE", "backup"]
     assert {job.cases for job in found if not job.asked} == {50}
+    assert all((job.cases or 0) > 50 for job in found if job.asked and job.mode == "batch")
     assert all(job.aim for job in found if not job.asked)
 
 

@@ -58,11 +58,13 @@ class Row:
     mode: str = "batch"
     count: Callable[[Tally], int] = _cases
     """How many calls were asked it."""
+    drawn: float = 1.0
+    """Calls that are drawn for one that is asked: half of a batch's are, of those that can be."""
 
 
 ROWS: Final = (
     Row("gradient through the LSE", (("LSE gradient", "on"),)),
-    Row("parts merged by LSE", asked="merging", count=_number_of(MERGED)),
+    Row("parts merged by LSE", asked="merging", count=_number_of(MERGED), drawn=7.0),
     Row("head_dim that is none of the usual ones", (("head_dim", "other"),)),
     Row("values of fewer channels than keys", (("value channels", "fewer"),)),
     Row("values of more channels than keys", (("value channels", "more"),)),
@@ -71,15 +73,12 @@ ROWS: Final = (
     Row("rows, heads or bases beyond 2^31 elements", tuple(("memory", name) for name in FAR_MEMORIES)),
     Row("max_seqlen above the longest document", (("max_seqlen", "loose"),)),
     Row("gaps between documents", (("gaps", "queries"), ("gaps", "keys"), ("gaps", "both"))),
-    Row("alone and in company", asked="company", count=_number_of(*map(counted, PASSES))),
-    Row("CUDA graphs", asked="replayed alike", count=_number_of(graphs.REPLAYED)),
-    Row("streams", asked="ordered by streams", count=_number_of(streams.ORDERED)),
+    Row("alone and in company", asked="company", count=_number_of(*map(counted, PASSES)), drawn=2.4),
+    Row("CUDA graphs", asked="replayed alike", count=_number_of(graphs.REPLAYED), drawn=3.0),
+    Row("streams", asked="ordered by streams", count=_number_of(streams.ORDERED), drawn=2.1),
     Row("torch.compile", asked="compiled alike", mode="case", count=_number_of(compiled.COMPILED)),
 )
 """In the order in which docs/results.md has them."""
-
-_OF_BATCH: Final = 3.0
-"""So many calls are drawn for one that is asked: half of a batch's are, and not all of those can be."""
 
 _SLOW: Final = ("nested", "cudnn", "flex", "loop")
 """What is in the names of backends whose calls take milliseconds: they begin first."""
@@ -97,12 +96,11 @@ class _Table(Pool):
 
 
 def _options(row: Row, device: str, workers: int, cases: int, seed: int) -> CampaignOptions:
-    drawn = cases if row.count is _cases or row.mode == "case" else round(_OF_BATCH * cases)
     return CampaignOptions(
         device=device,
         workers=workers,
         seed=seed,
-        cases=drawn,
+        cases=round(row.drawn * cases),
         levels=("kernel",),
         modes=(row.mode,),
         asked=(row.asked,) if row.asked else (),
@@ -154,6 +152,8 @@ def measured(row: Row, tally: Tally) -> dict[str, Any]:
         "cases": tally.cases,
         "documents": tally.documents,
         "seconds": round(tally.seconds, 1),
+        "compiling_seconds": round(tally.compiling_seconds, 1),
+        "configurations": len(tally.by_configuration),
         "largest_z": round(max(tally.worst_z.values(), default=0.0), 2),
         "known": tally.known,
         "counted": dict(sorted(tally.counted.items())),

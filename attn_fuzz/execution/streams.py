@@ -30,8 +30,13 @@ class Streams(abc.ABC):
         Memory that a stream has been given once it is given again. New memory is asked of the driver, which waits for
         the device: nothing would come late any more.
         """
+        self.settle()
         self.call(function)
         self.take(lambda: None)
+
+    @abc.abstractmethod
+    def settle(self) -> None:
+        """Waits for what has been begun on any stream: a call's tensors are made on the default one."""
 
     @abc.abstractmethod
     def call(self, function: Callable[[], object]) -> None:
@@ -47,8 +52,9 @@ class CudaStreams(Streams):
 
     def __init__(self, device: torch.device) -> None:
         self._producer, self._caller, self._consumer = (torch.cuda.Stream(device) for _ in range(3))
-        # What made the tensors is over.
-        torch.cuda.synchronize(device)
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self._caller.device)
 
     def late(self, produce: Callable[[], None], calls: int = 1) -> None:
         with torch.cuda.stream(self._producer):
