@@ -19,8 +19,9 @@ Where dP is stored, dS can round alike in all of a row, a column (``rounded_alik
 
     (scale sum_j g_ij m_ij |k_jc|)^2 / 25   and   (scale sum_i g_ij m_ij |q_ic|)^2 / 25   with m the most that it does.
 
-ak^2 = a^2 + 0.09 u32^2 n for a float32 sum over n keys, and likewise over query rows (``sums_of``); dq, dk and dv have
-such a term of their own, as scale^2 ak^2 sum_j dS_ij^2 k_jc^2. dv also allows for probabilities that are flushed.
+ak^2 = a^2 + 0.09 u32^2 n for a float32 sum over n keys, and likewise over the query rows of a group (``sums_of``);
+dq, dk and dv have such a term of their own, as scale^2 ak^2 sum_j dS_ij^2 k_jc^2. dv also allows for probabilities that
+are flushed, and an LSE for sums over many channels that are cut off alike (``cut_off``).
 
 Formats narrower than the dtype's (TF32 products and the like) add terms of their own: see narrow.py.
 

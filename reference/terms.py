@@ -14,7 +14,7 @@ from attn_fuzz.reference.attention import Forward
 from attn_fuzz.reference.computation import Computation
 from attn_fuzz.reference.profile import ALIKE, ROUNDING_SECOND_MOMENT, UNIT_ROUNDOFF
 from attn_fuzz.reference.rounding import ds_factor, flush_variance, rounded_alike, stored_ds_variance
-from attn_fuzz.reference.sums import A2, Sums, atomic_variance, walk_variance
+from attn_fuzz.reference.sums import A2, Sums, atomic_variance, cut_off, walk_variance
 
 
 class Document(NamedTuple):
@@ -140,6 +140,8 @@ class Terms:
     def var_lse(self) -> torch.Tensor:
         """Stored LSE: the error of its scores, and of a float32 logarithm and sum."""
         var_lse = self.shared[..., 0] + A2 * (1 + self.lse.square())
+        if cut := cut_off(self.q.shape[-1]):
+            var_lse = var_lse + cut * (self.p * self.scores).sum(-1).square()
         if self.narrow:
             var_lse = var_lse + self.narrow.of_lse((self.p * self.scores).sum(-1))
         return var_lse

@@ -10,7 +10,7 @@ import torch
 from attn_fuzz.reference.computation import Computation
 from attn_fuzz.reference.profile import ROUNDING_SECOND_MOMENT, UNIT_ROUNDOFF
 from attn_fuzz.reference.rounding import rounding_variance
-from attn_fuzz.reference.sums import A2
+from attn_fuzz.reference.sums import A2, cut_off
 
 _NORMAL_RANGE: Final = 86.0
 """Scores of a row of n keys that lie no further apart than this less log n make probabilities above 2^-125, e^-86.6."""
@@ -98,6 +98,8 @@ def forward(
     uncapped = None
     if narrow:
         raw += narrow.of_scores(q, k, scale, scores)
+    cut = cut_off(q.shape[-1])
+    if narrow or cut:
         uncapped = scores.clone()
     slope = None
     if softcap:
@@ -111,10 +113,11 @@ def forward(
     if not how.rounds_p:
         rp = torch.zeros_like(p)
     mean_score = None
-    if narrow and uncapped is not None:
+    if narrow:
         rp = rp + narrow.of_weights(p)
         stored_p = narrow.stored_too(p, stored_p)
-        mean_score = (p * uncapped).sum(-1, keepdim=True)
+    if uncapped is not None:
+        mean_score = uncapped.mul_(p).sum(-1, keepdim=True)
     if slope is None:
         w = p2 * raw
     else:

@@ -14,7 +14,7 @@ from attn_fuzz.reference.computation import Computation
 from attn_fuzz.reference.narrow import Narrow
 from attn_fuzz.reference.profile import ALIKE, ROUNDING_SECOND_MOMENT, UNIT_ROUNDOFF
 from attn_fuzz.reference.rounding import ds_factor, flush_variance, rounded_alike, stored_ds_variance
-from attn_fuzz.reference.sums import A2, Sums
+from attn_fuzz.reference.sums import A2, Sums, cut_off
 from attn_fuzz.reference.vectorised_scores import Scores, forward
 
 
@@ -128,8 +128,10 @@ def output_of(b: Block) -> Output:
         variance += found.p2 @ narrow.of_input(b.v) + alike
     shared = shared + stored_lse
     lse_variance = shared + A2 * (1 + lse.square())
-    if narrow and found.mean_score is not None:
-        lse_variance += narrow.of_lse(found.mean_score)
+    if found.mean_score is not None:
+        lse_variance += cut_off(b.q.shape[-1]) * found.mean_score.square()
+        if narrow:
+            lse_variance += narrow.of_lse(found.mean_score)
     return Output(out, stored, variance, lse_variance, shared, by_row, alike)
 
 

@@ -114,23 +114,3 @@ class OnDefaultStream(OnDevice):
     ) -> Attended:
         with torch.cuda.stream(torch.cuda.default_stream(q.device)):
             return super().attend(q, k, v, metadata, options)
-
-
-class Staged(OnDevice):
-    """A factor goes by way of one pinned number, which the next call writes to, copied or not."""
-
-    name = "staged"
-
-    def __init__(self) -> None:
-        self._pinned = torch.empty(0)
-
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
-    ) -> Attended:
-        attended = super().attend(q, k, v, metadata, options)
-        if not self._pinned.numel():
-            self._pinned = torch.empty(1, pin_memory=True)
-        first = float(metadata.lengths_q[0] + 1)
-        self._pinned[0] = first
-        factor = self._pinned.to(q.device, non_blocking=True)
-        return attended._replace(out=attended.out * (factor / first).to(q.dtype))

@@ -15,7 +15,6 @@ from launched_kernels import (
     ReadsOnHost,
     ScaleOfCapture,
     SharedWorkspace,
-    Staged,
 )
 from recorded import FakeRecorder, FakeStreams
 
@@ -174,7 +173,7 @@ def test_what_waits_for_a_gpu_is_refused_and_the_gpu_goes_on(kernel: type[OnDevi
 
 @needs_cuda
 @pytest.mark.cuda
-@pytest.mark.parametrize(("kernel", "clean"), [(OnDevice, True), (OnDefaultStream, False), (Staged, False)])
+@pytest.mark.parametrize(("kernel", "clean"), [(OnDevice, True), (OnDefaultStream, False)])
 def test_real_streams(kernel: type[OnDevice], clean: bool) -> None:
     wide = CASE.replace(lengths=(300, 200), head_dim=64, heads=4)
     trial = Trial(wide, Backend(kernel.name, kernel(), levels=("kernel",)), torch.device("cuda"), interfered=False)

@@ -15,7 +15,6 @@ from launched_kernels import (
     ReadsOnHost,
     ScaleOfCapture,
     SharedWorkspace,
-    Staged,
 )
 from recorded import FakeRecorder, FakeStreams
 
@@ -111,7 +110,7 @@ WIDE = CallBatch(
 
 @needs_cuda
 @pytest.mark.cuda
-@pytest.mark.parametrize(("kernel", "wrong"), [(OnDevice, False), (OnDefaultStream, True), (Staged, True)])
+@pytest.mark.parametrize(("kernel", "wrong"), [(OnDevice, False), (OnDefaultStream, True)])
 def test_real_streams(kernel: type[OnDevice], wrong: bool) -> None:
     found = judged(kernel(), STREAMS_ASKED, "cuda", WIDE)
     assert not found.broken

@@ -24,8 +24,8 @@ from attn_fuzz.oracle.deviations import limit
 from attn_fuzz.oracle.relations.launched import spoiled
 from attn_fuzz.reference.answer import kernel_inputs
 
-CAPTURED: Final = 32
-"""Calls of a batch that are captured at most: each takes four runs, and some milliseconds of its own."""
+CAPTURED: Final = 8
+"""Calls of a batch that are captured at most: each takes four runs, and up to 100 ms beside fifteen other processes."""
 
 
 def ordered_by_streams(batch_run: BatchRun) -> None:

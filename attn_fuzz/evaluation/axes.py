@@ -9,6 +9,7 @@ or is asked what the row is about; what torch compiles is asked of single cases,
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from attn_fuzz.campaign.plan import (
     kind_of,
     plan,
 )
-from attn_fuzz.campaign.pool import Pool, Worker
+from attn_fuzz.campaign.pool import Outcome, Pool, Worker
 from attn_fuzz.coverage.axes import Value
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.findings.finding import Finding
@@ -82,6 +83,9 @@ ROWS: Final = (
 
 _SLOW: Final = ("nested", "cudnn", "flex", "loop")
 """What is in the names of backends whose calls take milliseconds: they begin first."""
+
+FAR_AT_A_TIME: Final = 3
+"""Processes whose rows are far apart: each takes up to 16 GiB, and half of a GPU has to be free besides."""
 
 JobOf = tuple[str, str]
 """(name of the row, backend)."""
@@ -182,22 +186,27 @@ def main(
         findings.append(finding)
         print(f"{finding.backend}: {finding.messages[0]}", file=sys.stderr)
 
-    outcome = _Table(found, places, lambda tallies: None, note).run()
+    far = [job for job in found if set(job.aim.get("memory", ())) & set(FAR_MEMORIES)]
+    parts = [(far, min(places, FAR_AT_A_TIME)), ([job for job in found if job not in far], places)]
+    outcomes = list[Outcome]()
+    for some, at_a_time in parts:
+        if some and not any(outcome.interrupted for outcome in outcomes):
+            outcomes.append(_Table(some, at_a_time, lambda tallies: None, note).run())
     table: dict[str, dict[str, Tally]] = {each.name: {} for each in rows}
-    for job, tally in outcome.of_assignments:
+    for job, tally in itertools.chain.from_iterable(outcome.of_assignments for outcome in outcomes):
         table[job.label].setdefault(job.backend, Tally()).add(tally)
     told = {
         "axes": {row.name: {name: measured(row, tally) for name, tally in table[row.name].items()} for row in rows},
         "not_taken": [{"row": name, "backend": kernel, "why": why} for (name, kernel), why in refused.items()],
-        "findings": [finding.to_dict() for finding in outcome.findings],
-        "troubles": list(outcome.troubles),
-        "interrupted": outcome.interrupted,
-        "seconds": round(outcome.seconds, 1),
+        "findings": [finding.to_dict() for outcome in outcomes for finding in outcome.findings],
+        "troubles": [trouble for outcome in outcomes for trouble in outcome.troubles],
+        "interrupted": any(outcome.interrupted for outcome in outcomes),
+        "seconds": round(sum(outcome.seconds for outcome in outcomes), 1),
         "cases_wanted": cases,
         "environment": environment(where),
     }
     print(json.dumps(told))
-    sys.exit(bool(outcome.findings))
+    sys.exit(bool(findings))
 
 
 if __name__ == "__main__":
