@@ -11,6 +11,7 @@ import pytest
 
 from attn_fuzz.backends.kernel import Configuration
 from attn_fuzz.campaign.compile_ahead import PATIENCE, Ahead
+from attn_fuzz.campaign.configuration_pool import Step
 from attn_fuzz.campaign.isolated import Subject
 
 KERNEL = f"{Path(__file__).parent / 'slow_first_call.py'}:kernel"
@@ -30,10 +31,10 @@ def test_one_process_compiles_one_configuration_after_another(monkeypatch: pytes
     monkeypatch.setenv("ATTN_FUZZ_COMPILING", "0.25")
     ahead = Ahead(Subject(KERNEL, "cpu"))
     try:
-        for configuration in (CAUSAL, CAUSAL._replace(causal=False)):
-            ahead.give(configuration)
-            assert ahead.at_work == configuration
-            assert taken(ahead) >= 0.25
+        for step in (Step(CAUSAL), Step(CAUSAL._replace(causal=False)), Step(CAUSAL, 2)):
+            ahead.give(step)
+            assert ahead.at_work == step
+            assert taken(ahead) >= (0.0 if step.layouts else 0.25)
             assert ahead.at_work is None
     finally:
         ahead.close()
@@ -44,7 +45,7 @@ def test_what_it_dies_of_counts_as_compiled_and_another_follows(tmp_path: Path) 
     (tmp_path / "dies.py").write_text("import os\n\n\ndef kernel(q, k, v, cu, cu_k, most, most_k):\n    os._exit(3)\n")
     ahead = Ahead(Subject(f"{tmp_path / 'dies.py'}:kernel", "cpu"))
     for _ in range(2):
-        ahead.give(CAUSAL._replace(causal=False))
+        ahead.give(Step(CAUSAL._replace(causal=False)))
         process = ahead._process
         assert process is not None
         assert taken(ahead) > 0
@@ -67,7 +68,7 @@ def test_what_never_ends_is_left_to_the_worker(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("attn_fuzz.campaign.new_process.start", start)
     ahead = Ahead(Subject(KERNEL, "cpu"), clock=lambda: now[0])
-    ahead.give(CAUSAL)
+    ahead.give(Step(CAUSAL))
     now[0] = PATIENCE
     assert ahead.taken() is None
     now[0] = PATIENCE + 1

@@ -73,8 +73,20 @@ def test_one_that_says_that_it_compiles_is_believed(noticed: Found) -> None:
     assert noticed(compiling(None, **SMALL | {"compiles": True}))["compiles"]
 
 
+def _class(queries: int, keys: int) -> tuple[object, ...]:
+    """What a compiler tells apart of a document."""
+    return *((n == 1, n % 16 == 0, n // 64) for n in (queries, keys)), queries > keys, (keys - queries) % 16 == 0
+
+
 KEYS: dict[str, tuple[Key, dict[str, Any]]] = {
     "layouts": (lambda q, m, o: (q.dtype, q.shape, m.lengths_q), {"layouts": 12, "capacity": False}),
+    "many classes of lengths": (
+        lambda q, m, o: (
+            configuration(q, m, o),
+            *(_class(n, k) for n, k in zip(m.lengths_q, m.lengths_k, strict=True)),
+        ),
+        {"layouts": 12, "capacity": False},
+    ),
     "scales": (lambda q, m, o: (configuration(q, m, o), o.scale), {"scale": False}),
     "window sizes": (lambda q, m, o: (configuration(q, m, o), o.window), {"window_sizes": (0, 7, 64)}),
     "a second layout, and no third": (lambda q, m, o: (configuration(q, m, o), len(q) != 54), {}),

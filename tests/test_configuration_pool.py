@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 
 from attn_fuzz.backends.kernel import Capabilities, Configuration
-from attn_fuzz.campaign.configuration_pool import GROWS_EVERY, SHARE, ConfigurationPool, Growth
+from attn_fuzz.campaign.configuration_pool import GROWS_EVERY, SHARE, ConfigurationPool, Growth, Step, steps
 from attn_fuzz.generation.configurations import FIRST, MOST, in_order
 from attn_fuzz.generation.domain import Domain
 
@@ -28,21 +28,21 @@ class Time:
 class Beside:
     """Stands for a process that compiles ahead: it takes ``COMPILING`` seconds of the test's clock."""
 
-    def __init__(self, time: Time, disk: set[Configuration]) -> None:
+    def __init__(self, time: Time, disk: set[Step]) -> None:
         self.time, self.disk = time, disk
-        self.at_work: Configuration | None = None
+        self.at_work: Step | None = None
         self.until, self.closed = 0.0, False
 
-    def give(self, configuration: Configuration) -> None:
+    def give(self, step: Step) -> None:
         assert self.at_work is None
-        self.at_work, self.until = configuration, self.time.now + COMPILING
+        self.at_work, self.until = step, self.time.now + COMPILING
 
     def taken(self) -> float | None:
         if self.time.now < self.until:
             return None
-        configuration, self.at_work = self.at_work, None
-        assert configuration is not None
-        self.disk.add(configuration)
+        step, self.at_work = self.at_work, None
+        assert step is not None
+        self.disk.add(step)
         return COMPILING
 
     def close(self) -> None:
@@ -52,17 +52,21 @@ class Beside:
 class Bench:
     """A pool with everything around it."""
 
-    def __init__(self, compilers: int = 1, *, kept: bool = True, by_turns: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self, compilers: int = 1, *, kept: bool = True, by_turns: bool = False, seed: int = 0, layouts: int = 0
+    ) -> None:
         self.time = Time()
-        self.kept, self.loaded, self.disk = kept, list[Configuration](), set[Configuration]()
+        self.kept, self.loaded, self.disk = kept, list[Configuration](), set[Step]()
+        self.steps: list[Step] = []
         self.beside = [Beside(self.time, self.disk) for _ in range(compilers)]
         growth = Growth(load=self.load, seed=seed, by_turns=by_turns, clock=self.time)
-        self.pool = ConfigurationPool(in_order(domain(), seed), self.beside, growth)
+        self.pool = ConfigurationPool(steps(in_order(domain(), seed), layouts), self.beside, growth)
 
-    def load(self, configuration: Configuration) -> None:
-        assert configuration in self.pool.taken, "it is compiled for cases, which must be taken"
-        self.loaded.append(configuration)
-        self.time.now += LOADING if self.kept and configuration in self.disk else COMPILING
+    def load(self, step: Step) -> None:
+        assert step.configuration in self.pool.taken, "it is compiled for cases, which must be taken"
+        self.loaded.append(step.configuration)
+        self.steps.append(step)
+        self.time.now += LOADING if self.kept and step in self.disk else COMPILING
 
     def turns(self, count: int, seconds: float = 1.0) -> list[Configuration]:
         """What so many turns of so many seconds draw from."""
@@ -212,9 +216,9 @@ def test_what_others_were_at_when_they_ended_has_its_turn_here() -> None:
 
 
 def test_a_backend_without_any_is_told_so() -> None:
-    nothing: Iterator[Configuration] = iter(())
+    nothing: Iterator[Step] = iter(())
     with pytest.raises(ValueError, match="no configuration"):
-        ConfigurationPool(nothing, [], Growth(load=lambda configuration: None, seed=0))
+        ConfigurationPool(nothing, [], Growth(load=lambda step: None, seed=0))
 
 
 def test_a_turn_draws_from_one_configuration() -> None:
@@ -223,3 +227,48 @@ def test_a_turn_draws_from_one_configuration() -> None:
     narrowed = bench.pool.narrowed(domain(), 0)
     (configuration,) = narrowed.capabilities.configurations
     assert narrowed.dtypes == (configuration.dtype,)
+
+
+# What compiles for shapes.
+
+LAYOUTS = 3
+
+
+def test_each_configuration_has_one_layout_at_first_and_more_in_turn_with_further_ones() -> None:
+    order = list(in_order(domain(), 0))
+    some = list(islice(steps(iter(order), LAYOUTS), FIRST + 4))
+    assert some[:FIRST] == [Step(each, 1) for each in order[:FIRST]]
+    assert some[FIRST:] == [Step(order[0], 2), Step(order[FIRST], 1), Step(order[1], 2), Step(order[FIRST + 1], 1)]
+
+
+def test_in_the_end_all_have_all_of_them() -> None:
+    few = list(in_order(domain(), 0))[: FIRST + 1]
+    every = list(steps(iter(few), LAYOUTS))
+    assert sorted(every) == sorted(Step(each, number) for each in few for number in (1, 2, 3))
+    for each in few:
+        assert [step.layouts for step in every if step.configuration == each] == [1, 2, 3]
+    assert list(steps(iter(few), 0)) == [Step(each) for each in few]
+    assert list(steps(iter(few[:1]), 2)) == [Step(few[0], 1), Step(few[0], 2)]
+
+
+def test_layouts_are_drawn_once_they_are_ready() -> None:
+    bench = Bench(2, layouts=LAYOUTS)
+    stated = domain(layouts=LAYOUTS)
+    bench.pool.begin()
+    seen = set()
+    for turn in range(400):
+        (configuration,) = (capabilities := bench.pool.narrowed(stated, turn).capabilities).configurations
+        assert capabilities.layouts == max(step.layouts for step in bench.steps if step.configuration == configuration)
+        seen.add(capabilities.layouts)
+        bench.time.now += 1.0
+    assert seen == {1, 2, 3}
+    assert len(bench.pool.taken) > FIRST
+    assert len(set(bench.steps)) == len(bench.steps)
+
+
+def test_turns_count_layouts_too() -> None:
+    bench = Bench(0, by_turns=True, layouts=LAYOUTS)
+    bench.pool.begin()
+    bench.turns(FIRST + 2 * GROWS_EVERY)
+    assert len(bench.pool.taken) == FIRST + 1
+    assert sorted(bench.pool.layouts.values()) == [*[1] * FIRST, 2]

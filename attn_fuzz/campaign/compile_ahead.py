@@ -16,6 +16,7 @@ from typing import Final
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Configuration
 from attn_fuzz.campaign import new_process
+from attn_fuzz.campaign.configuration_pool import Step
 from attn_fuzz.campaign.isolated import AWAY_FROM_OTHERS, Subject
 from attn_fuzz.campaign.warm_up import warm_up_cases
 from attn_fuzz.execution.compilers import compile_without_end
@@ -31,13 +32,13 @@ _VARIANTS: Final = 15.0
 """Seconds after which no further variant of a configuration is compiled: other configurations are worth more."""
 
 
-def _compile(subject: Subject, configuration: Configuration) -> None:
-    """Compiles a configuration, as far as there is time for its variants."""
+def _compile(subject: Subject, step: Step) -> None:
+    """Compiles a configuration, or a layout of it, as far as there is time for its variants."""
     loaded = registry.narrowed(registry.load(subject.backend), subject.without)
-    backend, kind = registry.within(loaded, lambda: (configuration,)), subject.device.partition(":")[0]
+    backend, kind = registry.within(loaded, lambda: (step.configuration,)), subject.device.partition(":")[0]
     compile_without_end()
     began = time.monotonic()
-    for case in warm_up_cases(configuration, backend, Domain.of(backend.kernel.capabilities_on(kind), kind)):
+    for case in warm_up_cases(step, backend, Domain.of(backend.kernel.capabilities_on(kind), kind)):
         tried(case, backend, subject.device)
         if time.monotonic() - began > _VARIANTS:
             return
@@ -48,11 +49,11 @@ def _serve(subject: Subject, connection: Connection) -> None:
     set_up_process(subject.device)
     try:
         while True:
-            configuration = Configuration(*connection.recv())
+            configuration, layouts = connection.recv()
             started = time.monotonic()
             # What raises here raises in the worker, too, which makes a finding of it.
             with contextlib.suppress(Exception):
-                _compile(subject, configuration)
+                _compile(subject, Step(Configuration(*configuration), layouts))
             connection.send(time.monotonic() - started)
     except (EOFError, OSError, KeyboardInterrupt):
         return
@@ -71,19 +72,19 @@ class Ahead:
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
         self._given = 0.0
-        self.at_work: Configuration | None = None
+        self.at_work: Step | None = None
 
-    def give(self, configuration: Configuration) -> None:
-        """Begins with a configuration."""
+    def give(self, step: Step) -> None:
+        """Begins with a step."""
         if self._process is None:
             self._connection, theirs = new_process.context().Pipe()
             self._process = new_process.start(_serve, (self._subject, theirs), AWAY_FROM_OTHERS, daemon=True)
             theirs.close()
         assert self._connection is not None
-        self.at_work, self._given = configuration, self._clock()
+        self.at_work, self._given = step, self._clock()
         # One that has died is found out when it is asked.
         with contextlib.suppress(OSError):
-            self._connection.send(tuple(configuration))
+            self._connection.send((tuple(step.configuration), step.layouts))
 
     def taken(self) -> float | None:
         """Seconds that the configuration took, once it is compiled or given up; None until then.

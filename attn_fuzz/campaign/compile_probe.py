@@ -8,6 +8,7 @@ machine that is busy for a moment makes no compiler of a kernel. Then it is aske
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
@@ -30,6 +31,9 @@ _FEW_MEMORIES: Final = ("contiguous", "sliced")
 
 _LAYOUTS: Final = 12
 """Where shapes are compiled for, from so many layouts is drawn."""
+
+_BY_LAYOUT: Final[Mapping[str, Any]] = {"layouts": _LAYOUTS, "capacity": False}
+"""Capabilities of what compiles for shapes."""
 
 _SIZES: Final = (0, 7, 64)
 """Of windows, where they are compiled for."""
@@ -114,6 +118,35 @@ class AlsoFor:
         return self.found if compiled_in(last, self.cases[-1], ask) else {}
 
 
+@dataclasses.dataclass(frozen=True)
+class Variants(AlsoFor):
+    """Something whose variants are many: what the compiler knows of a shape, call after call, is nearly always new."""
+
+    def asked(self, ask: Ask) -> Mapping[str, Any]:
+        """What is found out, where half of the later cases are still compiled for, or all that there was time for."""
+        compiled, spent = list[bool](), 0.0
+        for case in self.cases:
+            report = ask(case)
+            if not report.survived or report.symptom or report.refusal:
+                return {}
+            compiled.append(compiled_in(report, case, ask))
+            spent += report.seconds * compiled[-1]
+            if spent > _TOO_LONG:
+                break
+        later = compiled[len(compiled) // 2 :]
+        return self.found if 2 * sum(later) > len(later) else {}
+
+
+_TOO_LONG: Final = 40.0
+"""Seconds of compiling after which it is known that a kernel's variants take too long to be met by the way."""
+
+_VARIANTS: Final = 14
+"""Cases that show whether they are many: a few are met by the first half."""
+
+# What compilers tell apart: one, multiples of 16, whole tiles, and which side is longer.
+_VARIED: Final = (33, 1, 16, 64, 5, 128, 17, 2, 80, 160, 3, 65, 48, 129)
+
+
 # None is 1, nor a multiple of 16, and the last are no more than the second: those are variants, of which there are few.
 _LENGTHS: Final = ((7, 20), (3, 40, 2, 9), (51, 11))
 _SCALES: Final = (0.25, 0.125, 0.5)
@@ -128,14 +161,29 @@ def also_for(base: Case, backend: Backend, domain: Domain) -> list[AlsoFor]:
         backend: which.
         domain: of what it states.
     """
-    asked = _also_for(base, domain.capabilities)
-    return [also for also in asked if all(backend.refusal(case, domain.device) is None for case in also.cases)]
+
+    def taken(case: Case) -> bool:
+        return backend.refusal(case, domain.device) is None
+
+    asked = [also for also in _also_for(base, domain.capabilities) if all(map(taken, also.cases))]
+    if not domain.capabilities.layouts and base.level == "kernel":
+        varied = tuple(_varied(base, taken))
+        asked += [Variants(varied, _BY_LAYOUT)] if len(varied) >= _VARIANTS // 2 else []
+    return asked
+
+
+def _varied(base: Case, taken: Callable[[Case], bool]) -> Iterator[Case]:
+    """Single documents; with as many keys as queries where no others are taken."""
+    turned = (*_VARIED[5:], *_VARIED[:5])
+    for queries, keys in zip(_VARIED, turned, strict=True):
+        pair = (base.replace(lengths=(queries,), key_lengths=(count,)) for count in (keys, queries))
+        yield from itertools.islice(filter(taken, pair), 1)
 
 
 def _also_for(base: Case, stated: Capabilities) -> Iterator[AlsoFor]:
     if not stated.layouts and base.level == "kernel":
         lengths = tuple(base.replace(lengths=lengths) for lengths in _LENGTHS)
-        yield AlsoFor(lengths, {"layouts": _LAYOUTS, "capacity": False})
+        yield AlsoFor(lengths, _BY_LAYOUT)
     if stated.scale:
         yield AlsoFor(tuple(base.replace(scale=scale) for scale in _SCALES), {"scale": False})
     if stated.window and base.causal and not stated.window_sizes:

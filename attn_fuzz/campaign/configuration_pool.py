@@ -7,6 +7,9 @@ it does not, or no core is left for such processes, the worker compiles them its
 A campaign of so many cases grows at certain turns instead, so that a seed draws the same cases every time. One of so
 many seconds goes on with those that are there: which case comes when is then a matter of time, as how many come at all
 is, and each of them says all that it takes to run it again.
+
+Of what compiles for shapes, too, each configuration has a single layout at first, and more of them in turn with further
+configurations: whatever is ready is drawn at full speed.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from attn_fuzz.backends.kernel import Configuration
 from attn_fuzz.generation.configurations import FIRST
@@ -30,7 +33,7 @@ GROWS_EVERY: Final = 16
 """Turns between configurations beyond the first few, where turns decide: what is new has had some of them by then."""
 
 BACKLOG: Final = 3
-"""Configurations that are compiled and have not joined yet; with so many nobody begins with another one."""
+"""Steps that are compiled and have not joined yet; with so many nobody begins with another one."""
 
 _RELOADED: Final = 0.5
 """Share of what compiling took below which loading counts as such; above it the compiler keeps nothing on disk."""
@@ -39,12 +42,47 @@ _SHORT: Final = 1.0
 """Seconds of compiling below which there is nothing to be told from that."""
 
 
+class Step(NamedTuple):
+    """What is compiled at a time."""
+
+    configuration: Configuration
+    layouts: int = 0
+    """How many of its layouts there are then, of what compiles for shapes: the last of them is compiled now."""
+
+
+def steps(order: Iterator[Configuration], layouts: int) -> Iterator[Step]:
+    """What is compiled one after another: configurations, and from the first few on more layouts of those in turn.
+
+    Args:
+        order: configurations.
+        layouts: how many each has in the end; 0 where shapes are not compiled for.
+    """
+    if not layouts:
+        yield from map(Step, order)
+        return
+    grown: dict[Configuration, int] = {}
+    further = True
+    while True:
+        short = [each for each, number in grown.items() if number < layouts][:FIRST]
+        if short and (len(grown) >= FIRST or not further):
+            fewest = min(short, key=lambda each: grown[each])
+            grown[fewest] += 1
+            yield Step(fewest, grown[fewest])
+        added = next(order, None) if further else None
+        further = added is not None
+        if added is not None:
+            grown[added] = 1
+            yield Step(added, 1)
+        elif not short:
+            return
+
+
 class Compiles(Protocol):
     """A process that compiles ahead (``compile_ahead.Ahead``)."""
 
-    at_work: Configuration | None
+    at_work: Step | None
 
-    def give(self, configuration: Configuration) -> None: ...
+    def give(self, step: Step) -> None: ...
 
     def taken(self) -> float | None: ...
 
@@ -56,13 +94,13 @@ class Growth:
     """How a pool grows.
 
     Attributes:
-        load: compiles a configuration in this process, or loads what has been compiled.
+        load: compiles a step in this process, or loads what has been compiled.
         seed: decides which configuration a turn has.
         by_turns: whether it grows at certain turns, whatever time that takes.
         clock: seconds.
     """
 
-    load: Callable[[Configuration], None]
+    load: Callable[[Step], None]
     seed: int
     by_turns: bool = False
     clock: Callable[[], float] = time.monotonic
@@ -72,7 +110,7 @@ class ConfigurationPool:
     """Configurations that are ready, and those that will be.
 
     Args:
-        order: in which they have their turn.
+        order: in which they have their turn (``steps``).
         compilers: that compile ahead; none where this process compiles everything.
         growth: how it grows.
 
@@ -80,32 +118,35 @@ class ConfigurationPool:
         ValueError: when there is no configuration at all.
     """
 
-    def __init__(self, order: Iterator[Configuration], compilers: Sequence[Compiles], growth: Growth) -> None:
+    def __init__(self, order: Iterator[Step], compilers: Sequence[Compiles], growth: Growth) -> None:
         self._order, self._compilers, self._growth = order, list(compilers), growth
         first = next(order, None)
         if first is None:
             raise ValueError("there is no configuration that it takes")
-        self.taken: tuple[Configuration, ...] = (first,)
+        self._first, self._steps = first, 1
+        self.taken: tuple[Configuration, ...] = (first.configuration,)
         """Those that cases may have: compiled, or being loaded."""
+        self.layouts: dict[Configuration, int] = {}
+        """How many layouts of each are ready, of what compiles for them."""
         self.waited = 0.0
         """Seconds that this process has spent compiling and loading."""
         self.compiled = 0.0
         """Seconds that others have spent compiling."""
-        self._ahead: deque[tuple[Configuration, float]] = deque()
+        self._ahead: deque[tuple[Step, float]] = deque()
         """Compiled by others, with the seconds that it took them."""
         self._began, self._before = growth.clock(), 0.0
 
     def begin(self) -> None:
         """Makes the first configuration ready, while others begin with those that follow."""
         self._hand_out()
-        self._load(self.taken[0])
+        self._load(self._first)
         self._began, self._before = self._growth.clock(), self.waited
 
     def at(self, turn: int, level: str = "kernel") -> Configuration:
         """The configuration of a turn; layers have only those whose values are as wide as their keys."""
         self._collect()
         if self._growth.by_turns:
-            while len(self.taken) < _due(turn) and self._join():
+            while self._steps < _due(turn) and self._join():
                 pass
         elif self._has_time():
             self._join()
@@ -116,13 +157,14 @@ class ConfigurationPool:
     def narrowed(self, domain: Domain, turn: int, level: str = "kernel") -> Domain:
         """What a turn of a level draws from."""
         chosen = self.at(turn, level)
-        capabilities = dataclasses.replace(domain.capabilities, configurations=(chosen,))
+        layouts = self.layouts.get(chosen, domain.capabilities.layouts)
+        capabilities = dataclasses.replace(domain.capabilities, configurations=(chosen,), layouts=layouts)
         return dataclasses.replace(domain, capabilities=capabilities, dtypes=(chosen.dtype,))
 
     def close(self) -> None:
         """Ends those that compile ahead; what they were at is compiled here in its turn."""
         left = [each.at_work for each in self._compilers if each.at_work is not None]
-        left += [configuration for configuration, _ in self._ahead]
+        left += [step for step, _ in self._ahead]
         for compiler in self._compilers:
             compiler.close()
         self._compilers.clear()
@@ -138,34 +180,39 @@ class ConfigurationPool:
         """Gives those that compile ahead something to do."""
         idle = (each for each in self._compilers if each.at_work is None)
         for compiler in idle if len(self._ahead) < BACKLOG else ():
-            if (configuration := next(self._order, None)) is not None:
-                compiler.give(configuration)
+            if (step := next(self._order, None)) is not None:
+                compiler.give(step)
 
     def _collect(self) -> None:
         """Takes note of what has been compiled."""
         for compiler in self._compilers:
-            configuration = compiler.at_work
-            if configuration is not None and (seconds := compiler.taken()) is not None:
+            step = compiler.at_work
+            if step is not None and (seconds := compiler.taken()) is not None:
                 self.compiled += seconds
-                self._ahead.append((configuration, seconds))
+                self._ahead.append((step, seconds))
 
     def _join(self) -> bool:
         """Loads the next configuration, which is drawn from now on; False where there is none yet."""
         if self._compilers:
-            configuration, ahead = self._ahead.popleft() if self._ahead else (None, 0.0)
+            step, ahead = self._ahead.popleft() if self._ahead else (None, 0.0)
         else:
-            configuration, ahead = next(self._order, None), 0.0
-        if configuration is None:
+            step, ahead = next(self._order, None), 0.0
+        if step is None:
             return False
-        self.taken = (*self.taken, configuration)
-        if self._load(configuration) > _RELOADED * ahead > _RELOADED * _SHORT:
+        self._steps += 1
+        if step.configuration not in self.taken:
+            self.taken = (*self.taken, step.configuration)
+        if self._load(step) > _RELOADED * ahead > _RELOADED * _SHORT:
             # Nothing is kept on disk: what others compile is compiled here once more.
             self.close()
         return True
 
-    def _load(self, configuration: Configuration) -> float:
+    def _load(self, step: Step) -> float:
         began = self._growth.clock()
-        self._growth.load(configuration)
+        self._growth.load(step)
+        if step.layouts:
+            # Others may have come before.
+            self.layouts[step.configuration] = max(step.layouts, self.layouts.get(step.configuration, 0))
         seconds = self._growth.clock() - began
         self.waited += seconds
         return seconds

@@ -11,7 +11,7 @@ from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Configuration, UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.campaign.compile_ahead import Ahead
-from attn_fuzz.campaign.configuration_pool import ConfigurationPool, Growth
+from attn_fuzz.campaign.configuration_pool import ConfigurationPool, Growth, Step, steps
 from attn_fuzz.campaign.isolated import Subject
 from attn_fuzz.campaign.messages import Assignment, Tally
 from attn_fuzz.campaign.warm_up import LAYOUTS, warm_up_cases
@@ -49,10 +49,13 @@ class Configurations:
         domain = Domain.of(stated, self._kind, assignment.dtypes, aim=aim)
         kernels = "kernel" in assignment.levels and "kernel" in backend.levels
         order = in_order(domain if kernels else domain.for_layers, assignment.seed)
-        growth = Growth(load=self._load, seed=assignment.seed, by_turns=assignment.cases is not None)
+        # Of so many cases within a time it is a matter of time, too, which come.
+        by_turns = assignment.cases is not None and assignment.seconds is None
+        growth = Growth(load=self._load, seed=assignment.seed, by_turns=by_turns)
         subject = Subject(assignment.backend, assignment.device, assignment.without)
         beside = 0 if growth.by_turns else assignment.compilers
-        pool = self._pool = ConfigurationPool(order, [Ahead(subject) for _ in range(beside)], growth)
+        compilers = [Ahead(subject) for _ in range(beside)]
+        pool = self._pool = ConfigurationPool(steps(order, stated.layouts), compilers, growth)
         self.backend = registry.within(backend, lambda: pool.taken)
 
     def begin(self) -> bool:
@@ -80,10 +83,10 @@ class Configurations:
         if self._pool is not None:
             self._pool.close()
 
-    def _load(self, configuration: Configuration) -> None:
-        """Has one compiled in this process, or loaded, by its plain cases."""
+    def _load(self, step: Step) -> None:
+        """Has a step compiled in this process, or loaded, by its plain cases."""
         compile_without_end()
         domain = Domain.of(self.backend.kernel.capabilities_on(self._kind), self._kind)
-        for case in itertools.islice(warm_up_cases(configuration, self.backend, domain), _PLAIN):
+        for case in itertools.islice(warm_up_cases(step, self.backend, domain), _PLAIN):
             with contextlib.suppress(UnsupportedCase):
                 self._run(case)

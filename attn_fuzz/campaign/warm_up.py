@@ -11,8 +11,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from attn_fuzz.backends.kernel import Configuration
 from attn_fuzz.backends.registry import Backend
+from attn_fuzz.campaign.configuration_pool import Step
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.fixed_calls import fixed_call
 from attn_fuzz.generation.options import options_within
@@ -29,16 +29,21 @@ def _in_turn(turn: int, some: Sequence[Any]) -> Any:
     return some[turn % len(some)]
 
 
-def _every(configuration: Configuration, backend: Backend, domain: Domain) -> Iterator[Case | None]:
-    stated, turns = domain.capabilities, itertools.count()
+_FEW: Final = 2
+"""Of no more memory layouts each is part of what is compiled, and so they are met with each layout of documents."""
+
+
+def _every(step: Step, backend: Backend, domain: Domain) -> Iterator[Case | None]:
+    stated, turns, configuration = domain.capabilities, itertools.count(), step.configuration
     sides, level = stated.window_sizes or (_SIDE,), "kernel" if "kernel" in backend.levels else "layer"
 
     def options(memory: str) -> dict[str, Any]:
         chosen = options_within(configuration, stated, sides, functools.partial(_in_turn, next(turns)))
         return {**chosen, "memory": memory}
 
-    if stated.layouts:
-        yield from (fixed_call(number, options("contiguous"), domain) for number in range(stated.layouts))
+    if step.layouts:
+        memories = stated.memories if len(stated.memories) <= _FEW else ("contiguous",)
+        yield from (fixed_call(step.layouts - 1, options(memory), domain) for memory in memories)
         return
     for lengths in LAYOUTS:
         yield Case(level=level, lengths=lengths, **options("contiguous"))
@@ -47,14 +52,16 @@ def _every(configuration: Configuration, backend: Backend, domain: Domain) -> It
             yield Case(level=level, lengths=LAYOUTS[0], **options(memory))
 
 
-def warm_up_cases(configuration: Configuration, backend: Backend, domain: Domain) -> Iterator[Case]:
+def warm_up_cases(step: Step, backend: Backend, domain: Domain) -> Iterator[Case]:
     """Cases that a backend takes, the plainest first: as many as there are ``LAYOUTS``, then other memory layouts.
 
+    Of what compiles for shapes those of the step's last layout.
+
     Args:
-        configuration: which.
+        step: a configuration.
         backend: takes it.
         domain: options that the backend takes.
     """
-    for case in _every(configuration, backend, domain):
+    for case in _every(step, backend, domain):
         if case is not None and backend.refusal(case, domain.device) is None:
             yield case
