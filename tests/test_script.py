@@ -209,3 +209,50 @@ def test_what_a_script_tries_is_what_the_checks_ask_of_such_a_kernel() -> None:
         for scores in ("", "fp16")
     }
     assert largest[""] > 2.0**15 >= largest["fp16"]
+
+
+CROWDED = """
+import torch
+
+FAULT = {fault}
+
+
+class _First(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v, lengths):
+        ctx.crowded = FAULT and len(lengths) > 1400
+        return v.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (0.5 if ctx.crowded else 1.0), None
+
+
+def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale=None, causal=True):
+    # Of documents of one token attention is their value.
+    return _First.apply(v, cu_seqlens_q) + 0 * (q + k)
+"""
+
+
+@pytest.mark.slow
+def test_a_crowd_of_documents_is_told_as_one_so_many_times(tmp_path: Path) -> None:
+    kernel = tmp_path / "crowded.py"
+    kernel.write_text(CROWDED.format(fault=True))
+    case = Case(level="kernel", lengths=(1,) * 1500, head_dim=8)
+    text = standalone(case, registry.load(f"{kernel}:kernel"), "cpu", "half of dV of many documents")
+    assert len(text.splitlines()) < 100
+    assert "lengths_q=[1] * 1500" in text
+    assert text.count("] * 1500") >= 4
+    script = tmp_path / "script.py"
+    script.write_text(text)
+    assert python(tmp_path, str(script), checkout=False).returncode == 1
+    kernel.write_text(CROWDED.format(fault=False))
+    assert python(tmp_path, str(script), checkout=False).returncode == 0
+
+
+def test_documents_that_differ_are_no_crowd(tmp_path: Path) -> None:
+    kernel = tmp_path / "crowded.py"
+    kernel.write_text(CROWDED.format(fault=True))
+    case = Case(level="kernel", lengths=(1,) * 1500 + (2,), head_dim=8)
+    with pytest.raises(ScriptError, match="more than 20000 numbers"):
+        standalone(case, registry.load(f"{kernel}:kernel"), "cpu", "half of dV of many documents")

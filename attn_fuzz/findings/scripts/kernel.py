@@ -6,6 +6,7 @@ attention in float64, and every element is allowed the error that its budget all
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ import torch
 
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.backends.user import UserKernel
+from attn_fuzz.cases.subsets import subset
 from attn_fuzz.execution.observation import Observation
 from attn_fuzz.execution.runner import KernelCall, run_kernel
 from attn_fuzz.findings.scripts.text import (
@@ -23,6 +25,7 @@ from attn_fuzz.findings.scripts.text import (
     ScriptError,
     allowances,
     filled,
+    listed,
     numbers,
     source,
 )
@@ -40,6 +43,12 @@ _CONSTANTS: Final = {"softmax_scale": "SCALE", "causal": "CAUSAL", "window_size"
 """Of a script, by the options that kernels have for them."""
 
 RESULTS: Final = ("out", "dq", "dk", "dv")
+CROWD: Final = 1000
+"""Documents; more are told as one, so many times, where all are as long."""
+
+_MOST: Final = 1 << 20
+"""Numbers of a tensor that are looked through for what repeats."""
+
 _VALUES: Final = frozenset(f"values of {name}" for name in ("q", "k", "v", "dout"))
 """What an observation says of inputs that changed, margins apart."""
 
@@ -114,9 +123,19 @@ def _own_kernel(backend: Backend, case: Case) -> str:
     )
 
 
+def _crowd(case: Case) -> Case | None:
+    """A document of a call of thousands that are all as long; None of other calls."""
+    pairs = {*zip(case.packed_lengths, case.packed_key_lengths, strict=True)}
+    return subset(case, [0]) if len(case.packed_lengths) > CROWD and len(pairs) == 1 else None
+
+
 def candidates(case: Case, profile: Profile) -> Iterator[Inputs]:
-    """The case's own tensors, then those whose answers are known."""
+    """The case's own tensors, then those whose answers are known; of a crowd all documents have the first one's."""
     cpu = torch.device("cpu")
+    if (one := _crowd(case)) is not None:
+        times = len(case.packed_lengths)
+        yield Inputs(**{name: _repeated(x, times) for name, x in kernel_inputs(one, cpu).named.items()})
+        return
     yield kernel_inputs(case, cpu)
     if case.memory != "broadcast":
         for known in (Census, EveryRow, Needle):
@@ -126,7 +145,21 @@ def candidates(case: Case, profile: Profile) -> Iterator[Inputs]:
 
 def _answer(case: Case, inputs: Inputs, backend: Backend, device: torch.device) -> dict[str, Expected]:
     """What should come out of a call."""
+    if (one := _crowd(case)) is not None:
+        own = _answer(one, kernel_inputs(one, "cpu"), backend, device)
+        times = len(case.packed_lengths)
+        # Rows come first in all of them.
+        return {
+            name: dataclasses.replace(
+                each, value=_repeated(each.value, times), variance=_repeated(each.variance, times), degrees=None
+            )
+            for name, each in own.items()
+        }
     return kernel_answer(case, inputs, backend.kernel.profile_on(device.type))
+
+
+def _repeated(x: torch.Tensor, times: int) -> torch.Tensor:
+    return x.repeat(times, *[1] * (x.dim() - 1))
 
 
 def _wrong(case: Case, answer: dict[str, Expected], observation: Observation) -> bool:
@@ -154,13 +187,15 @@ def _alone(case: Case, backend: Backend, device: torch.device) -> tuple[Inputs, 
 def _call(case: Case, inputs: Inputs, answer: dict[str, Expected], backend: Backend, device: torch.device) -> Any:
     """One call's arguments, as source text."""
     placed = KernelCall(backend, case, inputs, "nan", device).placed
-    if sum(item.storage.numel() for item in placed.values()) > MAX_ELEMENTS or len(case.packed_lengths) > MAX_ELEMENTS:
+    rows = max(len(case.packed_lengths), *(item.storage.numel() for item in placed.values()))
+    tensors = {name: _tensor(name, item) for name, item in placed.items()} if rows <= _MOST else {}
+    if not tensors or sum(text.count(",") for text in tensors.values()) > MAX_ELEMENTS:
         raise ScriptError(f"the case has more than {MAX_ELEMENTS} numbers; shrink it first")
     bound = limit(case)
     return {
-        "lengths_q": list(case.packed_lengths),
-        "lengths_k": list(case.packed_key_lengths),
-        "tensors": {name: _tensor(name, item) for name, item in placed.items()},
+        "lengths_q": listed(case.packed_lengths),
+        "lengths_k": listed(case.packed_key_lengths),
+        "tensors": tensors,
         "room": max(item.tensor.untyped_storage().nbytes() // item.tensor.element_size() for item in placed.values()),
         "allowed": {name: allowances(bound * answer[name].variance.sqrt()) for name in RESULTS},
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -65,9 +65,26 @@ class Asked:
         return cls(device.type, dtype, case.softmax_scale, case.softcap, case.causal, case.window)
 
 
+_LONG: Final = 1000
+"""Entries of a list that is looked through for a part that it repeats."""
+
+_PERIODS: Final = 512
+"""Entries of such a part."""
+
+
+def listed(entries: Sequence[object]) -> str:
+    """A list as source text; a long one that repeats a part of it all along as that part, so many times."""
+    words = list(map(str, entries))
+    for period in range(1, _PERIODS + 1) if len(words) > _LONG else ():
+        times, rest = divmod(len(words), period)
+        if not rest and words[:-period] == words[period:]:
+            return f"[{', '.join(words[:period])}] * {times}"
+    return f"[{', '.join(words)}]"
+
+
 def numbers(x: torch.Tensor, digits: int = 9) -> str:
     """A tensor's values in order, as source text: nine digits tell every float32 apart."""
-    return "[" + ", ".join(f"{value:.{digits}g}" for value in x.detach().double().flatten().tolist()) + "]"
+    return listed([f"{value:.{digits}g}" for value in x.detach().double().flatten().tolist()])
 
 
 def allowances(x: torch.Tensor) -> str:
