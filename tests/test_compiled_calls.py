@@ -12,6 +12,7 @@ from devices import needs_cuda
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Attended, AttentionOptions
 from attn_fuzz.backends.kernels.backup import Backup
+from attn_fuzz.backends.kernels.loop import LoopKernel
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.oracle.checks import RARE, compiled
@@ -40,6 +41,38 @@ def asked(kernel: Backup, case: Case = CASE, device: str = "cpu", **stated: Any)
         kernel.capabilities = dataclasses.replace(kernel.capabilities, **stated)  # type: ignore[misc]
     trial = Trial(case, Backend(kernel.name, kernel, levels=("kernel",)), torch.device(device), interfered=False)
     return list(compiled.compiled_alike(trial)), trial
+
+
+class Fused(LoopKernel):
+    """One that multiplies no matrices itself, as far as torch sees; its last bits are others where it is compiled."""
+
+    name = "fused"
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        # Of one key, attention is its value.
+        moved = 1.0 + 2.0**-20 * torch.compiler.is_compiling()
+        return Attended(v * moved + 0 * (q + k), None, "fused")
+
+
+class Multiplies(Fused):
+    """The same of one that multiplies matrices."""
+
+    name = "multiplies"
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        attended = super().attend(q, k, v, metadata, options)
+        return attended._replace(out=torch.bmm(attended.out, torch.eye(v.shape[2])[None].expand(len(v), -1, -1)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "accused"), [(Fused, True), (Multiplies, False)])
+def test_bits_are_asked_of_what_multiplies_no_matrices(kernel: type[Fused], accused: bool) -> None:
+    single = CASE.replace(lengths=(1, 1))
+    assert bool(asked(kernel(), single, traceable=None)[0]) is accused
 
 
 class ByStrides(Backup):
