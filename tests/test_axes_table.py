@@ -49,9 +49,19 @@ def test_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         assert 0.0 < row["loop"]["largest_z"] < 10.0
 
 
-def test_no_such_row() -> None:
-    with pytest.raises(SystemExit, match="no such row; there are: gradient through the LSE"):
-        axes.main(None, ["gradients"], "cpu", 40, 30.0, 2)
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((None, ["gradients"], "cpu"), "no such row: 'gradients'; there are: gradient through the LSE"),
+        ((["lop"], None, "cpu"), "lop"),
+        ((["flash"], None, "cpu"), "flash cannot run on cpu here"),
+        ((None, None, "tpu"), "unknown device 'tpu'"),
+        ((["backup"], ["gaps between documents"], "cpu"), "none of backup takes any of that: .* it is not declared"),
+    ],
+)
+def test_what_cannot_be_done_is_a_sentence(arguments: tuple[list[str] | None, ...], said: str) -> None:
+    with pytest.raises(SystemExit, match=said):
+        axes.main(*arguments, 40, 30.0, 2)  # type: ignore[arg-type]
 
 
 def test_a_batch_that_there_is_no_memory_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from attn_fuzz.backends.kernel import BackendUnavailable
+from attn_fuzz.backends.registry import UnknownBackend
 from attn_fuzz.batch.judge import schedule_on
 from attn_fuzz.campaign.messages import Assignment, CampaignError, Tally
 from attn_fuzz.campaign.plan import (
@@ -27,6 +29,7 @@ from attn_fuzz.campaign.plan import (
     default_workers,
     kind_of,
     plan,
+    require_available,
 )
 from attn_fuzz.campaign.pool import Outcome, Pool, Worker
 from attn_fuzz.coverage.axes import Value
@@ -164,6 +167,28 @@ def measured(row: Row, tally: Tally) -> dict[str, Any]:
     }
 
 
+def _rows(named: Sequence[str]) -> list[Row]:
+    """Those that were named, or all. Raises SystemExit with a sentence for one that there is not."""
+    by_name = {row.name: row for row in ROWS}
+    for name in named:
+        if name not in by_name:
+            raise SystemExit(f"no such row: {name!r}; there are: {'; '.join(by_name)}")
+    return [by_name[name] for name in named] or list(ROWS)
+
+
+def _there(device: str, backends: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """(device, backends that were named or all that run on it). Raises SystemExit with a sentence where none does."""
+    if device not in ("cpu", "cuda"):
+        raise SystemExit(f"unknown device {device!r}; use cpu or cuda")
+    try:
+        require_available(backends, device)
+    except (UnknownBackend, BackendUnavailable) as reason:
+        raise SystemExit(str(reason)) from None
+    if not (names := tuple(backends) or available_backends(device)):
+        raise SystemExit(f"no backend runs on {device} here")
+    return device, names
+
+
 def main(
     backend: Annotated[list[str] | None, typer.Option("--backend", "-b", help="Default: all available.")] = None,
     named: Annotated[list[str] | None, typer.Option("--row", help="Name of a row. Default: all.")] = None,
@@ -173,13 +198,12 @@ def main(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes at a time.")] = None,
 ) -> None:
     """Prints the table of axes as JSON; what it is at goes to standard error."""
-    where = device or default_device()
-    rows = [each for each in ROWS if not named or each.name in named]
-    if not rows:
-        raise SystemExit(f"no such row; there are: {'; '.join(each.name for each in ROWS)}")
-    names = tuple(backend or available_backends(where))
+    rows = _rows(named or ())
+    where, names = _there(device or default_device(), backend or ())
     places = workers or default_workers(where)
     found, refused = jobs(rows, names, where, places, cases, seconds)
+    if not found:
+        raise SystemExit(f"none of {', '.join(names)} takes any of that: {next(iter(refused.values()))}")
     findings: list[Finding] = []
 
     def note(finding: Finding) -> None:
@@ -206,7 +230,8 @@ def main(
         "environment": environment(where),
     }
     print(json.dumps(told))
-    sys.exit(bool(findings))
+    # Neither is a pass.
+    sys.exit(1 if findings else 3 if told["interrupted"] or not any(table.values()) else 0)
 
 
 if __name__ == "__main__":
