@@ -38,6 +38,7 @@ class TriggerKernel(Kernel):
 
     def __init__(self, inner: Kernel, queries: int, keys: int, how: str = "scale") -> None:
         self.name = f"{PREFIX}{queries},{keys},{how}:{inner.name}"  # type: ignore[misc]
+        self.capabilities = inner.capabilities  # type: ignore[misc]
         self.inner, self.size, self.how = inner, (queries, keys), how
 
     def capabilities_on(self, device: str) -> Capabilities:

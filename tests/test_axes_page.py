@@ -107,6 +107,9 @@ def test_a_finding_is_of_a_row_that_its_backend_was_tried_on() -> None:
     assert axes.findings([ONE], GRADIENT) == axes.findings([ONE], MERGED) == "0 to 1"
     assert axes.findings([ONE], GRAPHS) == axes.findings([TWO], MERGED) == "0"
     assert axes.findings([TWO, TWO], GRADIENT) == "2"
+    told = {**ONE, "findings": [{**finding, "rows": [MERGED]} for finding in ONE["findings"]]}
+    assert axes.findings([told], MERGED) == "1"
+    assert axes.findings([told], GRADIENT) == "0"
 
 
 def test_each_device_and_version_has_tables_of_its_own() -> None:

@@ -49,6 +49,19 @@ def test_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         assert 0.0 < row["loop"]["largest_z"] < 10.0
 
 
+@pytest.mark.slow
+def test_a_finding_says_in_which_rows_it_came_up(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [ROWS[0].name, "gaps between documents"]
+    with pytest.raises(SystemExit) as ended:
+        # Of documents of five tokens something is wrong.
+        axes.main(["trigger:5,5:loop"], rows, "cpu", 400, 30.0, 2)
+    assert ended.value.code == 1
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert findings
+    assert {row for finding in findings for row in finding["rows"]} <= set(rows)
+    assert all(finding["rows"] for finding in findings)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -27,6 +27,7 @@ from attn_fuzz.batch.verdicts import ROWS
 from attn_fuzz.campaign.batch_worker import Sizing
 from attn_fuzz.campaign.messages import Assignment, Failed, Finished, Found, Message, Trying
 from attn_fuzz.campaign.packed_worker import CROWD, PackedWorker, work_on_packed
+from attn_fuzz.campaign.plan import takes_batches
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.execution.runner import run_kernel
@@ -318,6 +319,11 @@ def test_a_sweep_meets_every_size_once() -> None:
     sweep = Sweep((16, 32), 1234)
     pairs = [pair for _ in range(3) for pair in zip(*(side.tolist() for side in sweep.take(187)), strict=True)]
     assert sorted(pairs) == [(q, k) for q in range(17) for k in range(33)]
+
+
+def test_a_kernel_that_is_wrong_for_one_size_is_one_like_any_other_for_batches() -> None:
+    assert takes_batches("trigger:11,23:loop", ("kernel", "layer"))
+    assert registry.load("trigger:11,23:loop").kernel.capabilities == registry.load("loop").kernel.capabilities
 
 
 def test_layouts_have_documents_of_every_kind() -> None:

@@ -20,7 +20,7 @@ import typer
 from attn_fuzz.backends.kernel import BackendUnavailable
 from attn_fuzz.backends.registry import UnknownBackend
 from attn_fuzz.batch.judge import schedule_on
-from attn_fuzz.campaign.messages import Assignment, CampaignError, Tally
+from attn_fuzz.campaign.messages import Assignment, CampaignError, Found, Message, Tally
 from attn_fuzz.campaign.plan import (
     CampaignOptions,
     aims_of,
@@ -95,7 +95,25 @@ JobOf = tuple[str, str]
 
 
 class _Table(Pool):
-    """One that goes on where an assignment cannot be done."""
+    """One that goes on where an assignment cannot be done, and knows in which rows something was found."""
+
+    def __init__(self, assignments: Sequence[Assignment], workers: int, on_finding: Callable[[Finding], None]) -> None:
+        super().__init__(assignments, workers, lambda tallies: None, on_finding)
+        self.rows: dict[tuple[str, str], set[str]] = {}
+        """By backend and symptom."""
+
+    def _take(self, worker: Worker, message: Message) -> None:
+        if isinstance(message, Found):
+            key = message.finding.backend, message.finding.symptom
+            self.rows.setdefault(key, set()).add(worker.assignment.label)
+        super()._take(worker, message)
+
+    def told(self, outcome: Outcome) -> list[dict[str, Any]]:
+        """Its findings, ready for JSON, each with the rows that it came up in; a death of a process is of none."""
+        return [
+            {**finding.to_dict(), "rows": sorted(self.rows.get((finding.backend, finding.symptom), ()))}
+            for finding in outcome.findings
+        ]
 
     def cannot(self, worker: Worker, reason: str) -> None:
         self.troubles.append(f"{worker.assignment.backend}, {worker.assignment.label}: {reason}")
@@ -212,17 +230,19 @@ def main(
 
     far = [job for job in found if set(job.aim.get("memory", ())) & set(FAR_MEMORIES)]
     parts = [(far, min(places, FAR_AT_A_TIME)), ([job for job in found if job not in far], places)]
-    outcomes = list[Outcome]()
+    outcomes, found_in = list[Outcome](), list[dict[str, Any]]()
     for some, at_a_time in parts:
         if some and not any(outcome.interrupted for outcome in outcomes):
-            outcomes.append(_Table(some, at_a_time, lambda tallies: None, note).run())
+            pool = _Table(some, at_a_time, note)
+            outcomes.append(pool.run())
+            found_in += pool.told(outcomes[-1])
     table: dict[str, dict[str, Tally]] = {each.name: {} for each in rows}
     for job, tally in itertools.chain.from_iterable(outcome.of_assignments for outcome in outcomes):
         table[job.label].setdefault(job.backend, Tally()).add(tally)
     told = {
         "axes": {row.name: {name: measured(row, tally) for name, tally in table[row.name].items()} for row in rows},
         "not_taken": [{"row": name, "backend": kernel, "why": why} for (name, kernel), why in refused.items()],
-        "findings": [finding.to_dict() for outcome in outcomes for finding in outcome.findings],
+        "findings": found_in,
         "troubles": [trouble for outcome in outcomes for trouble in outcome.troubles],
         "interrupted": any(outcome.interrupted for outcome in outcomes),
         "seconds": round(sum(outcome.seconds for outcome in outcomes), 1),

@@ -131,12 +131,17 @@ def _known(takers: Mapping[str, Had]) -> str:
 def findings(results: Iterable[Result], row: str) -> str:
     """How many a row has: from those that can be of no other row to those that can be of this one.
 
-    A file keeps one finding of each backend and symptom, and that does not say which row it came up in.
+    A file keeps one finding of each backend and symptom. It says which rows it came up in, but for older files, and
+    where a process died of it.
     """
     least = most = 0
     for result in results:
         refused = _refused(result)
         for finding in result["findings"]:
+            if finding.get("rows"):
+                least += row in finding["rows"]
+                most += row in finding["rows"]
+                continue
             tried = [each for each in result["axes"] if (each, finding["backend"]) not in refused]
             most += row in tried
             least += tried == [row]
