@@ -296,4 +296,9 @@ def test_what_was_named_and_could_not_be_asked_is_no_pass(attn_fuzz: Run) -> Non
     done = attn_fuzz("run", "-b", "loop", "--ask", "compiled-alike", *kernels)
     assert done.status == 3
     assert "no case that was drawn could be asked compiled-alike" in done.err
+    # Without an LSE there is nothing to merge by.
+    done = attn_fuzz("run", "-b", "backup", "--ask", "parts-merge", *kernels)
+    assert done.status == 3
+    assert "no case that was drawn could be asked parts-merge" in done.err
+    assert attn_fuzz("run", "-b", "loop", "--ask", "parts-merge", *kernels).status == 0
     assert attn_fuzz("run", "-b", "loop", "--ask", "same-in-company", "--ask", "rows-counted", *kernels).status == 0

@@ -123,7 +123,7 @@ class Variants(AlsoFor):
     """Something whose variants are many: what the compiler knows of a shape, call after call, is nearly always new."""
 
     def asked(self, ask: Ask) -> Mapping[str, Any]:
-        """What is found out, where half of the later cases are still compiled for, or all that there was time for."""
+        """What is found out, where most of the later cases are still compiled for, of those that there was time for."""
         compiled, spent = list[bool](), 0.0
         for case in self.cases:
             report = ask(case)
@@ -140,10 +140,8 @@ class Variants(AlsoFor):
 _TOO_LONG: Final = 40.0
 """Seconds of compiling after which it is known that a kernel's variants take too long to be met by the way."""
 
-_VARIANTS: Final = 14
-"""Cases that show whether they are many: a few are met by the first half."""
-
-# What compilers tell apart: one, multiples of 16, whole tiles, and which side is longer.
+# What compilers tell apart: one, multiples of 16, whole tiles, and which side is longer. A few variants are met by the
+# first half.
 _VARIED: Final = (33, 1, 16, 64, 5, 128, 17, 2, 80, 160, 3, 65, 48, 129)
 
 
@@ -168,7 +166,8 @@ def also_for(base: Case, backend: Backend, domain: Domain) -> list[AlsoFor]:
     asked = [also for also in _also_for(base, domain.capabilities) if all(map(taken, also.cases))]
     if not domain.capabilities.layouts and base.level == "kernel":
         varied = tuple(_varied(base, taken))
-        asked += [Variants(varied, _BY_LAYOUT)] if len(varied) >= _VARIANTS // 2 else []
+        # Where many are refused, too few are left to tell.
+        asked += [Variants(varied, _BY_LAYOUT)] if len(varied) >= len(_VARIED) // 2 else []
     return asked
 
 

@@ -7,12 +7,15 @@ from typing import Final
 
 from attn_fuzz.oracle.checks import compiled, graphs, streams
 from attn_fuzz.oracle.relations.company import PASSES, counted
+from attn_fuzz.oracle.relations.merged import MERGED
 
 _COUNTED: Final = {
     "same in company": tuple(map(counted, PASSES)),
     "company": tuple(map(counted, PASSES)),
     "replayed alike": (graphs.REPLAYED, graphs.REFUSED),
     "ordered by streams": (streams.ORDERED,),
+    "parts merge": (MERGED,),
+    "merging": (MERGED,),
     "compiled alike": (compiled.COMPILED, compiled.REFUSED),
 }
 """Of questions that not every backend can be asked: how counts begin of those that were."""

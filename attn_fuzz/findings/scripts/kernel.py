@@ -44,7 +44,7 @@ _CONSTANTS: Final = {"softmax_scale": "SCALE", "causal": "CAUSAL", "window_size"
 
 RESULTS: Final = ("out", "dq", "dk", "dv")
 CROWD: Final = 1000
-"""Documents; more are told as one, so many times, where all are as long."""
+"""Documents; more are told as one, so many times, where all are as long and there are too many numbers otherwise."""
 
 _MOST: Final = 1 << 20
 """Numbers of a tensor that are looked through for what repeats."""
@@ -124,9 +124,12 @@ def _own_kernel(backend: Backend, case: Case) -> str:
 
 
 def _crowd(case: Case) -> Case | None:
-    """A document of a call of thousands that are all as long; None of other calls."""
+    """A document of a call of thousands that are all as long, and too many to be written out; None of other calls."""
     pairs = {*zip(case.packed_lengths, case.packed_key_lengths, strict=True)}
-    return subset(case, [0]) if len(case.packed_lengths) > CROWD and len(pairs) == 1 else None
+    if len(case.packed_lengths) <= CROWD or len(pairs) > 1:
+        return None
+    rows = sum(case.packed_lengths) * case.heads + sum(case.packed_key_lengths) * case.kv_heads
+    return subset(case, [0]) if rows * (case.head_dim + case.value_dim) > MAX_ELEMENTS else None
 
 
 def candidates(case: Case, profile: Profile) -> Iterator[Inputs]:
