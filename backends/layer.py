@@ -64,8 +64,40 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     float32 one and three conversions.
     """
     if a.dtype != torch.float32 and a.device.type == "cpu":
-        return (a.float() @ b.float()).to(a.dtype)
-    return a @ b
+        return torch.mm(a.float(), b.float()).to(a.dtype)
+    return torch.mm(a, b)
+
+
+def zeros_like(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """float32 zeros in the weights' shapes, side by side in one allocation, as frameworks keep gradients."""
+    counts = [weight.numel() for weight in weights.values()]
+    together = torch.zeros(sum(counts), dtype=torch.float32, device=next(iter(weights.values())).device)
+    named = zip(weights.items(), together.split(counts), strict=True)
+    return {name: zeros.view(weight.shape) for (name, weight), zeros in named}
+
+
+class Normed(torch.autograd.Function):
+    """RMS norm over the last dimension in float32, stored in x's dtype; as one step, autograd would take it to nine.
+
+    Of ``y = n w`` with ``n = x r`` and ``r = rsqrt(mean(x^2) + epsilon)``: ``dw = sum(dy n)``, and with ``g = dy w``
+    ``dx = r (g - n mean(g n))``.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        factor = wide.square().mean(-1, keepdim=True).add_(NORM_EPSILON).rsqrt_()
+        normed = wide * factor
+        ctx.save_for_backward(normed, factor, weight)
+        return (normed * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        normed, factor, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        dweight = (dy * normed).flatten(0, -2).sum(0)
+        dnormed = dy * weight
+        along = (dnormed * normed).mean(-1, keepdim=True)
+        return dnormed.addcmul_(normed, along, value=-1).mul_(factor).to(dy.dtype), dweight
 
 
 class Projection(torch.autograd.Function):
@@ -136,9 +168,7 @@ class BufferedLayer(Layer):
         self.options = AttentionOptions.of(case)
         self.lengths: Sequence[int] = case.packed_lengths
         self.rotary = Rotary(case, max(self.lengths), self.device)
-        self.gradients = {
-            name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items() if weight.dim() == 2
-        }
+        self.gradients = zeros_like({name: weight for name, weight in weights.items() if weight.dim() == 2})
         self.norms = {
             name: weight.detach().float().requires_grad_()
             for name, weight in weights.items()
@@ -152,7 +182,7 @@ class BufferedLayer(Layer):
 
     def preprocess(self, begin: int, end: int) -> MicroSequenceMetadata:
         """Metadata of one micro-sequence."""
-        return preprocess(self.lengths, begin, end, causal=self.case.causal, device=self.device)
+        return preprocess(self.lengths, begin, end, causal=self.case.causal, device=self.device).transferred()
 
     def project(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """One projection."""
@@ -162,9 +192,8 @@ class BufferedLayer(Layer):
         """RMS norm over head channels in float32, where the case has it."""
         if name not in self.norms:
             return x
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + NORM_EPSILON) * self.norms[name]
-        return y.to(x.dtype)
+        normed: torch.Tensor = Normed.apply(x, self.norms[name])
+        return normed
 
     def query_key_value(self, x: torch.Tensor, position_index: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k, v of one micro-sequence, ready for attention."""

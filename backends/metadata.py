@@ -6,7 +6,9 @@ import bisect
 import dataclasses
 import functools
 import itertools
+from array import array
 from collections.abc import Sequence
+from typing import Final, Self
 
 import torch
 
@@ -157,12 +159,38 @@ class MicroSequenceMetadata:
     @functools.cached_property
     def position_index(self) -> torch.Tensor:
         """int32 ``[end - begin]``: position of every query token within its document."""
-        # On the host, and one transfer: a device would be launched nine times.
-        lengths = torch.tensor(self.varlen.lengths_k, device="cpu")
-        starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-        rows = torch.arange(len(starts), device="cpu")
-        positions = (rows - starts)[self.past_length - self.first_document_begin :]
-        return positions.to(torch.int32).to(self.varlen.device, non_blocking=True)
+        return _transferred([self._positions()], self.varlen.device)[0]
+
+    def _positions(self) -> array[int]:
+        rows = itertools.chain.from_iterable(map(range, self.varlen.lengths_k))
+        return array("i", itertools.islice(rows, self.past_length - self.first_document_begin, None))
+
+    def transferred(self) -> Self:
+        """The same with prefix sums and positions on the device, as parts of one transfer."""
+        varlen = self.varlen
+        sums = (array("i", itertools.accumulate(each, initial=0)) for each in (varlen.lengths_q, varlen.lengths_k))
+        *lying, positions = _transferred([*sums, self._positions()], varlen.device)
+        named = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), lying, strict=True))
+        made = dataclasses.replace(self, varlen=varlen.lying_at(**named))
+        vars(made)["position_index"] = positions
+        return made
+
+
+_STEP: Final = 32
+"""Parts of a transfer begin at multiples of so many numbers: 128 bytes."""
+
+
+def _transferred(parts: Sequence[array[int]], device: torch.device) -> list[torch.Tensor]:
+    """Numbers as int32 tensors that lie in one allocation; a transfer costs as much as several launches."""
+    together, places = array("i"), list[slice]()
+    for part in parts:
+        places.append(slice(len(together), len(together) + len(part)))
+        together.extend(part)
+        together.extend((-1,) * (-len(together) % _STEP))
+    # Never empty, which has no buffer.
+    together.append(-1)
+    lying = torch.frombuffer(together, dtype=torch.int32).to(device, non_blocking=True)
+    return [lying[place] for place in places]
 
 
 @functools.lru_cache(maxsize=16)

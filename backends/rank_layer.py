@@ -88,7 +88,8 @@ class RankLayer(BufferedLayer):
 
     def preprocess(self, begin: int, end: int) -> RankMetadata:
         rank, ranks = self.collectives.rank, self.collectives.ranks
-        return preprocess_rank(self.lengths, begin, end, rank, ranks, causal=self.case.causal, device=self.device)
+        causal, device = self.case.causal, self.device
+        return preprocess_rank(self.lengths, begin, end, rank, ranks, causal=causal, device=device).transferred()
 
     def store(self, metadata: MicroSequenceMetadata, k: torch.Tensor, v: torch.Tensor) -> None:
         assert isinstance(metadata, RankMetadata)

@@ -208,7 +208,7 @@ def test_where_user_code_would_notice_nothing_is_done(device: torch.device, monk
 @pytest.mark.parametrize("compiled", [False, True])
 def test_fills_device_memory(poison: str, compiled: bool) -> None:
     device = torch.device("cuda")
-    with poisoned(poison, device, compiled=compiled):
+    with poisoned(poison, device, free_blocks=compiled):
         x = torch.empty(7, device=device)
         host = torch.empty(7, pin_memory=True).zero_()
     assert has(x, NAN_BYTE if poison == "nan" else FINITE_BYTE)

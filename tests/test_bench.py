@@ -41,7 +41,7 @@ def test_the_command_prints_one_object_of_the_promised_form(attn_fuzz: Run, monk
 
 @pytest.mark.slow
 def test_an_interrupted_measurement_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = bench.dataclasses.replace(bench.PLANS["cpu"], batch_documents=12, batch_seconds=0.2, batch_processes=(1,))
+    plan = bench.dataclasses.replace(bench.PLANS["cpu"], batch_documents=12, batch_seconds=0.2, batch_processes=(1,), layer_processes=(1,))
     monkeypatch.setitem(bench.PLANS, "cpu", plan)
 
     def say(line: str) -> None:
@@ -55,7 +55,7 @@ def test_an_interrupted_measurement_keeps_what_it_had(monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 def test_the_command_measures_processes_that_share_a_device(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = bench.dataclasses.replace(bench.PLANS["cpu"], batch_documents=12, batch_seconds=0.4, batch_processes=(2,))
+    plan = bench.dataclasses.replace(bench.PLANS["cpu"], batch_documents=12, batch_seconds=0.4, batch_processes=(2,), layer_processes=(2,))
     monkeypatch.setitem(bench.PLANS, "cpu", plan)
     done = attn_fuzz("bench", "--processes", "--device", "cpu", "--json", "-b", "loop")
     assert done.status == 0, done.err
@@ -77,7 +77,7 @@ def test_the_command_measures_processes_that_share_a_device(attn_fuzz: Run, monk
 
 @pytest.mark.slow
 def test_a_users_layer_is_measured_by_itself(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = bench.dataclasses.replace(bench.PLANS["cpu"], batch_seconds=0.4, batch_processes=(1,))
+    plan = bench.dataclasses.replace(bench.PLANS["cpu"], batch_seconds=0.4, batch_processes=(1,), layer_processes=(1,))
     monkeypatch.setitem(bench.PLANS, "cpu", plan)
     example = Path(__file__).resolve().parent.parent / "examples" / "my_layer.py"
     done = attn_fuzz("bench", "--processes", "--device", "cpu", "--json", "-b", f"layer:{example}:Layer")
@@ -185,4 +185,4 @@ def test_a_campaign_is_heard_while_it_is_measured(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_a_lost_process_is_told() -> None:
     with pytest.raises(BenchError, match="died"):
-        measure_processes(Job(("loop",), (1,), 0.1, "nowhere", SMALL, ("kernel",)), lambda line: None, {})
+        measure_processes(Job(("loop",), {"kernel": (1,)}, 0.1, "nowhere", SMALL, ("kernel",)), lambda line: None, {})

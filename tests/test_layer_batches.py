@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
@@ -11,12 +12,13 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from commandline import Run
-from devices import on_every_device
+from devices import needs_cuda, on_every_device
 
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Kernel
 from attn_fuzz.backends.kernels.loop import LoopKernel
 from attn_fuzz.backends.layer import BufferedLayer
+from attn_fuzz.backends.metadata import MicroSequenceMetadata
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch.judge import judge, moving, usually_asked
 from attn_fuzz.batch.judged import Judged, Question
@@ -201,6 +203,40 @@ def test_every_question_has_its_turn() -> None:
     for number in range(2, 12):
         together = len(LAYER_SCHEDULE) % number == 0 and len(LONGEST["cpu"]) % number == 0
         assert not together, "sizes and questions would always meet the same"
+
+
+@needs_cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("wrong_in_main", [False, True])
+def test_backwards_run_in_either_thread(wrong_in_main: bool) -> None:
+    main = threading.get_ident()
+
+    class OfOneThread(BufferedLayer):
+        def key_value_gradient(
+            self, metadata: MicroSequenceMetadata, dk: torch.Tensor, dv: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            wrong = (threading.get_ident() == main) is wrong_in_main
+            return super().key_value_gradient(metadata, dk + wrong, dv)
+
+    backend = layered(OfOneThread, "backup")
+    found = {
+        question: bool(judge(BATCH, backend, torch.device("cuda"), Question("nan", question)).failing())
+        for question in ("", "steps", "again")
+    }
+    assert found == {"": wrong_in_main, "steps": not wrong_in_main, "again": True}
+
+
+@needs_cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("question", ["", "documents apart"])
+def test_unwritten_memory_of_a_gpu_is_poison(question: str) -> None:
+    class AddsUnwritten(BufferedLayer):
+        def forward(self, x: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+            unwritten = torch.empty_like(x)
+            return super().forward(x, begin, end) + 0 * unwritten
+
+    judged = judge(BATCH, layered(AddsUnwritten, "backup"), torch.device("cuda"), Question("nan", question))
+    assert judged.failing()
 
 
 class _RoundsQueries(BufferedLayer):

@@ -69,7 +69,7 @@ def test_what_was_handed_back_is_as_it_was_and_its_change_is_told() -> None:
     memory[2, 1] = 5.0
     (stray,) = given.changed()
     assert (stray.tensor, stray.step, stray.rows, stray.value) == ("out", "forward of [0, 3]", (2,), 5.0)
-    assert torch.equal(torch.cat(given.values()), torch.tensor([[0.0, 0.0]] * 3 + [[1.0, 1.0]]))
+    assert torch.equal(given.joined(), torch.tensor([[0.0, 0.0]] * 3 + [[1.0, 1.0]]))
 
 
 def test_what_is_no_tensor_and_no_pair_of_them_is_refused_in_words() -> None:

@@ -86,7 +86,7 @@ def run_through(case: Case, inputs: LayerInputs, backend: Backend) -> LayerRun:
     """All micro-sequences forward, then backward in reverse, from memory of NaN; buffers are not compared by step."""
     device = inputs.x.device
     run = LayerRun(backend, case, LayerTensors.of_one(case, inputs, device, "nan"), watched=False)
-    with poisoned("nan", device, compiled=backend.kernel.compiled):
+    with poisoned("nan", device, free_blocks=backend.kernel.compiled):
         run.forward()
         run.backward()
     return run

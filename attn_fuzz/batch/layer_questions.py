@@ -26,8 +26,9 @@ from attn_fuzz.oracle.relations.isolation import Spoiled, far_apart, garbage_of
 
 
 def again(run: LayerBatchRun) -> None:
-    """The drawn values once more, from memory of the other kind, the last call first: the same bits where promised."""
-    second = run.run(run.tensors, run.other_poison, LayerHow(watched=False, backwards=True))
+    """The drawn values once more, from memory of the other kind, the last call first, and backward in a thread of
+    autograd's: the same bits where promised."""
+    second = run.run(run.tensors, run.other_poison, LayerHow(watched=False, backwards=True, threaded=True))
     run.note_moved(filter(run.repeats, second), second)
     run.hold(second)
 
@@ -107,12 +108,17 @@ LAYER_QUESTIONS: Final[dict[str, Callable[[LayerBatchRun], None]]] = {
     "whole numbers": whole_numbers,
     "halves": halves,
 }
-"""Two of them are said by the first run of the drawn values (``how``): ``interfered``, each call around another one of
-the same shapes, so that what a layer keeps by shape is the other's; and ``steps``, buffers and what was handed back
-compared step by step, which they always are on CPUs, for it costs nothing there."""
+"""Three of them are said by the first run of the drawn values (``how``): ``interfered``, each call around another one of
+the same shapes, so that what a layer keeps by shape is the other's; none, with a GPU's memory filled at every
+allocation; and ``steps``, that too, backward in a thread of autograd's, and buffers and what was handed back compared
+step by step, which they always are on CPUs, for it costs nothing there."""
 
 
 def how(question: str, device: torch.device, asked: int) -> LayerHow:
     """In which way the drawn values run first, where so many of the calls are asked."""
-    watched = device.type == "cpu" or question == "steps"
-    return LayerHow(watched=watched, interfered=asked if question == "interfered" else 0)
+    return LayerHow(
+        watched=device.type == "cpu" or question == "steps",
+        interfered=asked if question == "interfered" else 0,
+        filled=question in ("", "steps"),
+        threaded=question == "steps",
+    )

@@ -14,7 +14,7 @@ from attn_fuzz.backends.output import MisshapenResult, first_mismatch
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.interfering import interfering_call
-from attn_fuzz.execution.layer_calls import LayerHow, LayerResults, collect
+from attn_fuzz.execution.layer_calls import LayerHow, LayerResults, arenas_of, collect
 from attn_fuzz.execution.observation import Observation
 from attn_fuzz.execution.process import in_words, raise_lack_of_memory
 from attn_fuzz.oracle.checks.ranks import alive_rows, attended
@@ -97,7 +97,7 @@ def run_on_ranks(
         got[index] = {name: x.to(device) for name, x in one.results.items()}
         tensors.touched |= bool(one.changed)
         _note(found, index, cases[index], one, meant)
-    collect(found, got, cases, tensors.batch.case, tensors.weights)
+    collect(found, got, cases, tensors.batch.case, arenas_of(cases, tensors.batch.case, tensors.weights))
     return found
 
 

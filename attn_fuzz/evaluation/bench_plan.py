@@ -33,6 +33,8 @@ class Plan:
     """How many processes share the device, by the case mode."""
     batch_processes: tuple[int, ...]
     """How many of them by batches, the usual number first: of the first backend all are tried."""
+    layer_processes: tuple[int, ...]
+    """The same of layer calls, whose host has more to do and whose device less."""
     batch_seconds: float
     """How long each of those hunts."""
     drawn_cases: int = 60
@@ -59,6 +61,7 @@ PLANS: Final = {
         case_seconds=15.0,
         processes=(16,),
         batch_processes=(12, 8),
+        layer_processes=(15, 11),
         batch_seconds=10.0,
         plain_cases=200,
         rare=(201, 317),
@@ -78,6 +81,7 @@ PLANS: Final = {
         case_seconds=15.0,
         processes=(2,),
         batch_processes=(2,),
+        layer_processes=(2,),
         batch_seconds=10.0,
         plain_cases=40,
         rare=(11, 23),

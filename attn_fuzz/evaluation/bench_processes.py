@@ -11,7 +11,7 @@ import itertools
 import queue
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.synchronize import Barrier
 from typing import Any, Final
 
@@ -44,7 +44,8 @@ class Job:
     """What every process measures, in this order."""
 
     names: tuple[str, ...]
-    counts: tuple[int, ...]
+    counts: Mapping[str, tuple[int, ...]]
+    """By level, how many processes."""
     seconds: float
     device: str
     plan: Plan
@@ -113,7 +114,7 @@ def _measure(index: int, job: Job, barrier: Barrier, results: Any) -> None:
             works = _works(name, level, job, index)
             for work in works:
                 work(0)
-            for count in job.counts:
+            for count in job.counts[level]:
                 for kind, work in zip(RATES[level], works, strict=True):
                     barrier.wait(STARTED_S)
                     if index < count:
@@ -131,12 +132,12 @@ def measure_processes(job: Job, say: Callable[[str], None], found: dict[str, dic
     Raises:
         BenchError: when a process is lost.
     """
-    context, most = new_process.context(), max(job.counts)
+    context, most = new_process.context(), max(itertools.chain.from_iterable(job.counts.values()))
     barrier, results = context.Barrier(most), context.Queue()
     workers = [new_process.start(_measure, (index, job, barrier, results), {}) for index in range(most)]
     try:
         for name in job.names:
-            for level, count in itertools.product(_levels(name, job.levels), job.counts):
+            for level, count in [(each, n) for each in _levels(name, job.levels) for n in job.counts[each]]:
                 rates = dict.fromkeys(RATES[level], 0.0)
                 for _ in range(len(rates) * count):
                     told, number, kind, rate = _next(results, workers)
@@ -170,7 +171,8 @@ def bench_processes(
     case = layout(plan, plan.batch_documents)
     taking = [name for name in names if not _without_layout(name, case, device)]
     # Of calls that are there already: a campaign begins with few and draws them.
-    counts = tuple(dict.fromkeys((1, *plan.batch_processes)))
+    every = {"kernel": plan.batch_processes, "layer": plan.layer_processes}
+    counts = {level: tuple(dict.fromkeys((1, *every[level]))) for level in levels}
     job = Job(tuple(taking), counts, plan.batch_seconds / 2, device, plan, tuple(levels))
     result: dict[str, Any] = {
         "device": device,

@@ -8,6 +8,7 @@ only one thing is known not to work above them: a tensor that comes out of Pytho
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import inspect
 import warnings
@@ -36,15 +37,43 @@ def _own_kernels(key: str) -> tuple[Any, ...]:
     return tuple(torch.library.get_kernel(f"aten::{name}", key) for name in _ALLOCATIONS)
 
 
+@functools.cache
+def _memset() -> Any:
+    """The driver's ``cuMemsetD8Async``: address, byte, bytes, stream; None where it is not to be had."""
+    try:
+        found: Any = ctypes.CDLL("libcuda.so.1").cuMemsetD8Async
+    except (AttributeError, OSError):
+        return None
+    found.argtypes = (ctypes.c_void_p, ctypes.c_ubyte, ctypes.c_size_t, ctypes.c_void_p)
+    found.restype = ctypes.c_int
+    return found
+
+
+def _fill(storage: Any, byte: int, index: int) -> None:
+    """Fills a storage, of a GPU on its current stream: by one call of the driver's where that GPU is the current one.
+
+    Args:
+        storage: a ``torch.UntypedStorage``.
+        byte: what with.
+        index: of the GPU; -1 for a CPU.
+    """
+    memset = _memset()
+    if memset is not None and index >= 0 and index == torch._C._cuda_getDevice():
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        if not memset(storage.data_ptr(), byte, storage.nbytes(), stream):
+            return
+    storage.fill_(byte)
+
+
 def _filling(own: Any, byte: int) -> Callable[..., torch.Tensor]:
     """The same allocation, filled, on the stream that it is made for and without waiting for it."""
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         allocated = own.call_boxed(keys, *args, **kwargs)
         storage = allocated.untyped_storage()
-        # Filling allocates, in its turn, a tensor that has no bytes.
+        # Filling may allocate, in its turn, a tensor that has no bytes.
         if storage.nbytes():
-            storage.fill_(_BOOL.get(byte, 0) if allocated.dtype == torch.bool else byte)
+            _fill(storage, _BOOL.get(byte, 0) if allocated.dtype == torch.bool else byte, allocated.get_device())
         return allocated
 
     return kernel

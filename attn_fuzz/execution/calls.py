@@ -13,6 +13,7 @@ import torch
 from attn_fuzz.backends.kernel import Attended, UnsupportedCase
 from attn_fuzz.backends.output import MisshapenResult, as_output
 from attn_fuzz.backends.registry import Backend
+from attn_fuzz.execution.autograd_threads import autograd_threads
 from attn_fuzz.execution.batch_tensors import BatchTensors, side_of_result
 from attn_fuzz.execution.poison import filler, poisoned
 from attn_fuzz.execution.process import beyond_its_call, in_words, raise_lack_of_memory
@@ -41,6 +42,8 @@ class How:
     """The forward of training, and no backward."""
     backwards: bool = False
     """The last call first."""
+    threaded: bool = False
+    """Whether backwards run in a thread of autograd's own."""
 
 
 PLAIN: Final = How()
@@ -85,7 +88,7 @@ def _memory(tensors_of_calls: BatchTensors, poison: str, *, compiled: bool) -> I
         # Filling every allocation by itself would take longer than many a call.
         yield
         return
-    with poisoned(poison, tensors_of_calls.device, compiled=compiled):
+    with poisoned(poison, tensors_of_calls.device, free_blocks=compiled):
         yield
 
 
@@ -119,6 +122,8 @@ class Call:
         named = zip(("q", "k", "v"), leaves, strict=True)
         self.leaves = {name: x.detach().requires_grad_(name in asked.gradients) for name, x in named}
         self.metadata = tensors.metadata[index]
+        self.attend: Callable[..., Attended] = backend.kernel.attend
+        """What is called: the kernel, or what something else has made of it."""
         self.attended: Attended | None = None
         self.gradients: dict[str, torch.Tensor] = {}
         self.spent = False
@@ -128,7 +133,7 @@ class Call:
         """Raises what the backend does."""
         q, k, v = self.leaves.values()
         with torch.set_grad_enabled(bool(self.asked.gradients)):
-            self.attended = self.backend.kernel.attend(q, k, v, self.metadata, self.tensors.options)
+            self.attended = self.attend(q, k, v, self.metadata, self.tensors.options)
 
     def _outputs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What the backward begins from, and the gradients given to it.
@@ -259,7 +264,8 @@ def run_batch(
     collector = _Collector(tensors_of_calls, ("out", "lse", *given))
     batch_result = collector.batch_result
     order = range(len(tensors_of_calls.batch.ends) if calls is None else calls)
-    with _memory(tensors_of_calls, poison, compiled=backend.kernel.compiled):
+    memory = _memory(tensors_of_calls, poison, compiled=backend.kernel.compiled)
+    with memory, autograd_threads(own=how.threaded):
         for index in reversed(order) if how.backwards else order:
             beat()
             got: dict[str, torch.Tensor] = {}

@@ -12,8 +12,10 @@ from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.output import MisshapenResult
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.cases.interfering import crossing, interfering_call
+from attn_fuzz.execution.autograd_threads import autograd_threads
+from attn_fuzz.execution.kept_results import Arenas
 from attn_fuzz.execution.layer_tensors import LayerTensors
-from attn_fuzz.execution.poison import poisoned
+from attn_fuzz.execution.poison import poisoned, prime_again
 from attn_fuzz.execution.process import in_words, raise_lack_of_memory
 from attn_fuzz.execution.runner import LayerRun, around
 from attn_fuzz.reference.case import Case
@@ -39,6 +41,10 @@ class LayerHow:
     """The last call first."""
     interfered: int = 0
     """How many, from the first on, run around an interfering call of their own each (cases/interfering.py)."""
+    filled: bool = False
+    """Whether a GPU's memory is filled at every allocation, and not its free blocks before every call."""
+    threaded: bool = False
+    """Whether backwards run in a thread of autograd's own."""
 
 
 @dataclasses.dataclass
@@ -88,10 +94,14 @@ def run_layer_calls(
     found = LayerResults()
     meant = backend.kernel.paths_on(tensors.device.type)
     got: list[dict[str, torch.Tensor]] = [{} for _ in cases]
-    with poisoned(poison, tensors.device, compiled=backend.kernel.compiled):
+    arenas = arenas_of(cases, tensors.batch.case, tensors.weights)
+    filled = how.filled and not backend.kernel.compiled
+    with poisoned(poison, tensors.device, free_blocks=not filled), autograd_threads(own=how.threaded):
         for index in reversed(range(len(cases))) if how.backwards else range(len(cases)):
             beat()
-            run = LayerRun(backend, cases[index], tensors, index, watched=how.watched)
+            if not filled:
+                prime_again(poison, tensors.device)
+            run = LayerRun(backend, cases[index], tensors, index, arenas.of_call(index), watched=how.watched)
             try:
                 _through(run, poison, interfered=index < how.interfered)
                 got[index] = run.results()
@@ -109,7 +119,7 @@ def run_layer_calls(
                 found.broken[index] = in_words(error)
                 if isinstance(error, MisshapenResult):
                     found.incomplete.add(index)
-    collect(found, got, cases, tensors.batch.case, tensors.weights)
+    collect(found, got, cases, tensors.batch.case, arenas)
     return found
 
 
@@ -128,51 +138,51 @@ def _through(run: LayerRun, poison: str, *, interfered: bool) -> None:
     run.backward()
 
 
+def arenas_of(cases: Sequence[Case], case: Case, weights: Mapping[str, torch.Tensor]) -> Arenas:
+    """Memory for the results of calls, each of them a case, of a packed case with such weights."""
+    heads = (case.kv_heads, case.head_dim)
+    rows = {name: (case.hidden,) if name in _IN_CASE_DTYPE else heads for name in OF_TOKENS}
+    shapes = {f"d_{name}": tuple(weight.shape) for name, weight in weights.items()}
+    return Arenas([each.tokens for each in cases], rows, shapes, next(iter(weights.values())).device)
+
+
 def collect(
-    found: LayerResults,
-    got: Sequence[dict[str, torch.Tensor]],
-    cases: Sequence[Case],
-    case: Case,
-    weights: Mapping[str, torch.Tensor],
+    found: LayerResults, got: Sequence[dict[str, torch.Tensor]], cases: Sequence[Case], case: Case, arenas: Arenas
 ) -> None:
     """Puts the calls' results one behind another, zeros for what a call did not give.
 
     Args:
         found: gets them.
-        got: what each call gave, on the device of the weights.
+        got: what each call gave, on the device of the arenas.
         cases: each of the calls.
         case: all of them.
-        weights: by name.
+        arenas: where they may lie already.
     """
-    device = next(iter(weights.values())).device
     there = [index for index in range(len(cases)) if index not in found.broken and index not in found.refused]
     shown = {name for name in _OPTIONAL if any(name in got[index] for index in there)}
-    heads = (case.kv_heads, case.head_dim)
-    rows: Mapping[str, tuple[int, ...]] = {
-        name: (case.hidden,) if name in _IN_CASE_DTYPE else heads
-        for name in OF_TOKENS
-        if name not in _OPTIONAL or name in shown
-    }
+    rows = {name: row for name, row in arenas.rows.items() if name not in _OPTIONAL or name in shown}
     wanted = {index: {name: (cases[index].tokens, *row) for name, row in rows.items()} for index in range(len(cases))}
     for shapes in wanted.values():
-        shapes |= {f"d_{name}": tuple(weight.shape) for name, weight in weights.items()}
+        shapes |= {name: tuple(shape) for name, shape in arenas.shapes.items()}
     for index in there:
         wrong = [name for name, shape in wanted[index].items() if not _fits(case, name, got[index].get(name), shape)]
         if wrong:
             found.broken[index] = f"{', '.join(wrong)}: missing, or of another shape or dtype"
             found.incomplete.add(index)
-    right = [index for index in there if index not in found.broken]
+    right = {index for index in there if index not in found.broken}
     if not right:
         return
-    for name in wanted[right[0]]:
-        dtype = got[right[0]][name].dtype
-        of_calls = [
-            got[index][name].to(dtype)
-            if index in right
-            else torch.zeros(wanted[index][name], dtype=dtype, device=device)
-            for index in range(len(cases))
-        ]
-        found.results[name] = torch.cat(of_calls) if name in rows else torch.stack(of_calls)
+    for name in wanted[min(right)]:
+        of_calls = [got[index][name] if index in right else None for index in range(len(cases))]
+        whole = arenas.result(name, of_calls)
+        if whole is None:
+            dtype = got[min(right)][name].dtype
+            each = [
+                torch.zeros(wanted[index][name], dtype=dtype, device=arenas.device) if x is None else x.to(dtype)
+                for index, x in enumerate(of_calls)
+            ]
+            whole = torch.cat(each) if name in rows else torch.stack(each)
+        found.results[name] = whole
 
 
 def _fits(case: Case, name: str, got: torch.Tensor | None, shape: tuple[int, ...]) -> bool:

@@ -29,12 +29,17 @@ def without_autograd(case: Case) -> AbstractContextManager[object]:
 
 
 def without_padding(results: dict[str, torch.Tensor], case: Case, conventions: Conventions) -> None:
-    """Writes zeros to rows of padding that may hold anything, as the reference has them."""
+    """Writes zeros to rows of padding that may hold anything, as the reference has them.
+
+    Args:
+        results: copies of what came back, which are written to.
+        case: whose.
+        conventions: what is declared of padding.
+    """
     if not case.padding:
         return
     for name in _PADDED.get(conventions.padding, ()):
         if name in results:
-            results[name] = results[name].clone()
             results[name][case.tokens - case.padding : case.tokens] = 0
 
 

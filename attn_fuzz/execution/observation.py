@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from attn_fuzz.backends.registry import Backend
+from attn_fuzz.execution.kept_results import Kept
 from attn_fuzz.reference.memory import live_bits, same_bits
 
 
@@ -158,26 +159,27 @@ class HandedBack:
 
     Args:
         name: of the result.
+        kept: where copies of it are kept.
         watched: whether ``changed`` will be asked, which takes a copy more of each.
     """
 
-    def __init__(self, name: str, *, watched: bool = True) -> None:
-        self.name, self._watch = name, watched
+    def __init__(self, name: str, kept: Kept | None = None, *, watched: bool = True) -> None:
+        self.name, self._kept, self._watch = name, kept or Kept(), watched
         self._values: list[torch.Tensor] = []
         self._given: list[tuple[str, torch.Tensor, _Watched]] = []
 
-    def add(self, step: str, tensor: torch.Tensor) -> None:
-        """Remembers a result as it is."""
+    def add(self, step: str, tensor: torch.Tensor, span: tuple[int, int] = (0, 0)) -> None:
+        """Remembers a result of the tokens ``span`` as it is."""
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"the {step} should give a tensor, but gave {type(tensor).__name__}")
         given = tensor.detach()
-        self._values.append(given.clone())
+        self._values.append(self._kept.part(self.name, *span, given))
         if self._watch:
             self._given.append((step, given, _Watched(self.name, given)))
 
-    def values(self) -> list[torch.Tensor]:
-        """The results as they were when they were handed back, in that order."""
-        return list(self._values)
+    def joined(self, *, last_first: bool = False) -> torch.Tensor:
+        """The results as they were when they were handed back, one behind another in that order, or the other one."""
+        return self._kept.joined(self.name, self._values[::-1] if last_first else self._values)
 
     def changed(self) -> list[Stray]:
         """Rows of results that are no longer what they were."""

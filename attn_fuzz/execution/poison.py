@@ -38,21 +38,37 @@ def _prime_cuda(device: torch.device, byte: int) -> None:
     del blocks
 
 
+# The same, for calls between which there is little to fill again: the smallest block that fits is what is given.
+_PRIMED_AGAIN: Final = (*(1 << exponent for exponent in range(9, 20) for _ in range(2)), *(1 << 20 for _ in range(4)))
+
+
+def prime_again(poison: str, device: torch.device) -> None:
+    """Fills a GPU's free blocks anew, before one of many calls that get their memory from there; a few launches."""
+    if device.type != "cuda" or poison not in _BYTES:
+        return
+    blocks = [torch.empty(size, dtype=torch.uint8, device=device) for size in _PRIMED_AGAIN]
+    torch._foreach_zero_(blocks)
+    if _BYTES[poison]:
+        torch._foreach_add_(blocks, _BYTES[poison])
+
+
 @contextlib.contextmanager
-def _filled_device(byte: int, device: torch.device, *, compiled: bool) -> Iterator[None]:
+def _filled_device(byte: int, device: torch.device, *, free_blocks: bool) -> Iterator[None]:
     _prime_cuda(device, byte)
-    # Compiled code allocates past the dispatcher: what it gets comes from the free blocks.
-    with contextlib.nullcontext() if compiled else filled_allocations(byte, device):
+    with contextlib.nullcontext() if free_blocks else filled_allocations(byte, device):
         yield
 
 
-def poisoned(poison: str, device: torch.device, *, compiled: bool = False) -> contextlib.AbstractContextManager[None]:
+def poisoned(
+    poison: str, device: torch.device, *, free_blocks: bool = False
+) -> contextlib.AbstractContextManager[None]:
     """A context in which unwritten memory holds ``nan``, ``finite`` poison, ``zero``, or (``none``) what it happens to.
 
     Args:
         poison: one of those.
         device: where.
-        compiled: whether the backend is traced by torch's compiler.
+        free_blocks: whether on a GPU the free blocks alone are filled, and not every allocation: code that torch
+            compiles allocates past the dispatcher, and filling takes longer than allocating.
 
     Raises:
         ValueError: for an unknown poison.
@@ -62,7 +78,7 @@ def poisoned(poison: str, device: torch.device, *, compiled: bool = False) -> co
     if poison not in _BYTES:
         raise ValueError(f"unknown poison {poison!r}; there are {', '.join(_BYTES)}, none")
     byte = _BYTES[poison]
-    filled = _filled_device(byte, device, compiled=compiled) if device.type == "cuda" else filled_heap(byte)
+    filled = _filled_device(byte, device, free_blocks=free_blocks) if device.type == "cuda" else filled_heap(byte)
     return _not_by_torch(filled) if torch.are_deterministic_algorithms_enabled() else filled
 
 

@@ -15,6 +15,7 @@ from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.interfering import crossing
 from attn_fuzz.execution.batch_tensors import BatchTensors
 from attn_fuzz.execution.calls import EVERYTHING, Asked, Call
+from attn_fuzz.execution.kept_results import Kept
 from attn_fuzz.execution.layer_conventions import GradientRows, without_autograd, without_padding
 from attn_fuzz.execution.layer_tensors import LayerTensors
 from attn_fuzz.execution.observation import HandedBack, Observation, Stray, Watch, in_our_convention
@@ -159,7 +160,7 @@ def run_kernel(
     # Drawn once, and with nobody filling the memory that it takes.
     others = kernel_inputs(interfering, "cpu") if interfering is not None else inputs
     calls: list[KernelCall] = []
-    with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly(calls):
+    with poisoned(poison, device, free_blocks=backend.kernel.compiled), refusing_cleanly(calls):
         for _ in around(interfering, lambda other: made(case=other, inputs=others), crossed=crossing(case)):
             # Not before another call that goes is gone, whose memory this one then gets: kept addresses are stale.
             calls.append(made(case=case, inputs=inputs, asked=asked))
@@ -176,6 +177,7 @@ class LayerRun:
         case: what to run.
         tensors: its own in their places, or those of a batch.
         index: which call of the batch it is.
+        kept: where its results are kept.
         watched: whether the K/V buffer is compared step by step, and what is handed back when all is over.
         evaluation: whether it is run without autograd, and forward only; so is every layer without a backward.
     """
@@ -186,6 +188,7 @@ class LayerRun:
         case: Case,
         tensors: LayerTensors,
         index: int = 0,
+        kept: Kept | None = None,
         *,
         watched: bool = True,
         evaluation: bool = False,
@@ -196,7 +199,8 @@ class LayerRun:
         self.conventions, self.evaluation = stated.conventions, evaluation or not stated.backward
         self.observation = Observation(tensors.poison, {})
         self.parts = micro_sequences(case)
-        self.outputs, self.input_gradients = (HandedBack(name, watched=watched) for name in ("out", "dx"))
+        self.kept = kept or Kept()
+        self.outputs, self.input_gradients = (HandedBack(name, self.kept, watched=watched) for name in ("out", "dx"))
 
     def make_layer(self, weights: dict[str, torch.Tensor]) -> Layer:
         """The layer under test."""
@@ -219,7 +223,7 @@ class LayerRun:
             step = f"forward of {list(part)}"
             with without_autograd(self.case) if self.evaluation else contextlib.nullcontext():
                 out = self.layer.forward(self.x[slice(*self.own(part))], *part)
-            self.outputs.add(step, out)
+            self.outputs.add(step, out, part)
             if self.watched:
                 self.observation.strays += self.buffer.compare(step, *part)
                 self.observation.strays += self.buffer_gradient.compare(step, 0, 0)
@@ -236,7 +240,7 @@ class LayerRun:
             step = f"backward of {list(part)}"
             if self.conventions.gradient_rows == "consumed":
                 self.before_own.take(*part)
-            self.input_gradients.add(step, self.layer.backward(self.dout[slice(*self.own(part))]))
+            self.input_gradients.add(step, self.layer.backward(self.dout[slice(*self.own(part))]), part)
             if self.watched:
                 extent = active_extent(self.case.packed_lengths, self.slice_of_queries(part))
                 self.observation.strays += self.buffer_gradient.compare(step, *extent)
@@ -245,20 +249,19 @@ class LayerRun:
     def results(self) -> dict[str, torch.Tensor]:
         """What the layer gave back, on the device; buffers as far as it shows them."""
         layer, consumed = self.layer, self.conventions.gradient_rows == "consumed"
-        found = {"out": torch.cat(self.outputs.values())}
+        found = {"out": self.outputs.joined()}
+        live: dict[str, torch.Tensor] = {}
         if not self.evaluation:
-            found["dx"] = torch.cat(self.input_gradients.values()[::-1])
+            found["dx"] = self.input_gradients.joined(last_first=True)
         gradient_rows = self.before_own.values() if consumed and not self.evaluation else self.key_value_gradients()
         for names, tensors in ((("k", "v"), layer.key_value()), (("dk", "dv"), gradient_rows)):
             if tensors is not None:
-                found |= {
-                    name: tensor.detach()[: self.case.tokens].clone()
-                    for name, tensor in zip(names, tensors, strict=True)
-                }
+                live |= {name: x.detach()[: self.case.tokens] for name, x in zip(names, tensors, strict=True)}
         if not self.evaluation:
             # A parameter that nothing ever reached may have None: that result is missing. Others may be live.
             gradients = layer.parameter_gradients().items()
-            found |= {f"d_{name}": got.detach().clone() for name, got in gradients if isinstance(got, torch.Tensor)}
+            live |= {f"d_{name}": got.detach() for name, got in gradients if isinstance(got, torch.Tensor)}
+        found |= self.kept.whole(live)
         without_padding(found, self.case, self.conventions)
         return found
 
@@ -311,7 +314,7 @@ def run_layer(
     run = (how or LayerRun)(backend, case, LayerTensors.of_one(case, inputs, device, poison))
     # Drawn once, and with nobody filling the memory that it takes.
     others = layer_inputs(interfering, "cpu") if interfering is not None else inputs
-    with poisoned(poison, device, compiled=backend.kernel.compiled), refusing_cleanly([run]):
+    with poisoned(poison, device, free_blocks=backend.kernel.compiled), refusing_cleanly([run]):
         for _ in around(
             interfering,
             lambda other: LayerRun(backend, other, LayerTensors.of_one(other, others, device, poison), watched=False),

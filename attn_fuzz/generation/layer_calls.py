@@ -37,7 +37,7 @@ _CUTS: Final = (0, 0, 1, 1, 1, 1, 2, 2, 3, 6)
 _ANY_OPTIONS: Final = 0.3
 """Share of batches whose head dimension, head group and scale are any that are taken."""
 
-_MOST_WORK: Final = {"cuda": 4e7, "cpu": 4e6}
+_MOST_WORK: Final = {"cuda": 3.2e8, "cpu": 4e6}
 """Of the reference in a batch, in products of channels: of a query and a key, and of a token and weights."""
 
 MOST_WIDTH: Final = {"cuda": 1024, "cpu": 256}

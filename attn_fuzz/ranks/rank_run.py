@@ -89,7 +89,7 @@ def run_slice(
             tensors = LayerTensors.of_one(other, interfering_calls, device, poison)
             return RankRun(loaded, other, tensors, watched=False)
 
-        with poisoned(poison, device, compiled=loaded.kernel.compiled), refusing_cleanly([run]):
+        with poisoned(poison, device, free_blocks=loaded.kernel.compiled), refusing_cleanly([run]):
             for _ in around(None if observations else interfering, made, crossed=crossing(case), lockstep=True):
                 run.forward()
             run.backward()
