@@ -45,20 +45,26 @@ class Compiling(LoopKernel):
         self.key, self.deed, self.seconds = key, deed, seconds
         given: dict[str, Any] = {"compiles": None, **capabilities}
         self.capabilities = dataclasses.replace(LoopKernel.capabilities, **given)  # type: ignore[misc]
-        self.now, self.compiled = 0.0, set[Hashable]()
+        # Of all of its copies.
+        self._now, self.compiled = [0.0], set[Hashable]()
+
+    @property
+    def now(self) -> float:
+        """Seconds, as calls make them pass."""
+        return self._now[0]
 
     def clock(self) -> float:
-        """Seconds, as its calls make them pass."""
+        """The same."""
         return self.now
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
     ) -> Attended:
-        self.now += CALLING if self.now else LIBRARIES
+        self._now[0] += CALLING if self.now else LIBRARIES
         key = None if self.key is None else self.key(q, metadata, options)
         if key is not None and key not in self.compiled:
             self.compiled.add(key)
-            self.now += self.seconds
+            self._now[0] += self.seconds
         attended = super().attend(q, k, v, metadata, options)
         return attended if self.deed is None else self.deed(q, options, attended)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -78,9 +79,9 @@ def test_what_is_wrong_everywhere_is_looked_into_a_few_times(monkeypatch: pytest
     looked: list[Case] = []
     narrow = CallsWorker.narrow
 
-    def noted(worker: CallsWorker, case: Case) -> Verdict | None:
+    def noted(worker: CallsWorker, case: Case, *rest: Any) -> Verdict | None:
         looked.append(case)
-        return narrow(worker, case)
+        return narrow(worker, case, *rest)
 
     monkeypatch.setattr(CallsWorker, "narrow", noted)
     messages: list[Message] = []

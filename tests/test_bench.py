@@ -41,7 +41,9 @@ def test_the_command_prints_one_object_of_the_promised_form(attn_fuzz: Run, monk
 
 @pytest.mark.slow
 def test_an_interrupted_measurement_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = bench.dataclasses.replace(bench.PLANS["cpu"], batch_documents=12, batch_seconds=0.2, batch_processes=(1,), layer_processes=(1,))
+    plan = bench.dataclasses.replace(
+        bench.PLANS["cpu"], batch_documents=12, batch_seconds=0.2, batch_processes=(1,), layer_processes=(1,)
+    )
     monkeypatch.setitem(bench.PLANS, "cpu", plan)
 
     def say(line: str) -> None:
@@ -55,7 +57,9 @@ def test_an_interrupted_measurement_keeps_what_it_had(monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 def test_the_command_measures_processes_that_share_a_device(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = bench.dataclasses.replace(bench.PLANS["cpu"], batch_documents=12, batch_seconds=0.4, batch_processes=(2,), layer_processes=(2,))
+    plan = bench.dataclasses.replace(
+        bench.PLANS["cpu"], batch_documents=12, batch_seconds=0.4, batch_processes=(2,), layer_processes=(2,)
+    )
     monkeypatch.setitem(bench.PLANS, "cpu", plan)
     done = attn_fuzz("bench", "--processes", "--device", "cpu", "--json", "-b", "loop")
     assert done.status == 0, done.err

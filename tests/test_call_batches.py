@@ -32,7 +32,7 @@ from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.batch_tensors import BatchTensors
 from attn_fuzz.execution.runner import run_kernel
 from attn_fuzz.findings.finding import Finding
-from attn_fuzz.generation.calls import LONGEST, draw_batch
+from attn_fuzz.generation.calls import LONGEST, draw_batch, repeated
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import Sweep
 from attn_fuzz.oracle.deviations import LIMIT, deviations
@@ -61,6 +61,23 @@ def drawn(name: str, seed: int, calls: int = 24) -> CallBatch:
     batch = draw_batch(Random(seed), Sweep((9, 17), seed), backend, domain, calls)
     assert batch is not None
     return batch
+
+
+def test_calls_that_are_made_again_differ_in_nothing_but_their_values() -> None:
+    batch = drawn("loop", 3)
+    some = [0, 2]
+    again = repeated(Random(1), batch, some, "cpu", 30)
+    kinds = {(call.packed_lengths, call.packed_key_lengths) for call in map(batch.call, some)}
+    assert {(call.packed_lengths, call.packed_key_lengths) for call in again.calls} == kinds
+    assert 1 <= len(again.ends) <= 30
+    alike = again.case.replace(lengths=(1,), key_lengths=(1,), values=batch.case.values, seed=batch.case.seed)
+    assert alike == batch.case.replace(lengths=(1,), key_lengths=(1,), document_ids=None)
+    assert len(set(again.case.packed_ids)) == len(again.case.packed_lengths)
+
+
+def test_what_is_made_again_takes_no_longer_than_what_is_drawn() -> None:
+    long = CallBatch(CASE.replace(lengths=(4096,), key_lengths=(64,)), (1,))
+    assert len(repeated(Random(0), long, [0], "cpu", 100).ends) < 10
 
 
 def fuzzed(

@@ -11,6 +11,7 @@ import pytest
 from compiling import Compiling, Key, compiling, configuration
 
 from attn_fuzz.backends import registry
+from attn_fuzz.backends.kernel import Attended
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.campaign import limits
 from attn_fuzz.campaign.compile_probe import LEAST, TIMES, compiled_in, slower, together
@@ -101,6 +102,28 @@ def test_what_else_it_compiles_for_is_found_out(what: str, noticed: Found) -> No
     found = noticed(compiling(key, **SMALL))
     del found["compiled_first"]
     assert found == {"compiles": True, **wanted}
+
+
+@pytest.mark.slow
+def test_a_kernel_that_is_wrong_compiles_too(noticed: Found) -> None:
+    def nan_of_many_keys(q: Any, options: Any, attended: Attended) -> Attended:
+        return attended._replace(out=attended.out * float("nan")) if len(q) in (1, 5, 65) else attended
+
+    key, wanted = KEYS["many classes of lengths"]
+    found = noticed(compiling(key, nan_of_many_keys, **SMALL))
+    del found["compiled_first"]
+    assert found == {"compiles": True, **wanted}
+
+
+def test_configurations_that_came_back_wrong_are_not_those_to_begin_with(noticed: Found) -> None:
+    def nan_of_16(q: Any, options: Any, attended: Attended) -> Attended:
+        return attended._replace(out=attended.out * float("nan")) if q.shape[2] == 16 else attended
+
+    found = noticed(compiling(None, **SMALL | {"compiles": True}), None)
+    wrong = noticed(compiling(configuration, nan_of_16, **SMALL))
+    assert wrong["compiles"]
+    begun, right = ({each.head_dim for each in some["compiled_first"]} for some in (found, wrong))
+    assert right == begun - {16}
 
 
 def test_memory_layouts_that_take_long_to_compile_are_few(noticed: Found) -> None:

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_kernels import BakesRows, ByStrides, Fused, GradientStops, Multiplies, Unseen
 from devices import needs_cuda
 
 from attn_fuzz.backends import registry
-from attn_fuzz.backends.kernel import Attended, AttentionOptions
 from attn_fuzz.backends.kernels.backup import Backup
-from attn_fuzz.backends.kernels.loop import LoopKernel
-from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend
+from attn_fuzz.execution.compiled_call import Compiled, NotTraceable
 from attn_fuzz.oracle.checks import RARE, compiled
 from attn_fuzz.oracle.examine import some_probes
 from attn_fuzz.oracle.symptoms import NotCompiled, Symptom
@@ -24,48 +23,11 @@ from attn_fuzz.reference.case import Case
 CASE = Case(level="kernel", lengths=(3, 2), head_dim=8)
 
 
-class GradientStops(Backup):
-    """What torch compiles keeps the keys out of the backward."""
-
-    name = "gradient_stops"
-
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
-    ) -> Attended:
-        keys = k.detach() + 0 * k if torch.compiler.is_compiling() else k
-        return super().attend(q, keys, v, metadata, options)
-
-
 def asked(kernel: Backup, case: Case = CASE, device: str = "cpu", **stated: Any) -> tuple[list[Symptom], Trial]:
     if stated:
         kernel.capabilities = dataclasses.replace(kernel.capabilities, **stated)  # type: ignore[misc]
     trial = Trial(case, Backend(kernel.name, kernel, levels=("kernel",)), torch.device(device), interfered=False)
     return list(compiled.compiled_alike(trial)), trial
-
-
-class Fused(LoopKernel):
-    """One that multiplies no matrices itself, as far as torch sees; its last bits are others where it is compiled."""
-
-    name = "fused"
-
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
-    ) -> Attended:
-        # Of one key, attention is its value.
-        moved = 1.0 + 2.0**-20 * torch.compiler.is_compiling()
-        return Attended(v * moved + 0 * (q + k), None, "fused")
-
-
-class Multiplies(Fused):
-    """The same of one that multiplies matrices."""
-
-    name = "multiplies"
-
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
-    ) -> Attended:
-        attended = super().attend(q, k, v, metadata, options)
-        return attended._replace(out=torch.bmm(attended.out, torch.eye(v.shape[2])[None].expand(len(v), -1, -1)))
 
 
 @pytest.mark.slow
@@ -75,40 +37,42 @@ def test_bits_are_asked_of_what_multiplies_no_matrices(kernel: type[Fused], accu
     assert bool(asked(kernel(), single, traceable=None)[0]) is accused
 
 
-class ByStrides(Backup):
-    """Other last bits of outputs where queries lie close together."""
-
-    name = "by_strides"
-
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
-    ) -> Attended:
-        attended = super().attend(q, k, v, metadata, options)
-        return attended._replace(out=attended.out * (1.0 + 2.0**-22 * q.is_contiguous()))
-
-
 @pytest.mark.slow
 def test_a_module_that_lays_its_inputs_out_otherwise_is_no_fault() -> None:
-    assert asked(ByStrides(), CASE.replace(memory="strided", seed=1))[0] == []
+    assert asked(ByStrides(), CASE.replace(memory="strided", seed=2))[0] == []
 
 
 @pytest.mark.slow
-def test_what_only_compiled_calls_do_is_seen() -> None:
-    right, trial = asked(Backup(), CASE.replace(seed=1))
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_what_only_compiled_calls_do_is_seen(seed: int) -> None:
+    right, trial = asked(Backup(), CASE.replace(seed=seed))
     assert right == []
     assert trial.counted == {compiled.COMPILED: 1}
-    found, _ = asked(GradientStops())
+    found, _ = asked(GradientStops(), CASE.replace(seed=seed))
     assert [(type(symptom), symptom.tensor) for symptom in found] == [(NotCompiled, "dk")]
-    assert found[0].message.startswith("compiled by torch (aot_eager): document 0")
+    where = "in a module " if seed >= 2 else ""
+    assert found[0].message.startswith(f"{where}compiled by torch (aot_eager): document ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [CASE, CASE.replace(lengths=(3,))])
+def test_what_is_compiled_for_another_layout_is_used_for_this_one(case: Case) -> None:
+    assert {symptom.tensor for symptom in asked(BakesRows(), case)[0]} >= {"out", "dq"}
+
+
+def test_what_runs_as_it_is_does_not_count_as_compiled() -> None:
+    found, trial = asked(Unseen())
+    assert found == []
+    assert trial.counted == {"not taken by torch.compile (it runs as it is)": 1}
 
 
 def test_what_torch_does_not_take_is_said_and_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_failed", {})
 
-    def refuses(trial: Trial, **how: Any) -> Any:
-        raise compiled.NotTraceable("no such operator")
+    def refuses(compiled: Compiled, *rest: object) -> bool:
+        raise NotTraceable("no such operator")
 
-    monkeypatch.setattr(compiled, "_run", refuses)
+    monkeypatch.setattr(Compiled, "run", refuses)
     found, trial = asked(Backup())
     assert found == []
     assert trial.counted == {"not taken by torch.compile (no such operator)": 1}
@@ -131,7 +95,7 @@ def test_kernels_that_torch_compiles_anyway_are_left_alone() -> None:
 
 @needs_cuda
 @pytest.mark.cuda
-@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+@pytest.mark.parametrize("seed", range(8))
 def test_a_right_kernel_is_clean_on_a_gpu(seed: int) -> None:
     found, trial = asked(Backup(), CASE.replace(seed=seed, head_dim=64, dtype="bf16"), "cuda")
     assert found == []

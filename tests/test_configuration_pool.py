@@ -272,3 +272,82 @@ def test_turns_count_layouts_too() -> None:
     bench.turns(FIRST + 2 * GROWS_EVERY)
     assert len(bench.pool.taken) == FIRST + 1
     assert sorted(bench.pool.layouts.values()) == [*[1] * FIRST, 2]
+
+
+# What drawn calls still compile.
+
+
+def _with_three() -> tuple[Bench, list[Configuration]]:
+    """A pool of three configurations that have joined, of which drawn calls have compiled more than their share."""
+    bench = Bench(3)
+    bench.pool.begin()
+    bench.turns(2, COMPILING)
+    first, second, third, *_ = bench.pool.taken
+    bench.pool.took(first, "kernel", 100.0)
+    bench.pool.took(second, "kernel", 0.0)
+    return bench, [first, second, third]
+
+
+def test_where_drawn_calls_compile_too_much_those_that_compile_little_are_drawn_for_a_while() -> None:
+    bench, (_, settled, _) = _with_three()
+    assert {bench.pool.at(turn) for turn in range(20)} == {settled}
+    bench.time.now += 100.0 / SHARE
+    assert len({bench.pool.at(turn) for turn in range(40)}) > 2
+
+
+def test_others_are_drawn_by_calls_that_are_ready() -> None:
+    bench, (first, settled, third) = _with_three()
+    bench.pool.ready.add(third)
+    assert {bench.pool.at(turn) for turn in range(20)} == {settled, third}
+    assert [bench.pool.only_ready(each) for each in (first, settled, third)] == [False, False, True]
+    # Calls that were ready say nothing of new ones.
+    bench.pool.took(third, "kernel", 0.0, new=False)
+    assert bench.pool.only_ready(third)
+    bench.pool.took(third, "kernel", 0.0)
+    assert not bench.pool.only_ready(third)
+
+
+def test_a_level_waits_that_would_compile() -> None:
+    bench, (first, _, _) = _with_three()
+    assert [bench.pool.waits(level) for level in ("kernel", "layer")] == [False, True]
+    bench.pool.took(first, "layer", 0.0)
+    assert not bench.pool.waits("layer")
+
+
+def test_where_nothing_is_settled_it_goes_on_with_what_has_least_left() -> None:
+    bench, (first, second, _) = _with_three()
+    bench.pool.took(second, "kernel", 3.0)
+    assert {bench.pool.at(turn) for turn in range(20)} == {second}
+    bench.pool.took(first, "kernel", 2.0)
+    assert {bench.pool.at(turn) for turn in range(20)} == {first}
+
+
+def test_calls_of_a_layout_are_settled_until_they_compile() -> None:
+    bench = Bench(2, layouts=LAYOUTS)
+    bench.pool.begin()
+    (first, *_) = bench.pool.taken
+    bench.pool.took(first, "layer", 100.0)
+    assert [bench.pool.waits(level) for level in ("kernel", "layer")] == [False, True]
+    bench.pool.took(first, "kernel", 100.0)
+    assert bench.pool.waits("kernel")
+
+
+def test_turns_are_not_moved_by_time() -> None:
+    plain, slow = Bench(0, by_turns=True), Bench(0, by_turns=True)
+    for bench in (plain, slow):
+        bench.pool.begin()
+    slow.pool.took(slow.pool.taken[0], "kernel", 1e9)
+    assert plain.turns(FIRST) == slow.turns(FIRST)
+    assert not slow.pool.waits("kernel")
+
+
+def test_what_there_was_no_time_for_has_a_second_turn() -> None:
+    order = list(in_order(domain(), 0))
+    some = list(islice(steps(iter(order), 0, again=True), FIRST + 4))
+    assert some[:FIRST] == [Step(each) for each in order[:FIRST]]
+    assert some[FIRST:] == [
+        Step(order[0], again=True),
+        Step(order[FIRST]),
+        Step(order[1], again=True),
+        Step(order[FIRST + 1]),
+    ]

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from compiling import Compiling, NobodyBeside, compiling, configurations_of
+from compiling import Compiling, NobodyBeside, compiling, configuration, configurations_of
 
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Configuration
+from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.campaign import configurations
+from attn_fuzz.campaign.compiling_time import CompilingTime
 from attn_fuzz.campaign.limits import infer_limits
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message, Trying
 from attn_fuzz.campaign.plan import CampaignOptions, plan
@@ -75,7 +77,7 @@ def test_it_compiles_far_less_than_where_all_is_drawn(messages: Callable[..., li
 
     def seconds(without: dict[str, Any]) -> float:
         backend = compiling(max_head_dim=40)
-        assert finished(messages(backend, "batch", without=without, cases=32)).tally.cases == 32
+        assert finished(messages(backend, "batch", without=without, cases=320)).tally.cases == 320
         assert isinstance(backend.kernel, Compiling)
         return backend.kernel.now
 
@@ -115,6 +117,47 @@ def test_shapes_that_are_compiled_for_come_from_a_few_layouts(messages: Callable
     assert tally.cases >= 40
     # Questions about isolation and the like run whole calls; only `inferred` has two layouts of its own.
     assert len(configurations_of(backend)) <= layouts + 2
+
+
+def _of_each_document(q: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions) -> tuple[object, ...]:
+    """As many variants as there are sets of kinds of documents."""
+    kinds = {(n == 1, n % 16 == 0, n % 5, m % 5) for n, m in zip(metadata.lengths_q, metadata.lengths_k, strict=True)}
+    return configuration(q, metadata, options), *sorted(kinds)
+
+
+@pytest.fixture
+def by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Backend], Backend]:
+    """Has what a worker's calls spend compiling told by the clock of the kernel."""
+
+    def timed(backend: Backend) -> Backend:
+        kernel = backend.kernel
+        assert isinstance(kernel, Compiling)
+        monkeypatch.setattr(configurations, "CompilingTime", lambda: CompilingTime(lambda: 0, kernel.clock))
+        return backend
+
+    return timed
+
+
+def test_batches_that_compile_for_long_are_cut_short_and_calls_that_are_ready_are_made_again(
+    messages: Callable[..., list[Message]], by_its_own_clock: Callable[[Backend], Backend]
+) -> None:
+    backend = by_its_own_clock(compiling(_of_each_document, **SMALL))
+    tally = finished(messages(backend, "batch", cases=300, seconds=1000.0)).tally
+    assert tally.cases == 300
+    assert sum(tally.by_configuration.values()) == 300
+    # New calls all compile; those that are ready have other values each time.
+    assert len(configurations_of(backend)) < 150
+
+
+def test_so_many_cases_are_all_drawn_anew(
+    messages: Callable[..., list[Message]], by_its_own_clock: Callable[[Backend], Backend]
+) -> None:
+    counts = set[int]()
+    for _ in range(2):
+        backend = by_its_own_clock(compiling(_of_each_document, **SMALL))
+        assert finished(messages(backend, "batch", cases=40)).tally.cases == 40
+        counts.add(len(configurations_of(backend)))
+    assert len(counts) == 1
 
 
 def test_what_does_not_compile_has_no_pool(messages: Callable[..., list[Message]]) -> None:

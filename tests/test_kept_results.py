@@ -50,7 +50,8 @@ def test_of_a_call_that_brought_nothing_there_are_zeros(arenas: Arenas) -> None:
     got = filled(arenas, 0, 5.0)
     filled(arenas, 1, 7.0)
     out, gradients = (arenas.result(name, [got[name], None]) for name in ("out", "d_dense"))
-    assert out is not None and gradients is not None
+    assert out is not None
+    assert gradients is not None
     assert out[:, 0].tolist() == [5, 6, 7, 0, 0]
     assert gradients[:, 0, 0].tolist() == [5, 0]
 
@@ -65,8 +66,9 @@ def test_what_fits_nowhere_is_a_copy_of_its_own(arenas: Arenas) -> None:
     kept, wide, unknown = arenas.of_call(0), torch.ones(1, 5), torch.ones(3)
     part = kept.part("out", 0, 1, wide)
     copy = kept.whole({"nothing": unknown})["nothing"]
-    assert torch.equal(part, wide) and not lies_in(part, wide)
-    assert torch.equal(copy, unknown) and not lies_in(copy, unknown)
+    for kept_one, given in ((part, wide), (copy, unknown)):
+        assert torch.equal(kept_one, given)
+        assert not lies_in(kept_one, given)
     assert arenas.result("out", [part, None]) is None
 
 
@@ -80,5 +82,6 @@ def test_copies_of_their_own() -> None:
     kept, x = Kept(), torch.ones(2, requires_grad=True)
     part, whole = kept.part("out", 0, 2, x), kept.whole({"k": x})["k"]
     for copy in (part, whole):
-        assert not copy.requires_grad and not lies_in(copy, x)
+        assert not copy.requires_grad
+        assert not lies_in(copy, x)
     assert kept.joined("out", [part, whole]).tolist() == [1, 1, 1, 1]

@@ -24,9 +24,10 @@ TAILS: Final = "tails"
 COMPANY: Final = "company"
 STREAMS: Final = "streams"
 GRAPHS: Final = "graphs"
-NAMES: Final = (*COLUMNS, APART, TAILS, COMPANY, STREAMS, GRAPHS, *PROBED)
+COMPILED: Final = "compiled"
+NAMES: Final = (*COLUMNS, APART, TAILS, COMPANY, STREAMS, GRAPHS, COMPILED, *PROBED)
 """What is judged of each document: its budgets; then isolation, rows behind the last document, other bits in
-other company, between streams or of a captured graph, and a probe."""
+other company, between streams, of a captured graph or inside what torch compiles, and a probe."""
 
 Results = dict[str, torch.Tensor]
 

@@ -46,10 +46,18 @@ SCHEDULE: Final = (
 LAUNCHED: Final = (Question("nan", "ordered by streams"), Question("finite", "replayed alike"))
 """The same, where there are streams and graphs."""
 
+SELDOM: Final = Question("finite", "compiled alike")
+"""Asked once in many rounds of the others: torch compiles for seconds, where a batch takes a second or less."""
+
+_ROUNDS: Final = {"cuda": 10, "cpu": 18}
+"""Of the others' turns: some percent of the time go to what comes once in them. With it there are as many turns as have
+no divisor in common with the places of sweeps."""
+
 
 def schedule_on(kind: str) -> tuple[Question, ...]:
     """What is asked of kernel calls on a kind of device, ``cpu`` or ``cuda``, in turn."""
-    return (*SCHEDULE, *LAUNCHED) if kind == "cuda" else SCHEDULE
+    others, half = (*SCHEDULE, *LAUNCHED) if kind == "cuda" else SCHEDULE, _ROUNDS[kind] // 2
+    return (*others * half, SELDOM, *others * half)
 
 
 SHARE: Final = 0.5
@@ -81,14 +89,15 @@ def judge(
         device: where.
         question: what is asked.
         beat: called before every call of every run.
-        asked: of how many calls, from the first on; None for all.
+        asked: of how many calls, from the first on; None for all, as always where something is compiled for a few of
+            them: the others then take no time.
 
     Raises:
         torch.OutOfMemoryError: as it comes.
     """
     if batch.case.level == "layer":
         return judge_layer_calls(batch, backend, device, question, beat, asked=asked)
-    asked = asked or len(batch.ends)
+    asked = len(batch.ends) if asked is None or question.asked == SELDOM.asked else asked
     batch_run = BatchRun(batch, backend, device, question.poison, asked, beat)
     z = torch.zeros(len(batch.case.packed_lengths), len(NAMES), dtype=torch.float64, device=device)
     first = batch_run.runs[0]

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 import torch
 
-from attn_fuzz.batch.batch_run import APART, COMPANY, GRAPHS, NAMES, PROBED, STREAMS, TAILS
+from attn_fuzz.batch.batch_run import APART, COMPANY, COMPILED, GRAPHS, NAMES, PROBED, STREAMS, TAILS
 from attn_fuzz.batch.layer_columns import HALVES, LAYER_TENSORS, OF_RANK, REPLICAS, STEPS, WHOLE
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.oracle.deviations import LIMIT
@@ -17,6 +17,7 @@ from attn_fuzz.oracle.symptoms import (
     DeadRowsNotZero,
     MissingResult,
     NotBatchInvariant,
+    NotCompiled,
     NotExact,
     NotIsolated,
     NotOrdered,
@@ -31,7 +32,7 @@ from attn_fuzz.oracle.symptoms import (
 from attn_fuzz.reference.answer import KERNEL_TENSORS
 from attn_fuzz.reference.case import Case
 
-BY_BITS: Final = ("bits", APART, COMPANY, STREAMS, GRAPHS)
+BY_BITS: Final = ("bits", APART, COMPANY, STREAMS, GRAPHS, COMPILED)
 """Columns that are about bits which must not move."""
 
 _EXACT: Final[dict[str, type[Symptom]]] = {
@@ -41,6 +42,7 @@ _EXACT: Final[dict[str, type[Symptom]]] = {
     COMPANY: NotBatchInvariant,
     STREAMS: NotOrdered,
     GRAPHS: NotReplayed,
+    COMPILED: NotCompiled,
     STEPS: WroteOutside,
     WHOLE: NotExact,
     HALVES: NotExact,

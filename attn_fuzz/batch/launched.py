@@ -39,7 +39,7 @@ def ordered_by_streams(batch_run: BatchRun) -> None:
     got = Results()
 
     def calls() -> None:
-        got.update(batch_run.run(static, batch_run.other_poison))
+        got.update(batch_run.run(static, batch_run.other_poison, How(threaded=True)))
         # Nothing of the calls may still read these.
         static.copy_in(after)
 

@@ -108,8 +108,8 @@ LAYER_QUESTIONS: Final[dict[str, Callable[[LayerBatchRun], None]]] = {
     "whole numbers": whole_numbers,
     "halves": halves,
 }
-"""Three of them are said by the first run of the drawn values (``how``): ``interfered``, each call around another one of
-the same shapes, so that what a layer keeps by shape is the other's; none, with a GPU's memory filled at every
+"""Three of them are said by the first run of the drawn values (``how``): ``interfered``, each call around another one
+of the same shapes, so that what a layer keeps by shape is the other's; none, with a GPU's memory filled at every
 allocation; and ``steps``, that too, backward in a thread of autograd's, and buffers and what was handed back compared
 step by step, which they always are on CPUs, for it costs nothing there."""
 

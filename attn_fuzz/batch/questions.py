@@ -13,6 +13,7 @@ import torch
 
 from attn_fuzz.batch.batch_run import APART, PROBED, TAILS, BatchRun
 from attn_fuzz.batch.company import company
+from attn_fuzz.batch.compiled import compiled_alike
 from attn_fuzz.batch.launched import ordered_by_streams, replayed_alike
 from attn_fuzz.batch.merging import merging
 from attn_fuzz.batch.probes import PROBES
@@ -70,9 +71,10 @@ def _asked(batch_run: BatchRun, asked: Asked) -> None:
 
 
 def again(batch_run: BatchRun) -> None:
-    """The drawn values once more, from memory of the other kind, the last call first: the same bits where promised."""
+    """The drawn values once more, from memory of the other kind, the last call first, and backward in a thread of
+    autograd's: the same bits where promised."""
     if names := batch_run.promised:
-        second = batch_run.run(batch_run.tensors_of_calls, batch_run.other_poison, How(backwards=True))
+        second = batch_run.run(batch_run.tensors_of_calls, batch_run.other_poison, How(backwards=True, threaded=True))
         batch_run.accuse("bits", other_bits(batch_run.case, batch_run.first, second, names))
 
 
@@ -117,7 +119,7 @@ def turned(batch_run: BatchRun) -> None:
     assert reordered is not None
     other = CallBatch(reordered.after, batch.ends)
     tensors = batch_run.load(other, kernel_inputs(other.case, batch_run.device))
-    batch_run.hold(reordered.back(batch_run.run(tensors, batch_run.other_poison)))
+    batch_run.hold(reordered.back(batch_run.run(tensors, batch_run.other_poison, How(threaded=True))))
 
 
 def other_scale(batch_run: BatchRun) -> None:
@@ -173,4 +175,5 @@ QUESTIONS: Final[dict[str, Callable[[BatchRun], None]]] = {
     "company": company,
     "ordered by streams": ordered_by_streams,
     "replayed alike": replayed_alike,
+    "compiled alike": compiled_alike,
 }

@@ -13,6 +13,7 @@ from typing import Final
 
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.batch.judged import Judged, Question
+from attn_fuzz.campaign.configurations import COMPILES
 from attn_fuzz.campaign.messages import Assignment, Progress, Trying
 from attn_fuzz.campaign.triage import Triage
 from attn_fuzz.campaign.worker import Send
@@ -29,6 +30,10 @@ BEAT_SECONDS: Final = 5.0
 
 REFUSED_BATCHES: Final = 60
 """A backend that has refused so many and taken none would refuse for ever."""
+
+
+class _CutShort(BaseException):
+    """Leaves a batch; not an Exception, so that it is not taken for a call that fails."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +76,10 @@ class BatchWorker(Triage, abc.ABC):
         self.turn, kind = 0, self.device.type
         self.domain = Domain.of(self.backend.kernel.capabilities_on(kind), kind, assignment.dtypes, aim=assignment.aim)
         """What the turn draws from."""
+        self.cut_at: float | None = None
+        """Seconds of compiling at which the batch that runs is cut short, if it is."""
+        self.begun = 0
+        """Calls that it has begun, in all of its runs."""
 
     # What modes differ in.
 
@@ -121,8 +130,29 @@ class BatchWorker(Triage, abc.ABC):
             self.end(next(iter(judged.broken.values())))
         return judged
 
+    def soon_judged(self, batch: CallBatch, question: Question) -> Judged | None:
+        """A batch's verdict, or of its first calls, where the others are still to be compiled; None where all are."""
+        if not self.configurations.hurries:
+            return self.judged(batch, question)
+        for _ in range(2):
+            self.cut_at, self.begun = self.configurations.compiling.spent + COMPILES, 0
+            self.configurations.compiling.begin()
+            try:
+                judged = self.judged(batch, question)
+                self.configurations.compiling.end()
+                return judged
+            except _CutShort:
+                batch = batch.first(min(self.begun - 1, len(batch.ends)))
+            finally:
+                self.cut_at = None
+        return None
+
     def beat(self) -> None:
         """Says now and then that calls go on: a batch of a slow kernel takes as long as many cases."""
+        self.begun += 1
+        self.configurations.compiling.end()
+        if self.cut_at is not None and self.begun > 1 and self.configurations.compiling.spent >= self.cut_at:
+            raise _CutShort
         if time.monotonic() - self.last_sent > BEAT_SECONDS:
             self.tell()
 
@@ -147,10 +177,12 @@ class BatchWorker(Triage, abc.ABC):
             return
         started, size = now(self.device), self.sizes[level, place]
         try:
-            judged = self.judged(batch, question)
+            judged = self.soon_judged(batch, question)
             leave_memory(self.device)
-            self.learn(level, place, self.grown(size, now(self.device) - started))
-            self.take(judged)
+            taken = now(self.device) - started - self.configurations.took(ready=judged is not None)
+            if judged is not None:
+                self.learn(level, place, self.grown(size, taken))
+                self.take(judged)
         except UnsupportedCase as refusal:
             # Rows far apart take more memory than there is just now.
             self.refuse(str(refusal))
@@ -222,7 +254,7 @@ class BatchWorker(Triage, abc.ABC):
             raise ValueError(f"no batch of {self.backend.name} is asked {' or '.join(self.assignment.asked)} here")
         self.warm_up()
         while not self.turn or not self.over():
-            level = levels[self.turn % len(levels)]
+            level = self.configurations.level(levels, self.turn)
             number, schedule = numbers[level], self.asked_of(level)
             numbers[level] += 1
             # Whole schedules have no divisor in common with the sweeps; a few questions may.

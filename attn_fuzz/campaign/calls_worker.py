@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Final
 
-from attn_fuzz.batch.judge import judge, moving, schedule_on, usually_asked
+from attn_fuzz.backends.kernel import Configuration
+from attn_fuzz.batch.judge import SELDOM, judge, moving, schedule_on, usually_asked
 from attn_fuzz.batch.judged import BY_BITS, Judged, Question, tensor_of
 from attn_fuzz.batch.launched import CAPTURED
 from attn_fuzz.batch.layer_judge import LAYER_SCHEDULE
@@ -17,10 +18,11 @@ from attn_fuzz.campaign.plan import batched_levels
 from attn_fuzz.campaign.worker import Send, work
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.inferred import promises
-from attn_fuzz.generation.calls import LONGEST, draw_batch
+from attn_fuzz.generation.calls import LONGEST, draw_batch, repeated
 from attn_fuzz.generation.layer_calls import LONGEST as LAYER_LONGEST
 from attn_fuzz.generation.layer_calls import MOST, draw_layer_batch
 from attn_fuzz.generation.strategies import straddling
+from attn_fuzz.oracle.checks import PROBES, RARE
 from attn_fuzz.oracle.deviations import beyond_doubt
 from attn_fuzz.oracle.symptoms import InputsChanged
 from attn_fuzz.oracle.trial import SECOND_SEED
@@ -47,6 +49,9 @@ _LOOKED_AGAIN: Final = 3
 """So often the case mode looks into batches that are accused of something, and finds what it has found before: a kernel
 that is wrong in most calls would have no time for others."""
 
+_READY: Final = 8
+"""Batches of each configuration that are kept, the last ones."""
+
 _TOUCHED: Final = 64
 """Calls that are looked at on their own where something was written that may not be."""
 
@@ -58,9 +63,15 @@ class CallsWorker(BatchWorker):
         kind = assignment.device.partition(":")[0]
         super().__init__(assignment, send, LONGEST[kind], SIZING[kind], schedule_on(kind))
         self.looked_again = Counter[str]()
+        self.ready: dict[Configuration, deque[tuple[CallBatch, list[int]]]] = {}
+        """Of a backend that compiles, batches that have run, and which of their calls came back right."""
         if assignment.asked == ("replayed alike",):
             # Of the half that is asked no more are captured.
             self.sizing = dataclasses.replace(self.sizing, most=2 * CAPTURED)
+        if assignment.asked == (SELDOM.asked,):
+            # What is compiled takes most of the time, and serves any number of calls.
+            self.sizing = dataclasses.replace(self.sizing, first=self.sizing.most)
+            self.sizes = dict.fromkeys(self.sizes, self.sizing.most)
 
     def levels(self) -> list[str]:
         """Those that the backend has; of layers on one rank."""
@@ -86,6 +97,8 @@ class CallsWorker(BatchWorker):
             longest = LAYER_LONGEST[self.device.type][place]
             most = min(wanted, MOST[self.device.type])
             return draw_layer_batch(self.random, self.backend, self.domain, most, longest)
+        if self.configurations.only_ready and (ready := self.ready_batches()):
+            return repeated(self.random, *self.random.choice(ready), self.device.type, wanted)
         batch = draw_batch(self.random, self.sweeps[place], self.backend, self.domain, wanted)
         return batch.first(wanted) if batch is not None else None
 
@@ -114,18 +127,35 @@ class CallsWorker(BatchWorker):
             calls = enumerate(judged.batch.calls)
             self.tally.straddling += sum(straddling(call) for index, call in calls if index not in judged.refused)
         self.tally_batch(judged)
+        self.keep_ready(judged)
         if judged.touched:
             self.triage_touched(judged)
         elif failing := judged.failing():
             self.triage(judged, failing)
 
+    def ready_batches(self) -> list[tuple[CallBatch, list[int]]]:
+        """Of the turn's configuration."""
+        (chosen,) = self.domain.capabilities.configurations
+        plain = self.configurations.plain.get(chosen)
+        first = [(plain, list(range(len(plain.ends))))] if plain is not None else []
+        return [*first, *self.ready.get(chosen, ())]
+
+    def keep_ready(self, judged: Judged) -> None:
+        """Keeps a batch of kernel calls, to be made again with other values while others are compiled."""
+        batch = judged.batch
+        if not self.configurations.hurries or batch.case.level != "kernel":
+            return
+        some = sorted({*range(len(batch.ends))}.difference(judged.failing(), judged.refused))
+        if some:
+            self.ready.setdefault(Configuration.of(batch.case), deque(maxlen=_READY)).append((batch, some))
+
     def handed_over(self, judged: Judged, calls: list[int]) -> bool:
         """Whether the case mode fails one of these calls, or explains it: a known issue, or a refused layout."""
         known: dict[str, None] = {}
-        refused = False
+        refused, probes = False, (*PROBES, *RARE) if judged.question == SELDOM else PROBES
         for index in calls:
             small = judged.call(index)
-            verdict = self.narrow(small)
+            verdict = self.narrow(small, probes)
             if verdict is not None and verdict.first is not None:
                 self.note_candidate(small)
                 self.hand_over(small, verdict)
@@ -140,7 +170,9 @@ class CallsWorker(BatchWorker):
     def triage(self, judged: Judged, failing: list[int]) -> None:
         """Hands failing calls to the case mode; what only a batch shows is held against other values of it."""
         accused = self.accused(judged, failing)
-        if all(self.looked_again[name] >= _LOOKED_AGAIN for name in accused):
+        # What a call is asked by itself is compiled anew: once is enough then.
+        looks = 1 if self.configurations.hurries else _LOOKED_AGAIN
+        if all(self.looked_again[name] >= looks for name in accused):
             self.tally.repeated += 1
             return
         repeated = self.tally.repeated

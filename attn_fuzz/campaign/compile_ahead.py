@@ -28,8 +28,8 @@ PATIENCE: Final = 600.0
 """Seconds after which the worker is left to compile a configuration itself, and to be found hung over it; the worst
 seen are compilers for GPUs that take minutes."""
 
-_VARIANTS: Final = 15.0
-"""Seconds after which no further variant of a configuration is compiled: other configurations are worth more."""
+_VARIANTS: Final = 30.0
+"""Seconds after which no further variant of a configuration is compiled for now: others are worth more."""
 
 
 def _compile(subject: Subject, step: Step) -> None:
@@ -49,11 +49,11 @@ def _serve(subject: Subject, connection: Connection) -> None:
     set_up_process(subject.device)
     try:
         while True:
-            configuration, layouts = connection.recv()
+            configuration, *more = connection.recv()
             started = time.monotonic()
             # What raises here raises in the worker, too, which makes a finding of it.
             with contextlib.suppress(Exception):
-                _compile(subject, Step(Configuration(*configuration), layouts))
+                _compile(subject, Step(Configuration(*configuration), *more))
             connection.send(time.monotonic() - started)
     except (EOFError, OSError, KeyboardInterrupt):
         return
@@ -84,7 +84,7 @@ class Ahead:
         self.at_work, self._given = step, self._clock()
         # One that has died is found out when it is asked.
         with contextlib.suppress(OSError):
-            self._connection.send((tuple(step.configuration), step.layouts))
+            self._connection.send((tuple(step.configuration), *step[1:]))
 
     def taken(self) -> float | None:
         """Seconds that the configuration took, once it is compiled or given up; None until then.

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from attn_fuzz.backends.kernel import Capabilities, Configuration
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.campaign.isolated import Report
+from attn_fuzz.campaign.isolated import FATAL, Report
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.reference.case import Case
 
@@ -59,20 +59,27 @@ def compiled_in(report: Report, case: Case, ask: Ask) -> bool:
     return slower(report.seconds, ask(case).seconds)
 
 
+def _came_back(report: Report) -> bool:
+    """Whether a case was taken, be its results right or wrong: something that is wrong compiles, too."""
+    return report.survived and report.refusal is None and report.symptom not in FATAL
+
+
 class Noticed:
-    """Configurations that were taken, and those that something was compiled for."""
+    """Configurations that came back right, and those that something was compiled for, right or wrong."""
 
     def __init__(self) -> None:
-        self._taken: dict[Configuration, bool] = {}
+        self._right = set[Configuration]()
+        self._compiled = set[Configuration]()
         self._long = False
         """Whether memory layouts take long to compile for."""
 
     def note(self, case: Case, report: Report, ask: Ask) -> Report:
         """Takes note of what came of a case, and gives it back; ``ask`` runs it once more, in the same process."""
-        if report.symptom is None and report.refusal is None:
+        if _came_back(report):
             configuration, compiled = Configuration.of(case), compiled_in(report, case, ask)
             if case.memory == "contiguous":
-                self._taken[configuration] = compiled or self._taken.get(configuration, False)
+                self._right.update([configuration] if report.symptom is None else [])
+                self._compiled.update([configuration] if compiled else [])
             elif compiled and case.memory not in _FEW_MEMORIES:
                 self._long |= report.seconds > _LONG
         return report
@@ -81,14 +88,14 @@ class Noticed:
         """Whether it is stated, or two of them show it."""
         if stated.configurations:
             return False
-        return sum(self._taken.values()) >= 2 if stated.compiles is None else stated.compiles
+        return len(self._compiled) >= 2 if stated.compiles is None else stated.compiles
 
     def found(self, stated: Capabilities, also: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         """Capabilities of one that compiles, and what it also compiles for: those come first that have been taken."""
         # Threads ask side by side, in whatever order.
         found: dict[str, Any] = {
             "compiles": True,
-            "compiled_first": tuple(sorted(self._taken, key=Configuration.place)),
+            "compiled_first": tuple(sorted(self._right, key=Configuration.place)),
         }
         if self._long:
             found["memories"] = tuple(memory for memory in stated.memories if memory in _FEW_MEMORIES)
@@ -113,7 +120,7 @@ class AlsoFor:
     def asked(self, ask: Ask) -> Mapping[str, Any]:
         """What is found out, where something is."""
         *_, last = [ask(case) for case in self.cases]
-        if not last.survived or last.symptom or last.refusal:
+        if not _came_back(last):
             return {}
         return self.found if compiled_in(last, self.cases[-1], ask) else {}
 
@@ -127,7 +134,7 @@ class Variants(AlsoFor):
         compiled, spent = list[bool](), 0.0
         for case in self.cases:
             report = ask(case)
-            if not report.survived or report.symptom or report.refusal:
+            if not _came_back(report):
                 return {}
             compiled.append(compiled_in(report, case, ask))
             spent += report.seconds * compiled[-1]

@@ -10,6 +10,10 @@ is, and each of them says all that it takes to run it again.
 
 Of what compiles for shapes, too, each configuration has a single layout at first, and more of them in turn with further
 configurations: whatever is ready is drawn at full speed.
+
+What has not been compiled ahead is met by drawn calls. A campaign of so many seconds takes note of it: configurations
+whose last turn has compiled little are settled, and where drawn calls have compiled for more than their share of the
+time, nothing but those is drawn for a while.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ _RELOADED: Final = 0.5
 """Share of what compiling took below which loading counts as such; above it the compiler keeps nothing on disk."""
 
 _SHORT: Final = 1.0
-"""Seconds of compiling below which there is nothing to be told from that."""
+"""Seconds of compiling below which there is nothing to be told from that, and a turn has compiled little."""
 
 
 class Step(NamedTuple):
@@ -48,17 +52,25 @@ class Step(NamedTuple):
     configuration: Configuration
     layouts: int = 0
     """How many of its layouts there are then, of what compiles for shapes: the last of them is compiled now."""
+    again: bool = False
+    """It is ready, but for variants that there was no time for."""
 
 
-def steps(order: Iterator[Configuration], layouts: int) -> Iterator[Step]:
-    """What is compiled one after another: configurations, and from the first few on more layouts of those in turn.
+def steps(order: Iterator[Configuration], layouts: int, *, again: bool = False) -> Iterator[Step]:
+    """What is compiled one after another: configurations, and from the first few on more of those in turn.
 
     Args:
         order: configurations.
         layouts: how many each has in the end; 0 where shapes are not compiled for.
+        again: whether each has a second turn where they are not, for what was left of the first.
     """
     if not layouts:
-        yield from map(Step, order)
+        first = deque[Configuration]()
+        for each in order:
+            if again and len(first) == FIRST:
+                yield Step(first.popleft(), again=True)
+            first.append(each)
+            yield Step(each)
         return
     grown: dict[Configuration, int] = {}
     further = True
@@ -135,6 +147,12 @@ class ConfigurationPool:
         self._ahead: deque[tuple[Step, float]] = deque()
         """Compiled by others, with the seconds that it took them."""
         self._began, self._before = growth.clock(), 0.0
+        self.met = 0.0
+        """Seconds of compiling in drawn calls."""
+        self._last: dict[tuple[Configuration, str], float] = {}
+        """The same, in the last turn that a configuration had at a level."""
+        self.ready = set[Configuration]()
+        """Those that have kernel calls which can be made again, with everything compiled."""
 
     def begin(self) -> None:
         """Makes the first configuration ready, while others begin with those that follow."""
@@ -151,8 +169,51 @@ class ConfigurationPool:
         elif self._has_time():
             self._join()
         self._hand_out()
-        fitting = [each for each in self.taken if level == "kernel" or each.head_dim_v is None]
-        return Random(f"{self._growth.seed} {turn}").choice(fitting or self.taken)
+        return Random(f"{self._growth.seed} {turn}").choice(self._drawn_from(level))
+
+    def took(self, configuration: Configuration, level: str, seconds: float, *, new: bool = True) -> None:
+        """Takes note of what a turn has spent compiling in drawn calls; ``new``: not only those that are ready."""
+        self.met += seconds
+        if new:
+            self._last[configuration, level] = seconds
+
+    def waits(self, level: str) -> bool:
+        """Whether any calls of a level would compile, which there is no time for now."""
+        return not self._growth.by_turns and not self._may_meet() and not self._without_compiling(level)
+
+    def only_ready(self, configuration: Configuration) -> bool:
+        """Whether new kernel calls of a configuration would compile, which there is no time for now."""
+        free = self._growth.by_turns or self._may_meet()
+        return not free and configuration in self.ready and configuration not in self._settled("kernel")
+
+    def _fitting(self, level: str) -> Sequence[Configuration]:
+        return [each for each in self.taken if level == "kernel" or each.head_dim_v is None] or self.taken
+
+    def _settled(self, level: str) -> list[Configuration]:
+        found = []
+        for each in self._fitting(level):
+            # What calls of a layout take is compiled before it is drawn; all else has to show it.
+            untried = 0.0 if level == "kernel" and each in self.layouts else _SHORT
+            found += [each] if self._last.get((each, level), untried) < _SHORT else []
+        return found
+
+    def _without_compiling(self, level: str) -> list[Configuration]:
+        settled, ready = self._settled(level), self.ready if level == "kernel" else set[Configuration]()
+        return [each for each in self._fitting(level) if each in settled or each in ready]
+
+    def _may_meet(self) -> bool:
+        """Whether drawn calls have compiled for a small enough share of the time since the first of all."""
+        return self.met <= SHARE * (self._growth.clock() - self._began)
+
+    def _drawn_from(self, level: str) -> Sequence[Configuration]:
+        fitting = self._fitting(level)
+        if self._growth.by_turns or self._may_meet():
+            return fitting
+        if some := self._without_compiling(level):
+            return some
+        # The one that has the least left to compile, of those that have had a turn.
+        tried = [each for each in fitting if (each, level) in self._last]
+        return [min(tried, key=lambda each: self._last[each, level])] if tried else fitting[:1]
 
     def narrowed(self, domain: Domain, turn: int, level: str = "kernel") -> Domain:
         """What a turn of a level draws from."""

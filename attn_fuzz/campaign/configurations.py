@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar
 
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Configuration, UnsupportedCase
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.campaign.compile_ahead import Ahead
+from attn_fuzz.campaign.compiling_time import CompilingTime
 from attn_fuzz.campaign.configuration_pool import ConfigurationPool, Growth, Step, steps
 from attn_fuzz.campaign.isolated import Subject
 from attn_fuzz.campaign.messages import Assignment, Tally
 from attn_fuzz.campaign.warm_up import LAYOUTS, warm_up_cases
+from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.execution.compilers import compile_without_end
 from attn_fuzz.generation.configurations import in_order
 from attn_fuzz.generation.domain import Domain
+from attn_fuzz.generation.fixed_calls import together
 from attn_fuzz.reference.case import Case
 
 _PLAIN: Final = len(LAYOUTS)
 """Cases that a configuration is compiled by before others of it are drawn."""
+
+COMPILES: Final = 8.0
+"""Seconds of compiling after which a turn's draws are cut short: what else is new to them would hold up all that is
+compiled."""
+
+_T = TypeVar("_T")
 
 
 class Configurations:
@@ -40,6 +49,14 @@ class Configurations:
         self._job, self._run, self._kind = assignment, run, assignment.device.partition(":")[0]
         self.backend = backend
         """One that takes no configuration that is not ready."""
+        self.compiling = CompilingTime()
+        """What this process spends compiling, in calls that are timed."""
+        self._turn: tuple[Configuration, str, float] | None = None
+        """Whose turn it is, at which level, and what had been spent when it began."""
+        self.plain: dict[Configuration, CallBatch] = {}
+        """Of each that is ready, the kernel calls that it was compiled by."""
+        self.only_ready = False
+        """Whether the turn's calls are to be some that everything is compiled for."""
         self._pool: ConfigurationPool | None = None
         stated = backend.kernel.capabilities_on(self._kind)
         # Ranks that share heads would have configurations of their own.
@@ -51,11 +68,12 @@ class Configurations:
         order = in_order(domain if kernels else domain.for_layers, assignment.seed)
         # Of so many cases within a time it is a matter of time, too, which come.
         by_turns = assignment.cases is not None and assignment.seconds is None
+        self._by_turns = by_turns
         growth = Growth(load=self._load, seed=assignment.seed, by_turns=by_turns)
         subject = Subject(assignment.backend, assignment.device, assignment.without)
         beside = 0 if growth.by_turns else assignment.compilers
         compilers = [Ahead(subject) for _ in range(beside)]
-        pool = self._pool = ConfigurationPool(steps(order, stated.layouts), compilers, growth)
+        pool = self._pool = ConfigurationPool(steps(order, stated.layouts, again=not by_turns), compilers, growth)
         self.backend = registry.within(backend, lambda: pool.taken)
 
     def begin(self) -> bool:
@@ -68,12 +86,59 @@ class Configurations:
         """What a turn of a level draws from: everything, or one configuration."""
         job, stated = self._job, self.backend.kernel.capabilities_on(self._kind)
         domain = Domain.of(stated, self._kind, job.dtypes, job.ranks, job.tensor_ranks, job.aim)
-        return domain if self._pool is None else self._pool.narrowed(domain, turn, level)
+        if self._pool is None:
+            return domain
+        narrowed = self._pool.narrowed(domain, turn, level)
+        (chosen,) = narrowed.capabilities.configurations
+        self._turn = chosen, level, self.compiling.spent
+        self.only_ready = level == "kernel" and self._pool.only_ready(chosen)
+        return narrowed
+
+    @property
+    def hurries(self) -> bool:
+        """Whether what is met uncompiled is to be left, for a while, to those that compile ahead."""
+        # A packed call is compiled as a whole, or not at all.
+        return self._pool is not None and not self._by_turns and self._job.mode != "packed"
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the turn is to be cut short, for what it has spent compiling."""
+        return self.hurries and self._turn is not None and self.compiling.spent - self._turn[2] > COMPILES
+
+    def timed(self, judge: Callable[[], _T]) -> _T:
+        """What comes of a call; whether something was compiled in it is taken note of."""
+        self.compiling.begin()
+        try:
+            return judge()
+        finally:
+            self.compiling.end()
+
+    def took(self, *, ready: bool = False) -> float:
+        """Ends a turn's draws; seconds that those have spent compiling.
+
+        Args:
+            ready: whether there are calls now that everything is compiled for.
+        """
+        if self._pool is None or self._turn is None:
+            return 0.0
+        chosen, level, before = self._turn
+        self._pool.took(chosen, level, seconds := self.compiling.spent - before, new=not self.only_ready)
+        if ready and level == "kernel" and self._job.mode == "batch":
+            self._pool.ready.add(chosen)
+        self._turn = None
+        return seconds
+
+    def level(self, levels: Sequence[str], turn: int) -> str:
+        """The level of a turn: its own, or one whose calls are compiled where there is no time to compile more."""
+        own = levels[turn % len(levels)]
+        if self._pool is None or not self._pool.waits(own):
+            return own
+        return next((each for each in levels if not self._pool.waits(each)), own)
 
     def count(self, tally: Tally, case: Case, cases: int = 1) -> None:
         """Counts cases of a configuration, and what compiling has taken so far."""
         if self._pool is not None:
-            tally.compiling_seconds = self._pool.waited + self._pool.compiled
+            tally.compiling_seconds = self._pool.waited + self._pool.compiled + self._pool.met
             for configuration in (*self._pool.taken, Configuration.of(case)):
                 tally.by_configuration.setdefault(configuration.words(), 0)
             tally.by_configuration[Configuration.of(case).words()] += cases
@@ -87,6 +152,13 @@ class Configurations:
         """Has a step compiled in this process, or loaded, by its plain cases."""
         compile_without_end()
         domain = Domain.of(self.backend.kernel.capabilities_on(self._kind), self._kind)
+        plain: list[Case] = []
         for case in itertools.islice(warm_up_cases(step, self.backend, domain), _PLAIN):
             with contextlib.suppress(UnsupportedCase):
                 self._run(case)
+                plain.append(case)
+        # A case by itself is asked too much to be made again for nothing but its values.
+        calls = together(plain) if self._job.mode == "batch" and plain and plain[0].level == "kernel" else None
+        if self._pool is not None and calls is not None and not step.layouts:
+            self.plain[step.configuration] = calls
+            self._pool.ready.add(step.configuration)

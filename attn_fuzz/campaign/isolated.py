@@ -85,8 +85,9 @@ class Report:
     operators: tuple[str, ...] = ()
     """Names of torch's operators that ran, where that was asked."""
     seconds: float = 0.0
-    """What it took of processors' time, where it came back right, no operators were asked for, and its process had run
-    another one: the first loads libraries."""
+    """What it took of processors' time, where it came back, no operators were asked for, and its process had run
+    another
+    one: the first loads libraries."""
     variants: int = 0
     """Kernels that Triton compiled for it, or found compiled on disk."""
     disagreement: str | None = None
@@ -117,13 +118,16 @@ def report_of(
     first = verdict.first
     if isinstance(first, Crashed) and not context_alive(place):
         raise SystemExit(DEAD_CONTEXT if is_fault(str(first)) else NOT_OURS)
+    seconds = 0.0 if operators or isinstance(first, Crashed) else clock() - began
+    report = Report(operators=ran, seconds=seconds, variants=triton_variants() - variants)
     if first is not None:
         error_type = first.error if isinstance(first, Crashed) else ""
-        return Report(type(first).__name__, str(first), first.message, error_type, operators=ran)
+        return dataclasses.replace(
+            report, symptom=type(first).__name__, message=str(first), said=first.message, error=error_type
+        )
     if verdict.known:
-        return Report(KNOWN_ISSUE, f"known issue: {', '.join(verdict.known)}", operators=ran)
-    seconds = 0.0 if operators else clock() - began
-    return Report(operators=ran, seconds=seconds, variants=triton_variants() - variants)
+        return dataclasses.replace(report, symptom=KNOWN_ISSUE, message=f"known issue: {', '.join(verdict.known)}")
+    return report
 
 
 def _serve(subject: Subject, connection: Connection) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attn_fuzz.backends.kernel import UnsupportedCase
@@ -11,6 +11,7 @@ from attn_fuzz.campaign.messages import Found
 from attn_fuzz.campaign.worker import Worker
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.findings.finding import Finding
+from attn_fuzz.oracle.checks import PROBES, Check
 from attn_fuzz.oracle.examine import Verdict
 from attn_fuzz.oracle.second_opinion import confirm_call
 from attn_fuzz.oracle.symptoms import Crashed, Symptom
@@ -24,10 +25,10 @@ class Triage(Worker):
         """Notes the case that a finding will have been drawn as."""
         self.original, self.failed_at = case, time.monotonic()
 
-    def narrow(self, case: Case) -> Verdict | None:
-        """All checks of the case mode on a cut-out; None where the backend does not take it."""
+    def narrow(self, case: Case, probes: Sequence[Check] = PROBES) -> Verdict | None:
+        """All checks of the case mode, or those, on a cut-out; None where the backend does not take it."""
         try:
-            return self.examine(case)
+            return self.examine(case, probes=probes)
         except UnsupportedCase:
             return None
 

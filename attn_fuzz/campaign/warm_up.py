@@ -21,6 +21,9 @@ from attn_fuzz.reference.case import Case
 LAYOUTS: Final = ((5, 33, 16), (16, 32), (1,), (150, 3))
 """Documents of the plain cases."""
 
+_OTHER_KEYS: Final = (((16, 1, 1), (33, 33, 16)), ((33, 33, 16), (16, 1, 1)))
+"""Documents of cases whose queries and keys are of different kinds, and their keys."""
+
 _SIDE: Final = 7
 """Of windows, where sizes are no part of what is compiled."""
 
@@ -47,13 +50,15 @@ def _every(step: Step, backend: Backend, domain: Domain) -> Iterator[Case | None
         return
     for lengths in LAYOUTS:
         yield Case(level=level, lengths=lengths, **options("contiguous"))
+    for lengths, keys in _OTHER_KEYS if level == "kernel" else ():
+        yield Case(level=level, lengths=lengths, key_lengths=keys, **options("contiguous"))
     for memory in stated.memories:
         if memory not in ("contiguous", "broadcast") or level == "kernel":
             yield Case(level=level, lengths=LAYOUTS[0], **options(memory))
 
 
 def warm_up_cases(step: Step, backend: Backend, domain: Domain) -> Iterator[Case]:
-    """Cases that a backend takes, the plainest first: as many as there are ``LAYOUTS``, then other memory layouts.
+    """Cases that a backend takes, the plainest first: as many as there are ``LAYOUTS``, then others.
 
     Of what compiles for shapes those of the step's last layout.
 

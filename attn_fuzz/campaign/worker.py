@@ -124,7 +124,7 @@ class Worker:
         """A verdict, with the case announced first."""
         self.send(Trying(case.to_json()))
         try:
-            verdict = judge()
+            verdict = self.configurations.timed(judge)
         except (torch.OutOfMemoryError, MemoryError) as error:
             # This machine's limit, and no fault of the backend.
             leave_all_memory(self.device)
@@ -199,7 +199,7 @@ class Worker:
         shrinking = self.failure is not None
         if shrinking and time.monotonic() - self.failed_at > _SHRINK_SECONDS:
             raise _Stop
-        if not shrinking and self.over():
+        if not shrinking and (self.over() or self.configurations.overdue):
             raise _Stop
         if not shrinking and self.begun_before(case):
             return
@@ -275,10 +275,11 @@ class Worker:
         try:
             few_cases(level, domain, job.seed * 1_000_003 + number, self.test, shrink=True)
         except (Symptom, Flaky, HypothesisException, ExceptionGroup, _Stop):
-            if self.failure is None and not self.over():
+            if self.failure is None and not (self.over() or self.configurations.overdue):
                 raise
         except _Broken as broken:
             raise broken.__cause__ or broken from None
+        self.configurations.took()
         if self.failure is not None:
             self.report(*self.failure)
         elif self.tally.cases + self.tally.refused == before:
@@ -327,7 +328,7 @@ class Worker:
         self.warm_up()
         number = 0
         while not self.over():
-            self.round(levels[number % len(levels)], number)
+            self.round(self.configurations.level(levels, number), number)
             number += 1
             if self.found and self.assignment.stop_at_first:
                 break

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from attn_fuzz.backends.registry import Backend
+from attn_fuzz.cases.smaller import clipped, with_lengths
 from attn_fuzz.reference.case import Case, CaseError
 
 _OTHER_SEED = 0x5BD1E995
@@ -77,3 +78,27 @@ def interfering_call(case: Case, backend: Backend, device: str) -> Case | None:
         if backend.refusal(other, device) is None:
             return other
     return None
+
+
+def another_layout(case: Case, backend: Backend, device: str) -> Case | None:
+    """A kernel case of fewer and shorter documents and other values that a backend takes, or of longer ones, or None.
+
+    Args:
+        case: all of whose options it has.
+        backend: what runs it.
+        device: ``cpu`` or ``cuda``.
+    """
+    count, queries, keys = len(case.lengths), max(case.lengths), max(case.packed_key_lengths)
+    rest = with_lengths(case, case.lengths[:-1], range(count - 1), case.key_lengths and case.key_lengths[:-1])
+    some = [each for each in (rest, case) if each is not None]
+    shorter = [clipped(each, max(queries // 2, 2), max(keys // 2, 2)) for each in some]
+    longer = with_lengths(case, [length + 1 for length in case.lengths], range(count), case.key_lengths)
+    own = case.lengths, case.key_lengths
+    others = [
+        other.replace(seed=case.seed ^ _OTHER_SEED)
+        for other in (*shorter, rest, longer)
+        if other is not None and any(other.lengths) and (other.lengths, other.key_lengths) != own
+    ]
+    # What is compiled for a single row is compiled for nothing else.
+    others.sort(key=lambda other: min(sum(other.packed_lengths), sum(other.packed_key_lengths)) < 2)
+    return next((other for other in others if backend.refusal(other, device) is None), None)

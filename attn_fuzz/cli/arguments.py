@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 import torch
 import typer
 
-from attn_fuzz.batch.judge import LAUNCHED, SCHEDULE
+from attn_fuzz.batch.judge import LAUNCHED, SCHEDULE, SELDOM
 from attn_fuzz.batch.layer_judge import LAYER_SCHEDULE
 from attn_fuzz.campaign.plan import default_device
 from attn_fuzz.coverage.aims import AIMS
@@ -119,7 +119,7 @@ def asked_of(ask: list[str] | None, mode: str, device: str) -> dict[str, Any]:
     """Options of a campaign: its modes, and what single cases are asked, or batches."""
     if ask and mode not in (DEFAULT_MODE, "case", "batch"):
         raise UsageError("--ask is about single cases or batches: use it with --mode case or --mode batch")
-    known = [each.asked for each in (*SCHEDULE, *LAUNCHED, *LAYER_SCHEDULE)] if mode == "batch" else list(ASKED)
+    known = [each.asked for each in (*SCHEDULE, *LAUNCHED, SELDOM, *LAYER_SCHEDULE)] if mode == "batch" else list(ASKED)
     names = {name.replace(" ", "-"): name for name in known if name}
     asked = tuple(dict.fromkeys(names[each] for each in choices(ask, tuple(names), "question")))
     if device == "cpu" and (without := [name for name in asked if name in _NEED_A_GPU]):

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from attn_fuzz.backends.registry import calls_of
-from attn_fuzz.coverage.axes import DOCUMENTS, LENGTHS, OCTAVES, PLACES, VALUES, Value, class_of, options_of
+from attn_fuzz.coverage.axes import DOCUMENTS, LENGTHS, OCTAVES, PLACES, QUESTIONS, VALUES, Value, class_of, options_of
 from attn_fuzz.reference.case import Case
 
 Pair = tuple[Value, Value]
@@ -93,7 +93,8 @@ class Counts:
         if not calls:
             return
         shared = {PLACES[each] for each in (*options_of(calls[0]).items(), ("mode", mode))}
-        shared |= {PLACES["question", question] for question in questions}
+        # What is asked of few is none of the axis' values.
+        shared |= {PLACES["question", question] for question in questions if question in QUESTIONS}
         for call in calls:
             pairs = lengths_of(call)
             # The number of binary digits of a length is the place of its octave.

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from attn_fuzz.batch.judge import schedule_on
 from attn_fuzz.batch.layer_judge import LAYER_SCHEDULE
 from attn_fuzz.batch.packed import PACKED_SCHEDULE
-from attn_fuzz.coverage.axes import AXES, DOCUMENTS, LENGTHS, class_of, probe_name
+from attn_fuzz.coverage.axes import AXES, DOCUMENTS, LENGTHS, QUESTIONS, class_of, probe_name
 from attn_fuzz.generation import calls, layer_calls, length_sweeps
 from attn_fuzz.generation.layouts import FEW_KEYS, LONG_LAYERS, LONG_ROWS, MANY, PASTS
 from attn_fuzz.oracle.checks import PROBES
@@ -92,7 +92,7 @@ def places(device: str) -> tuple[Place, ...]:
     swept, layers = length_sweeps.LONGEST[device], layer_calls.LONGEST[device]
     probes = frozenset(map(probe_name, PROBES))
     of_calls, of_layers, of_packed = (
-        frozenset(question.asked for question in schedule if question.asked)
+        frozenset(question.asked for question in schedule if question.asked in QUESTIONS)
         for schedule in (schedule_on(device), LAYER_SCHEDULE, PACKED_SCHEDULE)
     )
     most = 1 << 14

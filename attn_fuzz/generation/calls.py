@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 from typing import Final
 
@@ -52,6 +53,31 @@ def _affordable(case: Case, device: str) -> int:
         if index and work > _MOST_WORK[device]:
             return index
     return len(case.packed_lengths)
+
+
+def repeated(random: Random, batch: CallBatch, some: Sequence[int], device: str, calls: int) -> CallBatch:
+    """Up to so many calls that are as some of a batch's but for their values.
+
+    Args:
+        random: decides which, and their values.
+        batch: calls for which everything is compiled.
+        some: which of them.
+        device: ``cpu`` or ``cuda``.
+        calls: how many.
+    """
+    case, documents, ends = batch.case, list[int](), list[int]()
+    for begin, end in (batch.spans[index] for index in random.choices(some, k=calls)):
+        documents += range(begin, end)
+        ends.append(len(documents))
+    packed = case.replace(
+        lengths=tuple(case.packed_lengths[place] for place in documents),
+        key_lengths=tuple(case.packed_key_lengths[place] for place in documents),
+        document_ids=None,
+        values=random.choice(VALUES),
+        seed=random.randrange(1 << 16),
+    )
+    affordable = _affordable(packed, device)
+    return CallBatch(packed, tuple(ends)).first(max(sum(end <= affordable for end in ends), 1))
 
 
 def draw_batch(random: Random, sweep: Sweep, backend: Backend, domain: Domain, calls: int) -> CallBatch | None:
