@@ -109,12 +109,14 @@ class Growth:
         load: compiles a step in this process, or loads what has been compiled.
         seed: decides which configuration a turn has.
         by_turns: whether it grows at certain turns, whatever time that takes.
+        hurries: whether drawn calls may compile for a share of the time only, too.
         clock: seconds.
     """
 
     load: Callable[[Step], None]
     seed: int
     by_turns: bool = False
+    hurries: bool = True
     clock: Callable[[], float] = time.monotonic
 
 
@@ -179,12 +181,11 @@ class ConfigurationPool:
 
     def waits(self, level: str) -> bool:
         """Whether any calls of a level would compile, which there is no time for now."""
-        return not self._growth.by_turns and not self._may_meet() and not self._without_compiling(level)
+        return not self._may_meet() and not self._without_compiling(level)
 
     def only_ready(self, configuration: Configuration) -> bool:
         """Whether new kernel calls of a configuration would compile, which there is no time for now."""
-        free = self._growth.by_turns or self._may_meet()
-        return not free and configuration in self.ready and configuration not in self._settled("kernel")
+        return not self._may_meet() and configuration in self.ready and configuration not in self._settled("kernel")
 
     def _fitting(self, level: str) -> Sequence[Configuration]:
         return [each for each in self.taken if level == "kernel" or each.head_dim_v is None] or self.taken
@@ -203,11 +204,13 @@ class ConfigurationPool:
 
     def _may_meet(self) -> bool:
         """Whether drawn calls have compiled for a small enough share of the time since the first of all."""
+        if self._growth.by_turns or not self._growth.hurries:
+            return True
         return self.met <= SHARE * (self._growth.clock() - self._began)
 
     def _drawn_from(self, level: str) -> Sequence[Configuration]:
         fitting = self._fitting(level)
-        if self._growth.by_turns or self._may_meet():
+        if self._may_meet():
             return fitting
         if some := self._without_compiling(level):
             return some

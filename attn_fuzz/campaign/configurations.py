@@ -58,6 +58,8 @@ class Configurations:
         self.only_ready = False
         """Whether the turn's calls are to be some that everything is compiled for."""
         self._pool: ConfigurationPool | None = None
+        self.hurries = False
+        """Whether what is met uncompiled is to be left, for a while, to those that compile ahead."""
         stated = backend.kernel.capabilities_on(self._kind)
         # Ranks that share heads would have configurations of their own.
         if not stated.configurations and not (stated.compiles and max(assignment.tensor_ranks) == 1):
@@ -68,8 +70,9 @@ class Configurations:
         order = in_order(domain if kernels else domain.for_layers, assignment.seed)
         # Of so many cases within a time it is a matter of time, too, which come.
         by_turns = assignment.cases is not None and assignment.seconds is None
-        self._by_turns = by_turns
-        growth = Growth(load=self._load, seed=assignment.seed, by_turns=by_turns)
+        # A packed call is compiled as a whole, or not at all; single cases are there for what batches do not draw.
+        self.hurries = not by_turns and assignment.mode == "batch"
+        growth = Growth(load=self._load, seed=assignment.seed, by_turns=by_turns, hurries=self.hurries)
         subject = Subject(assignment.backend, assignment.device, assignment.without)
         beside = 0 if growth.by_turns else assignment.compilers
         compilers = [Ahead(subject) for _ in range(beside)]
@@ -93,17 +96,6 @@ class Configurations:
         self._turn = chosen, level, self.compiling.spent
         self.only_ready = level == "kernel" and self._pool.only_ready(chosen)
         return narrowed
-
-    @property
-    def hurries(self) -> bool:
-        """Whether what is met uncompiled is to be left, for a while, to those that compile ahead."""
-        # A packed call is compiled as a whole, or not at all.
-        return self._pool is not None and not self._by_turns and self._job.mode != "packed"
-
-    @property
-    def overdue(self) -> bool:
-        """Whether the turn is to be cut short, for what it has spent compiling."""
-        return self.hurries and self._turn is not None and self.compiling.spent - self._turn[2] > COMPILES
 
     def timed(self, judge: Callable[[], _T]) -> _T:
         """What comes of a call; whether something was compiled in it is taken note of."""

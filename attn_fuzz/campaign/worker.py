@@ -199,7 +199,7 @@ class Worker:
         shrinking = self.failure is not None
         if shrinking and time.monotonic() - self.failed_at > _SHRINK_SECONDS:
             raise _Stop
-        if not shrinking and (self.over() or self.configurations.overdue):
+        if not shrinking and self.over():
             raise _Stop
         if not shrinking and self.begun_before(case):
             return
@@ -275,7 +275,7 @@ class Worker:
         try:
             few_cases(level, domain, job.seed * 1_000_003 + number, self.test, shrink=True)
         except (Symptom, Flaky, HypothesisException, ExceptionGroup, _Stop):
-            if self.failure is None and not (self.over() or self.configurations.overdue):
+            if self.failure is None and not self.over():
                 raise
         except _Broken as broken:
             raise broken.__cause__ or broken from None
@@ -328,7 +328,7 @@ class Worker:
         self.warm_up()
         number = 0
         while not self.over():
-            self.round(self.configurations.level(levels, number), number)
+            self.round(levels[number % len(levels)], number)
             number += 1
             if self.found and self.assignment.stop_at_first:
                 break
