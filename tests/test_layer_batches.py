@@ -228,7 +228,7 @@ def test_backwards_run_in_either_thread(wrong_in_main: bool) -> None:
 
 @needs_cuda
 @pytest.mark.cuda
-@pytest.mark.parametrize("question", ["", "documents apart"])
+@pytest.mark.parametrize("question", ["", "steps"])
 def test_unwritten_memory_of_a_gpu_is_poison(question: str) -> None:
     class AddsUnwritten(BufferedLayer):
         def forward(self, x: torch.Tensor, begin: int, end: int) -> torch.Tensor:

@@ -108,10 +108,10 @@ LAYER_QUESTIONS: Final[dict[str, Callable[[LayerBatchRun], None]]] = {
     "whole numbers": whole_numbers,
     "halves": halves,
 }
-"""Three of them are said by the first run of the drawn values (``how``): ``interfered``, each call around another one
-of the same shapes, so that what a layer keeps by shape is the other's; none, with a GPU's memory filled at every
-allocation; and ``steps``, that too, backward in a thread of autograd's, and buffers and what was handed back compared
-step by step, which they always are on CPUs, for it costs nothing there."""
+"""Two of them are said by the first run of the drawn values (``how``): ``interfered``, each call around another one of
+the same shapes, so that what a layer keeps by shape is the other's; and ``steps``, a GPU's memory filled at every
+allocation, backward in a thread of autograd's, and buffers and what was handed back compared step by step, which they
+always are on CPUs, for it costs nothing there."""
 
 
 def how(question: str, device: torch.device, asked: int) -> LayerHow:
@@ -119,6 +119,6 @@ def how(question: str, device: torch.device, asked: int) -> LayerHow:
     return LayerHow(
         watched=device.type == "cpu" or question == "steps",
         interfered=asked if question == "interfered" else 0,
-        filled=question in ("", "steps"),
+        filled=question == "steps",
         threaded=question == "steps",
     )
