@@ -81,6 +81,18 @@ def test_what_torch_does_not_take_is_said_and_no_fault(monkeypatch: pytest.Monke
     assert asked(Backup(), traceable=False)[1].counted == {}
 
 
+@pytest.mark.slow
+def test_what_its_compiler_raised_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_failed", {})
+
+    def raises(graph: object, examples: object) -> None:
+        raise TypeError("no such number\nin the second line")
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: raises)
+    _, trial = asked(Backup())
+    assert trial.counted == {"not taken by torch.compile (TypeError: no such number)": 1}
+
+
 def test_one_case_in_a_thousand_is_asked() -> None:
     often = sum(bool(set(RARE) & set(some_probes(CASE.replace(seed=seed)))) for seed in range(6_000))
     assert 0 < often < 20

@@ -23,8 +23,8 @@ from attn_fuzz.generation.layer_calls import LONGEST, draw_layer_batch
 from attn_fuzz.reference.layer import layer_inputs
 
 CALLS: Final = {"cpu": 48, "cuda": 64}
-"""Of a batch: fewer than campaigns come to on a GPU, whose batches take about two seconds there and one on a CPU, so that
-all questions have their turn while it is measured."""
+"""Of a batch: on a GPU fewer than campaigns come to, whose batches take about two seconds there and one on a CPU, so
+that all questions have their turn while it is measured."""
 
 _BATCHES: Final = 11
 """Different ones; sizes and questions have no divisor in common with their number, or are as many."""

@@ -15,7 +15,7 @@ from attn_fuzz.backends.kernel import Attended, AttentionOptions
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.execution.calls import Call
-from attn_fuzz.execution.process import device_failed, first_line, lacks_memory
+from attn_fuzz.execution.process import device_failed, first_line, in_words, lacks_memory
 
 Attention = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, VarlenMetadata, AttentionOptions],
@@ -171,7 +171,9 @@ def _compiling() -> Iterator[None]:
         except Exception as error:
             if lacks_memory(error) or device_failed(error) or not _of_compiler(error):
                 raise
-            raise NotTraceable(first_line(error)) from error
+            # That a backend raised is one line, what it raised is the next.
+            inner = getattr(error, "inner_exception", None)
+            raise NotTraceable(first_line(error) if inner is None else in_words(inner)) from error
 
 
 def _of_compiler(error: BaseException) -> bool:
