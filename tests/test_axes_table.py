@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,7 @@ from attn_fuzz.campaign.calls_worker import CallsWorker
 from attn_fuzz.campaign.messages import Assignment, Finished, Message
 from attn_fuzz.coverage.axes import ASKED, PLACES
 from attn_fuzz.evaluation import axes
-from attn_fuzz.evaluation.axes import ROWS, jobs
+from attn_fuzz.evaluation.axes import ROWS, Earlier, jobs
 
 
 def test_rows_are_of_values_and_questions_that_there_are() -> None:
@@ -34,6 +35,32 @@ def test_each_backend_is_asked_what_it_takes_or_it_is_said_why_not() -> None:
     assert {job.cases for job in found if not job.asked} == {50}
     assert all((job.cases or 0) > 50 for job in found if job.asked and job.mode == "batch")
     assert all(job.aim for job in found if not job.asked)
+
+
+def test_what_earlier_runs_had_is_not_run_again(tmp_path: Path) -> None:
+    rows, names = [ROWS[2], ROWS[10]], ("loop", "backup")
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    first.write_text(json.dumps({"axes": {ROWS[2].name: {"loop": {"asked": 30}, "backup": {"asked": 50}}}}))
+    second.write_text(json.dumps({"axes": {ROWS[2].name: {"loop": {"asked": 5}}, ROWS[10].name: {}}}))
+    all_of_it, _ = jobs(rows, names, "cpu", 2, 50, 5.0)
+    left, _ = jobs(rows, names, "cpu", 2, 50, 5.0, Earlier.read([first, second]))
+    before, now = ({(job.label, job.backend): job for job in some} for some in (all_of_it, left))
+    assert {*before} - {*now} == {(ROWS[2].name, "backup")}
+    assert now[ROWS[2].name, "loop"].cases == 15
+    assert now[ROWS[10].name, "loop"].cases == before[ROWS[10].name, "loop"].cases
+    assert not {job.seed for job in now.values()} & {job.seed for job in before.values()}
+
+
+def test_nothing_left_to_run_is_said(tmp_path: Path) -> None:
+    had = tmp_path / "had.json"
+    had.write_text(json.dumps({"axes": {ROWS[2].name: {"loop": {"asked": 40}}}}))
+    with pytest.raises(SystemExit, match="nothing left to run: all that is taken has had 40 cases"):
+        axes.main(["loop"], [ROWS[2].name], "cpu", 40, 30.0, 2, [had])
+
+
+def test_what_is_no_earlier_table_is_said() -> None:
+    with pytest.raises(SystemExit, match="is no table of axes"):
+        axes.main(["loop"], [ROWS[2].name], "cpu", 40, 30.0, 2, [Path(__file__)])
 
 
 @pytest.mark.slow

@@ -4,6 +4,10 @@
 
 runs kernel calls in batches, forward and backward, in which every call has the value of an axis that the row is about,
 or is asked what the row is about.
+
+    python -m attn_fuzz.evaluation.axes --cases 2000 --has axes.json > more.json
+
+runs what that run had too little of, with other cases.
 """
 
 from __future__ import annotations
@@ -12,7 +16,9 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
@@ -133,8 +139,37 @@ def _options(row: Row, device: str, workers: int, cases: int, seed: int) -> Camp
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Earlier:
+    """What earlier runs have had."""
+
+    runs: int = 0
+    asked: Mapping[JobOf, int] = dataclasses.field(default_factory=Counter)
+
+    @classmethod
+    def read(cls, files: Sequence[Path]) -> Earlier:
+        """Of what they printed. Raises SystemExit with a sentence for a file that is none of those."""
+        asked = Counter[JobOf]()
+        for file in files:
+            try:
+                for row, told in json.loads(file.read_text())["axes"].items():
+                    asked.update({(row, name): had["asked"] for name, had in told.items()})
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                raise SystemExit(f"{file} is no table of axes; give what this command printed") from None
+        return cls(len(files), asked)
+
+
+NOTHING: Final = Earlier()
+
+
 def jobs(
-    rows: Sequence[Row], names: Sequence[str], device: str, workers: int, cases: int, seconds: float
+    rows: Sequence[Row],
+    names: Sequence[str],
+    device: str,
+    workers: int,
+    cases: int,
+    seconds: float,
+    earlier: Earlier = NOTHING,
 ) -> tuple[list[Assignment], dict[JobOf, str]]:
     """(an assignment for each row and backend that takes it, why the others do not).
 
@@ -145,6 +180,7 @@ def jobs(
         workers: processes at a time.
         cases: of each.
         seconds: after which one is ended however many it has had.
+        earlier: what need not be run again; other cases are drawn than there.
     """
     found: list[Assignment] = []
     refused: dict[JobOf, str] = {}
@@ -153,8 +189,10 @@ def jobs(
         if row.mode == "batch" and row.asked and row.asked not in asked:
             refused |= {(row.name, name): "it is not asked on this device" for name in names}
             continue
-        options = _options(row, device, workers, cases, seed=31 + number)
         for name in names:
+            if (left := cases - earlier.asked[row.name, name]) <= 0:
+                continue
+            options = _options(row, device, workers, left, seed=31 + number + 1000 * earlier.runs)
             if row.aim and (why := aims_of(name, options).why_not(options.modes)) is not None:
                 refused[row.name, name] = why
                 continue
@@ -214,12 +252,16 @@ def main(
     cases: Annotated[int, typer.Option(min=1, help="Of each row and backend.")] = 2000,
     seconds: Annotated[float, typer.Option(min=1.0, help="For each at most.")] = 60.0,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes at a time.")] = None,
+    has: Annotated[list[Path] | None, typer.Option(help="What earlier runs printed, and need not have again.")] = None,
 ) -> None:
     """Prints the table of axes as JSON; what it is at goes to standard error."""
     rows = _rows(named or ())
     where, names = _there(device or default_device(), backend or ())
     places = workers or default_workers(where)
-    found, refused = jobs(rows, names, where, places, cases, seconds)
+    earlier = Earlier.read(has or ())
+    found, refused = jobs(rows, names, where, places, cases, seconds, earlier)
+    if not found and any(earlier.asked[row.name, name] for row in rows for name in names):
+        raise SystemExit(f"there is nothing left to run: all that is taken has had {cases} cases")
     if not found:
         raise SystemExit(f"none of {', '.join(names)} takes any of that: {next(iter(refused.values()))}")
     findings: list[Finding] = []
