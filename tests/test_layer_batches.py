@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
@@ -28,6 +30,8 @@ from attn_fuzz.batch.layer_questions import LAYER_QUESTIONS
 from attn_fuzz.campaign.calls_worker import work_on_batches
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message
 from attn_fuzz.cases.call_batch import PADDING, CallBatch
+from attn_fuzz.execution import observation
+from attn_fuzz.execution.runner import LayerRun
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.layer_calls import LONGEST, draw_layer_batch
@@ -284,6 +288,30 @@ class _WritesBehind(BufferedLayer):
         if end < len(self.buffer.k):
             self.buffer.k[end] = 1.0
         return out
+
+
+def test_who_strayed_is_known_where_calls_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Some(_WritesBehind):
+        def forward(self, x: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+            right = self.case.tokens != 4
+            return BufferedLayer.forward(self, x, begin, end) if right else super().forward(x, begin, end)
+
+    waits: list[int] = []
+
+    def flags(run: LayerRun, own: Callable[[LayerRun], list[torch.Tensor]] = LayerRun.flags) -> list[torch.Tensor]:
+        waits.append(run.case.tokens)
+        return own(run)
+
+    # As of a GPU's memory.
+    monkeypatch.setattr(observation, "waited_for", lambda tensor: True)
+    monkeypatch.setattr(LayerRun, "flags", flags)
+    lengths = [4 if index in (2, 17, 18) else 3 for index in range(19)]
+    cuts = tuple(cut for end in itertools.accumulate(lengths) for cut in (end - 1, end))[:-1]
+    batch = CallBatch(Case(lengths=tuple(lengths), cuts=cuts, head_dim=4), tuple(range(1, 20)))
+    judged = asked(layered(Some), "steps", batch)
+    assert accused(judged) == {"steps"}
+    assert [index for index in range(19) if judged.z[index].max() > 10] == [2, 17, 18]
+    assert waits == lengths
 
 
 class _CountsCuts(BufferedLayer):

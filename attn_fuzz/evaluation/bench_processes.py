@@ -58,6 +58,9 @@ RATES: Final = {
 }
 """By level: calls that are judged, and bare ones."""
 
+_LONGER: Final = {"layer_cases_per_s": 2.0}
+"""By what is measured, how many times as long: a layer's batches take a second and more, and questions differ."""
+
 Work = Callable[[int], int]
 """From a turn to how many calls were done in it."""
 
@@ -118,7 +121,8 @@ def _measure(index: int, job: Job, barrier: Barrier, results: Any) -> None:
                 for kind, work in zip(RATES[level], works, strict=True):
                     barrier.wait(STARTED_S)
                     if index < count:
-                        results.put((name, count, kind, _rate(work, 5 * index, job.seconds, device)))
+                        seconds = job.seconds * _LONGER.get(kind, 1.0)
+                        results.put((name, count, kind, _rate(work, 5 * index, seconds, device)))
 
 
 def measure_processes(job: Job, say: Callable[[str], None], found: dict[str, dict[str, dict[str, float]]]) -> None:

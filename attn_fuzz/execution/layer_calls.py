@@ -12,6 +12,7 @@ from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.backends.output import MisshapenResult
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.cases.interfering import crossing, interfering_call
+from attn_fuzz.execution import observation
 from attn_fuzz.execution.autograd_threads import autograd_threads
 from attn_fuzz.execution.kept_results import Arenas
 from attn_fuzz.execution.layer_tensors import LayerTensors
@@ -95,6 +96,7 @@ def run_layer_calls(
     meant = backend.kernel.paths_on(tensors.device.type)
     got: list[dict[str, torch.Tensor]] = [{} for _ in cases]
     arenas = arenas_of(cases, tensors.batch.case, tensors.weights)
+    strays = _Strays(found, watched=how.watched)
     filled = how.filled and not backend.kernel.compiled
     with poisoned(poison, tensors.device, free_blocks=not filled), autograd_threads(own=how.threaded):
         for index in reversed(range(len(cases))) if how.backwards else range(len(cases)):
@@ -105,9 +107,7 @@ def run_layer_calls(
             try:
                 _through(run, poison, interfered=index < how.interfered)
                 got[index] = run.results()
-                if strays := run.strays() if how.watched else []:
-                    stray = strays[0]
-                    found.strayed[index] = f"the {stray.step} changed rows {list(stray.rows)[:8]} of {stray.tensor}"
+                strays.add(index, run)
                 paths: frozenset[str] = getattr(run.layer, "paths", frozenset)()
                 found.paths |= paths
                 if wrong := sorted(paths - meant) if meant else []:
@@ -119,8 +119,51 @@ def run_layer_calls(
                 found.broken[index] = in_words(error)
                 if isinstance(error, MisshapenResult):
                     found.incomplete.add(index)
+        strays.settle()
     collect(found, got, cases, tensors.batch.case, arenas)
     return found
+
+
+_TOGETHER: Final = 16
+"""Calls whose comparisons are waited for together: other processes may be waiting for the GPU, too."""
+
+
+class _Strays:
+    """Finds the calls that wrote where nothing may be written.
+
+    Args:
+        found: gets them.
+        watched: whether they are looked for.
+    """
+
+    def __init__(self, found: LayerResults, *, watched: bool) -> None:
+        self._found, self._watched = found, watched
+        self._runs: list[tuple[int, LayerRun]] = []
+        self._flags: list[torch.Tensor] = []
+
+    def add(self, index: int, run: LayerRun) -> None:
+        """A call that is over."""
+        if not self._watched:
+            return
+        if not observation.waited_for(run.x):
+            self._note(index, run)
+            return
+        self._runs.append((index, run))
+        self._flags += run.flags()
+        if len(self._runs) == _TOGETHER:
+            self.settle()
+
+    def settle(self) -> None:
+        """Waits for what is there."""
+        runs, flags, self._runs, self._flags = self._runs, self._flags, [], []
+        if flags and torch.stack(flags).any():
+            for index, run in runs:
+                self._note(index, run)
+
+    def _note(self, index: int, run: LayerRun) -> None:
+        if strays := run.strays():
+            stray = strays[0]
+            self._found.strayed[index] = f"the {stray.step} changed rows {list(stray.rows)[:8]} of {stray.tensor}"
 
 
 def _through(run: LayerRun, poison: str, *, interfered: bool) -> None:

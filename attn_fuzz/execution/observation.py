@@ -167,6 +167,7 @@ class HandedBack:
         self.name, self._kept, self._watch = name, kept or Kept(), watched
         self._values: list[torch.Tensor] = []
         self._given: list[tuple[str, torch.Tensor, _Watched]] = []
+        self._seen: list[Stray] = []
 
     def add(self, step: str, tensor: torch.Tensor, span: tuple[int, int] = (0, 0)) -> None:
         """Remembers a result of the tokens ``span`` as it is."""
@@ -181,10 +182,19 @@ class HandedBack:
         """The results as they were when they were handed back, one behind another in that order, or the other one."""
         return self._kept.joined(self.name, self._values[::-1] if last_first else self._values)
 
+    def look(self) -> None:
+        """Looks whether results are still what they were; of a GPU's memory nobody waits for what that shows."""
+        self._seen += [stray for step, now, watched in self._given for stray in watched.compare(now, step, 0, 0)]
+
+    def flags(self) -> list[torch.Tensor]:
+        """Of the looks that have not been waited for: whether rows differ, one element each."""
+        return [flag for *_, watched in self._given for flag in watched.flags()]
+
     def changed(self) -> list[Stray]:
         """Rows of results that are no longer what they were."""
-        found = [stray for step, now, watched in self._given for stray in watched.compare(now, step, 0, 0)]
-        return found + _settled([watched for *_, watched in self._given])
+        self.look()
+        seen, self._seen = self._seen, []
+        return seen + _settled([watched for *_, watched in self._given])
 
 
 class Watch:
@@ -221,6 +231,10 @@ class Watch:
             return []
         pairs = zip(self._watched, tensors, strict=True)
         return [stray for watched, tensor in pairs for stray in watched.compare(tensor, step, begin, end)]
+
+    def flags(self) -> list[torch.Tensor]:
+        """Of the looks that have not been waited for: whether rows differ, one element each."""
+        return [flag for watched in (*self._past, *self._watched) for flag in watched.flags()]
 
     def settle(self) -> list[Stray]:
         """Rows that looks at a GPU's memory found changed; none of them has been waited for until now."""

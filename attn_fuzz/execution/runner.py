@@ -275,6 +275,13 @@ class LayerRun:
         observation.changed = self.changed()
         return observation.on_cpu()
 
+    def flags(self) -> list[torch.Tensor]:
+        """Looks for the last time; flags one of which is set where ``strays`` has some of a GPU's memory to tell."""
+        handed_back = self.outputs, self.input_gradients
+        for each in handed_back:
+            each.look()
+        return [flag for each in (self.buffer, self.buffer_gradient, *handed_back) for flag in each.flags()]
+
     def strays(self) -> list[Stray]:
         """Rows that changed where nothing may be written, in the order of the steps; asked once, when all is over."""
         found = self.observation.strays
