@@ -19,6 +19,7 @@ from launched_kernels import (
 from recorded import FakeRecorder, FakeStreams
 
 from attn_fuzz.backends.kernels.backup import Backup
+from attn_fuzz.backends.kernels.loop import LoopKernel
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.batch import launched
 from attn_fuzz.batch.batch_run import GRAPHS, STREAMS
@@ -32,6 +33,7 @@ from attn_fuzz.execution.streams import streams_of
 from attn_fuzz.oracle.checks import graphs, streams
 from attn_fuzz.oracle.deviations import LIMIT
 from attn_fuzz.oracle.symptoms import NotOrdered, NotReplayed
+from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.case import Case
 
 BATCH = CallBatch(Case(level="kernel", lengths=(5, 2, 3, 4, 1, 6, 7), heads=2, head_dim=8, dtype="bf16"), (3, 4, 6, 7))
@@ -125,3 +127,18 @@ def test_real_graphs(kernel: type[OnDevice], wrong: bool) -> None:
     assert not found.broken
     assert found.counted[graphs.REPLAYED] == 4
     assert bool(found.failing()) is wrong
+
+
+@pytest.mark.parametrize(("memory", "launched_otherwise"), [("contiguous", True), ("far_rows", False)])
+def test_what_takes_gigabytes_is_not_launched_otherwise(
+    memory: str, launched_otherwise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, cpu = LoopKernel(), torch.device("cpu")
+    kernel.capabilities = dataclasses.replace(kernel.capabilities, graphs=None)  # type: ignore[misc]
+    backend = Backend("loop", kernel, levels=("kernel",))
+    case = Case(level="kernel", lengths=(2, 1), memory=memory)
+    assert graphs.capturable(case, backend, cpu) is launched_otherwise
+    monkeypatch.setattr(streams, "streams_of", lambda device: FakeStreams())
+    trial = Trial(case, backend, cpu)
+    list(streams.ordered_by_streams(trial))
+    assert trial.counted == ({streams.ORDERED: 1} if launched_otherwise else {})

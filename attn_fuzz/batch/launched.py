@@ -21,7 +21,7 @@ from attn_fuzz.execution.streams import streams_of
 from attn_fuzz.oracle.checks.graphs import BACKWARD, REFUSED, REPLAYED, attempted, capturable
 from attn_fuzz.oracle.checks.streams import ORDERED
 from attn_fuzz.oracle.deviations import limit
-from attn_fuzz.oracle.relations.launched import spoiled
+from attn_fuzz.oracle.relations.launched import ONE_AT_A_TIME, spoiled
 from attn_fuzz.reference.answer import kernel_inputs
 
 CAPTURED: Final = 8
@@ -32,7 +32,7 @@ def ordered_by_streams(batch_run: BatchRun) -> None:
     """Inputs of all calls come late from one stream, the calls run one by one on a second, a third takes results."""
     streams, batch, device = streams_of(batch_run.device), batch_run.batch, batch_run.device
     stated = batch_run.backend.kernel.capabilities_on(device.type)
-    if streams is None or batch.case.memory == "broadcast" or not stated.streams:
+    if streams is None or batch.case.memory in ONE_AT_A_TIME or not stated.streams:
         return
     drawn = batch_run.inputs()
     static, before, after = (BatchTensors(batch, each, device) for each in (spoiled(drawn), drawn, spoiled(drawn)))

@@ -19,7 +19,7 @@ from attn_fuzz.execution.graphs import NotCapturable, Recorder, Replay, recorder
 from attn_fuzz.execution.observation import Observation
 from attn_fuzz.execution.static_call import StaticCall
 from attn_fuzz.oracle.relations.autograd import INFERENCE
-from attn_fuzz.oracle.relations.launched import unlike
+from attn_fuzz.oracle.relations.launched import ONE_AT_A_TIME, unlike
 from attn_fuzz.oracle.symptoms import NotReplayed, Symptom
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.answer import Inputs, kernel_inputs
@@ -65,7 +65,7 @@ def capturable(case: Case, backend: Backend, device: torch.device) -> bool:
         device: where.
     """
     stated = backend.kernel.capabilities_on(device.type)
-    if case.level != "kernel" or stated.graphs is False or case.memory == "broadcast":
+    if case.level != "kernel" or stated.graphs is False or case.memory in ONE_AT_A_TIME:
         return False
     if case.gaps != (0, 0):
         # Where a document's rows lie then depends on the lengths of those before it, and results are read by them.

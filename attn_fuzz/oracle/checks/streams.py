@@ -12,7 +12,7 @@ from attn_fuzz.execution.observation import Observation
 from attn_fuzz.execution.process import beyond_its_call
 from attn_fuzz.execution.static_call import StaticCall
 from attn_fuzz.execution.streams import Streams, streams_of
-from attn_fuzz.oracle.relations.launched import spoiled, unlike
+from attn_fuzz.oracle.relations.launched import ONE_AT_A_TIME, spoiled, unlike
 from attn_fuzz.oracle.symptoms import NotOrdered, Symptom
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.answer import Inputs, kernel_inputs
@@ -23,7 +23,7 @@ ORDERED: Final = "calls on a stream of their own, between two others"
 def ordered_by_streams(trial: Trial) -> Iterator[Symptom]:
     """Inputs that come late from one stream, a call on another, results that are taken on a third: the same bits."""
     case, streams = trial.case, streams_of(trial.device)
-    if streams is None or case.level != "kernel" or case.memory == "broadcast" or not trial.stated.streams:
+    if streams is None or case.level != "kernel" or case.memory in ONE_AT_A_TIME or not trial.stated.streams:
         return
     assert isinstance(trial.inputs, Inputs)
 

@@ -14,7 +14,12 @@ from attn_fuzz.oracle.deviations import deviations, limit
 from attn_fuzz.oracle.symptoms import Element
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.answer import Inputs
+from attn_fuzz.reference.case import FAR_MEMORIES
 from attn_fuzz.reference.memory import bits, same_bits
+
+ONE_AT_A_TIME: Final = ("broadcast", *FAR_MEMORIES)
+"""Memory layouts of calls that are not launched otherwise, which takes their inputs up to four times: rows that are one
+row cannot be written one by one, and those far apart take up to 16 GiB."""
 
 
 def spoiled(drawn: Inputs) -> Inputs:
