@@ -76,8 +76,8 @@ class Arenas:
             return None
         made = self._made.get(name)
         if made is None:
-            made = like.new_zeros(self._bounds[-1] if name in self.rows else len(self._bounds) - 1, *row)
-            self._made[name] = made
+            count = self._bounds[-1] if name in self.rows else len(self._bounds) - 1
+            made = self._made[name] = torch.zeros(count, *row, dtype=like.dtype, device=self.device)
         if made.dtype != like.dtype:
             return None
         return made.narrow(0, self._bounds[index] + begin, shape[0]) if name in self.rows else made[index]
