@@ -11,7 +11,7 @@ from devices import needs_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attn_fuzz.backends.layer import BufferedLayer
+from attn_fuzz.backends.layer import BufferedLayer, Normed
 from attn_fuzz.backends.legacy import LegacyLayer
 from attn_fuzz.backends.registry import Backend, load
 from attn_fuzz.oracle.trial import Trial
@@ -19,6 +19,7 @@ from attn_fuzz.reference.case import DTYPES, Case
 from attn_fuzz.reference.layer import LayerInputs, layer_inputs
 from attn_fuzz.reference.layout import active_extent, micro_sequences
 from attn_fuzz.reference.memory import same_bits
+from attn_fuzz.reference.weights import NORM_EPSILON
 
 CPU = torch.device("cpu")
 SENTINEL = 7.0
@@ -251,3 +252,21 @@ def test_legacy_gradients_hold_unwritten_memory_where_rows_are_dead() -> None:
 def test_legacy_has_no_buffer() -> None:
     inputs = layer_inputs(STRADDLING, CPU)
     assert LegacyLayer(inputs.weights, STRADDLING, load("loop").kernel).key_value() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_differentiated_as_its_formula(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, dy = (torch.randn(7, 3, 16, generator=generator).to(dtype) for _ in range(2))
+    weight = torch.rand(16, generator=generator) + 0.5
+    own_x, own_weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    out = Normed.apply(own_x, own_weight)
+    out.backward(dy)
+    exact_x, exact_weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    exact = exact_x * torch.rsqrt(exact_x.square().mean(-1, keepdim=True) + NORM_EPSILON) * exact_weight
+    exact.backward(dy.double())
+    rounding = 1e-5 if dtype == torch.float32 else 2.0**-8
+    assert out.dtype == own_x.grad.dtype == dtype  # type: ignore[union-attr]
+    for got, meant in ((out, exact), (own_x.grad, exact_x.grad)):
+        torch.testing.assert_close(got.double(), meant, rtol=rounding, atol=rounding)  # type: ignore[union-attr]
+    torch.testing.assert_close(own_weight.grad.double(), exact_weight.grad, rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]

@@ -168,6 +168,24 @@ def test_issue_layout() -> None:
     assert metadata.position_index.tolist() == list(range(2, 10))
 
 
+@bounded
+@given(windows())
+def test_tensors_of_one_transfer_are_those_made_one_by_one(window: tuple[list[int], int, int]) -> None:
+    made = metadata_of(window)
+    together = made.transferred()
+    named = {
+        "q": (made.varlen.cu_seqlens_q, together.varlen.cu_seqlens_q),
+        "k": (made.varlen.cu_seqlens_k, together.varlen.cu_seqlens_k),
+        "positions": (made.position_index, together.position_index),
+    }
+    for one, part in named.values():
+        assert torch.equal(one, part)
+        assert one.dtype == part.dtype == torch.int32
+        assert part.storage_offset() % 32 == 0
+    assert len({part.untyped_storage().data_ptr() for _, part in named.values()}) == 1
+    assert (together.past_length, together.varlen) == (made.past_length, made.varlen)
+
+
 @pytest.mark.parametrize(("begin", "end"), [(-1, 2), (0, 0), (2, 2), (3, 2), (0, 6), (5, 6), (7, 9)])
 def test_windows_outside_the_sequence_are_errors(begin: int, end: int) -> None:
     with pytest.raises(ValueError, match=rf"\[{begin}, {end}\).* 5 tokens"):
