@@ -86,8 +86,7 @@ class Report:
     """Names of torch's operators that ran, where that was asked."""
     seconds: float = 0.0
     """What it took of processors' time, where it came back, no operators were asked for, and its process had run
-    another
-    one: the first loads libraries."""
+    another one: the first loads libraries."""
     variants: int = 0
     """Kernels that Triton compiled for it, or found compiled on disk."""
     disagreement: str | None = None

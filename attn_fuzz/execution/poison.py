@@ -10,7 +10,7 @@ which kernels torch chooses for it, is the same as without.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -26,35 +26,35 @@ FINITE_BYTE: Final = 0x5A
 _BYTES: Final = {"nan": NAN_BYTE, "finite": FINITE_BYTE, "zero": 0}
 """Zeros are no poison: they tell what the contents of unwritten memory did from what arithmetic did."""
 
-# Sizes that together reach into every bin of the CUDA caching allocator that a narrow case uses (512 B to 20 MiB).
-_PRIMED: Final = (*((1 << exponent, 8) for exponent in range(9, 20)), (1 << 20, 16), (20 << 20, 2))
+
+def _blocks(times: int, longest: int) -> tuple[int, ...]:
+    """Sizes that together reach into every bin of the CUDA caching allocator for what is small (512 B to 1 MiB)."""
+    return (*(1 << exponent for exponent in range(9, 20) for _ in range(times)), *(1 << 20 for _ in range(longest)))
 
 
-def _prime_cuda(device: torch.device, byte: int) -> None:
-    """Leaves poison in the caching allocator's free blocks, so that kernels' own allocations get it."""
-    blocks = [
-        torch.empty(size, dtype=torch.uint8, device=device).fill_(byte) for size, count in _PRIMED for _ in range(count)
-    ]
-    del blocks
+# The largest ones are for the bin of what is larger, 20 MiB.
+_PRIMED: Final = (*_blocks(8, 16), 20 << 20, 20 << 20)
+_PRIMED_AGAIN: Final = _blocks(2, 4)
 
 
-# The same, for calls between which there is little to fill again: the smallest block that fits is what is given.
-_PRIMED_AGAIN: Final = (*(1 << exponent for exponent in range(9, 20) for _ in range(2)), *(1 << 20 for _ in range(4)))
+def _prime(sizes: Sequence[int], byte: int, device: torch.device) -> None:
+    """Leaves poison in the caching allocator's free blocks, so that kernels' own allocations get it; a few launches."""
+    blocks = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+    torch._foreach_zero_(blocks)
+    if byte:
+        torch._foreach_add_(blocks, byte)
 
 
 def prime_again(poison: str, device: torch.device) -> None:
-    """Fills a GPU's free blocks anew, before one of many calls that get their memory from there; a few launches."""
-    if device.type != "cuda" or poison not in _BYTES:
-        return
-    blocks = [torch.empty(size, dtype=torch.uint8, device=device) for size in _PRIMED_AGAIN]
-    torch._foreach_zero_(blocks)
-    if _BYTES[poison]:
-        torch._foreach_add_(blocks, _BYTES[poison])
+    """Fills a GPU's free blocks anew, before one of many calls that get their memory from there: fewer of them, since
+    the smallest block that fits is what is given."""
+    if device.type == "cuda" and poison in _BYTES:
+        _prime(_PRIMED_AGAIN, _BYTES[poison], device)
 
 
 @contextlib.contextmanager
 def _filled_device(byte: int, device: torch.device, *, free_blocks: bool) -> Iterator[None]:
-    _prime_cuda(device, byte)
+    _prime(_PRIMED, byte, device)
     with contextlib.nullcontext() if free_blocks else filled_allocations(byte, device):
         yield
 
