@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 import torch
 
 from attn_fuzz.reference.layout import Span
 from attn_fuzz.reference.simulated import SimulatedAttention
 
-_TOGETHER = 64
-"""Up to this length, documents are padded to the longest of their group; padding longer ones would cost too much."""
+_TOGETHER: Final = {"cpu": 64, "cuda": 128}
+"""Up to this length, documents are padded to the longest of their group; padding longer ones would cost too much. What
+a GPU is told to do takes longer than to do it with some more rows."""
+
+_SHORTEST: Final = {"cpu": 4, "cuda": 16}
+"""Rows of the group of the shortest documents, for the same reason."""
+
+_MOST: Final = 1 << 24
+"""Scores of a group, of all samples: 128 MiB in float64, and some ten such tensors are alive at once."""
 
 
-def groups_of(spans: Sequence[Span]) -> list[list[Span]]:
-    """Documents that are evaluated side by side: short ones of about the same length; empty ones are left out."""
+def groups_of(spans: Sequence[Span], scores: int, device: torch.device) -> list[list[Span]]:
+    """Documents that are evaluated side by side: short ones of about the same length; empty ones are left out.
+
+    Args:
+        spans: of all documents.
+        scores: how many each pair of a query and a key has: heads, times samples.
+        device: where they are evaluated.
+    """
     groups: dict[int, list[Span]] = {}
     alone: list[list[Span]] = []
+    together, shortest = (sizes.get(device.type, sizes["cuda"]) for sizes in (_TOGETHER, _SHORTEST))
     for span in spans:
-        if span.length > _TOGETHER:
+        if span.length > together:
             alone.append([span])
         elif span.length:
-            groups.setdefault(max(4, 1 << (span.length - 1).bit_length()), []).append(span)
-    return [*groups.values(), *alone]
+            groups.setdefault(max(shortest, 1 << (span.length - 1).bit_length()), []).append(span)
+    parts = [_in_parts(some, max(1, _MOST // (scores * rows**2))) for rows, some in groups.items()]
+    return [*itertools.chain.from_iterable(parts), *alone]
+
+
+def _in_parts(spans: Sequence[Span], most: int) -> Iterator[list[Span]]:
+    """As many spans after others as a group may have."""
+    return (list(spans[begin : begin + most]) for begin in range(0, len(spans), most))
 
 
 class Packed:

@@ -82,7 +82,7 @@ class _Layer:
         self.case, self.profile, self.conventions = case, profile, conventions
         self.by_call, self.calls = calls is not None, calls or (Span(0, case.tokens),)
         device = inputs.x.device
-        self.arithmetic = Arithmetic(case.dtype, device, case.seed, samples)
+        self.arithmetic, self.samples = Arithmetic(case.dtype, device, case.seed, samples), samples
         self.narrow = Narrow.projecting(case.dtype, profile)
         self.weights = {name: self.arithmetic.exact(weight) for name, weight in inputs.weights.items()}
         self.spans = document_spans(case.packed_lengths)
@@ -246,7 +246,7 @@ class _Layer:
         v = self.norm("value_norm", v0)
         groups = [
             SimulatedAttention(case, self.profile, arithmetic, spans, self.parts, (q, k, v))
-            for spans in groups_of(self.spans)
+            for spans in groups_of(self.spans, case.heads * (1 + self.samples), x.device)
         ]
         by_token = Packed(groups, x.device)
         context = by_token([group.forward() for group in groups])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +54,28 @@ def test_an_interrupted_measurement_keeps_what_it_had(monkeypatch: pytest.Monkey
     assert result["interrupted"]
     assert list(result["processes"]) == ["loop"]
     assert result["processes"]["loop"]["1"]["cases_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_a_process_that_is_lost_takes_nothing_with_it(attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = bench.dataclasses.replace(bench.PLANS["cpu"], batch_documents=12, batch_seconds=0.2, batch_processes=(1,))
+    monkeypatch.setitem(bench.PLANS, "cpu", plan)
+    measured = bench_processes.__globals__["measure_processes"]
+
+    def losing(job: Job, say: Callable[[str], None], found: dict[str, dict[str, dict[str, float]]]) -> None:
+        def killing(line: str) -> None:
+            say(line)
+            for child in multiprocessing.active_children():
+                child.kill()
+
+        measured(job, killing, found)
+
+    monkeypatch.setitem(bench_processes.__globals__, "measure_processes", losing)
+    command = ("bench", "--processes", "--device", "cpu", "--level", "kernel", "--json")
+    done = attn_fuzz(*command, "-b", "loop", "-b", "backup")
+    assert done.status == 2
+    assert "a process of the measurement died: see its own words above; the rest was not measured" in done.err
+    assert list(done.json["processes"]) == ["loop"]
 
 
 @pytest.mark.slow

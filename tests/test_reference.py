@@ -254,7 +254,8 @@ def test_documents_side_by_side_equal_one_at_a_time(case: Case, stored: frozense
     inputs, profile = layer_inputs(case, "cpu"), Profile(stored_sums=stored)
     together = layer_answer(case, inputs, profile, samples=128)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("attn_fuzz.reference.layer.groups_of", lambda spans: [[span] for span in spans if span.length])
+        one_by_one = lambda spans, *_: [[span] for span in spans if span.length]  # noqa: E731
+        patch.setattr("attn_fuzz.reference.layer.groups_of", one_by_one)
         alone = layer_answer(case, inputs, profile, samples=128)
     for name, answer in alone.items():
         assert torch.allclose(together[name].value, answer.value, rtol=1e-12, atol=1e-12), name
@@ -267,7 +268,17 @@ def test_documents_side_by_side_equal_one_at_a_time(case: Case, stored: frozense
 
 def test_documents_are_padded_to_others_of_about_their_length() -> None:
     spans = document_spans((3, 0, 129, 9, 1, 16, 4, 129))
-    assert [[span.length for span in group] for group in groups_of(spans)] == [[3, 1, 4], [9, 16], [129], [129]]
+    groups = [groups_of(spans, 8, torch.device(kind)) for kind in ("cpu", "cuda")]
+    cpu, cuda = ([[span.length for span in group] for group in each] for each in groups)
+    assert cpu == [[3, 1, 4], [9, 16], [129], [129]]
+    # A GPU takes longer to be told of a group than to pad it.
+    assert cuda == [[3, 9, 1, 16, 4], [129], [129]]
+
+
+def test_no_group_of_documents_has_more_scores_than_fit() -> None:
+    spans = document_spans((64, 3, 64, 60, 64))
+    groups = groups_of(spans, 2 * (1 << 24) // (5 * 64**2), torch.device("cpu"))
+    assert [[span.length for span in group] for group in groups] == [[64, 64], [60, 64], [3]]
 
 
 def test_layer_gradients_equal_finite_differences() -> None:

@@ -6,6 +6,7 @@ Known answers (oracle/known_answer) and relations (oracle/relations) are those o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Final
 
@@ -116,9 +117,9 @@ always are on CPUs, for it costs nothing there."""
 
 def how(question: str, device: torch.device, asked: int) -> LayerHow:
     """In which way the drawn values run first, where so many of the calls are asked."""
-    return LayerHow(
-        watched=device.type == "cpu" or question == "steps",
-        interfered=asked if question == "interfered" else 0,
-        filled=question == "steps",
-        threaded=question == "steps",
-    )
+    usual = LayerHow(watched=device.type == "cpu")
+    if question == "interfered":
+        return dataclasses.replace(usual, interfered=True, others=(asked, usual))
+    if question == "steps":
+        return LayerHow(watched=True, filled=True, threaded=True, others=(asked, usual))
+    return usual

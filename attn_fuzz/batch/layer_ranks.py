@@ -72,13 +72,13 @@ def run_on_ranks(
         torch.OutOfMemoryError: as it comes.
     """
     device, found = tensors.device, LayerResults()
-    order = range(len(cases))[:: -1 if how.backwards else 1]
     calls = {
         index: RankCall(
             cases[index],
             tensors.of_call(index),
-            interfering_call(cases[index], backend, device.type) if index < how.interfered else None,
+            interfering_call(cases[index], backend, device.type) if own.interfered else None,
         )
+        for order, own in how.parts(len(cases))
         for index in order
     }
     observed: dict[int, Observation] = {}
@@ -90,7 +90,7 @@ def run_on_ranks(
         _one_by_one(found, observed, calls, lambda call: run_calls(backend, [call], poison, device)[0], beat)
         if len(observed) == len(calls) and isinstance(error, RankFailed):
             # Not silence: on a busy machine all calls together may take too long.
-            found.broken[order[-1]] = in_words(error)
+            found.broken[next(reversed(calls))] = in_words(error)
     got: list[dict[str, torch.Tensor]] = [{} for _ in cases]
     meant = backend.kernel.paths_on(device.type)
     for index, one in observed.items():

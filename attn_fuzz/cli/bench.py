@@ -14,7 +14,7 @@ from attn_fuzz.cli.columns import Column, print_fitted
 from attn_fuzz.cli.terminal import progress_console, results_console
 from attn_fuzz.evaluation.bench import bench as measure
 from attn_fuzz.evaluation.bench_plan import PLANS
-from attn_fuzz.evaluation.bench_processes import RATES, bench_processes
+from attn_fuzz.evaluation.bench_processes import RATES, BenchError, bench_processes
 from attn_fuzz.reference.case import LEVELS
 
 
@@ -43,6 +43,8 @@ def bench(
             typer.echo(json.dumps(shared))
         else:
             show_processes(results_console(), shared)
+        if shared["lost"]:
+            raise BenchError(f"{shared['lost']}; the rest was not measured")
         return
     result = measure(where, names, say)
     if as_json:

@@ -40,12 +40,21 @@ class LayerHow:
     """Whether buffers, and what was handed back, are compared step by step."""
     backwards: bool = False
     """The last call first."""
-    interfered: int = 0
-    """How many, from the first on, run around an interfering call of their own each (cases/interfering.py)."""
+    interfered: bool = False
+    """Whether each runs around an interfering call of its own (cases/interfering.py)."""
     filled: bool = False
     """Whether a GPU's memory is filled at every allocation, and not its free blocks before every call."""
     threaded: bool = False
     """Whether backwards run in a thread of autograd's own."""
+    others: tuple[int, LayerHow] | None = None
+    """From which call on they are run in which other way; None for not at all."""
+
+    def parts(self, count: int) -> list[tuple[range, LayerHow]]:
+        """Which of so many calls run in which way, in order."""
+        first, other = self.others or (count, self)
+        first = min(first, count)
+        parts = [part for part in ((range(first), self), (range(first, count), other)) if part[0]]
+        return [(order[::-1], how) for order, how in parts[::-1]] if self.backwards else parts
 
 
 @dataclasses.dataclass
@@ -96,30 +105,31 @@ def run_layer_calls(
     meant = backend.kernel.paths_on(tensors.device.type)
     got: list[dict[str, torch.Tensor]] = [{} for _ in cases]
     arenas = arenas_of(cases, tensors.batch.case, tensors.weights)
-    strays = _Strays(found, watched=how.watched)
-    filled = how.filled and not backend.kernel.compiled
-    with poisoned(poison, tensors.device, free_blocks=not filled), autograd_threads(own=how.threaded):
-        for index in reversed(range(len(cases))) if how.backwards else range(len(cases)):
-            beat()
-            if not filled:
-                prime_again(poison, tensors.device)
-            run = LayerRun(backend, cases[index], tensors, index, arenas.of_call(index), watched=how.watched)
-            try:
-                _through(run, poison, interfered=index < how.interfered)
-                got[index] = run.results()
-                strays.add(index, run)
-                paths: frozenset[str] = getattr(run.layer, "paths", frozenset)()
-                found.paths |= paths
-                if wrong := sorted(paths - meant) if meant else []:
-                    found.broken[index] = f"{wrong[0]!r} ran, but should be {' or '.join(sorted(meant))}"
-            except (UnsupportedCase, NotImplementedError) as refusal:
-                found.refused[index] = str(refusal)
-            except Exception as error:
-                raise_lack_of_memory(error)
-                found.broken[index] = in_words(error)
-                if isinstance(error, MisshapenResult):
-                    found.incomplete.add(index)
-        strays.settle()
+    for order, own in how.parts(len(cases)):
+        strays = _Strays(found, watched=own.watched)
+        filled = own.filled and not backend.kernel.compiled
+        with poisoned(poison, tensors.device, free_blocks=not filled), autograd_threads(own=own.threaded):
+            for index in order:
+                beat()
+                if not filled:
+                    prime_again(poison, tensors.device)
+                run = LayerRun(backend, cases[index], tensors, index, arenas.of_call(index), watched=own.watched)
+                try:
+                    _through(run, poison, interfered=own.interfered)
+                    got[index] = run.results()
+                    strays.add(index, run)
+                    paths: frozenset[str] = getattr(run.layer, "paths", frozenset)()
+                    found.paths |= paths
+                    if wrong := sorted(paths - meant) if meant else []:
+                        found.broken[index] = f"{wrong[0]!r} ran, but should be {' or '.join(sorted(meant))}"
+                except (UnsupportedCase, NotImplementedError) as refusal:
+                    found.refused[index] = str(refusal)
+                except Exception as error:
+                    raise_lack_of_memory(error)
+                    found.broken[index] = in_words(error)
+                    if isinstance(error, MisshapenResult):
+                        found.incomplete.add(index)
+            strays.settle()
     collect(found, got, cases, tensors.batch.case, arenas)
     return found
 
