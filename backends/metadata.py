@@ -126,17 +126,18 @@ class VarlenMetadata:
         Args:
             window: (left, right) with causality folded in, -1 for no bound.
         """
-        index_q, index_k = self.document_index_q.long(), self.document_index_k.long()
-        mask = index_q[:, None] == index_k[None, :]
         left, right = window
-        if left < 0 and right < 0:
-            return mask
-        from_end_q, from_end_k = self.rows_from_end()
-        distance = from_end_k[None, :] - from_end_q[:, None]
+        document, rows = self.document_index_q, (sum(self.lengths_q), self.first_key_row + sum(self.lengths_k))
+        queries, keys = (torch.arange(count, dtype=torch.int32, device=self.device) for count in rows)
+        # Where each query stands among the keys, counted from the end of both.
+        place = (self.cu_seqlens_k - self.cu_seqlens_q)[document].add_(queries)[:, None]
+        mask = keys >= self.cu_seqlens_k[document - 1][:, None]
+        # A query that sees none behind it sees none of another document there.
+        mask &= keys < self.cu_seqlens_k[document][:, None] if right else keys <= place
+        if right > 0:
+            mask &= keys - place <= right
         if left >= 0:
-            mask &= distance <= left
-        if right >= 0:
-            mask &= -distance <= right
+            mask &= place - keys <= left
         return mask
 
 

@@ -16,6 +16,7 @@ from attn_fuzz.reference.layout import Segment, call_segments
 from attn_fuzz.reference.profile import Profile
 from attn_fuzz.reference.sums import sums_of
 from attn_fuzz.reference.terms import Document
+from attn_fuzz.reference.transfer import transferred
 from attn_fuzz.reference.values import draw
 
 
@@ -115,8 +116,7 @@ def kernel_answer(case: Case, inputs: Inputs, profile: Profile, pairs: int = _PA
     for documents in alike(call_segments(case), pairs // case.heads):
         queries, seen = documents[0].queries.length, documents[0].keys.length
         rows, keys = (
-            torch.tensor([span.begin for span in spans], device=q.device)[:, None]
-            + torch.arange(length, device=q.device)
+            transferred([span.begin for span in spans], q.device)[:, None] + torch.arange(length, device=q.device)
             for spans, length in (([d.queries for d in documents], queries), ([d.keys for d in documents], seen))
         )
         qd, kd, vd, doutd = (x[place].transpose(1, 2) for x, place in ((q, rows), (k, keys), (v, keys), (dout, rows)))

@@ -10,6 +10,7 @@ import torch
 
 from attn_fuzz.reference.layout import Span
 from attn_fuzz.reference.simulated import SimulatedAttention
+from attn_fuzz.reference.transfer import transferred
 
 _TOGETHER: Final = {"cpu": 64, "cuda": 128}
 """Up to this length, documents are padded to the longest of their group; padding longer ones would cost too much. What
@@ -18,8 +19,8 @@ a GPU is told to do takes longer than to do it with some more rows."""
 _SHORTEST: Final = {"cpu": 4, "cuda": 16}
 """Rows of the group of the shortest documents, for the same reason."""
 
-_MOST: Final = 1 << 24
-"""Scores of a group, of all samples: 128 MiB in float64, and some ten such tensors are alive at once."""
+_MOST: Final = 1 << 23
+"""Scores of a group, of all samples: 64 MiB in float64, and more than ten such tensors are alive at once."""
 
 
 def groups_of(spans: Sequence[Span], scores: int, device: torch.device) -> list[list[Span]]:
@@ -63,7 +64,7 @@ class Packed:
                 first = offset + document * group.rows
                 places += [(span.begin + row, first + row) for row in range(span.length)]
             offset += len(group.spans) * group.rows
-        self._order = torch.tensor([place for _, place in sorted(places)], device=device)
+        self._order = transferred([place for _, place in sorted(places)], device)
 
     def __call__(self, results: Sequence[torch.Tensor]) -> torch.Tensor:
         """Each group's ``[samples, documents, heads, rows, d]`` as one ``[samples, tokens, heads, d]``."""

@@ -9,9 +9,10 @@ import torch
 
 from attn_fuzz.reference.layout import Span, parts_of
 from attn_fuzz.reference.monte_carlo import spread
+from attn_fuzz.reference.transfer import transferred
 
-_MOST: Final = {"cpu": 1 << 18, "cuda": 1 << 22}
-"""Elements of a product of several micro-sequences, of all samples: 2 MiB in float64, or 32."""
+_MOST: Final = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Elements of a product of several micro-sequences, of all samples: 2 MiB in float64, or 128."""
 
 
 class Sums(NamedTuple):
@@ -41,12 +42,12 @@ class Parts:
     def __init__(self, calls: Sequence[Span], parts: Sequence[Span], device: torch.device) -> None:
         self.spans, self.calls, self.parts, self.device = tuple(calls), len(calls), tuple(parts), device
         owners = [call for call, own in enumerate(parts_of(calls, parts)) for _ in own]
-        self.owner = torch.tensor(owners, device=device)
+        self.owner = transferred(owners, device)
         """int64 ``[parts]``: the sequence of each."""
 
     def of_heads(self, x: torch.Tensor, shares: int) -> Sums:
         """Sums of ``[samples, tokens, heads, channels]`` over tokens and heads; so many shares of these add apart."""
-        lengths = torch.tensor([part.length for part in self.parts], device=self.device)
+        lengths = transferred([part.length for part in self.parts], self.device)
         part = torch.repeat_interleave(lengths, output_size=x.shape[1])
         by_share = x.unflatten(2, (shares, -1)).sum(3)
         terms = x.new_zeros(len(x), len(self.parts), *by_share.shape[2:]).index_add_(1, part, by_share)
@@ -114,7 +115,7 @@ def _padded(dy: torch.Tensor, x: torch.Tensor, spans: Sequence[Span]) -> tuple[t
     """
     if len(spans) == 1:
         return dy[:, None, slice(*spans[0])], x[:, None, slice(*spans[0])]
-    first, lengths = torch.tensor([(span.begin, span.length) for span in spans], device=x.device)[..., None].unbind(1)
+    first, lengths = transferred([(span.begin, span.length) for span in spans], x.device)[..., None].unbind(1)
     row = torch.arange(max(span.length for span in spans), device=x.device)
     places = first + torch.minimum(row, lengths - 1)
     left, right = (each.index_select(1, places.flatten()).unflatten(1, places.shape) for each in (dy, x))

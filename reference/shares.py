@@ -9,6 +9,7 @@ import torch
 
 from attn_fuzz.reference.layout import Span, meeting
 from attn_fuzz.reference.rounding import rounding_variance
+from attn_fuzz.reference.transfer import transferred
 
 
 class Shares:
@@ -34,12 +35,12 @@ class Shares:
     @functools.cached_property
     def owner(self) -> torch.Tensor:
         """int64 ``[shares]``: the document of each."""
-        return torch.tensor([document for document, _ in self._shares], device=self.device)
+        return transferred([document for document, _ in self._shares], self.device)
 
     @functools.cached_property
     def own(self) -> torch.Tensor:
         """bool ``[shares, rows]``: the rows of each."""
-        bounds = torch.tensor([tuple(rows) for _, rows in self._shares], device=self.device)
+        bounds = transferred([tuple(rows) for _, rows in self._shares], self.device)
         row = torch.arange(self.rows, device=self.device)
         return (row >= bounds[:, :1]) & (row < bounds[:, 1:])
 
@@ -57,7 +58,7 @@ class Shares:
             by_document[document].insert(0, index)
         turns = max(map(len, by_document))
         none = len(self._shares)
-        return torch.tensor([own + [none] * (turns - len(own)) for own in by_document], device=self.device)
+        return transferred([own + [none] * (turns - len(own)) for own in by_document], self.device)
 
     def products(self, weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """``weights.T @ x`` over the query rows of each share, ``[shares, heads, rows, d]``.

@@ -17,6 +17,7 @@ from attn_fuzz.reference.profile import ACCUMULATION, ALIKE, ROUNDING_SECOND_MOM
 from attn_fuzz.reference.rounding import ds_factor, flush_variance, rounded_alike, rounding_variance, stored_ds_variance
 from attn_fuzz.reference.shares import Shares, product
 from attn_fuzz.reference.sums import atomic_variance, sums_of, walk_variance
+from attn_fuzz.reference.transfer import transferred
 from attn_fuzz.reference.values import DTYPES
 
 
@@ -64,8 +65,8 @@ class SimulatedAttention:
         self.case, self.profile, self.arithmetic = case, profile, arithmetic
         self.spans, self.rows = spans, max(span.length for span in spans)
         self.group = case.heads // case.kv_heads
-        self.index = torch.tensor(
-            [min(span.begin + row, span.end - 1) for span in spans for row in range(self.rows)], device=q.device
+        self.index = transferred(
+            [min(span.begin + row, span.end - 1) for span in spans for row in range(self.rows)], q.device
         )
         self.shares = Shares(spans, parts, self.rows, q.device)
         self.narrow = Narrow.of(case.dtype, profile)
@@ -130,7 +131,7 @@ class SimulatedAttention:
         mask = attention.allowed_keys(self.rows, self.rows, self.case.effective_window, device)
         if all(span.length == self.rows for span in self.spans):
             return mask
-        lengths = torch.tensor([span.length for span in self.spans], device=device)
+        lengths = transferred([span.length for span in self.spans], device)
         own = torch.arange(self.rows, device=device) < lengths[:, None]
         return (mask & own[:, :, None] & own[:, None, :])[:, None]
 

@@ -17,6 +17,7 @@ import torch
 from attn_fuzz.reference import host_values
 from attn_fuzz.reference.case import MAX_HEADS, Case
 from attn_fuzz.reference.host_values import BLOCK
+from attn_fuzz.reference.transfer import transferred
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,7 +73,7 @@ _BELL_SD = ((2**32 - 1) / 3) ** 0.5
 def document_rows(ids: tuple[int, ...], lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """A key per row from its document's name and its position there: int64 ``[sum(lengths)]``; not to be written to."""
     rows = sum(lengths)
-    counts, names = torch.tensor([lengths, ids], dtype=torch.int64).to(device)
+    counts, names = transferred([lengths, ids], device)
     names = torch.repeat_interleave(names, counts, output_size=rows)
     begins = torch.repeat_interleave(counts.cumsum(0) - counts, counts, output_size=rows)
     positions = torch.arange(rows, dtype=torch.int64, device=device) - begins

@@ -277,7 +277,7 @@ def test_documents_are_padded_to_others_of_about_their_length() -> None:
 
 def test_no_group_of_documents_has_more_scores_than_fit() -> None:
     spans = document_spans((64, 3, 64, 60, 64))
-    groups = groups_of(spans, 2 * (1 << 24) // (5 * 64**2), torch.device("cpu"))
+    groups = groups_of(spans, 2 * (1 << 23) // (5 * 64**2), torch.device("cpu"))
     assert [[span.length for span in group] for group in groups] == [[64, 64], [60, 64], [3]]
 
 

@@ -26,6 +26,7 @@ from attn_fuzz.reference.answer import Expected
 from attn_fuzz.reference.layer import LayerInputs, layer_answer, layer_inputs
 from attn_fuzz.reference.memory import bits
 from attn_fuzz.reference.packed import packed
+from attn_fuzz.reference.transfer import transferred
 
 SAMPLES: Final = 12
 """Simulated roundings behind a batch's budgets. Student's t with 12 degrees of freedom exceeds 10 once in 3e6 elements,
@@ -98,12 +99,12 @@ class LayerBatchRun:
     @functools.cached_property
     def beginnings(self) -> torch.Tensor:
         """int64 ``[calls]``: the first document of each."""
-        return torch.tensor([begin for begin, _ in self.all.spans], device=self.device)
+        return transferred([begin for begin, _ in self.all.spans], self.device)
 
     @functools.cached_property
     def call_of_token(self) -> torch.Tensor:
         """int64 ``[tokens]``: the call of each, of those that are asked."""
-        counts = torch.tensor([span.length for span in self.batch.tokens], device=self.device)
+        counts = transferred([span.length for span in self.batch.tokens], self.device)
         return torch.repeat_interleave(counts, output_size=self.case.tokens)
 
     @functools.cached_property

@@ -23,7 +23,7 @@ from attn_fuzz.generation.layer_calls import LONGEST, draw_layer_batch
 from attn_fuzz.reference.layer import layer_inputs
 
 CALLS: Final = {"cpu": 48, "cuda": 128}
-"""Of a batch, as many as campaigns come to, whose batches take one to two seconds on a GPU and half of that on a CPU."""
+"""Of a batch, as many as campaigns come to, whose batches take one to two seconds on a GPU and less on a CPU."""
 
 _BATCHES: Final = 11
 """Different ones; sizes and questions have no divisor in common with their number, or are as many."""

@@ -172,7 +172,7 @@ def _next(results: Any, workers: Sequence[Any]) -> tuple[str, int, str, float]:
 def bench_processes(
     device: str, names: Sequence[str], say: Callable[[str], None], levels: Sequence[str] = ("kernel", "layer")
 ) -> dict[str, Any]:
-    """The JSON object of ``bench --processes --json``; ``lost`` says why a process took the rest with it, if one did."""
+    """The JSON object of ``bench --processes --json``; ``lost`` says why the rest was not measured, where one died."""
     plan = PLANS[device]
     case = layout(plan, plan.batch_documents)
     taking = [name for name in names if not _without_layout(name, case, device)]

@@ -21,6 +21,7 @@ from attn_fuzz.reference.batched import kernel_answer
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layout import Span, document_spans
 from attn_fuzz.reference.profile import Profile
+from attn_fuzz.reference.transfer import transferred
 from attn_fuzz.reference.values import DTYPES
 
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
@@ -190,7 +191,7 @@ def _worst(case: Case, name: str, got: torch.Tensor, expected: Expected) -> Wron
     off = factors(case.dtype, got, expected, spans)
     if not off.wrong.any():
         return None
-    lengths = torch.tensor([span.length for span in spans], device=z.device)
+    lengths = transferred([span.length for span in spans], z.device)
     of_rows = off.wrong.repeat_interleave(lengths, 0)[..., None].expand_as(z)
     found = _place(name, got, expected, z.masked_fill(~of_rows, 0.0), of_rows, spans)
     return dataclasses.replace(found, factor=off.value[found.document, found.head].item())
