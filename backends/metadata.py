@@ -167,14 +167,13 @@ class MicroSequenceMetadata:
         return array("i", itertools.islice(rows, self.past_length - self.first_document_begin, None))
 
     def transferred(self) -> Self:
-        """The same with prefix sums and positions on the device, as parts of one transfer."""
+        """The same, with prefix sums and positions on the device already, as parts of one transfer."""
         varlen = self.varlen
         sums = (array("i", itertools.accumulate(each, initial=0)) for each in (varlen.lengths_q, varlen.lengths_k))
-        *lying, positions = _transferred([*sums, self._positions()], varlen.device)
-        named = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), lying, strict=True))
-        made = dataclasses.replace(self, varlen=varlen.lying_at(**named))
-        vars(made)["position_index"] = positions
-        return made
+        parts = _transferred([*sums, self._positions()], varlen.device)
+        # Where they would be kept when they are asked for.
+        vars(varlen)["cu_seqlens_q"], vars(varlen)["cu_seqlens_k"], vars(self)["position_index"] = parts
+        return self
 
 
 _STEP: Final = 32

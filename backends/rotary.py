@@ -43,7 +43,8 @@ class Rotary:
 
 @functools.lru_cache(maxsize=32)
 def _tables(head_dim: int, theta: float, fraction: float, positions: int, device: torch.device) -> torch.Tensor:
-    """cos and sin, float32 ``[positions, 1, 2, head_dim // 2]``; pairs behind the leading ``fraction`` stay."""
+    """What a channel is multiplied by, cos, and its partner, sin with the partner's sign; pairs behind the leading
+    ``fraction`` stay. float32 ``[positions, 1, 2, head_dim]``."""
     # Whoever asks first may be evaluated without autograd, or have work under way on another stream.
     with torch.inference_mode(False):
         channel = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device)
@@ -51,7 +52,8 @@ def _tables(head_dim: int, theta: float, fraction: float, positions: int, device
         turning = math.ceil(fraction * len(frequency))
         frequency = torch.where(torch.arange(len(frequency), device=device) < turning, frequency, 0.0)
         angles = torch.outer(torch.arange(positions, dtype=torch.float64, device=device), frequency)
-        tables = torch.stack((angles.cos(), angles.sin()), 1).float()[:, None]
+        cos, sin = angles.cos(), angles.sin()
+        tables = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1).float()[:, None]
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
     return tables
@@ -73,9 +75,5 @@ class _Turned(torch.autograd.Function):
 
 def _turned(x: torch.Tensor, angles: torch.Tensor, sign: float) -> torch.Tensor:
     """Pairs ``(a, b)`` to ``(a cos - b sin, b cos + a sin)`` in float32, sin with a sign; stored once, in x's dtype."""
-    (first, second), (cos, sin) = x.chunk(2, -1), angles.unbind(-2)
-    turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    left, right = turned.chunk(2, -1)
-    torch.addcmul(first * cos, second, sin, value=-sign, out=left)
-    torch.addcmul(second * cos, first, sin, value=sign, out=right)
-    return turned
+    cos, sin = angles.unbind(-2)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, value=sign).to(x.dtype)

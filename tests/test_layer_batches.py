@@ -164,6 +164,17 @@ def test_draws_depend_on_the_seed_alone() -> None:
     assert drawn("loop", 3) != drawn("loop", 6)
 
 
+@pytest.mark.parametrize("ranks", [{}, {"ranks": (1, 2), "tensor_ranks": (1, 2)}])
+def test_calls_are_those_that_are_cut_out_of_their_batch(ranks: dict[str, tuple[int, ...]]) -> None:
+    backend = registry.load("loop")
+    domain = dataclasses.replace(Domain.of(backend.kernel.capabilities, "cpu"), **ranks)
+    for seed in range(12):
+        batch = draw_layer_batch(Random(seed), backend, domain, 12, 9)
+        assert batch is not None
+        for some in (batch, batch.first(len(batch.ends) // 2), batch.first(1)):
+            assert some.calls == CallBatch(some.case, some.ends).calls
+
+
 def test_draws_reach_what_layers_have() -> None:
     calls = [
         batch.call(index) for seed in range(40) for batch in [drawn("loop", seed)] for index in range(len(batch.ends))

@@ -9,6 +9,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Final
 
 from attn_fuzz.cases.subsets import subset
@@ -54,6 +55,14 @@ class CallBatch:
             return cls(case.replace(cuts=cuts), ends)
         except ValueError:
             return None
+
+    @classmethod
+    def of_calls(cls, case: Case, ends: tuple[int, ...], calls: Sequence[Case]) -> CallBatch:
+        """A batch whose calls, as they would be cut out of it, are there already: making a case takes some time."""
+        batch = cls(case, ends)
+        if len(ends) > 1:
+            vars(batch)["calls"] = tuple(calls)
+        return batch
 
     @functools.cached_property
     def spans(self) -> tuple[tuple[int, int], ...]:
@@ -117,7 +126,8 @@ class CallBatch:
             # Padding that ends the last of them stays a document, whose name its values go by.
             lengths, ids = case.packed_lengths[: ends[-1]], case.packed_ids[: ends[-1]]
             cuts = case.cuts[: bisect.bisect_left(case.cuts, self.tokens[calls - 1].end)]
-            return CallBatch(case.replace(lengths=lengths, document_ids=ids, padding=0, cuts=cuts), ends)
+            some = case.replace(lengths=lengths, document_ids=ids, padding=0, cuts=cuts)
+            return CallBatch.of_calls(some, ends, self.calls[:calls])
         small = subset(case, range(ends[-1]))
         assert small is not None
         return CallBatch(small, ends)
