@@ -127,18 +127,23 @@ class VarlenMetadata:
             window: (left, right) with causality folded in, -1 for no bound.
         """
         left, right = window
-        document, rows = self.document_index_q, (sum(self.lengths_q), self.first_key_row + sum(self.lengths_k))
-        queries, keys = (torch.arange(count, dtype=torch.int32, device=self.device) for count in rows)
-        # Where each query stands among the keys, counted from the end of both.
-        place = (self.cu_seqlens_k - self.cu_seqlens_q)[document].add_(queries)[:, None]
-        mask = keys >= self.cu_seqlens_k[document - 1][:, None]
+        document, begin, place, keys = self._among_keys
         # A query that sees none behind it sees none of another document there.
-        mask &= keys < self.cu_seqlens_k[document][:, None] if right else keys <= place
+        mask = (keys >= begin).logical_and_(keys < self.cu_seqlens_k[document] if right else keys <= place)
         if right > 0:
             mask &= keys - place <= right
         if left >= 0:
             mask &= place - keys <= left
         return mask
+
+    @functools.cached_property
+    def _among_keys(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """int32 ``[tokens_q, 1]``: each query's document, counted from 1, where its keys begin, and where the query
+        stands among them, counted from the end of both; and the row of each key ``[tokens_k]``."""
+        document, rows = self.document_index_q, (sum(self.lengths_q), self.first_key_row + sum(self.lengths_k))
+        queries, keys = (torch.arange(count, dtype=torch.int32, device=self.device) for count in rows)
+        place = (self.cu_seqlens_k - self.cu_seqlens_q)[document].add_(queries)
+        return document[:, None], self.cu_seqlens_k[document - 1][:, None], place[:, None], keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -84,11 +84,13 @@ def test_the_command_measures_processes_that_share_a_device(attn_fuzz: Run, monk
         bench.PLANS["cpu"], batch_documents=12, batch_seconds=0.4, batch_processes=(2,), layer_processes=(2,)
     )
     monkeypatch.setitem(bench.PLANS, "cpu", plan)
-    done = attn_fuzz("bench", "--processes", "--device", "cpu", "--json", "-b", "loop")
+    done = attn_fuzz(
+        "bench", "--processes", "--number", "2", "--number", "1", "--device", "cpu", "--json", "-b", "loop"
+    )
     assert done.status == 0, done.err
     found = done.json["processes"]
     assert list(found) == ["loop"]
-    assert all(list(rates) == ["1", "2"] for rates in found.values())
+    assert all(list(rates) == ["2", "1"] for rates in found.values())
     for rates in found.values():
         assert all(each["bare_calls_per_s"] > each["cases_per_s"] > 0 for each in rates.values())
         assert all(each["bare_layers_per_s"] > each["layer_cases_per_s"] > 0 for each in rates.values())

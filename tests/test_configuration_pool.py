@@ -166,6 +166,22 @@ def test_a_campaign_begins_with_one_and_goes_on_while_others_are_compiled() -> N
     assert bench.pool.compiled == pytest.approx(COMPILING * (len(bench.loaded) - 1))
 
 
+def test_few_compile_before_the_first_case() -> None:
+    bench, at_work = Bench(4), list[int]()
+    load = bench.load
+
+    def watched(step: Step) -> None:
+        at_work.append(sum(each.at_work is not None for each in bench.beside))
+        load(step)
+
+    growth = Growth(load=watched, seed=0, clock=bench.time)
+    bench.pool = ConfigurationPool(steps(in_order(domain(), 0), 0), bench.beside, growth)
+    bench.pool.begin()
+    assert at_work == [1]
+    bench.pool.at(0)
+    assert all(each.at_work is not None for each in bench.beside)
+
+
 def test_more_processes_compile_more() -> None:
     few, many = Bench(1), Bench(4)
     for bench in (few, many):

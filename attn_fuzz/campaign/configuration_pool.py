@@ -157,8 +157,9 @@ class ConfigurationPool:
         """Those that have kernel calls which can be made again, with everything compiled."""
 
     def begin(self) -> None:
-        """Makes the first configuration ready, while others begin with those that follow."""
-        self._hand_out()
+        """Makes the first configuration ready, while another begins with the next: what all of them would do at a time
+        holds up the first case, for which everybody waits."""
+        self._hand_out(1)
         self._load(self._first)
         self._began, self._before = self._growth.clock(), self.waited
 
@@ -240,9 +241,9 @@ class ConfigurationPool:
         elapsed = self._growth.clock() - self._began
         return self.waited - self._before <= SHARE * elapsed
 
-    def _hand_out(self) -> None:
-        """Gives those that compile ahead something to do."""
-        idle = (each for each in self._compilers if each.at_work is None)
+    def _hand_out(self, most: int | None = None) -> None:
+        """Gives those that compile ahead something to do, or the first of them."""
+        idle = (each for each in self._compilers[:most] if each.at_work is None)
         for compiler in idle if len(self._ahead) < BACKLOG else ():
             if (step := next(self._order, None)) is not None:
                 compiler.give(step)

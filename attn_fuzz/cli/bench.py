@@ -24,6 +24,10 @@ def bench(
     processes: Annotated[
         bool, typer.Option("--processes", help="Batches of several processes on the device instead.")
     ] = False,
+    number: Annotated[
+        list[int] | None,
+        typer.Option("--number", min=1, help="With --processes: how many; repeat for several. Default: 1, and many."),
+    ] = None,
     level: LevelOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -38,7 +42,7 @@ def bench(
 
     if processes:
         measured = names or available_backends(where, (PLANS[where].dtype,))
-        shared = bench_processes(where, measured, say, levels)
+        shared = bench_processes(where, measured, say, levels, number or ())
         if as_json:
             typer.echo(json.dumps(shared))
         else:

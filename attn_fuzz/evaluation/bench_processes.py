@@ -170,15 +170,27 @@ def _next(results: Any, workers: Sequence[Any]) -> tuple[str, int, str, float]:
 
 
 def bench_processes(
-    device: str, names: Sequence[str], say: Callable[[str], None], levels: Sequence[str] = ("kernel", "layer")
+    device: str,
+    names: Sequence[str],
+    say: Callable[[str], None],
+    levels: Sequence[str] = ("kernel", "layer"),
+    numbers: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """The JSON object of ``bench --processes --json``; ``lost`` says why the rest was not measured, where one died."""
+    """The JSON object of ``bench --processes --json``; ``lost`` says why the rest was not measured, where one died.
+
+    Args:
+        device: where.
+        names: of backends.
+        say: told what was measured.
+        levels: those of them that are measured.
+        numbers: of processes; none for one and those of the plan.
+    """
     plan = PLANS[device]
     case = layout(plan, plan.batch_documents)
     taking = [name for name in names if not _without_layout(name, case, device)]
     # Of calls that are there already: a campaign begins with few and draws them.
     every = {"kernel": plan.batch_processes, "layer": plan.layer_processes}
-    counts = {level: tuple(dict.fromkeys((1, *every[level]))) for level in levels}
+    counts = {level: tuple(dict.fromkeys(numbers or (1, *every[level]))) for level in levels}
     job = Job(tuple(taking), counts, plan.batch_seconds / 2, device, plan, tuple(levels))
     result: dict[str, Any] = {
         "device": device,
