@@ -51,6 +51,15 @@ def test_what_earlier_runs_had_is_not_run_again(tmp_path: Path) -> None:
     assert not {job.seed for job in now.values()} & {job.seed for job in before.values()}
 
 
+def test_what_takes_long_is_shared_by_several_and_begins_first(tmp_path: Path) -> None:
+    had = tmp_path / "had.json"
+    slow = {"asked": 10, "seconds": 20.0}
+    had.write_text(json.dumps({"axes": {ROWS[2].name: {"backup": slow, "loop": {"asked": 10, "seconds": 1.0}}}}))
+    found, _ = jobs([ROWS[2]], ("loop", "backup"), "cpu", 2, 40, 30.0, Earlier.read([had]))
+    assert [(job.backend, job.cases) for job in found] == [("backup", 15), ("backup", 15), ("loop", 30)]
+    assert len({job.seed for job in found if job.backend == "backup"}) == 2
+
+
 def test_nothing_left_to_run_is_said(tmp_path: Path) -> None:
     had = tmp_path / "had.json"
     had.write_text(json.dumps({"axes": {ROWS[2].name: {"loop": {"asked": 40}}}}))

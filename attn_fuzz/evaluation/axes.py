@@ -15,14 +15,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
+from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import BackendUnavailable
 from attn_fuzz.backends.registry import UnknownBackend
 from attn_fuzz.batch.judge import schedule_on
@@ -33,6 +35,7 @@ from attn_fuzz.campaign.plan import (
     available_backends,
     default_device,
     default_workers,
+    devices_in_turn,
     kind_of,
     plan,
     require_available,
@@ -96,6 +99,9 @@ _SLOW: Final = ("nested", "cudnn", "flex", "loop")
 FAR_AT_A_TIME: Final = 3
 """Processes whose rows are far apart: each takes up to 16 GiB, and half of a GPU has to be free besides."""
 
+_MOST_TOGETHER: Final = {False: 8, True: 2}
+"""Processes that share a row of a backend, by whether it compiles: each does so for all that the others compile."""
+
 JobOf = tuple[str, str]
 """(name of the row, backend)."""
 
@@ -145,18 +151,26 @@ class Earlier:
 
     runs: int = 0
     asked: Mapping[JobOf, int] = dataclasses.field(default_factory=Counter)
+    seconds: Mapping[JobOf, float] = dataclasses.field(default_factory=dict)
+    """What those took, of one process."""
 
     @classmethod
     def read(cls, files: Sequence[Path]) -> Earlier:
         """Of what they printed. Raises SystemExit with a sentence for a file that is none of those."""
-        asked = Counter[JobOf]()
+        asked, seconds = Counter[JobOf](), defaultdict[JobOf, float](float)
         for file in files:
             try:
                 for row, told in json.loads(file.read_text())["axes"].items():
-                    asked.update({(row, name): had["asked"] for name, had in told.items()})
+                    for name, had in told.items():
+                        asked[row, name] += had["asked"]
+                        seconds[row, name] += had.get("seconds", 0.0)
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 raise SystemExit(f"{file} is no table of axes; give what this command printed") from None
-        return cls(len(files), asked)
+        return cls(len(files), asked, seconds)
+
+    def needs(self, job: JobOf, cases: int) -> float:
+        """Seconds that so many more cases would take one process; 0 where nothing is known of it."""
+        return cases * self.seconds.get(job, 0.0) / self.asked[job] if self.asked[job] else 0.0
 
 
 NOTHING: Final = Earlier()
@@ -171,7 +185,9 @@ def jobs(
     seconds: float,
     earlier: Earlier = NOTHING,
 ) -> tuple[list[Assignment], dict[JobOf, str]]:
-    """(an assignment for each row and backend that takes it, why the others do not).
+    """(assignments for each row and backend that takes it, why the others do not).
+
+    One that would take a process too long, by what earlier runs took, is shared by several.
 
     Args:
         rows: which.
@@ -182,7 +198,7 @@ def jobs(
         seconds: after which one is ended however many it has had.
         earlier: what need not be run again; other cases are drawn than there.
     """
-    found: list[Assignment] = []
+    found: list[tuple[float, Assignment]] = []
     refused: dict[JobOf, str] = {}
     asked = {question.asked for question in schedule_on(kind_of(device))}
     for number, row in enumerate(rows):
@@ -201,11 +217,18 @@ def jobs(
             except CampaignError as reason:
                 refused[row.name, name] = str(reason)
                 continue
-            # One process each: there are more of these than places.
-            of_row = {"cases": options.cases, "seconds": seconds, "label": row.name}
-            found += [dataclasses.replace(job, **of_row) for job in made[:1]]  # type: ignore[arg-type]
+            needs = earlier.needs((row.name, name), left)
+            compiles = bool(registry.load(name).kernel.capabilities_on(kind_of(device)).compiles)
+            count = min(_MOST_TOGETHER[compiles], max(1, math.ceil(needs / seconds)))
+            of_row = {"cases": math.ceil((options.cases or 0) / count), "seconds": seconds, "label": row.name}
+            for part in range(count):
+                # Those of a row are as far apart as there are seeds between rows.
+                job = dataclasses.replace(made[0], **of_row, seed=made[0].seed + part)  # type: ignore[arg-type]
+                found.append((needs, job))
     # Those that take longest first.
-    return sorted(found, key=lambda job: not any(part in job.backend for part in _SLOW)), refused
+    found.sort(key=lambda each: (-each[0], not any(part in each[1].backend for part in _SLOW)))
+    devices = devices_in_turn(device)
+    return [dataclasses.replace(job, device=devices[n % len(devices)]) for n, (_, job) in enumerate(found)], refused
 
 
 def measured(row: Row, tally: Tally) -> dict[str, Any]:
