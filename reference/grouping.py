@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -12,12 +13,10 @@ from attn_fuzz.reference.layout import Span
 from attn_fuzz.reference.simulated import SimulatedAttention
 from attn_fuzz.reference.transfer import transferred
 
-_TOGETHER: Final = {"cpu": 64, "cuda": 128}
-"""Up to this length, documents are padded to the longest of their group; padding longer ones would cost too much. What
-a GPU is told to do takes longer than to do it with some more rows."""
-
-_SHORTEST: Final = {"cpu": 4, "cuda": 16}
-"""Rows of the group of the shortest documents, for the same reason."""
+_ROWS: Final = {"cpu": (4, 8, 16, 32, 64), "cuda": (5, 17, 33, 65, 129)}
+"""Documents of up to so many rows are padded to the longest of them; longer ones are alone, since padding them would cost
+too much. What a GPU is told to do takes longer than to do it with some more rows, so that it has fewer groups, which end
+where drawn lengths do (generation/length_sweeps.py)."""
 
 _MOST: Final = 1 << 23
 """Scores of a group, of all samples: 64 MiB in float64, and more than ten such tensors are alive at once."""
@@ -33,12 +32,12 @@ def groups_of(spans: Sequence[Span], scores: int, device: torch.device) -> list[
     """
     groups: dict[int, list[Span]] = {}
     alone: list[list[Span]] = []
-    together, shortest = (sizes.get(device.type, sizes["cuda"]) for sizes in (_TOGETHER, _SHORTEST))
+    sizes = _ROWS.get(device.type, _ROWS["cuda"])
     for span in spans:
-        if span.length > together:
+        if span.length > sizes[-1]:
             alone.append([span])
         elif span.length:
-            groups.setdefault(max(shortest, 1 << (span.length - 1).bit_length()), []).append(span)
+            groups.setdefault(sizes[bisect.bisect_left(sizes, span.length)], []).append(span)
     parts = [_in_parts(some, max(1, _MOST // (scores * rows**2))) for rows, some in groups.items()]
     return [*itertools.chain.from_iterable(parts), *alone]
 

@@ -23,14 +23,20 @@ CONFIRMING_SAMPLES = 64
 """For a second look at a candidate: Student's t with 64 degrees of freedom exceeds 10 with probability 1e-14."""
 
 
-_BANK = 1 << 21
+_BANK = {"cpu": 1 << 21, "cuda": 1 << 23}
+"""Normal numbers that are kept, of which a GPU's batches take more at a time: 16 MiB, or 64."""
+
+_APART = 4099
+"""How far apart samples begin where all of them together take more than there are: no two meet the same number in an
+element, and one's are another's of some other row."""
 
 
 @functools.lru_cache(maxsize=4)
 def _bank(device: torch.device) -> torch.Tensor:
     """Standard normals, drawn once per device: drawing them anew would cost more than the reference itself."""
     generator = torch.Generator("cpu").manual_seed(0)
-    return torch.randn(_BANK, dtype=torch.float64, generator=generator).to(device)
+    count = _BANK.get(device.type, _BANK["cuda"])
+    return torch.randn(count, dtype=torch.float64, generator=generator).to(device)
 
 
 class Arithmetic:
@@ -57,10 +63,12 @@ class Arithmetic:
         """Standard normals for every sample of such a shape, from where nothing else in the bank is likely to start."""
         # Knuth's MMIX generator; its high bits choose the place.
         self._state = (self._state * 6364136223846793005 + 1442695040888963407) % (1 << 64)
-        count = self._samples * math.prod(shape)
-        bank = self._bank if count <= _BANK else self._bank.repeat(math.ceil(count / _BANK))
-        start = (self._state >> 20) % (bank.shape[0] - count + 1)
-        return bank[start : start + count].view(self._samples, *shape)
+        each, kept = math.prod(shape), len(self._bank)
+        apart = each if self._samples * each <= kept else _APART
+        count = each + (self._samples - 1) * apart
+        bank = self._bank if count <= kept else self._bank.repeat(math.ceil(count / kept))
+        start = (self._state >> 20) % (len(bank) - count + 1)
+        return bank.as_strided((self._samples, each), (apart, 1), start).view(self._samples, *shape)
 
     def _beside(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(a tensor for all samples of which the exact one is there, what the others are made of)."""

@@ -44,6 +44,11 @@ class Parts:
         owners = [call for call, own in enumerate(parts_of(calls, parts)) for _ in own]
         self.owner = transferred(owners, device)
         """int64 ``[parts]``: the sequence of each."""
+        by_length = sorted(range(len(calls)), key=lambda call: calls[call].length)
+        self._by_length = tuple(calls[call] for call in by_length)
+        """Sequences of about one length after one another: side by side, each is padded to the longest."""
+        self._places = transferred(sorted(range(len(calls)), key=by_length.__getitem__), device)
+        """int64 ``[calls]``: which of those each sequence is."""
 
     def of_heads(self, x: torch.Tensor, shares: int) -> Sums:
         """Sums of ``[samples, tokens, heads, channels]`` over tokens and heads; so many shares of these add apart."""
@@ -64,19 +69,21 @@ class Parts:
         whole = terms.new_zeros(self.calls, *terms.shape[1:]).index_add_(0, self.owner, terms)
         squared = _products(exact[0].square(), exact[1].square(), self.spans)
         squares = torch.cat([each[0] for each in squared])
-        return Sums(whole, self._spread(dy, x, whole), terms, self.owner, squares)
+        return Sums(whole, self._spread(dy, x), terms, self.owner, squares)
 
-    def _spread(self, dy: torch.Tensor, x: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    def _spread(self, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Of the sums over each sequence; of some sequences after others, so that they stay in a processor's cache."""
         if len(dy) == len(x) == 1:
-            return torch.zeros_like(whole)
+            return dy.new_zeros(self.calls, dy.shape[-1], x.shape[-1])
         if len(dy) > 1 and len(x) > 1:
             exact = dy[:1], x[:1]
-            pairs = zip(_products(dy[1:], x[1:], self.spans), _products(*exact, self.spans), strict=True)
-            return torch.cat([spread(samples - exact) for samples, exact in pairs])
-        # Where samples are on one side only, their deviations are products of that side's.
-        sides = (dy[1:] - dy[:1], x) if len(dy) > 1 else (dy, x[1:] - x[:1])
-        return torch.cat([spread(each) for each in _products(*sides, self.spans)])
+            pairs = zip(_products(dy[1:], x[1:], self._by_length), _products(*exact, self._by_length), strict=True)
+            apart = [spread(samples - exact) for samples, exact in pairs]
+        else:
+            # Where samples are on one side only, their deviations are products of that side's.
+            sides = (dy[1:] - dy[:1], x) if len(dy) > 1 else (dy, x[1:] - x[:1])
+            apart = [spread(each) for each in _products(*sides, self._by_length)]
+        return torch.cat(apart).index_select(0, self._places)
 
 
 def _products(dy: torch.Tensor, x: torch.Tensor, spans: Sequence[Span]) -> Iterator[torch.Tensor]:

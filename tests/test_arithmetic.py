@@ -15,6 +15,7 @@ from attn_fuzz.oracle.deviations import deviations, row_spreads
 from attn_fuzz.reference.answer import kernel_inputs
 from attn_fuzz.reference.batched import kernel_answer
 from attn_fuzz.reference.case import Case
+from attn_fuzz.reference.monte_carlo import Arithmetic
 from attn_fuzz.reference.narrow import LARGEST_ERROR, Narrow, operand_variance
 from attn_fuzz.reference.profile import Profile
 
@@ -135,3 +136,19 @@ def test_tf32_holds_half_precision() -> None:
     assert narrow.of_weights(x).all()
     assert narrow.cut == 0.0
     assert narrow.weights == LARGEST_ERROR["tf32"]
+
+
+@pytest.mark.parametrize("rows", [1, 1 << 14])
+def test_samples_have_noise_of_their_own_however_many_numbers_they_take(rows: int) -> None:
+    arithmetic = Arithmetic("fp32", "cpu", seed=3, samples=4)
+    x = torch.zeros(1, rows, 64, dtype=torch.float64)
+    noise = arithmetic.perturb(x, torch.ones_like(x[0]))[1:]
+    assert noise.shape == (4, rows, 64)
+    assert 0.7 < noise.std() < 1.3
+    if rows > 1:
+        flat = noise.flatten(1)
+        # More than are kept: of 4 samples each, 1,048,576 numbers.
+        assert (torch.corrcoef(flat) - torch.eye(4, dtype=torch.float64)).abs().max() < 0.01
+        assert all((flat[a] != flat[b]).all() for a in range(4) for b in range(a))
+        again = arithmetic.perturb(x, torch.ones_like(x[0]))[1:].flatten(1)
+        assert torch.corrcoef(torch.stack([flat[0], again[0]]))[0, 1].abs() < 0.01
