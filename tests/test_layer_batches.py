@@ -26,11 +26,12 @@ from attn_fuzz.batch.judge import judge, moving, usually_asked
 from attn_fuzz.batch.judged import Judged, Question
 from attn_fuzz.batch.layer_columns import LAYER_NAMES
 from attn_fuzz.batch.layer_judge import LAYER_SCHEDULE
-from attn_fuzz.batch.layer_questions import LAYER_QUESTIONS
+from attn_fuzz.batch.layer_questions import LAYER_QUESTIONS, how
 from attn_fuzz.campaign.calls_worker import work_on_batches
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message
 from attn_fuzz.cases.call_batch import PADDING, CallBatch
 from attn_fuzz.execution import observation
+from attn_fuzz.execution.layer_calls import LayerHow
 from attn_fuzz.execution.runner import LayerRun
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.generation.domain import Domain
@@ -211,6 +212,18 @@ def test_correct_layers_are_left_alone(name: str, question: str) -> None:
 def test_layers_are_judged_where_they_run(question: str, device: str) -> None:
     judged = judge(BATCH, registry.load("backup"), torch.device(device), Question("nan", question))
     assert not judged.failing(), (judged.worst(), judged.broken)
+
+
+def test_what_takes_long_is_done_for_the_calls_that_are_asked() -> None:
+    asked, others = how("steps", torch.device("cuda"), 2).parts(5)
+    assert (asked[0], others[0]) == (range(2), range(2, 5))
+    assert asked[1].watched and asked[1].filled and asked[1].threaded
+    assert not (others[1].watched or others[1].filled or others[1].threaded)
+    # Comparisons cost a CPU nothing.
+    assert all(each.watched for _, each in how("steps", CPU, 2).parts(5))
+    assert [calls for calls, _ in how("interfered", CPU, 2).parts(2)] == [range(2)]
+    (backwards,) = LayerHow(backwards=True).parts(3)
+    assert list(backwards[0]) == [2, 1, 0]
 
 
 def test_every_question_has_its_turn() -> None:
