@@ -15,8 +15,8 @@ from attn_fuzz.reference.transfer import transferred
 
 _ROWS: Final = {"cpu": (4, 8, 16, 32, 64), "cuda": (5, 17, 33, 65, 129)}
 """Documents of up to so many rows are padded to the longest of them; longer ones are alone, since padding them would
-cost too much. What a GPU is told to do takes longer than to do it with some more rows, so that it has fewer groups; they
-end where drawn lengths do."""
+cost too much. Telling a GPU what to do takes longer than doing it with some more rows: it has fewer groups, which end
+where drawn lengths do."""
 
 _MOST: Final = 1 << 23
 """Scores of a group, of all samples: 64 MiB in float64, and more than ten such tensors are alive at once."""

@@ -215,10 +215,10 @@ def test_layers_are_judged_where_they_run(question: str, device: str) -> None:
 
 
 def test_what_takes_long_is_done_for_the_calls_that_are_asked() -> None:
-    asked, others = how("steps", torch.device("cuda"), 2).parts(5)
-    assert (asked[0], others[0]) == (range(2), range(2, 5))
-    assert asked[1].watched and asked[1].filled and asked[1].threaded
-    assert not (others[1].watched or others[1].filled or others[1].threaded)
+    parts = how("steps", torch.device("cuda"), 2).parts(5)
+    assert [calls for calls, _ in parts] == [range(2), range(2, 5)]
+    for name in ("watched", "filled", "threaded"):
+        assert [getattr(each, name) for _, each in parts] == [True, False], name
     # Comparisons cost a CPU nothing.
     assert all(each.watched for _, each in how("steps", CPU, 2).parts(5))
     assert [calls for calls, _ in how("interfered", CPU, 2).parts(2)] == [range(2)]
