@@ -76,9 +76,7 @@ class Parts:
         if len(dy) == len(x) == 1:
             return dy.new_zeros(self.calls, dy.shape[-1], x.shape[-1])
         if len(dy) > 1 and len(x) > 1:
-            exact = dy[:1], x[:1]
-            pairs = zip(_products(dy[1:], x[1:], self._by_length), _products(*exact, self._by_length), strict=True)
-            apart = [spread(samples - exact) for samples, exact in pairs]
+            apart = [spread(each[1:] - each[:1]) for each in _products(dy, x, self._by_length)]
         else:
             # Where samples are on one side only, their deviations are products of that side's.
             sides = (dy[1:] - dy[:1], x) if len(dy) > 1 else (dy, x[1:] - x[:1])

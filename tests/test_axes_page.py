@@ -16,7 +16,7 @@ GRADIENT, MERGED, GRAPHS, STREAMS = ROWS[0].name, ROWS[1].name, "CUDA graphs", "
 
 def had(asked: int, cases: int, z: float, **known: int) -> dict[str, Any]:
     """What a file says of a row and a backend."""
-    told = measured(ROWS[0], Tally(cases=cases, worst_z={"kernel fp32 dq": z}, known=known))
+    told = measured(ROWS[0], Tally(cases=cases, worst_z={"kernel fp32 dq": z}, known=known), 1.0)
     return {**told, "asked": asked}
 
 

@@ -163,7 +163,7 @@ class Earlier:
                 for row, told in json.loads(file.read_text())["axes"].items():
                     for name, had in told.items():
                         asked[row, name] += had["asked"]
-                        seconds[row, name] += had.get("seconds", 0.0)
+                        seconds[row, name] += had.get("process_seconds", had.get("seconds", 0.0))
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 raise SystemExit(f"{file} is no table of axes; give what this command printed") from None
         return cls(len(files), asked, seconds)
@@ -231,13 +231,14 @@ def jobs(
     return [dataclasses.replace(job, device=devices[n % len(devices)]) for n, (_, job) in enumerate(found)], refused
 
 
-def measured(row: Row, tally: Tally) -> dict[str, Any]:
-    """What a row of the table says of a backend, ready for JSON."""
+def measured(row: Row, tally: Tally, spent: float) -> dict[str, Any]:
+    """What a row of the table says of a backend, ready for JSON; ``spent``: seconds of all processes that had part."""
     return {
         "asked": row.count(tally),
         "cases": tally.cases,
         "documents": tally.documents,
         "seconds": round(tally.seconds, 1),
+        "process_seconds": round(spent, 1),
         "compiling_seconds": round(tally.compiling_seconds, 1),
         "configurations": len(tally.by_configuration),
         "largest_z": round(max(tally.worst_z.values(), default=0.0), 2),
@@ -302,10 +303,15 @@ def main(
             outcomes.append(pool.run())
             found_in += pool.told(outcomes[-1])
     table: dict[str, dict[str, Tally]] = {each.name: {} for each in rows}
+    spent = defaultdict[JobOf, float](float)
     for job, tally in itertools.chain.from_iterable(outcome.of_assignments for outcome in outcomes):
         table[job.label].setdefault(job.backend, Tally()).add(tally)
+        spent[job.label, job.backend] += tally.seconds
     told = {
-        "axes": {row.name: {name: measured(row, tally) for name, tally in table[row.name].items()} for row in rows},
+        "axes": {
+            row.name: {name: measured(row, tally, spent[row.name, name]) for name, tally in table[row.name].items()}
+            for row in rows
+        },
         "not_taken": [{"row": name, "backend": kernel, "why": why} for (name, kernel), why in refused.items()],
         "findings": found_in,
         "troubles": [trouble for outcome in outcomes for trouble in outcome.troubles],
