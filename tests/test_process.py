@@ -27,6 +27,7 @@ from attn_fuzz.execution.process import (
     device_failed,
     in_words,
     lacks_memory,
+    set_up_process,
 )
 from attn_fuzz.execution.signals import interrupt_once
 from attn_fuzz.ranks.rank_process import Failure
@@ -256,6 +257,28 @@ def test_a_new_process_finds_its_parents_environment_and_what_was_added(
         # One process has imported everything, and both come of it.
         assert len(set(parents)) == 1
         assert os.getpid() not in parents
+
+
+def compiling_threads(connection: Connection) -> None:
+    """What torch's compiler is told in a process that runs cases."""
+    set_up_process("cpu")
+    connection.send(os.environ.get("TORCHINDUCTOR_COMPILE_THREADS"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("callers", "wanted"), [(None, "1"), ("3", "3")])
+def test_a_campaigns_processes_compile_by_themselves(
+    callers: str | None, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the caller's, nor where the caller has said otherwise."""
+    name = "TORCHINDUCTOR_COMPILE_THREADS"
+    monkeypatch.delenv(name, raising=False) if callers is None else monkeypatch.setenv(name, callers)
+    ours, theirs = new_process.context().Pipe(duplex=False)
+    process = new_process.start(compiling_threads, (theirs,), {})
+    assert ours.poll(60)
+    assert ours.recv() == wanted
+    process.join()
+    assert os.environ.get(name) == callers
 
 
 @pytest.mark.slow

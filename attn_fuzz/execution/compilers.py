@@ -7,6 +7,7 @@ JAX, keep only when asked is asked for here. A variable that is set already stay
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -21,8 +22,9 @@ _LIMITS: Final = ("recompile_limit", "accumulated_recompile_limit", "cache_size_
 def keep_compiled() -> None:
     """Has compilers that are loaded from now on keep what they compile, and which of Triton's variants was fastest."""
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
-    # Many processes compile at a time, and most of what is compiled is one kernel: a pool beside each holds all up.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    if multiprocessing.parent_process() is not None:
+        # One of many that compile at a time, mostly a kernel each: a pool of compilers beside every one holds all up.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
