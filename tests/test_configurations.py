@@ -119,6 +119,22 @@ def test_shapes_that_are_compiled_for_come_from_a_few_layouts(messages: Callable
     assert len(configurations_of(backend)) <= layouts + 2
 
 
+@pytest.mark.parametrize(("mode", "layouts", "first"), [("batch", 4, 1), ("case", 4, 2), ("batch", 0, 4)])
+def test_a_campaign_begins_with_what_its_first_batch_needs(
+    mode: str, layouts: int, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One call of what compiles for shapes, where batches hurry; else one for each memory layout, or each plain one."""
+    monkeypatch.setattr(configurations, "Ahead", NobodyBeside)
+    memories = {"memories": ("contiguous", "sliced")}
+    backend = compiling(configuration, compiles=True, layouts=layouts, **memories, **SMALL)
+    job = Assignment(backend="compiling", device="cpu", seed=0, levels=("kernel",), seconds=9.0, mode=mode)
+    ran = list[Case]()
+    found = configurations.Configurations(job, backend, ran.append)
+    assert found.begin()
+    found.close()
+    assert len(ran) == first
+
+
 def _of_each_document(q: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions) -> tuple[object, ...]:
     """As many variants as there are sets of kinds of documents."""
     kinds = {(n == 1, n % 16 == 0, n % 5, m % 5) for n, m in zip(metadata.lengths_q, metadata.lengths_k, strict=True)}

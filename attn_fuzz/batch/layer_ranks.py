@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from attn_fuzz.backends.kernel import UnsupportedCase
-from attn_fuzz.backends.output import MisshapenResult, first_mismatch
+from attn_fuzz.backends.output import first_mismatch
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.interfering import interfering_call
+from attn_fuzz.execution.failures import note_failure
 from attn_fuzz.execution.layer_calls import LayerHow, LayerResults, arenas_of, collect
 from attn_fuzz.execution.observation import Observation
 from attn_fuzz.execution.process import in_words, raise_lack_of_memory
@@ -118,14 +118,9 @@ def _one_by_one(
             continue
         try:
             observed[index] = run(call)
-        except (UnsupportedCase, NotImplementedError) as refusal:
-            found.refused[index] = str(refusal)
         except Exception as error:
-            raise_lack_of_memory(error)
+            note_failure(found, index, error)
             hung = isinstance(error, RanksHung)
-            found.broken[index] = in_words(error)
-            if isinstance(error, MisshapenResult):
-                found.incomplete.add(index)
 
 
 def _note(found: LayerResults, index: int, case: Case, one: Observation, meant: frozenset[str]) -> None:

@@ -58,7 +58,6 @@ class Configurations:
         self.only_ready = False
         """Whether the turn's calls are to be some that everything is compiled for."""
         self._pool: ConfigurationPool | None = None
-        self._begun = False
         self.hurries = False
         """Whether what is met uncompiled is to be left, for a while, to those that compile ahead."""
         stated = backend.kernel.capabilities_on(self._kind)
@@ -84,7 +83,6 @@ class Configurations:
         """Makes the first one ready; whether anything had to be compiled."""
         if self._pool is not None:
             self._pool.begin()
-        self._begun = True
         return self._pool is not None
 
     def domain(self, turn: int, level: str) -> Domain:
@@ -148,7 +146,8 @@ class Configurations:
         domain = Domain.of(self.backend.kernel.capabilities_on(self._kind), self._kind)
         plain: list[Case] = []
         # Of what compiles for shapes the first call of all is enough to begin with: others are met when they are drawn.
-        most = 1 if step.layouts and self.hurries and not self._begun else _PLAIN
+        begins = step.layouts and self.hurries and self._pool is not None and not self._pool.layouts
+        most = 1 if begins else _PLAIN
         for case in itertools.islice(warm_up_cases(step, self.backend, domain), most):
             with contextlib.suppress(UnsupportedCase):
                 self._run(case)

@@ -22,6 +22,7 @@ from attn_fuzz.reference.answer import SHARED_DIMENSIONS, Inputs
 from attn_fuzz.reference.case import FAR_MEMORIES
 from attn_fuzz.reference.far_memory import FarMemory
 from attn_fuzz.reference.memory import Placed, all_intact, bits, layout_of, place
+from attn_fuzz.reference.transfer import transferred
 
 _SUMS_STEP: Final = 32
 """Prefix sums begin at multiples of so many numbers: 128 bytes."""
@@ -58,7 +59,7 @@ def _sums(batch: CallBatch, device: torch.device) -> tuple[torch.Tensor, list[Va
                 own[name] = slice(len(numbers), len(numbers) + len(few))
                 numbers += few + [-1] * (-len(few) % _SUMS_STEP)
         places.append(own)
-    every = torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
+    every = transferred(numbers, device, torch.int32)
     made = [
         VarlenMetadata(
             lengths_q=sides["q"][slice(*span)],

@@ -11,12 +11,13 @@ from typing import Final
 import torch
 
 from attn_fuzz.backends.kernel import Attended, UnsupportedCase
-from attn_fuzz.backends.output import MisshapenResult, as_output
+from attn_fuzz.backends.output import as_output
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.execution.autograd_threads import autograd_threads
 from attn_fuzz.execution.batch_tensors import BatchTensors, side_of_result
+from attn_fuzz.execution.failures import note_failure
 from attn_fuzz.execution.poison import filler, poisoned
-from attn_fuzz.execution.process import beyond_its_call, in_words, raise_lack_of_memory
+from attn_fuzz.execution.process import beyond_its_call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,12 +279,7 @@ def run_batch(
                 batch_result.paths.add(path)
                 if meant and path not in meant:
                     batch_result.broken[index] = f"{path!r} ran, but should be {' or '.join(sorted(meant))}"
-            except (UnsupportedCase, NotImplementedError) as refusal:
-                batch_result.refused[index] = str(refusal)
             except Exception as error:
-                raise_lack_of_memory(error)
-                batch_result.broken[index] = in_words(error)
-                if isinstance(error, MisshapenResult):
-                    batch_result.incomplete.add(index)
+                note_failure(batch_result, index, error)
             collector.take(index, got)
     return collector.done(len(order), backwards=how.backwards)

@@ -8,16 +8,14 @@ from typing import Final
 
 import torch
 
-from attn_fuzz.backends.kernel import UnsupportedCase
-from attn_fuzz.backends.output import MisshapenResult
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.cases.interfering import crossing, interfering_call
 from attn_fuzz.execution import observation
 from attn_fuzz.execution.autograd_threads import autograd_threads
+from attn_fuzz.execution.failures import note_failure
 from attn_fuzz.execution.kept_results import Arenas
 from attn_fuzz.execution.layer_tensors import LayerTensors
 from attn_fuzz.execution.poison import poisoned, prime_again
-from attn_fuzz.execution.process import in_words, raise_lack_of_memory
 from attn_fuzz.execution.runner import LayerRun, around
 from attn_fuzz.reference.case import Case
 from attn_fuzz.reference.layer import layer_inputs
@@ -122,13 +120,8 @@ def run_layer_calls(
                     found.paths |= paths
                     if wrong := sorted(paths - meant) if meant else []:
                         found.broken[index] = f"{wrong[0]!r} ran, but should be {' or '.join(sorted(meant))}"
-                except (UnsupportedCase, NotImplementedError) as refusal:
-                    found.refused[index] = str(refusal)
                 except Exception as error:
-                    raise_lack_of_memory(error)
-                    found.broken[index] = in_words(error)
-                    if isinstance(error, MisshapenResult):
-                        found.incomplete.add(index)
+                    note_failure(found, index, error)
             strays.settle()
     collect(found, got, cases, tensors.batch.case, arenas)
     return found

@@ -11,6 +11,7 @@ import torch
 
 from attn_fuzz.backends.metadata import slots
 from attn_fuzz.cases.call_batch import CallBatch
+from attn_fuzz.reference.transfer import transferred
 
 _STEP: Final = 64
 """Calls begin at multiples of so many rows, of whatever size: aligned as tensors of their own are."""
@@ -108,7 +109,7 @@ def side_of(
 
 def _moved(counts: Sequence[int], shifts: Sequence[int], device: torch.device) -> torch.Tensor:
     """Where rows of runs come to lie, each run moved by so much: int64 ``[sum(counts)]``."""
-    numbers = torch.tensor([counts, shifts], dtype=torch.int64).to(device, non_blocking=True)
+    numbers = transferred([counts, shifts], device)
     tokens = sum(counts)
     every = torch.repeat_interleave(numbers[1], numbers[0], output_size=tokens)
     return every + torch.arange(tokens, device=device)
