@@ -71,7 +71,12 @@ class SdpaDense(Kernel):
         # On CPU values of another head_dim would go to the unfused composition, which rounds elsewhere.
         # Of CUDA's kernels the memory-efficient one may be picked.
         cuda = device == "cuda"
-        return dataclasses.replace(self.capabilities, head_dims_v=cuda, most_scores=MOST_MASKED if cuda else 0)
+        if not cuda:
+            return self.capabilities
+        # On Hopper it is cuDNN's that is picked for half precision, which is planned for every shape.
+        return dataclasses.replace(
+            self.capabilities, head_dims_v=True, most_scores=MOST_MASKED, compiles=True, layouts=12
+        )
 
     def profile_on(self, device: str) -> Profile:
         return as_flash_does(self.profile, device)
