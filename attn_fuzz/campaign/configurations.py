@@ -145,8 +145,8 @@ class Configurations:
         compile_without_end()
         domain = Domain.of(self.backend.kernel.capabilities_on(self._kind), self._kind)
         plain: list[Case] = []
-        # Of what compiles for shapes the first call of all is enough to begin with: others are met when they are drawn.
-        begins = step.layouts and self.hurries and self._pool is not None and not self._pool.layouts
+        # To begin with the first call of all is enough: others are met when they are drawn, or compiled ahead.
+        begins = self.hurries and self._pool is not None and not self._pool.waited
         most = 1 if begins else _PLAIN
         for case in itertools.islice(warm_up_cases(step, self.backend, domain), most):
             with contextlib.suppress(UnsupportedCase):
