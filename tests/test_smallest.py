@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.evaluation.seeded_faults import find_fault
 from attn_fuzz.oracle.checks import PROBES, Check
+from attn_fuzz.oracle.checks.repeat import repeats_itself
 from attn_fuzz.oracle.examine import Verdict, some_probes
-from attn_fuzz.oracle.symptoms import NotExact, Symptom, WrongOutput
+from attn_fuzz.oracle.symptoms import Hung, NotExact, NotRepeatable, Symptom, WrongOutput
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reduction.smallest import smallest
 from attn_fuzz.reference.case import Case
@@ -154,3 +157,39 @@ def test_what_comes_and_goes_is_tried_several_times() -> None:
     small = smallest(trial(), wrong(1e6), Asked(answer))
     assert small.case.tokens == 4
     assert not small.always
+
+
+def test_what_comes_and_goes_is_shown_by_bits_that_differ() -> None:
+    """A smaller case may be right by chance, however often its budget is asked: that two runs differ is what stays."""
+    seen = Counter[Case]()
+
+    def answer(case: Case, probes: Sequence[Check], hasty: bool) -> Verdict:
+        seen[case] += 1
+        if case.tokens >= 20 and seen[case] % 2:
+            return wrong(1e6)
+        differs = repeats_itself in probes and case.tokens >= 2
+        return Verdict((NotRepeatable("repeatable", "out", "other bits"),), {}, frozenset()) if differs else CLEAN
+
+    small = smallest(trial(), wrong(1e6), Asked(answer))
+    assert (small.symptom, small.case.tokens) == (NotRepeatable, 2)
+
+
+def test_ranks_that_wait_for_ever_are_not_waited_for_again() -> None:
+    hangs = Verdict((Hung("runs", "process", "no answer"),), {}, frozenset())
+    waited = Counter[Case]()
+
+    def answer(case: Case, probes: Sequence[Check], hasty: bool) -> Verdict:
+        waited[case] += case.tokens >= 4
+        return hangs if case.tokens >= 4 else CLEAN
+
+    small = smallest(trial(), hangs, Asked(answer))
+    assert (small.symptom, small.case.tokens) == (Hung, 4)
+    # To shrink it, and for the last word.
+    assert waited[small.case] == 2
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_every_third_gradient_off_ends_as_a_single_token_with_other_bits(seed: int) -> None:
+    mark = find_fault("X08", seed, mode="batch")
+    assert mark.finding is not None
+    assert (mark.finding.symptom, mark.finding.case.tokens, mark.minimal) == ("NotRepeatable", 1, True)

@@ -13,9 +13,10 @@ from attn_fuzz.execution.poison import POISONS
 from attn_fuzz.oracle.checks import PROBES, RARE, Check
 from attn_fuzz.oracle.checks.accumulation import exact_accumulation
 from attn_fuzz.oracle.checks.regroup import regrouped, regrouped_case
+from attn_fuzz.oracle.checks.repeat import repeats_itself
 from attn_fuzz.oracle.deviations import LIMIT
 from attn_fuzz.oracle.examine import Verdict, some_probes
-from attn_fuzz.oracle.symptoms import MEMORY_SYMPTOMS, Crashed, Hung, NotExact, Symptom
+from attn_fuzz.oracle.symptoms import MEMORY_SYMPTOMS, Crashed, Hung, NotExact, NotRepeatable, Symptom
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reduction.minimise import minimise
 from attn_fuzz.reference.case import Case
@@ -24,6 +25,9 @@ _SECONDS: Final = 60.0
 
 _ATTEMPTS: Final = 12
 """How often a smaller case is tried where the failing one, run once more, was right."""
+
+_CONFIRMED: Final = 3
+"""How often a smallest case has to fail again before it is believed that smaller ones do not."""
 
 NOW_AND_THEN: Final = (
     "The same case, run once more, was right: a race, or something that earlier calls leave behind. Replay it several "
@@ -111,6 +115,13 @@ def _same(trial: Trial, first: Symptom, probes: Sequence[Check]) -> _Same:
         # for those that hang takes no processor time.
         return _Same((Crashed, Hung), probes, trial.poisons, time.monotonic, renamed=True)
     return _Same((symptom,), probes, trial.poisons)
+
+
+def _coming_and_going(same: _Same) -> _Same:
+    """What fails now and then gives other bits the second time, which shows more surely."""
+    return dataclasses.replace(
+        same, faces=(*same.faces, NotRepeatable), probes=(*same.probes, repeats_itself), renamed=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,20 +223,28 @@ def _alike(trial: Trial, verdict: Verdict, examine: Examine, others: list[Case])
         best = found
         return True
 
-    def shrunk(*, hasty: bool) -> tuple[Case, Verdict]:
+    attempts = again.attempts
+
+    def shrunk(*, hasty: bool) -> Case:
         def fails(candidate: Case) -> bool:
-            return any(fails_once(candidate, hasty=hasty) for _ in range(again.attempts))
+            return any(fails_once(candidate, hasty=hasty) for _ in range(attempts))
 
         multiple = trial.backend.kernel.capabilities_on(trial.device.type).slice_multiple
-        small = minimise(case, fails, _SECONDS, same.clock, multiple=multiple)
-        return small, examine(small, same.poisons)
+        return minimise(case, fails, _SECONDS, same.clock, multiple=multiple)
 
     # Careful budgets take more than nine tenths of the time of a layer that fails.
     hasty = case.level == "layer" and (first.z is None or first.z > _GROSS)
-    small, whole = shrunk(hasty=hasty)
+    small = shrunk(hasty=hasty)
+    costly = symptom in (Crashed, Hung)
+    if attempts == 1 and not costly and not all(fails_once(small, hasty=hasty) for _ in range(_CONFIRMED)):
+        # It comes and goes, and what is smaller may have passed by chance.
+        case, attempts, same = small, _ATTEMPTS, _coming_and_going(same)
+        small = shrunk(hasty=hasty)
+    whole = examine(small, same.poisons)
     if hasty and again.always and type(whole.first) not in same.faces:
         best = drawn
-        small, whole = shrunk(hasty=False)
+        small = shrunk(hasty=False)
+        whole = examine(small, same.poisons)
     best = whole if type(whole.first) is symptom else best
     if same.renamed and best.first is not None:
         symptom = type(best.first)
