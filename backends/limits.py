@@ -156,6 +156,39 @@ LIMITS: Final[tuple[DeclaredLimit, ...]] = (
         )
         for backend in ("sdpa_dense", "sdpa_dense_efficient")
     ),
+    DeclaredLimit(
+        id="limit-flash4-80-row-tiles",
+        backend="unrestricted:flash4",
+        device="cuda",
+        symptom="Crashed",
+        about="with neither a causal mask nor a window the backward on Hopper has tiles of 80 rows above 96 channels, "
+        "and of 104 and 112, which it rounds to 112, it is not compiled: failed to partition",
+        reference="flash-attn-4 4.0.0b36, torch 2.11.0+cu130 on an H200, 2026-11-30; of the cause of "
+        "flash-attention#2896",
+        found_by="published report tried",
+        minimal=Case(level="kernel", lengths=(1,), head_dim=104, causal=False, dtype="bf16"),
+    ),
+    DeclaredLimit(
+        id="limit-sdpa-nested-math-padded",
+        backend="unrestricted:sdpa_nested_math",
+        device="cuda",
+        symptom="Crashed",
+        about="under autograd products of nested tensors are made of padded ones, and of more than 2^31 scores then, "
+        "padding counted, the last documents' are read from elsewhere: wrong out, dK and dV, or an illegal access",
+        reference="of the kind of pytorch#135930; torch 2.11.0+cu130 on an H200, 2026-11-30",
+        found_by=_RAN,
+        script="pytorch_nested_padding.py",
+        minimal=Case(
+            level="kernel",
+            lengths=(4096, 1, 1),
+            key_lengths=(1, 4096, 1),
+            heads=64,
+            kv_heads=64,
+            head_dim=8,
+            causal=False,
+            dtype="fp16",
+        ),
+    ),
 )
 """Of docs/oracle.md three of the table, and of docs/backends.md what is refused since campaigns found it wrong, each by
 backend. The others there are conventions (the LSE of rows without keys), refused by the backend itself (head dimensions

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Final
 
 import torch
 
@@ -12,7 +13,7 @@ from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, 
 from attn_fuzz.backends.kernels.sdpa_nested import UNFUSED, SdpaNested, nested_attention
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.sdpa import only
-from attn_fuzz.reference.case import MEMORIES
+from attn_fuzz.reference.case import MEMORIES, Case
 from attn_fuzz.reference.profile import Profile
 
 
@@ -41,6 +42,11 @@ class ForcedNested(Kernel):
         return Attended(out, None, f"nested {self.forced}")
 
 
+_MOST_PADDED: Final = 1 << 31
+"""Scores of all documents, each padded to the longest, as torch's products have them under autograd: on CUDA offsets in
+the padded tensor are of 32 bits."""
+
+
 class SdpaNestedMath(ForcedNested):
     """Matrix products and a softmax, every step stored in the dtype. It has no causal mask for jagged tensors."""
 
@@ -56,6 +62,13 @@ class SdpaNestedMath(ForcedNested):
         memories=MEMORIES,
     )
     profile = UNFUSED
+
+    def limit(self, case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str | None:
+        for call in calls:
+            queries, keys = (max((pair[side] for pair in call), default=0) for side in (0, 1))
+            if len(call) * case.heads * queries * keys > _MOST_PADDED:
+                return f"more than {_MOST_PADDED:,} scores of documents that are all padded to the longest"
+        return None
 
     def profile_on(self, device: str) -> Profile:
         # The backward of torch's softmax on CUDA begins with P * dP, a tensor of its own.
