@@ -49,6 +49,8 @@ class Capabilities:
     (head_dim, head_dim_v), whatever else is said of head_dim; None: found out by trying. Kernel cases only."""
     gqa: bool = True
     """Fewer K/V heads than query heads."""
+    gqa_head_dims_v: bool = True
+    """Fewer K/V heads than query heads where values have another number of channels than keys."""
     noncausal: bool = True
     causal: bool = True
     causal_needs_equal_lengths: bool = False
@@ -228,9 +230,11 @@ class Capabilities:
 
     def _rules_of_channels(self, case: Case) -> tuple[tuple[bool, str], ...]:
         """What must hold of the channels of a case, with what it is about."""
+        both = case.head_dim_v is not None and case.heads != case.kv_heads
+        grouped = (self.gqa_head_dims_v or not both, "values of another head_dim than keys with grouped heads")
         if case.head_dim_v is not None and isinstance(self.head_dims_v, tuple):
             pair = (case.head_dim, case.head_dim_v)
-            return ((pair in self.head_dims_v, f"head_dim {pair[0]} with head_dim_v {pair[1]}"),)
+            return ((pair in self.head_dims_v, f"head_dim {pair[0]} with head_dim_v {pair[1]}"), grouped)
         dims = {"head_dim": case.head_dim} | ({} if case.head_dim_v is None else {"head_dim_v": case.head_dim_v})
         rules = [(self.head_dims_v is not False or case.head_dim_v is None, "values of another head_dim than keys")]
         for name, dim in dims.items():
@@ -242,7 +246,7 @@ class Capabilities:
                     f"{name} {dim}, only {', '.join(map(str, self.head_dims))}",
                 ),
             ]
-        return tuple(rules)
+        return (*rules, grouped)
 
     def _rules_of_layers(self, case: Case) -> tuple[tuple[bool, str], ...]:
         """What must hold of a layer case, with what it is about."""

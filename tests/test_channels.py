@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from itertools import islice
 from random import Random
 
@@ -25,7 +26,7 @@ from attn_fuzz.cases.simpler import narrower
 from attn_fuzz.coverage.aims import aim_at
 from attn_fuzz.coverage.allowed import Space
 from attn_fuzz.generation.configurations import in_order
-from attn_fuzz.generation.domain import EVERY_HEAD_DIM, MANY_HEADS, Domain
+from attn_fuzz.generation.domain import EVERY_HEAD_DIM, HEAD_GROUPS, MANY_HEADS, Domain
 from attn_fuzz.generation.drawing import few_cases
 from attn_fuzz.generation.length_sweeps import Sweep, draw_case, draw_options
 from attn_fuzz.oracle.examine import examine
@@ -37,6 +38,7 @@ from attn_fuzz.reference.values import draw
 CPU = torch.device("cpu")
 LOOP = LoopKernel.capabilities
 CASE = Case(level="kernel", lengths=(5, 33), key_lengths=(9, 40), heads=4, kv_heads=2, head_dim=8, head_dim_v=24)
+GROUPED = "values of another head_dim than keys with grouped heads"
 
 
 def domain(capabilities: Capabilities = LOOP, **aim: tuple[object, ...]) -> Domain:
@@ -130,6 +132,11 @@ def test_rows_from_2048_on_are_drawn_in_batches(fault: str) -> None:
         ({"head_dims_v": True, "head_dims": (16,)}, (16, 32), "head_dim_v 32, only 16"),
         ({"head_dims_v": ((192, 128),), "head_dims": (64,)}, (192, 128), None),
         ({"head_dims_v": ((192, 128),), "head_dims": (64,)}, (128, 192), "head_dim 128 with head_dim_v 192"),
+        ({"head_dims_v": True, "gqa_head_dims_v": False}, (16, 32), GROUPED),
+        ({"head_dims_v": None, "gqa_head_dims_v": False}, (16, 32), GROUPED),
+        ({"head_dims_v": ((192, 128),), "gqa_head_dims_v": False}, (192, 128), GROUPED),
+        ({"head_dims_v": ((192, 128),), "gqa_head_dims_v": False}, (64, 128), "head_dim 64 with head_dim_v 128"),
+        ({"gqa_head_dims_v": False}, (16, 16), None),
     ],
 )
 def test_what_is_not_declared_is_refused(
@@ -138,6 +145,19 @@ def test_what_is_not_declared_is_refused(
     stated = Capabilities(**capabilities)  # type: ignore[arg-type]
     case = CASE.replace(head_dim=pair[0], head_dim_v=pair[1])
     assert stated.refusal(case, "cpu", [(5, 9), (33, 40)]) == refused
+
+
+@pytest.mark.parametrize("pairs", [True, ((8, 24),)])
+def test_values_of_heads_that_are_not_grouped_are_taken_all_the_same(pairs: bool | tuple[tuple[int, int], ...]) -> None:
+    stated = Capabilities(head_dims_v=pairs, gqa_head_dims_v=False)
+    assert stated.refusal(CASE.replace(kv_heads=4), "cpu", [(5, 9), (33, 40)]) is None
+
+
+def test_what_a_backend_says_of_grouped_heads_is_asked_with_its_limits_set_aside() -> None:
+    case = CASE.replace(dtype="bf16", head_dim=64, head_dim_v=128)
+    assert registry.load("flash4").refusal(case, "cuda") == GROUPED
+    assert registry.load("flash4").refusal(case.replace(kv_heads=4), "cuda") is None
+    assert registry.load("unrestricted:flash4").refusal(case, "cuda") is None
 
 
 def test_an_output_has_the_channels_of_values() -> None:
@@ -216,6 +236,107 @@ def test_a_slice_may_aim_at_them() -> None:
     assert space.why_not(("head_dim", "1"), ("value channels", "fewer")) is not None
     plain = Space(Capabilities(), "cpu", ("kernel",), ("kernel",))
     assert plain.why_not(("value channels", "more"), ("level", "kernel")) is not None
+
+
+# Where grouped heads have values as wide as keys only.
+
+APART: dict[str, Capabilities] = {
+    "any channels": dataclasses.replace(LOOP, gqa_head_dims_v=False),
+    "pairs": dataclasses.replace(LOOP, gqa_head_dims_v=False, head_dims_v=((192, 128), (64, 32)), head_dims=(16, 64)),
+}
+AIMED: dict[str, dict[str, tuple[object, ...]]] = {
+    "nothing": {},
+    "groups": {"heads": ((2, 1), (16, 1))},
+    "a group or none": {"heads": ((2, 1), (2, 2))},
+    "values": {"values": ((64, 32), (192, 128))},
+    "values or none": {"values": (None, (64, 32))},
+    "what is not taken": {"values": ((64, 32),), "heads": ((4, 1),)},
+}
+
+
+def of_both(each: Case | Configuration) -> bool:
+    return each.head_dim_v is not None and each.heads != each.kv_heads
+
+
+def called(capabilities: Capabilities, **aim: tuple[object, ...]) -> list[Case]:
+    """Packed calls, as batches are cut from them."""
+    kernel = LoopKernel()
+    kernel.capabilities = capabilities  # type: ignore[misc]
+    backend, some = registry.Backend("apart", kernel), domain(capabilities, **aim)
+    drawn = (
+        draw_case(Random(seed), Sweep((16, 32), seed), backend, some, 4, every=seed % 2 == 0) for seed in range(120)
+    )
+    return [case for case in drawn if case is not None]
+
+
+WAYS: dict[str, Callable[..., Sequence[Case | Configuration]]] = {
+    "cases": drawn,
+    "batches": called,
+    "configurations": lambda capabilities, **aim: [
+        each for seed in range(3) for each in islice(in_order(domain(capabilities, **aim), seed), 32)
+    ],
+}
+
+
+@pytest.mark.parametrize("stated", APART)
+@pytest.mark.parametrize("way", WAYS)
+def test_both_are_drawn_but_never_together(way: str, stated: str) -> None:
+    found = WAYS[way](APART[stated])
+    assert not any(map(of_both, found))
+    # As many of them as there are elsewhere: heads are drawn to fit.
+    differ = sum(each.head_dim_v is not None for each in found)
+    usual = sum(each.head_dim_v is not None for each in WAYS[way](LOOP))
+    assert usual / 2 < differ < 2 * usual
+    assert len({each.heads for each in found if each.head_dim_v is not None}) > 2
+    assert len({each.heads // each.kv_heads for each in found}) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stated", APART)
+@pytest.mark.parametrize("aimed", AIMED)
+@pytest.mark.parametrize("way", WAYS)
+def test_nor_are_they_where_one_or_the_other_is_aimed_at(way: str, aimed: str, stated: str) -> None:
+    found = WAYS[way](APART[stated], **AIMED[aimed])
+    assert not any(map(of_both, found))
+    differ = {each.head_dim_v is not None for each in found}
+    if aimed == "groups":
+        assert {(each.heads, each.kv_heads) for each in found} <= {(2, 1), (16, 1), (1, 1)}
+        assert differ == {False}
+    elif aimed == "values or none":
+        assert differ == {True, False}
+    elif aimed == "values" and way != "cases":
+        # Some single cases have documents that are too long for so many channels.
+        assert differ == {True}
+
+
+def test_few_configurations_of_one_kind_are_not_the_end_of_the_others() -> None:
+    few = {"dtypes": ("fp32",), "head_dims": (16,), "softcap": False, "noncausal": False, "window": False}
+    some = dataclasses.replace(APART["pairs"], head_dims_v=((64, 32),), **few)  # type: ignore[arg-type]
+    order = list(in_order(domain(some), 1))
+    assert {(each.heads, each.kv_heads) for each in order if each.head_dim_v is None} >= set(HEAD_GROUPS)
+    assert {(each.heads, each.kv_heads) for each in order if each.head_dim_v} == {(1, 1), (2, 2), (8, 8)}
+
+
+def test_draws_are_what_they_were_where_both_are_taken_together() -> None:
+    """Nothing more is drawn, and nothing in another order: seeds are played again."""
+    for some in (LOOP, dataclasses.replace(LOOP, gqa=False), Capabilities(gqa_head_dims_v=False)):
+        whole = domain(some)
+        assert whole.parted(lambda: pytest.fail("it was drawn")) is whole
+
+
+def test_what_is_taken_apart_is_no_hole_in_what_was_drawn() -> None:
+    levels = ("kernel", "layer")
+    whole, apart, few = (Space(some, "cpu", levels, levels) for some in (LOOP, *APART.values()))
+    both = (("group", "2"), ("value channels", "more"))
+    assert whole.why_not(*both) is whole.why_never(*both) is None
+    reason = "values of another head_dim than keys are not declared with grouped heads"
+    assert apart.why_not(*both) == apart.why_never(*both) == reason
+    for pair in ((("group", "1"), both[1]), (both[0], ("value channels", "same")), (both[0], ("head_dim", "64"))):
+        assert apart.why_not(*pair) is few.why_not(*pair) is None or pair[0] == ("group", "1")
+    # Keys that are so wide beside other values only.
+    assert few.why_not(("group", "5-8"), ("head_dim", "192")) == reason
+    assert few.why_not(("group", "1"), ("head_dim", "192")) is None
+    assert set(both) not in map(set, apart.pairs())
 
 
 def test_fewer_channels_are_simpler() -> None:

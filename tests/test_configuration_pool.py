@@ -109,6 +109,7 @@ NARROW: dict[str, dict[str, object]] = {
     "no window": {"window": False},
     "window of causal attention only": {"window_needs_causal": True},
     "no groups": {"gqa": False},
+    "values as wide as keys beside groups": {"head_dims_v": True, "gqa_head_dims_v": False},
     "few head dimensions": {"head_dims": (64, 128), "dtypes": ("bf16",)},
     "no softcap": {"softcap": False, "head_dim_multiple": 8},
 }

@@ -119,7 +119,9 @@ def test_shapes_that_are_compiled_for_come_from_a_few_layouts(messages: Callable
     assert len(configurations_of(backend)) <= layouts + 2
 
 
-@pytest.mark.parametrize(("mode", "layouts", "first"), [("batch", 4, 1), ("case", 4, 2), ("batch", 0, 1), ("case", 0, 4)])
+@pytest.mark.parametrize(
+    ("mode", "layouts", "first"), [("batch", 4, 1), ("case", 4, 2), ("batch", 0, 1), ("case", 0, 4)]
+)
 def test_a_campaign_begins_with_what_its_first_batch_needs(
     mode: str, layouts: int, first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from attn_fuzz.backends.known import KnownIssue, built_on
 from attn_fuzz.campaign import limits
 from attn_fuzz.campaign.endings import cause_of_death
 from attn_fuzz.campaign.isolated import Ended, Isolated, Report, Subject
-from attn_fuzz.campaign.limit_questions import LENGTHS, OTHER_VALUES
+from attn_fuzz.campaign.limit_questions import GROUPED_VALUES, LENGTHS, OTHER_VALUES
 from attn_fuzz.campaign.limits import Limit, LimitsFound, infer_limits, taken, without_of
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.oracle.examine import examine
@@ -135,6 +135,97 @@ def test_values_of_another_head_dim_that_are_declared_are_a_promise(tmp_path: Pa
     assert found(written(tmp_path, "assert v.shape == k.shape", head_dims_v=[[64, 128]], **few)).without == {
         "head_dims_v": False
     }
+
+
+EQUAL = "assert q.shape[1] == k.shape[1] or v.shape == k.shape"
+"""As some backwards have it: channels of values are those of keys where heads are grouped."""
+
+OF_GROUPS: dict[str, tuple[str, str, list[tuple[str, str]], dict[str, object]]] = {
+    "all is taken": ("pass", "return out", [], {"head_dims_v": True}),
+    "raises": (EQUAL, "return out", [(GROUPED_VALUES, "crashed")], {"head_dims_v": True, "gqa_head_dims_v": False}),
+    "comes back wrong": (
+        "v = v * (1 + (q.shape[1] > k.shape[1] and v.shape != k.shape))",
+        "return out",
+        [(GROUPED_VALUES, "wrong")],
+        {"head_dims_v": True, "gqa_head_dims_v": False},
+    ),
+    "no groups": (
+        "assert q.shape[1] == k.shape[1]",
+        "return out",
+        [("grouped heads", "crashed")],
+        {"head_dims_v": True, "gqa": False},
+    ),
+    "no such values": ("assert v.shape == k.shape", "return out", [(OTHER_VALUES, "crashed")], {"head_dims_v": False}),
+    "neither": (
+        "assert v.shape == k.shape and q.shape[1] == k.shape[1]",
+        "return out",
+        [(OTHER_VALUES, "crashed"), ("grouped heads", "crashed")],
+        {"head_dims_v": False, "gqa": False},
+    ),
+    "no wider ones, which are asked about first": (
+        "assert v.shape[-1] <= q.shape[-1]",
+        "return out",
+        [(OTHER_VALUES, "crashed")],
+        {"head_dims_v": ((16, 8),)},
+    ),
+    "no narrower ones, and none with groups": (
+        f"assert v.shape[-1] >= q.shape[-1]; {EQUAL}",
+        "return out",
+        [(OTHER_VALUES, "crashed"), (GROUPED_VALUES, "crashed")],
+        {"head_dims_v": ((8, 16),), "gqa_head_dims_v": False},
+    ),
+}
+SOME: dict[str, Any] = {"dtypes": ("fp32",), "memories": ("contiguous",), "head_dims": (8, 16)}
+"""Of which values are asked about with 16 channels beside keys of 8, then with 8 beside 16."""
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("kind", OF_GROUPS)
+def test_values_beside_grouped_heads_are_a_limit_of_their_own_where_each_is_taken(kind: str, tmp_path: Path) -> None:
+    """A cause has one limit, though it shows where both are asked about, too."""
+    first, last, named, without = OF_GROUPS[kind]
+    name = written(tmp_path, first, last, **SOME)
+    result = found(name)
+    assert [(limit.axis, limit.how) for limit in result.limits] == named
+    assert dict(result.without) == without
+    for limit in result.limits:
+        assert registry.load(name).refusal(limit.case, "cpu") is None
+        assert registry.narrowed(registry.load(name), result.without).refusal(limit.case, "cpu") is not None
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_values_beside_grouped_heads_that_are_declared_are_a_promise(tmp_path: Path) -> None:
+    """What raises is a limit, what comes back wrong is for the campaign to find, and what is left out is not asked."""
+    wrong = OF_GROUPS["comes back wrong"][0]
+    assert found(written(tmp_path, wrong, head_dims_v=True, **SOME)) == LimitsFound()
+    assert found(written(tmp_path, EQUAL, head_dims_v=[[8, 16]], **SOME)).without == {"gqa_head_dims_v": False}
+    assert found(written(tmp_path, EQUAL, head_dims_v=True, gqa_head_dims_v=False, **SOME)) == LimitsFound()
+
+
+@pytest.mark.parametrize(
+    ("declared", "asked"),
+    [
+        ({}, [((8, 16), 4, 2)]),
+        ({"head_dims_v": [[16, 8], [8, 16]]}, [((16, 8), 4, 2)]),
+        ({"gqa": False}, []),
+        ({"gqa_head_dims_v": False}, []),
+        ({"head_dims_v": False}, []),
+    ],
+)
+def test_one_call_asks_for_values_beside_grouped_heads(
+    declared: dict[str, object], asked: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases: list[Case] = []
+
+    class Notes(InThisProcess):
+        def report(self, case: Case, *, operators: bool = False, judged: bool | None = None) -> Report:
+            cases.append(case)
+            return Report()
+
+    monkeypatch.setattr(limits, "Isolated", Notes)
+    found(written(tmp_path, **SOME, **declared))
+    both = [case for case in cases if case.head_dim_v is not None and case.heads != case.kv_heads]
+    assert [((case.head_dim, case.head_dim_v), case.heads, case.kv_heads) for case in both] == asked
 
 
 @pytest.mark.slow

@@ -65,6 +65,7 @@ def _spread(case: Case, stated: Capabilities) -> Case:
 
 
 OTHER_VALUES: Final = "values of another head_dim than keys"
+GROUPED_VALUES: Final = f"{OTHER_VALUES}, grouped heads"
 _VALUE_DIMS: Final = ((64, 32), (64, 128), (192, 128))
 _FLOOR: Final = (1, 8, 16)
 _OTHER_DIMS: Final = (5, 24, 36, 80, 256, 320, 192, 128)
@@ -91,6 +92,11 @@ def _questions(base: Case, domain: Domain, dtypes: Sequence[str]) -> Iterator[Qu
             yield Question(OTHER_VALUES, case, unpromised=stated.head_dims_v is None)
     if stated.gqa:
         yield Question("grouped heads", base.replace(heads=4, kv_heads=2))
+    if base.level == "kernel" and stated.head_dims_v is not False and stated.gqa and stated.gqa_head_dims_v:
+        # Some backwards take both, but not together; one pair shows it.
+        for head_dim, head_dim_v in _value_dims(domain)[:1]:
+            case = base.replace(head_dim=head_dim, head_dim_v=head_dim_v, heads=4, kv_heads=2)
+            yield Question(GROUPED_VALUES, case, unpromised=stated.head_dims_v is None)
     if stated.window and stated.causal:
         yield Question("window, causal", base.replace(causal=True, window=(7, -1)))
     if stated.window and stated.noncausal and not stated.window_needs_causal:

@@ -22,7 +22,7 @@ from attn_fuzz.backends.registry import Backend, calls_of
 from attn_fuzz.campaign.compile_probe import AlsoFor, Noticed, also_for, together
 from attn_fuzz.campaign.crowds import takes_crowds
 from attn_fuzz.campaign.isolated import Ended, Isolated, Report, Subject
-from attn_fuzz.campaign.limit_questions import OTHER_VALUES, Question, plain_case, questions_of
+from attn_fuzz.campaign.limit_questions import GROUPED_VALUES, OTHER_VALUES, Question, plain_case, questions_of
 from attn_fuzz.campaign.preflight import why_unusable
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.findings.finding import Finding
@@ -280,7 +280,9 @@ def infer_limits(
         limit = _limit(question, report, kind, operators)
         if limit is None and report is not None and question.axis.startswith("head_dim"):
             right.add(question.case.head_dim)
-        if limit is None and report is not None and question.case.head_dim_v is not None:
+        if question.axis == GROUPED_VALUES:
+            limit = _of_both(limit, limits, pairs)
+        elif limit is None and report is not None and question.case.head_dim_v is not None:
             pairs.append((question.case.head_dim, question.case.head_dim_v))
         if limit is not None and limit.axis not in {each.axis for each in limits}:
             limits.append(limit)
@@ -288,6 +290,13 @@ def infer_limits(
     without = {**without_of(limits, right, domain), **values_of(limits, pairs, domain)}
     without |= {"crowds": True} if crowds else {}
     return LimitsFound(tuple(limits), together(compiles, without))
+
+
+def _of_both(limit: Limit | None, before: Sequence[Limit], pairs: Sequence[tuple[int, int]]) -> Limit | None:
+    """A limit of such values beside grouped heads, where each of both is taken alone: else it has been named."""
+    if limit is None or "grouped heads" in {each.axis for each in before}:
+        return None
+    return limit if (limit.case.head_dim, limit.case.head_dim_v) in pairs else None
 
 
 def without_of(limits: Sequence[Limit], right: set[int], domain: Domain) -> dict[str, Any]:
@@ -311,6 +320,8 @@ def without_of(limits: Sequence[Limit], right: set[int], domain: Domain) -> dict
         without["head_dims"] = tuple(dim for dim in domain.every_head_dim if taken(dim, right, dims))
     if "grouped heads" in axes:
         without["gqa"] = False
+    if GROUPED_VALUES in axes:
+        without["gqa_head_dims_v"] = False
     if "loose max_seqlen" in axes:
         without["loose_max_seqlen"] = False
     if sides := {axis.split()[1] for axis in axes if axis.startswith("gaps ")}:

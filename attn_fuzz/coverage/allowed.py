@@ -168,6 +168,14 @@ def _values_as_wide(space: Space, chosen: Chosen) -> bool:
     return kernels and any(other == channels and head_dim in (None, dim) for dim, other in pairs)
 
 
+def _values_of_groups(space: Space, chosen: Chosen) -> bool:
+    """Beside grouped heads values are as wide as keys where no others are taken there, and keys as wide as any are."""
+    if space.capabilities.gqa_head_dims_v or chosen.get("group", "1") == "1":
+        return True
+    same = {dim_of(dim) for dim in space.domain.every_head_dim}
+    return chosen.get("value channels", "same") == "same" and chosen.get("head_dim") in (None, *same)
+
+
 def _somewhere(space: Space, chosen: Chosen) -> bool:
     return bool(space.places(*chosen.items()))
 
@@ -229,6 +237,7 @@ RULES: Final[tuple[tuple[Callable[[Space, Chosen], bool], str], ...]] = (
     (_somewhere, "it is not asked there"),
     (_a_call, "it is of kernel calls: a layer keeps its LSE to itself, and makes its calls as they are needed"),
     (_values_as_wide, "layers have values as wide as their keys, and kernels some others"),
+    (_values_of_groups, "values of another head_dim than keys are not declared with grouped heads"),
     (_drawn, "it is drawn nearly never"),
     (_shares_rows, "tensors whose rows are one, or far apart, are drawn for single kernel calls only"),
 )

@@ -55,6 +55,7 @@ def _drawn(random: Random, domain: Domain, dims: tuple[int, ...]) -> Iterator[Co
 
 def _any(random: Random, domain: Domain, dims: tuple[int, ...]) -> Configuration:
     """One that is taken, as narrow as it has to be."""
+    domain = domain.parted(lambda: not random.randrange(_VALUE_DIMS_ONCE_IN))
     aims, differ = domain.aim, domain.differing
     every = sorted(domain.every_head_dim) if "head_dim" in aims else ()
     head_dim, head_dim_v = random.choice(domain.towards("head_dim", dims, every)), None
@@ -109,6 +110,13 @@ class _Covered:
             self.taken.add(found)
         return found
 
+    def best_of(self, random: Random, domain: Domain, dims: tuple[int, ...]) -> Configuration | None:
+        """Takes the best of some that are drawn; None where there are no more."""
+        # Groups cover more than values do, so that where both are not taken together one kind has its turn alone.
+        part = domain.parted(lambda: not random.randrange(_VALUE_DIMS_ONCE_IN))
+        found = self.best(_drawn(random, part, dims))
+        return found if found is not None or part is domain else self.best(_drawn(random, domain, dims))
+
 
 _APART: Final = 5
 """Places between workers, which share what is kept on disk: each finds the others' work."""
@@ -144,8 +152,8 @@ def in_order(domain: Domain, seed: int) -> Iterator[Configuration]:
     first: list[Configuration | None] = []
     while len(first) < max(FIRST, 2 * len(tried)):
         known = covered.best(tried) if len(first) % 2 == 0 else None
-        first.append(known or covered.best(_drawn(always, domain, domain.head_dims[:_USUAL_DIMS])))
+        first.append(known or covered.best_of(always, domain, domain.head_dims[:_USUAL_DIMS]))
     yield from _plain_first(list(_rotated([each for each in first if each is not None], seed)))
     dims = domain.every_head_dim
-    while len(covered.taken) < MOST and (best := covered.best(_drawn(later, domain, dims))) is not None:
+    while len(covered.taken) < MOST and (best := covered.best_of(later, domain, dims)) is not None:
         yield best

@@ -69,6 +69,8 @@ class Domain:
     bounds are loose; ``gaps`` is whether there are some, (of queries, of keys). ``long_rows`` is True for a document of
     thousands of queries in every kernel call, which backends that compile for shapes have in none.
     """
+    differs: bool = False
+    """Whether values have another number of channels than keys wherever they may, whatever is aimed at."""
 
     def towards(
         self,
@@ -98,6 +100,8 @@ class Domain:
     @property
     def differing(self) -> bool | None:
         """Whether values have another number of channels than keys: always, never, or now and then (None)."""
+        if self.differs:
+            return True
         wanted = self.aim.get("values")
         if wanted is None:
             return False if "head_dim" in self.aim else None
@@ -163,6 +167,36 @@ class Domain:
         configurations = tuple(each._replace(head_dim_v=None) for each in stated.configurations)
         narrow = dataclasses.replace(stated, head_dims_v=False, far_memories=(), configurations=configurations)
         return dataclasses.replace(self, capabilities=narrow)
+
+    @functools.cached_property
+    def _parts(self) -> tuple[Domain, Domain] | None:
+        """Where values are as wide as keys and where they are not, if grouped heads are taken in the former only."""
+        stated = self.capabilities
+        if stated.gqa_head_dims_v or not stated.gqa or not self.value_dims:
+            return None
+        same, other = dataclasses.replace(stated, head_dims_v=False), dataclasses.replace(stated, gqa=False)
+        return (
+            dataclasses.replace(self, capabilities=same),
+            dataclasses.replace(self, capabilities=other, differs=True),
+        )
+
+    def parted(self, differ: Callable[[], bool]) -> Domain:
+        """What one case is drawn from: a part of it where grouped heads are taken beside values as wide as keys only.
+
+        Heads and channels then depend on each other, so that what is drawn first is which of both there may be. Where
+        they do not, this is the whole domain, and nothing is drawn.
+
+        Args:
+            differ: draws whether values have another number of channels than keys, where that is not aimed at.
+        """
+        if self._parts is None:
+            return self
+        differing = self.differing
+        if differing is None:
+            aimed = self.aim.get("heads", ())
+            only_groups = bool(aimed) and all(heads != kv_heads for heads, kv_heads in aimed)
+            differing = not only_groups and differ()
+        return self._parts[differing]
 
     @functools.cached_property
     def head_dims(self) -> tuple[int, ...]:

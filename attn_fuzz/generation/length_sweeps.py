@@ -187,6 +187,7 @@ def _draw_heads(random: Random, domain: Domain, some: int | None) -> tuple[int, 
 
     What is aimed at is of all of them.
     """
+    domain = domain.parted(lambda: random.random() < _VALUE_DIMS)
     some_dims = None if "head_dim" in domain.aim else some
     every = "head_dim" in domain.aim or (some is None and random.random() < _ANY_HEAD_DIM)
     all_dims = domain.every_head_dim if every else domain.head_dims

@@ -190,6 +190,7 @@ def options(draw: st.DrawFn, domain: Domain, level: str, lengths: Sequence[int],
     scores = longest * (longest + min(past, 0))
     if capabilities.configurations:
         return {**compiled(draw, domain, longest), **free_options(draw, domain, level)}
+    domain = domain.parted(lambda: draw(seldom(_VALUE_DIM_ONCE_IN)))
     # Of layers more are causal: what is not cannot be cut inside a document.
     choices = (True, False, True) if level == "layer" else (True, False)
     causal_choices = [choice for choice in choices if (capabilities.causal if choice else capabilities.noncausal)]
