@@ -9,16 +9,22 @@ versions it was seen on (tests/test_known.py): an issue that is gone is taken ou
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Final
 
-import torch
-
+from attn_fuzz.backends.known_where import (
+    Calls,
+    cublas_drops_the_rest,
+    half_a_tile,
+    long_sums,
+    masked_whole_key_tiles,
+    on_cuda,
+    on_hopper,
+    whole_key_tiles,
+    window_cuts,
+    with_cudnn_919,
+)
 from attn_fuzz.reference.case import Case
-
-Calls = Sequence[Sequence[tuple[int, int]]]
-"""For every varlen call that a case makes, (queries, keys) of its documents."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,61 +62,6 @@ class KnownIssue:
 _TORCH: Final = "torch 2.11.0+cu130"
 
 
-def _cuda() -> bool:
-    return torch.cuda.is_available()
-
-
-def _cudnn_919() -> bool:
-    version = torch.backends.cudnn.version()
-    return torch.cuda.is_available() and version is not None and 91900 <= version < 92000
-
-
-def _whole_key_tiles(case: Case, calls: Calls) -> bool:
-    """The dispatcher takes cuDNN: half precision, head_dim a multiple of 8; and no rest of a tile of 64 keys."""
-    half = case.dtype in ("bf16", "fp16") and case.head_dim % 8 == 0
-    return half and any((keys := sum(k for _, k in call)) > 0 and keys % 64 == 0 for call in calls)
-
-
-def _window_cuts(case: Case, calls: Calls) -> bool:
-    """A left bound that hides keys from somebody."""
-    left = case.window[0]
-    return left >= 0 and any(q > 0 and k > left + 1 for call in calls for q, k in call)
-
-
-_LONG_SUM: Final = 2048
-
-
-def _long_sums(case: Case, calls: Calls) -> bool:
-    """Products for dK and dV are sums over thousands of rows in half precision, whose number is no multiple of 16."""
-    group = case.heads // case.kv_heads
-    rows = [group * sum(queries for queries, _ in call) for call in calls]
-    return case.level == "kernel" and case.dtype != "fp32" and any(n >= _LONG_SUM and n % 16 for n in rows)
-
-
-def _hopper() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-
-
-_TILED: Final = 32
-"""Channels that FlashAttention 4's accumulators of gradients are padded to; its kernel on Hopper counts in halves."""
-
-
-def _half_a_tile(case: Case, calls: Calls) -> bool:
-    """A head_dim up to 128 whose last 32 channels are half padding: above, both count in 64."""
-    return case.head_dim <= 128 and 0 < case.head_dim % _TILED <= _TILED // 2
-
-
-@functools.cache
-def _cublas_drops_the_rest() -> bool:
-    """Of a sum over 33,160 rows the last 8 are left out: what is there is seen by itself, whatever its version."""
-    if not torch.cuda.is_available():
-        return False
-    weights = torch.ones(1, 33160, 88, dtype=torch.bfloat16, device="cuda")
-    values = torch.zeros(1, 33160, 144, dtype=torch.bfloat16, device="cuda")
-    values[:, -8:] = 1.0
-    return bool((torch.bmm(weights.transpose(1, 2), values) != 8.0).any())
-
-
 KNOWN: Final[tuple[KnownIssue, ...]] = (
     KnownIssue(
         id="cudnn-masked-backward-nan",
@@ -122,12 +73,27 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         reference=f"pytorch#196678, cudnn-frontend#628; {_TORCH} with cuDNN 9.19 on an H100, 2026-11-23",
         found_by="probe",
         script="pytorch_196678.py",
-        present=_cudnn_919,
-        covers=_whole_key_tiles,
+        present=with_cudnn_919,
+        covers=whole_key_tiles,
         minimal=Case.from_json(
             '{"level": "kernel", "lengths": [1], "key_lengths": [64], "head_dim": 8, "dtype": "bf16", "seed": 1}'
         ),
         operators=("aten::_scaled_dot_product_cudnn_attention",),
+    ),
+    KnownIssue(
+        id="nested-cudnn-masked-nan",
+        backends=("sdpa_nested",),
+        device="cuda",
+        about="The same of causal documents with past keys, for which sdpa_nested makes one call with a mask.",
+        reference=f"pytorch#196678; {_TORCH} with cuDNN 9.19 on an H200, 2026-11-30 (results/axes/h200_8.json)",
+        found_by="campaign unaided",
+        script="pytorch_196678.py",
+        present=with_cudnn_919,
+        covers=masked_whole_key_tiles,
+        minimal=Case.from_json(
+            '{"level": "kernel", "lengths": [1, 3, 1], "key_lengths": [81, 3, 108], "document_ids": [0, 5, 6], '
+            '"head_dim": 8, "dtype": "fp16", "values": "large", "seed": 1}'
+        ),
     ),
     KnownIssue(
         id="sdpa-16-byte-rows",
@@ -138,7 +104,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         reference=f"pytorch#194818; {_TORCH} on an H200, 2026-11-28",
         found_by="campaign unaided",
         script="pytorch_194818.py",
-        present=_cuda,
+        present=on_cuda,
         covers=lambda case, calls: case.memory == "misaligned",
         minimal=Case.from_json(
             '{"level": "kernel", "lengths": [1, 6, 1, 4, 1], "head_dim": 64, "scale": 0.125, "dtype": "bf16", '
@@ -162,8 +128,8 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         "right forward, dQ, dK and dV wrong wherever the window hides a key.",
         reference=f"{_TORCH} on an H200, 2026-11-24; xformers leaves local masks out of this backward for NaN",
         found_by="probe",
-        present=_cuda,
-        covers=_window_cuts,
+        present=on_cuda,
+        covers=window_cuts,
         minimal=Case.from_json(
             '{"level": "kernel", "lengths": [5], "head_dim": 8, "dtype": "bf16", "window": [1, -1]}'
         ),
@@ -177,7 +143,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         "q, k or v is a slice of a wider buffer.",
         reference=f"{_TORCH} with cuDNN 9.19 on an H200, 2026-11-24; of the kind of pytorch#194818",
         found_by="probe",
-        present=_cudnn_919,
+        present=with_cudnn_919,
         covers=lambda case, calls: case.memory in ("fused", "sliced", "head_major"),
         minimal=Case.from_json(
             '{"level": "kernel", "lengths": [2, 3], "heads": 2, "kv_heads": 2, "head_dim": 64, "dtype": "bf16", '
@@ -193,7 +159,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         "apart, all gradients are wrong or unwritten.",
         reference=f"{_TORCH} with cuDNN 9.19 on an H200, 2026-11-24; padded grad_out is among pytorch#194818",
         found_by="probe",
-        present=_cudnn_919,
+        present=with_cudnn_919,
         covers=lambda case, calls: case.level == "kernel" and case.memory in ("fused", "sliced", "head_major"),
         minimal=Case.from_json(
             '{"level": "kernel", "lengths": [5, 33], "heads": 2, "kv_heads": 2, "head_dim": 64, "dtype": "bf16", '
@@ -210,7 +176,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         reference=f"pytorch#186142; {_TORCH} with cuDNN 9.19 on an H200, 2026-11-24",
         found_by="campaign unaided",
         script="pytorch_186142.py",
-        present=_cudnn_919,
+        present=with_cudnn_919,
         covers=lambda case, calls: any(max(q, k) > case.head_dim for call in calls for q, k in call),
         minimal=Case.from_json(
             '{"level": "kernel", "lengths": [65], "heads": 2, "kv_heads": 2, "head_dim": 64, "dtype": "bf16"}'
@@ -227,7 +193,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         reference=f"cudnn-frontend 1.32.0, cuDNN 9.19, {_TORCH} on an H200, 2026-11-24, and on an H100, 2026-11-25; of "
         "the kind of cudnn-frontend#516 and #540",
         found_by="probe",
-        present=_cudnn_919,
+        present=with_cudnn_919,
         covers=lambda case, calls: case.level == "kernel" and case.memory in ("fused", "sliced", "head_major"),
         minimal=Case.from_json(
             '{"level": "kernel", "lengths": [2, 3], "heads": 4, "kv_heads": 2, "head_dim": 64, "dtype": "bf16", '
@@ -243,7 +209,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         reference=f"cudnn-frontend 1.32.0, cuDNN 9.19, {_TORCH} on an H200, 2026-11-24; not reported before as far "
         "as we know",
         found_by="probe",
-        present=_cudnn_919,
+        present=with_cudnn_919,
         covers=lambda case, calls: any(q > 0 and k == 0 for call in calls for q, k in call),
         minimal=Case.from_json(
             '{"level": "kernel", "lengths": [2, 3], "key_lengths": [0, 3], "heads": 4, "kv_heads": 2, "head_dim": 64, '
@@ -261,8 +227,8 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         "33,164 rows into 80 to 96 x 136 to 152, bf16 and fp16",
         found_by="campaign unaided",
         script="triton_2767.py",
-        present=_cublas_drops_the_rest,
-        covers=_long_sums,
+        present=cublas_drops_the_rest,
+        covers=long_sums,
         minimal=Case.from_json(
             '{"level": "kernel", "lengths": [4095, 14, 0, 12, 7, 15, 2], "key_lengths": [1, 12, 0, 14, 12, 32, 17], '
             '"document_ids": [40, 41, 42, 43, 44, 45, 46], "heads": 8, "head_dim": 144, "causal": false, '
@@ -279,8 +245,8 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         "8,193 these five, torch.matmul, torch.bmm and torch.mm alike, bf16 and fp16",
         found_by="campaign unaided",
         script="triton_2767.py",
-        present=_cublas_drops_the_rest,
-        covers=_long_sums,
+        present=cublas_drops_the_rest,
+        covers=long_sums,
         minimal=Case.from_json(
             '{"level": "kernel", "lengths": [2689], "key_lengths": [8], "head_dim": 8, "dtype": "bf16"}'
         ),
@@ -294,7 +260,7 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         reference=f"flash-attn-3 built for {_TORCH}, flash-attn-4 4.0.0b36 on an H200, 2026-11-24; of the kind of "
         "cudnn-frontend#624, #646 and SageAttention#377",
         found_by="probe",
-        present=_cuda,
+        present=on_cuda,
         covers=lambda case, calls: case.level == "kernel" and case.capacity > 0,
         minimal=Case.from_json(
             '{"level": "kernel", "lengths": [16], "heads": 4, "kv_heads": 2, "head_dim": 64, "dtype": "bf16", '
@@ -311,8 +277,8 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         reference=f"flash-attention#2896; flash-attn-4 4.0.0b36, {_TORCH} on an H200, 2026-11-30",
         found_by="campaign unaided",
         script="flash_attn_2896.py",
-        present=_hopper,
-        covers=_half_a_tile,
+        present=on_hopper,
+        covers=half_a_tile,
         minimal=Case.from_json('{"level": "kernel", "lengths": [66], "head_dim": 8, "dtype": "bf16"}'),
     ),
 )

@@ -69,13 +69,16 @@ _WRONG_GRADIENTS: Final[Symptoms] = frozenset(
 _SPOILT_FORWARD: Final[Symptoms] = _SPOILT | {WrongKeys, WrongOutput, WrongLse}
 _SPOILT_BACKWARD: Final[Symptoms] = _SPOILT | _WRONG_GRADIENTS | {WrongKeysBackward, NotRepeatable, WrongSpread}
 
+_MASKED_BACKWARD: Final = Effect(
+    tensors=_LAYER_BACKWARD - {"d_dense"},
+    symptoms=frozenset({PoisonLeaked, WrongKeysBackward, NotIsolated, NotExact}),
+    # Drawn values do that too, where a window hides keys of much larger scores.
+    nan_symptoms=_WRONG_GRADIENTS | _RELATED,
+)
+
 EFFECTS: Final[dict[str, Effect]] = {
-    "cudnn-masked-backward-nan": Effect(
-        tensors=_LAYER_BACKWARD - {"d_dense"},
-        symptoms=frozenset({PoisonLeaked, WrongKeysBackward, NotIsolated, NotExact}),
-        # Drawn values do that too, where a window hides keys of much larger scores.
-        nan_symptoms=_WRONG_GRADIENTS | _RELATED,
-    ),
+    "cudnn-masked-backward-nan": _MASKED_BACKWARD,
+    "nested-cudnn-masked-nan": _MASKED_BACKWARD,
     "sdpa-16-byte-rows": Effect(tensors=_FORWARD | _LAYER_BACKWARD, symptoms=_SPOILT_FORWARD | _SPOILT_BACKWARD),
     "efficient-window-backward": Effect(tensors=_LAYER_BACKWARD - {"d_dense"}, symptoms=_SPOILT_BACKWARD),
     "torch-cudnn-row-stride": Effect(tensors=_LAYER_BACKWARD, symptoms=_SPOILT_BACKWARD),
