@@ -13,6 +13,7 @@ from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.evaluation.seeded_faults import find_fault
 from attn_fuzz.oracle.checks import PROBES, Check
+from attn_fuzz.oracle.checks.exact import needle_found
 from attn_fuzz.oracle.checks.repeat import repeats_itself
 from attn_fuzz.oracle.examine import Verdict, some_probes
 from attn_fuzz.oracle.symptoms import Hung, NotExact, NotRepeatable, Symptom, WrongOutput
@@ -58,9 +59,11 @@ def test_layers_that_are_grossly_wrong_shrink_by_quick_budgets_and_end_by_carefu
     small = smallest(trial(), wrong(1e6), asked)
     assert small.case.lengths == (5,)
     assert small.always
-    assert asked.hasty[0] is False
-    assert asked.hasty[-1] is False
-    assert all(asked.hasty[1:-1])
+    quick = asked.hasty.index(True), len(asked.hasty) - asked.hasty[::-1].index(True)
+    assert quick[0] == 1
+    assert all(asked.hasty[slice(*quick)])
+    # The last word, and a look at what is a token smaller by every probe.
+    assert 1 < len(asked.hasty) - quick[1] < 10
 
 
 def test_what_only_quick_budgets_accuse_is_shrunk_again_by_careful_ones() -> None:
@@ -99,7 +102,7 @@ def test_what_earlier_calls_leave_behind_is_shrunk_with_the_same_calls() -> None
     assert small.case.tokens == 3
     assert small.symptom is NotExact
     assert not small.always
-    assert set(asked.probes[2:-1]) == {(before, probe)}
+    assert {probes for probes in asked.probes[2:] if probes != PROBES} == {(before, probe)}
 
 
 def test_a_far_smaller_case_of_another_symptom_is_not_lost() -> None:
@@ -172,6 +175,20 @@ def test_what_comes_and_goes_is_shown_by_bits_that_differ() -> None:
 
     small = smallest(trial(), wrong(1e6), Asked(answer))
     assert (small.symptom, small.case.tokens) == (NotRepeatable, 2)
+
+
+def test_what_another_probe_sees_in_a_smaller_case_is_shrunk_by_that() -> None:
+    """Ten tokens leave their budget, and three of them show the same to another probe, which nothing had asked."""
+
+    def answer(case: Case, probes: Sequence[Check], hasty: bool) -> Verdict:
+        if case.tokens >= 10:
+            return wrong(1e6)
+        symptom: Symptom = WrongOutput("needle", "out", "wrong")
+        symptom.probe = needle_found
+        return Verdict((symptom,), {}, frozenset()) if needle_found in probes and case.tokens >= 3 else CLEAN
+
+    small = smallest(trial(), wrong(1e6), Asked(answer))
+    assert (small.symptom, small.case.tokens, small.first) == (WrongOutput, 3, None)
 
 
 def test_ranks_that_wait_for_ever_are_not_waited_for_again() -> None:

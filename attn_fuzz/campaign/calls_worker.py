@@ -200,6 +200,13 @@ class CallsWorker(BatchWorker):
         self.note_candidate(judged.call(index))
         small = smallest(sequence, self.backend, self.device, SHRINK_SECONDS)
         words = sequence.words(judged)
+        case = small.batch.call(small.index)
+        if small != sequence and (alone := self.narrow(case, PROBES)) is not None and alone.first is not None:
+            # Once it is small, the call does fail by itself, which is what people would rather read.
+            self.hand_over(case, alone)
+            if self.tally.repeated > repeated:
+                self.looked_again.update(accused)
+            return
         if small != sequence and (fewer := small.words(small.judged(self.backend, self.device))) is not None:
             words, sequence = fewer, small
         self.report_as_seen(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.cases.order import simplicity, tokens
+from attn_fuzz.cases.smaller import fewer_documents, one_shorter
 from attn_fuzz.execution.poison import POISONS
 from attn_fuzz.oracle.checks import PROBES, RARE, Check
 from attn_fuzz.oracle.checks.accumulation import exact_accumulation
@@ -25,6 +27,12 @@ _SECONDS: Final = 60.0
 
 _ATTEMPTS: Final = 12
 """How often a smaller case is tried where the failing one, run once more, was right."""
+
+_TIMES: Final = 3
+_ASKED: Final = 8
+_ASKING_SECONDS: Final = 20.0
+"""How often all probes are asked of cases that are a document or a token smaller than the smallest, of how many, and
+the seconds after which no more are asked."""
 
 _CONFIRMED: Final = 3
 """How often a smallest case has to fail again before it is believed that smaller ones do not."""
@@ -188,6 +196,10 @@ def smallest(trial: Trial, verdict: Verdict, examine: Examine) -> Smallest:
     others: list[Case] = []
     examine = _nothing_where_refused(examine)
     found = _alike(trial, verdict, examine, others)
+    for _ in range(_TIMES):
+        if (smaller := _seen_otherwise(trial, found, examine)) is None:
+            break
+        found = smaller
     for other in sorted(set(others), key=lambda each: (tokens(each), simplicity(each)))[:1]:
         if FAR * tokens(other) > tokens(found.case):
             break
@@ -196,6 +208,25 @@ def smallest(trial: Trial, verdict: Verdict, examine: Examine) -> Smallest:
             smaller = _alike(dataclasses.replace(trial, case=other), careful, examine, [])
             return dataclasses.replace(smaller, first=(found.symptom.__name__, found.case))
     return found
+
+
+def _seen_otherwise(trial: Trial, found: Smallest, examine: Examine) -> Smallest | None:
+    """A smaller case in which other probes see the same, shrunk by those; None where the smallest stands.
+
+    Only what had seen it was asked on the way, and what fails ten keys by their budget may fail one that is pointed at.
+    """
+    if found.symptom in (Crashed, Hung):
+        return None
+    started = time.monotonic()
+    candidates = itertools.chain(fewer_documents(found.case), one_shorter(found.case))
+    for case in itertools.islice((each for each in candidates if each is not None), _ASKED):
+        if time.monotonic() - started > _ASKING_SECONDS:
+            return None
+        verdict = examine(case, trial.poisons)
+        if type(verdict.first) is found.symptom:
+            smaller = _alike(dataclasses.replace(trial, case=case), verdict, examine, [])
+            return dataclasses.replace(smaller, always=found.always) if smaller.symptom is found.symptom else None
+    return None
 
 
 def _alike(trial: Trial, verdict: Verdict, examine: Examine, others: list[Case]) -> Smallest:
