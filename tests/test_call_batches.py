@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from attn_fuzz.batch.batch_run import NAMES
 from attn_fuzz.batch.judge import LAUNCHED, SCHEDULE, judge, schedule_on, usually_asked
 from attn_fuzz.batch.judged import Question
 from attn_fuzz.batch.questions import QUESTIONS
-from attn_fuzz.campaign import inquest, pool
+from attn_fuzz.campaign import batch_worker, inquest, pool
 from attn_fuzz.campaign.calls_worker import CallsWorker, work_on_batches
 from attn_fuzz.campaign.messages import Assignment, Finished, Found, Message, Tally
 from attn_fuzz.campaign.plan import CampaignOptions, available_backends, plan, takes_batches
@@ -101,6 +102,19 @@ def fuzzed(
     last = messages[-1]
     assert isinstance(last, Finished)
     return [message.finding for message in messages if isinstance(message, Found)], last.tally
+
+
+@pytest.mark.slow
+def test_a_seed_draws_the_same_calls_on_a_slow_machine_where_cases_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tallies = []
+    for a_batch in (0.0, 30.0):
+        seconds = itertools.count(step=a_batch)
+        monkeypatch.setattr(batch_worker, "now", lambda device, seconds=seconds: next(seconds))
+        _, tally = fuzzed("loop", calls=720)
+        tallies.append((tally.cases, tally.documents, tally.by_kind, tally.worst_case))
+    assert tallies[0] == tallies[1]
 
 
 class Altered(LoopKernel):

@@ -102,6 +102,12 @@ class CallsWorker(BatchWorker):
         batch = draw_batch(self.random, self.sweeps[place], self.backend, self.domain, wanted)
         return batch.first(wanted) if batch is not None else None
 
+    def grown(self, size: int, taken: float) -> int:
+        """Whatever the last one took, where cases are counted and not seconds: a seed then draws the same each time."""
+        if self.assignment.cases is not None and self.assignment.seconds is None:
+            return min(self.sizing.quick * size, self.sizing.most)
+        return super().grown(size, taken)
+
     def learn(self, level: str, place: int, size: int) -> None:
         """On a CPU, places that have had no batch begin there: what a batch may take is limited when it is drawn."""
         super().learn(level, place, size)
