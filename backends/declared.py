@@ -46,7 +46,13 @@ def capabilities_of(owner: object, name: str, defaults: Mapping[str, Any]) -> Ca
     for key, value in given.items():
         if wanted := _misfit(key, value):
             raise BackendUnavailable(f"{name}.capabilities: {key} must be {wanted}, not {value!r}")
-    return Capabilities(**{**defaults, **given})
+    found = Capabilities(**{**defaults, **given})
+    if found.padding_between and found.padding == "computed":
+        raise BackendUnavailable(
+            f"{name}.capabilities: padding_between is for padding that is not computed; declare padding 'zero' or "
+            "'skipped', too"
+        )
+    return found
 
 
 _CHOICES = {

@@ -146,6 +146,8 @@ class Capabilities:
     """User layers only: as of ``reference.conventions``, and so the next two."""
     gradient_rows: str = "kept"
     padding: str = "computed"
+    padding_between: bool = False
+    """User layers only: padding that is not computed stands between documents, too, not only behind them."""
     arithmetic: Mapping[str, object] | str = dataclasses.field(default_factory=dict, hash=False)
     """User code only: what rounds and what does not, by fields of ``reference.profile.Profile``, or by a name."""
 
@@ -250,15 +252,15 @@ class Capabilities:
 
     def _rules_of_layers(self, case: Case) -> tuple[tuple[bool, str], ...]:
         """What must hold of a layer case, with what it is about."""
+        apart = self.padding != "computed"
+        alone = case.all_ranks == 1 or (self.backward and self.gradient_rows == "kept" and not apart)
         return (
             (self.norms or {case.query_norm, case.key_norm, case.value_norm} == {"none"}, "norms"),
             (case.rotary in self.rotaries, f"rotary {case.rotary}"),
             (self.shared_key_value or not case.shared_key_value, "shared keys and values"),
             (case.causal or self.noncausal_cuts or not case.cuts, "non-causal micro-sequences"),
-            (
-                case.all_ranks == 1 or (self.backward and self.gradient_rows == "kept" and self.padding == "computed"),
-                "several ranks, with what is declared of its backward, gradient rows or padding",
-            ),
+            (alone, "several ranks, with what is declared of its backward, gradient rows or padding"),
+            (not case.padding_ids or (self.padding_between and apart), "padding between documents"),
         )
 
 

@@ -54,6 +54,8 @@ class Case:
     """Layer level only: ranks that share the query heads of each of those slices; they need a single K/V head."""
     document_ids: tuple[int, ...] | None = None
     """Names that key documents' values, so that each keeps them when others are shrunk away; None: 0, 1, ..."""
+    padding_ids: tuple[int, ...] = ()
+    """Layer level only: ids of documents that are padding between others, as that behind the last one is."""
     heads: int = 1
     """Query heads."""
     kv_heads: int = 1
@@ -141,6 +143,13 @@ class Case:
         """Value names of all documents; the padding's is one that no document can have."""
         ids = tuple(range(len(self.lengths))) if self.document_ids is None else self.document_ids
         return (*ids, MAX_TOKENS) if self.padding else ids
+
+    @property
+    def padding_spans(self) -> tuple[tuple[int, int], ...]:
+        """``[begin, end)`` of all padding in the packed sequence: between documents, and behind the last one."""
+        padding = {MAX_TOKENS, *self.padding_ids}
+        rows = zip(self.packed_ids, self.packed_lengths, itertools.accumulate(self.packed_lengths), strict=True)
+        return tuple((end - length, end) for name, length, end in rows if length and name in padding)
 
     @property
     def all_ranks(self) -> int:
@@ -257,6 +266,7 @@ def _check_combinations(case: Case) -> None:
 
 _LAYER_ONLY = [
     "padding",
+    "padding_ids",
     "cuts",
     "ranks",
     "tensor_ranks",
@@ -313,6 +323,10 @@ def _check_layer(case: Case) -> None:
         raise CaseError("memory broadcast belongs to kernel cases: a K/V buffer is written, so its rows are its own")
     if case.key_lengths is not None:
         raise CaseError("key_lengths belongs to kernel cases; in a layer case keys come from cuts")
+    if list(case.padding_ids) != sorted({*case.padding_ids}) or min(case.padding_ids, default=0) < 0:
+        raise CaseError(f"padding_ids must increase, from 0 on, but they are {list(case.padding_ids)}")
+    if case.padding_ids and {*case.packed_ids[: len(case.lengths)]} <= {*case.padding_ids}:
+        raise CaseError("padding_ids name all documents; one at least is there to be computed")
     bounds = (0, *case.cuts, case.tokens)
     if any(begin >= end for begin, end in itertools.pairwise(bounds)):
         raise CaseError(

@@ -30,7 +30,7 @@ _INTEGERS = (
     *("padding", "ranks", "tensor_ranks", "heads", "kv_heads", "head_dim", "hidden", "seed", "capacity"),
     "head_dim_v",
 )
-INTEGER_LISTS = ("lengths", "key_lengths", "cuts", "document_ids", "window", "loose_max_seqlen", "gaps")
+INTEGER_LISTS = ("lengths", "key_lengths", "cuts", "document_ids", "padding_ids", "window", "loose_max_seqlen", "gaps")
 _BOOLEANS = ("causal", "shared_key_value", "lse_gradient")
 _NUMBERS = ("scale", "softcap", "rotary_theta", "rotary_fraction")
 _CHOICES = {

@@ -227,10 +227,11 @@ class _Layer:
 
     def with_computed_rows(self, x: torch.Tensor) -> torch.Tensor:
         """``[samples, tokens, ...]`` with exact zeros in rows of padding that is not computed."""
-        if self.conventions.computes_padding or not self.case.padding:
+        if self.conventions.computes_padding or not self.case.padding_spans:
             return x
         x = x.clone()
-        x[:, self.case.tokens - self.case.padding :] = 0
+        for begin, end in self.case.padding_spans:
+            x[:, begin:end] = 0
         return x
 
     # The whole.

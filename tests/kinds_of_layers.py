@@ -334,9 +334,12 @@ class ZeroPadding(Plain):
     capabilities: ClassVar[dict[str, Any]] = {"padding": "zero"}
     leave: ClassVar[float] = 0.0
 
-    def rows(self, begin: int, end: int) -> slice:
-        """Those of padding in a micro-sequence."""
-        return slice(max(sum(self.case.lengths) - begin, 0), end - begin)
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """Those of padding in a micro-sequence, bool ``[end - begin]``."""
+        found = torch.zeros(self.case.tokens, dtype=torch.bool, device=self.device)
+        for first, last in self.case.padding_spans:
+            found[first:last] = True
+        return found[begin:end]
 
     def forward(self, x: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         self.parts = [*getattr(self, "parts", []), (begin, end)]
@@ -361,9 +364,9 @@ class SkippedPadding(ZeroPadding):
     def forward(self, x: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         out = super().forward(x, begin, end)
         rows, found = self.rows(begin, end), torch.empty_like(out)
-        found[: rows.start] = out[: rows.start]
-        # Keys of padding are read by padding only, whose results are left out.
-        self.buffer.k[begin:end][rows] = 3.0
+        found[~rows] = out[~rows]
+        # Values of padding are read by padding only, whose results are left out.
+        self.buffer.v[begin:end][rows] = 3.0
         return found
 
 
@@ -383,6 +386,47 @@ class PaddingLeaks(ZeroPadding):
 
 class PaddingNotZero(ZeroPadding):
     leave: ClassVar[float] = 1e-3
+
+
+class ZeroBetween(ZeroPadding):
+    """Padding stands between documents, too."""
+
+    capabilities: ClassVar[dict[str, Any]] = {"padding": "zero", "padding_between": True}
+
+
+class SkippedBetween(SkippedPadding):
+    capabilities: ClassVar[dict[str, Any]] = {"padding": "skipped", "padding_between": True}
+
+
+class OnlyBehind(ZeroBetween):
+    """Rows between documents are taken for documents, though it says otherwise."""
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        found = super().rows(begin, end)
+        found[: max(sum(self.case.lengths) - begin, 0)] = False
+        return found
+
+
+class BetweenLeaks(ZeroBetween):
+    """The gradients of rows between documents reach the weights."""
+
+    def backward(self, dout: torch.Tensor) -> torch.Tensor:
+        rows = self.rows(*self.parts.pop())
+        dx = Plain.backward(self, dout)
+        dx[rows] = 0
+        return dx
+
+
+class BetweenSeen(SkippedBetween):
+    """What stands between documents belongs to the one before it, whose rows it sees and adds gradients to."""
+
+    def __init__(self, weights: dict[str, torch.Tensor], case: Case) -> None:
+        super().__init__(weights, case)
+        lengths = list(self.lengths)
+        for place in reversed(range(1, len(case.lengths))):
+            if case.packed_ids[place] in case.padding_ids:
+                lengths[place - 1] += lengths.pop(place)
+        self.lengths = tuple(lengths)
 
 
 # Non-causal attention.

@@ -81,6 +81,7 @@ def test_defaults_are_those_that_stored_cases_rely_on() -> None:
         "ranks": 1,
         "tensor_ranks": 1,
         "document_ids": None,
+        "padding_ids": (),
         "heads": 1,
         "kv_heads": 1,
         "head_dim": 16,
@@ -107,6 +108,14 @@ def test_defaults_are_those_that_stored_cases_rely_on() -> None:
         "gaps": (0, 0),
         "head_dim_v": None,
     }
+
+
+def test_padding_lies_between_documents_and_behind_the_last() -> None:
+    case = Case(lengths=(3, 2, 0, 4), document_ids=(7, 5, 2, 9), padding_ids=(2, 5, 11), padding=3)
+    # One without rows is nowhere, and what names no document says nothing.
+    assert case.padding_spans == ((3, 5), (9, 12))
+    assert Case.from_json(case.to_json()) == case
+    assert Case(lengths=(3,)).padding_spans == ()
 
 
 def test_lists_become_tuples() -> None:
@@ -193,6 +202,13 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "too many keys": ({"level": "kernel", "key_lengths": [MAX_TOKENS + 1]}, "keys"),
     "cuts of a kernel case": ({"level": "kernel", "lengths": [4], "cuts": [2]}, "cuts belongs to layer cases"),
     "padding of a kernel case": ({"level": "kernel", "padding": 1}, "padding belongs to layer cases"),
+    "padding between documents of a kernel case": (
+        {"level": "kernel", "padding_ids": [0]},
+        "padding_ids belongs to layer cases",
+    ),
+    "padding named twice": ({"lengths": [1, 2], "padding_ids": [1, 1]}, "padding_ids must increase, from 0 on"),
+    "padding and nothing else": ({"lengths": [1, 2], "padding_ids": [0, 1, 2]}, "padding_ids name all documents"),
+    "padding before the first name": ({"lengths": [1, 2], "padding_ids": [-1]}, "padding_ids must increase, from 0 on"),
     "ranks of a kernel case": ({"level": "kernel", "ranks": 2}, "ranks belongs to layer cases"),
     "rotary of a kernel case": ({"level": "kernel", "rotary": "default"}, "rotary belongs to layer cases"),
     "unknown key": ({"length": [1]}, "unknown key 'length'"),

@@ -28,6 +28,7 @@ from attn_fuzz.reference.profile import Profile
 KINDS = Path(__file__).resolve().parent / "kinds_of_layers.py"
 SMALL = Case(lengths=(3, 2), cuts=(2,), heads=2, kv_heads=1, head_dim=4, hidden=8)
 CUT = Case(lengths=(5, 3), cuts=(2, 4, 6), heads=2, kv_heads=1, head_dim=4, hidden=8)
+BETWEEN = SMALL.replace(lengths=(3, 2, 4, 1, 2), padding_ids=(1, 3), padding=2, cuts=(4, 8))
 PADDED = SMALL.replace(padding=3, cuts=(2, 6))
 ROTARY = CUT.replace(rotary="default", dtype="bf16", key_norm="rms")
 NONCAUSAL = SMALL.replace(causal=False, cuts=())
@@ -54,6 +55,13 @@ RIGHT = {
     "Inference": (CUT.replace(dtype="bf16", seed=4), PADDED.replace(seed=4)),
     "ZeroPadding": (PADDED.replace(dtype="bf16", key_norm="rms", seed=1), SMALL),
     "SkippedPadding": (PADDED.replace(dtype="fp16", cuts=(2, 5, 7), seed=2), SMALL),
+    "ZeroBetween": (
+        BETWEEN.replace(dtype="bf16", rotary="default"),
+        BETWEEN.replace(padding=0, cuts=()),
+        PADDED,
+        SMALL,
+    ),
+    "SkippedBetween": (BETWEEN.replace(dtype="fp16", seed=2), BETWEEN.replace(causal=False, cuts=(5,)), PADDED),
     "UncutNonCausal": (NONCAUSAL, CUT),
 }
 """Layers that are as right as the canonical one, and what each is tried with."""
@@ -84,6 +92,9 @@ WRONG = {
     "SkippedUndeclared": (PADDED, "PoisonLeaked", "unwritten"),
     "PaddingLeaks": (PADDED, "WrongParameterGradient", "budget"),
     "PaddingNotZero": (PADDED, "WrongOutput", "budget"),
+    "OnlyBehind": (BETWEEN, "WrongOutput", "budget"),
+    "BetweenLeaks": (BETWEEN, "WrongParameterGradient", "budget"),
+    "BetweenSeen": (BETWEEN.replace(causal=False, cuts=()), "WrongOutput", "budget"),
     "UncutNonCausalWrongly": (NONCAUSAL, "WrongOutput", "budget"),
 }
 """Layers that are wrong, or do not declare what they do: a small case, and what it is convicted of."""
@@ -107,6 +118,17 @@ def test_drawn_cases_find_nothing_in_a_right_layer(name: str) -> None:
     backend = kind(name)
     for case in drawn(backend, seed=1, count=6):
         assert examine(case, backend, "cpu", probes=some_probes(case)).symptoms == (), case.to_json()
+
+
+def test_padding_between_documents_is_drawn_where_it_is_declared_and_not_computed() -> None:
+    cases = {name: drawn(kind(name), seed=3, count=60) for name in ("SkippedBetween", "SkippedPadding", "Plain")}
+    between = [case for case in cases["SkippedBetween"] if case.padding_ids]
+    assert 10 < len(between) < 50
+    # The last document is nobody's padding.
+    assert all(max(case.padding_ids) < len(case.lengths) - 1 for case in between)
+    assert not any(case.padding_ids for name in ("SkippedPadding", "Plain") for case in cases[name])
+    for name in ("SkippedPadding", "Plain"):
+        assert kind(name).refusal(BETWEEN, "cpu") == "padding between documents"
 
 
 # One object for several sequences.
@@ -185,7 +207,16 @@ def test_the_docs_list_every_kind_with_its_default_first() -> None:
         if line.startswith("| `")
     ]
     told = {row[0].strip("|` "): [eval(value) for value in re.findall("`(.*?)`", row[1])] for row in rows}
-    kinds = ("rotary_positions", "gradient_rows", "padding", "noncausal_cuts", "reusable", "evaluation", "backward")
+    kinds = (
+        "rotary_positions",
+        "gradient_rows",
+        "padding",
+        "padding_between",
+        "noncausal_cuts",
+        "reusable",
+        "evaluation",
+        "backward",
+    )
     assert sorted(told) == sorted(kinds)
     for name, values in told.items():
         assert values[0] == getattr(Capabilities(), name)
@@ -199,6 +230,10 @@ def test_the_docs_list_every_kind_with_its_default_first() -> None:
         ({"gradient_rows": "zeroed"}, "gradient_rows must be 'kept' or 'consumed', not 'zeroed'"),
         ({"gradient_rows": True}, "gradient_rows must be 'kept' or 'consumed', not True"),
         ({"padding": None}, "padding must be 'computed' or 'zero' or 'skipped', not None"),
+        (
+            {"padding_between": True},
+            "padding_between is for padding that is not computed; declare padding 'zero' or 'skipped', too",
+        ),
         ({"noncausal_cuts": "no"}, "noncausal_cuts must be True or False, not 'no'"),
         ({"backward": 0}, "backward must be True or False, not 0"),
         ({"evaluation": "yes"}, "evaluation must be True or False, not 'yes'"),

@@ -153,6 +153,7 @@ COMPLICATED = {
     "seed": 3,
     "dtype": "fp16",
     "padding": 2,
+    "padding_ids": (0,),
     "capacity": 5,
     "heads": 4,
     "head_dim": 64,
@@ -166,8 +167,17 @@ def test_every_option_returns_to_its_simplest_value(field: str) -> None:
     """Each by itself, from a case in which nothing else could go."""
     base = SIMPLE.replace(head_dim=2) if field == "rotary" else SIMPLE
     base = base.replace(causal=False) if field == "window" else base
+    base = base.replace(lengths=(1, 1)) if field == "padding_ids" else base
     complicated = base.replace(**{field: COMPLICATED[field]})
     assert getattr(minimise(complicated, lambda case: True), field) == getattr(SIMPLE, field)
+
+
+def test_documents_that_are_padding_keep_being_it_by_the_simplest_names() -> None:
+    case = Case(
+        lengths=(4, 2, 3, 6, 2), document_ids=(9, 4, 6, 3, 8), padding_ids=(3, 4), padding=1, head_dim=1, hidden=1
+    )
+    small = minimise(case, lambda each: len(each.padding_spans) > 1 and each.padding_spans[0][0] > 0)
+    assert small == Case(lengths=(1, 1), padding_ids=(1,), padding=1, head_dim=1, hidden=1)
 
 
 def test_an_option_that_matters_stays() -> None:

@@ -29,6 +29,8 @@ def earlier_sequence(case: Case) -> Case:
     else:
         # Of one token there is none shorter.
         lengths = tuple(length - 1 if length == max(case.lengths) > 1 else length for length in case.lengths)
+    # Padding between documents of its own, by their places.
+    changes["padding_ids"] = tuple(place for place in case.padding_ids if place < len(lengths) - 1)
     tokens = sum(lengths) + case.padding
     cuts = (tokens // 2,) if case.cuts and case.causal and tokens > 1 else ()
     return case.replace(lengths=lengths, cuts=cuts, **changes)

@@ -9,6 +9,7 @@ from attn_fuzz.reference.case import Case
 SIMPLEST: Final[dict[str, tuple[object, ...]]] = {
     "key_lengths": (None,),
     "document_ids": (None,),
+    "padding_ids": ((),),
     "window": ((-1, -1),),
     "lse_gradient": (False,),
     "loose_max_seqlen": ((0, 0),),

@@ -36,11 +36,9 @@ def without_padding(results: dict[str, torch.Tensor], case: Case, conventions: C
         case: whose.
         conventions: what is declared of padding.
     """
-    if not case.padding:
-        return
     for name in _PADDED.get(conventions.padding, ()):
-        if name in results:
-            results[name][case.tokens - case.padding : case.tokens] = 0
+        for begin, end in case.padding_spans if name in results else ():
+            results[name][begin:end] = 0
 
 
 class GradientRows:

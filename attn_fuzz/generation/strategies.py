@@ -208,6 +208,8 @@ def layers(draw: st.DrawFn, domain: Domain, lengths: Sequence[int], padding: int
         cuts = () if whole else draw(cut_points(packed, causal=bool(chosen["causal"])))
     else:
         cuts = pooled_cuts(number, packed, causal=bool(chosen["causal"]))
+    # What is computed is a document, and drawn as one.
+    between = capabilities.padding_between and capabilities.padding != "computed" and len(lengths) > 1
     norm = among(["none", "rms"] if capabilities.norms else ["none"])
     rotary, pairs = "none", int(chosen["head_dim"]) // 2  # type: ignore[call-overload]
     if pairs * 2 == chosen["head_dim"]:
@@ -215,6 +217,7 @@ def layers(draw: st.DrawFn, domain: Domain, lengths: Sequence[int], padding: int
     return Case(
         lengths=tuple(lengths),
         padding=padding,
+        padding_ids=draw(_padding_ids(len(lengths))) if between else (),
         cuts=cuts,
         hidden=width if weights == "selection" else draw(among([16, 8, max(4, min(width, 64))])),
         query_norm=draw(norm),
@@ -231,6 +234,13 @@ def layers(draw: st.DrawFn, domain: Domain, lengths: Sequence[int], padding: int
         capacity=draw(among([0, 0, 1, 17])),
         **chosen,  # type: ignore[arg-type]
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _padding_ids(documents: int) -> st.SearchStrategy[tuple[int, ...]]:
+    """Which of at least two documents are padding: none as often as not, and never the last."""
+    some = st.sets(st.integers(0, documents - 2), max_size=2).map(lambda ids: tuple(sorted(ids)))
+    return st.one_of(st.just(()), some)
 
 
 @functools.lru_cache(maxsize=2)

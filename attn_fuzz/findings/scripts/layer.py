@@ -40,7 +40,7 @@ from attn_fuzz.reference.monte_carlo import CONFIRMING_SAMPLES
 from attn_fuzz.reference.weights import NORM_EPSILON
 
 _LAYOUT: Final = ("lengths", "packed_lengths", "packed_key_lengths", "packed_ids", "document_ids", "tokens", "padding")
-_OF_SEQUENCE: Final = (*_LAYOUT, "cuts")
+_OF_SEQUENCE: Final = (*_LAYOUT, "cuts", "padding_ids", "padding_spans")
 """What the layer is told of one sequence only."""
 _DERIVED: Final = ("all_ranks", "softmax_scale", "effective_window")
 _VALUES: Final = frozenset({"values of x", "values of dout"})
@@ -83,7 +83,7 @@ class Plain:
             theta=case.rotary_theta,
             turned=pairs if case.rotary == "proportional" else None,
             packed=conventions.rotary_positions == "packed",
-            uncomputed=case.padding > 0 and not conventions.computes_padding,
+            uncomputed=bool(case.padding_spans) and not conventions.computes_padding,
             backward=backward,
             kept=conventions.gradient_rows == "kept",
         )
@@ -126,7 +126,8 @@ def _call(trial: Trial, answer: Mapping[str, Expected]) -> dict[str, Any]:
     for name, expected in answer.items():
         bound = limit(case) * expected.variance.sqrt()
         if name in _OF_PADDING and not trial.stated.conventions.computes_padding:
-            bound[case.tokens - case.padding :] = torch.inf
+            for begin, end in case.padding_spans:
+                bound[begin:end] = torch.inf
         allowed[name] = allowances(bound)
     shape = f", {case.tokens}, {case.hidden}"
     return {
