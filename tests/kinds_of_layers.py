@@ -407,14 +407,10 @@ class OnlyBehind(ZeroBetween):
         return found
 
 
-class BetweenLeaks(ZeroBetween):
+class BetweenLeaks(PaddingLeaks):
     """The gradients of rows between documents reach the weights."""
 
-    def backward(self, dout: torch.Tensor) -> torch.Tensor:
-        rows = self.rows(*self.parts.pop())
-        dx = Plain.backward(self, dout)
-        dx[rows] = 0
-        return dx
+    capabilities: ClassVar[dict[str, Any]] = ZeroBetween.capabilities
 
 
 class BetweenSeen(SkippedBetween):

@@ -56,11 +56,10 @@ def simpler_options(case: Case) -> Iterator[Case | None]:
         yield changed(case, lengths=(*case.lengths, case.padding), padding=0)
     if case.all_ranks > 1 and case.padding:
         yield changed(case, lengths=(*case.lengths[:-1], case.lengths[-1] + case.padding), padding=0)
-    ids = tuple(range(len(case.lengths))) if case.document_ids is None else case.document_ids
     for left_out in case.padding_ids:
         yield changed(case, padding_ids=tuple(name for name in case.padding_ids if name != left_out))
     if case.padding_ids and case.document_ids is not None:
-        places = tuple(place for place, name in enumerate(ids) if name in case.padding_ids)
+        places = tuple(place for place, name in enumerate(case.document_ids) if name in case.padding_ids)
         yield changed(case, document_ids=None, padding_ids=places)
     for capacity in below(case.capacity):
         yield changed(case, capacity=capacity)

@@ -21,7 +21,7 @@ def exact_accumulation(trial: Trial) -> Iterator[Symptom]:
     if trial.case.level != "layer" or not holds_whole_numbers(trial.case, trial.profile):
         return
     conventions = trial.stated.conventions
-    if trial.case.padding_spans and not conventions.computes_padding:
+    if not conventions.computes_padding and trial.case.padding_spans:
         # Padding is a document of the probe like any other.
         return
     if (probe := accumulation_probe(trial.case)) is None:
