@@ -23,7 +23,8 @@ def mask_of(metadata: VarlenMetadata, options: AttentionOptions) -> Callable[...
     document_q, document_k = m.document_index_q.long(), m.document_index_k.long()
     end_q, end_k = m.rows_from_end()
     sides = [_FAR if side < 0 else side for side in options.effective_window]
-    left, right = torch.tensor(sides, device=m.device)
+    # Filled on the device: a number that is copied there cannot be captured in a graph.
+    left, right = (torch.full((), side, dtype=torch.long, device=m.device) for side in sides)
 
     def mask(batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         distance = end_k[key] - end_q[row]
@@ -34,7 +35,7 @@ def mask_of(metadata: VarlenMetadata, options: AttentionOptions) -> Callable[...
 
 def _score_of(softcap: float, device: torch.device) -> Callable[..., torch.Tensor]:
     # A tensor too: a number would be a symbol to the compiler, which it cannot trace here.
-    cap = torch.tensor(softcap, device=device)
+    cap = torch.full((), softcap, dtype=torch.float32, device=device)
 
     def capped(
         score: torch.Tensor, batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, key: torch.Tensor

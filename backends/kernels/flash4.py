@@ -47,6 +47,7 @@ class Flash4(Kernel):
         graphs=None,
         covers_all_rows=False,
         loose_max_seqlen=True,
+        lse_gradient=True,
         # Not tried yet.
         crowds=False,
         far_memories=FAR_MEMORIES,

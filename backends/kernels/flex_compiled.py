@@ -52,6 +52,7 @@ class FlexCompiled(Kernel):
         capacity=False,
         isolates_nonfinite=False,
         repeatable_backward=False,
+        lse_gradient=True,
         compiles=True,
         compiled_first=CONFIGURATIONS,
         # Lengths are data to it, but totals of one token, or of up to one block of 128, are compiled apart.

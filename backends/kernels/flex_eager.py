@@ -16,7 +16,13 @@ class FlexEager(Kernel):
     name = "flex_eager"
     paths = frozenset({"flex eager"})
     capabilities = Capabilities(
-        devices=("cuda",), head_dims_v=True, capacity=False, isolates_nonfinite=False, repeatable_backward=False
+        devices=("cuda",),
+        head_dims_v=True,
+        capacity=False,
+        isolates_nonfinite=False,
+        repeatable_backward=False,
+        graphs=None,
+        lse_gradient=True,
     )
     profile = Profile(
         scales_gradients=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +18,12 @@ from attn_fuzz.reference.case import FAR_MEMORIES, Case
 
 
 @functools.cache
-def _grouped() -> dict[str, Any]:
-    """Newer releases ask for grouped heads explicitly; older ones take them as they are."""
-    from torch.nn.attention.varlen import varlen_attn
+def _options() -> dict[str, Any]:
+    """What is asked of every call: the LSE; of newer releases grouped heads, which older ones take as they are."""
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return {"return_aux": AuxRequest(lse=True), **grouped}
 
 
 class TorchVarlen(Kernel):
@@ -36,6 +38,7 @@ class TorchVarlen(Kernel):
         head_dim_multiple=8,
         softcap=False,
         memories=(*ALIGNED_MEMORIES, "broadcast"),
+        lse_of_blind_rows=math.inf,
         repeatable_backward=False,
         graphs=None,
         traceable=None,
@@ -71,7 +74,8 @@ def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     ) -> Attended:
         from torch.nn.attention.varlen import varlen_attn
 
-        out = varlen_attn(
+        # [heads, tokens], whatever its documentation said before 2.14.
+        out, lse = varlen_attn(
             q,
             k,
             v,
@@ -81,10 +85,9 @@ def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
             metadata.max_seqlen_k,
             scale=options.scale,
             window_size=options.effective_window,
-            **_grouped(),
+            **_options(),
         )
-        assert isinstance(out, torch.Tensor)
-        return Attended(out, None, "varlen_attn")
+        return Attended(out, lse, "varlen_attn")
 
 
 KERNEL = TorchVarlen()
