@@ -9,7 +9,7 @@ import pytest
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Capabilities, Configuration
 from attn_fuzz.backends.unlimited import Unlimited
-from attn_fuzz.evaluation.capability_probe import RIGHT, Answer, base_case, probe_backend, probes
+from attn_fuzz.evaluation.capability_probe import GROUPED_VALUES, RIGHT, Answer, base_case, probe_backend, probes
 from attn_fuzz.reference.case import Case
 
 
@@ -56,10 +56,11 @@ def test_statements_agree_with_refusals(name: str) -> None:
         ({"memories": ("contiguous",)}, "memory strided"),
         ({"capacity": False}, "rows beyond the last document"),
         ({"lse_gradient": False}, "gradient of the LSE"),
+        ({"gqa_head_dims_v": False, "head_dims_v": True}, GROUPED_VALUES),
     ],
 )
 def test_every_capability_has_a_question(changes: dict[str, object], name: str) -> None:
-    assert declared("all", Capabilities(lse_gradient=True))[name]
+    assert declared("all", Capabilities(lse_gradient=True, head_dims_v=True))[name]
     assert not declared("less", dataclasses.replace(Capabilities(), **changes))[name]  # type: ignore[arg-type]
 
 

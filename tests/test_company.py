@@ -135,10 +135,48 @@ def test_what_is_wrong_in_some_company_is_told_without_a_promise() -> None:
     assert all(symptom.z is not None and symptom.z > 10 for symptom in found)
 
 
-def test_company_that_is_not_taken_is_not_asked_for() -> None:
-    kernel = Invariant(last_bits)
+def of_shapes(kernel: Invariant) -> Invariant:
+    """The same as one that compiles for shapes, so that few calls have the same."""
     kernel.capabilities = dataclasses.replace(kernel.capabilities, layouts=4)  # type: ignore[misc]
-    found, trial = asked(kernel)
+    return kernel
+
+
+def test_what_compiles_for_shapes_meets_few_of_them() -> None:
+    met = set[tuple[tuple[int, ...], ...]]()
+
+    def deed(metadata: VarlenMetadata, out: torch.Tensor) -> torch.Tensor:
+        met.add(tuple(sorted(zip(metadata.lengths_q, metadata.lengths_k, strict=True))))
+        return out
+
+    for seed in range(0, 40, 5):
+        found, trial = asked(of_shapes(Invariant(deed)), CASE.replace(key_lengths=None, seed=seed))
+        assert found == []
+        assert trial.counted == NONE
+    # The case's own, in any order, and the longest document alone.
+    assert met == {((2, 2), (3, 3), (5, 5)), ((5, 5),)}
+    met.clear()
+    assert judged(of_shapes(Invariant(deed))).counted[counted("forward")] == 4
+    calls = [BATCH.call(index).lengths for index in range(4)]
+    assert met == {tuple((n, n) for n in sorted(each)) for lengths in calls for each in (lengths, (max(lengths),))}
+
+
+def test_and_is_held_to_what_it_promises_all_the_same() -> None:
+    broken = judged(of_shapes(Invariant(wrong)))
+    assert broken.symptom(COMPANY) is NotBatchInvariant
+    assert broken.failing()
+    found, _ = asked(of_shapes(Invariant(wrong)))
+    assert {symptom.tensor for symptom in found} == {"out", "dq", "dk", "dv"}
+
+
+@pytest.mark.parametrize("how", ["strided", "compiled"])
+def test_company_that_is_not_taken_is_not_asked_for(how: str) -> None:
+    kernel, case = Invariant(last_bits), CASE
+    if how == "strided":
+        # Each way in which rows may lie would be compiled for, too.
+        kernel, case = of_shapes(kernel), CASE.replace(memory="sliced")
+    else:
+        kernel.compiled = True  # type: ignore[misc]
+    found, trial = asked(kernel, case)
     assert (found, dict(trial.counted)) == ([], {})
 
 

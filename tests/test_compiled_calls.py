@@ -98,6 +98,22 @@ def test_one_case_in_a_thousand_is_asked() -> None:
     assert 0 < often < 20
 
 
+@pytest.mark.parametrize(
+    ("stated", "may"),
+    [
+        ({}, True),
+        ({"compiles": True}, False),
+        # Its layouts are few, and compiled for once.
+        ({"compiles": True, "layouts": 4}, True),
+        ({"traceable": False, "layouts": 4}, False),
+    ],
+)
+def test_what_compiles_for_shapes_may_be_called_from_compiled_code(stated: dict[str, Any], may: bool) -> None:
+    kernel = Backup()
+    kernel.capabilities = dataclasses.replace(kernel.capabilities, **stated)  # type: ignore[misc]
+    assert compiled.compilable(Backend("stated", kernel), torch.device("cpu")) is may
+
+
 def test_kernels_that_torch_compiles_anyway_are_left_alone() -> None:
     for name in ("loop", "flex_compiled"):
         trial = Trial(CASE, registry.load(name), torch.device("cpu"))

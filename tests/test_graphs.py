@@ -72,6 +72,23 @@ def test_a_kernel_that_goes_by_its_tensors_is_clean(
     assert recorder.captured == (4 if len(lengths) > 1 else 1)
 
 
+def test_what_compiles_for_shapes_is_captured_by_itself(recorder: FakeRecorder) -> None:
+    def of_shapes(kernel: Backup) -> Backup:
+        kernel.capabilities = dataclasses.replace(kernel.capabilities, layouts=4)  # type: ignore[misc]
+        return kernel
+
+    found, trial = asked(of_shapes(OnDevice()))
+    assert (found, recorder.captured) == ([], 1)
+    assert trial.counted == {graphs.REPLAYED: 1, graphs.BACKWARD: 1}
+    assert asked(of_shapes(BakesLengths()))[0]
+
+
+def test_what_torch_compiles_is_not_captured(recorder: FakeRecorder) -> None:
+    kernel = BakesLengths()
+    kernel.compiled = True  # type: ignore[misc]
+    assert (asked(kernel)[0], recorder.captured) == ([], 0)
+
+
 @pytest.mark.parametrize("kernel", [BakesLengths, ScaleOfCapture, SharedWorkspace])
 def test_what_is_kept_from_the_capture_is_seen(recorder: FakeRecorder, kernel: type[OnDevice]) -> None:
     found, _ = asked(kernel())

@@ -225,6 +225,28 @@ def test_what_the_backend_does_not_take_is_not_asked() -> None:
     assert not judge(CallBatch.of_one(PAST.replace(key_lengths=(7, 8, 4, 9))), backend, CPU, MERGING).failing()
 
 
+def test_what_compiles_for_shapes_has_one_cut_of_each_document() -> None:
+    shapes = set[tuple[int, int]]()
+
+    def met(metadata: VarlenMetadata, attended: Attended) -> Attended:
+        shapes.add((sum(metadata.lengths_q), sum(metadata.lengths_k)))
+        return attended
+
+    backend = altered(met)
+    found = set[int]()
+    for layouts in (0, 4):
+        shapes.clear()
+        backend.kernel.capabilities = dataclasses.replace(LoopKernel.capabilities, layouts=layouts)  # type: ignore[misc]
+        for seed in range(4):
+            assert not list(parts_merge(Trial(PLAIN.replace(seed=seed), backend, CPU)))
+        found.add(len(shapes))
+    # The whole and its halves; more where a part may have none of a document's keys, in turn.
+    assert min(found) == len(shapes) == 3
+    assert max(found) > 3
+    backend.kernel.compiled = True  # type: ignore[misc]
+    assert Parts.taken(PLAIN, backend, "cpu") is None
+
+
 @pytest.mark.parametrize("known_of", ["altered", "another"])
 def test_parts_that_meet_a_known_issue_are_not_asked(known_of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Causal documents of no more keys than queries have none in the first part; some kernels leave those unwritten."""

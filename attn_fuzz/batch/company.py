@@ -14,24 +14,26 @@ from attn_fuzz.batch.verdicts import other_bits
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.oracle.known_answer.row_index import RowIndex
-from attn_fuzz.oracle.relations.company import PASSES, chosen, counted, promised
+from attn_fuzz.oracle.relations.company import PASSES, asked_of, chosen, counted, promised
 from attn_fuzz.reference.answer import Inputs
 from attn_fuzz.reference.case import Case
 
 _SIZES: Final = (1, 2, 5)
 """Documents in a call: each alone, with one other, with four others; in its own call each has been before."""
 
+_SIZES_OF_SHAPES: Final = (1,)
+"""The same of what compiles for shapes: others would be compiled once more for each company."""
+
 
 def company(batch_run: BatchRun) -> None:
     """Documents of all calls, one of each, by ones, twos and fives: the same bits where promised, and budgets."""
     stated = batch_run.backend.kernel.capabilities_on(batch_run.device.type)
-    # What compiles for shapes would compile once more for each company.
-    if batch_run.backend.kernel.compiled or stated.layouts:
+    if not asked_of(batch_run.case, batch_run.backend, batch_run.device.type):
         return
-    chosen_few = _Chosen.of(batch_run)
+    chosen_few = _Chosen.of(batch_run, layouts=bool(stated.layouts))
     if chosen_few is None:
         return
-    runs = [chosen_few.drawn, *(chosen_few.run(size) for size in _SIZES)]
+    runs = [chosen_few.drawn, *(chosen_few.run(size) for size in (_SIZES_OF_SHAPES if stated.layouts else _SIZES))]
     for run in runs[1:]:
         batch_run.hold(chosen_few.among(run))
     moved = {name: chosen_few.moved(name, runs) for name in batch_run.promised if name in chosen_few.drawn}
@@ -65,11 +67,11 @@ class _Chosen:
     """Which calls they are of."""
 
     @classmethod
-    def of(cls, batch_run: BatchRun) -> _Chosen | None:
+    def of(cls, batch_run: BatchRun, *, layouts: bool) -> _Chosen | None:
         places, calls, kind = list[int](), list[int](), batch_run.device.type
         for index, (begin, _) in enumerate(batch_run.batch.spans):
             call = batch_run.batch.call(index)
-            place = chosen(call)
+            place = chosen(call, layouts=layouts)
             single = None if place is None else subset(call, [place])
             if place is not None and single is not None and batch_run.backend.refusal(single, kind) is None:
                 places.append(begin + place)

@@ -119,8 +119,8 @@ def why_not_together(space: Space, *values: Value) -> str | None:
     """Why no draw has all of some values, one of each axis, maybe a mode and a level among them; None where one has."""
     if ("queries", _LONG) in values:
         causal = [mask == "causal" for axis, mask in values if axis == "mask"] or [True, False]
-        if space.capabilities.layouts or dict(values).get("level") == "layer":
-            return "long documents of few keys are of kernel calls, and of what does not compile for shapes"
+        if dict(values).get("level") == "layer":
+            return "long documents of few keys are of kernel calls"
         if not any(takes_few_keys(space.capabilities, causal=each) for each in causal):
             return "it takes no document with fewer keys than queries"
     return space.why_never(*values)

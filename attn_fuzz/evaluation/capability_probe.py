@@ -22,6 +22,8 @@ VALUE_DIMS: Final = ((64, 32), (64, 128), (192, 128), (576, 512))
 GROUPS: Final = ((16, 1), (71, 1), (128, 128))
 """(heads, kv_heads)."""
 
+GROUPED_VALUES: Final = "grouped heads, values of another head_dim"
+
 RIGHT: Final = "right"
 
 _SECONDS: Final = 60.0
@@ -92,6 +94,11 @@ def _questions(base: Case, stated: Capabilities) -> Iterator[tuple[str, bool, di
     for heads, kv_heads in GROUPS if not compiles else ():
         taken = stated.gqa or heads == kv_heads
         yield f"{heads} heads over {kv_heads}", taken, {"heads": heads, "kv_heads": kv_heads}
+    yield (
+        GROUPED_VALUES,
+        stated.gqa and stated.gqa_head_dims_v and _takes_values(stated, *VALUE_DIMS[0]),
+        {"heads": 4, "kv_heads": 2, "head_dim": VALUE_DIMS[0][0], "head_dim_v": VALUE_DIMS[0][1]},
+    )
     yield "causal", stated.causal, {"causal": True}
     yield "non-causal", stated.noncausal, {"causal": False}
     yield "causal, more keys than queries", stated.causal and free, {"causal": True, "key_lengths": (9, 40, 16)}

@@ -12,7 +12,7 @@ from attn_fuzz.cases.subsets import subset
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.fixed_calls import draw_fixed_calls
 from attn_fuzz.generation.length_sweeps import Sweep, draw_case
-from attn_fuzz.generation.long_rows import LONG_WORK, long_places, with_many_long_rows
+from attn_fuzz.generation.long_rows import WORK_ON, long_places, with_many_long_rows
 from attn_fuzz.reference.case import Case
 
 LONGEST: Final = {"cuda": ((64, 128), (256, 400), (16, 32)), "cpu": ((16, 32), (64, 128), (16, 32))}
@@ -38,9 +38,6 @@ times."""
 
 _CHANNEL: Final = {"cuda": 0, "cpu": 33}
 """What a channel of a query or a key takes, drawn, placed and judged, in the same."""
-
-_LONG_WORK: Final = {"cuda": LONG_WORK, "cpu": 1 << 19}
-"""Products in a document of thousands of queries, whose own channels take a CPU ten times as long."""
 
 
 def _affordable(case: Case, device: str) -> int:
@@ -92,7 +89,7 @@ def draw_batch(random: Random, sweep: Sweep, backend: Backend, domain: Domain, c
     """
     if domain.capabilities.layouts:
         return draw_fixed_calls(random, backend, domain, calls, _MOST_WORK[domain.device])
-    every, long = random.random() < _ANY_OPTIONS, _LONG_WORK[domain.device]
+    every, long = random.random() < _ANY_OPTIONS, WORK_ON[domain.device]
     long_in_all = domain.decided("long_rows")
     # A CPU takes seconds for thousands of rows of wide heads.
     every = every and not (long_in_all and domain.device == "cpu")

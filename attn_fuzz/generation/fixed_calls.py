@@ -8,7 +8,8 @@ from attn_fuzz.backends.registry import Backend
 from attn_fuzz.cases.call_batch import CallBatch
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.fixed_layouts import pooled_keys, pooled_lengths
-from attn_fuzz.generation.length_sweeps import draw_options
+from attn_fuzz.generation.length_sweeps import draw_lse_gradient, draw_options
+from attn_fuzz.generation.long_rows import pooled_long
 from attn_fuzz.reference.case import Case, CaseError
 
 
@@ -23,6 +24,8 @@ def fixed_call(number: int, options: dict[str, object], domain: Domain, random: 
     """
     lengths = pooled_lengths(number, domain.capabilities)
     keys = pooled_keys(number, lengths, domain.capabilities, causal=bool(options["causal"]))
+    if (long := pooled_long(number, options, domain)) is not None:
+        lengths, keys = [*lengths, long[0]], [*keys, long[1]]
     order = list(range(len(lengths)))
     if random is not None:
         random.shuffle(order)
@@ -65,7 +68,7 @@ def draw_fixed_calls(
         calls: how many are drawn.
         most_work: products of a query's and a key's channels in all of them.
     """
-    options = draw_options(random, domain, every=True)
+    options = {**draw_options(random, domain, every=True), "lse_gradient": draw_lse_gradient(random, domain)}
     drawn: list[Case] = []
     work = 0.0
     for _ in range(calls):

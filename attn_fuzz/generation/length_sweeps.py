@@ -146,7 +146,7 @@ def _softcap(random: Random, domain: Domain) -> float:
     return random.choice(domain.towards("softcap", choices, of=bool)) if domain.capabilities.softcap else 0.0
 
 
-def _lse_gradient(random: Random, domain: Domain) -> bool:
+def draw_lse_gradient(random: Random, domain: Domain) -> bool:
     if not domain.capabilities.lse_gradient:
         return False
     aimed = domain.decided("lse_gradient")
@@ -260,7 +260,7 @@ def draw_case(
             level="kernel",
             lengths=tuple(lengths.tolist()),
             key_lengths=tuple(keys.tolist()),
-            lse_gradient=_lse_gradient(random, domain),
+            lse_gradient=draw_lse_gradient(random, domain),
             **placed_at_random(random, domain, len(lengths), int(lengths.sum() + keys.sum())),
             **options,  # type: ignore[arg-type]
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from random import Random
 from typing import Final
 
@@ -13,6 +14,12 @@ from attn_fuzz.reference.case import Case
 
 LONG_WORK: Final = 1 << 23
 """Products of a query's and a key's channels in such a document."""
+
+WORK_ON: Final = {"cuda": LONG_WORK, "cpu": 1 << 19}
+"""The same by device: a CPU takes ten times as long for its own channels."""
+
+LAYOUTS_FOR_ONE: Final = 6
+"""Of so many layouts of what compiles for shapes, one has such a document."""
 
 Lengths = tuple[torch.Tensor, torch.Tensor]
 """(queries, keys) of each document, int64."""
@@ -32,16 +39,40 @@ def with_long_row(random: Random, drawn: Lengths, options: dict[str, object], do
         work: the most products of channels in it.
     """
     lengths, keys = drawn
-    rows, place = random.choice(LONG_ROWS), random.randrange(len(lengths))
-    width = int(options["heads"]) * max(int(options["head_dim"]), int(options["head_dim_v"] or 0))  # type: ignore[call-overload]
+    place = random.randrange(len(lengths))
+    if (long := _one(random, options, domain, work)) is None:
+        return lengths, keys
+    lengths, keys = lengths.clone(), keys.clone()
+    lengths[place], keys[place] = long
+    return lengths, keys
+
+
+def _one(random: Random, options: Mapping[str, object], domain: Domain, work: int) -> tuple[int, int] | None:
+    """(queries, keys) of such a document, or None where it is not taken, or takes too long."""
+    rows = random.choice(LONG_ROWS)
+    width = int(options["heads"]) * max(int(options["head_dim"]), int(options.get("head_dim_v") or 0))  # type: ignore[call-overload]
     most = min(FEW_KEYS, work // (rows * width))
     if not most and domain.decided("long_rows"):
         rows, most = min(LONG_ROWS), 1
     if not most or not takes_few_keys(domain.capabilities, causal=bool(options["causal"])):
-        return lengths, keys
-    lengths, keys = lengths.clone(), keys.clone()
-    lengths[place], keys[place] = rows, random.randint(1, most)
-    return lengths, keys
+        return None
+    return rows, random.randint(1, most)
+
+
+def pooled_long(number: int, options: Mapping[str, object], domain: Domain) -> tuple[int, int] | None:
+    """(queries, keys) of the long document of a layout for what compiles for shapes, always the same; None of most.
+
+    Every layout has one where that is aimed at, as far as it is taken.
+
+    Args:
+        number: of the layout.
+        options: of the case, all but its documents.
+        domain: what is taken, and aimed at.
+    """
+    wanted = domain.decided("long_rows")
+    if not (number % LAYOUTS_FOR_ONE == LAYOUTS_FOR_ONE - 1 if wanted is None else wanted):
+        return None
+    return _one(Random(f"the long document of layout {number}"), options, domain, WORK_ON[domain.device])
 
 
 def long_places(case: Case) -> list[int]:

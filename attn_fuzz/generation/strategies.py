@@ -36,6 +36,7 @@ from attn_fuzz.generation.layouts import (
     seldom,
     takes_few_keys,
 )
+from attn_fuzz.generation.long_rows import pooled_long
 from attn_fuzz.generation.options import lse_gradients, options
 from attn_fuzz.generation.placement import placed
 from attn_fuzz.reference.case import Case
@@ -88,6 +89,8 @@ def kernel_cases(draw: st.DrawFn, domain: Domain) -> Case:
     key_lengths = None
     if number is not None:
         keys = pooled_keys(number, lengths, capabilities, causal=bool(chosen["causal"]))
+        if (one := pooled_long(number, chosen, domain)) is not None:
+            lengths, keys = [*lengths, one[0]], [*keys, one[1]]
         # What is compiled for is how many documents there are and how long, not their order.
         order = draw(st.permutations(range(len(lengths))))
         lengths, keys = ([counts[index] for index in order] for counts in (lengths, keys))

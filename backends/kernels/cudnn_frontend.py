@@ -42,6 +42,7 @@ class CudnnFrontend(Kernel):
         capacity=False,
         repeatable_backward=False,
         covers_all_rows=False,
+        graphs=None,
         compiles=True,
         compiled_first=CONFIGURATIONS,
         window_sizes=(7,),

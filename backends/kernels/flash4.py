@@ -48,8 +48,7 @@ class Flash4(Kernel):
         covers_all_rows=False,
         loose_max_seqlen=True,
         lse_gradient=True,
-        # Not tried yet.
-        crowds=False,
+        crowds=True,
         far_memories=FAR_MEMORIES,
         # With seqused, whole tiles are read, and what lies between documents is multiplied by 0: NaN there comes out.
         gaps=(),

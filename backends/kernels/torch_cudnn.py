@@ -23,13 +23,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sums: tuple[Any, ...], causal: bool, scale: float
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._cudnn_attention_forward(
             q, k, v, None, *sums, True, 0.0, causal, False, scale=scale
         )
         ctx.save_for_backward(q, k, v, out, lse, seed, offset)
         ctx.options = sums, causal, scale
-        return out
+        ctx.mark_non_differentiable(lse)
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -61,6 +62,7 @@ class TorchCudnn(Kernel):
         memories=ALIKE_MEMORIES,
         repeatable_backward=False,
         covers_all_rows=False,
+        graphs=None,
         configurations=CONFIGURATIONS,
         layouts=8,
     )
@@ -70,8 +72,8 @@ class TorchCudnn(Kernel):
     ) -> Attended:
         m = metadata
         sums = m.cu_seqlens_q, m.cu_seqlens_k, m.max_seqlen_q, m.max_seqlen_k
-        out = _Attention.apply(q, k, v, sums, options.causal, options.scale)
-        return Attended(out, None, "aten._cudnn_attention_forward")
+        out, lse = _Attention.apply(q, k, v, sums, options.causal, options.scale)
+        return Attended(out, lse.squeeze(-1).T, "aten._cudnn_attention_forward")
 
 
 KERNEL = TorchCudnn()

@@ -12,7 +12,7 @@ from attn_fuzz.backends.kernel import UnsupportedCase
 from attn_fuzz.execution.inferred import promises
 from attn_fuzz.execution.runner import require_support
 from attn_fuzz.oracle.deviations import deviations, limit
-from attn_fuzz.oracle.relations.company import PASSES, Pack, alone, chosen, counted, packs, promised
+from attn_fuzz.oracle.relations.company import PASSES, Pack, alone, asked_of, chosen, counted, packs, promised
 from attn_fuzz.oracle.symptoms import Element, NotBatchInvariant, Place, Symptom
 from attn_fuzz.oracle.trial import Trial
 from attn_fuzz.reference.answer import Expected
@@ -29,16 +29,15 @@ class _Run(NamedTuple):
 
 def same_in_company(trial: Trial) -> Iterator[Symptom]:
     """A document by itself, in its call, and in another order or a crowd: the same bits where promised, else budget."""
-    case = trial.case
-    # What compiles for shapes would compile once more for each company.
-    if case.level != "kernel" or trial.backend.kernel.compiled or trial.stated.layouts:
+    case, layouts = trial.case, bool(trial.stated.layouts)
+    if not asked_of(case, trial.backend, trial.device.type):
         return
-    place = chosen(case)
+    place = chosen(case, layouts=layouts)
     first = None if place is None else alone(case, place)
     if place is None or first is None or not _taken(trial, first):
         return
     here = Pack(case, place)
-    others = [_run(trial, pack) for pack in packs(case, place) if _taken(trial, pack)]
+    others = [_run(trial, pack) for pack in packs(case, place, layouts=layouts) if _taken(trial, pack)]
     runs = [_run(trial, first), _Run(here, trial, trial.observations[0].results), *others]
     _count(trial, runs)
     for name, expected in trial.answer.items():

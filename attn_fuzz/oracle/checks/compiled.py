@@ -64,10 +64,13 @@ class Way:
 
 
 def compilable(backend: Backend, device: torch.device) -> bool:
-    """Whether torch's compiler may be asked to take calls: what torch compiles by itself would be compiled anew."""
+    """Whether torch's compiler may be asked to take calls: what torch compiles by itself would be compiled anew.
+
+    What compiles for shapes has met those of its layouts.
+    """
     stated = backend.kernel.capabilities_on(device.type)
-    compiles = backend.kernel.compiled or stated.compiles or stated.configurations
-    return not compiles and stated.traceable is not False
+    compiles = (stated.compiles or stated.configurations) and not stated.layouts
+    return not (backend.kernel.compiled or compiles) and stated.traceable is not False
 
 
 def refusals(backend: Backend, device: torch.device) -> list[str]:

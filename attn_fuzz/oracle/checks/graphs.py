@@ -70,9 +70,8 @@ def capturable(case: Case, backend: Backend, device: torch.device) -> bool:
     if case.gaps != (0, 0):
         # Where a document's rows lie then depends on the lengths of those before it, and results are read by them.
         return False
-    # What compiles for layouts compiles, and measures, when it likes; torch's compiler captures by itself.
-    compiles = backend.kernel.compiled or bool(stated.layouts)
-    return not compiles and backend.refusal(turned(case), device.type) is None
+    # torch's compiler captures by itself. What compiles for shapes has met this one before it is captured.
+    return not backend.kernel.compiled and backend.refusal(turned(case), device.type) is None
 
 
 def attempted(backend: Backend, device: torch.device, capture: Callable[[Asked], _Got]) -> tuple[Asked, _Got]:
@@ -148,8 +147,12 @@ class _Captured:
 
 
 def _replayed(trial: Trial, recorder: Recorder, asked: Asked) -> Iterator[Symptom]:
-    """Two graphs share a pool, the larger one captured first and last; each is replayed after the other."""
-    smaller = next((case for case in fewer_documents(trial.case) if case is not None and _fits(trial, case)), None)
+    """Two graphs share a pool, the larger one captured first and last; each is replayed after the other.
+
+    One alone of what compiles for shapes, which would compile once more for fewer documents.
+    """
+    fewer = () if trial.stated.layouts else fewer_documents(trial.case)
+    smaller = next((case for case in fewer if case is not None and _fits(trial, case)), None)
     graphs = [_Captured.of(trial, asked)]
     if smaller is not None:
         graphs.append(_Captured.of(dataclasses.replace(trial, case=smaller), asked))

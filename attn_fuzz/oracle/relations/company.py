@@ -15,6 +15,7 @@ from typing import Final
 import torch
 
 from attn_fuzz.backends.kernel import Capabilities
+from attn_fuzz.backends.registry import Backend
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.reference.case import Case, CaseError
 from attn_fuzz.reference.layout import document_spans
@@ -39,12 +40,33 @@ def promised(stated: Capabilities, name: str) -> bool:
     return stated.batch_invariant and (name in PASSES["forward"] or stated.batch_invariant_backward)
 
 
-def chosen(case: Case) -> int | None:
-    """The document that is looked at, another one for every seed; None where no document has queries and keys."""
-    pairs = zip(case.packed_lengths, case.packed_key_lengths, strict=True)
+def asked_of(case: Case, backend: Backend, device: str) -> bool:
+    """Whether a backend is asked about company in a case; of what compiles for shapes, rows lie in their usual way.
+
+    Args:
+        case: what is run.
+        backend: what runs it.
+        device: its kind, ``cpu`` or ``cuda``.
+    """
+    # What torch compiles would be compiled once more for each company.
+    if case.level != "kernel" or backend.kernel.compiled:
+        return False
+    return not backend.kernel.capabilities_on(device).layouts or case.memory == "contiguous"
+
+
+def chosen(case: Case, *, layouts: bool = False) -> int | None:
+    """The document that is looked at; None where no document has queries and keys.
+
+    Args:
+        case: whose documents.
+        layouts: the longest one, so that there are as many shapes of it as layouts; otherwise another for every seed.
+    """
+    pairs = list(zip(case.packed_lengths, case.packed_key_lengths, strict=True))
     some = [place for place, (queries, keys) in enumerate(pairs) if queries and keys]
     # Rows of one allocation are not a document's own.
-    return some[case.seed // 5 % len(some)] if some and case.memory != "broadcast" else None
+    if not some or case.memory == "broadcast":
+        return None
+    return max(some, key=lambda place: (*pairs[place], -place)) if layouts else some[case.seed // 5 % len(some)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +94,23 @@ def alone(case: Case, place: int) -> Pack | None:
     return None if small is None else Pack(small, 0)
 
 
-def packs(case: Case, place: int) -> Iterator[Pack]:
+def packs(case: Case, place: int, *, layouts: bool = False) -> Iterator[Pack]:
     """Another call with the document: the same others in another order, or others that no case has drawn.
 
     Which of them, the case's seed says: a run costs about as much as all that its results are held to.
+
+    Args:
+        case: what is run.
+        place: of the document.
+        layouts: the same others in any case, of what compiles for shapes.
     """
     rest = [other for other in range(len(case.packed_lengths)) if other != place]
     # Last where it was not, and else first, with the others the other way round.
     order = [place, *reversed(rest)] if rest and place > rest[-1] else [*reversed(rest), place]
-    turned = subset(case, order) if rest and case.seed & 1 else None
+    turned = subset(case, order) if rest and (layouts or case.seed & 1) else None
     if turned is not None:
         yield Pack(turned, order.index(place))
-    elif (crowd := _crowd(case, place)) is not None:
+    elif not layouts and (crowd := _crowd(case, place)) is not None:
         yield Pack(crowd, 1)
 
 

@@ -139,10 +139,11 @@ class Parts:
             device: its kind, ``cpu`` or ``cuda``.
         """
         stated = backend.kernel.capabilities_on(device)
-        # What is compiled would be compiled once more for each part.
-        if case.level != "kernel" or backend.kernel.compiled or stated.layouts or stated.configurations:
+        # What torch compiles would be compiled once more for each part.
+        if case.level != "kernel" or backend.kernel.compiled:
             return None
-        parts = cls.of(case, blind=stated.queries_without_keys)
+        # Of what compiles for shapes parts have no more of them than there are layouts.
+        parts = cls.of(case, blind=stated.queries_without_keys and not stated.layouts)
         if parts is None or any(backend.refusal(each, device) is not None for each in parts.cases):
             return None
         return None if any(_known(each, backend, device) for each in parts.cases) else parts
