@@ -121,6 +121,14 @@ def test_each_device_and_version_has_tables_of_its_own() -> None:
     ]
 
 
+def test_runs_that_differ_in_what_packages_are_there_have_one_table() -> None:
+    other = {**TWO, "environment": {**TWO["environment"], "flash-attn": "2.8"}}
+    lines = axes.axes_tables([ONE, other])
+    (title,) = [line.partition(";")[0] for line in lines if line.startswith("On ")]
+    assert title == "On GPU, torch 2.0, flash-attn 2.8"
+    assert column(lines, GRADIENT, "loop") == "2,200"
+
+
 def test_without_results_nothing_is_said() -> None:
     filled = axes.with_axes(PAGE.read_text(), [ONE, TWO])
     assert "2,200" in filled.partition("<!-- axes: python -m results.render.axes -->")[2]

@@ -60,6 +60,28 @@ def test_what_takes_long_is_shared_by_several_and_begins_first(tmp_path: Path) -
     assert len({job.seed for job in found if job.backend == "backup"}) == 2
 
 
+def test_what_nothing_is_known_of_begins_with_what_takes_longest(tmp_path: Path) -> None:
+    had = tmp_path / "had.json"
+    had.write_text(json.dumps({"axes": {ROWS[2].name: {"loop": {"asked": 10, "seconds": 1.0}}}}))
+    found, _ = jobs([ROWS[2]], ("loop", "backup"), "cpu", 2, 40, 30.0, Earlier.read([had]))
+    assert [job.backend for job in found] == ["backup", "loop"]
+
+
+def test_a_question_that_could_not_be_put_is_not_put_again(tmp_path: Path) -> None:
+    row, files = ROWS[1], []
+    for number, (cases, asked) in enumerate([(6000, 0), (5000, 3), (20, 0), (0, 0)]):
+        files.append(tmp_path / f"{number}.json")
+        files[-1].write_text(json.dumps({"axes": {row.name: {"loop": {"asked": asked, "cases": cases}}}}))
+
+    def refused(*some: int) -> dict[tuple[str, str], str]:
+        return jobs([row], ("loop",), "cpu", 2, 40, 30.0, Earlier.read([files[n] for n in some]))[1]
+
+    told = {(row.name, "loop"): "none of 6,000 calls could be asked"}
+    assert refused(0) == refused(1, 0) == refused(0, 3) == told
+    # Of a few calls that may have been chance, and the code is another one since.
+    assert refused(0, 1) == refused(2) == refused(3) == {}
+
+
 def test_nothing_left_to_run_is_said(tmp_path: Path) -> None:
     had = tmp_path / "had.json"
     had.write_text(json.dumps({"axes": {ROWS[2].name: {"loop": {"asked": 40}}}}))

@@ -99,8 +99,11 @@ _SLOW: Final = ("nested", "cudnn", "flex", "loop")
 FAR_AT_A_TIME: Final = 3
 """Processes whose rows are far apart: each takes up to 16 GiB, and half of a GPU has to be free besides."""
 
-_MOST_TOGETHER: Final = {False: 8, True: 2}
+_MOST_TOGETHER: Final = {False: 8, True: 4}
 """Processes that share a row of a backend, by whether it compiles: each does so for all that the others compile."""
+
+_ENOUGH: Final = 100
+"""Calls none of which could be asked what a row is about: others will not be, either."""
 
 JobOf = tuple[str, str]
 """(name of the row, backend)."""
@@ -153,24 +156,33 @@ class Earlier:
     asked: Mapping[JobOf, int] = dataclasses.field(default_factory=Counter)
     seconds: Mapping[JobOf, float] = dataclasses.field(default_factory=dict)
     """What those took, of one process."""
+    last: Mapping[JobOf, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    """(cases that the last of them that had any had, how many of these could be asked)."""
 
     @classmethod
     def read(cls, files: Sequence[Path]) -> Earlier:
         """Of what they printed. Raises SystemExit with a sentence for a file that is none of those."""
-        asked, seconds = Counter[JobOf](), defaultdict[JobOf, float](float)
+        asked, seconds, last = Counter[JobOf](), defaultdict[JobOf, float](float), dict[JobOf, tuple[int, int]]()
         for file in files:
             try:
                 for row, told in json.loads(file.read_text())["axes"].items():
                     for name, had in told.items():
                         asked[row, name] += had["asked"]
                         seconds[row, name] += had.get("process_seconds", had.get("seconds", 0.0))
+                        if had.get("cases"):
+                            last[row, name] = had["cases"], had["asked"]
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 raise SystemExit(f"{file} is no table of axes; give what this command printed") from None
-        return cls(len(files), asked, seconds)
+        return cls(len(files), asked, seconds, last)
 
-    def needs(self, job: JobOf, cases: int) -> float:
-        """Seconds that so many more cases would take one process; 0 where nothing is known of it."""
-        return cases * self.seconds.get(job, 0.0) / self.asked[job] if self.asked[job] else 0.0
+    def needs(self, job: JobOf, cases: int) -> float | None:
+        """Seconds that so many more cases would take one process; None where nothing is known of it."""
+        return cases * self.seconds.get(job, 0.0) / self.asked[job] if self.asked[job] else None
+
+    def why_not(self, job: JobOf) -> str | None:
+        """Why a question need not be put again."""
+        cases, asked = self.last.get(job, (0, 0))
+        return f"none of {cases:,} calls could be asked" if cases >= _ENOUGH and not asked else None
 
 
 NOTHING: Final = Earlier()
@@ -208,6 +220,9 @@ def jobs(
         for name in names:
             if (left := cases - earlier.asked[row.name, name]) <= 0:
                 continue
+            if (why := earlier.why_not((row.name, name))) is not None:
+                refused[row.name, name] = why
+                continue
             options = _options(row, device, workers, left, seed=31 + number + 1000 * earlier.runs)
             if row.aim and (why := aims_of(name, options).why_not(options.modes)) is not None:
                 refused[row.name, name] = why
@@ -219,13 +234,13 @@ def jobs(
                 continue
             needs = earlier.needs((row.name, name), left)
             compiles = bool(registry.load(name).kernel.capabilities_on(kind_of(device)).compiles)
-            count = min(_MOST_TOGETHER[compiles], max(1, math.ceil(needs / seconds)))
+            count = min(_MOST_TOGETHER[compiles], max(1, math.ceil((needs or 0.0) / seconds)))
             of_row = {"cases": math.ceil((options.cases or 0) / count), "seconds": seconds, "label": row.name}
             for part in range(count):
                 # Those of a row are as far apart as there are seeds between rows.
                 job = dataclasses.replace(made[0], **of_row, seed=made[0].seed + part)  # type: ignore[arg-type]
-                found.append((needs, job))
-    # Those that take longest first.
+                found.append((seconds if needs is None else needs, job))
+    # Those that take longest first, and what may.
     found.sort(key=lambda each: (-each[0], not any(part in each[1].backend for part in _SLOW)))
     devices = devices_in_turn(device)
     return [dataclasses.replace(job, device=devices[n % len(devices)]) for n, (_, job) in enumerate(found)], refused

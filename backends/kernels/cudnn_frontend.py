@@ -46,7 +46,7 @@ class CudnnFrontend(Kernel):
         compiles=True,
         compiled_first=CONFIGURATIONS,
         window_sizes=(7,),
-        layouts=4,
+        layouts=6,
     )
     # Every query head's dK and dV are stored before those of a group are added up: z up to 8.7 with grouped heads, 3.8
     # without.

@@ -52,7 +52,8 @@ def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     def why_unavailable(self, device: str) -> str | None:
         if reason := super().why_unavailable(device):
             return reason
-        if importlib.util.find_spec("flash_attn") is None:
+        # FlashAttention 4 has the same name, and no module of it.
+        if (spec := importlib.util.find_spec("flash_attn")) is None or spec.origin is None:
             return "the package flash-attn is not installed"
         return None
 

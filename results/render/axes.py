@@ -10,7 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from attn_fuzz.execution.environment import versions_of
 from results.render import tables
@@ -148,14 +148,26 @@ def findings(results: Iterable[Result], row: str) -> str:
     return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
+def _versions(group: Iterable[Result]) -> str:
+    """Those of all packages that were there in some run, each by the newest that says so."""
+    every: dict[str, Any] = {}
+    for result in group:
+        every |= result["environment"]
+    return versions_of(every)
+
+
 def axes_tables(results: Iterable[Result]) -> list[str]:
-    """Lines of both tables for each device and versions, with the commits that they are of."""
-    groups: dict[str, list[Result]] = {}
+    """Lines of both tables for each device and torch, with the commits that they are of.
+
+    Not every run has all packages with kernels beside it.
+    """
+    groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         environment = result["environment"]
-        groups.setdefault(f"{environment['device']}, {versions_of(environment)}", []).append(result)
+        groups.setdefault((environment["device"], environment["torch"]), []).append(result)
     lines: list[str] = []
-    for where, group in sorted(groups.items()):
+    for (device, _), group in sorted(groups.items()):
+        where = f"{device}, {_versions(group)}"
         commits = dict.fromkeys(f"{r['environment']['commit']} ({r['environment']['date']})" for r in group)
         had, wanted = had_of(group), max(result["cases_wanted"] for result in group)
         asterisk = f"A cell with an asterisk has fewer than the {wanted:,} that were wanted."
