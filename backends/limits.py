@@ -187,6 +187,20 @@ LIMITS: Final[tuple[DeclaredLimit, ...]] = (
         minimal=Case(level="kernel", lengths=(1,), head_dim=104, causal=False, dtype="bf16"),
     ),
     DeclaredLimit(
+        id="limit-flash4-value-tiles",
+        backend="unrestricted:flash4",
+        device="cuda",
+        symptom="Crashed",
+        about="up to 128 channels of a key the backward on Hopper lays the output's gradient out in shared memory by "
+        "the key's channels, not by the value's: where the swizzle of these does not go into those, it is not "
+        "compiled (MLIRError: Operation creation failed), as of 64 beside 32 or 24 beside 40",
+        reference="not reported before as far as we know; flash-attn-4 4.0.0b36, torch 2.11.0+cu130 on an H200, "
+        "2026-11-30 (results/axes/h200_11.json)",
+        found_by=_RAN,
+        script="flash_attn_4_value_tiles.py",
+        minimal=Case(level="kernel", lengths=(1,), head_dim=24, head_dim_v=40, causal=False, dtype="bf16"),
+    ),
+    DeclaredLimit(
         id="limit-sdpa-nested-math-padded",
         backend="unrestricted:sdpa_nested_math",
         device="cuda",

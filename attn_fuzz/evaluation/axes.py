@@ -68,6 +68,8 @@ class Row:
     """What every call has; of several values of an axis any."""
     asked: str = ""
     """What every batch is asked."""
+    of_shapes: tuple[Value, ...] = ()
+    """What every call has beside, of backends that compile for shapes: no other is asked."""
     mode: str = "batch"
     count: Callable[[Tally], int] = _cases
     """How many calls were asked it."""
@@ -86,7 +88,13 @@ ROWS: Final = (
     Row("rows, heads or bases beyond 2^31 elements", tuple(("memory", name) for name in FAR_MEMORIES)),
     Row("max_seqlen above the longest document", (("max_seqlen", "loose"),)),
     Row("gaps between documents", (("gaps", "queries"), ("gaps", "keys"), ("gaps", "both"))),
-    Row("alone and in company", asked="company", count=_number_of(*map(counted, PASSES)), drawn=2.4),
+    Row(
+        "alone and in company",
+        asked="company",
+        of_shapes=(("memory", "contiguous"),),
+        count=_number_of(*map(counted, PASSES)),
+        drawn=2.4,
+    ),
     Row("CUDA graphs", asked="replayed alike", count=_number_of(graphs.REPLAYED), drawn=3.0),
     Row("streams", asked="ordered by streams", count=_number_of(streams.ORDERED), drawn=2.1),
     Row("torch.compile", asked="compiled alike", count=_number_of(compiled.COMPILED), drawn=1.2),
@@ -223,8 +231,11 @@ def jobs(
             if (why := earlier.why_not((row.name, name))) is not None:
                 refused[row.name, name] = why
                 continue
+            stated = registry.load(name).kernel.capabilities_on(kind_of(device))
             options = _options(row, device, workers, left, seed=31 + number + 1000 * earlier.runs)
-            if row.aim and (why := aims_of(name, options).why_not(options.modes)) is not None:
+            if stated.layouts:
+                options = dataclasses.replace(options, aim=(*row.aim, *row.of_shapes))
+            if options.aim and (why := aims_of(name, options).why_not(options.modes)) is not None:
                 refused[row.name, name] = why
                 continue
             try:
@@ -233,8 +244,7 @@ def jobs(
                 refused[row.name, name] = str(reason)
                 continue
             needs = earlier.needs((row.name, name), left)
-            compiles = bool(registry.load(name).kernel.capabilities_on(kind_of(device)).compiles)
-            count = min(_MOST_TOGETHER[compiles], max(1, math.ceil((needs or 0.0) / seconds)))
+            count = min(_MOST_TOGETHER[bool(stated.compiles)], max(1, math.ceil((needs or 0.0) / seconds)))
             of_row = {"cases": math.ceil((options.cases or 0) / count), "seconds": seconds, "label": row.name}
             for part in range(count):
                 # Those of a row are as far apart as there are seeds between rows.

@@ -26,6 +26,20 @@ _ODD_TILES: Final = (104, 112)
 """Head dimensions between 96 and 128 that its backward rounds to 112."""
 
 
+def _tile(channels: int) -> int:
+    """Channels as its backward on Hopper counts them up to 128."""
+    return -(-channels // 16) * 16
+
+
+def _uneven(head_dim: int, head_dim_v: int) -> bool:
+    """Whether the rows of the output's gradient do not fit the shared memory that is laid out for them.
+
+    Up to 128 channels, that is swizzled by as many channels of a *key* as 64, 32, 16 or 8 go into.
+    """
+    width = next(each for each in (64, 32, 16) if _tile(head_dim) % each == 0)
+    return head_dim <= 128 and _tile(head_dim_v) % width != 0
+
+
 class Flash4(Kernel):
     """``flash_attn.cute.flash_attn_varlen_func``."""
 
@@ -73,6 +87,8 @@ def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sequ
         # Its tiles have 80 rows there, of which no backward of 112 channels is compiled on Hopper.
         if _ODD_TILES[0] <= case.head_dim <= _ODD_TILES[1] and not case.causal and max(case.window) < 0:
             return f"{_ODD_TILES[0]} to {_ODD_TILES[1]} channels with neither a causal mask nor a window"
+        if case.head_dim_v is not None and _uneven(case.head_dim, case.head_dim_v):
+            return f"values of {case.head_dim_v} channels beside keys of {case.head_dim}"
         return None
 
     def why_unavailable(self, device: str) -> str | None:
