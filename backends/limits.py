@@ -186,19 +186,46 @@ LIMITS: Final[tuple[DeclaredLimit, ...]] = (
         found_by="published report tried",
         minimal=Case(level="kernel", lengths=(1,), head_dim=104, causal=False, dtype="bf16"),
     ),
-    DeclaredLimit(
-        id="limit-flash4-value-tiles",
-        backend="unrestricted:flash4",
-        device="cuda",
-        symptom="Crashed",
-        about="up to 128 channels of a key the backward on Hopper lays the output's gradient out in shared memory by "
-        "the key's channels, not by the value's: where the swizzle of these does not go into those, it is not "
-        "compiled (MLIRError: Operation creation failed), as of 64 beside 32 or 24 beside 40",
-        reference="not reported before as far as we know; flash-attn-4 4.0.0b36, torch 2.11.0+cu130 on an H200, "
-        "2026-11-30 (results/axes/h200_11.json)",
-        found_by=_RAN,
-        script="flash_attn_4_value_tiles.py",
-        minimal=Case(level="kernel", lengths=(1,), head_dim=24, head_dim_v=40, causal=False, dtype="bf16"),
+    *(
+        DeclaredLimit(
+            id=f"limit-flash4-value-{name}",
+            backend="unrestricted:flash4",
+            device="cuda",
+            symptom="Crashed",
+            about=about,
+            reference="not reported before as far as we know; flash-attn-4 4.0.0b36, torch 2.11.0+cu130 on an H200, "
+            "2026-11-30 (results/outside/h200_flash4_values.txt)",
+            found_by=found_by,
+            script="flash_attn_4_value_tiles.py" if name == "tiles" else "",
+            minimal=Case(level="kernel", lengths=lengths, head_dim=dims[0], head_dim_v=dims[1], dtype="bf16"),
+        )
+        for name, found_by, lengths, dims, about in (
+            (
+                "tiles",
+                _RAN,
+                (1,),
+                (24, 40),
+                "up to 128 channels of a key the backward on Hopper lays the output's gradient out in shared memory "
+                "by the key's channels, not by the value's: where the swizzle of those does not go into these, it is "
+                "not compiled (MLIRError: Operation creation failed), as of 64 beside 32",
+            ),
+            (
+                "memory",
+                "probe",
+                (3, 2),
+                (64, 128),
+                "for values of many channels the backward on Hopper asks for more shared memory than there is "
+                "(248,832 of 232,448 bytes), and its launch fails",
+            ),
+            (
+                "halves",
+                "probe",
+                (3, 2),
+                (16, 40),
+                "where channels of keys or of values fill half of the last 32, as both do here, the backward on "
+                "Hopper ends in an illegal access; not tried further",
+            ),
+        )
     ),
     DeclaredLimit(
         id="limit-sdpa-nested-math-padded",

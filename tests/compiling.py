@@ -83,7 +83,7 @@ def configurations_of(backend: Backend) -> set[Hashable]:
 class NobodyBeside:
     """Stands for a process that compiles ahead, and has compiled everything when it is asked."""
 
-    def __init__(self, subject: object) -> None:
+    def __init__(self, subject: object, aim: object) -> None:
         self.at_work: Configuration | None = None
 
     def give(self, configuration: Configuration) -> None:

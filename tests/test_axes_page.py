@@ -103,6 +103,14 @@ def test_what_one_file_could_not_ask_another_did() -> None:
     assert column(lines, MERGED, "nested") == "2,000"
 
 
+def test_what_none_could_be_drawn_for_is_not_taken() -> None:
+    """As of what is known to end a process; of what no time was left for there is nothing to say but that."""
+    tried = {STREAMS: {"cudnn": had(0, 0, 0.0)}}
+    for refused, cell in (((), "0*"), (((STREAMS, "cudnn"),), "-")):
+        lines = axes.axes_table(axes.had_of([result(tried, refused=refused)]), 2000)
+        assert column(lines, STREAMS, "cudnn") == cell
+
+
 def test_a_finding_is_of_a_row_that_its_backend_was_tried_on() -> None:
     assert axes.findings([ONE], GRADIENT) == axes.findings([ONE], MERGED) == "0 to 1"
     assert axes.findings([ONE], GRAPHS) == axes.findings([TWO], MERGED) == "0"

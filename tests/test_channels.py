@@ -154,7 +154,7 @@ def test_values_of_heads_that_are_not_grouped_are_taken_all_the_same(pairs: bool
 
 
 def test_what_a_backend_says_of_grouped_heads_is_asked_with_its_limits_set_aside() -> None:
-    case = CASE.replace(dtype="bf16", head_dim=64, head_dim_v=128)
+    case = CASE.replace(dtype="bf16", head_dim=32, head_dim_v=64)
     assert registry.load("flash4").refusal(case, "cuda") == GROUPED
     assert registry.load("flash4").refusal(case.replace(kv_heads=4), "cuda") is None
     assert registry.load("unrestricted:flash4").refusal(case, "cuda") is None

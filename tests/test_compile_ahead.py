@@ -29,7 +29,7 @@ def taken(ahead: Ahead) -> float:
 @pytest.mark.slow
 def test_one_process_compiles_one_configuration_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTN_FUZZ_COMPILING", "0.25")
-    ahead = Ahead(Subject(KERNEL, "cpu"))
+    ahead = Ahead(Subject(KERNEL, "cpu"), {})
     try:
         for step in (Step(CAUSAL), Step(CAUSAL._replace(causal=False)), Step(CAUSAL, 2)):
             ahead.give(step)
@@ -43,7 +43,7 @@ def test_one_process_compiles_one_configuration_after_another(monkeypatch: pytes
 @pytest.mark.slow
 def test_what_it_dies_of_counts_as_compiled_and_another_follows(tmp_path: Path) -> None:
     (tmp_path / "dies.py").write_text("import os\n\n\ndef kernel(q, k, v, cu, cu_k, most, most_k):\n    os._exit(3)\n")
-    ahead = Ahead(Subject(f"{tmp_path / 'dies.py'}:kernel", "cpu"))
+    ahead = Ahead(Subject(f"{tmp_path / 'dies.py'}:kernel", "cpu"), {})
     for _ in range(2):
         ahead.give(Step(CAUSAL._replace(causal=False)))
         process = ahead._process
@@ -63,11 +63,11 @@ def test_what_never_ends_is_left_to_the_worker(monkeypatch: pytest.MonkeyPatch) 
     now, held = [0.0], list[int]()
 
     def start(target: object, args: tuple[Any, ...], added: object, *, daemon: bool) -> Silent:
-        held.append(os.dup(args[1].fileno()))
+        held.append(os.dup(args[-1].fileno()))
         return Silent()
 
     monkeypatch.setattr("attn_fuzz.campaign.new_process.start", start)
-    ahead = Ahead(Subject(KERNEL, "cpu"), clock=lambda: now[0])
+    ahead = Ahead(Subject(KERNEL, "cpu"), {}, clock=lambda: now[0])
     ahead.give(Step(CAUSAL))
     now[0] = PATIENCE
     assert ahead.taken() is None

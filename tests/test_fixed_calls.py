@@ -7,9 +7,11 @@ from random import Random
 
 import pytest
 
-from attn_fuzz.backends.kernel import Capabilities
+from attn_fuzz.backends.kernel import Capabilities, Configuration
 from attn_fuzz.backends.kernels.loop import LoopKernel
 from attn_fuzz.backends.registry import Backend
+from attn_fuzz.campaign.configuration_pool import Step
+from attn_fuzz.campaign.warm_up import warm_up_cases
 from attn_fuzz.coverage.aims import Aims
 from attn_fuzz.coverage.allowed import Space
 from attn_fuzz.generation.calls import draw_batch
@@ -28,10 +30,14 @@ def domain_of(stated: Capabilities, device: str = "cuda", **aim: tuple[bool, ...
     return dataclasses.replace(Domain.of(stated, device), aim=aim)
 
 
+def backend_of(domain: Domain) -> Backend:
+    kernel = type("Shapes", (LoopKernel,), {"capabilities": domain.capabilities})()
+    return Backend("shapes", kernel, levels=("kernel",))
+
+
 def drawn(domain: Domain) -> list[Case]:
     """Calls of a few batches."""
-    kernel = type("Shapes", (LoopKernel,), {"capabilities": domain.capabilities})()
-    backend = Backend("shapes", kernel, levels=("kernel",))
+    backend = backend_of(domain)
     batches = (draw_batch(Random(seed), Sweep((16, 32), seed), backend, domain, 30) for seed in range(12))
     return [batch.call(index) for batch in batches if batch is not None for index in range(len(batch.ends))]
 
@@ -74,6 +80,20 @@ def test_the_case_mode_draws_them_too() -> None:
     aimed = domain_of(SHAPES, **LONG)
     few_cases("kernel", aimed, 1, lambda case: found.update(long_of([case])), 20)
     assert found
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_what_is_compiled_ahead_is_what_is_drawn(wanted: bool) -> None:
+    chosen = Configuration("bf16", 16, 2, 2, False)
+    stated = dataclasses.replace(SHAPES, configurations=(chosen,))
+    domain = domain_of(stated, long_rows=(wanted,))
+    ahead = {call.lengths for number in range(LAYOUTS) for call in warmed_up(Step(chosen, number + 1), domain)}
+    assert {tuple(sorted(lengths)) for lengths in ahead} >= {tuple(sorted(call.lengths)) for call in drawn(domain)}
+    assert all((max(lengths) >= min(LONG_ROWS)) is wanted for lengths in ahead)
+
+
+def warmed_up(step: Step, domain: Domain) -> list[Case]:
+    return [*warm_up_cases(step, backend_of(domain), domain)]
 
 
 def test_they_can_be_aimed_at() -> None:

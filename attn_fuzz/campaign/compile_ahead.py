@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Final
+from typing import Any, Final
 
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Configuration
@@ -32,19 +32,23 @@ _VARIANTS: Final = 30.0
 """Seconds after which no further variant of a configuration is compiled for now: others are worth more."""
 
 
-def _compile(subject: Subject, step: Step) -> None:
+Aim = Mapping[str, tuple[Any, ...]]
+"""What a campaign's draws are to have, as of ``Domain``: layouts have long documents where these are aimed at."""
+
+
+def _compile(subject: Subject, aim: Aim, step: Step) -> None:
     """Compiles a configuration, or a layout of it, as far as there is time for its variants."""
     loaded = registry.narrowed(registry.load(subject.backend), subject.without)
     backend, kind = registry.within(loaded, lambda: (step.configuration,)), subject.device.partition(":")[0]
     compile_without_end()
     began = time.monotonic()
-    for case in warm_up_cases(step, backend, Domain.of(backend.kernel.capabilities_on(kind), kind)):
+    for case in warm_up_cases(step, backend, Domain.of(backend.kernel.capabilities_on(kind), kind, aim=aim)):
         tried(case, backend, subject.device)
         if time.monotonic() - began > _VARIANTS:
             return
 
 
-def _serve(subject: Subject, connection: Connection) -> None:
+def _serve(subject: Subject, aim: Aim, connection: Connection) -> None:
     set_apart()
     set_up_process(subject.device)
     try:
@@ -53,7 +57,7 @@ def _serve(subject: Subject, connection: Connection) -> None:
             started = time.monotonic()
             # What raises here raises in the worker, too, which makes a finding of it.
             with contextlib.suppress(Exception):
-                _compile(subject, Step(Configuration(*configuration), *more))
+                _compile(subject, aim, Step(Configuration(*configuration), *more))
             connection.send(time.monotonic() - started)
     except (EOFError, OSError, KeyboardInterrupt):
         return
@@ -64,11 +68,12 @@ class Ahead:
 
     Args:
         subject: what is compiled.
+        aim: of the campaign.
         clock: seconds.
     """
 
-    def __init__(self, subject: Subject, clock: Callable[[], float] = time.monotonic) -> None:
-        self._subject, self._clock = subject, clock
+    def __init__(self, subject: Subject, aim: Aim, clock: Callable[[], float] = time.monotonic) -> None:
+        self._subject, self._aim, self._clock = subject, aim, clock
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
         self._given = 0.0
@@ -78,7 +83,7 @@ class Ahead:
         """Begins with a step."""
         if self._process is None:
             self._connection, theirs = new_process.context().Pipe()
-            self._process = new_process.start(_serve, (self._subject, theirs), AWAY_FROM_OTHERS, daemon=True)
+            self._process = new_process.start(_serve, (self._subject, self._aim, theirs), AWAY_FROM_OTHERS, daemon=True)
             theirs.close()
         assert self._connection is not None
         self.at_work, self._given = step, self._clock()

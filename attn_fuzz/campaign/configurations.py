@@ -75,7 +75,7 @@ class Configurations:
         growth = Growth(load=self._load, seed=assignment.seed, by_turns=by_turns, hurries=self.hurries)
         subject = Subject(assignment.backend, assignment.device, assignment.without)
         beside = 0 if growth.by_turns else assignment.compilers
-        compilers = [Ahead(subject) for _ in range(beside)]
+        compilers = [Ahead(subject, assignment.aim) for _ in range(beside)]
         pool = self._pool = ConfigurationPool(steps(order, stated.layouts, again=not by_turns), compilers, growth)
         self.backend = registry.within(backend, lambda: pool.taken)
 
@@ -143,7 +143,7 @@ class Configurations:
     def _load(self, step: Step) -> None:
         """Has a step compiled in this process, or loaded, by its plain cases."""
         compile_without_end()
-        domain = Domain.of(self.backend.kernel.capabilities_on(self._kind), self._kind)
+        domain = Domain.of(self.backend.kernel.capabilities_on(self._kind), self._kind, aim=self._job.aim)
         plain: list[Case] = []
         # To begin with the first call of all is enough: others are met when they are drawn, or compiled ahead.
         begins = self.hurries and self._pool is not None and not self._pool.waited

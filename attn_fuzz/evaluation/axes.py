@@ -28,6 +28,7 @@ from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import BackendUnavailable
 from attn_fuzz.backends.registry import UnknownBackend
 from attn_fuzz.batch.judge import schedule_on
+from attn_fuzz.campaign.batch_worker import REFUSED_BATCHES
 from attn_fuzz.campaign.messages import Assignment, CampaignError, Found, Message, Tally
 from attn_fuzz.campaign.plan import (
     CampaignOptions,
@@ -332,6 +333,11 @@ def main(
     for job, tally in itertools.chain.from_iterable(outcome.of_assignments for outcome in outcomes):
         table[job.label].setdefault(job.backend, Tally()).add(tally)
         spent[job.label, job.backend] += tally.seconds
+    for label, by_backend in table.items():
+        for name, tally in by_backend.items():
+            # One that no time was left for has drawn none, either.
+            if tally.refused > REFUSED_BATCHES and not tally.cases:
+                refused[label, name] = f"none of {tally.refused:,} batches has a call that it takes"
     told = {
         "axes": {
             row.name: {name: measured(row, tally, spent[row.name, name]) for name, tally in table[row.name].items()}

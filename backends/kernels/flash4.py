@@ -9,6 +9,7 @@ from typing import Final
 
 import torch
 
+from attn_fuzz.backends.flash4 import VALUE_DIMS, flash4_limit
 from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Configuration, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.reference.case import FAR_MEMORIES, MEMORIES, Case
@@ -22,23 +23,6 @@ CONFIGURATIONS: Final = (
     Configuration("bf16", 64, 1, 1, True, "none", 20.0),
 )
 
-_ODD_TILES: Final = (104, 112)
-"""Head dimensions between 96 and 128 that its backward rounds to 112."""
-
-
-def _tile(channels: int) -> int:
-    """Channels as its backward on Hopper counts them up to 128."""
-    return -(-channels // 16) * 16
-
-
-def _uneven(head_dim: int, head_dim_v: int) -> bool:
-    """Whether the rows of the output's gradient do not fit the shared memory that is laid out for them.
-
-    Up to 128 channels, that is swizzled by as many channels of a *key* as 64, 32, 16 or 8 go into.
-    """
-    width = next(each for each in (64, 32, 16) if _tile(head_dim) % each == 0)
-    return head_dim <= 128 and _tile(head_dim_v) % width != 0
-
 
 class Flash4(Kernel):
     """``flash_attn.cute.flash_attn_varlen_func``."""
@@ -48,10 +32,10 @@ class Flash4(Kernel):
     capabilities = Capabilities(
         devices=("cuda",),
         dtypes=HALF_DTYPES,
-        # On Hopper: (8 to 256, 8 to 256), says its own check of both head dimensions.
+        # On Hopper: 8 to 256, says its own check of both head dimensions; not all pairs have a backward.
         max_head_dim=256,
         head_dim_multiple=8,
-        head_dims_v=True,
+        head_dims_v=VALUE_DIMS,
         # On Hopper: "GQA backward requires head_dim == head_dim_v", says its own assertion.
         gqa_head_dims_v=False,
         window_convention="(left, right), the row itself not counted, None for no bound",
@@ -84,12 +68,7 @@ def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sequ
     return flash_attn_varlen_func(q, k, v, **sums, **options)[0]"""
 
     def limit(self, case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str | None:
-        # Its tiles have 80 rows there, of which no backward of 112 channels is compiled on Hopper.
-        if _ODD_TILES[0] <= case.head_dim <= _ODD_TILES[1] and not case.causal and max(case.window) < 0:
-            return f"{_ODD_TILES[0]} to {_ODD_TILES[1]} channels with neither a causal mask nor a window"
-        if case.head_dim_v is not None and _uneven(case.head_dim, case.head_dim_v):
-            return f"values of {case.head_dim_v} channels beside keys of {case.head_dim}"
-        return None
+        return flash4_limit(case)
 
     def why_unavailable(self, device: str) -> str | None:
         if reason := super().why_unavailable(device):

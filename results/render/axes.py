@@ -59,11 +59,6 @@ class Had:
         self.largest_z = max(self.largest_z, told["largest_z"])
         self.known.update(told["known"])
 
-    @property
-    def taken(self) -> bool:
-        """Of a question that none of many cases could be asked, a backend has had nothing."""
-        return self.asked > 0 or self.cases == 0
-
 
 HadOf = Mapping[tuple[str, str], Had | None]
 """By (name of the row, backend): None for what the backend does not take; what was not tried is missing."""
@@ -78,7 +73,9 @@ def had_of(results: Iterable[Result]) -> HadOf:
         for row, backends in result["axes"].items():
             for name, told in backends.items():
                 added.setdefault((row, name), Had()).add(told)
-    return dict.fromkeys(refused) | {key: had if had.taken else None for key, had in added.items()}
+    # Of a question that none of many cases could be asked, a backend has had nothing, as where none could be drawn.
+    nothing = {key for key, had in added.items() if not had.asked and (had.cases or key in refused)}
+    return dict.fromkeys(refused) | {key: None if key in nothing else had for key, had in added.items()}
 
 
 def _refused(result: Result) -> set[tuple[str, str]]:
