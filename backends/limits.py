@@ -165,13 +165,17 @@ LIMITS: Final[tuple[DeclaredLimit, ...]] = (
             about="the LSE that it returns is not marked as without a gradient, and one given to it is dropped without "
             "a word: a loss of the LSE alone has gradients of 0",
             reference=f"{report} on an H200, 2026-11-30",
-            found_by="published report tried" if backend == "flash" else "campaign unaided",
+            found_by="published report tried",
             script=script,
             minimal=Case(level="kernel", lengths=(1,), head_dim=8, dtype="bf16", lse_gradient=True),
         )
         for backend, script, report in (
             ("flash", "flash_attn_1817.py", "flash-attention#1817; flash-attn 2.8.3.post2"),
-            ("torch_varlen", "pytorch_varlen_lse_gradient.py", "not reported before as far as we know; torch 2.11"),
+            (
+                "torch_varlen",
+                "pytorch_varlen_lse_gradient.py",
+                "flash-attention#1817, of torch not reported before as far as we know; torch 2.11.0+cu130",
+            ),
         )
     ),
     DeclaredLimit(
