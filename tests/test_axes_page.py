@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from attn_fuzz.campaign.messages import Tally
-from attn_fuzz.evaluation.axes import ROWS, measured
+from attn_fuzz.evaluation.axes import measured
+from attn_fuzz.evaluation.axes_rows import ROWS
 from results.render import axes
 from results.render.tables import PAGE, load
 

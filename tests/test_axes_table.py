@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.backends.kernel import Capabilities, UnsupportedCase
 from attn_fuzz.batch.judge import schedule_on
 from attn_fuzz.campaign.calls_worker import CallsWorker
 from attn_fuzz.campaign.messages import Assignment, Finished, Message
 from attn_fuzz.coverage.axes import ASKED, PLACES
 from attn_fuzz.evaluation import axes
-from attn_fuzz.evaluation.axes import ROWS, Earlier, jobs
+from attn_fuzz.evaluation.axes import Earlier, jobs
+from attn_fuzz.evaluation.axes_rows import ROWS
 
 
 def test_rows_are_of_values_and_questions_that_there_are() -> None:
@@ -80,6 +82,16 @@ def test_a_question_that_could_not_be_put_is_not_put_again(tmp_path: Path) -> No
     assert refused(0) == refused(1, 0) == refused(0, 3) == told
     # Of a few calls that may have been chance, and the code is another one since.
     assert refused(0, 1) == refused(2) == refused(3) == {}
+
+
+@pytest.mark.parametrize("stated", [{"compiles": True}, {"layouts": 4}])
+def test_of_what_compiles_calls_are_drawn_that_can_be_asked(stated: dict[str, Any]) -> None:
+    for row in ROWS:
+        assert row.aim_of(Capabilities()) == row.aim
+        assert row.aim_of(Capabilities(**stated)) == (*row.aim, *row.of_compiled)
+        # One axis has one value in all of them.
+        assert not {axis for axis, _ in row.aim} & {axis for axis, _ in row.of_compiled}
+    assert {row.asked for row in ROWS if row.of_compiled} == {"merging", "company"}
 
 
 def test_nothing_left_to_run_is_said(tmp_path: Path) -> None:

@@ -42,65 +42,10 @@ from attn_fuzz.campaign.plan import (
     require_available,
 )
 from attn_fuzz.campaign.pool import Outcome, Pool, Worker
-from attn_fuzz.coverage.axes import Value
+from attn_fuzz.evaluation.axes_rows import ROWS, Row
 from attn_fuzz.execution.environment import environment
 from attn_fuzz.findings.finding import Finding
-from attn_fuzz.oracle.checks import compiled, graphs, streams
-from attn_fuzz.oracle.relations.company import PASSES, counted
-from attn_fuzz.oracle.relations.merged import MERGED
 from attn_fuzz.reference.case import FAR_MEMORIES
-
-
-def _cases(tally: Tally) -> int:
-    return tally.cases
-
-
-def _number_of(*keys: str) -> Callable[[Tally], int]:
-    """Of what is counted, the largest: not every backend has a backward that can be asked."""
-    return lambda tally: max(tally.counted.get(key, 0) for key in keys)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """An axis of AXES.md, or one of its values."""
-
-    name: str
-    aim: tuple[Value, ...] = ()
-    """What every call has; of several values of an axis any."""
-    asked: str = ""
-    """What every batch is asked."""
-    of_shapes: tuple[Value, ...] = ()
-    """What every call has beside, of backends that compile for shapes: no other is asked."""
-    mode: str = "batch"
-    count: Callable[[Tally], int] = _cases
-    """How many calls were asked it."""
-    drawn: float = 1.0
-    """Calls that are drawn for one that is asked: half of a batch's are, of those that can be."""
-
-
-ROWS: Final = (
-    Row("gradient through the LSE", (("LSE gradient", "on"),)),
-    Row("parts merged by LSE", asked="merging", count=_number_of(MERGED), drawn=7.0),
-    Row("head_dim that is none of the usual ones", (("head_dim", "other"),)),
-    Row("values of fewer channels than keys", (("value channels", "fewer"),)),
-    Row("values of more channels than keys", (("value channels", "more"),)),
-    Row("groups above 8", (("group", "9-"),)),
-    Row("a document of thousands of queries", (("queries", "256-"),)),
-    Row("rows, heads or bases beyond 2^31 elements", tuple(("memory", name) for name in FAR_MEMORIES)),
-    Row("max_seqlen above the longest document", (("max_seqlen", "loose"),)),
-    Row("gaps between documents", (("gaps", "queries"), ("gaps", "keys"), ("gaps", "both"))),
-    Row(
-        "alone and in company",
-        asked="company",
-        of_shapes=(("memory", "contiguous"),),
-        count=_number_of(*map(counted, PASSES)),
-        drawn=2.4,
-    ),
-    Row("CUDA graphs", asked="replayed alike", count=_number_of(graphs.REPLAYED), drawn=3.0),
-    Row("streams", asked="ordered by streams", count=_number_of(streams.ORDERED), drawn=2.1),
-    Row("torch.compile", asked="compiled alike", count=_number_of(compiled.COMPILED), drawn=1.2),
-)
-"""In the order in which docs/results.md has them."""
 
 _SLOW: Final = ("nested", "cudnn", "flex", "loop")
 """What is in the names of backends whose calls take milliseconds: they begin first."""
@@ -153,7 +98,6 @@ def _options(row: Row, device: str, workers: int, cases: int, seed: int) -> Camp
         levels=("kernel",),
         modes=(row.mode,),
         asked=(row.asked,) if row.asked else (),
-        aim=row.aim,
     )
 
 
@@ -234,8 +178,7 @@ def jobs(
                 continue
             stated = registry.load(name).kernel.capabilities_on(kind_of(device))
             options = _options(row, device, workers, left, seed=31 + number + 1000 * earlier.runs)
-            if stated.layouts:
-                options = dataclasses.replace(options, aim=(*row.aim, *row.of_shapes))
+            options = dataclasses.replace(options, aim=row.aim_of(stated))
             if options.aim and (why := aims_of(name, options).why_not(options.modes)) is not None:
                 refused[row.name, name] = why
                 continue
