@@ -37,7 +37,7 @@ COLUMNS: Final = {
     "streams": "streams",
     "torch.compile": "compile",
 }
-"""Titles of columns by the names of ``attn_fuzz.evaluation.axes_rows.ROWS``, whose own are too long for fourteen of them."""
+"""Titles of columns by the names of ``evaluation.axes_rows.ROWS``, whose own are too long for fourteen of them."""
 
 _HEADS: Final = ("column", "what calls have or are asked")
 _COUNTED: Final = ("backends", "fewest", "most", "together", "largest z", "findings", "known issues met")
