@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import accumulate
 from random import Random
 
 import pytest
+import torch
 
-from attn_fuzz.backends.kernel import Capabilities, Configuration
+from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Configuration
 from attn_fuzz.backends.kernels.loop import LoopKernel
+from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.registry import Backend
+from attn_fuzz.batch.judge import judge
 from attn_fuzz.campaign.configuration_pool import Step
 from attn_fuzz.campaign.warm_up import warm_up_cases
 from attn_fuzz.coverage.aims import Aims
@@ -21,6 +25,7 @@ from attn_fuzz.generation.layouts import FEW_KEYS, LONG_ROWS
 from attn_fuzz.generation.length_sweeps import Sweep
 from attn_fuzz.reference.case import Case
 
+CPU = torch.device("cpu")
 LAYOUTS = 12
 SHAPES = Capabilities(layouts=LAYOUTS, compiles=True, capacity=False)
 LONG = {"long_rows": (True,)}
@@ -80,6 +85,34 @@ def test_the_case_mode_draws_them_too() -> None:
     aimed = domain_of(SHAPES, **LONG)
     few_cases("kernel", aimed, 1, lambda case: found.update(long_of([case])), 20)
     assert found
+
+
+class LastRowOfMany(LoopKernel):
+    """Of a document of 2,048 queries and more the last row is half as large again."""
+
+    capabilities = SHAPES
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        attended = super().attend(q, k, v, metadata, options)
+        ends = [end for end, rows in zip(accumulate(metadata.lengths_q), metadata.lengths_q) if rows >= 2048]
+        factor = torch.ones(len(q), 1, 1).index_fill(0, torch.tensor([end - 1 for end in ends], dtype=torch.long), 1.5)
+        return attended._replace(out=attended.out * factor.to(q.dtype))
+
+
+def test_a_fault_from_thousands_of_rows_on_is_seen_without_a_hint() -> None:
+    domain = domain_of(SHAPES, "cpu")
+    right, wrong = backend_of(domain), Backend("last row", LastRowOfMany(), levels=("kernel",))
+    for seed in range(8):
+        batch = draw_batch(Random(seed), Sweep((16, 32), seed), right, domain, 30)
+        assert batch is not None
+        long = {index for index, call in enumerate(batch.calls) if max(call.packed_lengths) >= 2048}
+        assert set(judge(batch, wrong, CPU).failing()) == long
+        if long:
+            assert not judge(batch, right, CPU).failing()
+            return
+    raise AssertionError("no batch of eight has such a document")
 
 
 @pytest.mark.parametrize("wanted", [True, False])
