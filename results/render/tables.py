@@ -180,14 +180,23 @@ def power_table(results: Iterable[Result]) -> list[str]:
 
 
 def company_table(results: Iterable[Result]) -> list[str]:
-    """How many documents had other bits in other company than alone, by machine and backend."""
+    """How many documents had other bits in other company than alone, by device, torch and backend.
+
+    Args:
+        results: campaigns, and what ``attn_fuzz.evaluation.axes`` printed.
+    """
+    counted_of: dict[str, dict[str, Counter[str]]] = {}
+    for result in results:
+        where = f"{result['environment']['device']}, torch {result['environment']['torch']}"
+        for backends in (result["backends"],) if "backends" in result else result["axes"].values():
+            for name, told in backends.items():
+                if _is_correct(name):
+                    mine = counted_of.setdefault(where, {}).setdefault(name, Counter())
+                    mine.update(told.get("counted", {}))
     lines: list[str] = []
-    for where, group in by_machine(results).items():
+    for where, counts_of in sorted(counted_of.items()):
         lines += ["", f"**{where}**", "", "| backend | forward | backward |", "|---|---:|---:|"]
-        for name in sorted({name for result in group for name in result["backends"] if _is_correct(name)}):
-            counts = Counter[str]()
-            for result in group:
-                counts.update(result["backends"].get(name, {}).get("counted", {}))
+        for name, counts in sorted(counts_of.items()):
             asked = {which: counts[counted(which)] for which in PASSES}
             cells = (f"{counts[counted(of, moved=True)]:,} of {asked[of]:,}" if asked[of] else "-" for of in PASSES)
             lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -220,7 +229,7 @@ def sections(results: list[Result]) -> dict[str, str]:
         "results": [*clean_table(results), *legacy_table(results)],
         "power": power_table(results),
         "faults": fault_table(results),
-        "company": company_table(load(FOLDER / "company")),
+        "company": company_table([*load(FOLDER / "company"), *load(FOLDER / "axes")]),
     }
     return {name: "\n".join([BEGIN.format(name), *body, "", END.format(name)]) for name, body in bodies.items()}
 
