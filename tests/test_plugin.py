@@ -16,6 +16,7 @@ from hypothesis import settings
 import attn_fuzz.api
 from attn_fuzz.backends import registry
 from attn_fuzz.campaign.replay import verdict_on
+from attn_fuzz.execution import process
 from attn_fuzz.findings.finding import Finding
 from attn_fuzz.findings.regression_cases import RegressionCase
 from attn_fuzz.oracle.examine import examine
@@ -58,6 +59,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    # A torch with CUDA looks for a driver.
+    monkeypatch.setattr(process, "_settle_workspace", lambda: None)
     return chosen
 
 
