@@ -13,8 +13,9 @@ from typing import Any, Final
 
 from attn_fuzz.backends.known import KNOWN
 from attn_fuzz.backends.limits import LIMITS
-from attn_fuzz.evaluation.capability_probe import RIGHT
+from attn_fuzz.evaluation.capability_probe import GROUPED_VALUES, GROUPS, RIGHT, VALUE_DIMS
 from attn_fuzz.execution.environment import versions_of
+from attn_fuzz.reference.case import FAR_MEMORIES
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 FOLDER: Final = ROOT / "results" / "backends"
@@ -36,6 +37,12 @@ _COLUMNS: Final = {
     "slices": ("memory fused", "memory head_major", "memory sliced", "memory mixed"),
     "misaligned": ("memory misaligned",),
     "capacity": ("rows beyond the last document",),
+    "many heads": tuple(f"{heads} heads over {kv_heads}" for heads, kv_heads in GROUPS),
+    "values": (*(f"head_dim {dim}, values {value_dim}" for dim, value_dim in VALUE_DIMS), GROUPED_VALUES),
+    "LSE gradient": ("gradient of the LSE",),
+    "2^31": tuple(f"memory {name}" for name in FAR_MEMORIES),
+    "loose": ("max_seqlen above the longest document",),
+    "gaps": ("gaps between documents of q", "gaps between documents of k"),
 }
 """Columns of the capability table, and the questions that a yes needs."""
 
@@ -64,10 +71,11 @@ def _cell(answers: dict[str, Result], questions: Iterable[str]) -> str:
 
 
 def _named(answers: dict[str, Result], prefix: str) -> str:
-    right = [
+    """What was right of questions that begin alike; those of values beside a head_dim are others."""
+    right = (
         name.removeprefix(prefix) for name, a in answers.items() if name.startswith(prefix) and a["measured"] == RIGHT
-    ]
-    return " ".join(right) or "-"
+    )
+    return " ".join(name for name in right if "," not in name) or "-"
 
 
 def _latest(group: Iterable[Result]) -> dict[str, Result]:
