@@ -21,6 +21,9 @@ ROOT: Final = Path(__file__).resolve().parent.parent.parent
 FOLDER: Final = ROOT / "results" / "backends"
 PAGE: Final = ROOT / "docs" / "backends.md"
 
+_BEYOND: Final = """Of one small case each: a reason to look, and no promise. A bound that is no argument of a kernel is right whatever
+it says."""
+
 _BEGIN: Final = "<!-- tables: python -m results.render.backend_tables -->"
 
 Result = dict[str, Any]
@@ -112,6 +115,17 @@ def difference_lines(results: list[Result]) -> list[str]:
     return lines
 
 
+def undeclared_lines(results: list[Result]) -> list[str]:
+    """What was right of all that is not declared."""
+    lines = ["| backend | right, and not declared |", "|---|---|"]
+    for device in dict.fromkeys(result["device"] for result in results):
+        for name, entry in sorted(_latest(r for r in results if r["device"] == device).items()):
+            right = [each["probe"] for each in entry["probes"] if each["measured"] == RIGHT and not each["stated"]]
+            if right:
+                lines.append(f"| `{name}` ({device}) | {'; '.join(right)} |")
+    return lines
+
+
 def issue_lines() -> list[str]:
     """Known issues, from the code."""
     lines = [
@@ -164,6 +178,7 @@ def tables() -> str:
     parts = [
         [_BEGIN, "", "## What each takes", "", *capability_lines(probes)],
         ["## Where a declaration is not kept", "", *difference_lines(probes), ""],
+        ["## What there is beyond declarations", "", _BEYOND, "", *undeclared_lines(probes), ""],
         ["## Known issues", "", *issue_lines(), ""],
         ["## Declared limits", "", *limit_lines(), ""],
         ["## Published reports", "", *report_lines(load("reports*.json")), ""],
