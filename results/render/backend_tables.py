@@ -21,8 +21,8 @@ ROOT: Final = Path(__file__).resolve().parent.parent.parent
 FOLDER: Final = ROOT / "results" / "backends"
 PAGE: Final = ROOT / "docs" / "backends.md"
 
-_BEYOND: Final = """Of one small case each: a reason to look, and no promise. A bound that is no argument of a kernel is right whatever
-it says."""
+_BEYOND: Final = """Of one small case each: a reason to look, and no promise. A bound that is no argument of a kernel is right
+whatever it says."""
 
 _BEGIN: Final = "<!-- tables: python -m results.render.backend_tables -->"
 
