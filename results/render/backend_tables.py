@@ -21,8 +21,10 @@ ROOT: Final = Path(__file__).resolve().parent.parent.parent
 FOLDER: Final = ROOT / "results" / "backends"
 PAGE: Final = ROOT / "docs" / "backends.md"
 
-_BEYOND: Final = """Of one small case each: a reason to look, and no promise. A bound that is no argument of a kernel is right
-whatever it says."""
+_BEYOND: Final = (
+    "Of one small case each: a reason to look, and no promise. ",
+    "A bound that is no argument of a kernel is right whatever it says.",
+)
 
 _BEGIN: Final = "<!-- tables: python -m results.render.backend_tables -->"
 
@@ -178,7 +180,7 @@ def tables() -> str:
     parts = [
         [_BEGIN, "", "## What each takes", "", *capability_lines(probes)],
         ["## Where a declaration is not kept", "", *difference_lines(probes), ""],
-        ["## What there is beyond declarations", "", _BEYOND, "", *undeclared_lines(probes), ""],
+        ["## What there is beyond declarations", "", "".join(_BEYOND), "", *undeclared_lines(probes), ""],
         ["## Known issues", "", *issue_lines(), ""],
         ["## Declared limits", "", *limit_lines(), ""],
         ["## Published reports", "", *report_lines(load("reports*.json")), ""],
