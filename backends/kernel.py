@@ -311,9 +311,10 @@ class Kernel(abc.ABC):
     paths: ClassVar[frozenset[str]] = frozenset()
     compiled: ClassVar[bool] = False
     """Whether calls are traced by torch's compiler."""
+    lse_source: ClassVar[str] = ""
     call_source: ClassVar[str] = ""
-    """The call as people write it, for scripts without this project (attn_fuzz/findings/script.py): source text of
-    ``kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)`` over SCALE, CAUSAL, WINDOW, SOFTCAP."""
+    """The call as people write it, for scripts without this project: ``kernel(q, k, v, cu_seqlens_q, cu_seqlens_k,
+    max_seqlen_q, max_seqlen_k)`` over SCALE, CAUSAL, WINDOW, SOFTCAP, giving out; that of ``lse_source`` (out, lse)."""
 
     def capabilities_on(self, device: str) -> Capabilities:
         """What the kernel takes on ``cpu`` or ``cuda``."""

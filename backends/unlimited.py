@@ -23,7 +23,7 @@ class Unlimited(Kernel):
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
         self.name, self.compiled = kernel.name, kernel.compiled  # type: ignore[misc]
-        self.call_source = kernel.call_source  # type: ignore[misc]
+        self.call_source, self.lse_source = kernel.call_source, kernel.lse_source  # type: ignore[misc]
 
     def capabilities_on(self, device: str) -> Capabilities:
         return dataclasses.replace(

@@ -68,6 +68,8 @@ def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sequ
     options = dict(softmax_scale=SCALE, causal=CAUSAL, window_size=window, softcap=SOFTCAP)
     return flash_attn_varlen_func(q, k, v, **sums, **options)[0]"""
 
+    lse_source = call_source.replace("**options)[0]", "**options, return_lse=True)[:2]")
+
     def limit(self, case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str | None:
         return flash4_limit(case)
 

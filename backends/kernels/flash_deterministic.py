@@ -13,7 +13,10 @@ class FlashDeterministic(Flash):
     name = "flash_deterministic"
     capabilities = dataclasses.replace(Flash.capabilities, repeatable_backward=True)
     deterministic = True
-    call_source = Flash.call_source.replace("softcap=SOFTCAP)", "softcap=SOFTCAP, deterministic=True)")
+    call_source, lse_source = (
+        source.replace("softcap=SOFTCAP)", "softcap=SOFTCAP, deterministic=True)")
+        for source in (Flash.call_source, Flash.lse_source)
+    )
 
 
 KERNEL = FlashDeterministic()

@@ -59,6 +59,10 @@ def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     # Newer releases want enable_gqa=True for grouped heads.
     return varlen_attn(q, k, v, *sums, scale=SCALE, window_size=window)"""
 
+    lse_source = call_source.replace("import varlen_attn", "import AuxRequest, varlen_attn").replace(
+        "window_size=window)", "window_size=window, return_aux=AuxRequest(lse=True))"
+    )
+
     def limit(self, case: Case, calls: Sequence[Sequence[tuple[int, int]]]) -> str | None:
         return flash2_limit(case, calls)
 

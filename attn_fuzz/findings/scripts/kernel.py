@@ -74,7 +74,7 @@ def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k{told}
     return {results}"""
 
 
-def _kernel_source(backend: Backend, case: Case, *, every: bool) -> str:
+def kernel_source(backend: Backend, case: Case, *, every: bool) -> str:
     """The call under test, as source text of a function ``kernel``, which gives the output, or that and the LSE.
 
     Args:
@@ -99,8 +99,8 @@ def _kernel_source(backend: Backend, case: Case, *, every: bool) -> str:
         options = ", ".join([f"{name}={_CONSTANTS[name]}" for name in asked] + [f"{name}={name}" for name in told])
         results = "out" if with_lse else "out[0] if isinstance(out, tuple) else out"
         return _USER_KERNEL.format(load=load, options=options, results=results, told=_SEQUSED if told else "")
-    # As people write the call, it gives the output alone.
-    return (not with_lse and backend.kernel.call_source) or _own_kernel(backend, case)
+    written = backend.kernel.lse_source if with_lse else backend.kernel.call_source
+    return written or _own_kernel(backend, case)
 
 
 _SEQUSED: Final = ", seqused_q=None, seqused_k=None"
@@ -229,7 +229,7 @@ def _filled(about: About, backend: Backend, case: Case, device: torch.device, **
     values: dict[str, Any] = {
         "about": about,
         "asked": Asked.of(case, device),
-        "kernel": _kernel_source(backend, case, every=bool(more.get("fatal"))),
+        "kernel": kernel_source(backend, case, every=bool(more.get("fatal"))),
         "runs_file": isinstance(backend.kernel, UserKernel) and backend.name.rpartition(":")[0].endswith(".py"),
         "margin": MARGIN,
         "capacity": case.capacity > 0,
