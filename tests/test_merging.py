@@ -18,6 +18,7 @@ from attn_fuzz.batch.batch_run import PROBED
 from attn_fuzz.batch.judge import judge
 from attn_fuzz.batch.judged import Question
 from attn_fuzz.cases.call_batch import CallBatch
+from attn_fuzz.generation.layouts import CROWD
 from attn_fuzz.oracle.checks.merging import parts_merge
 from attn_fuzz.oracle.relations.merged import Partial, Parts, merged, merged_answer
 from attn_fuzz.oracle.symptoms import Crashed, MissingResult, NotMerged
@@ -223,6 +224,13 @@ def test_what_the_backend_does_not_take_is_not_asked() -> None:
     backend.kernel.capabilities = stated  # type: ignore[misc]
     assert not list(parts_merge(Trial(PAST, backend, CPU)))
     assert not judge(CallBatch.of_one(PAST.replace(key_lengths=(7, 8, 4, 9))), backend, CPU, MERGING).failing()
+
+
+def test_a_crowd_is_not_taken_apart() -> None:
+    one = Case(level="kernel", lengths=(1,), head_dim=8, causal=False)
+    many, crowd = (one.replace(lengths=(1,) * documents) for documents in (400, CROWD))
+    assert Parts.taken(many, registry.load("loop"), "cpu") is not None
+    assert Parts.taken(crowd, registry.load("loop"), "cpu") is None
 
 
 def test_what_compiles_for_shapes_has_one_cut_of_each_document() -> None:

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 import torch
 
+from attn_fuzz.backends.kernel import MOST_DOCUMENTS
 from attn_fuzz.backends.known import issues_below, issues_of
 from attn_fuzz.backends.registry import Backend, calls_of
 from attn_fuzz.backends.user import UserKernel
@@ -141,6 +142,9 @@ class Parts:
         stated = backend.kernel.capabilities_on(device)
         # What torch compiles would be compiled once more for each part.
         if case.level != "kernel" or backend.kernel.compiled:
+            return None
+        # Parts of a crowd are not all of one size any more, and take what goes by documents a minute.
+        if len(case.packed_lengths) > MOST_DOCUMENTS:
             return None
         # Of what compiles for shapes parts have no more of them than there are layouts.
         parts = cls.of(case, blind=stated.queries_without_keys and not stated.layouts)
