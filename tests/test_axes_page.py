@@ -10,7 +10,7 @@ from attn_fuzz.campaign.messages import Tally
 from attn_fuzz.evaluation.axes import measured
 from attn_fuzz.evaluation.axes_rows import ROWS
 from results.render import axes
-from results.render.tables import PAGE, load
+from results.render.tables import PAGE
 
 GRADIENT, MERGED, GRAPHS, STREAMS = ROWS[0].name, ROWS[1].name, "CUDA graphs", "streams"
 
@@ -59,7 +59,7 @@ def column(lines: list[str], row: str, backend: str) -> str:
 
 
 def test_the_tables_are_those_of_the_committed_results() -> None:
-    page, told = PAGE.read_text(), load(axes.FOLDER)
+    page, told = PAGE.read_text(), axes.load_axes()
     assert axes.with_axes(page, told) == page, "run python -m results.render.axes"
     # What has no column is not shown.
     assert {row for each in told for row in each["axes"]} <= set(axes.COLUMNS)
@@ -110,6 +110,13 @@ def test_what_none_could_be_drawn_for_is_not_taken() -> None:
     for refused, cell in (((), "0*"), (((STREAMS, "cudnn"),), "-")):
         lines = axes.axes_table(axes.had_of([result(tried, refused=refused)]), 2000)
         assert column(lines, STREAMS, "cudnn") == cell
+
+
+def test_what_was_refused_once_and_is_tried_since_is_not_refused() -> None:
+    refusing = result({}, refused=((STREAMS, "cudnn"),))
+    tried = result({STREAMS: {"cudnn": had(0, 0, 0.0)}})
+    for results, cell in (([refusing, tried], "0*"), ([tried, refusing], "-"), ([refusing], "-")):
+        assert column(axes.axes_table(axes.had_of(results), 2000), STREAMS, "cudnn") == cell
 
 
 def test_a_finding_is_of_a_row_that_its_backend_was_tried_on() -> None:

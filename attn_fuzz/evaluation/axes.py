@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -101,6 +102,11 @@ def _options(row: Row, device: str, workers: int, cases: int, seed: int) -> Camp
     )
 
 
+def by_number(path: Path) -> list[str | int]:
+    """A key by which files with numbers in their names are in their order: the tenth is not the second."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Earlier:
     """What earlier runs have had."""
@@ -116,7 +122,7 @@ class Earlier:
     def read(cls, files: Sequence[Path]) -> Earlier:
         """Of what they printed. Raises SystemExit with a sentence for a file that is none of those."""
         asked, seconds, last = Counter[JobOf](), defaultdict[JobOf, float](float), dict[JobOf, tuple[int, int]]()
-        for file in files:
+        for file in sorted(files, key=by_number):
             try:
                 for row, told in json.loads(file.read_text())["axes"].items():
                     for name, had in told.items():
