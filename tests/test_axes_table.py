@@ -80,7 +80,7 @@ def test_a_question_that_could_not_be_put_is_not_put_again(tmp_path: Path) -> No
 
     told = {(row.name, "loop"): "none of 6,000 calls could be asked"}
     assert refused(0) == refused(0, 3) == told
-    # Of a few calls that may have been chance, and the code is another one since; files are in the order of their numbers.
+    # Of a few calls that may have been chance, and the code is another one since. Files are taken by their numbers.
     assert refused(0, 1) == refused(1, 0) == refused(2) == refused(3) == {}
     assert [path.name for path in sorted(map(Path, ("a_10", "a_2", "a_1")), key=by_number)] == ["a_1", "a_2", "a_10"]
 
