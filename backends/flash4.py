@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from attn_fuzz.backends.known_where import half_filled
 from attn_fuzz.reference.case import Case
 
 _ODD_TILES: Final = (104, 112)
@@ -50,11 +51,6 @@ def _counted(channels: int, head_dim: int) -> int:
     return -(-channels // unit) * unit
 
 
-def _half_a_tile(channels: int) -> bool:
-    """What is counted in 16 fills half of a 32 that others count in (``known_where.half_a_tile``)."""
-    return channels <= _SWAPPED and 0 < channels % 32 <= 16
-
-
 def shared_bytes(head_dim: int, head_dim_v: int, *, masked: bool = True) -> int:
     """Shared memory that the backward asks for: Q, dO, K, V, products, dQ, and the LSE and D of each stage.
 
@@ -77,7 +73,7 @@ def takes_values(head_dim: int, head_dim_v: int, *, masked: bool = True) -> bool
     if head_dim <= _SWAPPED:
         # dO is laid out with the swizzle of as many channels as a key has, which has to go into those of a value.
         swizzle = next(width for width in (64, 32, 16) if _counted(head_dim, head_dim) % width == 0)
-        if _counted(head_dim_v, head_dim) % swizzle or _half_a_tile(head_dim) or _half_a_tile(head_dim_v):
+        if _counted(head_dim_v, head_dim) % swizzle or half_filled(head_dim) or half_filled(head_dim_v):
             return False
     return shared_bytes(head_dim, head_dim_v, masked=masked) <= _MOST_SHARED
 

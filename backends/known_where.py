@@ -59,9 +59,14 @@ _TILED: Final = 32
 """Channels that FlashAttention 4's accumulators of gradients are padded to; its kernel on Hopper counts in halves."""
 
 
+def half_filled(channels: int) -> bool:
+    """Up to 128 channels, the last 32 of which are half padding: above, both count in 64."""
+    return channels <= 128 and 0 < channels % _TILED <= _TILED // 2
+
+
 def half_a_tile(case: Case, calls: Calls) -> bool:
-    """A head_dim up to 128 whose last 32 channels are half padding: above, both count in 64."""
-    return case.head_dim <= 128 and 0 < case.head_dim % _TILED <= _TILED // 2
+    """A head_dim of which that is so."""
+    return half_filled(case.head_dim)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from attn_fuzz.campaign.messages import Tally
 from attn_fuzz.evaluation.axes import measured
 from attn_fuzz.evaluation.axes_rows import ROWS
 from results.render import axes
-from results.render.tables import PAGE
+from results.render.tables import PAGE, load
 
 GRADIENT, MERGED, GRAPHS, STREAMS = ROWS[0].name, ROWS[1].name, "CUDA graphs", "streams"
 
@@ -59,7 +59,7 @@ def column(lines: list[str], row: str, backend: str) -> str:
 
 
 def test_the_tables_are_those_of_the_committed_results() -> None:
-    page, told = PAGE.read_text(), axes.load_axes()
+    page, told = PAGE.read_text(), load(axes.FOLDER)
     assert axes.with_axes(page, told) == page, "run python -m results.render.axes"
     # What has no column is not shown.
     assert {row for each in told for row in each["axes"]} <= set(axes.COLUMNS)

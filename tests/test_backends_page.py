@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from attn_fuzz.evaluation.capability_probe import GROUPED_VALUES, GROUPS, RIGHT, VALUE_DIMS
+from attn_fuzz.campaign.limit_questions import GROUPED_VALUES
+from attn_fuzz.evaluation.capability_probe import GROUPS, RIGHT, VALUE_DIMS
 from results.render.backend_tables import capability_lines, difference_lines, undeclared_lines
 
 WRONG = "wrong: WrongOutput"

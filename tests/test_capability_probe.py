@@ -9,7 +9,8 @@ import pytest
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Capabilities, Configuration
 from attn_fuzz.backends.unlimited import Unlimited
-from attn_fuzz.evaluation.capability_probe import GROUPED_VALUES, RIGHT, Answer, base_case, probe_backend, probes
+from attn_fuzz.campaign.limit_questions import GROUPED_VALUES
+from attn_fuzz.evaluation.capability_probe import RIGHT, Answer, base_case, probe_backend, probes
 from attn_fuzz.reference.case import Case
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import FLOAT_DTYPES, Capabilities
 from attn_fuzz.campaign.isolated import Isolated, Subject
+from attn_fuzz.campaign.limit_questions import GROUPED_VALUES
 from attn_fuzz.reference.case import FAR_MEMORIES, MEMORIES, Case, CaseError
 
 LENGTHS: Final = (5, 33, 16)
@@ -21,8 +22,6 @@ VALUE_DIMS: Final = ((64, 32), (64, 128), (192, 128), (576, 512))
 
 GROUPS: Final = ((16, 1), (71, 1), (128, 128))
 """(heads, kv_heads)."""
-
-GROUPED_VALUES: Final = "grouped heads, values of another head_dim"
 
 RIGHT: Final = "right"
 

@@ -7,16 +7,14 @@ several of them: their cases add up.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from attn_fuzz.evaluation.axes import by_number
 from attn_fuzz.execution.environment import versions_of
 from results.render import tables
-from results.render.tables import BEGIN, END, Result, with_section
+from results.render.tables import BEGIN, END, Result, load, with_section
 
 FOLDER: Final = tables.FOLDER / "axes"
 
@@ -80,11 +78,6 @@ def had_of(results: Iterable[Result]) -> HadOf:
     # Of a question that none of many cases could be asked, a backend has had nothing, as where none could be drawn.
     nothing = {key for key, had in added.items() if not had.asked and (had.cases or refused[key])}
     return dict.fromkeys(refused) | {key: None if key in nothing else had for key, had in added.items()}
-
-
-def load_axes(folder: Path = FOLDER) -> list[Result]:
-    """All files, by their numbers."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"), key=by_number)]
 
 
 def _refused(result: Result) -> set[tuple[str, str]]:
@@ -193,7 +186,7 @@ def with_axes(text: str, results: Iterable[Result]) -> str:
 
 def main(page: Path = tables.PAGE) -> None:
     """Rewrites the tables of axes."""
-    page.write_text(with_axes(page.read_text(), load_axes()))
+    page.write_text(with_axes(page.read_text(), load(FOLDER)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from typing import Any, Final
 
 from attn_fuzz.backends.known import KNOWN
 from attn_fuzz.backends.limits import LIMITS
-from attn_fuzz.evaluation.capability_probe import GROUPED_VALUES, GROUPS, RIGHT, VALUE_DIMS
+from attn_fuzz.campaign.limit_questions import GROUPED_VALUES
+from attn_fuzz.evaluation.axes import by_number
+from attn_fuzz.evaluation.capability_probe import GROUPS, RIGHT, VALUE_DIMS
 from attn_fuzz.execution.environment import versions_of
 from attn_fuzz.reference.case import FAR_MEMORIES
 
@@ -53,8 +55,8 @@ _COLUMNS: Final = {
 
 
 def load(pattern: str, folder: Path = FOLDER) -> list[Result]:
-    """Results of one kind, by file name; a later file's backends replace an earlier one's."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
+    """Results of one kind, by file name and its numbers; a later file's backends replace an earlier one's."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern), key=by_number)]
 
 
 def _where(result: Result) -> str:

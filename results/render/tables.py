@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from attn_fuzz.evaluation.axes import by_number
 from attn_fuzz.evaluation.published_tolerances import RULES
 from attn_fuzz.oracle.checks.budget import HISTOGRAM_STEP
 from attn_fuzz.oracle.deviations import LIMIT
@@ -36,8 +37,8 @@ Result = dict[str, Any]
 
 
 def load(folder: Path = FOLDER) -> list[Result]:
-    """All results, by file name."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    """All results, by file name and its numbers."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"), key=by_number)]
 
 
 def campaigns(results: Iterable[Result]) -> list[Result]:
