@@ -39,17 +39,18 @@ def with_long_row(random: Random, drawn: Lengths, options: dict[str, object], do
         work: the most products of channels in it.
     """
     lengths, keys = drawn
-    place = random.randrange(len(lengths))
-    if (long := _one(random, options, domain, work)) is None:
+    rows, place = random.choice(LONG_ROWS), random.randrange(len(lengths))
+    if (long := _over_few_keys(random, rows, options, domain, work)) is None:
         return lengths, keys
     lengths, keys = lengths.clone(), keys.clone()
     lengths[place], keys[place] = long
     return lengths, keys
 
 
-def _one(random: Random, options: Mapping[str, object], domain: Domain, work: int) -> tuple[int, int] | None:
-    """(queries, keys) of such a document, or None where it is not taken, or takes too long."""
-    rows = random.choice(LONG_ROWS)
+def _over_few_keys(
+    random: Random, rows: int, options: Mapping[str, object], domain: Domain, work: int
+) -> tuple[int, int] | None:
+    """(queries, keys) of a document of so many rows, or None where it is not taken, or takes too long."""
     width = int(options["heads"]) * max(int(options["head_dim"]), int(options.get("head_dim_v") or 0))  # type: ignore[call-overload]
     most = min(FEW_KEYS, work // (rows * width))
     if not most and domain.decided("long_rows"):
@@ -72,7 +73,8 @@ def pooled_long(number: int, options: Mapping[str, object], domain: Domain) -> t
     wanted = domain.decided("long_rows")
     if not (number % LAYOUTS_FOR_ONE == LAYOUTS_FOR_ONE - 1 if wanted is None else wanted):
         return None
-    return _one(Random(f"the long document of layout {number}"), options, domain, WORK_ON[domain.device])
+    source = Random(f"the long document of layout {number}")
+    return _over_few_keys(source, source.choice(LONG_ROWS), options, domain, WORK_ON[domain.device])
 
 
 def long_places(case: Case) -> list[int]:
