@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import signal
+import threading
 
 import pytest
 
@@ -10,7 +13,7 @@ from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import Capabilities, Configuration
 from attn_fuzz.backends.unlimited import Unlimited
 from attn_fuzz.campaign.limit_questions import GROUPED_VALUES
-from attn_fuzz.evaluation.capability_probe import RIGHT, Answer, base_case, probe_backend, probes
+from attn_fuzz.evaluation.capability_probe import RIGHT, Answer, Probing, base_case, probes
 from attn_fuzz.reference.case import Case
 
 
@@ -69,11 +72,33 @@ def test_every_capability_has_a_question(changes: dict[str, object], name: str) 
 def test_a_wrong_statement_is_seen() -> None:
     """The planted fault of unpacked strides says that it takes every layout."""
     heard: list[Answer] = []
-    answers = probe_backend("fault:M32-row", "cpu", lambda _, answer: heard.append(answer))
+    probing = Probing("cpu", lambda _, answer: heard.append(answer))
+    probing.ask(["fault:M32-row"], 1)
+    answers = probing.answers["fault:M32-row"]
     assert heard == answers
+    assert not probing.interrupted
     by_name = {answer.probe: answer for answer in answers}
     assert by_name["memory contiguous"].measured == RIGHT
     assert any(answer.differs and answer.stated and answer.measured.startswith("wrong") for answer in answers)
+
+
+def test_an_interruption_loses_no_answer_and_leaves_no_process() -> None:
+    """As of Ctrl-C: the signal comes while the second backend is asked."""
+
+    def interrupt(name: str, answer: Answer) -> None:
+        if name == "sdpa_dense_math":
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        probing = Probing("cpu", interrupt)
+        probing.ask(["loop", "sdpa_dense_math"], 2)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert probing.interrupted
+    assert probing.answers["sdpa_dense_math"][0].measured == RIGHT
+    assert len(probing.answers["sdpa_dense_math"]) < len(probes(registry.load("loop").kernel.capabilities))
+    assert not [child for child in multiprocessing.active_children() if child.is_alive()]
 
 
 def test_limits_are_set_aside_and_conventions_kept() -> None:

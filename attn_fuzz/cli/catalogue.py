@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
 import typer
@@ -13,7 +12,7 @@ from attn_fuzz.backends import registry
 from attn_fuzz.cli import tables
 from attn_fuzz.cli.arguments import BackendOption, JsonOption, UsageError, WorkersOption, device_of
 from attn_fuzz.cli.terminal import results_console
-from attn_fuzz.evaluation.capability_probe import Answer, probe_backend
+from attn_fuzz.evaluation.capability_probe import Answer, Probing
 from attn_fuzz.execution.environment import environment
 
 Availability = tuple[str, str, str | None]
@@ -46,15 +45,9 @@ def _listed(rows: list[Availability]) -> list[dict[str, object]]:
     return listed
 
 
-def _probe(names: list[str], place: str, workers: int) -> dict[str, list[Answer]]:
-    """Asks several backends at a time; progress goes to standard error."""
-
-    def tell(name: str, answer: Answer) -> None:
-        mark = "DIFFERS " if answer.differs else ""
-        typer.echo(f"{name}: {answer.probe}: {mark}{answer.measured}", err=True)
-
-    with ThreadPoolExecutor(workers) as pool:
-        return dict(zip(names, pool.map(lambda name: probe_backend(name, place, tell), names), strict=True))
+def _tell(name: str, answer: Answer) -> None:
+    mark = "DIFFERS " if answer.differs else ""
+    typer.echo(f"{name}: {answer.probe}: {mark}{answer.measured}", err=True)
 
 
 def backends(
@@ -80,13 +73,23 @@ def backends(
         return
     place = device_of(device)
     usable = [name for name, where, reason in rows if where == place and reason is None]
-    answers = _probe(usable, place, workers or os.cpu_count() or 1)
+    probing = Probing(place, _tell)
+    probing.ask(usable, workers or os.cpu_count() or 1)
     if not as_json:
-        tables.print_probes(console, answers)
+        tables.print_probes(console, probing.answers)
+        _end(probing)
         return
     listed = _listed([row for row in rows if row[1] == place])
     for entry in listed:
-        entry["probes"] = [
-            {"probe": a.probe, "stated": a.stated, "measured": a.measured} for a in answers.get(str(entry["name"]), [])
-        ]
-    typer.echo(json.dumps({"environment": environment(place), "device": place, "backends": listed}))
+        answers = probing.answers.get(str(entry["name"]), [])
+        entry["probes"] = [{"probe": a.probe, "stated": a.stated, "measured": a.measured} for a in answers]
+    told = {"environment": environment(place), "device": place, "interrupted": probing.interrupted, "backends": listed}
+    typer.echo(json.dumps(told))
+    _end(probing)
+
+
+def _end(probing: Probing) -> None:
+    """Ends as an interrupted command does, where it was."""
+    if probing.interrupted:
+        typer.echo("interrupted: what is missing was not asked", err=True)
+        raise typer.Abort

@@ -6,12 +6,13 @@ Every case runs in a child process, with the declaration set aside (``unrestrict
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import FLOAT_DTYPES, Capabilities
-from attn_fuzz.campaign.isolated import Isolated, Subject
+from attn_fuzz.campaign.isolated import Ended, Isolated, Subject
 from attn_fuzz.campaign.limit_questions import GROUPED_VALUES
 from attn_fuzz.reference.case import FAR_MEMORIES, MEMORIES, Case, CaseError
 
@@ -150,23 +151,66 @@ def probes(capabilities: Capabilities) -> list[Probe]:
     return found
 
 
-def probe_backend(name: str, device: str, tell: Callable[[str, Answer], None]) -> list[Answer]:
-    """Asks one backend everything.
+Tell = Callable[[str, Answer], None]
+"""Called with the name of a backend and each answer, as it comes."""
+
+
+class Probing:
+    """Asks backends everything, a few at a time.
 
     Args:
-        name: the backend.
         device: ``cpu`` or ``cuda``.
-        tell: called with its name and each answer as it comes.
+        tell: hears of each answer, in the thread that has it.
     """
-    capabilities = registry.load(name).kernel.capabilities_on(device)
-    compiles = bool(capabilities.configurations or capabilities.compiles or capabilities.layouts)
-    child = Isolated(Subject(registry.ANY + name, device), _COMPILING_SECONDS if compiles else _SECONDS)
-    answers = []
-    try:
-        for probe in probes(capabilities):
-            answer = Answer(probe.name, probe.stated, child.answer(probe.case))
-            answers.append(answer)
-            tell(name, answer)
-    finally:
-        child.close()
-    return answers
+
+    def __init__(self, device: str, tell: Tell) -> None:
+        self.answers: dict[str, list[Answer]] = {}
+        """By backend; what was answered before an interruption stays."""
+        self.interrupted = False
+        self._device, self._tell = device, tell
+        self._children: list[Isolated] = []
+
+    def ask(self, names: Sequence[str], workers: int) -> None:
+        """Asks those. Ctrl-C ends it, and loses no answer.
+
+        Args:
+            names: backends.
+            workers: how many at a time.
+
+        Raises:
+            NoDevice: where no process can use the device.
+        """
+        self.answers |= {name: [] for name in names}
+        with ThreadPoolExecutor(workers) as pool:
+            asked = [pool.submit(self._ask, name) for name in names]
+            try:
+                for each in asked:
+                    each.result()
+            except KeyboardInterrupt:
+                self._end()
+            except BaseException:
+                self._end()
+                raise
+
+    def _ask(self, name: str) -> None:
+        if self.interrupted:
+            return
+        capabilities = registry.load(name).kernel.capabilities_on(self._device)
+        compiles = bool(capabilities.configurations or capabilities.compiles or capabilities.layouts)
+        subject = Subject(registry.ANY + name, self._device)
+        child = Isolated(subject, _COMPILING_SECONDS if compiles else _SECONDS)
+        self._children.append(child)
+        try:
+            for probe in probes(capabilities):
+                answer = Answer(probe.name, probe.stated, child.answer(probe.case))
+                self.answers[name].append(answer)
+                self._tell(name, answer)
+        except Ended:
+            return
+        finally:
+            child.close()
+
+    def _end(self) -> None:
+        self.interrupted = True
+        for child in self._children:
+            child.end()
