@@ -99,6 +99,8 @@ class Capabilities:
     only budgets hold."""
     capacity: bool | None = True
     """Tensors with rows beyond the last document, which are part of none; None: found out by trying."""
+    finite_rest: bool = False
+    """Rows that are no document's, behind the last or between them, have to hold numbers: they are multiplied by 0."""
     isolates_nonfinite: bool | None = True
     """NaN in one document stays out of all others (False for a product with an explicit mask); None: by trying."""
     lse_of_blind_rows: float = -math.inf
@@ -212,10 +214,7 @@ class Capabilities:
                 f"more than {self.most_scores:,} entries of a mask",
             ),
             (case.memory in (*self.memories, *self.far_memories), f"memory layout {case.memory}"),
-            (
-                self.capacity is not False or case.level == "layer" or not case.capacity,
-                "rows beyond the last document",
-            ),
+            (self.capacity is not False or case.level == "layer" or not case.capacity, "rows beyond the last document"),
             (
                 self.loose_max_seqlen or case.loose_max_seqlen == (0, 0),
                 "a max_seqlen that exceeds the longest document",

@@ -252,22 +252,6 @@ KNOWN: Final[tuple[KnownIssue, ...]] = (
         ),
     ),
     KnownIssue(
-        id="flash3-nan-behind-documents",
-        backends=("flash3", "flash3_deterministic", "flash4"),
-        device="cuda",
-        about="K and V come in whole tiles, and what a tile holds behind the document is multiplied by 0: NaN in rows "
-        "behind the last document comes out of documents whose last tile reaches them, forward and backward.",
-        reference=f"flash-attn-3 built for {_TORCH}, flash-attn-4 4.0.0b36 on an H200, 2026-11-24; of the kind of "
-        "cudnn-frontend#624, #646 and SageAttention#377",
-        found_by="probe",
-        present=on_cuda,
-        covers=lambda case, calls: case.level == "kernel" and case.capacity > 0,
-        minimal=Case.from_json(
-            '{"level": "kernel", "lengths": [16], "heads": 4, "kv_heads": 2, "head_dim": 64, "dtype": "bf16", '
-            '"capacity": 1}'
-        ),
-    ),
-    KnownIssue(
         id="flash4-half-padded-channels",
         backends=("flash4",),
         device="cuda",

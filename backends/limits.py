@@ -1,7 +1,8 @@
 """Limits that adapters declare because their backend is wrong or dies beyond them, as data, so that they are retested.
 
-An adapter refuses such a case; ``unrestricted:BACKEND`` does not, and shows whether the limit is still needed
-(``attn-fuzz retest``). Limits that a backend refuses by itself are none of these.
+An adapter refuses such a case, or has it asked otherwise (``finite_rest``); ``unrestricted:BACKEND`` does not, and
+shows whether the limit is still needed (``attn-fuzz retest``). Limits that a backend refuses by itself are none of
+these.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ _NO_KEYS: Final = {
     "torch_varlen": "torch 2.11 on an H200, 2026-11-24 (docs/backends.md)",
 }
 """On what each was seen."""
+
+_ON_HOPPER: Final = (
+    "torch 2.11.0+cu130 on an H200, 2026-11-24; of the kind of cudnn-frontend#624, #646 and SageAttention#377"
+)
 
 LIMITS: Final[tuple[DeclaredLimit, ...]] = (
     *(
@@ -177,6 +182,32 @@ LIMITS: Final[tuple[DeclaredLimit, ...]] = (
                 "flash-attention#1817, of torch not reported before as far as we know; torch 2.11.0+cu130",
             ),
         )
+    ),
+    *(
+        DeclaredLimit(
+            id=f"limit-{backend}-nan-{where}",
+            backend=f"unrestricted:{backend}",
+            device="cuda",
+            symptom="PoisonLeaked",
+            about="K and V come in whole tiles, and what a tile holds beside its document is multiplied by 0: NaN in "
+            f"rows {where} documents comes out, forward and backward; numbers do not",
+            reference=reference,
+            found_by="probe",
+            minimal=Case(
+                level="kernel",
+                lengths=(16,),
+                heads=4,
+                kv_heads=2,
+                head_dim=64,
+                dtype="bf16",
+                **rows,  # type: ignore[arg-type]
+            ),
+        )
+        for backend, reference in (
+            ("flash3", f"flash-attn-3 built for {_ON_HOPPER}"),
+            ("flash4", f"flash-attn-4 4.0.0b36, {_ON_HOPPER}"),
+        )
+        for where, rows in (("behind", {"capacity": 1}), ("between", {"gaps": (0, 3)}))
     ),
     DeclaredLimit(
         id="limit-flash4-80-row-tiles",

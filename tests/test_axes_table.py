@@ -159,3 +159,4 @@ def test_a_batch_that_there_is_no_memory_for_is_refused(monkeypatch: pytest.Monk
     assert isinstance(messages[-1], Finished)
     assert messages[-1].tally.cases == 0
     assert messages[-1].tally.refused > 50
+    assert messages[-1].tally.why_refused == "memory far_rows asks for 69 GiB, but 12 are free"

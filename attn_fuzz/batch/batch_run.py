@@ -93,7 +93,7 @@ class BatchRun:
 
     def load(self, batch: CallBatch, inputs: Inputs, spares: Sequence[int] = ()) -> BatchTensors:
         """Tensors in their places, which are looked at again in the end."""
-        self.placed.append(BatchTensors(batch, inputs, self.device, spares))
+        self.placed.append(BatchTensors.of(self.backend, batch, inputs, self.device, spares))
         return self.placed[-1]
 
     def run_batch(self, what: BatchTensors, poison: str, how: How = PLAIN, *, every: bool = False) -> BatchResult:

@@ -35,7 +35,9 @@ def ordered_by_streams(batch_run: BatchRun) -> None:
     if streams is None or batch.case.memory in ONE_AT_A_TIME or not stated.streams:
         return
     drawn = batch_run.inputs()
-    static, before, after = (BatchTensors(batch, each, device) for each in (spoiled(drawn), drawn, spoiled(drawn)))
+    static, before, after = (
+        BatchTensors.of(batch_run.backend, batch, each, device) for each in (spoiled(drawn), drawn, spoiled(drawn))
+    )
     got = Results()
 
     def calls() -> None:
@@ -113,7 +115,8 @@ class _Captured:
                 # Made for the other layout, and filled with the call's own when that has been captured.
                 call = StaticCall(self.batch_run.backend, other, drawn, poison, device, asked)
                 replay = self.recorder.capture(call.run, pool)
-                call.load(BatchTensors(CallBatch.of_one(case), kernel_inputs(case, device), device, poison=poison))
+                inputs, backend = kernel_inputs(case, device), self.batch_run.backend
+                call.load(BatchTensors.of(backend, CallBatch.of_one(case), inputs, device, poison=poison))
                 graphs.append((index, call, replay))
             except NotCapturable:
                 raise

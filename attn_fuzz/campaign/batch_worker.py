@@ -117,7 +117,8 @@ class BatchWorker(Triage, abc.ABC):
         return [question for question in schedule if question.asked in only] if only else schedule
 
     def refused_all(self) -> None:
-        """Says that nothing was taken, where the tally is not enough."""
+        """Says that nothing was taken, and why."""
+        self.tally.why_refused = self.most_refused()
 
     # What they share.
 

@@ -73,6 +73,8 @@ class Tally:
     """Layer cases in which a document straddles a cut."""
     refused: int = 0
     """Draws that the backend declares it does not take."""
+    why_refused: str = ""
+    """What most of them were refused for, where nothing was taken."""
     repeated: int = 0
     """Failing cases that showed a symptom already found."""
     seconds: float = 0.0
@@ -111,6 +113,7 @@ class Tally:
         """Takes another worker's share in."""
         for name in ("cases", "documents", "straddling", "refused", "repeated"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.why_refused = self.why_refused or other.why_refused
         self.seconds = max(self.seconds, other.seconds)
         self.warm_up_seconds = max(self.warm_up_seconds, other.warm_up_seconds)
         self.compiling_seconds += other.compiling_seconds

@@ -141,7 +141,8 @@ class Earlier:
     def why_not(self, job: JobOf) -> str | None:
         """Why a question need not be put again."""
         cases, asked = self.last.get(job, (0, 0))
-        return f"none of {cases:,} calls could be asked" if cases >= _ENOUGH and not asked else None
+        none = cases >= _ENOUGH and not asked and not self.asked[job]
+        return f"none of {cases:,} calls could be asked" if none else None
 
 
 NOTHING: Final = Earlier()
@@ -286,7 +287,8 @@ def main(
         for name, tally in by_backend.items():
             # One that no time was left for has drawn none, either.
             if tally.refused > REFUSED_BATCHES and not tally.cases:
-                refused[label, name] = f"none of {tally.refused:,} batches has a call that it takes"
+                none = f"none of {tally.refused:,} batches has a call that it takes"
+                refused[label, name] = f"{none}, most for this: {tally.why_refused}" if tally.why_refused else none
     told = {
         "axes": {
             row.name: {name: measured(row, tally, spent[row.name, name]) for name, tally in table[row.name].items()}

@@ -1,6 +1,8 @@
 """What a backend takes, found out by asking: one small case for each capability, beyond what it declares too.
 
-Every case runs in a child process, with the declaration set aside (``unrestricted:NAME``): a crash costs one answer.
+Every case runs in a child process: a crash costs one answer. What is declared is asked as it is declared, for what is
+asked about a case makes cases of its own, such as with half of the keys; the rest, and what an adapter refuses all the
+same, with the declaration set aside (``unrestricted:NAME``).
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ GROUPS: Final = ((16, 1), (71, 1), (128, 128))
 """(heads, kv_heads)."""
 
 RIGHT: Final = "right"
+
+_REFUSED: Final = "refused"
+"""How an answer begins that is none to what was asked."""
 
 _SECONDS: Final = 60.0
 _COMPILING_SECONDS: Final = 150.0
@@ -77,6 +82,7 @@ def _questions(base: Case, stated: Capabilities) -> Iterator[tuple[str, bool, di
     left_window = stated.window and stated.causal
     compiles = bool(stated.configurations or stated.compiled_first)
     free = not stated.causal_needs_equal_lengths
+    free_here = free or not base.causal
     yield "plain", True, {}
     yield "layer", True, {"level": "layer", "hidden": 16, "cuts": (3, 20) if stated.causal and free else (5, 38)}
     for dtype in FLOAT_DTYPES:
@@ -108,10 +114,10 @@ def _questions(base: Case, stated: Capabilities) -> Iterator[tuple[str, bool, di
         {"causal": True, "key_lengths": (3, 33, 16)},
     )
     yield "non-causal, more keys than queries", stated.noncausal, {"causal": False, "key_lengths": (9, 40, 16)}
-    yield "documents without keys", stated.queries_without_keys and free, {"key_lengths": (5, 0, 16)}
+    yield "documents without keys", stated.queries_without_keys and free_here, {"key_lengths": (5, 0, 16)}
     yield (
         "documents without queries",
-        stated.keys_without_queries and free,
+        stated.keys_without_queries and free_here,
         {
             "lengths": (5, 0, 16),
             "key_lengths": LENGTHS,
@@ -197,18 +203,22 @@ class Probing:
             return
         capabilities = registry.load(name).kernel.capabilities_on(self._device)
         compiles = bool(capabilities.configurations or capabilities.compiles or capabilities.layouts)
-        subject = Subject(registry.ANY + name, self._device)
-        child = Isolated(subject, _COMPILING_SECONDS if compiles else _SECONDS)
-        self._children.append(child)
+        seconds = _COMPILING_SECONDS if compiles else _SECONDS
+        as_declared, free = (Isolated(Subject(each, self._device), seconds) for each in (name, registry.ANY + name))
+        self._children += [as_declared, free]
         try:
             for probe in probes(capabilities):
-                answer = Answer(probe.name, probe.stated, child.answer(probe.case))
+                measured = as_declared.answer(probe.case) if probe.stated else _REFUSED
+                if measured.startswith(_REFUSED):
+                    measured = free.answer(probe.case)
+                answer = Answer(probe.name, probe.stated, measured)
                 self.answers[name].append(answer)
                 self._tell(name, answer)
         except Ended:
             return
         finally:
-            child.close()
+            as_declared.close()
+            free.close()
 
     def _end(self) -> None:
         self.interrupted = True

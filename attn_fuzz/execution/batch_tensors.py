@@ -15,8 +15,9 @@ import torch
 
 from attn_fuzz.backends.kernel import AttentionOptions, UnsupportedCase
 from attn_fuzz.backends.metadata import VarlenMetadata, slots
+from attn_fuzz.backends.registry import Backend
 from attn_fuzz.cases.call_batch import CallBatch
-from attn_fuzz.execution.poison import filler
+from attn_fuzz.execution.poison import filler, finite_filler
 from attn_fuzz.execution.sides import Side, side_of
 from attn_fuzz.reference.answer import SHARED_DIMENSIONS, Inputs
 from attn_fuzz.reference.case import FAR_MEMORIES
@@ -97,6 +98,7 @@ class BatchTensors:
         device: where.
         spares: how many rows behind its last document each call is handed; none where empty.
         poison: what gaps, guard margins and rows behind the last document hold (execution/poison.py).
+        finite_rest: rows behind the last document and between documents hold numbers whatever the poison.
     """
 
     def __init__(
@@ -106,10 +108,15 @@ class BatchTensors:
         device: torch.device,
         spares: Sequence[int] = (),
         poison: str = "nan",
+        *,
+        finite_rest: bool = False,
     ) -> None:
         self.batch, self.device, self._fill = batch, device, filler(poison)
         self.spares = tuple(spares) or (0,) * len(batch.ends)
         case = batch.case
+        rest = any((*self.spares, *case.gaps))
+        self._rest = finite_filler(poison) if finite_rest and rest else self._fill
+        """What rows of arenas hold that are nobody's."""
         self.sides = {
             "q": side_of(batch, case.packed_lengths, self.spares, device, case.gaps[0]),
             "k": side_of(batch, case.packed_key_lengths, self.spares, device, case.gaps[1]),
@@ -119,6 +126,20 @@ class BatchTensors:
         self.sums, self.metadata = _sums(batch, device)
         self._sums_before = self.sums.clone()
         self.options = AttentionOptions.of(case)
+
+    @classmethod
+    def of(
+        cls,
+        backend: Backend,
+        batch: CallBatch,
+        inputs: Inputs,
+        device: torch.device,
+        spares: Sequence[int] = (),
+        poison: str = "nan",
+    ) -> BatchTensors:
+        """Those that a backend is given: with numbers where it says that it needs some."""
+        finite = backend.kernel.capabilities_on(device.type).finite_rest
+        return cls(batch, inputs, device, spares, poison, finite_rest=finite)
 
     def _far_memory(self, inputs: Inputs) -> FarMemory:
         """Where tensors lie whose rows or heads are far apart.
@@ -148,7 +169,7 @@ class BatchTensors:
 
     def _place_by_head(self, x: torch.Tensor) -> Placed:
         """The LSE's gradient ``[tokens, heads]`` as the LSE is, ``[heads, rows]``, between guard margins."""
-        arena, memory = self.sides["q"].arena(x, self._fill), self.batch.case.memory
+        arena, memory = self.sides["q"].arena(x, self._rest), self.batch.case.memory
         if memory not in _BY_ROWS:
             return place(arena.T.contiguous(), "contiguous", self._fill)
         by_row = place(arena, memory, self._fill)
@@ -158,7 +179,7 @@ class BatchTensors:
         """All rows of the calls, and those that belong to none."""
         if shared == 0 and len(x):
             return x[:1].expand(side.rows, *x.shape[1:])
-        return side.arena(x, self._fill)
+        return side.arena(x, self._rest)
 
     @functools.cached_property
     def of_calls(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -130,7 +130,7 @@ def inferred(backend: Backend, device: str) -> InferredCapabilities:
         isolates = observed is not None and all(
             bool(observed.results[name][last].isfinite().all()) for name in ("out", "dq", "dk", "dv")
         )
-    if stated.capacity is None and not isolates:
+    if stated.capacity is None and not isolates and not stated.finite_rest:
         # NaN behind the last document would be multiplied by 0 as that of another document is.
         capacity = False
     return InferredCapabilities(capacity, isolates, forward, backward)

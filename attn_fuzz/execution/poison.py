@@ -98,3 +98,12 @@ def _not_by_torch(filled: contextlib.AbstractContextManager[None]) -> Iterator[N
 def filler(poison: str) -> float:
     """What guard margins and gaps hold under a poison."""
     return {"nan": torch.nan, "zero": 0.0}.get(poison, 203.0)
+
+
+_OTHER_NUMBER: Final = -77.0
+"""Of another sign and size than the finite poison, so that results tell what it did."""
+
+
+def finite_filler(poison: str) -> float:
+    """The same where it has to be a number: another one under each poison."""
+    return _OTHER_NUMBER if poison == "nan" else filler(poison)

@@ -114,7 +114,7 @@ class KernelCall(Call):
         asked: Asked = EVERYTHING,
     ) -> None:
         self.case, self.poison = case, poison
-        tensors = BatchTensors(CallBatch.of_one(case), inputs, device, (case.capacity,), poison)
+        tensors = BatchTensors.of(backend, CallBatch.of_one(case), inputs, device, (case.capacity,), poison)
         super().__init__(tensors, 0, backend, asked)
 
     @property

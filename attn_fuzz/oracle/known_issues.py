@@ -89,7 +89,6 @@ EFFECTS: Final[dict[str, Effect]] = {
     "cublas-k-tail": Effect(tensors=frozenset({"dk", "dv"}), symptoms=_SPOILT_BACKWARD),
     "cublas-k-tail-short": Effect(tensors=frozenset({"dk", "dv"}), symptoms=_SPOILT_BACKWARD),
     "flash4-half-padded-channels": Effect(tensors=_LAYER_BACKWARD - {"d_dense"}, symptoms=_SPOILT_BACKWARD),
-    "flash3-nan-behind-documents": Effect(tensors=_FORWARD | _BACKWARD, symptoms=_SPOILT_FORWARD | _SPOILT_BACKWARD),
 }
 """By the id of the issue. That it may end the process, too, is for ``KnownIssue.crashes`` to say."""
 

@@ -7,6 +7,7 @@ import torch
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.sdpa import as_softmax_does
+from attn_fuzz.reference.case import FAR_MEMORIES
 from attn_fuzz.reference.profile import Profile
 
 
@@ -15,7 +16,14 @@ class Backup(Kernel):
 
     name = "backup"
     paths = frozenset({"baddbmm"})
-    capabilities = Capabilities(capacity=False, isolates_nonfinite=False, head_dims_v=True, graphs=None, traceable=None)
+    capabilities = Capabilities(
+        capacity=False,
+        isolates_nonfinite=False,
+        head_dims_v=True,
+        far_memories=FAR_MEMORIES,
+        graphs=None,
+        traceable=None,
+    )
     profile = Profile(
         scales_gradients=True,
         rounds_scores=True,

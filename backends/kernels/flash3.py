@@ -42,8 +42,9 @@ class Flash3(Kernel):
         # From 65,536 documents on its backward leaves all gradients unwritten, without a word.
         crowds=False,
         far_memories=FAR_MEMORIES,
-        # With seqused, whole tiles are read, and what lies between documents is multiplied by 0: NaN there comes out.
-        gaps=(),
+        gaps=("q", "k"),
+        # K and V come in whole tiles, and what a tile holds beside its document is multiplied by 0: NaN comes out.
+        finite_rest=True,
     )
     deterministic: ClassVar[bool] = False
     """Whether the backward is asked to add up dQ in a fixed order."""

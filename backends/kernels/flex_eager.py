@@ -7,6 +7,7 @@ import torch
 from attn_fuzz.backends.flex import flex
 from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, Kernel
 from attn_fuzz.backends.metadata import VarlenMetadata
+from attn_fuzz.reference.case import FAR_MEMORIES
 from attn_fuzz.reference.profile import Profile
 
 
@@ -21,6 +22,7 @@ class FlexEager(Kernel):
         capacity=False,
         isolates_nonfinite=False,
         repeatable_backward=False,
+        far_memories=FAR_MEMORIES,
         graphs=None,
         lse_gradient=True,
     )

@@ -10,6 +10,7 @@ from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, C
 from attn_fuzz.backends.kernels.sdpa_dense_math import ForcedDense
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.sdpa import as_flash_does, only
+from attn_fuzz.reference.case import FAR_MEMORIES
 from attn_fuzz.reference.profile import Profile
 
 
@@ -19,6 +20,7 @@ class SdpaDenseFlash(ForcedDense):
     name = "sdpa_dense_flash"
     forced = "flash"
     paths = frozenset({"dense flash"})
+    capabilities = dataclasses.replace(ForcedDense.capabilities, far_memories=FAR_MEMORIES)
 
     def paths_on(self, device: str) -> frozenset[str]:
         return frozenset({"flash by document"}) if device == "cuda" else self.paths

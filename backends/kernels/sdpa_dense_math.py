@@ -11,7 +11,7 @@ from attn_fuzz.backends.kernel import Attended, AttentionOptions, Capabilities, 
 from attn_fuzz.backends.kernels.sdpa_dense import SdpaDense, dense_attention
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.backends.sdpa import as_softmax_does, only
-from attn_fuzz.reference.case import MEMORIES
+from attn_fuzz.reference.case import FAR_MEMORIES, MEMORIES
 from attn_fuzz.reference.profile import Profile
 
 
@@ -36,7 +36,12 @@ class SdpaDenseMath(ForcedDense):
     forced = "math"
     paths = frozenset({"dense math"})
     capabilities = dataclasses.replace(
-        SdpaDense.capabilities, memories=MEMORIES, head_dims_v=True, queries_without_keys=True, repeatable_backward=True
+        SdpaDense.capabilities,
+        memories=MEMORIES,
+        far_memories=FAR_MEMORIES,
+        head_dims_v=True,
+        queries_without_keys=True,
+        repeatable_backward=True,
     )
     profile = Profile(
         scales_inputs=True,

@@ -73,6 +73,7 @@ class SdpaNested(Kernel):
     name = "sdpa_nested"
     paths = frozenset({"dense", "nested"})
     capabilities = Capabilities(
+        head_dims_v=True,
         softcap=False,
         capacity=False,
         isolates_nonfinite=False,

@@ -10,7 +10,7 @@ import torch
 from attn_fuzz.backends.flash2 import ALIKE_MEMORIES
 from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions
 from attn_fuzz.backends.kernels.sdpa_nested_math import ForcedNested
-from attn_fuzz.backends.kernels.torch_cudnn import CONFIGURATIONS
+from attn_fuzz.backends.kernels.torch_cudnn import CONFIGURATIONS, VALUE_DIMS
 from attn_fuzz.backends.metadata import VarlenMetadata
 
 
@@ -24,6 +24,7 @@ class SdpaNestedCudnn(ForcedNested):
         ForcedNested.capabilities,
         dtypes=HALF_DTYPES,
         head_dims=(64, 128),
+        head_dims_v=VALUE_DIMS,
         empty_documents=True,
         memories=ALIKE_MEMORIES,
         scale=False,

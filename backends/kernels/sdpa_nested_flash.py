@@ -18,6 +18,8 @@ class SdpaNestedFlash(ForcedNested):
         ForcedNested.capabilities,
         dtypes=HALF_DTYPES,
         max_head_dim=256,
+        # One head dimension for q, k and v.
+        head_dims_v=False,
         causal_needs_equal_lengths=False,
         keys_without_queries=False,
     )

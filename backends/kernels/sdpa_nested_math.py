@@ -58,6 +58,8 @@ class SdpaNestedMath(ForcedNested):
         devices=("cpu", "cuda"),
         head_dim_multiple=1,
         causal=False,
+        # Documents without keys are right beside others; a call in which no document has one raises.
+        queries_without_keys=False,
         empty_documents=True,
         memories=MEMORIES,
     )

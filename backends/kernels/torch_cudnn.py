@@ -14,7 +14,12 @@ CONFIGURATIONS: Final = (
     Configuration("bf16", 64, 2, 2, True),
     Configuration("bf16", 64, 2, 2, False),
     Configuration("fp16", 128, 1, 1, True),
+    Configuration("bf16", 128, 2, 2, True, head_dim_v=64),
+    Configuration("fp16", 64, 2, 2, False, head_dim_v=128),
 )
+
+VALUE_DIMS: Final = ((128, 64), (64, 128))
+"""(head_dim, head_dim_v) of those."""
 
 
 class _Attention(torch.autograd.Function):
@@ -52,6 +57,7 @@ class TorchCudnn(Kernel):
         devices=("cuda",),
         dtypes=HALF_DTYPES,
         head_dims=(64, 128),
+        head_dims_v=VALUE_DIMS,
         # Grouped heads leave gradients of a single token unwritten.
         gqa=False,
         causal_needs_equal_lengths=True,

@@ -117,7 +117,7 @@ class _Captured:
         drawn = kernel_inputs(other, "cpu")
         call = StaticCall(trial.backend, other, drawn, poison, trial.device, asked)
         loaded, first = (
-            BatchTensors(CallBatch.of_one(each), inputs, trial.device, (each.capacity,), poison)
+            BatchTensors.of(trial.backend, CallBatch.of_one(each), inputs, trial.device, (each.capacity,), poison)
             for each, inputs in ((case, trial.inputs), (other, drawn))
         )
         return cls(trial, usual, call, loaded, first)

@@ -53,7 +53,7 @@ def _run(trial: Trial, streams: Streams) -> Observation:
     # Of the same layout: host and device agree at all times, but for the values.
     call = StaticCall(trial.backend, case, spoiled(trial.inputs), poison, device)
     drawn, after = (
-        BatchTensors(batch, inputs, device, (case.capacity,), poison)
+        BatchTensors.of(trial.backend, batch, inputs, device, (case.capacity,), poison)
         for inputs in (trial.inputs, spoiled(trial.inputs))
     )
     other = turned(case)
