@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-ROWS: Final = (16, 64, 128, 256, 512, 1024)
+ROWS: Final = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 BATCHES: Final = (1, 2, 4, 8, 16, 32)
 
 
