@@ -162,12 +162,19 @@ def retest(
     set_up_process(where or "cpu")
     answers: list[tuple[Entry, Answer]] = []
     versions = versions_of(dict(environment("cpu")))
-    for each, place, answer in run_again(entries, store, where, scripts=scripts):
-        # That nothing ran is told, and is worth no file.
-        if answer.answer != "not run":
-            opened.answered(each.id, versions, device_name(place), answer)
-        answers.append((each, answer))
+    interrupted = False
+    try:
+        for each, place, answer in run_again(entries, store, where, scripts=scripts):
+            # That nothing ran is told, and is worth no file.
+            if answer.answer != "not run":
+                opened.answered(each.id, versions, device_name(place), answer)
+            answers.append((each, answer))
+    except KeyboardInterrupt:
+        interrupted = True
     _tell(answers, versions, as_json=as_json)
+    if interrupted:
+        typer.echo(f"interrupted: {len(entries) - len(answers)} of {len(entries)} were not run", err=True)
+        raise typer.Abort
     words = {answer.answer for _, answer in answers}
     raise _told_of(unread, 1 if "wrong" in words else 0 if words & {"right", "refused"} else 3)
 
