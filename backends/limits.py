@@ -145,7 +145,7 @@ LIMITS: Final[tuple[DeclaredLimit, ...]] = (
         reference="torch 2.11.0+cu130 on an H200, 2026-11-30",
         found_by=_RAN,
         script="pytorch_efficient_far_keys.py",
-        minimal=Case(level="kernel", lengths=(300,), heads=2, head_dim=64, dtype="bf16", memory="far_rows"),
+        minimal=Case(level="kernel", lengths=(300,), heads=2, kv_heads=2, head_dim=64, dtype="bf16", memory="far_rows"),
     ),
     *(
         DeclaredLimit(

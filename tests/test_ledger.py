@@ -29,6 +29,7 @@ from results.render import backend_tables
 ROOT = Path(__file__).resolve().parent.parent
 RIGHT = (ROOT / "examples" / "my_kernel.py").read_text()
 WRONG = RIGHT.replace("mask.tril(ke - kb - (qe - qb))", "mask.tril()")
+OTHERWISE = RIGHT.replace("return torch.cat(out)", "return 2 * torch.cat(out) - torch.cat(out).detach()")
 SMALL = Case(level="kernel", lengths=(1,), key_lengths=(3,))
 DRAWN = Case(level="kernel", lengths=(4, 7), key_lengths=(9, 7), seed=3)
 
@@ -227,7 +228,10 @@ def test_every_limit_is_of_a_backend_and_refused_there() -> None:
         backend = registry.load(limit.backend.removeprefix("unrestricted:"))
         # Or asked otherwise: with numbers in rows that are no document's.
         finite = backend.kernel.capabilities_on(limit.device).finite_rest
-        assert finite or backend.refusal(limit.minimal, limit.device) is not None, limit.id
+        refused = backend.refusal(limit.minimal, limit.device)
+        assert finite or refused is not None, limit.id
+        # For what the limit is about, and not for what the case has besides.
+        assert ("kv_heads" in str(refused)) == ("grouped" in limit.id), (limit.id, refused)
         try:
             free = registry.load(limit.backend)
         except BackendUnavailable:
@@ -307,6 +311,11 @@ def test_entries_are_run_again(store: Store, attn_fuzz: Run, monkeypatch: pytest
     attn_fuzz("ledger", identifier, "--state", "fixed", "--version", "1", "--store", "store")
     again = attn_fuzz("retest", identifier, "--store", "store", "--device", "cpu")
     assert "was fixed in 1, and is wrong again" in again.err
+    assert again.out.count("otherwise") == 0
+    Path("kernel.py").write_text(OTHERWISE)
+    (other,) = attn_fuzz("retest", identifier, "--store", "store", "--device", "cpu", "--json").json["entries"]
+    assert other["answer"] == "wrong"
+    assert other["why"].startswith("otherwise than it did (")
     Path("kernel.py").write_text(RIGHT)
     attn_fuzz("ledger", identifier, "--state", "reported", "--store", "store")
     mended = attn_fuzz("retest", identifier, "--store", "store", "--device", "cpu")
@@ -319,6 +328,24 @@ def test_entries_are_run_again(store: Store, attn_fuzz: Run, monkeypatch: pytest
     assert gone.json["entries"][0]["answer"] == "not run"
     # What did not run says nothing against what did.
     assert Ledger(store.folder).entry(identifier).matrix
+
+
+def test_an_interruption_tells_what_was_answered(store: Store, attn_fuzz: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered: list[str] = []
+
+    def once(entry: Entry, *rest: object) -> Answer:
+        if answered:
+            raise KeyboardInterrupt
+        answered.append(entry.id)
+        return Answer(answer="wrong", date="2026-11-30")
+
+    monkeypatch.setattr("attn_fuzz.campaign.retest.retested", once)
+    monkeypatch.setattr("attn_fuzz.campaign.retest.place_of", lambda *_: "cpu")
+    done = attn_fuzz("retest", "--store", "store", "--device", "cpu", "--json")
+    assert done.status == 130
+    assert [each["id"] for each in done.json["entries"]] == answered
+    assert "interrupted: " in done.err
+    assert Ledger(store.folder).entry(answered[0]).matrix
 
 
 @pytest.mark.slow

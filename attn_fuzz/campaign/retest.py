@@ -12,7 +12,7 @@ import torch
 
 from attn_fuzz.backends import registry
 from attn_fuzz.backends.kernel import BackendUnavailable
-from attn_fuzz.campaign.isolated import FATAL, Isolated, Subject
+from attn_fuzz.campaign.isolated import FATAL, KNOWN_ISSUE, Isolated, Subject
 from attn_fuzz.campaign.plan import require_available
 from attn_fuzz.campaign.pool import HANG_SECONDS
 from attn_fuzz.findings.entry import Answer, Entry
@@ -85,7 +85,12 @@ def _on(entry: Entry, name: str, device: str) -> Answer:
         return answer("refused", report.refusal)
     if report.disagreement is not None:
         return answer("not run", report.disagreement)
-    return answer("right") if report.symptom is None else answer("wrong", report.message)
+    if report.symptom is None:
+        return answer("right")
+    was = entry.signature.symptom
+    # What a case fails with now may be something else, of which the entry says nothing.
+    other = "" if report.symptom in (was, KNOWN_ISSUE) else f"otherwise than it did ({was}): "
+    return answer("wrong", f"{other}{report.message}")
 
 
 def _among_others(entry: Entry, name: str, device: str) -> tuple[str, str]:
