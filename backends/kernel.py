@@ -139,7 +139,8 @@ class Capabilities:
     noncausal_cuts: bool = True
     """Layers only: non-causal attention over several micro-sequences, cut between documents."""
     backward: bool = True
-    """User layers only: there is one; without it they are run without autograd, and judged by what they put out."""
+    """There is one; without it layers run without autograd, and both they and kernels are judged by what they put out.
+    """
     evaluation: bool = False
     """User layers only: forwards run without autograd, too, and are asked to."""
     reusable: bool = False

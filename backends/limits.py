@@ -200,7 +200,7 @@ LIMITS: Final[tuple[DeclaredLimit, ...]] = (
                 kv_heads=2,
                 head_dim=64,
                 dtype="bf16",
-                **rows,  # type: ignore[arg-type]
+                **rows,
             ),
         )
         for backend, reference in (

@@ -120,6 +120,10 @@ class Backend:
     isolated: bool = False
     """Runs in a process that may die: cases that are known to crash it are let through."""
 
+    def goes_back(self, device: str) -> bool:
+        """Whether its layer has a backward: this project's has, around whatever kernel; a user's as it says."""
+        return "kernel" in self.levels or self.kernel.capabilities_on(device).backward
+
     def refusal(self, case: Case, device: str) -> str | None:
         """What about a case the backend does not take, or None."""
         if case.level not in self.levels:

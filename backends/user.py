@@ -20,6 +20,7 @@ import torch
 
 from attn_fuzz.backends.arithmetic import declared_facts
 from attn_fuzz.backends.declared import UNPROMISED, capabilities_of
+from attn_fuzz.backends.forward_only import forward_only
 from attn_fuzz.backends.gap_arguments import GapArguments
 from attn_fuzz.backends.importing import import_object
 from attn_fuzz.backends.kernel import (
@@ -172,6 +173,13 @@ class UserKernel(Kernel):
         return tuple(name for name, side in self._gaps.used.items() if side in sides)
 
     def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
+    ) -> Attended:
+        if not self.capabilities.backward:
+            return forward_only(self._attend, q, k, v, metadata, options)
+        return self._attend(q, k, v, metadata, options)
+
+    def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: VarlenMetadata, options: AttentionOptions
     ) -> Attended:
         given = {

@@ -243,7 +243,11 @@ class BatchWorker(Triage, abc.ABC):
 
     def note_largest(self, judged: Judged, kind: str) -> None:
         """Keeps the largest deviations of a clean batch, and the cases that show them."""
+        stated = self.backend.kernel.capabilities_on(self.device.type)
         for name, (z, document) in judged.largest().items():
+            if not stated.backward and name.startswith("d"):
+                # Nobody's of this kernel.
+                continue
             key = f"{kind} {name}"
             if z > self.tally.worst_z.get(key, -1.0) and (case := self.shown(judged, document)) is not None:
                 self.tally.worst_z[key], self.tally.worst_case[key] = z, case.to_json()

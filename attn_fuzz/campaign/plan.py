@@ -84,7 +84,7 @@ def batched_levels(
     """
     alone, stated = max(ranks) * max(tensor_ranks) == 1, backend.kernel.capabilities
     spread = alone or backend.rank_layer is not None
-    whole = stated.backward and stated.gradient_rows == "kept" and stated.padding == "computed"
+    whole = backend.goes_back(stated.devices[0]) and stated.gradient_rows == "kept" and stated.padding == "computed"
     layers = spread and whole and not stated.layouts
     return [level for level in levels if level in backend.levels and (layers or level == "kernel")]
 

@@ -25,7 +25,10 @@ NO_KERNEL: Final = (
 def _said(report: Report) -> str:
     """What is wrong with what a kernel did, in words of its own."""
     if report.error == NOT_DIFFERENTIABLE:
-        return "its output has no gradient; make it differentiable by autograd, from q, k and v"
+        return (
+            "its output has no gradient; make it differentiable by autograd, from q, k and v, or declare that it has a "
+            "forward only by its attribute capabilities = {'backward': False}"
+        )
     if report.error == MISSING_VARIABLE:
         name = report.said.removeprefix("KeyError: ").partition(" (")[0]
         return f"it reads the environment variable {name}, which is not set; set it, or give it a default"

@@ -111,6 +111,9 @@ def inferred(backend: Backend, device: str) -> InferredCapabilities:
     if forward is None or backward is None:
         seen = _repeats(backend, where)
         forward, backward = (now if told is None else told for told, now in zip((forward, backward), seen))
+    if not stated.backward:
+        # Of gradients that are not its own nothing is told.
+        backward = False
     capacity, isolates = stated.capacity, stated.isolates_nonfinite
     if "kernel" not in backend.levels:
         # A layer cannot be asked in one call; NaN is then kept out of its documents.

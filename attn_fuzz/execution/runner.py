@@ -196,7 +196,8 @@ class LayerRun:
         self.backend, self.case, self.tensors, self.watched = backend, case, tensors, watched
         self.x, self.dout = (tensors.of_call(name, index) for name in ("x", "dout"))
         stated = backend.kernel.capabilities_on(self.x.device.type)
-        self.conventions, self.evaluation = stated.conventions, evaluation or not stated.backward
+        self.conventions = stated.conventions
+        self.evaluation = evaluation or not backend.goes_back(self.x.device.type)
         self.observation = Observation(tensors.poison, {})
         self.parts = micro_sequences(case)
         self.kept = kept or Kept()

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Concatenate, Final, ParamSpec
+from typing import Concatenate, Final, ParamSpec, TypeVar
 
 import torch
 
@@ -84,6 +84,7 @@ _RARELY: Final = 1024
 
 
 P = ParamSpec("P")
+_Of = TypeVar("_Of")
 
 
 def _giving_back(judge: Callable[Concatenate[Case, P], Verdict]) -> Callable[Concatenate[Case, P], Verdict]:
@@ -161,12 +162,19 @@ def examine(
     confirm(trial, unknown)
     return Verdict(
         tuple(unknown),
-        worst_errors(trial) | worst_spreads(trial),
+        _its_own(trial, worst_errors(trial) | worst_spreads(trial)),
         paths,
-        {} if found else histograms(trial),
+        {} if found else _its_own(trial, histograms(trial)),
         known,
         dict(trial.counted),
     )
+
+
+def _its_own(trial: Trial, by_result: dict[str, _Of]) -> dict[str, _Of]:
+    """What is said of results, by their names, without gradients where they are not the backend's."""
+    if trial.stated.backward:
+        return by_result
+    return {name: of for name, of in by_result.items() if not name.startswith("d")}
 
 
 def _observed(trial: Trial) -> tuple[Observation, ...] | Symptom:

@@ -187,7 +187,8 @@ class Trial:
             return kernel_answer(self.case, self.inputs, profile)
         shown, conventions = self._as_shown(profile), self.stated.conventions
         answer = layer_answer(self.case, self.inputs, shown, samples, conventions=conventions)
-        return answer if self.stated.backward else {name: answer[name] for name in EVALUATED}
+        goes_back = self.backend.goes_back(self.device.type)
+        return answer if goes_back else {name: answer[name] for name in EVALUATED}
 
     def _as_shown(self, profile: Profile) -> Profile:
         """The profile with the sums that the layer shows."""

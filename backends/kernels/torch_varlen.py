@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from attn_fuzz.backends.flash2 import ALIGNED_MEMORIES, FLASH2_PROFILE, flash2_limit
-from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel
+from attn_fuzz.backends.kernel import HALF_DTYPES, Attended, AttentionOptions, Capabilities, Kernel, UnsupportedCase
 from attn_fuzz.backends.metadata import VarlenMetadata
 from attn_fuzz.reference.case import FAR_MEMORIES, Case
 
@@ -24,6 +25,21 @@ def _options() -> dict[str, Any]:
 
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     return {"return_aux": AuxRequest(lse=True), **grouped}
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What newer releases say where they have chosen cuDNN, which takes less, is a refusal.
+
+    Raises:
+        UnsupportedCase: with what was said.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "cuDNN backend" in str(error):
+            raise UnsupportedCase(f"torch has chosen cuDNN here: {error}") from error
+        raise
 
 
 class TorchVarlen(Kernel):
@@ -79,18 +95,19 @@ def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
         from torch.nn.attention.varlen import varlen_attn
 
         # [heads, tokens], whatever its documentation said before 2.14.
-        out, lse = varlen_attn(
-            q,
-            k,
-            v,
-            metadata.cu_seqlens_q,
-            metadata.cu_seqlens_k,
-            metadata.max_seqlen_q,
-            metadata.max_seqlen_k,
-            scale=options.scale,
-            window_size=options.effective_window,
-            **_options(),
-        )
+        with refusals():
+            out, lse = varlen_attn(
+                q,
+                k,
+                v,
+                metadata.cu_seqlens_q,
+                metadata.cu_seqlens_k,
+                metadata.max_seqlen_q,
+                metadata.max_seqlen_k,
+                scale=options.scale,
+                window_size=options.effective_window,
+                **_options(),
+            )
         return Attended(out, lse, "varlen_attn")
 
 
