@@ -168,7 +168,7 @@ def axes_tables(results: Iterable[Result]) -> list[str]:
     for (device, _), group in sorted(groups.items()):
         where = f"{device}, {_versions(group)}"
         commits = dict.fromkeys(f"{r['environment']['commit']} ({r['environment']['date']})" for r in group)
-        had, wanted = had_of(group), max(result["cases_wanted"] for result in group)
+        had, wanted = had_of(group), min(result["cases_wanted"] for result in group)
         asterisk = f"A cell with an asterisk has fewer than the {wanted:,} that were wanted."
         lines += ["", f"On {where}; commits {', '.join(commits)}. {asterisk}", ""]
         lines += [*axes_table(had, wanted), "", *row_table(group, had)]
