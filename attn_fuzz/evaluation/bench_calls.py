@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Final
 
 import torch
 
 from attn_fuzz.backends.registry import Backend
-from attn_fuzz.batch.judge import judge, schedule_on, usually_asked
+from attn_fuzz.batch.judge import SELDOM, judge, schedule_on, usually_asked
 from attn_fuzz.batch.judged import Question
 from attn_fuzz.batch.verdicts import largest_z
 from attn_fuzz.campaign.messages import Assignment, Tally
@@ -59,13 +58,13 @@ def batch_of(case: Case, backend: Backend, device: torch.device) -> dict[str, fl
     count = len(batch.ends)
     # What is asked of a batch changes from one to the next.
     schedule = schedule_on(kind)
-    times_of = Counter(schedule)
 
     def judged(asks: Question) -> Callable[[], object]:
         return lambda: judge(batch, backend, device, asks, asked=usually_asked(batch))
 
-    each = {asks: median(judged(asks), device, enough=_ENOUGH) for asks in times_of}
-    checked = sum(times * each[asks] for asks, times in times_of.items()) / len(schedule)
+    each = {asks: median(judged(asks), device, enough=_ENOUGH) for asks in dict.fromkeys(schedule)}
+    checked = _mean(each, schedule)
+    usual = _mean(each, [asks for asks in schedule if asks != SELDOM])
     inputs = kernel_inputs(batch.case, device)
     tensors_of_calls = BatchTensors(batch, inputs, device)
     bare = median(lambda: run_batch(tensors_of_calls, backend, "none"), device)
@@ -79,6 +78,8 @@ def batch_of(case: Case, backend: Backend, device: torch.device) -> dict[str, fl
     return {
         "calls": count,
         "cases_per_s": count / (checked + drawing),
+        # What torch compiles takes as long for a batch of any size, and campaigns' are larger.
+        "cases_per_s_uncompiled": count / (usual + drawing),
         "documents_per_s": len(batch.case.packed_lengths) / (checked + drawing),
         "over_bare": (checked + drawing) / bare,
         "bare_s_per_case": bare / count,
@@ -87,6 +88,11 @@ def batch_of(case: Case, backend: Backend, device: torch.device) -> dict[str, fl
         "a_run_s_per_case": run / count,
         "reference_and_budget_s_per_case": reference / count,
     }
+
+
+def _mean(each: Mapping[Question, float], asked: Sequence[Question]) -> float:
+    """Seconds of a batch, where what is asked changes from one to the next."""
+    return sum(each[asks] for asks in asked) / len(asked)
 
 
 def batches_shared_of(name: str, device: str, processes: int, seconds: float) -> float | None:
