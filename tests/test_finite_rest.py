@@ -122,6 +122,9 @@ def test_rows_behind_calls_are_asked_about_in_batches(weight: float) -> None:
 def test_whether_there_may_be_such_rows_is_not_told_by_nan_where_there_is_none() -> None:
     unstated = {"capacity": None, "isolates_nonfinite": False}
     assert inferred(backend(**MEANT, **unstated), "cpu").capacity
+    # Behind a document there may be another.
+    assert not inferred(backend(**MEANT, isolates_nonfinite=None), "cpu").isolates_nonfinite
+    assert inferred(backend(isolates_nonfinite=None), "cpu").isolates_nonfinite
     assert not inferred(backend(**unstated), "cpu").capacity
 
 

@@ -115,6 +115,9 @@ def inferred(backend: Backend, device: str) -> InferredCapabilities:
         # Of gradients that are not its own nothing is told.
         backward = False
     capacity, isolates = stated.capacity, stated.isolates_nonfinite
+    if isolates is None and stated.finite_rest:
+        # What is multiplied by 0 behind a document may be the next one's.
+        isolates = False
     if "kernel" not in backend.levels:
         # A layer cannot be asked in one call; NaN is then kept out of its documents.
         return InferredCapabilities(bool(capacity), bool(isolates), forward, backward)
