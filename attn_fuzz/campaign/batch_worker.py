@@ -23,6 +23,7 @@ from attn_fuzz.execution.process import context_alive, lacks_memory, leave_all_m
 from attn_fuzz.execution.timing import now
 from attn_fuzz.generation.domain import Domain
 from attn_fuzz.generation.length_sweeps import Sweep
+from attn_fuzz.oracle.examine import its_own
 from attn_fuzz.reference.case import LEVELS, Case
 
 BEAT_SECONDS: Final = 5.0
@@ -244,10 +245,7 @@ class BatchWorker(Triage, abc.ABC):
     def note_largest(self, judged: Judged, kind: str) -> None:
         """Keeps the largest deviations of a clean batch, and the cases that show them."""
         stated = self.backend.kernel.capabilities_on(self.device.type)
-        for name, (z, document) in judged.largest().items():
-            if not stated.backward and name.startswith("d"):
-                # Nobody's of this kernel.
-                continue
+        for name, (z, document) in its_own(stated, judged.largest()).items():
             key = f"{kind} {name}"
             if z > self.tally.worst_z.get(key, -1.0) and (case := self.shown(judged, document)) is not None:
                 self.tally.worst_z[key], self.tally.worst_case[key] = z, case.to_json()

@@ -11,7 +11,7 @@ from typing import Concatenate, Final, ParamSpec, TypeVar
 
 import torch
 
-from attn_fuzz.backends.kernel import UnsupportedCase
+from attn_fuzz.backends.kernel import Capabilities, UnsupportedCase
 from attn_fuzz.backends.known import KnownIssue, built_on, issues_below, issues_of
 from attn_fuzz.backends.output import MisshapenResult
 from attn_fuzz.backends.registry import Backend, calls_of
@@ -162,17 +162,17 @@ def examine(
     confirm(trial, unknown)
     return Verdict(
         tuple(unknown),
-        _its_own(trial, worst_errors(trial) | worst_spreads(trial)),
+        its_own(trial.stated, worst_errors(trial) | worst_spreads(trial)),
         paths,
-        {} if found else _its_own(trial, histograms(trial)),
+        {} if found else its_own(trial.stated, histograms(trial)),
         known,
         dict(trial.counted),
     )
 
 
-def _its_own(trial: Trial, by_result: dict[str, _Of]) -> dict[str, _Of]:
+def its_own(stated: Capabilities, by_result: dict[str, _Of]) -> dict[str, _Of]:
     """What is said of results, by their names, without gradients where they are not the backend's."""
-    if trial.stated.backward:
+    if stated.backward:
         return by_result
     return {name: of for name, of in by_result.items() if not name.startswith("d")}
 
