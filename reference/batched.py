@@ -247,8 +247,9 @@ def answers(
     """
     device = inputs.q.device
     group = case.heads // case.kv_heads
-    sums = sums_of(max(case.packed_lengths), max(case.packed_key_lengths), profile, group)
-    lengths, key_lengths = (torch.tensor(x) for x in (case.packed_lengths, case.packed_key_lengths))
+    counts, key_counts = case.packed_lengths, case.packed_key_lengths
+    sums = sums_of(max(counts), max(key_counts), profile, group)
+    lengths, key_lengths = torch.tensor(counts), torch.tensor(key_counts)
     begins, key_begins = (x.cumsum(0) - x for x in (lengths, key_lengths))
     # One transfer for all chunks: the host knows every layout, the device needs it once.
     table = torch.stack([lengths, begins, key_lengths, key_begins]).to(device)
@@ -256,7 +257,7 @@ def answers(
     # A GPU is asked once, before there is anything for it to finish.
     bounded = None
     if device.type != "cpu" and len(inputs.q) and len(inputs.k):
-        bounded = bounded_scores(inputs.q, inputs.k, max(case.packed_key_lengths), how)
+        bounded = bounded_scores(inputs.q, inputs.k, max(key_counts), how)
     planned = plan_chunks(
         case,
         chunk_bytes(device) if memory is None else memory,
@@ -266,8 +267,8 @@ def answers(
     for queries, keys, members in planned:
         chosen = torch.tensor(members).to(device)
         length, begin, key_length, key_begin = table[:, chosen]
-        rows = _rows(begin, length, queries, sum(case.packed_lengths[index] for index in members))
-        key_rows = _rows(key_begin, key_length, keys, sum(case.packed_key_lengths[index] for index in members))
+        rows = _rows(begin, length, queries, sum(counts[index] for index in members))
+        key_rows = _rows(key_begin, key_length, keys, sum(key_counts[index] for index in members))
         q, dout = (rows.gather(x, dtype) for x in (inputs.q, inputs.dout))
         k, v = (key_rows.gather(x, dtype) for x in (inputs.k, inputs.v))
         dlse = None if inputs.dlse is None else rows.gather(inputs.dlse, dtype)

@@ -98,6 +98,20 @@ def test_a_document_keeps_its_values_in_every_pack() -> None:
         assert max(every[-1].case.packed_key_lengths) == (9 if seed % 2 else 9 + 64)
 
 
+def test_packs_of_a_crowd_take_a_few_looks_at_its_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, looks, names = CASE.replace(lengths=(1,) * 20_000, key_lengths=None), [0], Case.packed_ids.fget
+    assert names is not None
+
+    def looked(self: Case) -> tuple[int, ...]:
+        looks[0] += 1
+        return names(self)
+
+    monkeypatch.setattr(Case, "packed_ids", property(looked))
+    for seed in (0, 1):
+        assert len(list(packs(case.replace(seed=seed), 7))) == 1
+    assert looks[0] < 20
+
+
 @pytest.mark.parametrize(
     "case", [CASE.replace(memory="broadcast"), CASE.replace(lengths=(0, 0, 2), key_lengths=(6, 5, 0))]
 )

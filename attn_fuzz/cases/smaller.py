@@ -212,12 +212,13 @@ def _without_tokens(case: Case, begin: int, end: int) -> Case | None:
     ]
     padding = lengths.pop() if case.padding else 0
     kept = [index for index, length in enumerate(lengths) if length or not case.lengths[index]]
+    ids = case.packed_ids
     return changed(
         case,
         lengths=tuple(lengths[index] for index in kept),
         padding=padding,
         cuts=tuple(cut if cut <= begin else max(begin, cut - (end - begin)) for cut in case.cuts),
-        document_ids=tuple(case.packed_ids[index] for index in kept),
+        document_ids=tuple(ids[index] for index in kept),
     )
 
 

@@ -190,7 +190,7 @@ def row_of(plan: Plan, backend: Backend, device: str, say: Say) -> dict[str, Any
     layer = layer_of(plan, backend, place, min(4 * len(case.lengths), plan.layer_documents))
     if layer is not None:
         say(f"{name}: {layer['documents_per_s']:,.0f} documents/s packed at layer level")
-    batch = batch_of(layout(plan, min(plan.batch_documents, len(case.lengths))), backend, place)
+    batch = batch_of(layout(plan, plan.batch_documents), backend, place)
     say(f"{name}: {batch['cases_per_s']:,.0f} cases/s in batches, {batch['over_bare']:.1f} times bare")
     cases = cases_of(name, device, plan.case_hunt, plan.drawn_cases)
     say(f"{name}: {cases['cases_per_s']:,.0f} cases/s one by one")

@@ -18,7 +18,7 @@ from attn_fuzz.backends.kernel import Capabilities
 from attn_fuzz.backends.registry import Backend
 from attn_fuzz.cases.subsets import subset
 from attn_fuzz.reference.case import Case, CaseError
-from attn_fuzz.reference.layout import document_spans
+from attn_fuzz.reference.layout import borders
 
 PASSES: Final[dict[str, tuple[str, ...]]] = {"forward": ("out", "lse"), "backward": ("dq", "dk", "dv")}
 """Results by the pass that they come of."""
@@ -80,7 +80,8 @@ class Pack:
     def rows(self, name: str) -> slice:
         """The document's rows of a result."""
         lengths = self.case.packed_key_lengths if name in ("dk", "dv") else self.case.packed_lengths
-        return slice(*document_spans(lengths)[self.place])
+        begin, end = borders(lengths)[self.place : self.place + 2]
+        return slice(begin, end)
 
     def own(self, results: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
         """The document's part of a result; None where there is none, or its rows are not there."""
@@ -117,7 +118,8 @@ def packs(case: Case, place: int, *, layouts: bool = False) -> Iterator[Pack]:
 def _crowd(case: Case, place: int) -> Case | None:
     """The document between a longer one and one of a single token."""
     longest = min(max(*case.packed_lengths, *case.packed_key_lengths) + _LONGER, _LONGEST)
-    before, behind = itertools.islice((name for name in itertools.count() if name not in case.packed_ids), 2)
+    taken = frozenset(case.packed_ids)
+    before, behind = itertools.islice((name for name in itertools.count() if name not in taken), 2)
     queries, keys = case.packed_lengths[place], case.packed_key_lengths[place]
     try:
         return case.replace(
