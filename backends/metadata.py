@@ -168,8 +168,11 @@ class MicroSequenceMetadata:
         return _transferred([self._positions()], self.varlen.device)[0]
 
     def _positions(self) -> array[int]:
-        rows = itertools.chain.from_iterable(map(range, self.varlen.lengths_k))
-        return array("i", itertools.islice(rows, self.past_length - self.first_document_begin, None))
+        lengths, rows = self.varlen.lengths_k, array("i")
+        counted = _counted(max(lengths).bit_length())
+        for length in lengths:
+            rows += counted[:length]
+        return rows[self.past_length - self.first_document_begin :]
 
     def transferred(self) -> Self:
         """The same, with prefix sums and positions on the device already, as parts of one transfer."""
@@ -179,6 +182,12 @@ class MicroSequenceMetadata:
         # Where they would be kept when they are asked for.
         vars(varlen)["cu_seqlens_q"], vars(varlen)["cu_seqlens_k"], vars(self)["position_index"] = parts
         return self
+
+
+@functools.lru_cache(maxsize=32)
+def _counted(bits: int) -> array[int]:
+    """Numbers of so many bits from 0 on, not to be written to: documents copy theirs, which takes no step per token."""
+    return array("i", range(1 << bits))
 
 
 _STEP: Final = 32

@@ -43,6 +43,8 @@ class Xformers(Kernel):
         softcap=False,
         queries_without_keys=False,
         memories=(*ALIGNED_MEMORIES, "broadcast"),
+        # Of rows far apart the CUTLASS kernel has 32 bits for keys (limit-torch-efficient-far-rows).
+        far_memories=("far_base",),
         repeatable_backward=False,
         covers_all_rows=False,
     )
