@@ -139,10 +139,11 @@ LIMITS: Final[tuple[DeclaredLimit, ...]] = (
         id="limit-torch-efficient-far-rows",
         backend="unrestricted:torch_efficient",
         device="cuda",
-        symptom="WrongOutput",
-        about="keys of one document that lie more than 2^31 elements behind its first one are read from elsewhere: "
-        "offsets are of 32 bits; queries are found, and heads so far apart are refused by the operator",
-        reference="torch 2.11.0+cu130 on an H200, 2026-11-30",
+        symptom="Crashed",
+        about="keys of one document that lie more than 2^31 elements behind its first one are read from before it, an "
+        "illegal access where nothing lies there: offsets are of 32 bits; queries are found, and heads so far apart "
+        "are refused by the operator",
+        reference="torch 2.11.0+cu130 on an H200, 2026-12-01",
         found_by=_RAN,
         script="pytorch_efficient_far_keys.py",
         minimal=Case(level="kernel", lengths=(300,), heads=2, kv_heads=2, head_dim=64, dtype="bf16", memory="far_rows"),

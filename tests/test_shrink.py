@@ -55,6 +55,12 @@ def test_documents_go_alone_and_in_runs_and_keep_their_names() -> None:
     assert {c.lengths for c in candidates(fewer_documents, four)} >= {(1, 2), (3, 4), (2, 3, 4), (1, 2, 3)}
 
 
+def test_two_documents_go_wherever_they_stand_so_that_every_other_one_stays_what_it_is() -> None:
+    case = Case(level="kernel", lengths=(1, 0, 0, 1))
+    fails = Case(level="kernel", lengths=(1, 1)).lengths
+    assert minimise(case, lambda each: each.lengths in (fails, case.lengths)).lengths == fails
+
+
 @pytest.mark.parametrize(
     ("cuts", "removed", "left"),
     [

@@ -210,3 +210,31 @@ def test_every_third_gradient_off_ends_as_a_single_token_with_other_bits(seed: i
     mark = find_fault("X08", seed, mode="batch")
     assert mark.finding is not None
     assert (mark.finding.symptom, mark.finding.case.tokens, mark.minimal) == ("NotRepeatable", 1, True)
+
+
+def test_roundings_that_leave_the_budget_with_some_values_only_are_shrunk_by_what_tells_of_others() -> None:
+    """Where they do no probe is asked; with other values they are within, and a probe tells after 33 tokens."""
+
+    def answer(case: Case, probes: Sequence[Check], hasty: bool) -> Verdict:
+        if case.tokens >= 200 and case.seed == 7:
+            return wrong(9.0)
+        return not_exact(needle_found) if case.tokens >= 33 and needle_found in probes else CLEAN
+
+    case = Case(level="kernel", lengths=(300, 5), seed=7)
+    small = smallest(trial(case), wrong(9.0), Asked(answer))
+    assert (small.symptom, small.case.tokens) == (NotExact, 33)
+    assert small.first is not None
+    assert (small.first[0], small.first[1].tokens, small.first[1].seed) == ("WrongOutput", 200, 7)
+
+
+def test_a_long_case_stays_what_it_is_where_other_values_show_no_more() -> None:
+    asked = Asked(lambda case, probes, hasty: wrong(9.0) if case.tokens >= 200 and case.seed == 7 else CLEAN)
+    small = smallest(trial(Case(level="kernel", lengths=(300,), seed=7)), wrong(9.0), asked)
+    assert (small.symptom, small.case.tokens, small.first) == (WrongOutput, 200, None)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_output_added_up_in_half_precision_ends_at_two_tiles_of_keys(seed: int) -> None:
+    mark = find_fault("X37", seed)
+    assert mark.finding is not None
+    assert (mark.finding.symptom, max(mark.finding.case.packed_key_lengths), mark.minimal) == ("NotExact", 33, True)

@@ -34,6 +34,10 @@ _ASKING_SECONDS: Final = 20.0
 """How often all probes are asked of cases that are a document or a token smaller than the smallest, of how many, and
 the seconds after which no more are asked."""
 
+_LARGE: Final = 64
+_OTHER_SEEDS: Final = range(4)
+"""From so many tokens on a case whose budget is exceeded is asked with values of so many other seeds, too."""
+
 _CONFIRMED: Final = 3
 """How often a smallest case has to fail again before it is believed that smaller ones do not."""
 
@@ -125,6 +129,11 @@ def _same(trial: Trial, first: Symptom, probes: Sequence[Check]) -> _Same:
     return _Same((symptom,), probes, trial.poisons)
 
 
+def _moves(verdict: Verdict) -> bool:
+    """Whether two runs of one call gave other bits, beside whatever else is wrong: how wrong it is, is chance then."""
+    return any(isinstance(symptom, NotRepeatable) for symptom in verdict.symptoms)
+
+
 def _coming_and_going(same: _Same) -> _Same:
     """What fails now and then gives other bits the second time, which shows more surely."""
     return dataclasses.replace(
@@ -200,6 +209,7 @@ def smallest(trial: Trial, verdict: Verdict, examine: Examine) -> Smallest:
         if (smaller := _seen_otherwise(trial, found, examine)) is None:
             break
         found = smaller
+    found = _seen_by_other_values(trial, found, examine)
     for other in sorted(set(others), key=lambda each: (tokens(each), simplicity(each)))[:1]:
         if FAR * tokens(other) > tokens(found.case):
             break
@@ -229,6 +239,27 @@ def _seen_otherwise(trial: Trial, found: Smallest, examine: Examine) -> Smallest
     return None
 
 
+def _seen_by_other_values(trial: Trial, found: Smallest, examine: Examine) -> Smallest:
+    """What probes make of the case, drawn or shrunk, where its values are within the budget, if that is far smaller.
+
+    Roundings that add up leave the budget after hundreds of keys, and with some values only. Where they do, no probe
+    is asked, and one whose sums are exact tells after two tiles.
+    """
+    if tokens(found.case) < _LARGE or found.symptom in (Crashed, Hung) or found.verdict.first is None:
+        return found
+    if found.verdict.first.probe is not None:
+        return found
+    # What was drawn has more channels and heads, what was shrunk fewer options that probes do not know.
+    for case in (each.replace(seed=seed) for each in (trial.case, found.case) for seed in _OTHER_SEEDS):
+        verdict = examine(case, trial.poisons)
+        if verdict.first is not None and verdict.first.probe is not None:
+            smaller = _alike(dataclasses.replace(trial, case=case), verdict, examine, [])
+            if FAR * tokens(smaller.case) <= tokens(found.case):
+                return dataclasses.replace(smaller, first=(found.symptom.__name__, found.case))
+            return found
+    return found
+
+
 def _alike(trial: Trial, verdict: Verdict, examine: Examine, others: list[Case]) -> Smallest:
     """The smallest case that fails in the same way; those that fail in another one are added to ``others``."""
     case = trial.case
@@ -243,6 +274,8 @@ def _alike(trial: Trial, verdict: Verdict, examine: Examine, others: list[Case])
     assert first is not None
     symptom = type(first)
     same = _same(dataclasses.replace(trial, case=case), first, asked)
+    if _moves(drawn):
+        same = _coming_and_going(same)
 
     def fails_once(candidate: Case, *, hasty: bool) -> bool:
         nonlocal best
@@ -267,7 +300,8 @@ def _alike(trial: Trial, verdict: Verdict, examine: Examine, others: list[Case])
     hasty = case.level == "layer" and (first.z is None or first.z > _GROSS)
     small = shrunk(hasty=hasty)
     costly = symptom in (Crashed, Hung)
-    if attempts == 1 and not costly and not all(fails_once(small, hasty=hasty) for _ in range(_CONFIRMED)):
+    confirmed = attempts > 1 or costly or all(fails_once(small, hasty=hasty) for _ in range(_CONFIRMED))
+    if not confirmed or (not costly and _moves(best) and NotRepeatable not in same.faces):
         # It comes and goes, and what is smaller may have passed by chance.
         case, attempts, same = small, _ATTEMPTS, _coming_and_going(same)
         small = shrunk(hasty=hasty)
