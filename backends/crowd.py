@@ -5,7 +5,6 @@ A loop in Python takes half a minute for 65,537 documents; kernels take as long 
 
 from __future__ import annotations
 
-import functools
 from typing import Final
 
 import torch
@@ -16,21 +15,14 @@ CROWD: Final = 4096
 """From so many documents on they are taken at once; the bits of fewer are those of the loop."""
 
 
-@functools.lru_cache(maxsize=4)
-def _alike(lengths: tuple[int, ...]) -> bool:
-    """Whether all are the same; asked for every tensor of a call."""
-    return len(set(lengths)) == 1
-
-
 class Crowd(Loop):
     """Documents of one size as one document with as many heads as all of them have."""
 
     def at_once(self, call: Call) -> int:
         """How many documents are taken as one: all, or 1."""
         m = call.metadata
-        if len(m.lengths_q) < CROWD or m.gaps != (0, 0):
-            return 1
-        return len(m.lengths_q) if _alike(m.lengths_q) and _alike(m.lengths_k) else 1
+        count = len(m.lengths_q)
+        return count if count >= CROWD and m.gaps == (0, 0) and m.alike else 1
 
     def documents(
         self, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, backward: bool

@@ -105,6 +105,11 @@ class VarlenMetadata:
     def min_seqlen_k(self) -> int:
         return min(self.lengths_k)
 
+    @functools.cached_property
+    def alike(self) -> bool:
+        """Whether all documents are of one size; found out once, for it is asked of every tensor of every document."""
+        return len(set(self.lengths_q)) == len(set(self.lengths_k)) == 1
+
     @property
     def straddling(self) -> bool:
         """Whether some document has other numbers of queries and keys, so that causal alignment matters."""
