@@ -36,7 +36,8 @@ the seconds after which no more are asked."""
 
 _LARGE: Final = 64
 _OTHER_SEEDS: Final = range(4)
-"""From so many tokens on a case whose budget is exceeded is asked with values of so many other seeds, too."""
+"""From so many tokens on a case whose budget is exceeded is asked with values of so many other seeds, too, for as long
+as smaller ones are at most."""
 
 _CONFIRMED: Final = 3
 """How often a smallest case has to fail again before it is believed that smaller ones do not."""
@@ -249,8 +250,11 @@ def _seen_by_other_values(trial: Trial, found: Smallest, examine: Examine) -> Sm
         return found
     if found.verdict.first.probe is not None:
         return found
+    started = time.monotonic()
     # What was drawn has more channels and heads, what was shrunk fewer options that probes do not know.
     for case in (each.replace(seed=seed) for each in (trial.case, found.case) for seed in _OTHER_SEEDS):
+        if time.monotonic() - started > _ASKING_SECONDS:
+            break
         verdict = examine(case, trial.poisons)
         if verdict.first is not None and verdict.first.probe is not None:
             smaller = _alike(dataclasses.replace(trial, case=case), verdict, examine, [])
