@@ -246,9 +246,8 @@ def _seen_by_other_values(trial: Trial, found: Smallest, examine: Examine) -> Sm
     Roundings that add up leave the budget after hundreds of keys, and with some values only. Where they do, no probe
     is asked, and one whose sums are exact tells after two tiles.
     """
-    if tokens(found.case) < _LARGE or found.symptom in (Crashed, Hung) or found.verdict.first is None:
-        return found
-    if found.verdict.first.probe is not None:
+    first = found.verdict.first
+    if tokens(found.case) < _LARGE or found.symptom in (Crashed, Hung) or first is None or first.probe is not None:
         return found
     started = time.monotonic()
     # What was drawn has more channels and heads, what was shrunk fewer options that probes do not know.
